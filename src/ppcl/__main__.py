@@ -1,0 +1,3 @@
+from ppcl.cli import main
+
+main()

@@ -1,0 +1,266 @@
+"""What stages hand on: safetensors beside a small versioned JSON, fingerprinted, written atomically.
+
+A JSON is always the last thing written of an artifact, so its presence says that the rest is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ppcl.errors import UsageError
+
+FORMAT_VERSION = 1
+Interval = tuple[int, int]
+Intervals = dict[str, list[Interval]]
+
+
+def fingerprint(made_from: Mapping[str, Any]) -> str:
+    """A short hash of the JSON form of what an artifact is made from."""
+    canonical = json.dumps(made_from, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, flushed to disk and renamed to it when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in `path`; a `UsageError` says what is wrong with a file that holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{what} {path} does not exist.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, IsADirectoryError):
+        raise UsageError(f"{what} {path} is not a JSON file.") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{what} {path} does not hold a JSON object.")
+    return content
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    with atomic_path(path) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    check_safetensors(path)
+    with safe_open(path, framework="pt") as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a file that is cut short or no safetensors; reads the header only."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist.") from None
+    except SafetensorError:
+        raise UsageError(
+            f"{path} is truncated or not a safetensors file; fetch it again, or delete it and run its stage again."
+        ) from None
+
+
+@dataclass
+class Header:
+    """What every artifact's JSON starts with."""
+
+    format: str
+    made_from: dict[str, Any]
+    version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint({"format": self.format, "version": self.version, "made_from": self.made_from})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": self.format,
+            "version": self.version,
+            "fingerprint": self.fingerprint,
+            "made_from": self.made_from,
+        }
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+    """The first key in which two `made_from` differ, with both values."""
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if before != after:
+            if isinstance(before, dict) and isinstance(after, dict):
+                return first_difference(before, after, f"{prefix}{key}.")
+            return f"{prefix}{key}={before!r}, now {after!r}"
+    return "nothing"
+
+
+def is_current(path: Path, header: Header) -> bool:
+    """Whether the artifact whose JSON is `path` exists and was made from just this.
+
+    Raises `UsageError` where one exists that was made from something else: it is not ours to replace.
+    """
+    if not path.exists():
+        return False
+    found = read_json(path, header.format)
+    if found.get("fingerprint") == header.fingerprint:
+        return True
+    raise UsageError(
+        f"{path} was made with {first_difference(found.get('made_from', {}), header.made_from)}: "
+        "give this run another name=, or delete that file to make it anew."
+    )
+
+
+@dataclass
+class Probes:
+    """One linear map per block and stream, x -> x + x W^T + b, with its held-out relative residual.
+
+    `weights[f"{stack}.{index}.{stream}"]` is `[D, D]`, `biases[...]` `[D]`, both float32.
+    """
+
+    header: Header
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor]
+    residuals: dict[str, float]
+
+    @staticmethod
+    def header_for(made_from: dict[str, Any]) -> Header:
+        return Header("ppcl.probes", made_from)
+
+    def save(self, folder: Path) -> None:
+        tensors = {f"{key}.weight": value for key, value in self.weights.items()}
+        tensors |= {f"{key}.bias": value for key, value in self.biases.items()}
+        (folder / "probes.json").unlink(missing_ok=True)
+        write_tensors(folder / "probes.safetensors", tensors, {"fingerprint": self.header.fingerprint})
+        write_json(folder / "probes.json", self.header.to_json() | {"residuals": self.residuals})
+
+    @classmethod
+    def load(cls, folder: Path) -> Probes:
+        content = read_json(folder / "probes.json", "Probes")
+        header = Header(content["format"], content["made_from"], content["version"])
+        tensors, metadata = read_tensors(folder / "probes.safetensors")
+        if metadata.get("fingerprint") != header.fingerprint:
+            raise UsageError(
+                f"{folder} holds probes of two different runs; delete it and run stages=[probe] again."
+            )
+        pick = {kind: {k[: -len(kind) - 1]: v for k, v in tensors.items() if k.endswith(kind)}
+                for kind in ("weight", "bias")}  # fmt: skip
+        return cls(header, pick["weight"], pick["bias"], content["residuals"])
+
+
+@dataclass
+class PruningPlan:
+    """Which runs of adjacent blocks become one student block each, and what that was decided from.
+
+    Plain JSON: a person may write `num_layers` and `intervals` alone and pass the file back in.
+    """
+
+    family: str
+    num_layers: dict[str, int]
+    intervals: Intervals
+    made_from: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    def header(self) -> Header:
+        return Header("ppcl.plan", self.made_from)
+
+    def save(self, path: Path) -> None:
+        body = asdict(self)
+        del body["made_from"]
+        write_json(path, self.header().to_json() | body)
+
+    @classmethod
+    def load(cls, path: Path) -> PruningPlan:
+        content = read_json(path, "The pruning plan")
+        try:
+            intervals = {
+                stack: [(int(u), int(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()
+            }
+            return cls(
+                family=str(content["family"]),
+                num_layers={stack: int(count) for stack, count in content["num_layers"].items()},
+                intervals=intervals,
+                made_from=content.get("made_from", {}),
+                parameters=content.get("parameters", {}),
+                scores=content.get("scores", {}),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UsageError(
+                f"{path} is not a pruning plan: it needs family, num_layers and intervals {{stack: [[u, v], ...]}}."
+            ) from None
+
+
+def plug_name(stack: str, interval: Interval) -> str:
+    """`transformer_blocks.3-5`: how an interval is named in files, logs and calls."""
+    return f"{stack}.{interval[0]}-{interval[1]}"
+
+
+@dataclass
+class Plug:
+    """One trained student block: the state dict of the family's block class, and how training went."""
+
+    header: Header
+    stack: str
+    interval: Interval
+    state_dict: dict[str, Tensor]
+    losses: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        return plug_name(self.stack, self.interval)
+
+    def save(self, folder: Path) -> None:
+        record = folder / f"{self.name}.json"
+        record.unlink(missing_ok=True)
+        write_tensors(
+            folder / f"{self.name}.safetensors", self.state_dict, {"fingerprint": self.header.fingerprint}
+        )
+        write_json(
+            record,
+            self.header.to_json()
+            | {"stack": self.stack, "interval": list(self.interval), "losses": self.losses},
+        )
+
+    @classmethod
+    def load(cls, record: Path) -> Plug:
+        content = read_json(record, "The plug")
+        header = Header(content["format"], content["made_from"], content["version"])
+        tensors, metadata = read_tensors(record.with_suffix(".safetensors"))
+        if metadata.get("fingerprint") != header.fingerprint:
+            raise UsageError(
+                f"{record} and its safetensors are of two runs; delete both and run stages=[depth] again."
+            )
+        u, v = content["interval"]
+        return cls(header, content["stack"], (u, v), tensors, content["losses"])
+
+
+def load_plugs(folder: Path) -> dict[str, Plug]:
+    """Every complete plug in `folder`, by name, in the order of the blocks."""
+    plugs = [Plug.load(record) for record in folder.glob("*.*-*.json")]
+    return {plug.name: plug for plug in sorted(plugs, key=lambda plug: (plug.stack, plug.interval))}

@@ -1,0 +1,76 @@
+"""Latency and peak memory of one denoising step, every variant measured in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def interleaved_latency_ms(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median time of each step in milliseconds; they take turns, so that a noisy moment hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    for round_number in range(repeats + 3):
+        for name, step in steps.items():
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            if round_number >= 3:  # the first rounds warm up
+                times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Sums the storages that operations return while they live; `peak` is the highest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+        self._resident: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
+                self._resident.add(tensor.untyped_storage()._cdata)  # weights and inputs: there before
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen or key in self._resident:
+            return
+        self._seen.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def peak_memory_mb(step: Callable[[], object], resident_bytes: int, device: torch.device) -> float:
+    """Peak of live tensors during `step`, weights included, in MB (1e6 bytes).
+
+    On a GPU the allocator's own peak; on a CPU `resident_bytes` plus the peak of what operations hold.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    with _LiveBytes() as recorded:
+        step()
+    return (resident_bytes + recorded.peak) / 1e6

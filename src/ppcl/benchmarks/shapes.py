@@ -1,0 +1,130 @@
+"""Scores pictures of the shapes world by GenEval's rules, with an exact detector in place of a model.
+
+GenEval (Ghosh et al., 2310.11513) detects objects and then checks `include` and `exclude` clauses:
+enough objects of a class, not too many, of the right colour, in the right relation. The rules are
+the same here; the detector is colour segmentation, connected components and template overlap.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage, signal
+
+from ppcl.data.shapes import CATEGORIES, COLORS, TEMPLATES, Scene, make_scene
+
+MIN_CHROMA = 70  # half of what the palest colour has: where an edge pixel is more object than background
+MIN_AREA = 10
+MIN_OVERLAP = 0.6
+POSITION_MARGIN = 0.1  # GenEval: offsets within this share of both sizes do not count
+_HUES = {name: colorsys.rgb_to_hsv(*(c / 255 for c in rgb))[0] for name, rgb in COLORS.items()}
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A detected object; centre and size in pixels, `overlap` with its shape's template in [0, 1]."""
+
+    shape: str
+    color: str
+    overlap: float
+    centre: tuple[float, float]
+    size: tuple[float, float]
+
+
+def _color_index(image: np.ndarray) -> np.ndarray:
+    """Index into `COLORS` by nearest hue, -1 for pixels without one; `[H, W]`."""
+    rgb = image.astype(np.float64)
+    highest, chroma = rgb.max(axis=-1), np.ptp(rgb, axis=-1)
+    safe = np.where(chroma > 0, chroma, 1)
+    r, g, b = np.moveaxis(rgb, -1, 0)
+    sector = np.where(
+        highest == r, (g - b) / safe, np.where(highest == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    )
+    distance = np.abs((sector / 6 % 1)[..., None] - np.array(list(_HUES.values())))
+    nearest = np.minimum(distance, 1 - distance).argmin(axis=-1)
+    return np.where(chroma >= MIN_CHROMA, nearest, -1)
+
+
+def _best_shape(component: np.ndarray) -> tuple[str, float]:
+    """The shape whose template overlaps the mask best, over all shifts, and that intersection over union."""
+    best = ("", 0.0)
+    for shape, template in TEMPLATES.items():
+        common = signal.correlate2d(component.astype(int), template.astype(int)).max()
+        overlap = common / (component.sum() + template.sum() - common)
+        best = max(best, (shape, float(overlap)), key=lambda pair: pair[1])
+    return best
+
+
+def detect(image: np.ndarray) -> list[Detected]:
+    """Objects in a uint8 picture `[H, W, 3]`, best overlap first."""
+    index = _color_index(image)
+    found = []
+    for number, color in enumerate(COLORS):
+        labels, _ = ndimage.label(index == number)
+        for label, slices in enumerate(ndimage.find_objects(labels), start=1):
+            component = labels[slices] == label
+            if component.sum() < MIN_AREA:
+                continue
+            shape, overlap = _best_shape(component)
+            if overlap < MIN_OVERLAP:
+                continue
+            rows, columns = slices
+            found.append(
+                Detected(
+                    shape,
+                    color,
+                    overlap,
+                    ((columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2),
+                    (columns.stop - columns.start, rows.stop - rows.start),
+                )
+            )
+    return sorted(found, key=lambda item: -item.overlap)
+
+
+def relations(first: Detected, second: Detected) -> set[str]:
+    """GenEval's relations of `first` to `second`: offset less a margin, normalised, beyond one half."""
+    offset = np.subtract(first.centre, second.centre)
+    margin = POSITION_MARGIN * np.add(first.size, second.size)
+    offset = np.sign(offset) * np.maximum(np.abs(offset) - margin, 0)
+    if not offset.any():
+        return set()
+    dx, dy = offset / np.linalg.norm(offset)
+    named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in named.items() if holds}
+
+
+def satisfies(scene: Scene, objects: list[Detected]) -> bool:
+    """Whether detected objects fulfil every `include` and no `exclude` clause of a scene."""
+    groups: list[list[Detected]] = []
+    for clause in scene.include:
+        matched = [item for item in objects if item.shape == clause["class"]]
+        if "color" in clause:
+            matched = [item for item in matched if item.color == clause["color"]]
+        matched = matched[: clause["count"]]
+        if len(matched) < clause["count"]:
+            return False
+        groups.append(matched)
+    for clause, matched in zip(scene.include, groups, strict=True):
+        if "position" in clause:
+            relation, target = clause["position"]
+            if any(relation not in relations(a, b) for a in matched for b in groups[target]):
+                return False
+    return not any(
+        sum(item.shape == clause["class"] for item in objects) >= clause["count"] for clause in scene.exclude
+    )
+
+
+def evaluation_scenes(seed: int, per_category: int) -> list[Scene]:
+    """The benchmark's prompts: `per_category` of each category, category by category."""
+    return [make_scene(seed, index, category) for category in CATEGORIES for index in range(per_category)]
+
+
+def score(scenes: list[Scene], images: list[np.ndarray]) -> dict[str, float]:
+    """Accuracy per category, and `overall`, their mean."""
+    right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
+    for scene, image in zip(scenes, images, strict=True):
+        right[scene.category].append(satisfies(scene, detect(image)))
+    scores = {category: float(np.mean(values)) for category, values in right.items() if values}
+    return scores | {"overall": float(np.mean(list(scores.values())))}

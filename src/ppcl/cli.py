@@ -1,0 +1,116 @@
+"""The command line: `ppcl key=value ...`, the only Hydra entry point."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ppcl.errors import UsageError
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+
+def conf_dir() -> Path:
+    """`conf/`: inside an installed package, or beside `src/` in a checkout."""
+    installed = Path(__file__).parent / "conf"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def _quiet_libraries() -> None:
+    """Silence what libraries say at start to their developers; errors still come through."""
+    import logging
+    import warnings
+
+    import diffusers
+    import transformers
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "wandb"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|diffusers|transformers|wandb)")
+
+
+def execute(raw: Any, folder: Path) -> None:
+    """Check the composed configuration, then run its stages in `folder`, in order."""
+    from omegaconf import OmegaConf
+
+    from ppcl.artifacts import atomic_path
+    from ppcl.config import STAGE_ORDER, parse
+    from ppcl.stages.run import Run
+
+    config = parse(raw)
+    run = Run(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "config.yaml") as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    run.record_versions()
+    if set(config.stages) != {"plan"}:  # counting needs neither library's pipelines
+        _quiet_libraries()
+    if config.trainer.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(config.trainer.num_threads)
+    for stage in sorted(set(config.stages), key=STAGE_ORDER.index):
+        import_module(f"ppcl.stages.{stage}").run(run)
+
+
+def _sentence(error: Exception) -> str:
+    """A library's error as one line."""
+    return " ".join(str(error).split())
+
+
+def _unknown_choice(overrides: list[str]) -> str | None:
+    """A sentence about the first `group=choice` whose file does not exist, before Hydra prints a page."""
+    for override in overrides:
+        group, _, choice = override.lstrip("+").partition("=")
+        folder = conf_dir() / group
+        if not group or not choice or not folder.is_dir() or not group.isidentifier():
+            continue
+        for name in choice.split(","):
+            if not (folder / f"{name}.yaml").is_file() and name not in ("null", ""):
+                known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+                return f"{group}={name} is unknown; conf/{group} has {known}."
+    return None
+
+
+def main() -> None:
+    """Console script `ppcl`. A user's mistake prints one sentence and exits with 2."""
+    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, not printed and swallowed
+    unknown = _unknown_choice([argument for argument in sys.argv[1:] if not argument.startswith("-")])
+    if unknown:
+        print(f"ppcl: {unknown}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ppcl.config import register_schema
+
+    register_schema()
+
+    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    def app(raw: Any) -> None:
+        execute(raw, Path(HydraConfig.get().runtime.output_dir))
+
+    try:
+        app()
+    except (UsageError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        print(f"ppcl: {_sentence(error)}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        print("ppcl: interrupted; the same command resumes.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

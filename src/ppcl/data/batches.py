@@ -1,0 +1,45 @@
+"""Batches as every stage takes them: the keyword arguments of a forward plus the velocity target.
+
+Batch number `step` is a pure function of the seed and `step`, so resuming needs one integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class TrainingBatch:
+    """`inputs` go to the transformer's forward as they are; `target` has its output's shape."""
+
+    inputs: dict[str, Any]
+    target: Float[Tensor, "batch tokens channels"]
+    sigmas: Float[Tensor, " batch"]
+
+
+class StepLoader:
+    """Yields `make_batch(step)` for the steps that are left; Lightning saves and restores `step`."""
+
+    def __init__(self, make_batch: Callable[[int], TrainingBatch], num_steps: int) -> None:
+        self.make_batch = make_batch
+        self.num_steps = num_steps
+        self.step = 0
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        while self.step < self.num_steps:
+            self.step += 1
+            yield self.make_batch(self.step - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]

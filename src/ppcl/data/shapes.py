@@ -1,0 +1,174 @@
+"""The shapes world: a procedural text-to-image set with the six GenEval categories.
+
+A scene is 32x32 pixels, light background, one to four flat 8x8 objects on a 4-pixel lattice with at
+least 4 pixels between any two. Everything is a pure function of ``(seed, index)``, so a stream needs
+no files, resumes at any sample and never repeats across seeds. Because shapes and colours are exact,
+`ppcl.benchmarks.shapes` can score a picture by GenEval's rules without a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+IMAGE_SIZE = 32
+OBJECT_SIZE = 8
+LATTICE = 4
+BACKGROUND = 235
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+# Hues lie 60 degrees apart, so a tint or a shade of one is never mistaken for another.
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 50, 50),
+    "yellow": (230, 215, 45),
+    "green": (50, 190, 60),
+    "cyan": (50, 200, 210),
+    "blue": (55, 70, 225),
+    "purple": (205, 60, 210),
+}
+NUMERALS = {2: "two", 3: "three", 4: "four"}
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+def _templates() -> dict[str, np.ndarray]:
+    row, column = np.mgrid[0:OBJECT_SIZE, 0:OBJECT_SIZE]
+    centre = (OBJECT_SIZE - 1) / 2
+    return {
+        "circle": (row - centre) ** 2 + (column - centre) ** 2 <= 4.1**2,
+        "square": np.ones((OBJECT_SIZE, OBJECT_SIZE), dtype=bool),
+        "triangle": np.abs(column - centre) <= row // 2 + 0.5,
+        "cross": (np.abs(row - centre) < 1) | (np.abs(column - centre) < 1),
+    }
+
+
+TEMPLATES = _templates()
+SHAPES = tuple(TEMPLATES)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: its shape and colour names, and the top-left corner in pixels."""
+
+    shape: str
+    color: str
+    x: int
+    y: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A caption, the objects drawn for it, and GenEval's checks (``include``, ``exclude``)."""
+
+    category: str
+    caption: str
+    objects: tuple[SceneObject, ...]
+    include: tuple[dict, ...]
+    exclude: tuple[dict, ...] = ()
+
+
+def render(objects: tuple[SceneObject, ...]) -> np.ndarray:
+    """Draw objects; returns uint8 `[32, 32, 3]`."""
+    image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, dtype=np.uint8)
+    for item in objects:
+        window = image[item.y : item.y + OBJECT_SIZE, item.x : item.x + OBJECT_SIZE]
+        window[TEMPLATES[item.shape]] = COLORS[item.color]
+    return image
+
+
+def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """`count` lattice corners, any two a lattice step or more apart edge to edge."""
+    steps = (IMAGE_SIZE - OBJECT_SIZE) // LATTICE + 1
+    apart = OBJECT_SIZE + LATTICE
+    while True:
+        corners = rng.integers(0, steps, size=(count, 2)) * LATTICE
+        gaps = np.abs(corners[:, None] - corners[None]).max(axis=-1)
+        if (gaps[np.triu_indices(count, 1)] >= apart).all():
+            return [(int(x), int(y)) for x, y in corners]
+
+
+def _place_related(rng: np.random.Generator, relation: str) -> list[tuple[int, int]]:
+    """Corners of two objects of which the first stands clearly in `relation` to the second."""
+    axis = 0 if relation in ("left of", "right of") else 1
+    sign = -1 if relation in ("left of", "above") else 1
+    while True:
+        first, second = (np.array(corner) for corner in _place(rng, 2))
+        offset = (first - second) * sign
+        if offset[axis] >= OBJECT_SIZE + LATTICE and abs(offset[1 - axis]) * 2 <= offset[axis]:
+            return [(int(x), int(y)) for x, y in (first, second)]
+
+
+def make_scene(seed: int, index: int, category: str | None = None) -> Scene:
+    """Scene number `index` of the stream `seed`, in a random category unless one is given."""
+    rng = np.random.default_rng([seed, index])
+    category = category or CATEGORIES[rng.integers(len(CATEGORIES))]
+    shape, other = (str(name) for name in rng.permutation(SHAPES)[:2])
+    color, second = (str(name) for name in rng.choice(tuple(COLORS), size=2))
+    include: list[dict] = [{"class": shape, "count": 1}]
+    exclude: tuple[dict, ...] = ()
+    if category == "single_object":
+        caption, corners = f"a {shape}", _place(rng, 1)
+    elif category == "colors":
+        caption, corners = f"a {color} {shape}", _place(rng, 1)
+        include[0]["color"] = color
+    elif category == "counting":
+        count = int(rng.integers(2, 5))
+        caption, corners = f"{NUMERALS[count]} {PLURALS[shape]}", _place(rng, count)
+        include[0]["count"] = count
+        exclude = ({"class": shape, "count": count + 1},)
+    else:
+        include.append({"class": other, "count": 1})
+        corners = _place(rng, 2)
+        if category == "two_object":
+            caption = f"a {shape} and a {other}"
+        elif category == "position":
+            relation = RELATIONS[rng.integers(len(RELATIONS))]
+            corners = _place_related(rng, relation)
+            caption = f"a {shape} {relation} a {other}"
+            include[0]["position"] = (relation, 1)
+        elif category == "color_attr":
+            color, second = (str(name) for name in rng.permutation(tuple(COLORS))[:2])
+            caption = f"a {color} {shape} and a {second} {other}"
+            include[0]["color"], include[1]["color"] = color, second
+        else:
+            raise ValueError(f"category={category!r} is not one of {', '.join(CATEGORIES)}.")
+    if len(include) == 2:
+        kinds = [(shape, color), (other, second)]
+    else:
+        kinds = [(shape, color)] * len(corners)
+    objects = tuple(SceneObject(s, c, x, y) for (s, c), (x, y) in zip(kinds, corners, strict=True))
+    return Scene(category, caption, objects, tuple(include), exclude)
+
+
+def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "batch 3 height width"]:
+    """uint8 images `[H, W, 3]` to float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return stacked.float() / 127.5 - 1.0
+
+
+def training_samples(seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:
+    """Samples `start..start+count` of the stream `seed`: images `[count, 3, 32, 32]`, captions."""
+    scenes = [make_scene(seed, index) for index in range(start, start + count)]
+    return to_tensor([render(scene.objects) for scene in scenes]), [s.caption for s in scenes]
+
+
+def all_captions() -> list[str]:
+    """Every caption of this world, sorted; few enough to encode them all beforehand."""
+    colored = [(c, s) for c in COLORS for s in SHAPES]
+    pairs = [(s, o) for s in SHAPES for o in SHAPES if s != o]
+    captions = [f"a {s}" for s in SHAPES] + [f"a {c} {s}" for c, s in colored]
+    captions += [f"{numeral} {plural}" for numeral in NUMERALS.values() for plural in PLURALS.values()]
+    captions += [f"a {s} {joint} a {o}" for s, o in pairs for joint in ("and", *RELATIONS)]
+    captions += [f"a {c} {s} and a {d} {o}" for s, o in pairs for c in COLORS for d in COLORS if c != d]
+    return sorted(captions)
+
+
+def vocabulary() -> list[str]:
+    """Every word a caption of this world can hold."""
+    words = {"a", "and", *COLORS, *SHAPES, *PLURALS.values(), *NUMERALS.values()}
+    words.update(word for relation in RELATIONS for word in relation.split())
+    return sorted(words)

@@ -1,0 +1,10 @@
+"""The one exception a user's mistake raises."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """A mistake in what was asked for: one sentence that names the key, the value and the remedy.
+
+    The command line prints it without a traceback and exits with 2.
+    """

@@ -1,0 +1,103 @@
+"""What a model family is: everything odd about it, so that no stage has to ask which one it serves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ppcl.data.batches import TrainingBatch
+from ppcl.families import FAMILIES
+from ppcl.ops import flow_matching
+from ppcl.taps import Streams
+
+
+class PromptEmbeddings:
+    """Embeddings of distinct prompts, encoded once; all that a stage needs of a text encoder."""
+
+    def __init__(self, prompts: list[str], embeddings: Tensor, mask: Tensor) -> None:
+        self.index = {prompt: row for row, prompt in enumerate(prompts)}
+        self.embeddings = embeddings  # [P, L, E]
+        self.mask = mask  # [P, L] bool
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor([self.index[prompt] for prompt in prompts])
+        return self.embeddings[rows], self.mask[rows]
+
+
+class Family(ABC):
+    """One model family; its light facts (block stacks, pipeline classes) stand in `FAMILIES`.
+
+    Streams are named `image` and `text`.
+    """
+
+    name: str
+    transformer_class: type[nn.Module]
+
+    @property
+    def stacks(self) -> dict[str, str]:
+        """Attribute of each block ModuleList, in order of execution, to the config key that counts it."""
+        return FAMILIES[self.name].stacks
+
+    @abstractmethod
+    def forward_inputs(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        sigmas: Tensor,
+        size: tuple[int, int],
+    ) -> dict[str, Any]:
+        """Keyword arguments of the transformer's forward for packed noisy `latents` `[B, N, C]`.
+
+        `size` is the latents' height and width in packed tokens.
+        """
+
+    @abstractmethod
+    def encode_images(self, pipeline: DiffusionPipeline, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images in [-1, 1] `[B, 3, H, W]` to packed, normalised latents `[B, N, C]` and their size."""
+
+    @abstractmethod
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeddings:
+        """Embeddings of distinct `prompts`, padded to one length."""
+
+    @abstractmethod
+    def streams_in(self, stack: str, kwargs: dict[str, Any]) -> Streams:
+        """The streams among a block's keyword arguments."""
+
+    @abstractmethod
+    def streams_out(self, stack: str, output: Any) -> Streams:
+        """The streams in what a block returns."""
+
+    @abstractmethod
+    def masks(self, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
+        """Valid tokens `[B, tokens]` per stream of a forward's inputs; None where all are."""
+
+    @abstractmethod
+    def sampling_arguments(self, sampling: Any, batch_size: int) -> dict[str, Any]:
+        """`SamplingConfig` as keyword arguments of the pipeline for `batch_size` prompts."""
+
+    def blocks(self, transformer: nn.Module) -> dict[tuple[str, int], nn.Module]:
+        """Every block by (stack, index), in order of execution."""
+        return {
+            (stack, index): block
+            for stack in self.stacks
+            for index, block in enumerate(getattr(transformer, stack))
+        }
+
+    def training_batch(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        noise: Tensor,
+        sigmas: Tensor,
+        size: tuple[int, int],
+    ) -> TrainingBatch:
+        """Noise `latents` `[B, N, C]` at levels `sigmas` `[B]`, as a forward call and its target."""
+        noisy = flow_matching.interpolate(latents, noise, sigmas)
+        inputs = self.forward_inputs(noisy, prompt_embeds, prompt_mask, sigmas, size)
+        return TrainingBatch(inputs, flow_matching.velocity(latents, noise), sigmas)

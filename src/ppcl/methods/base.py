@@ -1,0 +1,45 @@
+"""What a method is: teacher and calibration data in, intervals out. Everything after is shared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ppcl.artifacts import Intervals, Probes
+from ppcl.config import MethodConfig
+from ppcl.data.batches import TrainingBatch
+from ppcl.families.base import Family
+
+
+@dataclass
+class Teacher:
+    """What a method may look at. `calibration` starts a fresh pass over the calibration set."""
+
+    family: Family
+    transformer: nn.Module
+    calibration: Callable[[], Iterable[TrainingBatch]]
+    probes: Callable[[], Probes]
+
+
+@dataclass
+class Detection:
+    """`scores` is written into the plan; `curves[stack][stream]` is `[M][M]`, None below the diagonal."""
+
+    intervals: Intervals
+    scores: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, dict[str, list[list[float | None]]]] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One way to choose intervals, configured by `MethodConfig`."""
+
+    def __init__(self, config: MethodConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def detect(self, teacher: Teacher) -> Detection:
+        """Look at the teacher and name the intervals."""

@@ -1,0 +1,68 @@
+"""The paper's baseline: remove the blocks whose single removal changes the model's output least."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.artifacts import Interval, Intervals
+from ppcl.methods.base import Detection, Method, Teacher
+from ppcl.ops.cka import centre, cka
+from ppcl.taps import BlockKey
+
+
+def runs_to_intervals(removed: list[int]) -> list[Interval]:
+    """Removed blocks as intervals: each run of them is stood for by the block just before it."""
+    intervals: list[Interval] = []
+    for index in sorted(removed):
+        if intervals and intervals[-1][1] == index - 1:
+            intervals[-1] = (intervals[-1][0], index)
+        else:
+            intervals.append((index - 1, index))
+    return intervals
+
+
+class CkaSensitivity(Method):
+    """Rank blocks by CKA(output, output without the block) and remove the `num_remove` highest.
+
+    Block 0 of a stack stays: no block before it could stand for it.
+    """
+
+    @torch.no_grad()
+    def detect(self, teacher: Teacher) -> Detection:
+        sums: dict[BlockKey, float] = {}
+        count = 0
+        for batch in teacher.calibration():
+            full = centre(teacher.transformer(**batch.inputs)[0])
+            count += len(full)
+            for stack in teacher.family.stacks:
+                blocks = getattr(teacher.transformer, stack)
+                for index in range(len(blocks)):
+                    similarity = self._without(teacher, stack, blocks, index, batch.inputs, full)
+                    sums[stack, index] = sums.get((stack, index), 0.0) + similarity
+        scores = {key: total / count for key, total in sums.items()}
+        last = self.config.last
+        candidates = [
+            (stack, index)
+            for stack, index in scores
+            if max(1, self.config.first + 1) <= index and (last is None or index <= last)
+        ]
+        assert self.config.num_remove is not None, "checked in config.check"
+        ranked = sorted(candidates, key=lambda key: -scores[key])[: self.config.num_remove]
+        intervals: Intervals = {
+            stack: runs_to_intervals([index for s, index in ranked if s == stack])
+            for stack in teacher.family.stacks
+        }
+        listed = {f"{stack}.{index}": score for (stack, index), score in scores.items()}
+        return Detection(intervals, {"cka_without": listed})
+
+    def _without(
+        self, teacher: Teacher, stack: str, blocks: nn.ModuleList, index: int, inputs: dict, full: Tensor
+    ) -> float:
+        rest = nn.ModuleList([block for i, block in enumerate(blocks) if i != index])
+        setattr(teacher.transformer, stack, rest)
+        try:
+            output = centre(teacher.transformer(**inputs)[0])
+        finally:
+            setattr(teacher.transformer, stack, blocks)
+        return cka(full, output, debiased=self.config.debiased).sum().item()

@@ -1,0 +1,174 @@
+"""PPCL's detection (paper Eq. 3-5, Algorithm 1 lines 4-15) and its ablations LP-a and LP-b.
+
+A chain of linear probes is one linear map, so the surrogate's output at k is T_u's output times a
+matrix: one teacher pass gives every cka(u, k), and no surrogate is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ppcl.artifacts import Interval, Intervals, Probes
+from ppcl.config import MethodConfig
+from ppcl.methods.base import Detection, Method, Teacher
+from ppcl.ops.cka import centre, cka, cka_of_linear_map
+from ppcl.taps import BlockCall, observe
+
+# cka[u][k] for u <= k; cka[u][u] = 1, where nothing is replaced yet.
+Curve = Callable[[int, int], float]
+
+
+def delta(curve: Curve, u: int, k: int) -> float:
+    """Eq. 4: how much similarity the k-th replacement costs."""
+    return -(curve(u, k) - curve(u, k - 1))
+
+
+def first_inflection(curve: Curve, u: int, last: int, min_length: int = 2) -> int:
+    """Eq. 5: the first k - 1 at which delta(u, k) > delta(u, k - 1), else `last`.
+
+    `min_length` L looks for it from k = u + L on; the paper's rule is L = 2.
+    """
+    for k in range(u + min_length, last + 1):
+        if delta(curve, u, k) > delta(curve, u, k - 1):
+            return k - 1
+    return last
+
+
+def last_above(curve: Curve, u: int, last: int, threshold: float) -> int:
+    """LP-a: the end of the run from u on whose cka stays at `threshold` or above; u where none does."""
+    v = u
+    while v < last and curve(u, v + 1) >= threshold:
+        v += 1
+    return v
+
+
+def find_intervals(curve: Curve, num_layers: int, config: MethodConfig) -> list[Interval]:
+    """Algorithm 1: walk from `first`, end each interval by the rule, go on behind it.
+
+    An interval whose surrogate's cka(u, v) lies below `min_cka` is left out and the walk goes on at
+    u + 1: this is where the gaps come from that Eq. 5 alone never leaves.
+    """
+    last = num_layers - 1 if config.last is None else min(config.last, num_layers - 1)
+    intervals: list[Interval] = []
+    u = config.first
+    while u < last:
+        if config.rule == "lp_a":
+            v = last_above(curve, u, last, config.threshold)
+        else:
+            v = first_inflection(curve, u, last, config.min_length)
+        if v - u + 1 < config.min_length or curve(u, v) < config.min_cka:
+            u += 1
+            continue
+        intervals.append((u, v))
+        u = v + 1
+    if config.rule == "lp_b":
+        return extend_ends(intervals, last, config.extend)
+    return intervals
+
+
+def extend_ends(intervals: Sequence[Interval], last: int, which: Sequence[int] | None) -> list[Interval]:
+    """LP-b: move v to v + 1 in the intervals numbered `which`, or in every one that has room.
+
+    Room is a block outside all intervals, or a successor of three blocks or more, which then starts
+    one later. (The paper prints overlapping sets; intervals that share a block cannot both be plugged in.)
+    """
+    result = list(intervals)
+    for number in range(len(result)) if which is None else which:
+        u, v = result[number]
+        following = result[number + 1] if number + 1 < len(result) else None
+        if v + 1 > last:
+            continue
+        if following is not None and following[0] == v + 1:
+            if following[1] - following[0] < 2:
+                continue
+            result[number + 1] = (following[0] + 1, following[1])
+        result[number] = (u, v + 1)
+    return result
+
+
+class SurrogateCurves:
+    """Means over samples and noise levels of cka(u, k) (Eq. 3), for every stack, stream and u <= k."""
+
+    def __init__(self, probes: Probes, num_layers: dict[str, int], *, debiased: bool) -> None:
+        self.num_layers, self.debiased = num_layers, debiased
+        self.maps = {key: self._map(weight) for key, weight in probes.weights.items()}
+        self.sums: dict[tuple[str, str], Tensor] = {}
+        self.count = 0
+
+    @staticmethod
+    def _map(weight: Tensor) -> Tensor:
+        """A probe as x -> x A with A = I + W^T; its bias is the same for all tokens, so centring drops it."""
+        return torch.eye(len(weight), dtype=torch.float64) + weight.T.double()
+
+    @torch.no_grad()
+    def add(self, outputs: dict[tuple[str, int], dict[str, Tensor]], masks: dict[str, Tensor | None]) -> None:
+        """Block outputs `[B, tokens, D]` of one batch, by (stack, index) and stream."""
+        for (stack, u), streams in outputs.items():
+            for stream, features in streams.items():
+                mask = masks[stream]
+                row = self._row(stack, u, stream, features, mask)
+                total = self.sums.setdefault(
+                    (stack, stream), torch.full((self.num_layers[stack],) * 2, torch.nan, dtype=torch.float64)
+                )
+                total[u, u:] = torch.nan_to_num(total[u, u:]) + row
+        self.count += len(next(iter(next(iter(outputs.values())).values())))
+
+    def _row(self, stack: str, u: int, stream: str, features: Tensor, mask: Tensor | None) -> Tensor:
+        centred = centre(features.double(), mask)  # [B, T, D]
+        tokens = None if mask is None else mask.sum(dim=1)
+        # Covariances D x D where tokens outnumber features, else the tokens themselves.
+        covariance = None
+        if not self.debiased and centred.shape[1] >= centred.shape[2]:
+            covariance = centred.mT @ centred
+        chain = torch.eye(centred.shape[2], dtype=torch.float64, device=centred.device)
+        values = [float(len(features))]
+        for k in range(u + 1, self.num_layers[stack]):
+            chain = chain @ self.maps[f"{stack}.{k}.{stream}"].to(centred.device)
+            if covariance is not None:
+                similarity = cka_of_linear_map(covariance, chain)
+            else:
+                similarity = cka(centred, centred @ chain, tokens, debiased=self.debiased)
+            values.append(similarity.sum().item())
+        return torch.tensor(values, dtype=torch.float64)
+
+    def mean(self, stack: str, stream: str) -> Tensor:
+        """cka `[M, M]` of a stream, or the mean of all streams; NaN below the diagonal."""
+        chosen = [total for (s, name), total in self.sums.items() if s == stack and stream in (name, "mean")]
+        return torch.stack(chosen).mean(dim=0) / self.count
+
+
+class Ppcl(Method):
+    """Rules `lp`, `lp_a` and `lp_b`."""
+
+    def detect(self, teacher: Teacher) -> Detection:
+        layers = {stack: len(getattr(teacher.transformer, stack)) for stack in teacher.family.stacks}
+        curves = SurrogateCurves(teacher.probes(), layers, debiased=self.config.debiased)
+        for batch in teacher.calibration():
+            outputs: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+            def keep(call: BlockCall, outputs: dict = outputs) -> None:
+                outputs[call.key] = call.outputs
+
+            with torch.no_grad():
+                observe(teacher.family, teacher.transformer, batch.inputs, keep)
+            curves.add(outputs, teacher.family.masks(batch.inputs))
+        intervals: Intervals = {}
+        scores: dict[str, dict[str, float]] = {}
+        for stack, count in layers.items():
+            table = curves.mean(stack, self.config.stream)
+
+            def curve(u: int, k: int, table: Tensor = table) -> float:
+                return table[u, k].item()
+
+            intervals[stack] = find_intervals(curve, count, self.config)
+            scores[stack] = {f"{u}-{v}": curve(u, v) for u, v in intervals[stack]}
+        streams = sorted({name for _, name in curves.sums}) + ["mean"]
+        nested = {stack: {name: _rows(curves.mean(stack, name)) for name in streams} for stack in layers}
+        return Detection(intervals, {"cka": scores}, nested)
+
+
+def _rows(table: Tensor) -> list[list[float | None]]:
+    return [[None if value != value else value for value in row] for row in table.tolist()]

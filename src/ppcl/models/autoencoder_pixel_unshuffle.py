@@ -1,0 +1,67 @@
+"""A lossless autoencoder: pixels rearranged into channels, behind the interface of a video VAE.
+
+`QwenImagePipeline` asks of its VAE `temperal_downsample` (diffusers' spelling), `config.z_dim`,
+`config.latents_mean`, `config.latents_std`, and `encode` / `decode` on `[B, C, T, H, W]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class PointDistribution:
+    """A latent distribution without spread: what a lossless encoder returns."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def mode(self) -> Tensor:
+        return self.value
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.value
+
+
+class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):
+    """Space-to-depth by `factor`; `decode(encode(x))` equals `x` bit for bit."""
+
+    @register_to_config
+    def __init__(
+        self,
+        factor: int = 2,
+        z_dim: int = 12,
+        latents_mean: tuple[float, ...] = (0.0,) * 12,
+        latents_std: tuple[float, ...] = (1.0,) * 12,
+    ) -> None:
+        super().__init__()
+        if z_dim != 3 * factor**2 or factor & (factor - 1):
+            raise ValueError(f"z_dim={z_dim} must be 3 * factor**2 and factor={factor} a power of 2.")
+        self.temperal_downsample = [False] * (factor.bit_length() - 1)
+        # A model without any tensor has no dtype and no file; this one says what pixels are divided by.
+        self.register_buffer("pixel_scale", torch.ones(1))
+
+    def encode(
+        self, x: Float[Tensor, "batch 3 1 height width"], return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[PointDistribution]:
+        latents = F.pixel_unshuffle(x[:, :, 0] / self.pixel_scale, self.config.factor)
+        posterior = PointDistribution(latents.unsqueeze(2))  # [B, z_dim, 1, H/f, W/f]
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(
+        self, z: Float[Tensor, "batch z_dim 1 height width"], return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        pixels = F.pixel_shuffle(z[:, :, 0], self.config.factor) * self.pixel_scale
+        sample = pixels.unsqueeze(2)  # [B, 3, 1, H, W]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+# A saved pipeline names this class by its module, and diffusers loads it where that module is
+# imported: `import ppcl` is then all that a loader needs.
+AutoencoderPixelUnshuffle.__module__ = "ppcl"

@@ -1,0 +1,43 @@
+"""Ridge-damped least squares from streamed normal equations (paper Eq. 1), accumulated in float64."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class NormalEquations:
+    """X^T X and X^T Y of everything added, with a column of ones for the bias.
+
+    Holds (D + 1) x (D + 1) and (D + 1) x E numbers, however many samples pass through.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        self.gram = torch.zeros(dim_in + 1, dim_in + 1, dtype=torch.float64)
+        self.cross = torch.zeros(dim_in + 1, dim_out, dtype=torch.float64)
+
+    def add(self, x: Float[Tensor, "samples dim_in"], y: Float[Tensor, "samples dim_out"]) -> None:
+        x = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], dim=1)
+        self.gram += x.T @ x
+        self.cross += x.T @ y.double()
+
+    def solve(
+        self, *, ridge: float, bias: bool = True
+    ) -> tuple[Float[Tensor, "dim_out dim_in"], Float[Tensor, " dim_out"]]:
+        """Weight and bias of y = x W^T + b that minimise the squared error.
+
+        `ridge` is relative to the mean diagonal of X^T X and never damps the bias.
+        """
+        size = len(self.gram) if bias else len(self.gram) - 1
+        gram, cross = self.gram[:size, :size].clone(), self.cross[:size]
+        dim_in = len(self.gram) - 1
+        damping = ridge * gram.diagonal()[:dim_in].mean()
+        gram.diagonal()[:dim_in] += damping
+        if ridge > 0:
+            solution = torch.linalg.solve(gram, cross)
+        else:  # may be rank-deficient: the minimum-norm solution, as of a plain lstsq
+            solution = torch.linalg.pinv(gram, hermitian=True) @ cross
+        weight = solution[:dim_in].T.contiguous()
+        offset = solution[dim_in] if bias else weight.new_zeros(len(weight))
+        return weight, offset

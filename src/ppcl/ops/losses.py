@@ -1,0 +1,44 @@
+"""Distillation losses (paper Eq. 6): direction of features per token, magnitude left free."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / mask.sum()
+
+
+def direction_loss(
+    student: Float[Tensor, "batch tokens dim"],
+    teacher: Float[Tensor, "batch tokens dim"],
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean over valid tokens of ||s/||s|| - t/||t|| ||^2, in float32; lies in [0, 4]."""
+    difference = F.normalize(student.float(), dim=-1) - F.normalize(teacher.float(), dim=-1)
+    return _mean_over_tokens(difference.square().sum(dim=-1), mask)
+
+
+def magnitude_loss(
+    student: Float[Tensor, "batch tokens dim"],
+    teacher: Float[Tensor, "batch tokens dim"],
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean over valid tokens of (log ||s|| - log ||t||)^2: what `direction_loss` cannot see."""
+    ratio = student.float().norm(dim=-1).log() - teacher.float().norm(dim=-1).log()
+    return _mean_over_tokens(ratio.square(), mask)
+
+
+@torch.no_grad()
+def norm_ratio(
+    student: Float[Tensor, "batch tokens dim"],
+    teacher: Float[Tensor, "batch tokens dim"],
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean over valid tokens of ||s|| / ||t||; 1 where magnitudes agree."""
+    return _mean_over_tokens(student.float().norm(dim=-1) / teacher.float().norm(dim=-1), mask)

@@ -1,0 +1,143 @@
+"""Every picture of a report: curves, similarity maps, the quality plot and the contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from ppcl.artifacts import Interval, atomic_path
+
+INK, GRID = "#22303c", "#dfe5ea"
+PALETTE = ("#0b6e99", "#d9730d", "#5a8f3d", "#a0408a", "#8a6d3b", "#3d5a8f")
+mpl.rcParams.update(
+    {
+        "font.size": 10,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "axes.grid": True,
+        "grid.color": GRID,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+
+
+def interval_curves(path: Path, curve: list[list[float | None]], intervals: list[Interval]) -> None:
+    """cka(u, k) and delta(u, k) along k for every detected u; the end v is marked."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    for number, (u, v) in enumerate(intervals):
+        row = np.array([np.nan if value is None else value for value in curve[u]], dtype=float)
+        stop = min(v + 2, len(row) - 1)  # one block past the end shows why it ended
+        ks = np.arange(u, stop + 1)
+        color = PALETTE[number % len(PALETTE)]
+        top.plot(ks, row[ks], "o-", color=color, markersize=3, linewidth=1.4)
+        top.plot(v, row[v], "o", color=color, markersize=8, markerfacecolor="white")
+        drops = -np.diff(row[ks])
+        bottom.plot(ks[1:], drops, "o-", color=color, markersize=3, linewidth=1.4)
+        bottom.plot(v, drops[v - u - 1], "o", color=color, markersize=8, markerfacecolor="white")
+        for axis in (top, bottom):
+            axis.axvspan(u - 0.4, v + 0.4, color=color, alpha=0.08, linewidth=0)
+    top.set_ylabel("cka(u, k)")
+    bottom.set_ylabel("delta(u, k)")
+    bottom.set_xlabel("block k (open circle: v, the end of an interval)")
+    bottom.set_xlim(-0.6, len(curve) - 0.4)
+    top.set_title("Similarity of the probe surrogate, one line per interval", loc="left", color=INK)
+    _save(figure, path)
+
+
+def similarity_maps(path: Path, maps: dict[str, list[list[float]]]) -> None:
+    """CKA between every two blocks' outputs, a panel per stream."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(4.6 * len(maps), 4.2), squeeze=False)
+    lowest = min(min(min(row) for row in table) for table in maps.values())
+    for axis, (stream, table) in zip(axes[0], maps.items(), strict=True):
+        drawn = axis.imshow(table, origin="lower", cmap="viridis", vmin=lowest, vmax=1.0)
+        axis.set(title=f"{stream} stream", xlabel="block", ylabel="block")
+        axis.grid(visible=False)
+    figure.colorbar(drawn, ax=list(axes[0]), label="CKA", shrink=0.85)
+    _save(figure, path)
+
+
+def quality_against_size(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Overall score against the share of the teacher's parameters, a point per variant."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    for number, row in enumerate(rows):
+        x, y = 100 * row["params_ratio"], row["scores"]["overall"]
+        axis.plot(x, y, "o", color=PALETTE[number % len(PALETTE)], markersize=9)
+        right = x > 85
+        axis.annotate(
+            row["name"],
+            (x, y),
+            xytext=(-10 if right else 10, 0),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="center",
+            color=INK,
+        )
+    axis.set(xlabel="parameters, % of the teacher", ylabel="overall score", ylim=(-0.05, 1.05))
+    axis.margins(x=0.12)
+    _save(figure, path)
+
+
+def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None:
+    """Held-out loss of every interval before and after distillation."""
+    figure, axis = plt.subplots(figsize=(6.4, 0.6 + 0.42 * len(losses)))
+    names = list(losses)[::-1]
+    before = [losses[name]["heldout_before"] for name in names]
+    after = [losses[name]["heldout_loss"] for name in names]
+    axis.hlines(range(len(names)), after, before, color=GRID, linewidth=5)
+    axis.plot(before, range(len(names)), "o", color=PALETTE[1], label="block u as it is")
+    axis.plot(after, range(len(names)), "o", color=PALETTE[0], label="after distillation")
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="held-out distillation loss (Eq. 6)", xscale="log")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    _save(figure, path)
+
+
+def contact_sheet(
+    path: Path, rows: dict[str, list[Image.Image]], captions: list[str], good: dict[str, list[bool]]
+) -> None:
+    """One row per variant, one column per prompt; a picture that fails its prompt has a dim red frame."""
+    figure, axes = plt.subplots(
+        len(rows), len(captions), figsize=(1.12 * len(captions) + 1.3, 1.15 * len(rows) + 1.0), squeeze=False
+    )
+    for axis_row, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image, right in zip(axis_row, images, good[name], strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            for spine in axis.spines.values():
+                spine.set(
+                    visible=True, color="#9aa7b1" if right else "#c0392b", linewidth=0.8 if right else 2
+                )
+        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=9)
+    for axis, caption in zip(axes[0], captions, strict=True):
+        axis.set_title(_wrap(caption), fontsize=7, color=INK)
+    _save(figure, path)
+
+
+def _wrap(caption: str, width: int = 15) -> str:
+    lines = [""]
+    for word in caption.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)

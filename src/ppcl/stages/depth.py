@@ -1,0 +1,301 @@
+"""Stage 1.3: one student block per interval, distilled from the teacher's own activations (Eq. 6-7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ppcl.artifacts import Header, Interval, Intervals, Plug, is_current, plug_name
+from ppcl.config import DistillConfig
+from ppcl.data.batches import StepLoader, TrainingBatch
+from ppcl.errors import UsageError
+from ppcl.families.base import Family
+from ppcl.ops.losses import direction_loss, magnitude_loss, norm_ratio
+from ppcl.stages.run import Run
+from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit
+from ppcl.surgery.depth import Plugboard, student_block
+from ppcl.taps import BlockCall, BlockKey, Streams, observe
+
+_AVERAGE_DECAY = 0.98
+
+
+def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals:
+    """The intervals called `names` (`transformer_blocks.3-5`, or `3-5` where that is plain); None for all."""
+    if names is None:
+        return intervals
+    every = {plug_name(stack, pair): (stack, pair) for stack, pairs in intervals.items() for pair in pairs}
+    chosen: Intervals = {}
+    for name in names:
+        matches = [full for full in every if full == name or full.endswith(f".{name}")]
+        if len(matches) != 1:
+            raise UsageError(
+                f"distill.intervals={name} is not one of this run's intervals: {', '.join(every)}."
+            )
+        stack, pair = every[matches[0]]
+        chosen.setdefault(stack, []).append(pair)
+    return {stack: sorted(pairs) for stack, pairs in chosen.items()}
+
+
+class DepthDistillation(L.LightningModule):
+    """Trains the students of `intervals` against a frozen teacher.
+
+    Parallel mode: the teacher runs once without gradient; as soon as it has passed block v, the
+    student of [u, v] is called with the very arguments block u was called with, its loss is
+    back-propagated and its graph freed, so one interval's graph exists at a time. Nothing is shared
+    between students, so any subset trains to the same weights. The teacher stops after the last v.
+
+    Sequential mode (the paper's ablation): students are fed by the chain of students instead.
+
+    The teacher is held outside the module tree: it is neither saved, moved by Lightning, nor trained.
+    """
+
+    def __init__(
+        self, family: Family, teacher: nn.Module, intervals: Intervals, config: DistillConfig
+    ) -> None:
+        super().__init__()
+        self._teacher = (teacher,)
+        self.family, self.config = family, config
+        self.automatic_optimization = False
+        self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]
+        self.students = nn.ModuleDict(
+            {
+                self._key(stack, pair): student_block(list(getattr(teacher, stack)), pair, config.init)
+                for stack, pair in self.pairs
+            }
+        )
+        self.register_buffer("average_losses", torch.zeros(len(self.pairs)))
+        self.register_buffer("average_steps", torch.zeros(()))
+        if config.mode == "sequential":
+            students = {plug_name(stack, pair): self.student(stack, pair) for stack, pair in self.pairs}
+            self._board = (Plugboard(family, teacher, intervals, students),)
+
+    @staticmethod
+    def _key(stack: str, pair: Interval) -> str:
+        return plug_name(stack, pair).replace(".", ":")  # ModuleDict keys hold no dot
+
+    def student(self, stack: str, pair: Interval) -> nn.Module:
+        return self.students[self._key(stack, pair)]
+
+    def setup(self, stage: str) -> None:
+        self._teacher[0].to(self.device).eval()
+
+    @property
+    def last(self) -> BlockKey:
+        """The block after which the teacher has nothing left to teach."""
+        stack, (_, v) = self.pairs[-1]
+        return stack, v
+
+    def losses(
+        self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """`loss` (Eq. 6, image + text) and what is logged beside it."""
+        terms: dict[str, Tensor] = {}
+        for stream, target in teacher.items():
+            arguments = student[stream], target, masks[stream]
+            terms[stream] = direction_loss(*arguments)
+            if self.config.magnitude_weight:
+                terms[f"{stream}_magnitude"] = self.config.magnitude_weight * magnitude_loss(*arguments)
+            terms[f"{stream}_norm_ratio"] = norm_ratio(*arguments)
+        terms["loss"] = torch.stack([v for k, v in terms.items() if not k.endswith("ratio")]).sum()
+        return terms
+
+    def _call_student(self, stack: str, pair: Interval, kwargs: dict[str, Any]) -> Streams:
+        block = self.student(stack, pair)
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            output = checkpoint(partial(block, **kwargs), use_reentrant=False)
+        else:
+            output = block(**kwargs)
+        return self.family.streams_out(stack, output)
+
+    def teacher_pass(self, batch: TrainingBatch, visit: Any) -> None:
+        """Run the teacher up to `last`; at each v call `visit(number, student's streams, teacher's, masks)`.
+
+        `visit` runs inside the pass: what it does not keep is freed before the next block.
+        """
+        starts = {(stack, pair[0]): number for number, (stack, pair) in enumerate(self.pairs)}
+        ends = {(stack, pair[1]): number for number, (stack, pair) in enumerate(self.pairs)}
+        masks = self.family.masks(batch.inputs)
+        waiting: dict[int, dict[str, Any]] = {}
+        gradients = torch.is_grad_enabled()
+
+        def on_block(call: BlockCall) -> None:
+            if call.key in starts:
+                waiting[starts[call.key]] = call.kwargs
+            if call.key in ends:
+                number = ends[call.key]
+                with torch.set_grad_enabled(gradients):
+                    student = self._call_student(*self.pairs[number], waiting.pop(number))
+                    visit(number, student, call.outputs, masks)
+
+        with torch.no_grad():
+            observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        optimizer: Any = self.optimizers()
+        if self.config.mode == "parallel":
+            logged = self._parallel_step(batch)
+        else:
+            logged = self._sequential_step(batch)
+        if self.config.max_grad_norm is not None:
+            for student in self.students.values():  # each its own, or the intervals would be coupled
+                nn.utils.clip_grad_norm_(student.parameters(), self.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()
+        losses = torch.stack([terms["loss"] for terms in logged])
+        self.average_steps += 1
+        self.average_losses.lerp_(losses, 1 - _AVERAGE_DECAY)
+        self.log("depth/loss", losses.sum(), prog_bar=True, batch_size=len(batch.sigmas))
+        for (stack, pair), terms in zip(self.pairs, logged, strict=True):
+            name = plug_name(stack, pair)
+            self.log_dict({f"depth/{name}/{k}": v for k, v in terms.items()}, batch_size=len(batch.sigmas))
+        total = losses.sum()
+        if not torch.isfinite(total):
+            raise UsageError(
+                f"distill.lr={self.config.lr} made the loss {total.item()} at step {self.global_step}; lower it. "
+                "The last checkpoint is intact."
+            )
+        return total
+
+    def _parallel_step(self, batch: TrainingBatch) -> list[dict[str, Tensor]]:
+        logged: list[dict[str, Tensor]] = [{} for _ in self.pairs]
+
+        def learn(number: int, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]) -> None:
+            terms = self.losses(student, teacher, masks)
+            self.manual_backward(terms["loss"])
+            logged[number] = {key: value.detach() for key, value in terms.items()}
+
+        self.teacher_pass(batch, learn)
+        return logged
+
+    def _sequential_step(self, batch: TrainingBatch) -> list[dict[str, Tensor]]:
+        board = self._board[0]
+        masks = self.family.masks(batch.inputs)
+        ends = {(stack, pair[1]) for stack, pair in self.pairs}
+        targets: list[Streams] = []
+
+        def keep_target(call: BlockCall) -> None:
+            if call.key in ends:
+                targets.append(call.outputs)
+
+        board()
+        with torch.no_grad():
+            observe(self.family, board.transformer, batch.inputs, keep_target, last=self.last)
+        board.all()
+        starts = [(stack, board.kept[stack].index(pair[0])) for stack, pair in self.pairs]
+        outputs: list[Streams] = []
+
+        def keep_output(call: BlockCall) -> None:
+            if call.key in starts:
+                outputs.append(call.outputs)
+
+        observe(self.family, board.transformer, batch.inputs, keep_output, last=starts[-1])
+        board()
+        logged = [
+            self.losses(student, target, masks) for student, target in zip(outputs, targets, strict=True)
+        ]
+        self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
+        return [{key: value.detach() for key, value in terms.items()} for terms in logged]
+
+    @torch.no_grad()
+    def heldout(self, batches: Iterable[TrainingBatch]) -> list[dict[str, float]]:
+        """Mean losses and norm ratios per interval with the teacher's inputs, without training."""
+        sums: list[dict[str, float]] = [{} for _ in self.pairs]
+        count = 0
+
+        def add(number: int, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]) -> None:
+            for key, value in self.losses(student, teacher, masks).items():
+                sums[number][key] = sums[number].get(key, 0.0) + value.item()
+
+        for batch in batches:
+            self.teacher_pass(batch, add)
+            count += 1
+        return [{key: value / count for key, value in terms.items()} for terms in sums]
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            self.students.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        factor = partial(
+            cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio
+        )
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+
+
+def plug_header(run: Run, stack: str, pair: Interval) -> Header:
+    """What one student is made from; parallel students do not depend on one another."""
+    settings = asdict(run.config.distill)
+    for key in ("intervals", "checkpoint_every", "gradient_checkpointing"):
+        del settings[key]  # none of them changes the weights
+    made_from = {
+        "model": run.model_identity,
+        "stack": stack,
+        "interval": list(pair),
+        "distill": settings,
+        "precision": run.config.trainer.precision,
+        "data": asdict(run.config.data),
+    }
+    if run.config.distill.mode == "sequential":
+        made_from["chain"] = {s: [list(p) for p in pairs] for s, pairs in run.intervals.items()}
+    return Header("ppcl.plug", made_from)
+
+
+def run(run: Run) -> None:
+    config, folder = run.config.distill, run.folder / "plugs"
+    chosen = select_intervals(run.intervals, config.intervals)
+    missing: Intervals = {}
+    for stack, pairs in chosen.items():
+        for pair in pairs:
+            record = folder / f"{plug_name(stack, pair)}.json"
+            if not is_current(record, plug_header(run, stack, pair)):
+                missing.setdefault(stack, []).append(pair)
+    if not missing:
+        run.say("depth", f"reused {folder}")
+        return
+    if config.mode == "sequential":
+        missing = chosen  # a chain trains as one
+    header = Header("ppcl.depth", plug_header(run, "", (0, 0)).made_from | {"intervals": missing})
+    # Two jobs that train different intervals may share a run's folder, but not a checkpoint.
+    names = [plug_name(stack, pair) for stack, pairs in missing.items() for pair in pairs]
+    checkpoints = folder / f"checkpoint-{names[0]}-and-{len(names) - 1}-more"
+    check_resumable(checkpoints, header)
+    stream = run.stream(run.config.data.train_seed, config.batch_size)
+    module = DepthDistillation(run.family, run.pipeline.transformer, missing, config)
+    heldout = run.stream(run.config.data.calibration_seed, max(config.batch_size, 16))
+
+    def measure(description: str) -> list[dict[str, float]]:
+        steps = track(range(4), description, console=run.console, transient=True)
+        module.to(run.device).setup("fit")
+        return module.heldout(run.to_device(heldout(step)) for step in steps)
+
+    before = measure("before distillation")
+    fit(run, "depth", module, StepLoader(stream, config.steps), checkpoints, header, config.checkpoint_every)
+    after = measure("after distillation")
+    for number, (stack, pair) in enumerate(module.pairs):
+        losses = {
+            "train": module.average_losses[number].item(),
+            "heldout_before": before[number]["loss"],
+            **{f"heldout_{key}": value for key, value in after[number].items()},
+        }
+        state = {key: value.detach().cpu() for key, value in module.student(stack, pair).state_dict().items()}
+        plug = Plug(plug_header(run, stack, pair), stack, pair, state, losses)
+        plug.save(folder)
+        run.say(
+            "depth",
+            f"{plug.name}: held-out loss {losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}",
+        )
+    discard_checkpoint(checkpoints)
+    run.say("depth", f"wrote {len(module.pairs)} plugs to {folder}")

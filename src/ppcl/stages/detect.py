@@ -1,0 +1,80 @@
+"""Stage 1.2: runs the configured method and writes its plan, curves and similarity maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from ppcl.artifacts import Probes, PruningPlan, is_current, write_json
+from ppcl.data.batches import TrainingBatch
+from ppcl.families.base import Family
+from ppcl.methods import get_method
+from ppcl.methods.base import Teacher
+from ppcl.ops.cka import centre
+from ppcl.report import plots
+from ppcl.stages.plan import show
+from ppcl.stages.run import Run
+from ppcl.surgery.count import count_parameters
+from ppcl.taps import BlockCall, observe
+
+
+@torch.no_grad()
+def similarity_maps(
+    family: Family, transformer: torch.nn.Module, batch: TrainingBatch
+) -> dict[str, list[list[float]]]:
+    """CKA between every two blocks' outputs, per stream (paper Fig. 5), averaged over the batch."""
+    masks = family.masks(batch.inputs)
+    grams: dict[str, list[Tensor]] = {}
+
+    def on_block(call: BlockCall) -> None:
+        for stream, features in call.outputs.items():
+            centred = centre(features.double(), masks[stream])
+            gram = centred @ centred.mT  # [B, N, N]
+            unit = gram / gram.square().sum(dim=(1, 2), keepdim=True).sqrt()
+            grams.setdefault(stream, []).append(unit.flatten(1))
+
+    observe(family, transformer, batch.inputs, on_block)
+    maps = {}
+    for stream, units in grams.items():
+        stacked = torch.stack(units, dim=1)  # [B, M, N * N]
+        maps[stream] = (stacked @ stacked.mT).mean(dim=0).tolist()
+    return maps
+
+
+def run(run: Run) -> None:
+    method = run.config.method
+    made_from = {"detection": run.probe_settings, "method": asdict(method)}
+    plan = PruningPlan(run.config.model.family, run.num_layers, {}, made_from)
+    if is_current(run.plan_path, plan.header()):
+        run.say("detect", f"reused {run.plan_path}")
+        show(run, PruningPlan.load(run.plan_path))
+        return
+    stream = run.stream(run.config.data.calibration_seed, method.batch_size)
+
+    def calibration() -> Iterator[TrainingBatch]:
+        passes = -(-method.num_samples // method.batch_size) * method.num_timesteps
+        batches = stream.calibration(method.num_samples, method.num_timesteps)
+        for batch in track(batches, "simulation", passes, console=run.console, transient=True):
+            yield run.to_device(batch)
+
+    teacher = Teacher(
+        run.family, run.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder)
+    )
+    found = get_method(method).detect(teacher)
+    middle = list(stream.calibration(min(method.num_samples, method.batch_size), 2))[-1]
+    maps = similarity_maps(run.family, run.pipeline.transformer, run.to_device(middle))
+    plan.intervals = found.intervals
+    plan.scores = found.scores
+    plan.parameters = count_parameters(run.family, run.config.model.arch, found.intervals)
+    folder = run.plan_path.parent
+    write_json(folder / "curves.json", {"method": method.name, "cka": found.curves, "similarity": maps})
+    for stack, curves in found.curves.items():
+        plots.interval_curves(folder / f"curves_{stack}.png", curves[method.stream], found.intervals[stack])
+    plots.similarity_maps(folder / "similarity.png", maps)
+    plan.save(run.plan_path)
+    show(run, plan)
+    run.say("detect", f"wrote {folder}")

@@ -1,0 +1,134 @@
+"""Scores the pictures of every variant and measures what a denoising step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.table import Table
+
+from ppcl.artifacts import Header, is_current, read_json, write_json
+from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
+from ppcl.benchmarks.shapes import evaluation_scenes, score
+from ppcl.errors import UsageError
+from ppcl.stages.generate import image_folder
+from ppcl.stages.plan import billions
+from ppcl.stages.run import Run
+from ppcl.stages.variants import make_board
+
+
+def _denoising_step(run: Run) -> dict[str, Any]:
+    """Inputs of one forward at batch 1 for the configured resolution."""
+    sampling = run.config.model.sampling
+    images = torch.zeros(1, 3, sampling.height, sampling.width)
+    latents, size = run.family.encode_images(run.pipeline, images)
+    prompts = run.family.encode_prompts(run.pipeline, ["a red circle and a blue square"])
+    embeddings, mask = prompts(["a red circle and a blue square"])
+    sigmas = torch.full((1,), 0.5).to(latents)
+    return run.to_device(run.family.forward_inputs(latents, embeddings, mask, sigmas, size))
+
+
+def _measure(
+    run: Run, names: list[str], board: Any, arrange: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    inputs = _denoising_step(run)
+    passes = 2 if run.config.model.sampling.true_cfg_scale > 1 else 1
+    transformer = run.pipeline.transformer
+
+    def step(name: str) -> Callable[[], None]:
+        def denoise() -> None:
+            arrange(name)
+            with torch.inference_mode():
+                for _ in range(passes):
+                    transformer(**inputs)
+
+        return denoise
+
+    latency = interleaved_latency_ms(
+        {name: step(name) for name in names}, run.config.benchmark.latency_repeats
+    )
+    measured = {}
+    for name in names:
+        arrange(name)
+        params = sum(parameter.numel() for parameter in transformer.parameters())
+        resident = sum(p.numel() * p.element_size() for p in transformer.parameters())
+        layers = sum(len(kept) for kept in board.kept.values())
+        measured[name] = {
+            "num_layers": layers,
+            "params": params,
+            "latency_ms": latency[name],
+            "peak_memory_mb": peak_memory_mb(step(name), resident, run.device),
+        }
+    return measured
+
+
+def run(run: Run) -> None:
+    board, variants, _ = make_board(run)
+    scenes = evaluation_scenes(run.config.data.eval_seed, run.config.benchmark.prompts_per_category)
+    headers = {}
+    for variant in variants:
+        manifest = image_folder(run, variant.name) / "manifest.json"
+        if not manifest.exists():
+            raise UsageError(
+                f"{manifest} does not exist: run stages=[generate] for variant {variant.name} first."
+            )
+        images = read_json(manifest, "The image manifest")["fingerprint"]
+        headers[variant.name] = Header("ppcl.scores", {"images": images})
+    records = {name: run.folder / "scores" / f"{name}.json" for name in headers}
+    if all(is_current(records[name], header) for name, header in headers.items()):
+        run.say("evaluate", f"reused {run.folder / 'scores'}")
+    else:
+        by_name = {variant.name: variant for variant in variants}
+
+        def arrange(name: str) -> None:
+            board.arrange(students=by_name[name].students, removed=by_name[name].removed)
+
+        measured = _measure(run, list(headers), board, arrange)
+        board()
+        for name, header in headers.items():
+            folder = image_folder(run, name)
+            images = [
+                np.asarray(Image.open(folder / f"{number:05d}.png").convert("RGB"))
+                for number in range(len(scenes))
+            ]
+            body = measured[name] | {
+                "scores": score(scenes, images),
+                "students": by_name[name].students,
+                "removed": by_name[name].removed,
+            }
+            write_json(records[name], header.to_json() | {"name": name} | body)
+    show(run, [read_json(record, "The scores") for record in records.values()])
+
+
+def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add `params_ratio` and `drop_percent` (R.: relative loss of overall) against the teacher's row."""
+    base = next((row for row in rows if row["name"] == "teacher"), None)
+    if base is None:
+        raise UsageError("a comparison needs the teacher: add it to generate.variants.")
+    compared = []
+    for row in rows:
+        overall = base["scores"]["overall"]
+        # A teacher that scores nothing has nothing to lose; JSON has no NaN.
+        drop = 100 * (overall - row["scores"]["overall"]) / overall if overall else 0.0
+        compared.append(row | {"params_ratio": row["params"] / base["params"], "drop_percent": drop})
+    return compared
+
+
+def show(run: Run, rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("variant", "blocks", "params", "overall", "drop %", "ms/step", "peak MB"):
+        table.add_column(title, justify="left" if title == "variant" else "right")
+    for row in compare(rows):
+        table.add_row(
+            row["name"],
+            str(row["num_layers"]),
+            billions(row["params"]),
+            f"{row['scores']['overall']:.3f}",
+            f"{row['drop_percent']:.1f}",
+            f"{row['latency_ms']:.1f}",
+            f"{row['peak_memory_mb']:.1f}",
+        )
+    run.console.print(table)

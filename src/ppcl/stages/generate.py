@@ -1,0 +1,103 @@
+"""Draws every variant with the same prompts, seeds and settings through the stock diffusers pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from ppcl.artifacts import Header, atomic_path, is_current, write_json
+from ppcl.benchmarks.shapes import evaluation_scenes
+from ppcl.config import read_prompts
+from ppcl.stages.run import Run
+from ppcl.stages.variants import Variant, make_board
+
+
+def prompts_of(run: Run) -> list[str]:
+    """The prompt file's lines, or the benchmark's prompts."""
+    if run.config.generate.prompt_file:
+        return read_prompts(Path(run.config.generate.prompt_file))
+    scenes = evaluation_scenes(run.config.data.eval_seed, run.config.benchmark.prompts_per_category)
+    return [scene.caption for scene in scenes]
+
+
+def image_folder(run: Run, variant: str) -> Path:
+    """Where a variant's pictures lie; prompts of a file never mix with the benchmark's."""
+    return run.folder / "images" / ("prompts" if run.config.generate.prompt_file else "shapes") / variant
+
+
+def draw(run: Run, pipeline: Any, prompts: Sequence[str], numbers: Sequence[int]) -> list[Any]:
+    """PIL pictures of `prompts`; picture number n starts from the noise of seed + n, however batched."""
+    generators = [torch.Generator().manual_seed(run.config.seed + number) for number in numbers]
+    arguments = run.family.sampling_arguments(run.config.model.sampling, len(prompts))
+    return pipeline(prompt=list(prompts), generator=generators, **arguments).images
+
+
+def save_image(image: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def _draw_variant(run: Run, variant: Variant, prompts: list[str], header: Header, progress: Progress) -> int:
+    folder = image_folder(run, variant.name)
+    size = run.config.generate.batch_size
+    # The manifest in progress says whose pictures these are; renamed when all are there.
+    unfinished = folder / "unfinished.json"
+    is_current(unfinished, header)
+    write_json(unfinished, header.to_json())
+    task = progress.add_task(variant.name, total=len(prompts))
+    drawn = 0
+    for start in range(0, len(prompts), size):
+        numbers = range(start, min(start + size, len(prompts)))
+        paths = [folder / f"{number:05d}.png" for number in numbers]
+        if not all(path.exists() for path in paths):
+            batch = [prompts[number] for number in numbers]
+            for image, path in zip(draw(run, run.pipeline, batch, numbers), paths, strict=True):
+                save_image(image, path)
+            drawn += len(paths)
+        progress.advance(task, len(paths))
+    with atomic_path(folder / "prompts.jsonl") as temporary:
+        lines = (
+            json.dumps({"image": f"{n:05d}.png", "prompt": prompt, "seed": run.config.seed + n})
+            for n, prompt in enumerate(prompts)
+        )
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(folder / "manifest.json", header.to_json() | {"num_images": len(prompts)})
+    unfinished.unlink()
+    return drawn
+
+
+def variant_header(run: Run, variant: Variant, plugs: dict[str, Any], prompts: list[str]) -> Header:
+    return Header(
+        "ppcl.images",
+        {
+            "model": run.model_identity,
+            "students": {name: plugs[name].header.fingerprint for name in variant.students},
+            "removed": variant.removed,
+            "sampling": asdict(run.config.model.sampling),
+            "seed": run.config.seed,
+            "batch_size": run.config.generate.batch_size,
+            "prompts": prompts,
+        },
+    )
+
+
+def run(run: Run) -> None:
+    prompts = prompts_of(run)
+    board, variants, plugs = make_board(run)
+    with Progress(console=run.console, transient=True) as progress:
+        for variant in variants:
+            folder = image_folder(run, variant.name)
+            header = variant_header(run, variant, plugs, prompts)
+            if is_current(folder / "manifest.json", header):
+                run.say("generate", f"reused {folder}")
+                continue
+            board.arrange(students=variant.students, removed=variant.removed)
+            drawn = _draw_variant(run, variant, prompts, header, progress)
+            run.say("generate", f"{variant.name}: {drawn} of {len(prompts)} pictures drawn, in {folder}")
+    board()

@@ -1,0 +1,128 @@
+"""One page, one JSON and one contact sheet: what was pruned, what it saved and what it cost."""
+
+from __future__ import annotations
+
+import base64
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from ppcl import __version__
+from ppcl.artifacts import atomic_path, load_plugs, read_json, write_json
+from ppcl.benchmarks.shapes import detect, evaluation_scenes, satisfies
+from ppcl.data.shapes import CATEGORIES
+from ppcl.errors import UsageError
+from ppcl.report import plots
+from ppcl.stages.evaluate import compare
+from ppcl.stages.generate import image_folder
+from ppcl.stages.plan import billions
+from ppcl.stages.run import Run
+
+SAMPLES_PER_CATEGORY = 2
+
+
+def _rows(run: Run) -> list[dict[str, Any]]:
+    records = [run.folder / "scores" / f"{name}.json" for name in run.config.generate.variants]
+    missing = [str(record) for record in records if not record.exists()]
+    if missing:
+        raise UsageError(f"{missing[0]} does not exist: run stages=[generate,evaluate] first.")
+    return compare([read_json(record, "The scores") for record in records])
+
+
+def _samples(run: Run, names: list[str], path: Path) -> None:
+    per_category = run.config.benchmark.prompts_per_category
+    scenes = evaluation_scenes(run.config.data.eval_seed, per_category)
+    columns = [
+        number * per_category + offset
+        for number in range(len(CATEGORIES))
+        for offset in range(min(SAMPLES_PER_CATEGORY, per_category))
+    ]
+    rows, good = {}, {}
+    for name in names:
+        folder = image_folder(run, name)
+        rows[name] = [Image.open(folder / f"{column:05d}.png").convert("RGB") for column in columns]
+        good[name] = [
+            satisfies(scenes[column], detect(np.asarray(image)))
+            for column, image in zip(columns, rows[name], strict=True)
+        ]
+    plots.contact_sheet(path, rows, [scenes[column].caption for column in columns], good)
+
+
+def _embedded(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _facts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    teacher = next(row for row in rows if row["name"] == "teacher")
+    student = min(
+        (r for r in rows if r["name"].startswith("ppcl")), key=lambda r: r["params"], default=teacher
+    )
+    speedup = teacher["latency_ms"] / student["latency_ms"]
+    return [
+        {"value": f"{teacher['num_layers']} to {student['num_layers']}", "label": "blocks"},
+        {"value": f"{100 * student['params_ratio']:.0f}%", "label": "of the parameters"},
+        {"value": f"{speedup:.2f}x", "label": "speed of a denoising step"},
+        {"value": f"{student['drop_percent']:.1f}%", "label": f"quality lost by {student['name']}"},
+    ]
+
+
+def run(run: Run) -> None:
+    folder = run.folder / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _rows(run)
+    names = [row["name"] for row in rows]
+    _samples(run, names, folder / "samples.png")
+    plots.quality_against_size(folder / "quality.png", rows)
+    losses = {name: plug.losses for name, plug in load_plugs(run.folder / "plugs").items()}
+    if losses:
+        plots.distillation_losses(folder / "losses.png", losses)
+    keys = ("name", "num_layers", "params", "params_ratio", "scores", "drop_percent", "latency_ms",
+            "peak_memory_mb", "students", "removed")  # fmt: skip
+    intervals = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items()}
+    facts = {
+        "name": run.config.name,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "seed": run.config.seed,
+        "model": run.config.model.name,
+        "method": run.config.method.name,
+        "intervals": intervals,
+        "prompts_per_category": run.config.benchmark.prompts_per_category,
+        "variants": [{key: row[key] for key in keys} for row in rows],
+    }
+    plan = run.plan_path.parent
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (Path(plots.__file__).parent / "template.html.j2").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        facts
+        | {
+            "title": f"Pruning {run.config.model.name}",
+            "version": __version__,
+            "facts": _facts(rows),
+            "categories": CATEGORIES,
+            "variants": [row | {"size": billions(row["params"])} for row in rows],
+            "num_prompts": run.config.benchmark.prompts_per_category * len(CATEGORIES),
+            "intervals": "\n".join(
+                f"{stack}: " + " ".join(f"[{u}, {v}]" for u, v in pairs) for stack, pairs in intervals.items()
+            ),
+            "images": {
+                "samples": _embedded(folder / "samples.png"),
+                "quality": _embedded(folder / "quality.png"),
+                "losses": _embedded(folder / "losses.png"),
+                "similarity": _embedded(plan / "similarity.png"),
+                "curves": [_embedded(path) for path in sorted(plan.glob("curves_*.png"))],
+            },
+            "versions": json.dumps(read_json(run.folder / "versions.json", "The versions"), indent=2),
+        }
+    )
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    write_json(folder / "report.json", facts)
+    run.say("report", f"wrote {folder / 'report.html'}, report.json and samples.png")

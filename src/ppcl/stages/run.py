@@ -1,0 +1,146 @@
+"""One run: its configuration, its folder, and the teacher, loaded when a stage first asks for it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from ppcl import __version__
+from ppcl.artifacts import Intervals, Probes, PruningPlan, write_json
+from ppcl.config import Config, check_plan, model_folder, num_layers, resolve_intervals
+from ppcl.errors import UsageError
+
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "safetensors", "numpy")
+
+
+class Run:
+    """What every stage is given. Folders: `run.folder / "plan"` and so on, one per kind of artifact."""
+
+    def __init__(self, config: Config, folder: Path, console: Console | None = None) -> None:
+        self.config = config
+        self.folder = folder
+        self.console = console or Console()
+
+    def say(self, stage: str, text: str) -> None:
+        self.console.print(f"[bold cyan]{stage:>9}[/]  {escape(text)}", highlight=False, soft_wrap=True)
+
+    def record_versions(self) -> None:
+        """Write `versions.json`: what this run was made with."""
+        found = {"ppcl": __version__, "python": platform.python_version()}
+        for name in PACKAGES:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "unknown"
+        write_json(self.folder / "versions.json", found)
+
+    @cached_property
+    def family(self) -> Any:
+        from ppcl.families import get_family
+
+        return get_family(self.config.model.family)
+
+    @cached_property
+    def device(self) -> Any:
+        import torch
+
+        wants_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda")
+        return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def model_identity(self) -> dict[str, Any]:
+        """What tells this teacher from another: config and weights, in what an artifact is made from."""
+        model, folder = self.config.model, model_folder(self.config.model)
+        identity = {"family": model.family, "arch": model.arch, "dtype": model.dtype}
+        if folder is None:
+            return identity | {"path": model.path, "revision": model.revision}
+        digest = hashlib.sha256()
+        for file in sorted((folder / "transformer").glob("*.safetensors")):
+            # The ends tell files apart; reading all of 40 GB at each start would not be worth it.
+            with file.open("rb") as handle:
+                digest.update(f"{file.name} {file.stat().st_size}".encode())
+                digest.update(handle.read(1 << 20))
+                handle.seek(max(0, file.stat().st_size - (1 << 20)))
+                digest.update(handle.read())
+        return identity | {"weights": digest.hexdigest()[:16]}
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The teacher's pipeline: frozen, in evaluation mode, on the run's device."""
+        import torch
+        from diffusers import DiffusionPipeline
+
+        model = self.config.model
+        source = model_folder(model) or model.path
+        assert source is not None, "checked in config.check"
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, revision=model.revision, torch_dtype=getattr(torch, model.dtype)
+            )
+        except OSError:
+            raise UsageError(
+                f"model.path={model.path} could not be loaded; give a pipeline folder, or a hub id with the hub in reach."
+            ) from None
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(self.device)
+        for part in ("transformer", "text_encoder", "vae"):
+            getattr(pipeline, part).eval().requires_grad_(False)
+        return pipeline
+
+    def stream(self, seed: int, batch_size: int) -> Any:
+        from ppcl.data.streams import ShapesStream
+
+        return ShapesStream(self.family, self.pipeline, self.config.data, seed, batch_size)
+
+    def to_device(self, batch: Any) -> Any:
+        from lightning.fabric.utilities import move_data_to_device
+
+        return move_data_to_device(batch, self.device)
+
+    # What earlier stages left.
+
+    @property
+    def plan_path(self) -> Path:
+        return self.folder / "plan" / "plan.json"
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """The intervals given, or else those this run detected."""
+        given = resolve_intervals(self.config)
+        if given is not None:
+            return given
+        if not self.plan_path.exists():
+            raise UsageError(
+                "intervals are not given and this run has detected none: add stages=[probe,detect] or intervals=."
+            )
+        plan = PruningPlan.load(self.plan_path)
+        check_plan(plan, self.config, self.plan_path)
+        return plan.intervals
+
+    @property
+    def probe_settings(self) -> dict[str, Any]:
+        data = self.config.data
+        return {
+            "model": self.model_identity,
+            "probe": asdict(self.config.probe),
+            "data": {"seed": data.calibration_seed, "timesteps": data.timesteps, "shift": data.shift},
+        }
+
+    @property
+    def probe_folder(self) -> Path:
+        """Probes are the teacher's, not the run's: they lie in the cache, under what they were made from."""
+        return (
+            Path(self.config.paths.cache_dir) / "probes" / Probes.header_for(self.probe_settings).fingerprint
+        )
+
+    @property
+    def num_layers(self) -> dict[str, int]:
+        return num_layers(self.config)

@@ -1,0 +1,103 @@
+"""What every trained stage shares: Lightning's trainer, loggers, and checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from ppcl.artifacts import Header, is_current, read_json, write_json
+from ppcl.data.batches import StepLoader
+from ppcl.errors import UsageError
+from ppcl.stages.run import Run
+
+
+def make_logger(run: Run, stage: str) -> Logger | bool:
+    """The logger that `logger=` names; W&B gets the resolved configuration and one run per folder."""
+    settings = run.config.logger
+    if settings.kind == "none":
+        return False
+    if settings.kind == "csv":
+        return CSVLogger(run.folder, name=f"logs/{stage}")
+    logger = WandbLogger(
+        project=settings.project,
+        name=f"{run.config.name}/{stage}",
+        save_dir=str(run.folder),
+        mode=settings.mode,
+        resume="allow",
+    )
+    logger.experiment.config.update(asdict(run.config), allow_val_change=True)
+    return logger
+
+
+def check_resumable(folder: Path, header: Header) -> bool:
+    """Whether `folder` holds a checkpoint of just this training; `UsageError` if of another one."""
+    record = folder / "checkpoint.json"
+    return is_current(record, header) and (folder / "last.ckpt").exists()
+
+
+def fit(
+    run: Run,
+    stage: str,
+    module: L.LightningModule,
+    loader: StepLoader,
+    folder: Path,
+    header: Header,
+    checkpoint_every: int,
+) -> None:
+    """Train `module` for the loader's steps, from the last checkpoint in `folder` if there is one.
+
+    A run killed at any moment and started again ends with the weights of one never interrupted:
+    batches depend on the step alone, and model, optimisers and the step are restored together.
+    """
+    resumable = check_resumable(folder, header)
+    write_json(folder / "checkpoint.json", header.to_json())
+    if resumable:
+        run.say(stage, f"resuming from {folder / 'last.ckpt'}")
+    callbacks: list[Callback] = [
+        ModelCheckpoint(folder, save_top_k=0, save_last=True, every_n_train_steps=checkpoint_every)
+    ]
+    if run.config.trainer.progress:
+        callbacks.append(RichProgressBar(leave=False))
+    trainer = L.Trainer(
+        max_steps=loader.num_steps,
+        accelerator=run.config.trainer.accelerator,
+        devices=1,
+        precision=run.config.trainer.precision,  # type: ignore[arg-type]
+        logger=make_logger(run, stage),
+        callbacks=callbacks,
+        enable_progress_bar=run.config.trainer.progress,
+        enable_model_summary=False,
+        log_every_n_steps=min(25, loader.num_steps),
+        default_root_dir=run.folder,
+    )
+    checkpoint = str(folder / "last.ckpt") if resumable else None
+    trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.global_step < loader.num_steps:
+        raise UsageError(f"{stage} stopped at step {trainer.global_step} of {loader.num_steps}.")
+
+
+def discard_checkpoint(folder: Path) -> None:
+    """Remove a finished training's checkpoint: its result is on disk as an artifact by now."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def cosine_with_warmup(step: int, *, warmup: int, total: int, floor: float) -> float:
+    """Learning-rate factor: linear to 1 over `warmup` steps, then half a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
+
+
+def describe_checkpoint(folder: Path) -> dict[str, Any]:
+    """What the checkpoint in `folder` was made from."""
+    return read_json(folder / "checkpoint.json", "The checkpoint")["made_from"]

@@ -1,0 +1,82 @@
+"""Taps on a stock diffusers transformer: what goes into and comes out of its blocks, by hooks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ppcl.families.base import Family
+
+Streams = dict[str, Tensor]
+BlockKey = tuple[str, int]
+
+
+@dataclass
+class BlockCall:
+    """One call of one block: its keyword arguments, and its streams `[B, tokens, D]` on both sides."""
+
+    stack: str
+    index: int
+    kwargs: dict[str, Any]
+    inputs: Streams
+    outputs: Streams
+
+    @property
+    def key(self) -> BlockKey:
+        return self.stack, self.index
+
+
+class _StopForward(Exception):  # noqa: N818 - control flow, not an error
+    """Leaves the transformer's forward from inside a hook."""
+
+
+@contextmanager
+def _hooked(family: Family, transformer: nn.Module, on_block: Callable[[BlockCall], None]) -> Iterator[None]:
+    def tap(stack: str, index: int) -> Callable:
+        def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            assert not args, "blocks are tapped by keyword; gradient checkpointing passes positions"
+            inputs = family.streams_in(stack, kwargs)
+            on_block(BlockCall(stack, index, kwargs, inputs, family.streams_out(stack, output)))
+
+        return hook
+
+    handles = [
+        block.register_forward_hook(tap(stack, index), with_kwargs=True)
+        for stack in family.stacks
+        for index, block in enumerate(getattr(transformer, stack))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def observe(
+    family: Family,
+    transformer: nn.Module,
+    inputs: dict[str, Any],
+    on_block: Callable[[BlockCall], None],
+    *,
+    last: BlockKey | None = None,
+) -> Tensor | None:
+    """Run the transformer and call `on_block` after each block, in order of execution.
+
+    After the block `last` the forward ends early and None is returned; else the model's output.
+    """
+
+    def watch(call: BlockCall) -> None:
+        on_block(call)
+        if call.key == last:
+            raise _StopForward
+
+    with _hooked(family, transformer, watch):
+        try:
+            return transformer(**inputs)[0]
+        except _StopForward:
+            return None
