@@ -165,9 +165,7 @@ class Probes:
         header = Header(content["format"], content["made_from"], content["version"])
         tensors, metadata = read_tensors(folder / "probes.safetensors")
         if metadata.get("fingerprint") != header.fingerprint:
-            raise UsageError(
-                f"{folder} holds probes of two different runs; delete it and run stages=[probe] again."
-            )
+            raise UsageError(f"{folder} holds probes of two different runs; delete it and run stages=[probe] again.")
         pick = {kind: {k[: -len(kind) - 1]: v for k, v in tensors.items() if k.endswith(kind)}
                 for kind in ("weight", "bias")}  # fmt: skip
         return cls(header, pick["weight"], pick["bias"], content["residuals"])
@@ -199,9 +197,7 @@ class PruningPlan:
     def load(cls, path: Path) -> PruningPlan:
         content = read_json(path, "The pruning plan")
         try:
-            intervals = {
-                stack: [(int(u), int(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()
-            }
+            intervals = {stack: [(int(u), int(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()}
             return cls(
                 family=str(content["family"]),
                 num_layers={stack: int(count) for stack, count in content["num_layers"].items()},
@@ -238,13 +234,10 @@ class Plug:
     def save(self, folder: Path) -> None:
         record = folder / f"{self.name}.json"
         record.unlink(missing_ok=True)
-        write_tensors(
-            folder / f"{self.name}.safetensors", self.state_dict, {"fingerprint": self.header.fingerprint}
-        )
+        write_tensors(folder / f"{self.name}.safetensors", self.state_dict, {"fingerprint": self.header.fingerprint})
         write_json(
             record,
-            self.header.to_json()
-            | {"stack": self.stack, "interval": list(self.interval), "losses": self.losses},
+            self.header.to_json() | {"stack": self.stack, "interval": list(self.interval), "losses": self.losses},
         )
 
     @classmethod
@@ -253,9 +246,7 @@ class Plug:
         header = Header(content["format"], content["made_from"], content["version"])
         tensors, metadata = read_tensors(record.with_suffix(".safetensors"))
         if metadata.get("fingerprint") != header.fingerprint:
-            raise UsageError(
-                f"{record} and its safetensors are of two runs; delete both and run stages=[depth] again."
-            )
+            raise UsageError(f"{record} and its safetensors are of two runs; delete both and run stages=[depth] again.")
         u, v = content["interval"]
         return cls(header, content["stack"], (u, v), tensors, content["losses"])
 

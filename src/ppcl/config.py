@@ -268,13 +268,9 @@ def check(config: Config) -> None:
         }
     )
     if method.rule == "cka_sensitivity" and not method.num_remove:
-        raise UsageError(
-            "method.rule=cka_sensitivity needs method.num_remove, the number of blocks to remove."
-        )
+        raise UsageError("method.rule=cka_sensitivity needs method.num_remove, the number of blocks to remove.")
     if method.extend is not None and method.rule != "lp_b":
-        raise UsageError(
-            f"method.extend={method.extend} means nothing to method.rule={method.rule}: use lp_b."
-        )
+        raise UsageError(f"method.extend={method.extend} means nothing to method.rule={method.rule}: use lp_b.")
     if not 0 < config.generate.plug_fraction < 1:
         raise UsageError(f"generate.plug_fraction={config.generate.plug_fraction} must lie between 0 and 1.")
     seeds = (config.data.train_seed, config.data.calibration_seed, config.data.eval_seed)
@@ -345,9 +341,7 @@ def _check_model(config: Config) -> None:
             pipeline_class = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
             arch = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
         except (OSError, KeyError, ValueError):
-            raise UsageError(
-                f"model.path={model.path} is not a pipeline folder: its JSON files do not read."
-            ) from None
+            raise UsageError(f"model.path={model.path} is not a pipeline folder: its JSON files do not read.") from None
         found = family_of_pipeline(pipeline_class)
         if found is None:
             raise UsageError(
@@ -366,9 +360,7 @@ def _check_model(config: Config) -> None:
         raise UsageError(f"stages=[{needs}] need weights: set model.path to a pipeline folder.")
     _one_of("model.family", model.family, tuple(FAMILIES))
     if "pretrain" in config.stages and model.builder is None:
-        raise UsageError(
-            f"stages=[pretrain] trains the embedded teachers only; model={model.name} has no builder."
-        )
+        raise UsageError(f"stages=[pretrain] trains the embedded teachers only; model={model.name} has no builder.")
 
 
 def num_layers(config: Config) -> dict[str, int]:
@@ -389,9 +381,7 @@ def check_intervals(intervals: Intervals, layers: dict[str, int], where: str) ->
                 raise UsageError(f"{where}.{stack}: {list(pair)} is not a pair [u, v].")
             u, v = pair
             if u >= v:
-                raise UsageError(
-                    f"{where}.{stack}: [{u}, {v}] is reversed or empty; an interval needs u < v."
-                )
+                raise UsageError(f"{where}.{stack}: [{u}, {v}] is reversed or empty; an interval needs u < v.")
             if u < 0 or v >= layers[stack]:
                 raise UsageError(
                     f"{where}.{stack}: [{u}, {v}] is out of range; the model's blocks are 0 to {layers[stack] - 1}."

@@ -39,9 +39,7 @@ def _color_index(image: np.ndarray) -> np.ndarray:
     highest, chroma = rgb.max(axis=-1), np.ptp(rgb, axis=-1)
     safe = np.where(chroma > 0, chroma, 1)
     r, g, b = np.moveaxis(rgb, -1, 0)
-    sector = np.where(
-        highest == r, (g - b) / safe, np.where(highest == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    )
+    sector = np.where(highest == r, (g - b) / safe, np.where(highest == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     distance = np.abs((sector / 6 % 1)[..., None] - np.array(list(_HUES.values())))
     nearest = np.minimum(distance, 1 - distance).argmin(axis=-1)
     return np.where(chroma >= MIN_CHROMA, nearest, -1)

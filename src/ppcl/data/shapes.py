@@ -136,10 +136,7 @@ def make_scene(seed: int, index: int, category: str | None = None) -> Scene:
             include[0]["color"], include[1]["color"] = color, second
         else:
             raise ValueError(f"category={category!r} is not one of {', '.join(CATEGORIES)}.")
-    if len(include) == 2:
-        kinds = [(shape, color), (other, second)]
-    else:
-        kinds = [(shape, color)] * len(corners)
+    kinds = [(shape, color), (other, second)] if len(include) == 2 else [(shape, color)] * len(corners)
     objects = tuple(SceneObject(s, c, x, y) for (s, c), (x, y) in zip(kinds, corners, strict=True))
     return Scene(category, caption, objects, tuple(include), exclude)
 

@@ -83,9 +83,7 @@ class Family(ABC):
     def blocks(self, transformer: nn.Module) -> dict[tuple[str, int], nn.Module]:
         """Every block by (stack, index), in order of execution."""
         return {
-            (stack, index): block
-            for stack in self.stacks
-            for index, block in enumerate(getattr(transformer, stack))
+            (stack, index): block for stack in self.stacks for index, block in enumerate(getattr(transformer, stack))
         }
 
     def training_batch(

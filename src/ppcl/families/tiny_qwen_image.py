@@ -96,9 +96,7 @@ def build_pipeline(seed: int, num_layers: int = 20) -> QwenImagePipeline:
     )
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=AutoencoderPixelUnshuffle(
-            latents_mean=(shapes.BACKGROUND / 127.5 - 1.0,) * 12, latents_std=(0.5,) * 12
-        ),
+        vae=AutoencoderPixelUnshuffle(latents_mean=(shapes.BACKGROUND / 127.5 - 1.0,) * 12, latents_std=(0.5,) * 12),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,

@@ -50,8 +50,7 @@ class CkaSensitivity(Method):
         assert self.config.num_remove is not None, "checked in config.check"
         ranked = sorted(candidates, key=lambda key: -scores[key])[: self.config.num_remove]
         intervals: Intervals = {
-            stack: runs_to_intervals([index for s, index in ranked if s == stack])
-            for stack in teacher.family.stacks
+            stack: runs_to_intervals([index for s, index in ranked if s == stack]) for stack in teacher.family.stacks
         }
         listed = {f"{stack}.{index}": score for (stack, index), score in scores.items()}
         return Detection(intervals, {"cka_without": listed})

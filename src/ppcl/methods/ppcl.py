@@ -165,7 +165,7 @@ class Ppcl(Method):
 
             intervals[stack] = find_intervals(curve, count, self.config)
             scores[stack] = {f"{u}-{v}": curve(u, v) for u, v in intervals[stack]}
-        streams = sorted({name for _, name in curves.sums}) + ["mean"]
+        streams = [*sorted({name for _, name in curves.sums}), "mean"]
         nested = {stack: {name: _rows(curves.mean(stack, name)) for name in streams} for stack in layers}
         return Detection(intervals, {"cka": scores}, nested)
 

@@ -28,15 +28,13 @@ def sample_sigmas(
 
 
 def interpolate(
-    clean: Float[Tensor, batch *rest], noise: Float[Tensor, batch *rest], sigmas: Float[Tensor, " batch"]
-) -> Float[Tensor, batch *rest]:
+    clean: Float[Tensor, batch * rest], noise: Float[Tensor, batch * rest], sigmas: Float[Tensor, " batch"]
+) -> Float[Tensor, batch * rest]:
     """The noisy sample at `sigmas`."""
     weight = sigmas.view(-1, *[1] * (clean.ndim - 1)).to(clean.dtype)
     return (1 - weight) * clean + weight * noise
 
 
-def velocity(
-    clean: Float[Tensor, batch *rest], noise: Float[Tensor, batch *rest]
-) -> Float[Tensor, batch *rest]:
+def velocity(clean: Float[Tensor, batch * rest], noise: Float[Tensor, batch * rest]) -> Float[Tensor, batch * rest]:
     """What a flow-matching model predicts, at every sigma alike."""
     return noise - clean

@@ -125,9 +125,7 @@ def contact_sheet(
             axis.set(xticks=[], yticks=[])
             axis.grid(visible=False)
             for spine in axis.spines.values():
-                spine.set(
-                    visible=True, color="#9aa7b1" if right else "#c0392b", linewidth=0.8 if right else 2
-                )
+                spine.set(visible=True, color="#9aa7b1" if right else "#c0392b", linewidth=0.8 if right else 2)
         axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=9)
     for axis, caption in zip(axes[0], captions, strict=True):
         axis.set_title(_wrap(caption), fontsize=7, color=INK)

@@ -36,9 +36,7 @@ def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals
     for name in names:
         matches = [full for full in every if full == name or full.endswith(f".{name}")]
         if len(matches) != 1:
-            raise UsageError(
-                f"distill.intervals={name} is not one of this run's intervals: {', '.join(every)}."
-            )
+            raise UsageError(f"distill.intervals={name} is not one of this run's intervals: {', '.join(every)}.")
         stack, pair = every[matches[0]]
         chosen.setdefault(stack, []).append(pair)
     return {stack: sorted(pairs) for stack, pairs in chosen.items()}
@@ -57,9 +55,7 @@ class DepthDistillation(L.LightningModule):
     The teacher is held outside the module tree: it is neither saved, moved by Lightning, nor trained.
     """
 
-    def __init__(
-        self, family: Family, teacher: nn.Module, intervals: Intervals, config: DistillConfig
-    ) -> None:
+    def __init__(self, family: Family, teacher: nn.Module, intervals: Intervals, config: DistillConfig) -> None:
         super().__init__()
         self._teacher = (teacher,)
         self.family, self.config = family, config
@@ -93,9 +89,7 @@ class DepthDistillation(L.LightningModule):
         stack, (_, v) = self.pairs[-1]
         return stack, v
 
-    def losses(
-        self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]
-    ) -> dict[str, Tensor]:
+    def losses(self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """`loss` (Eq. 6, image + text) and what is logged beside it."""
         terms: dict[str, Tensor] = {}
         for stream, target in teacher.items():
@@ -140,10 +134,7 @@ class DepthDistillation(L.LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         optimizer: Any = self.optimizers()
-        if self.config.mode == "parallel":
-            logged = self._parallel_step(batch)
-        else:
-            logged = self._sequential_step(batch)
+        logged = self._parallel_step(batch) if self.config.mode == "parallel" else self._sequential_step(batch)
         if self.config.max_grad_norm is not None:
             for student in self.students.values():  # each its own, or the intervals would be coupled
                 nn.utils.clip_grad_norm_(student.parameters(), self.config.max_grad_norm)
@@ -200,9 +191,7 @@ class DepthDistillation(L.LightningModule):
 
         observe(self.family, board.transformer, batch.inputs, keep_output, last=starts[-1])
         board()
-        logged = [
-            self.losses(student, target, masks) for student, target in zip(outputs, targets, strict=True)
-        ]
+        logged = [self.losses(student, target, masks) for student, target in zip(outputs, targets, strict=True)]
         self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
         return [{key: value.detach() for key, value in terms.items()} for terms in logged]
 
@@ -229,9 +218,7 @@ class DepthDistillation(L.LightningModule):
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
-        factor = partial(
-            cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio
-        )
+        factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
 

@@ -23,9 +23,7 @@ from ppcl.taps import BlockCall, observe
 
 
 @torch.no_grad()
-def similarity_maps(
-    family: Family, transformer: torch.nn.Module, batch: TrainingBatch
-) -> dict[str, list[list[float]]]:
+def similarity_maps(family: Family, transformer: torch.nn.Module, batch: TrainingBatch) -> dict[str, list[list[float]]]:
     """CKA between every two blocks' outputs, per stream (paper Fig. 5), averaged over the batch."""
     masks = family.masks(batch.inputs)
     grams: dict[str, list[Tensor]] = {}
@@ -61,9 +59,7 @@ def run(run: Run) -> None:
         for batch in track(batches, "simulation", passes, console=run.console, transient=True):
             yield run.to_device(batch)
 
-    teacher = Teacher(
-        run.family, run.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder)
-    )
+    teacher = Teacher(run.family, run.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder))
     found = get_method(method).detect(teacher)
     middle = list(stream.calibration(min(method.num_samples, method.batch_size), 2))[-1]
     maps = similarity_maps(run.family, run.pipeline.transformer, run.to_device(middle))

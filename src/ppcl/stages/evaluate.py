@@ -31,9 +31,7 @@ def _denoising_step(run: Run) -> dict[str, Any]:
     return run.to_device(run.family.forward_inputs(latents, embeddings, mask, sigmas, size))
 
 
-def _measure(
-    run: Run, names: list[str], board: Any, arrange: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
+def _measure(run: Run, names: list[str], board: Any, arrange: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     inputs = _denoising_step(run)
     passes = 2 if run.config.model.sampling.true_cfg_scale > 1 else 1
     transformer = run.pipeline.transformer
@@ -47,9 +45,7 @@ def _measure(
 
         return denoise
 
-    latency = interleaved_latency_ms(
-        {name: step(name) for name in names}, run.config.benchmark.latency_repeats
-    )
+    latency = interleaved_latency_ms({name: step(name) for name in names}, run.config.benchmark.latency_repeats)
     measured = {}
     for name in names:
         arrange(name)
@@ -72,9 +68,7 @@ def run(run: Run) -> None:
     for variant in variants:
         manifest = image_folder(run, variant.name) / "manifest.json"
         if not manifest.exists():
-            raise UsageError(
-                f"{manifest} does not exist: run stages=[generate] for variant {variant.name} first."
-            )
+            raise UsageError(f"{manifest} does not exist: run stages=[generate] for variant {variant.name} first.")
         images = read_json(manifest, "The image manifest")["fingerprint"]
         headers[variant.name] = Header("ppcl.scores", {"images": images})
     records = {name: run.folder / "scores" / f"{name}.json" for name in headers}
@@ -91,8 +85,7 @@ def run(run: Run) -> None:
         for name, header in headers.items():
             folder = image_folder(run, name)
             images = [
-                np.asarray(Image.open(folder / f"{number:05d}.png").convert("RGB"))
-                for number in range(len(scenes))
+                np.asarray(Image.open(folder / f"{number:05d}.png").convert("RGB")) for number in range(len(scenes))
             ]
             body = measured[name] | {
                 "scores": score(scenes, images),

@@ -35,9 +35,7 @@ def run(run: Run) -> None:
         return
     model = run.config.model
     made_from = {"family": model.family, "arch": model.arch, "intervals": intervals}
-    plan = PruningPlan(
-        family=model.family, num_layers=run.num_layers, intervals=intervals, made_from=made_from
-    )
+    plan = PruningPlan(family=model.family, num_layers=run.num_layers, intervals=intervals, made_from=made_from)
     if is_current(run.plan_path, plan.header()):
         plan = PruningPlan.load(run.plan_path)
     else:

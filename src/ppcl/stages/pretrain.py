@@ -51,9 +51,7 @@ class Pretrain(L.LightningModule):
         for name, parameter in self.transformer.named_parameters():
             matrix = parameter.ndim == 2 and "_blocks." in name and "_mod." not in name
             (hidden if matrix else rest).append(parameter)
-        muon = torch.optim.Muon(
-            hidden, lr=self.hparams["muon_lr"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = torch.optim.Muon(hidden, lr=self.hparams["muon_lr"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(rest, lr=self.hparams["adam_lr"], betas=(0.9, 0.95), fused=True)
         optimizers = [muon, adam]
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, self._lr_factor) for o in optimizers]

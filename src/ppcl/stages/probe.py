@@ -120,17 +120,13 @@ def run(run: Run) -> None:
             yield run.to_device(stream(step))
 
     parts: tuple[Any, Any] = run.family, run.pipeline.transformer
-    probes = fit_probes(
-        *parts, batches(0, settings.num_batches, "probes"), ridge=settings.ridge, bias=settings.bias
-    )
+    probes = fit_probes(*parts, batches(0, settings.num_batches, "probes"), ridge=settings.ridge, bias=settings.bias)
     if settings.init == "zero":
         probes = {key: (torch.zeros_like(w), torch.zeros_like(b)) for key, (w, b) in probes.items()}
     if settings.train_steps:
         training = batches(heldout, heldout + settings.train_steps, "probe training")
         probes = train_probes(*parts, training, probes, lr=settings.lr)
-    residuals = relative_residuals(
-        *parts, batches(settings.num_batches, heldout, "held-out residuals"), probes
-    )
+    residuals = relative_residuals(*parts, batches(settings.num_batches, heldout, "held-out residuals"), probes)
     weights = {key: weight for key, (weight, _) in probes.items()}
     biases = {key: bias for key, (_, bias) in probes.items()}
     Probes(header, weights, biases, residuals).save(folder)

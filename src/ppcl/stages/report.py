@@ -61,9 +61,7 @@ def _embedded(path: Path) -> str | None:
 
 def _facts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     teacher = next(row for row in rows if row["name"] == "teacher")
-    student = min(
-        (r for r in rows if r["name"].startswith("ppcl")), key=lambda r: r["params"], default=teacher
-    )
+    student = min((r for r in rows if r["name"].startswith("ppcl")), key=lambda r: r["params"], default=teacher)
     speedup = teacher["latency_ms"] / student["latency_ms"]
     return [
         {"value": f"{teacher['num_layers']} to {student['num_layers']}", "label": "blocks"},

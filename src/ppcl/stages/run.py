@@ -137,9 +137,7 @@ class Run:
     @property
     def probe_folder(self) -> Path:
         """Probes are the teacher's, not the run's: they lie in the cache, under what they were made from."""
-        return (
-            Path(self.config.paths.cache_dir) / "probes" / Probes.header_for(self.probe_settings).fingerprint
-        )
+        return Path(self.config.paths.cache_dir) / "probes" / Probes.header_for(self.probe_settings).fingerprint
 
     @property
     def num_layers(self) -> dict[str, int]:

@@ -26,9 +26,7 @@ def required_plugs(run: Run) -> dict[str, Plug]:
     names = [f"{stack}.{u}-{v}" for stack, pairs in run.intervals.items() for u, v in pairs]
     missing = [name for name in names if name not in plugs]
     if missing:
-        raise UsageError(
-            f"{run.folder / 'plugs'} has no student for {', '.join(missing)}; run stages=[depth] first."
-        )
+        raise UsageError(f"{run.folder / 'plugs'} has no student for {', '.join(missing)}; run stages=[depth] first.")
     return {name: plugs[name] for name in names}
 
 
@@ -44,9 +42,7 @@ def make_board(run: Run) -> tuple[Plugboard, list[Variant], dict[str, Plug]]:
     needs_students = any(name.startswith("ppcl") for name in names)
     plugs = required_plugs(run) if needs_students else {}
     transformer = run.pipeline.transformer
-    students: dict[str, Any] = {
-        name: load_student(run.family, transformer, plug) for name, plug in plugs.items()
-    }
+    students: dict[str, Any] = {name: load_student(run.family, transformer, plug) for name, plug in plugs.items()}
     board = Plugboard(run.family, transformer, run.intervals, students)
     cheapest = sorted(plugs, key=lambda name: cost(plugs[name]))
     share = max(1, round(len(cheapest) * run.config.generate.plug_fraction))

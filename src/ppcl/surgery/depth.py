@@ -109,9 +109,7 @@ def load_student(family: Family, transformer: nn.Module, plug: Plug) -> nn.Modul
     try:
         student.load_state_dict(plug.state_dict)
     except RuntimeError:
-        raise UsageError(
-            f"plug {plug.name} does not fit this model: its tensors have other names or sizes."
-        ) from None
+        raise UsageError(f"plug {plug.name} does not fit this model: its tensors have other names or sizes.") from None
     return student.requires_grad_(False).eval()
 
 
