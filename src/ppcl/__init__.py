@@ -14,6 +14,10 @@ def __getattr__(name: str) -> Any:
         from ppcl.models.autoencoder_pixel_unshuffle import AutoencoderPixelUnshuffle
 
         return AutoencoderPixelUnshuffle
+    if name == "plug":
+        from ppcl.surgery.depth import plug
+
+        return plug
     if name == "ModelMixin":
         from diffusers import ModelMixin
 

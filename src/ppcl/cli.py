@@ -60,8 +60,13 @@ def execute(raw: Any, folder: Path) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """A library's error as one line."""
-    return " ".join(str(error).split())
+    """What went wrong in one line, also where Hydra would print several."""
+    text = " ".join(str(error).split())
+    if text.startswith("Could not override "):
+        return f"{text.split()[3].strip(chr(39) + '.')} is no configuration key; `ppcl --cfg job` prints all of them."
+    if error.__cause__ is not None and not isinstance(error, UsageError):
+        text += ": " + str(error.__cause__).splitlines()[0]
+    return text
 
 
 def _unknown_choice(overrides: list[str]) -> str | None:
@@ -96,20 +101,30 @@ def main() -> None:
 
     register_schema()
 
+    mistakes: list[str] = []
+
+    def complain(error: Exception) -> None:
+        if wants_traceback:
+            raise error
+        mistakes.append(_sentence(error))
+        print(f"ppcl: {mistakes[-1]}", file=sys.stderr)
+
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def app(raw: Any) -> None:
-        execute(raw, Path(HydraConfig.get().runtime.output_dir))
+        try:  # here, since Hydra prints a line of its own about what leaves a job
+            execute(raw, Path(HydraConfig.get().runtime.output_dir))
+        except (UsageError, OmegaConfBaseException) as error:
+            complain(error)
 
     try:
         app()
-    except (UsageError, HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
-            raise
-        print(f"ppcl: {_sentence(error)}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+    except (HydraException, OmegaConfBaseException) as error:
+        complain(error)
     except KeyboardInterrupt:
         print("ppcl: interrupted; the same command resumes.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    if mistakes:
+        sys.exit(EXIT_USAGE)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ppcl.artifacts import Interval, Intervals, PruningPlan, check_safetensors
 from ppcl.errors import UsageError
 
 STAGE_ORDER = ("pretrain", "plan", "probe", "detect", "depth", "export", "generate", "evaluate", "report")
+BUILDERS = ("tiny_qwen_image",)
 EMBEDDED = "embedded:"
 ASSETS = Path(__file__).parent / "assets"
 
@@ -132,6 +133,7 @@ class DistillConfig:
 
 @dataclass
 class PretrainConfig:
+    num_layers: int = 20
     steps: int = 6500
     batch_size: int = 64
     muon_lr: float = 0.02
@@ -290,6 +292,9 @@ def check(config: Config) -> None:
         raise UsageError(
             f"distill.intervals={distill.intervals} needs distill.mode=parallel: a sequential chain trains as one."
         )
+    if "pretrain" in config.stages:
+        _check_pretrain(config)
+        return
     _check_model(config)
     if config.intervals.source not in ("detect", "plan"):
         raise UsageError(f"intervals.source={config.intervals.source} is not one of detect, plan.")
@@ -359,8 +364,20 @@ def _check_model(config: Config) -> None:
         needs = ", ".join(stage for stage in config.stages if stage in WEIGHT_STAGES)
         raise UsageError(f"stages=[{needs}] need weights: set model.path to a pipeline folder.")
     _one_of("model.family", model.family, tuple(FAMILIES))
-    if "pretrain" in config.stages and model.builder is None:
-        raise UsageError(f"stages=[pretrain] trains the embedded teachers only; model={model.name} has no builder.")
+
+
+def _check_pretrain(config: Config) -> None:
+    """Pretraining makes a teacher; the stages after it read one, from `model.path`, in a run of their own."""
+    if len(set(config.stages)) > 1:
+        raise UsageError(
+            f"stages={config.stages} mixes pretrain with stages that read a teacher: run stages=[pretrain] alone, "
+            "then model=auto model.path=<its run>/teacher."
+        )
+    if config.model.builder is None:
+        raise UsageError(
+            f"stages=[pretrain] trains the embedded teachers only; model={config.model.name} has no model.builder."
+        )
+    _one_of("model.builder", config.model.builder, BUILDERS)
 
 
 def num_layers(config: Config) -> dict[str, int]:

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ppcl.data.batches import TrainingBatch
@@ -35,7 +34,7 @@ class Family(ABC):
     """
 
     name: str
-    transformer_class: type[nn.Module]
+    transformer_class: Any  # a diffusers model class
 
     @property
     def stacks(self) -> dict[str, str]:
@@ -57,11 +56,11 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def encode_images(self, pipeline: DiffusionPipeline, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def encode_images(self, pipeline: Any, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images in [-1, 1] `[B, 3, H, W]` to packed, normalised latents `[B, N, C]` and their size."""
 
     @abstractmethod
-    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeddings:
+    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> PromptEmbeddings:
         """Embeddings of distinct `prompts`, padded to one length."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from ppcl.families.base import Family, PromptEmbeddings
@@ -45,7 +45,7 @@ class QwenImage(Family):
         }
 
     @torch.no_grad()
-    def encode_images(self, pipeline: DiffusionPipeline, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def encode_images(self, pipeline: Any, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         vae = pipeline.vae
         frames = images.unsqueeze(2).to(vae.device, vae.dtype)  # [B, 3, 1, H, W]
         latents = vae.encode(frames).latent_dist.mode()[:, :, 0]  # [B, z, h, w]
@@ -55,7 +55,7 @@ class QwenImage(Family):
         return packed, (latents.shape[2] // 2, latents.shape[3] // 2)
 
     @torch.no_grad()
-    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeddings:
+    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> PromptEmbeddings:
         embeddings, mask = pipeline.encode_prompt(prompts)
         if mask is None:
             mask = torch.ones(embeddings.shape[:2])

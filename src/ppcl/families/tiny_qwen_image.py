@@ -7,6 +7,9 @@ tokens and their order apart, which is all that a closed vocabulary of some thir
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,11 +39,8 @@ def build_tokenizer() -> Qwen2Tokenizer:
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner.decoder = decoders.ByteLevel()
     learner.train_from_iterator([form for word in words for form in (word, f" {word}")], trainer)
-    trained = learner.to_str()
-    import json
-
-    model = json.loads(trained)["model"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
+    model = json.loads(learner.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": _SPECIAL_TOKENS[1:]})
     return tokenizer
@@ -48,7 +48,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """A two-layer Qwen2.5-VL with a vision tower that no prompt reaches."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in _SPECIAL_TOKENS}
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in _SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": -(-len(tokenizer) // 8) * 8,
@@ -79,7 +79,7 @@ def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGen
     return Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
 
 
-def build_pipeline(seed: int, num_layers: int = 20) -> QwenImagePipeline:
+def build_pipeline(seed: int, num_layers: int = 20) -> Any:
     """An untrained tiny Qwen-Image pipeline, a pure function of `seed` and `num_layers`."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()

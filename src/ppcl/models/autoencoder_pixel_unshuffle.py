@@ -29,7 +29,7 @@ class PointDistribution:
         return self.value
 
 
-class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):
+class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Space-to-depth by `factor`; `decode(encode(x))` equals `x` bit for bit."""
 
     @register_to_config
@@ -43,6 +43,7 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):
         super().__init__()
         if z_dim != 3 * factor**2 or factor & (factor - 1):
             raise ValueError(f"z_dim={z_dim} must be 3 * factor**2 and factor={factor} a power of 2.")
+        self.factor = factor
         self.temperal_downsample = [False] * (factor.bit_length() - 1)
         # A model without any tensor has no dtype and no file; this one says what pixels are divided by.
         self.register_buffer("pixel_scale", torch.ones(1))
@@ -50,14 +51,14 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):
     def encode(
         self, x: Float[Tensor, "batch 3 1 height width"], return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[PointDistribution]:
-        latents = F.pixel_unshuffle(x[:, :, 0] / self.pixel_scale, self.config.factor)
+        latents = F.pixel_unshuffle(x[:, :, 0] / self.pixel_scale, self.factor)
         posterior = PointDistribution(latents.unsqueeze(2))  # [B, z_dim, 1, H/f, W/f]
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
         self, z: Float[Tensor, "batch z_dim 1 height width"], return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        pixels = F.pixel_shuffle(z[:, :, 0], self.config.factor) * self.pixel_scale
+        pixels = F.pixel_shuffle(z[:, :, 0], self.factor) * self.pixel_scale
         sample = pixels.unsqueeze(2)  # [B, 3, 1, H, W]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

@@ -34,10 +34,9 @@ class NormalEquations:
         dim_in = len(self.gram) - 1
         damping = ridge * gram.diagonal()[:dim_in].mean()
         gram.diagonal()[:dim_in] += damping
-        if ridge > 0:
-            solution = torch.linalg.solve(gram, cross)
-        else:  # may be rank-deficient: the minimum-norm solution, as of a plain lstsq
-            solution = torch.linalg.pinv(gram, hermitian=True) @ cross
+        # Without ridge the Gram may be rank-deficient: the minimum-norm solution, as of a plain lstsq.
+        solve = torch.linalg.solve if ridge > 0 else lambda a, b: torch.linalg.pinv(a, hermitian=True) @ b
+        solution = solve(gram, cross)
         weight = solution[:dim_in].T.contiguous()
         offset = solution[dim_in] if bias else weight.new_zeros(len(weight))
         return weight, offset

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ppcl.artifacts import Header, Interval, Intervals, Plug, is_current, plug_name
+from ppcl.artifacts import Header, Interval, Intervals, Plug, fingerprint, is_current, plug_name
 from ppcl.config import DistillConfig
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.errors import UsageError
@@ -67,6 +68,8 @@ class DepthDistillation(L.LightningModule):
                 for stack, pair in self.pairs
             }
         )
+        self.average_losses: Tensor
+        self.average_steps: Tensor
         self.register_buffer("average_losses", torch.zeros(len(self.pairs)))
         self.register_buffer("average_steps", torch.zeros(()))
         if config.mode == "sequential":
@@ -144,7 +147,8 @@ class DepthDistillation(L.LightningModule):
         scheduler.step()
         losses = torch.stack([terms["loss"] for terms in logged])
         self.average_steps += 1
-        self.average_losses.lerp_(losses, 1 - _AVERAGE_DECAY)
+        # A plain mean at first, then an exponential one.
+        self.average_losses.lerp_(losses, max(1 / self.average_steps.item(), 1 - _AVERAGE_DECAY))
         self.log("depth/loss", losses.sum(), prog_bar=True, batch_size=len(batch.sigmas))
         for (stack, pair), terms in zip(self.pairs, logged, strict=True):
             name = plug_name(stack, pair)
@@ -240,6 +244,13 @@ def plug_header(run: Run, stack: str, pair: Interval) -> Header:
     return Header("ppcl.plug", made_from)
 
 
+def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
+    """Where training just these intervals keeps its state: jobs that share a run's folder share no checkpoint."""
+    names = [plug_name(stack, pair) for stack, pairs in intervals.items() for pair in pairs]
+    header = Header("ppcl.depth", plug_header(run, "", (0, 0)).made_from | {"intervals": names})
+    return run.folder / "plugs" / f"checkpoint-{fingerprint({'intervals': names})}", header
+
+
 def run(run: Run) -> None:
     config, folder = run.config.distill, run.folder / "plugs"
     chosen = select_intervals(run.intervals, config.intervals)
@@ -252,13 +263,12 @@ def run(run: Run) -> None:
     if not missing:
         run.say("depth", f"reused {folder}")
         return
-    if config.mode == "sequential":
-        missing = chosen  # a chain trains as one
-    header = Header("ppcl.depth", plug_header(run, "", (0, 0)).made_from | {"intervals": missing})
-    # Two jobs that train different intervals may share a run's folder, but not a checkpoint.
-    names = [plug_name(stack, pair) for stack, pairs in missing.items() for pair in pairs]
-    checkpoints = folder / f"checkpoint-{names[0]}-and-{len(names) - 1}-more"
-    check_resumable(checkpoints, header)
+    checkpoints, header = _checkpoint_of(run, chosen)
+    if config.mode == "sequential" or check_resumable(checkpoints, header):
+        missing = chosen  # a chain trains as one; a run killed between two plugs has only to write them
+    else:
+        checkpoints, header = _checkpoint_of(run, missing)
+        check_resumable(checkpoints, header)
     stream = run.stream(run.config.data.train_seed, config.batch_size)
     module = DepthDistillation(run.family, run.pipeline.transformer, missing, config)
     heldout = run.stream(run.config.data.calibration_seed, max(config.batch_size, 16))
@@ -284,5 +294,6 @@ def run(run: Run) -> None:
             "depth",
             f"{plug.name}: held-out loss {losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}",
         )
-    discard_checkpoint(checkpoints)
+    for finished in (checkpoints, _checkpoint_of(run, chosen)[0]):
+        discard_checkpoint(finished)
     run.say("depth", f"wrote {len(module.pairs)} plugs to {folder}")

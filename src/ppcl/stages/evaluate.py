@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from ppcl.errors import UsageError
 from ppcl.stages.generate import image_folder
 from ppcl.stages.plan import billions
 from ppcl.stages.run import Run
+from ppcl.stages.training import make_logger
 from ppcl.stages.variants import make_board
 
 
@@ -93,7 +95,14 @@ def run(run: Run) -> None:
                 "removed": by_name[name].removed,
             }
             write_json(records[name], header.to_json() | {"name": name} | body)
-    show(run, [read_json(record, "The scores") for record in records.values()])
+    rows = compare([read_json(record, "The scores") for record in records.values()])
+    show(run, rows)
+    logger = make_logger(run, "evaluate")
+    if isinstance(logger, Logger):
+        for row in rows:
+            numbers = {key: row[key] for key in ("num_layers", "params_ratio", "drop_percent", "latency_ms")}
+            logger.log_metrics({f"{row['name']}/{k}": v for k, v in (numbers | row["scores"]).items()})
+        logger.finalize("success")
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,7 +123,7 @@ def show(run: Run, rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("variant", "blocks", "params", "overall", "drop %", "ms/step", "peak MB"):
         table.add_column(title, justify="left" if title == "variant" else "right")
-    for row in compare(rows):
+    for row in rows:
         table.add_row(
             row["name"],
             str(row["num_layers"]),

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from dataclasses import asdict
+from typing import cast
+
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ppcl.data.batches import TrainingBatch
+from ppcl.artifacts import Header, is_current, write_json
+from ppcl.data.batches import StepLoader, TrainingBatch
+from ppcl.data.streams import ShapesStream
+from ppcl.families import get_family
+from ppcl.families.tiny_qwen_image import build_pipeline
+from ppcl.stages.run import Run
+from ppcl.stages.training import check_resumable, discard_checkpoint, fit
 
 
 class Pretrain(L.LightningModule):
@@ -37,17 +48,18 @@ class Pretrain(L.LightningModule):
         loss = (self.transformer(**batch.inputs)[0] - batch.target).square().mean()
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.transformer.parameters(), self.hparams["max_grad_norm"])
-        muon, adam = self.optimizers()
+        muon, adam = cast(list, self.optimizers())
         muon.step()
         adam.optimizer.step()  # the bare optimiser: a second counted step would halve max_steps
         self.transformer.zero_grad()
-        for scheduler in self.lr_schedulers():
+        for scheduler in cast(list, self.lr_schedulers()):
             scheduler.step()
         self.log("pretrain/loss", loss, prog_bar=True)
         return loss.detach()
 
     def configure_optimizers(self) -> tuple[list, list]:
-        hidden, rest = [], []
+        hidden: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in self.transformer.named_parameters():
             matrix = parameter.ndim == 2 and "_blocks." in name and "_mod." not in name
             (hidden if matrix else rest).append(parameter)
@@ -60,3 +72,47 @@ class Pretrain(L.LightningModule):
         total = self.hparams["max_steps"]
         left = (total - step) / max(1.0, self.hparams["decay"] * total)
         return min(1.0, (step + 1) / self.hparams["warmup_steps"], max(0.0, left))
+
+
+def run(run: Run) -> None:
+    config, folder = run.config.pretrain, run.folder / "teacher"
+    header = Header(
+        "ppcl.teacher",
+        {
+            "builder": run.config.model.builder,
+            "seed": run.config.data.train_seed,
+            "pretrain": {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "compile")},
+            "data": asdict(run.config.data),
+        },
+    )
+    if is_current(folder / "ppcl.json", header):
+        run.say("pretrain", f"reused {folder}")
+        return
+    checkpoints = run.folder / "pretrain-checkpoint"
+    check_resumable(checkpoints, header)
+    pipeline = build_pipeline(run.config.data.train_seed, config.num_layers)
+    family = get_family(run.config.model.family)
+    stream = ShapesStream(family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)
+    pipeline.transformer.train()
+    if config.compile:
+        pipeline.transformer.compile_repeated_blocks()
+    module = Pretrain(
+        pipeline.transformer,
+        max_steps=config.steps,
+        muon_lr=config.muon_lr,
+        adam_lr=config.adam_lr,
+        warmup_steps=config.warmup_steps,
+        decay=config.decay,
+    )
+    loader = StepLoader(stream, config.steps)
+    fit(run, "pretrain", module, loader, checkpoints, header, config.checkpoint_every)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    # Half the bytes, and no loss that a picture shows. The text encoder stays float32: what the
+    # transformer has learned is to read just these embeddings.
+    pipeline.transformer.to("cpu", torch.bfloat16)
+    pipeline.save_pretrained(temporary)
+    write_json(temporary / "ppcl.json", header.to_json())
+    os.replace(temporary, folder)
+    discard_checkpoint(checkpoints)
+    run.say("pretrain", f"wrote {folder}")

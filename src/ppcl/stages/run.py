@@ -87,7 +87,7 @@ class Run:
             )
         except OSError:
             raise UsageError(
-                f"model.path={model.path} could not be loaded; give a pipeline folder, or a hub id with the hub in reach."
+                f"model.path={model.path} could not be loaded; give a pipeline folder, or a hub id in reach."
             ) from None
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from ppcl.artifacts import Header, is_current, read_json, write_json
+from ppcl.callbacks.progress import StepProgress
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.stages.run import Run
@@ -60,11 +62,12 @@ def fit(
     write_json(folder / "checkpoint.json", header.to_json())
     if resumable:
         run.say(stage, f"resuming from {folder / 'last.ckpt'}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hardware notes and tips
     callbacks: list[Callback] = [
         ModelCheckpoint(folder, save_top_k=0, save_last=True, every_n_train_steps=checkpoint_every)
     ]
     if run.config.trainer.progress:
-        callbacks.append(RichProgressBar(leave=False))
+        callbacks.append(StepProgress(stage, run.console))
     trainer = L.Trainer(
         max_steps=loader.num_steps,
         accelerator=run.config.trainer.accelerator,
@@ -72,7 +75,7 @@ def fit(
         precision=run.config.trainer.precision,  # type: ignore[arg-type]
         logger=make_logger(run, stage),
         callbacks=callbacks,
-        enable_progress_bar=run.config.trainer.progress,
+        enable_progress_bar=False,  # ours counts steps
         enable_model_summary=False,
         log_every_n_steps=min(25, loader.num_steps),
         default_root_dir=run.folder,

@@ -1,0 +1,47 @@
+# `make help` lists the targets. ARGS passes Hydra overrides: make depth ARGS="model=auto model.path=DIR".
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+STAGES := plan pretrain probe detect depth export generate evaluate report
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  $(STAGES): one stage each; ARGS=\"key=value ...\" passes Hydra overrides"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); about two minutes the first time."
+	@# torch first, by its exact pin: an installer that knows a CPU build then takes no other.
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.PHONY: setup
+setup: $(VENV)/.ready ## Make .venv and install ppcl with its development tools
+
+.PHONY: demo
+demo: setup ## Detect, distil, export, draw and score on the embedded teacher (runs/demo)
+	$(BIN)/ppcl experiment=demo $(ARGS)
+	@echo "Open runs/demo/report/report.html"
+
+.PHONY: test
+test: setup ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: setup ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: clean
+clean: ## Remove the environment and caches, not runs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: $(STAGES)
+$(STAGES): setup
+	$(BIN)/ppcl 'stages=[$@]' $(ARGS)

@@ -1,0 +1,251 @@
+"""What a user gets wrong ends with one sentence and exit code 2, before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppcl, succeed
+
+
+def assert_one_sentence(outcome: Outcome, *fragments: str) -> None:
+    assert outcome.code == 2, outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.err.startswith("ppcl: ")
+    assert outcome.err.endswith("\n")
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    for fragment in fragments:
+        assert fragment in outcome.err
+
+
+@pytest.fixture
+def command(settings: list[str], tmp_path: Path) -> list[str]:
+    return [*settings, f"paths.runs_dir={tmp_path / 'runs'}", "name=bad"]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading the teacher fails the test: of 40 GB nobody wants to hear afterwards that a key was misspelt."""
+    import diffusers
+
+    def load(*arguments: Any, **keywords: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["stages=[probe,distil]"], ["stages=distil", "depth"]),
+        (["stages=[]"], ["stages=[]"]),
+        (["model=flux"], ["model=flux", "qwen_image"]),
+        (["method=ppcl,nonesuch", "stages=[probe,detect]"], ["method=nonesuch", "ppcl_lp_a"]),
+        (["distill.learning_rate=1"], ["learning_rate"]),
+        (["lr=1"], ["lr"]),
+        (["distill.steps"], ["distill.steps"]),
+        (["distill.steps=abc"], ["distill.steps", "abc"]),
+        (["distill.steps=0"], ["distill.steps=0"]),
+        (["distill.lr=-1"], ["distill.lr=-1"]),
+        (["distill.mode=serial"], ["distill.mode=serial", "sequential"]),
+        (["data.eval_seed=1"], ["eval_seed", "differ"]),
+        (["generate.variants=[teacher,student]"], ["student"]),
+        (["intervals.transformer_blocks=[[1,3],[3,4]]"], ["[3, 4]", "overlaps", "[1, 3]"]),
+        (["intervals.transformer_blocks=[[3,4],[1,2]]"], ["[1, 2]", "[3, 4]"]),
+        (["intervals.transformer_blocks=[[4,2]]"], ["[4, 2]", "reversed"]),
+        (["intervals.transformer_blocks=[[2,2]]"], ["[2, 2]"]),
+        (["intervals.transformer_blocks=[[4,6]]"], ["[4, 6]", "out of range", "0 to 5"]),
+        (["intervals.transformer_blocks=[[-1,2]]"], ["[-1, 2]"]),
+        (["intervals.transformer_blocks=[[1,2,3]]"], ["[1, 2, 3]"]),
+        (["intervals.transformer_blocks=[[1,b]]"], ["b"]),
+        (["intervals.transformer_blocks=[[1,2"], ["[[1,2"]),
+        (["intervals.single_transformer_blocks=[[1,2]]"], ["single_transformer_blocks"]),
+        (["intervals=qwen_image_paper"], ["out of range", "0 to 5"]),
+        (["intervals=from_plan"], ["intervals.path"]),
+        (["model.path=/nonesuch/teacher"], ["/nonesuch/teacher"]),
+        (["model.path=null"], ["model.path"]),
+        (["model=tiny_qwen_image", "model.path=null"], ["model.path"]),
+        ([INTERVALS, "stages=[depth]", "distill.intervals=[2-3]"], ["distill.intervals=2-3", "1-2"]),
+        ([INTERVALS, "stages=[probe,detect]"], ["detect"]),
+        (["stages=[depth]"], ["intervals"]),
+        ([INTERVALS, "stages=[export]"], ["plugs", *PLUG_NAMES]),
+        (["stages=[report]"], ["scores", "stages=[generate,evaluate]"]),
+        (["stages=[generate]", "generate.prompt_file=/nonesuch.txt"], ["/nonesuch.txt"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+@pytest.mark.usefixtures("no_model")
+def test_argument_is_named(command: list[str], arguments: list[str], fragments: list[str]) -> None:
+    stages = [] if any("stages=" in a for a in arguments) else ["stages=[probe,depth]"]
+    overridden = {argument.partition("=")[0] for argument in arguments}
+    kept = [argument for argument in command if argument.partition("=")[0] not in overridden]
+    if "model" in overridden:  # another group: the settings of this one need not fit
+        kept = [argument for argument in kept if not argument.startswith("model.")]
+    assert_one_sentence(ppcl(*kept, *stages, *arguments), *fragments)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [(b"", "no prompt"), (b"\n  \n", "no prompt"), ("a caf\u00e9".encode("latin-1"), "UTF-8"), (None, "does not exist")],
+    ids=["empty", "blank", "latin-1", "folder"],
+)
+@pytest.mark.usefixtures("no_model")
+def test_prompt_file_is_named(command: list[str], tmp_path: Path, content: bytes | None, fragment: str) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    outcome = ppcl(*command, INTERVALS, "stages=[generate]", f"generate.prompt_file={path}")
+    assert_one_sentence(outcome, str(path), fragment)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (
+            json.dumps(
+                {
+                    "family": "qwen_image",
+                    "num_layers": {"transformer_blocks": NUM_LAYERS + 2},
+                    "intervals": {"transformer_blocks": [[1, 2]]},
+                }
+            ),
+            ["was made for", str(NUM_LAYERS + 2), str(NUM_LAYERS)],
+        ),
+        ("{", ["JSON"]),
+        ("[]", ["JSON object"]),
+        ('{"intervals": {}}', ["pruning plan"]),
+        (None, ["does not exist"]),
+    ],
+    ids=["other depth", "cut", "list", "keys missing", "missing"],
+)
+@pytest.mark.usefixtures("no_model")
+def test_plan_is_named(command: list[str], tmp_path: Path, content: str | None, fragments: list[str]) -> None:
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    outcome = ppcl(*command, "intervals=from_plan", f"intervals.path={path}", "stages=[depth]")
+    assert_one_sentence(outcome, str(path), *fragments)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_plan_of_this_run_for_another_model_is_named(command: list[str], chain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "bad" / "plan" / "plan.json"
+    path.parent.mkdir(parents=True)
+    plan = json.loads((chain / "plan" / "plan.json").read_text())
+    path.write_text(json.dumps(plan | {"num_layers": {"transformer_blocks": 20}}))
+    assert_one_sentence(ppcl(*command, "stages=[depth]"), str(path), "20")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
+@pytest.mark.usefixtures("no_model")
+def test_truncated_teacher_is_named(command: list[str], teacher: Path, tmp_path: Path, keep: float) -> None:
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher, copy)
+    (weights,) = (copy / "transformer").glob("*.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
+    outcome = ppcl(*command, f"model.path={copy}", "stages=[probe]")
+    assert_one_sentence(outcome, str(weights), "truncated")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_folder_that_is_no_pipeline_is_named(command: list[str], tmp_path: Path) -> None:
+    assert_one_sentence(ppcl(*command, f"model.path={tmp_path}", "stages=[probe]"), str(tmp_path), "model_index.json")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_pipeline_of_another_family_is_named(command: list[str], teacher: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "other"
+    shutil.copytree(teacher, copy)
+    index = copy / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionPipeline"}))
+    assert_one_sentence(ppcl(*command, f"model.path={copy}", "stages=[probe]"), str(copy), "StableDiffusionPipeline")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_truncated_plug_is_named(command: list[str], trained: Path, tmp_path: Path) -> None:
+    plugs = tmp_path / "runs" / "bad" / "plugs"
+    shutil.copytree(trained / "plugs", plugs)
+    cut = plugs / f"{PLUG_NAMES[1]}.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert_one_sentence(ppcl(*command, INTERVALS, "stages=[generate]"), str(cut), "truncated")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_plug_of_two_runs_is_named(command: list[str], trained: Path, tmp_path: Path) -> None:
+    plugs = tmp_path / "runs" / "bad" / "plugs"
+    shutil.copytree(trained / "plugs", plugs)
+    shutil.copy(plugs / f"{PLUG_NAMES[0]}.safetensors", plugs / f"{PLUG_NAMES[1]}.safetensors")
+    assert_one_sentence(ppcl(*command, INTERVALS, "stages=[generate]"), f"{PLUG_NAMES[1]}.json")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_plugs_of_another_teacher_are_named(
+    command: list[str], trained: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same shapes and other weights: nothing would fail, and every number would be wrong."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(trained / "plugs", tmp_path / "runs" / "bad" / "plugs")
+    copy = tmp_path / "other"
+    shutil.copytree(teacher, copy)
+    (weights,) = (copy / "transformer").glob("*.safetensors")
+    save_file({key: value + 1 for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    outcome = ppcl(*command, f"model.path={copy}", INTERVALS, "stages=[generate]", "generate.variants=[ppcl-depth]")
+    assert_one_sentence(outcome, PLUG_NAMES[0])
+
+
+@pytest.mark.usefixtures("no_model")
+def test_checkpoint_of_another_training_is_named(command: list[str], trained: Path, tmp_path: Path) -> None:
+    made_from = json.loads((trained / "plugs" / f"{PLUG_NAMES[0]}.json").read_text())["made_from"]
+    made_from |= {"stack": "", "interval": [0, 0], "intervals": {"transformer_blocks": [[1, 2], [3, 4]]}}
+    made_from["distill"]["lr"] = 0.5
+    folder = tmp_path / "runs" / "bad" / "plugs" / f"checkpoint-{PLUG_NAMES[0]}-and-1-more"
+    folder.mkdir(parents=True)
+    record = {"format": "ppcl.depth", "version": 1, "fingerprint": "0" * 16, "made_from": made_from}
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+    (folder / "last.ckpt").write_bytes(b"not read")
+    outcome = ppcl(*command, INTERVALS, "stages=[depth]")
+    assert_one_sentence(outcome, str(folder / "checkpoint.json"), "distill.lr=0.5, now 0.001")
+    assert (folder / "last.ckpt").read_bytes() == b"not read"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_scores_need_pictures(command: list[str], trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "plugs", tmp_path / "runs" / "bad" / "plugs")
+    assert_one_sentence(ppcl(*command, INTERVALS, "stages=[evaluate]"), "manifest.json", "stages=[generate]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["stages=[probe,distil]"], "distil"),
+        (["distill.steps=abc"], "abc"),
+        (["model=qwen_image", "intervals.transformer_blocks=[[58,60]]"], "[58, 60]"),
+    ],
+    ids=["stage", "type", "interval"],
+)
+def test_console_script(tmp_path: Path, arguments: list[str], fragment: str) -> None:
+    script = Path(sys.executable).with_name("ppcl")
+    done = subprocess.run(
+        [str(script), f"paths.runs_dir={tmp_path}", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == ""
+    assert_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), fragment)
+
+
+def test_good_command_after_bad_ones(command: list[str]) -> None:
+    """A refusal spoils nothing for the command that follows in the same run folder."""
+    assert ppcl(*command, "intervals.transformer_blocks=[[4,9]]", "stages=[plan]").code == 2
+    assert "0.667" in succeed(*command, INTERVALS, "stages=[plan]").out

@@ -1,0 +1,107 @@
+"""The exported folder is a stock diffusers pipeline that draws what the plugged teacher draws."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_LAYERS
+
+from ppcl.surgery.depth import plug
+
+PROMPTS = ["a red circle", "two squares", "a blue cross left of a circle"]
+ARGUMENTS = {"height": 32, "width": 32, "num_inference_steps": 2, "true_cfg_scale": 3.0, "output_type": "np"}
+
+# What a user of the export runs: one import beside diffusers. Everything else would be a helping hand.
+LOADER = """
+import json, sys
+import ppcl
+from diffusers import DiffusionPipeline
+
+folder, prompts, arguments, target = sys.argv[1], *map(json.loads, sys.argv[2:4]), sys.argv[4]
+pipeline = DiffusionPipeline.from_pretrained(folder)
+pipeline.set_progress_bar_config(disable=True)
+import numpy, torch
+images = pipeline(
+    prompts, negative_prompt=[""] * len(prompts),
+    generator=[torch.Generator().manual_seed(n) for n in range(len(prompts))], **arguments,
+).images
+numpy.save(target, images)
+transformer = pipeline.transformer
+print(json.dumps({
+    "class": f"{type(transformer).__module__}.{type(transformer).__qualname__}",
+    "pipeline": type(pipeline).__name__,
+    "blocks": len(transformer.transformer_blocks),
+    "config": dict(transformer.config),
+    "params": sum(p.numel() for p in transformer.parameters()),
+    "extra_modules": sorted(name for name in sys.modules if name.startswith("ppcl.")),
+}, default=str))
+"""
+
+
+def draw(pipeline) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(number) for number in range(len(PROMPTS))]
+    return pipeline(PROMPTS, negative_prompt=[""] * len(PROMPTS), generator=generators, **ARGUMENTS).images
+
+
+@pytest.fixture(scope="module")
+def loaded(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, np.ndarray]:
+    """What a fresh process finds in the export, and draws with it."""
+    target = tmp_path_factory.mktemp("drawn") / "images.npy"
+    arguments = [str(chain / "export"), json.dumps(PROMPTS), json.dumps(ARGUMENTS), str(target)]
+    # Started elsewhere, so that no file of the repository helps.
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, *arguments], cwd=target.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), np.load(target)
+
+
+def test_stock_classes_load_it(loaded: tuple[dict, np.ndarray]) -> None:
+    facts, _ = loaded
+    assert facts["pipeline"] == "QwenImagePipeline"
+    assert facts["class"] == "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel"
+    # The vae is the one component that is ours; nothing of the pruning code takes part.
+    assert all(name.startswith("ppcl.models") for name in facts["extra_modules"])
+
+
+def test_config_says_what_is_left(chain: Path, loaded: tuple[dict, np.ndarray]) -> None:
+    facts, _ = loaded
+    plan = json.loads((chain / "plan" / "plan.json").read_text())
+    pairs = plan["intervals"]["transformer_blocks"]
+    kept = [n for n in range(NUM_LAYERS) if not any(u < n <= v for u, v in pairs)]
+    assert facts["blocks"] == facts["config"]["num_layers"] == len(kept) == plan["parameters"]["student_layers"]
+    assert facts["params"] == plan["parameters"]["student"]
+    config = json.loads((chain / "export" / "transformer" / "config.json").read_text())
+    assert config["num_layers"] == len(kept)
+    for found in (config, facts["config"]):
+        assert found["ppcl"]["kept_layers"] == {"transformer_blocks": kept}
+        assert found["ppcl"]["removed_intervals"] == {"transformer_blocks": pairs}
+        assert found["ppcl"]["method"] == "ppcl"
+
+
+def test_pictures_are_those_of_the_plugged_teacher(
+    teacher: Path, chain: Path, loaded: tuple[dict, np.ndarray]
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(teacher)
+    pipeline.set_progress_bar_config(disable=True)
+    whole = draw(pipeline)
+    plug(pipeline, chain / "plugs")
+    pruned = draw(pipeline)
+    _, exported = loaded
+    assert exported.dtype == pruned.dtype == np.float32
+    assert np.array_equal(exported, pruned)
+    assert not np.array_equal(exported, whole)
+
+
+def test_card_tells_how_to_load_it(chain: Path) -> None:
+    card = (chain / "export" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    assert "import ppcl" in card  # the embedded vae needs it

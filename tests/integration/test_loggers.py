@@ -1,0 +1,73 @@
+"""Where a training's curves go: W&B offline, disabled, a CSV file, nowhere."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import INTERVALS, assert_same_tensors, plug_tensors, ppcl_process, succeed
+
+
+def records(run: Path) -> tuple[dict[str, Any], set[str]]:
+    """The configuration and the names of logged values in an offline W&B run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, config, logged = DataStore(), {}, set()
+    store.open_for_scan(str(run))
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind in ("config", "run"):
+            updates = (record.config if kind == "config" else record.run.config).update
+            config |= {update.key: json.loads(update.value_json) for update in updates if update.key}
+        if kind == "history":
+            logged |= {item.key or ".".join(item.nested_key) for item in record.history.item}
+    return config, logged
+
+
+@pytest.fixture
+def command(settings: list[str], tmp_path: Path) -> list[str]:
+    kept = [argument for argument in settings if argument != "logger=none"]
+    return [*kept, INTERVALS, f"paths.runs_dir={tmp_path}", "name=logged", "stages=[depth]"]
+
+
+def test_offline_runs_hold_their_own_configuration(command: list[str], tmp_path: Path) -> None:
+    """Two jobs of one process: each has a run of its own, with its own values."""
+    sweep = ["distill.lr=0.001,0.002", "logger=wandb", "logger.mode=offline"]
+    done = ppcl_process("--multirun", *command, *sweep)
+    assert done.returncode == 0, done.stderr
+    for job, rate in (("0", 0.001), ("1", 0.002)):
+        (run,) = (tmp_path / "logged" / job / "wandb").glob("offline-run-*/*.wandb")
+        assert run.stat().st_size > 0
+        config, logged = records(run)
+        assert config["distill"]["lr"] == rate
+        assert config["distill"]["steps"] == 6
+        assert config["model"]["family"] == "qwen_image"
+        assert "depth/loss" in logged
+
+
+def test_disabled_trains_alike(command: list[str], trained: Path, tmp_path: Path) -> None:
+    done = ppcl_process(*command, "logger=wandb", "logger.mode=disabled")
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.wandb"))
+    assert_same_tensors(plug_tensors(tmp_path / "logged"), plug_tensors(trained))
+
+
+def test_csv_holds_every_interval(command: list[str], trained: Path, tmp_path: Path) -> None:
+    succeed(*command, "logger=csv")
+    (metrics,) = (tmp_path / "logged" / "logs").rglob("metrics.csv")
+    (row,) = csv.DictReader(metrics.read_text().splitlines())  # six steps: logged once, at the last
+    total = float(row["depth/loss"])
+    parts = [float(row[f"depth/transformer_blocks.{name}/loss"]) for name in ("1-2", "3-4")]
+    assert sum(parts) == pytest.approx(total)
+    assert_same_tensors(plug_tensors(tmp_path / "logged"), plug_tensors(trained))
+
+
+def test_none_leaves_nothing(trained: Path) -> None:
+    """`trained` ran with logger=none."""
+    assert sorted(path.name for path in trained.iterdir()) == ["config.yaml", "plugs", "versions.json"]

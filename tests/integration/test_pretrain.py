@@ -1,0 +1,83 @@
+"""Pretraining leaves a pipeline folder that every other stage takes as a teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import INTERVALS, NUM_LAYERS, assert_same_tensors, modified, ppcl, ppcl_process, succeed
+from safetensors.torch import load_file
+from test_interruption import DIE_AT_RENAME
+
+TINY = [
+    "stages=[pretrain]",
+    f"pretrain.num_layers={NUM_LAYERS}",
+    "pretrain.steps=4",
+    "pretrain.batch_size=4",
+    "pretrain.checkpoint_every=2",
+    "pretrain.compile=false",
+    "trainer=cpu",
+    "trainer.num_threads=1",
+    "trainer.progress=false",
+    "logger=none",
+    "name=pretrained",
+]
+
+
+def weights(run: Path) -> dict:
+    return load_file(run / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("pretrained")
+    succeed(*TINY, f"paths.runs_dir={runs}")
+    return runs / "pretrained"
+
+
+def test_teacher_is_a_pipeline_folder(pretrained: Path) -> None:
+    folder = pretrained / "teacher"
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "QwenImagePipeline"
+    assert json.loads((folder / "transformer" / "config.json").read_text())["num_layers"] == NUM_LAYERS
+    assert all(value.isfinite().all() for value in weights(pretrained).values())
+    assert not list(pretrained.rglob("*.ckpt"))
+
+
+def test_weights_were_trained(pretrained: Path) -> None:
+    from ppcl.families.tiny_qwen_image import build_pipeline
+
+    drawn = build_pipeline(0, NUM_LAYERS).transformer.state_dict()
+    trained = weights(pretrained)
+    assert trained.keys() == drawn.keys()
+    assert any(not trained[key].float().equal(drawn[key].to(trained[key].dtype).float()) for key in drawn)
+
+
+def test_other_stages_take_it(pretrained: Path, settings: list[str], tmp_path: Path) -> None:
+    command = [argument for argument in settings if not argument.startswith("model.path=")]
+    command += [f"model.path={pretrained / 'teacher'}", f"paths.runs_dir={tmp_path}", "name=after", INTERVALS]
+    outcome = succeed(*command, "stages=[plan,generate]", "generate.variants=[teacher,removed]")
+    assert "6 -> 4" in outcome.out
+    assert len(list((tmp_path / "after" / "images").rglob("*.png"))) == 24
+
+
+def test_again_reuses_and_other_settings_are_refused(pretrained: Path) -> None:
+    before = modified(pretrained / "teacher")
+    command = [*TINY, f"paths.runs_dir={pretrained.parent}"]
+    assert "reused" in succeed(*command).out
+    refused = ppcl(*command, "pretrain.muon_lr=0.5")
+    assert refused.code == 2
+    assert "pretrain.muon_lr=0.02, now 0.5" in refused.err
+    assert modified(pretrained / "teacher") == before
+
+
+def test_dead_pretraining_resumes_exactly(pretrained: Path, tmp_path: Path) -> None:
+    command = [*TINY, f"paths.runs_dir={tmp_path}"]
+    # Four steps, a checkpoint after two: dies with the last batches trained and not saved.
+    died = ppcl_process("*/teacher", *command, "pretrain.checkpoint_every=3", python=DIE_AT_RENAME)
+    assert died.returncode == 9, died.stderr
+    run = tmp_path / "pretrained"
+    assert not (run / "teacher").exists()
+    assert "resuming from" in succeed(*command).out
+    assert_same_tensors(weights(run), weights(pretrained))
+    assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]

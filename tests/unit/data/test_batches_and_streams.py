@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from ppcl.config import DataConfig
+from ppcl.data import shapes
+from ppcl.data.batches import StepLoader
+from ppcl.data.streams import ShapesStream
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 6])
+def test_a_resumed_loader_yields_exactly_the_steps_that_are_left(taken):
+    first = StepLoader(lambda step: step, 6)
+    batches = iter(first)
+    seen = [next(batches) for _ in range(taken)]
+    second = StepLoader(lambda step: step, 6)
+    second.load_state_dict(first.state_dict())
+    assert seen + list(second) == [0, 1, 2, 3, 4, 5]
+    assert len(second) == 6
+    assert list(second) == []
+
+
+def test_a_loader_makes_no_batch_that_is_not_asked_for():
+    made = []
+    batches = iter(StepLoader(made.append, 100))
+    next(batches)
+    next(batches)
+    assert made == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def stream(family, pipeline):
+    return ShapesStream(family, pipeline, DataConfig(caption_dropout=0.3), seed=4, batch_size=8)
+
+
+def equal(a, b):
+    return (
+        torch.equal(a.target, b.target)
+        and torch.equal(a.sigmas, b.sigmas)
+        and all(
+            torch.equal(a.inputs[key], b.inputs[key])
+            for key in ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep")
+        )
+    )
+
+
+def test_a_batch_depends_on_seed_and_step_alone(family, pipeline, stream):
+    late = stream(3)
+    torch.manual_seed(123)
+    stream(9)
+    again = ShapesStream(family, pipeline, DataConfig(caption_dropout=0.3), seed=4, batch_size=8)
+    assert equal(again(3), late)
+    assert not equal(again(4), late)
+    assert not torch.equal(ShapesStream(family, pipeline, DataConfig(), 5, 8)(3).target, late.target)
+
+
+def test_a_batch_is_its_samples_noised(family, pipeline, stream):
+    """x = (1 - sigma) clean + sigma noise and target = noise - clean give the clean latents back."""
+    batch = stream(2)
+    images, captions = shapes.training_samples(4, 16, 8)
+    clean, size = family.encode_images(pipeline, images)
+    sigmas = batch.sigmas[:, None, None]
+    torch.testing.assert_close(batch.inputs["hidden_states"] - sigmas * batch.target, clean, rtol=0, atol=1e-5)
+    assert torch.equal(batch.inputs["timestep"], batch.sigmas)
+    assert batch.inputs["img_shapes"] == [[(1, *size)]] * 8
+    lengths = (batch.inputs["encoder_hidden_states_mask"].sum(dim=1) - 5).tolist()
+    words = [len(caption.split()) for caption in captions]
+    assert all(length in (0, count) for length, count in zip(lengths, words, strict=True))
+
+
+def test_captions_are_dropped_at_the_configured_rate(stream):
+    dropped = torch.cat([stream(step).inputs["encoder_hidden_states_mask"].sum(dim=1) == 5 for step in range(30)])
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.08)
+
+
+def test_calibration_pairs_every_sample_with_every_noise_level(family, pipeline):
+    stream = ShapesStream(family, pipeline, DataConfig(), seed=1, batch_size=4)
+    batches = list(stream.calibration(num_samples=6, num_timesteps=3))
+    assert [len(batch.sigmas) for batch in batches] == [4, 4, 4, 2, 2, 2]
+    images, _ = shapes.training_samples(1, 0, 6)
+    clean, _ = family.encode_images(pipeline, images)
+    for number, batch in enumerate(batches):
+        level = 1 - number % 3 / 3
+        torch.testing.assert_close(batch.sigmas, torch.full_like(batch.sigmas, level))
+        start = 4 * (number // 3)
+        restored = batch.inputs["hidden_states"] - level * batch.target
+        torch.testing.assert_close(restored, clean[start : start + 4], rtol=0, atol=1e-5)
+        assert (batch.inputs["encoder_hidden_states_mask"].sum(dim=1) > 5).all()  # no caption is dropped
+
+
+def test_calibration_levels_are_shifted(family, pipeline):
+    stream = ShapesStream(family, pipeline, DataConfig(shift=3.0), seed=1, batch_size=2)
+    levels = [batch.sigmas[0].item() for batch in stream.calibration(2, 4)]
+    assert levels == pytest.approx([1.0, 3 * 0.75 / 2.5, 3 * 0.5 / 2, 3 * 0.25 / 1.5])

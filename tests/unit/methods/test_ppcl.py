@@ -1,0 +1,230 @@
+import pytest
+import torch
+from torch import nn
+
+from ppcl.artifacts import Probes
+from ppcl.config import MethodConfig
+from ppcl.methods.base import Teacher
+from ppcl.methods.ppcl import (
+    Ppcl,
+    SurrogateCurves,
+    delta,
+    extend_ends,
+    find_intervals,
+    first_inflection,
+    last_above,
+)
+from ppcl.ops.cka import centre, cka
+from ppcl.stages.probe import fit_probes
+from ppcl.taps import observe
+
+
+def curve_of(rows):
+    """A curve from `{u: [cka(u, u), cka(u, u + 1), ...]}`."""
+    return lambda u, k: rows[u][k - u]
+
+
+def random_curve(num_layers, seed):
+    """Similarities that fall from 1 by random steps."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.rand(num_layers, num_layers, generator=generator) * 0.1
+    return curve_of({u: [1 - steps[u, 1 : n + 1].sum().item() for n in range(num_layers - u)] for u in range(num_layers)})
+
+
+# From block 3 the loss of similarity first grows at k = 5; from block 5 it first grows at k = 8.
+PAPER_EXAMPLE = {
+    3: [1.0, 0.98, 0.94, 0.93, 0.92, 0.91, 0.90],
+    5: [1.0, 0.97, 0.95, 0.90, 0.89],
+    8: [1.0, 0.99],
+}
+
+
+def test_delta_is_the_similarity_that_one_more_replacement_costs():
+    curve = curve_of(PAPER_EXAMPLE)
+    assert delta(curve, 3, 4) == pytest.approx(0.02)
+    assert delta(curve, 3, 5) == pytest.approx(0.04)
+
+
+def test_the_papers_walk_from_block_three():
+    """k = 5 triggers for u = 3, so [3, 4]; the walk goes on at 5 and finds [5, 7]."""
+    curve = curve_of(PAPER_EXAMPLE)
+    assert first_inflection(curve, 3, 9) == 4
+    assert first_inflection(curve, 5, 9) == 7
+    assert find_intervals(curve, 10, MethodConfig(first=3)) == [(3, 4), (5, 7), (8, 9)]
+
+
+def test_without_an_inflection_the_interval_ends_at_the_last_block():
+    """Shrinking and equal losses both do not trigger: the rule is a strict inequality."""
+    shrinking = [1.0, 0.9, 0.82, 0.76, 0.72]
+    equal = [1.0, 0.75, 0.5, 0.25, 0.0]  # exact in binary, so the differences are equal
+    for row in (shrinking, equal):
+        assert first_inflection(curve_of({0: row}), 0, 4) == 4
+        assert find_intervals(curve_of({0: row}), 5, MethodConfig()) == [(0, 4)]
+        assert find_intervals(curve_of({0: row}), 5, MethodConfig(last=3)) == [(0, 3)]
+
+
+@pytest.mark.parametrize("rule", ["lp", "lp_a", "lp_b"])
+@pytest.mark.parametrize("seed", range(10))
+def test_intervals_are_ordered_disjoint_in_range_and_never_a_single_block(rule, seed):
+    method = MethodConfig(rule=rule, first=2, last=15, threshold=0.85)
+    intervals = find_intervals(random_curve(18, seed), 18, method)
+    assert intervals
+    assert all(2 <= u < v <= 15 for u, v in intervals)
+    assert all(before[1] < after[0] for before, after in zip(intervals, intervals[1:], strict=False))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lp_leaves_no_gap_before_the_last_block(seed):
+    """Eq. 5 alone ends an interval just before the next: only a final single block can stay over."""
+    intervals = find_intervals(random_curve(18, seed), 18, MethodConfig(first=3))
+    assert intervals[0][0] == 3
+    assert all(before[1] + 1 == after[0] for before, after in zip(intervals, intervals[1:], strict=False))
+    assert intervals[-1][1] >= 16
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("min_length", [3, 5])
+def test_min_length_is_a_lower_bound(seed, min_length):
+    intervals = find_intervals(random_curve(30, seed), 30, MethodConfig(min_length=min_length))
+    assert intervals
+    assert all(v - u + 1 >= min_length for u, v in intervals)
+
+
+def test_min_length_looks_for_the_inflection_later():
+    curve = curve_of({0: [1.0, 0.99, 0.95, 0.94, 0.90, 0.89]})
+    assert first_inflection(curve, 0, 5, min_length=2) == 1
+    assert first_inflection(curve, 0, 5, min_length=3) == 3
+
+
+def test_min_cka_leaves_gaps_and_goes_on_one_block_later():
+    """[0, 1] is refused at 0.5, the walk looks again from 1 and takes [1, 2]; [3, 4] is refused and leaves a gap."""
+    curve = curve_of(
+        {
+            0: [1.0, 0.5, -0.5, -0.6, -0.7, -0.8, -0.9],
+            1: [1.0, 0.95, 0.8, 0.7, 0.6, 0.5],
+            2: [1.0, 0.4, -0.5, -0.6, -0.7],
+            3: [1.0, 0.3, -0.6, -0.7],
+            4: [1.0, 0.2, -0.7],
+            5: [1.0, 0.93],
+        }
+    )
+    assert find_intervals(curve, 7, MethodConfig(min_cka=0.9)) == [(1, 2), (5, 6)]
+    assert find_intervals(curve, 7, MethodConfig(min_cka=0.94)) == [(1, 2)]
+    assert find_intervals(curve, 7, MethodConfig(min_cka=0.96)) == []
+
+
+def test_lp_a_ends_where_similarity_falls_below_the_threshold():
+    curve = curve_of({0: [1.0, 0.99, 0.98, 0.97], 1: [1.0, 0.9, 0.8], 2: [1.0, 0.5], 3: [1.0]})
+    assert last_above(curve, 0, 3, 0.98) == 2  # the threshold itself still passes
+    assert last_above(curve, 0, 3, 0.5) == 3
+    assert last_above(curve, 1, 3, 0.98) == 1
+    assert find_intervals(curve, 4, MethodConfig(rule="lp_a", threshold=0.98)) == [(0, 2)]
+    assert find_intervals(curve, 4, MethodConfig(rule="lp_a", threshold=0.995)) == []
+
+
+@pytest.mark.parametrize(
+    ("intervals", "last", "which", "expected"),
+    [
+        ([(0, 1), (4, 6)], 9, None, [(0, 2), (4, 7)]),  # room outside all intervals
+        ([(0, 1), (4, 6)], 9, [1], [(0, 1), (4, 7)]),  # only those named
+        ([(0, 1), (2, 4)], 9, [0], [(0, 2), (3, 4)]),  # the successor starts one later
+        ([(0, 1), (2, 3)], 9, [0], [(0, 1), (2, 3)]),  # a successor of two blocks cannot shrink
+        ([(0, 1), (2, 4)], 4, None, [(0, 2), (3, 4)]),  # nothing after the last block
+        ([(0, 1), (2, 4), (5, 7)], 9, None, [(0, 2), (3, 5), (6, 8)]),  # each gives and takes
+        ([(0, 3)], 3, None, [(0, 3)]),
+    ],
+)
+def test_lp_b_extends_where_there_is_room(intervals, last, which, expected):
+    assert extend_ends(intervals, last, which) == expected
+
+
+def test_lp_b_is_lp_with_its_ends_moved():
+    curve = curve_of(PAPER_EXAMPLE)
+    assert find_intervals(curve, 10, MethodConfig(rule="lp_b", first=3)) == [(3, 5), (6, 7), (8, 9)]
+
+
+def planted(runs):
+    """Update sizes that are large where a run begins and shrink inside it."""
+    return [size for length in runs for size in (0.8, *(0.4 * 0.7**step for step in range(length - 1)))]
+
+
+PLANTED_RUNS = [[4, 2, 3, 5, 3], [2, 2, 2, 6], [3, 7, 4], [5, 5, 2, 4]]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("runs", PLANTED_RUNS)
+@pytest.mark.parametrize("debiased", [False, True])
+def test_detection_recovers_the_runs_of_a_planted_teacher(make_linear_teacher, runs, seed, debiased):
+    """Fit, simulation and walk together find the runs a linear teacher was built from, each block of them."""
+    family, transformer, batches = make_linear_teacher(planted(runs), seed)
+    fitted = fit_probes(family, transformer, batches, ridge=1e-9, bias=True)
+    weights, biases = ({key: pair[part] for key, pair in fitted.items()} for part in (0, 1))
+    probes = Probes(Probes.header_for({}), weights, biases, {})
+    teacher = Teacher(family, transformer, lambda: batches, lambda: probes)
+    found = Ppcl(MethodConfig(debiased=debiased)).detect(teacher)
+    starts = [sum(runs[:number]) for number in range(len(runs))]
+    expected = [(start, start + length - 1) for start, length in zip(starts, runs, strict=True)]
+    assert found.intervals == {"blocks": expected}
+    table = found.curves["blocks"]["mean"]
+    assert found.scores["cka"]["blocks"] == {f"{u}-{v}": table[u][v] for u, v in expected}
+    assert table[2][1] is None
+    assert table[2][2] == pytest.approx(1)
+
+
+class ProbeBlock(nn.Module):
+    """A transformer block replaced by its two probes."""
+
+    def __init__(self, image, text):
+        super().__init__()
+        self.image, self.text = image, text
+
+    def forward(self, *, hidden_states, encoder_hidden_states, **_):
+        return tuple(x + x @ w.T + b for x, (w, b) in ((encoder_hidden_states, self.text), (hidden_states, self.image)))
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("size", [(4, 4), (9, 8)])  # fewer and more image tokens than the 64 features
+@torch.no_grad()
+def test_algebraic_similarity_equals_a_surrogate_forward(family, make_transformer, make_batch, size, debiased):
+    """cka(u, k) without running any surrogate is what running blocks u + 1..k as probes gives."""
+    count, lengths = 4, (70, 50, 66)
+    transformer = make_transformer(count)
+    batches = [make_batch(seed, lengths, size, padded_to=72) for seed in (0, 1)]
+    fitted = fit_probes(family, transformer, batches, ridge=1e-2, bias=True)
+    probes = Probes(Probes.header_for({}), *({key: pair[part] for key, pair in fitted.items()} for part in (0, 1)), {})
+
+    def outputs(batch):
+        found = {}
+        observe(family, transformer, batch.inputs, lambda call: found.update({call.key: call.outputs}))
+        return found
+
+    curves = SurrogateCurves(probes, {"transformer_blocks": count}, debiased=debiased)
+    real = [outputs(batch) for batch in batches]
+    for batch, found in zip(batches, real, strict=True):
+        curves.add(found, family.masks(batch.inputs))
+    tables = {stream: curves.mean("transformer_blocks", stream) for stream in ("image", "text", "mean")}
+
+    blocks = list(transformer.transformer_blocks)
+    for u in range(count):
+        for k in range(u, count):
+            stand_ins = {
+                i: ProbeBlock(*(fitted[f"transformer_blocks.{i}.{stream}"] for stream in ("image", "text")))
+                for i in range(u + 1, k + 1)
+            }
+            transformer.transformer_blocks = nn.ModuleList([stand_ins.get(i, blocks[i]) for i in range(count)])
+            means = {}
+            for stream in ("image", "text"):
+                values = []
+                for batch, found in zip(batches, real, strict=True):
+                    surrogate = outputs(batch)["transformer_blocks", k][stream]
+                    mask = family.masks(batch.inputs)[stream]
+                    for sample in range(len(lengths)):
+                        keep = slice(None) if mask is None else mask[sample]
+                        x = centre(found["transformer_blocks", u][stream][sample][keep].double())
+                        y = centre(surrogate[sample][keep].double())
+                        values.append(cka(x, y, debiased=debiased).item())
+                means[stream] = sum(values) / len(values)
+                assert tables[stream][u, k].item() == pytest.approx(means[stream], abs=1e-6)
+            assert tables["mean"][u, k].item() == pytest.approx((means["image"] + means["text"]) / 2, abs=1e-6)
+    assert tables["image"].tril(-1).isnan().sum().item() == count * (count - 1) // 2
+    assert tables["text"][0, count - 1].item() < 1 - 1e-4  # the surrogate does change something
