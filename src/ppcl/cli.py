@@ -6,9 +6,12 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import UsageError
+
+if TYPE_CHECKING:
+    from ppcl.stages.run import Run
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -40,15 +43,28 @@ def execute(raw: Any, folder: Path) -> None:
     from omegaconf import OmegaConf
 
     from ppcl.artifacts import atomic_path
-    from ppcl.config import STAGE_ORDER, parse
+    from ppcl.config import parse
     from ppcl.stages.run import Run
 
     config = parse(raw)
     run = Run(config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    records = (folder / "config.yaml", folder / "versions.json")
+    before = {path: path.read_bytes() for path in records if path.exists()}
     with atomic_path(folder / "config.yaml") as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
     run.record_versions()
+    try:
+        _run_stages(run)
+    except UsageError:
+        for path, content in before.items():  # a refused command leaves the folder's record as it was
+            path.write_bytes(content)
+        raise
+
+
+def _run_stages(run: Run) -> None:
+    from ppcl.config import STAGE_ORDER
+
+    config = run.config
     if set(config.stages) != {"plan"}:  # counting needs neither library's pipelines
         _quiet_libraries()
     if config.trainer.num_threads is not None:
@@ -120,6 +136,10 @@ def main() -> None:
         app()
     except (HydraException, OmegaConfBaseException) as error:
         complain(error)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        complain(UsageError(f"{error.filename or 'writing'}: {error.strerror}; nothing that was whole is lost."))
     except KeyboardInterrupt:
         print("ppcl: interrupted; the same command resumes.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -2,98 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).parents[2]
-NUM_LAYERS = 6
-INTERVALS = "intervals.transformer_blocks=[[1,2],[3,4]]"
-PLUG_NAMES = ["transformer_blocks.1-2", "transformer_blocks.3-4"]
-CHAIN = "stages=[probe,detect,depth,export,generate,evaluate,report]"
-NUM_PROMPTS = 12
-BATCH = 6
+from commands import BATCH, CHAIN, INTERVALS, NUM_LAYERS, NUM_PROMPTS, succeed
 
 # Numbers that change with the number of threads would make bit-identity a matter of luck.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-
-
-@dataclass
-class Outcome:
-    """What a command left on the console."""
-
-    code: int
-    out: str
-    err: str
-
-
-def ppcl(*arguments: str) -> Outcome:
-    """The console script, called in this process; a process of its own would spend its time on imports."""
-    from ppcl.cli import main
-
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["ppcl", *arguments])
-        patch.setenv("HYDRA_FULL_ERROR", "")
-        patch.delenv("HYDRA_FULL_ERROR")  # main sets it for its own process; the next call must not see it
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-    return Outcome(code, out.getvalue(), err.getvalue())
-
-
-def succeed(*arguments: str) -> Outcome:
-    """`ppcl`, which must end well."""
-    outcome = ppcl(*arguments)
-    assert outcome.code == 0, outcome.err
-    return outcome
-
-
-def ppcl_process(*arguments: str, python: str = "from ppcl.cli import main; main()") -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own; `python` may prepare that process first."""
-    return subprocess.run(
-        [sys.executable, "-c", python, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Every file under `folder` by its content."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def modified(*folders: Path) -> dict[str, int]:
-    """Every file under `folders` by the time it was written."""
-    return {str(p): p.stat().st_mtime_ns for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def plug_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a run's plugs."""
-    from ppcl.artifacts import load_plugs
-
-    plugs = load_plugs(run / "plugs")
-    return {f"{name}/{key}": value for name, plug in plugs.items() for key, value in plug.state_dict.items()}
-
-
-def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    """Bit for bit."""
-    assert left.keys() == right.keys()
-    assert left
-    for key, value in left.items():
-        assert torch.equal(value, right[key]), key
 
 
 @pytest.fixture(scope="session")

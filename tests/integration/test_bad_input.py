@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppcl, succeed
+from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppcl, succeed
+
+from ppcl.artifacts import Header, fingerprint
 
 
 def assert_one_sentence(outcome: Outcome, *fragments: str) -> None:
@@ -91,7 +93,12 @@ def test_argument_is_named(command: list[str], arguments: list[str], fragments: 
 
 @pytest.mark.parametrize(
     ("content", "fragment"),
-    [(b"", "no prompt"), (b"\n  \n", "no prompt"), ("a caf\u00e9".encode("latin-1"), "UTF-8"), (None, "does not exist")],
+    [
+        (b"", "no prompt"),
+        (b"\n  \n", "no prompt"),
+        ("a caf\u00e9".encode("latin-1"), "UTF-8"),
+        (None, "does not exist"),
+    ],
     ids=["empty", "blank", "latin-1", "folder"],
 )
 @pytest.mark.usefixtures("no_model")
@@ -205,11 +212,12 @@ def test_plugs_of_another_teacher_are_named(
 @pytest.mark.usefixtures("no_model")
 def test_checkpoint_of_another_training_is_named(command: list[str], trained: Path, tmp_path: Path) -> None:
     made_from = json.loads((trained / "plugs" / f"{PLUG_NAMES[0]}.json").read_text())["made_from"]
-    made_from |= {"stack": "", "interval": [0, 0], "intervals": {"transformer_blocks": [[1, 2], [3, 4]]}}
+    made_from |= {"stack": "", "interval": [0, 0], "intervals": PLUG_NAMES}
     made_from["distill"]["lr"] = 0.5
-    folder = tmp_path / "runs" / "bad" / "plugs" / f"checkpoint-{PLUG_NAMES[0]}-and-1-more"
+    name = fingerprint({"intervals": PLUG_NAMES})
+    folder = tmp_path / "runs" / "bad" / "plugs" / f"checkpoint-{name}"
     folder.mkdir(parents=True)
-    record = {"format": "ppcl.depth", "version": 1, "fingerprint": "0" * 16, "made_from": made_from}
+    record = Header("ppcl.depth", made_from).to_json()
     (folder / "checkpoint.json").write_text(json.dumps(record))
     (folder / "last.ckpt").write_bytes(b"not read")
     outcome = ppcl(*command, INTERVALS, "stages=[depth]")

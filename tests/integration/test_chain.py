@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import NUM_LAYERS, NUM_PROMPTS, digests, modified, ppcl, succeed
+from commands import NUM_LAYERS, NUM_PROMPTS, digests, modified, ppcl, succeed
 from PIL import Image
 
 from ppcl.data.shapes import CATEGORIES

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_LAYERS
+from commands import NUM_LAYERS
 
 from ppcl.surgery.depth import plug
 
@@ -85,9 +85,7 @@ def test_config_says_what_is_left(chain: Path, loaded: tuple[dict, np.ndarray]) 
         assert found["ppcl"]["method"] == "ppcl"
 
 
-def test_pictures_are_those_of_the_plugged_teacher(
-    teacher: Path, chain: Path, loaded: tuple[dict, np.ndarray]
-) -> None:
+def test_pictures_are_those_of_the_plugged_teacher(teacher: Path, chain: Path, loaded: tuple[dict, np.ndarray]) -> None:
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(teacher)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
+from commands import (
     BATCH,
+    DIE_AT_RENAME,
     INTERVALS,
     NUM_PROMPTS,
     PLUG_NAMES,
@@ -29,24 +30,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 LONG = ["distill.steps=80", "distill.checkpoint_every=2"]
-
-# Dies where power may fail: all is written and flushed, the final name is not given yet. A rename from
-# another folder is no rename where that is another file system, but a copy that can stop half way: 8.
-DIE_AT_RENAME = """
-import fnmatch, os, sys
-pattern = sys.argv.pop(1)
-
-def dying(rename):
-    def die(source, target, **kwargs):
-        if fnmatch.fnmatch(str(target), pattern):
-            os._exit(9 if os.path.dirname(source) == os.path.dirname(target) else 8)
-        rename(source, target, **kwargs)
-    return die
-
-os.replace, os.rename = dying(os.replace), dying(os.rename)
-from ppcl.cli import main
-main()
-"""
 
 
 def images(folder: Path) -> dict[str, np.ndarray]:
@@ -120,7 +103,7 @@ def test_interrupt_says_how_to_go_on(settings: list[str], uninterrupted: Path, t
     process = start_until("last.ckpt", command, run)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
-    assert err.strip().splitlines()[-1] == "ppcl: interrupted; the same command resumes."
+    assert err.splitlines()[-1:] == ["ppcl: interrupted; the same command resumes."], err
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "resuming from" in succeed(*command).out

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import csv
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import INTERVALS, assert_same_tensors, plug_tensors, ppcl_process, succeed
+from commands import INTERVALS, assert_same_tensors, plug_tensors, ppcl_process, succeed
+
+BLOCK = 32768
 
 
-def records(run: Path) -> tuple[dict[str, Any], set[str]]:
+def stored(path: Path) -> Iterator[bytes]:
+    """The records of a `.wandb` file, a LevelDB log: blocks of pieces with checksum, length and kind ahead."""
+    data, position, whole = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield whole
+            whole = b""
+
+
+def records(path: Path) -> tuple[dict[str, Any], set[str]]:
     """The configuration and the names of logged values in an offline W&B run."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, config, logged = DataStore(), {}, set()
-    store.open_for_scan(str(run))
-    while (data := store.scan_data()) is not None:
+    config: dict[str, Any] = {}
+    logged: set[str] = set()
+    for data in stored(path):
         record = Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Outcome, succeed
+from commands import Outcome, succeed
 from omegaconf import OmegaConf
 
 

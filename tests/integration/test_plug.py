@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import INTERVALS, NUM_LAYERS, PLUG_NAMES, assert_same_tensors, modified, plug_tensors, ppcl, succeed
+from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, assert_same_tensors, modified, plug_tensors, ppcl, succeed
 from diffusers import DiffusionPipeline
 
 from ppcl.errors import UsageError

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import INTERVALS, NUM_LAYERS, assert_same_tensors, modified, ppcl, ppcl_process, succeed
+from commands import DIE_AT_RENAME, INTERVALS, NUM_LAYERS, assert_same_tensors, modified, ppcl, ppcl_process, succeed
 from safetensors.torch import load_file
-from test_interruption import DIE_AT_RENAME
 
 TINY = [
     "stages=[pretrain]",

@@ -77,6 +77,7 @@ def test_hooks_go_away_however_the_forward_ends(family, transformer, make_batch)
     with pytest.raises(RuntimeError, match="stop here"):
         observe(family, transformer, inputs, fail)
     assert hook_count(transformer) == 0
+
     def break_down(*args, **kwargs):
         raise RuntimeError("block broke")
 

@@ -22,7 +22,7 @@ tags:
 (Pluggable Pruning with Contiguous Layer Distillation, arXiv 2511.16156), with ppcl {version}.
 
 ```python
-import torch
+{imports}import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", torch_dtype=torch.{dtype})

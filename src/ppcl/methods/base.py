@@ -14,6 +14,9 @@ from ppcl.config import MethodConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.families.base import Family
 
+# By stack and stream, a value per pair of blocks.
+Curves = dict[str, dict[str, list[list[float | None]]]]
+
 
 @dataclass
 class Teacher:
@@ -31,7 +34,7 @@ class Detection:
 
     intervals: Intervals
     scores: dict[str, Any] = field(default_factory=dict)
-    curves: dict[str, dict[str, list[list[float | None]]]] = field(default_factory=dict)
+    curves: Curves = field(default_factory=dict)
 
 
 class Method(ABC):

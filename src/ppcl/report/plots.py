@@ -132,6 +132,21 @@ def contact_sheet(
     _save(figure, path)
 
 
+def image_grid(path: Path, images: list[Image.Image], columns: int = 10, largest: int = 256) -> None:
+    """Pictures edge to edge on white, left to right; those wider than `largest` pixels are reduced."""
+    width, height = images[0].size
+    scale = min(1.0, largest / width)
+    width, height, gap = round(width * scale), round(height * scale), 4
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        corner = (gap + column * (width + gap), gap + row * (height + gap))
+        sheet.paste(image.convert("RGB").resize((width, height)), corner)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
 def _wrap(caption: str, width: int = 15) -> str:
     lines = [""]
     for word in caption.split():

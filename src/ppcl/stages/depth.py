@@ -261,6 +261,7 @@ def run(run: Run) -> None:
             if not is_current(record, plug_header(run, stack, pair)):
                 missing.setdefault(stack, []).append(pair)
     if not missing:
+        discard_checkpoint(_checkpoint_of(run, chosen)[0])
         run.say("depth", f"reused {folder}")
         return
     checkpoints, header = _checkpoint_of(run, chosen)

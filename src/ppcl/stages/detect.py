@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 
 import torch
 from rich.progress import track
@@ -13,7 +14,7 @@ from ppcl.artifacts import Probes, PruningPlan, is_current, write_json
 from ppcl.data.batches import TrainingBatch
 from ppcl.families.base import Family
 from ppcl.methods import get_method
-from ppcl.methods.base import Teacher
+from ppcl.methods.base import Curves, Teacher
 from ppcl.ops.cka import centre
 from ppcl.report import plots
 from ppcl.stages.plan import show
@@ -43,6 +44,17 @@ def similarity_maps(family: Family, transformer: torch.nn.Module, batch: Trainin
     return maps
 
 
+def _deltas(curves: Curves) -> Curves:
+    """delta(u, k) = cka(u, k - 1) - cka(u, k) (Eq. 4) for every curve; None where it is undefined."""
+    return {
+        stack: {
+            stream: [[None, *(None if a is None or b is None else a - b for a, b in pairwise(row))] for row in table]
+            for stream, table in streams.items()
+        }
+        for stack, streams in curves.items()
+    }
+
+
 def run(run: Run) -> None:
     method = run.config.method
     made_from = {"detection": run.probe_settings, "method": asdict(method)}
@@ -67,9 +79,10 @@ def run(run: Run) -> None:
     plan.scores = found.scores
     plan.parameters = count_parameters(run.family, run.config.model.arch, found.intervals)
     folder = run.plan_path.parent
-    write_json(folder / "curves.json", {"method": method.name, "cka": found.curves, "similarity": maps})
-    for stack, curves in found.curves.items():
-        plots.interval_curves(folder / f"curves_{stack}.png", curves[method.stream], found.intervals[stack])
+    curves = {"method": method.name, "cka": found.curves, "delta": _deltas(found.curves), "similarity": maps}
+    write_json(folder / "curves.json", curves)
+    for stack, streams in found.curves.items():
+        plots.interval_curves(folder / f"curves_{stack}.png", streams[method.stream], found.intervals[stack])
     plots.similarity_maps(folder / "similarity.png", maps)
     plan.save(run.plan_path)
     show(run, plan)

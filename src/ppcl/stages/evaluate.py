@@ -11,15 +11,15 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 from rich.table import Table
 
-from ppcl.artifacts import Header, is_current, read_json, write_json
+from ppcl.artifacts import Header, Plug, is_current, read_json, write_json
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.benchmarks.shapes import evaluation_scenes, score
 from ppcl.errors import UsageError
-from ppcl.stages.generate import image_folder
+from ppcl.stages.generate import image_folder, prompts_of, variant_header
 from ppcl.stages.plan import billions
 from ppcl.stages.run import Run
-from ppcl.stages.training import make_logger
-from ppcl.stages.variants import make_board
+from ppcl.stages.training import finish_logger, make_logger
+from ppcl.stages.variants import Variant, make_board, variants_of
 
 
 def _denoising_step(run: Run) -> dict[str, Any]:
@@ -63,21 +63,28 @@ def _measure(run: Run, names: list[str], board: Any, arrange: Callable[[str], No
     return measured
 
 
-def run(run: Run) -> None:
-    board, variants, _ = make_board(run)
-    scenes = evaluation_scenes(run.config.data.eval_seed, run.config.benchmark.prompts_per_category)
-    headers = {}
+def score_headers(run: Run, variants: list[Variant], plugs: dict[str, Plug]) -> dict[str, Header]:
+    """What each variant's scores are made from: just the pictures this configuration draws."""
+    prompts, headers = prompts_of(run), {}
     for variant in variants:
+        images = variant_header(run, variant, plugs, prompts)
         manifest = image_folder(run, variant.name) / "manifest.json"
-        if not manifest.exists():
+        if not is_current(manifest, images):
             raise UsageError(f"{manifest} does not exist: run stages=[generate] for variant {variant.name} first.")
-        images = read_json(manifest, "The image manifest")["fingerprint"]
-        headers[variant.name] = Header("ppcl.scores", {"images": images})
+        headers[variant.name] = Header("ppcl.scores", {"images": images.fingerprint})
+    return headers
+
+
+def run(run: Run) -> None:
+    variants, plugs = variants_of(run)
+    headers = score_headers(run, variants, plugs)
     records = {name: run.folder / "scores" / f"{name}.json" for name in headers}
     if all(is_current(records[name], header) for name, header in headers.items()):
         run.say("evaluate", f"reused {run.folder / 'scores'}")
     else:
+        scenes = evaluation_scenes(run.config.data.eval_seed, run.config.benchmark.prompts_per_category)
         by_name = {variant.name: variant for variant in variants}
+        board = make_board(run, plugs)
 
         def arrange(name: str) -> None:
             board.arrange(students=by_name[name].students, removed=by_name[name].removed)
@@ -103,6 +110,7 @@ def run(run: Run) -> None:
             numbers = {key: row[key] for key in ("num_layers", "params_ratio", "drop_percent", "latency_ms")}
             logger.log_metrics({f"{row['name']}/{k}": v for k, v in (numbers | row["scores"]).items()})
         logger.finalize("success")
+        finish_logger(logger)
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 
 from ppcl import __version__
-from ppcl.artifacts import Header, is_current, write_json
+from ppcl.artifacts import Header, atomic_folder, is_current, write_json
 from ppcl.export.model_card import model_card
 from ppcl.stages.run import Run
 from ppcl.stages.variants import required_plugs
@@ -42,18 +40,15 @@ def run(run: Run) -> None:
         "data": config.data.name,
         "fingerprint": header.fingerprint,
     }
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        pipeline.transformer.register_to_config(ppcl=provenance)
-        pipeline.save_pretrained(temporary)
-        (temporary / "README.md").write_text(_card(run, board), encoding="utf-8")
-    finally:
-        board()
-        pipeline.transformer.register_to_config(ppcl=None)
-    write_json(temporary / "ppcl.json", header.to_json() | provenance)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with atomic_folder(folder) as temporary:
+        try:
+            pipeline.transformer.register_to_config(ppcl=provenance)
+            pipeline.save_pretrained(temporary)
+            (temporary / "README.md").write_text(_card(run, board), encoding="utf-8")
+        finally:
+            board()
+            pipeline.transformer.register_to_config(ppcl=None)
+        write_json(temporary / "ppcl.json", header.to_json() | provenance)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     run.say("export", f"wrote {folder} ({size / 1e6:.1f} MB); DiffusionPipeline.from_pretrained loads it")
 
@@ -69,6 +64,8 @@ def _card(run: Run, board: Plugboard) -> str:
             "family": run.family.name,
             "version": __version__,
             "dtype": config.model.dtype,
+            # diffusers loads a component of another package only where that package is imported
+            "imports": "import ppcl\n" if type(run.pipeline.vae).__module__ == "ppcl" else "",
             "negative_prompt": sampling.negative_prompt,
             "true_cfg_scale": sampling.true_cfg_scale,
             "num_inference_steps": sampling.num_inference_steps,

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.progress import Progress
 
-from ppcl.artifacts import Header, atomic_path, is_current, write_json
+from ppcl.artifacts import Header, atomic_path, fingerprint, is_current, write_json
 from ppcl.benchmarks.shapes import evaluation_scenes
 from ppcl.config import read_prompts
+from ppcl.report.plots import image_grid
 from ppcl.stages.run import Run
-from ppcl.stages.variants import Variant, make_board
+from ppcl.stages.variants import Variant, make_board, variants_of
 
 
 def prompts_of(run: Run) -> list[str]:
@@ -48,7 +50,9 @@ def _draw_variant(run: Run, variant: Variant, prompts: list[str], header: Header
     size = run.config.generate.batch_size
     # The manifest in progress says whose pictures these are; renamed when all are there.
     unfinished = folder / "unfinished.json"
-    is_current(unfinished, header)
+    if not is_current(unfinished, header):
+        for stray in folder.glob("*.png"):  # of settings that nobody vouches for any more
+            stray.unlink()
     write_json(unfinished, header.to_json())
     task = progress.add_task(variant.name, total=len(prompts))
     drawn = 0
@@ -67,6 +71,7 @@ def _draw_variant(run: Run, variant: Variant, prompts: list[str], header: Header
             for n, prompt in enumerate(prompts)
         )
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    image_grid(folder / "grid.png", [Image.open(folder / f"{n:05d}.png") for n in range(len(prompts))])
     write_json(folder / "manifest.json", header.to_json() | {"num_images": len(prompts)})
     unfinished.unlink()
     return drawn
@@ -82,21 +87,26 @@ def variant_header(run: Run, variant: Variant, plugs: dict[str, Any], prompts: l
             "sampling": asdict(run.config.model.sampling),
             "seed": run.config.seed,
             "batch_size": run.config.generate.batch_size,
-            "prompts": prompts,
+            "prompts": {"count": len(prompts), "hash": fingerprint({"prompts": prompts})},
         },
     )
 
 
 def run(run: Run) -> None:
     prompts = prompts_of(run)
-    board, variants, plugs = make_board(run)
+    variants, plugs = variants_of(run)
+    missing = []
+    for variant in variants:
+        folder, header = image_folder(run, variant.name), variant_header(run, variant, plugs, prompts)
+        if is_current(folder / "manifest.json", header):
+            run.say("generate", f"reused {folder}")
+        else:
+            missing.append((variant, folder, header))
+    if not missing:
+        return
+    board = make_board(run, plugs)
     with Progress(console=run.console, transient=True) as progress:
-        for variant in variants:
-            folder = image_folder(run, variant.name)
-            header = variant_header(run, variant, plugs, prompts)
-            if is_current(folder / "manifest.json", header):
-                run.say("generate", f"reused {folder}")
-                continue
+        for variant, folder, header in missing:
             board.arrange(students=variant.students, removed=variant.removed)
             drawn = _draw_variant(run, variant, prompts, header, progress)
             run.say("generate", f"{variant.name}: {drawn} of {len(prompts)} pictures drawn, in {folder}")

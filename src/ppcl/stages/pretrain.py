@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import asdict
 from typing import cast
 
@@ -11,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ppcl.artifacts import Header, is_current, write_json
+from ppcl.artifacts import Header, atomic_folder, is_current, write_json
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.data.streams import ShapesStream
 from ppcl.families import get_family
@@ -106,13 +104,11 @@ def run(run: Run) -> None:
     )
     loader = StepLoader(stream, config.steps)
     fit(run, "pretrain", module, loader, checkpoints, header, config.checkpoint_every)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     # Half the bytes, and no loss that a picture shows. The text encoder stays float32: what the
     # transformer has learned is to read just these embeddings.
     pipeline.transformer.to("cpu", torch.bfloat16)
-    pipeline.save_pretrained(temporary)
-    write_json(temporary / "ppcl.json", header.to_json())
-    os.replace(temporary, folder)
+    with atomic_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary)
+        write_json(temporary / "ppcl.json", header.to_json())
     discard_checkpoint(checkpoints)
     run.say("pretrain", f"wrote {folder}")

@@ -13,25 +13,28 @@ import numpy as np
 from PIL import Image
 
 from ppcl import __version__
-from ppcl.artifacts import atomic_path, load_plugs, read_json, write_json
+from ppcl.artifacts import atomic_path, is_current, load_plugs, read_json, write_json
 from ppcl.benchmarks.shapes import detect, evaluation_scenes, satisfies
 from ppcl.data.shapes import CATEGORIES
 from ppcl.errors import UsageError
 from ppcl.report import plots
-from ppcl.stages.evaluate import compare
+from ppcl.stages.evaluate import compare, score_headers
 from ppcl.stages.generate import image_folder
 from ppcl.stages.plan import billions
 from ppcl.stages.run import Run
+from ppcl.stages.variants import variants_of
 
 SAMPLES_PER_CATEGORY = 2
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:
-    records = [run.folder / "scores" / f"{name}.json" for name in run.config.generate.variants]
-    missing = [str(record) for record in records if not record.exists()]
-    if missing:
-        raise UsageError(f"{missing[0]} does not exist: run stages=[generate,evaluate] first.")
-    return compare([read_json(record, "The scores") for record in records])
+    rows = []
+    for name, header in score_headers(run, *variants_of(run)).items():
+        record = run.folder / "scores" / f"{name}.json"
+        if not is_current(record, header):
+            raise UsageError(f"{record} does not exist: run stages=[evaluate] first.")
+        rows.append(read_json(record, "The scores"))
+    return compare(rows)
 
 
 def _samples(run: Run, names: list[str], path: Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from ppcl.artifacts import Header, is_current, read_json, write_json
+from ppcl.artifacts import Header, atomic_path, fingerprint, is_current, write_json
 from ppcl.callbacks.progress import StepProgress
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
@@ -21,7 +23,7 @@ from ppcl.stages.run import Run
 
 
 def make_logger(run: Run, stage: str) -> Logger | bool:
-    """The logger that `logger=` names; W&B gets the resolved configuration and one run per folder."""
+    """The logger that `logger=` names; W&B gets the resolved configuration, and a run per folder and stage."""
     settings = run.config.logger
     if settings.kind == "none":
         return False
@@ -32,16 +34,35 @@ def make_logger(run: Run, stage: str) -> Logger | bool:
         name=f"{run.config.name}/{stage}",
         save_dir=str(run.folder),
         mode=settings.mode,
+        id=fingerprint({"folder": str(run.folder.resolve()), "stage": stage}),
         resume="allow",
     )
     logger.experiment.config.update(asdict(run.config), allow_val_change=True)
     return logger
 
 
+def finish_logger(logger: Logger | bool) -> None:
+    """Close a logger for good: W&B would give the next job of a sweep the same run."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish()
+
+
 def check_resumable(folder: Path, header: Header) -> bool:
     """Whether `folder` holds a checkpoint of just this training; `UsageError` if of another one."""
     record = folder / "checkpoint.json"
-    return is_current(record, header) and (folder / "last.ckpt").exists()
+    if not is_current(record, header) or not (folder / "last.ckpt").exists():
+        return False
+    if not zipfile.is_zipfile(folder / "last.ckpt"):
+        raise UsageError(f"{folder / 'last.ckpt'} is truncated or no checkpoint: delete {folder} to train anew.")
+    return True
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints as all else here: beside their final name, then renamed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_path(Path(path)) as temporary:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
 def fit(
@@ -59,21 +80,31 @@ def fit(
     batches depend on the step alone, and model, optimisers and the step are restored together.
     """
     resumable = check_resumable(folder, header)
+    if not resumable:
+        shutil.rmtree(folder, ignore_errors=True)  # a checkpoint nobody vouches for is not resumed
     write_json(folder / "checkpoint.json", header.to_json())
     if resumable:
         run.say(stage, f"resuming from {folder / 'last.ckpt'}")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hardware notes and tips
     callbacks: list[Callback] = [
-        ModelCheckpoint(folder, save_top_k=0, save_last=True, every_n_train_steps=checkpoint_every)
+        ModelCheckpoint(
+            folder,
+            save_top_k=0,
+            save_last=True,
+            every_n_train_steps=checkpoint_every,
+            enable_version_counter=False,
+        )
     ]
     if run.config.trainer.progress:
         callbacks.append(StepProgress(stage, run.console))
+    logger = make_logger(run, stage)
     trainer = L.Trainer(
         max_steps=loader.num_steps,
         accelerator=run.config.trainer.accelerator,
         devices=1,
         precision=run.config.trainer.precision,  # type: ignore[arg-type]
-        logger=make_logger(run, stage),
+        logger=logger,
+        plugins=[AtomicCheckpointIO()],
         callbacks=callbacks,
         enable_progress_bar=False,  # ours counts steps
         enable_model_summary=False,
@@ -81,9 +112,12 @@ def fit(
         default_root_dir=run.folder,
     )
     checkpoint = str(folder / "last.ckpt") if resumable else None
-    trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # how Lightning passes Ctrl-C on
+        raise KeyboardInterrupt from None
+    finally:
+        finish_logger(logger)
     if trainer.global_step < loader.num_steps:
         raise UsageError(f"{stage} stopped at step {trainer.global_step} of {loader.num_steps}.")
 
@@ -99,8 +133,3 @@ def cosine_with_warmup(step: int, *, warmup: int, total: int, floor: float) -> f
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (1 - floor) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
-
-
-def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """What the checkpoint in `folder` was made from."""
-    return read_json(folder / "checkpoint.json", "The checkpoint")["made_from"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from ppcl.artifacts import Plug, load_plugs
+from ppcl.artifacts import Plug, load_plugs, plug_name
 from ppcl.errors import UsageError
 from ppcl.stages.run import Run
 from ppcl.surgery.depth import Plugboard, load_student
@@ -23,10 +22,16 @@ class Variant:
 def required_plugs(run: Run) -> dict[str, Plug]:
     """The trained student of every interval of this run, by name."""
     plugs = load_plugs(run.folder / "plugs")
-    names = [f"{stack}.{u}-{v}" for stack, pairs in run.intervals.items() for u, v in pairs]
+    names = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     missing = [name for name in names if name not in plugs]
     if missing:
         raise UsageError(f"{run.folder / 'plugs'} has no student for {', '.join(missing)}; run stages=[depth] first.")
+    for name in names:
+        if plugs[name].header.made_from["model"] != run.model_identity:
+            raise UsageError(
+                f"plug {name} in {run.folder / 'plugs'} was distilled from another teacher than "
+                f"model.path={run.config.model.path}: give this run another name=."
+            )
     return {name: plugs[name] for name in names}
 
 
@@ -36,20 +41,24 @@ def cost(plug: Plug) -> float:
     return plug.losses["heldout_loss"] / (v - u)
 
 
-def make_board(run: Run) -> tuple[Plugboard, list[Variant], dict[str, Plug]]:
-    """The plugboard over the loaded teacher, the configured variants, and the plugs they use."""
+def variants_of(run: Run) -> tuple[list[Variant], dict[str, Plug]]:
+    """The configured variants, and the plugs they use; reads no model."""
     names = run.config.generate.variants
-    needs_students = any(name.startswith("ppcl") for name in names)
-    plugs = required_plugs(run) if needs_students else {}
-    transformer = run.pipeline.transformer
-    students: dict[str, Any] = {name: load_student(run.family, transformer, plug) for name, plug in plugs.items()}
-    board = Plugboard(run.family, transformer, run.intervals, students)
+    plugs = required_plugs(run) if any(name.startswith("ppcl") for name in names) else {}
+    every = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     cheapest = sorted(plugs, key=lambda name: cost(plugs[name]))
     share = max(1, round(len(cheapest) * run.config.generate.plug_fraction))
     known = {
         "teacher": Variant("teacher"),
-        "removed": Variant("removed", removed=board.names),
+        "removed": Variant("removed", removed=every),
         "ppcl-depth": Variant("ppcl-depth", students=list(plugs)),
-        "ppcl-mixed": Variant("ppcl-mixed", students=sorted(cheapest[:share], key=board.names.index)),
+        "ppcl-mixed": Variant("ppcl-mixed", students=sorted(cheapest[:share], key=every.index)),
     }
-    return board, [known[name] for name in names], plugs
+    return [known[name] for name in names], plugs
+
+
+def make_board(run: Run, plugs: dict[str, Plug]) -> Plugboard:
+    """The plugboard over the loaded teacher, with the students that `plugs` hold."""
+    transformer = run.pipeline.transformer
+    students = {name: load_student(run.family, transformer, plug) for name, plug in plugs.items()}
+    return Plugboard(run.family, transformer, run.intervals, students)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,5 +128,8 @@ def plug(pipeline: Any, folder: str | Path) -> Plugboard:
     intervals: Intervals = {}
     for item in plugs.values():
         intervals.setdefault(item.stack, []).append(item.interval)
+    for item, following in pairwise(plugs.values()):
+        if item.stack == following.stack and following.interval[0] <= item.interval[1]:
+            raise UsageError(f"{folder} holds {item.name} and {following.name}, which overlap: delete one of them.")
     students = {name: load_student(family, pipeline.transformer, item) for name, item in plugs.items()}
     return Plugboard(family, pipeline.transformer, intervals, students).all()

@@ -55,7 +55,9 @@ def test_scores_equal_a_model_built_without_the_block(teacher, make_transformer)
         for new, old in enumerate(kept):
             prefix = f"transformer_blocks.{old}."
             renamed |= {
-                f"transformer_blocks.{new}.{k.removeprefix(prefix)}": v for k, v in state.items() if k.startswith(prefix)
+                f"transformer_blocks.{new}.{k.removeprefix(prefix)}": v
+                for k, v in state.items()
+                if k.startswith(prefix)
             }
         shorter.load_state_dict(renamed)
         values = [

@@ -28,7 +28,9 @@ def random_curve(num_layers, seed):
     """Similarities that fall from 1 by random steps."""
     generator = torch.Generator().manual_seed(seed)
     steps = torch.rand(num_layers, num_layers, generator=generator) * 0.1
-    return curve_of({u: [1 - steps[u, 1 : n + 1].sum().item() for n in range(num_layers - u)] for u in range(num_layers)})
+    return curve_of(
+        {u: [1 - steps[u, 1 : n + 1].sum().item() for n in range(num_layers - u)] for u in range(num_layers)}
+    )
 
 
 # From block 3 the loss of similarity first grows at k = 5; from block 5 it first grows at k = 8.

@@ -1,0 +1,327 @@
+"""Every YAML under conf/ composes and passes the checks; mistakes are told in one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from ppcl.config import STAGE_ORDER, model_folder, num_layers, parse, read_prompts, register_schema, resolve_intervals
+from ppcl.errors import UsageError
+from ppcl.families import get_family
+from ppcl.families.tiny_qwen_image import build_pipeline
+from ppcl.surgery.count import count_parameters
+
+CONF = Path(__file__).parents[2] / "conf"
+FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
+LAYERS = 8
+DETECT = ["plan", "probe", "detect"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    register_schema()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "pipeline"
+    build_pipeline(0, num_layers=LAYERS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def auto(pipeline_folder):
+    """Overrides that select the saved pipeline."""
+    return ["model=auto", f"model.path={pipeline_folder}"]
+
+
+def parsed(*overrides):
+    return parse(compose("config", list(overrides)))
+
+
+def write_plan(path, **changes):
+    plan = {"family": "qwen_image", "num_layers": {"transformer_blocks": LAYERS}}
+    plan |= {"intervals": {"transformer_blocks": [[0, 1], [3, 5]]}}
+    path.write_text(json.dumps(plan | changes))
+    return path
+
+
+def model_of(family):
+    """The config of a model of that family which counts without weights."""
+    found = [path.stem for path in (CONF / "model").glob("*.yaml") if (y := yaml.safe_load(path.read_text())).get("arch")
+             and y["family"] == family]  # fmt: skip
+    return found[0]
+
+
+# Every file
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_yaml_composes_and_parses(file, auto, tmp_path):
+    """Chosen on its own, over the defaults, with the model it needs."""
+    group, _, choice = file.rpartition("/")
+    content = yaml.safe_load((CONF / file).with_suffix(".yaml").read_text())
+    overrides = auto if group != "model" else []
+    if group == "intervals" and content.get("family"):
+        overrides = [f"model={model_of(content['family'])}"]
+    if choice == "from_plan":
+        overrides = [*overrides, f"intervals.path={write_plan(tmp_path / 'plan.json')}"]
+    if file == "model/auto":
+        overrides = auto[1:]
+    if group and group != "hydra/help":
+        overrides = [f"{group}={choice}", *overrides]
+    raw = compose("config", overrides, return_hydra_config=group == "hydra/help")
+    if group == "hydra/help":
+        assert raw.hydra.help.app_name == content["app_name"]
+        assert all(f"{stage:9} " in raw.hydra.help.template for stage in STAGE_ORDER)
+        return
+    config = parse(raw)
+    # What the file says is what the run sees: no default or other group silently wins.
+    section = config if group in ("", "experiment") else getattr(config, group)
+    found_in_the_folder = {"family", "path"} if file == "model/auto" else set()
+    for key, value in content.items():
+        if key not in {"defaults", *found_in_the_folder} and not isinstance(value, dict) and "${" not in str(value):
+            assert getattr(section, key) == value, key
+    assert set(config.stages) <= set(STAGE_ORDER)
+
+
+def test_the_demo_distils_small_and_goes_all_the_way(auto):
+    config = parsed("experiment=demo", *auto)
+    assert config.name == "demo"
+    assert config.stages[-1] == "report"
+    assert config.distill.batch_size == yaml.safe_load((CONF / "distill/tiny.yaml").read_text())["batch_size"]
+    assert config.trainer.accelerator == "cpu"
+    assert config.distill.beta2 == 0.95  # what tiny.yaml does not change it takes from the paper
+
+
+def test_the_embedded_teacher_is_a_folder_of_the_package(auto):
+    config = parsed("model=tiny_qwen_image")
+    assert (model_folder(config.model) / "model_index.json").is_file()
+    assert num_layers(config) == {"transformer_blocks": 20}
+
+
+def test_auto_reads_family_and_depth_from_the_folder(auto):
+    config = parsed(*auto)
+    assert config.model.family == "qwen_image"
+    assert num_layers(config) == {"transformer_blocks": LAYERS}
+    assert resolve_intervals(config) is None
+    given = parsed(*auto, "intervals.transformer_blocks=[[0,1],[2,7]]")
+    assert resolve_intervals(given) == {"transformer_blocks": [(0, 1), (2, 7)]}
+
+
+def test_the_cache_follows_the_runs(auto):
+    assert parsed(*auto, "paths.runs_dir=/elsewhere").paths.cache_dir == "/elsewhere/cache"
+
+
+def test_a_plan_file_gives_its_intervals(auto, tmp_path):
+    path = write_plan(tmp_path / "plan.json")
+    config = parsed(*auto, "intervals=from_plan", f"intervals.path={path}")
+    assert resolve_intervals(config) == {"transformer_blocks": [(0, 1), (3, 5)]}
+
+
+def test_a_prompt_file_is_read_line_by_line(auto, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\r\n\n  zwei Würfel  \n", encoding="utf-8")
+    config = parsed(*auto, f"generate.prompt_file={path}", "stages=[generate]")
+    assert read_prompts(Path(config.generate.prompt_file)) == ["a red circle", "zwei Würfel"]
+
+
+# The paper's numbers
+
+
+@pytest.mark.parametrize(
+    ("choice", "removed", "student"),
+    [
+        ("qwen_image_paper", 25, 11_934_618_688),
+        ("qwen_image_baseline", 25, 11_934_618_688),
+        ("qwen_image_lp_a", 25, 11_934_618_688),
+        ("qwen_image_lp_b", 23, 12_614_281_280),
+    ],
+)
+def test_the_papers_interval_sets_remove_what_it_says(choice, removed, student):
+    config = parsed("model=qwen_image", f"intervals={choice}")
+    intervals = resolve_intervals(config)
+    assert sum(v - u for u, v in intervals["transformer_blocks"]) == removed
+    counts = count_parameters(get_family("qwen_image"), config.model.arch, intervals)
+    assert counts["teacher"] == 20_430_401_088
+    assert counts["student"] == student
+    assert (counts["teacher_layers"], counts["student_layers"]) == (60, 60 - removed)
+
+
+def test_the_papers_headline_sizes():
+    config = parsed("model=qwen_image", "intervals=qwen_image_paper")
+    counts = count_parameters(get_family("qwen_image"), config.model.arch, resolve_intervals(config))
+    assert (round(counts["teacher"] / 1e9, 3), round(counts["student"] / 1e9, 3)) == (20.430, 11.935)
+    block = (counts["teacher"] - counts["student"]) / 25
+    assert block == pytest.approx(36 * 3072**2, rel=1e-3)  # a dual block is 36 D^2 but for biases and norms
+
+
+# Mistakes
+
+
+def refused(overrides):
+    """The sentence that a mistake is answered with."""
+    with pytest.raises(UsageError) as caught:
+        parsed(*overrides)
+    sentence = str(caught.value)
+    assert len(sentence.splitlines()) == 1
+    assert sentence.endswith(".")
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (["intervals.transformer_blocks=[[0,2],[2,4]]"], ["intervals.transformer_blocks", "[2, 4] overlaps", "[0, 2]"]),
+        (["intervals.transformer_blocks=[[3,4],[0,1]]"], ["intervals.transformer_blocks", "[0, 1]", "precedes [3, 4]"]),
+        (["intervals.transformer_blocks=[[4,2]]"], ["intervals.transformer_blocks", "[4, 2] is reversed"]),
+        (["intervals.transformer_blocks=[[4,4]]"], ["intervals.transformer_blocks", "[4, 4]", "empty"]),
+        (
+            ["intervals.transformer_blocks=[[5,8]]"],
+            ["intervals.transformer_blocks", "[5, 8] is out of range", "0 to 7"],
+        ),
+        (["intervals.transformer_blocks=[[-1,2]]"], ["intervals.transformer_blocks", "[-1, 2] is out of range"]),
+        (["intervals.transformer_blocks=[[1,2,3]]"], ["intervals.transformer_blocks", "[1, 2, 3] is not a pair"]),
+        (["intervals.single_transformer_blocks=[[1,2]]"], ["intervals", "no block stack single_transformer_blocks"]),
+        (["intervals.transformer_blocks=[[1,2]]", "stages=[detect]"], ["intervals", "stages=[detect]"]),
+        (["intervals.source=somewhere"], ["intervals.source=somewhere", "detect, plan"]),
+        (["intervals=from_plan"], ["intervals=from_plan", "intervals.path"]),
+        (["intervals=from_plan", "intervals.path=/no/plan.json"], ["/no/plan.json does not exist"]),
+        (["intervals.path=/some/plan.json"], ["intervals.path=/some/plan.json", "intervals=from_plan"]),
+        (["intervals=qwen_image_paper"], ["intervals.transformer_blocks", "[8, 10] is out of range"]),
+        (["stages=[]"], ["stages=[]"]),
+        (["stages=[probe,distil]"], ["stages=distil", "depth"]),
+        (["method.rule=lp_c"], ["method.rule=lp_c", "lp_a"]),
+        (["method.stream=audio"], ["method.stream=audio"]),
+        (["method.min_length=1"], ["method.min_length=1", "at least 2"]),
+        (["method.extend=[0]"], ["method.extend=[0]", "lp_b"]),
+        (["method=cka_sensitivity", "method.num_remove=null"], ["method.num_remove"]),
+        (["distill.mode=serial"], ["distill.mode=serial", "sequential"]),
+        (["distill.mode=sequential", "distill.intervals=[0-1]"], ["distill.intervals=['0-1']", "distill.mode"]),
+        (["distill.init=last"], ["distill.init=last", "middle"]),
+        (["distill.steps=0"], ["distill.steps=0", "at least 1"]),
+        (["distill.lr=-0.1"], ["distill.lr=-0.1"]),
+        (["probe.ridge=-1"], ["probe.ridge=-1"]),
+        (["probe.init=random"], ["probe.init=random", "closed_form"]),
+        (["data.train_seed=5", "data.eval_seed=5"], ["data.train_seed", "eval_seed", "(5, 1, 5)"]),
+        (["data.calibration_seed=2"], ["calibration_seed", "(0, 2, 2)"]),
+        (["data.timesteps=cosine"], ["data.timesteps=cosine", "logit_normal"]),
+        (["generate.variants=[student]"], ["generate.variants=student", "ppcl-depth"]),
+        (["generate.plug_fraction=1"], ["generate.plug_fraction=1"]),
+        (["generate.prompt_file=/no/such.txt"], ["generate.prompt_file=/no/such.txt"]),
+        (["logger.kind=tensorboard"], ["logger.kind=tensorboard", "csv"]),
+        (["model.dtype=float8"], ["model.dtype=float8", "bfloat16"]),
+        (["stages=[pretrain]"], ["stages=[pretrain]", "model=auto"]),
+        (["model.family=flux9"], ["model.family=flux9"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in str(value[0]) else "",
+)
+def test_a_mistake_is_one_sentence_with_key_and_value(auto, overrides, fragments):
+    sentence = refused([*auto, *overrides])
+    assert [part for part in fragments if part not in sentence] == [], sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"num_layers": {"transformer_blocks": 60}}, ["60", str(LAYERS), "model=auto"]),
+        ({"family": "flux"}, ["flux", "qwen_image", "model=auto"]),
+        ({"intervals": {"transformer_blocks": [[0, 9]]}}, ["[0, 9] is out of range"]),
+        ({"intervals": {"transformer_blocks": [[0, 2], [1, 3]]}}, ["[1, 3] overlaps"]),
+        ({"intervals": {"blocks": [[0, 2]]}}, ["no block stack blocks"]),
+        ({"intervals": "none"}, ["is not a pruning plan"]),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(auto, tmp_path, changes, fragments):
+    path = write_plan(tmp_path / "plan.json", **changes)
+    sentence = refused([*auto, "intervals=from_plan", f"intervals.path={path}"])
+    assert [part for part in [str(path), *fragments] if part not in sentence] == [], sentence
+
+
+def test_a_plan_and_a_list_exclude_each_other(auto, tmp_path):
+    path = write_plan(tmp_path / "plan.json")
+    plan = ["intervals=from_plan", f"intervals.path={path}"]
+    assert "intervals.transformer_blocks" in refused([*auto, *plan, "intervals.transformer_blocks=[[0,1]]"])
+    assert "stages=[detect]" in refused([*auto, *plan, f"stages=[{','.join(DETECT)}]"])
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"", "holds no prompt"), (b" \n\n\t\n", "holds no prompt"), ("a Würfel".encode("latin-1"), "is not UTF-8")],
+)
+def test_a_bad_prompt_file_is_refused(auto, tmp_path, content, complaint):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    sentence = refused([*auto, f"generate.prompt_file={path}", "stages=[generate]"])
+    assert f"generate.prompt_file={path} {complaint}" in sentence
+
+
+def test_prompts_without_ground_truth_are_not_scored(auto, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a dragon\n")
+    assert "evaluate" in refused([*auto, f"generate.prompt_file={path}", "stages=[generate,evaluate]"])
+
+
+def test_a_model_folder_that_is_none_is_refused(tmp_path):
+    for path in (tmp_path / "missing", tmp_path):
+        sentence = refused(["model=auto", f"model.path={path}"])
+        assert f"model.path={path} is not a pipeline folder" in sentence
+    assert "model.path" in refused(["model=auto"])
+
+
+@pytest.mark.parametrize("stage", ["probe", "detect", "depth", "export", "generate", "evaluate"])
+def test_stages_that_need_weights_say_so(stage):
+    sentence = refused(["model=qwen_image", f"stages=[plan,{stage}]"])
+    assert f"stages=[{stage}]" in sentence
+    assert "model.path" in sentence
+
+
+def copy_of(folder, target, skip):
+    """Links to all of a folder's files but one, whose copy may be spoilt."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            copied = target / file.relative_to(folder)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.write_bytes(file.read_bytes()) if copied.name == skip else copied.symlink_to(file)
+    return target
+
+
+def test_a_truncated_weight_file_in_the_model_folder_is_named(pipeline_folder, tmp_path):
+    folder = copy_of(pipeline_folder, tmp_path / "cut", "diffusion_pytorch_model.safetensors")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    sentence = refused(["model=auto", f"model.path={folder}"])
+    assert f"{weights} is truncated" in sentence
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"_class_name": "StableDiffusionPipeline"}', "holds a StableDiffusionPipeline, of no known family"),
+        ("{", "its JSON files do not read"),
+        ("{}", "its JSON files do not read"),
+    ],
+)
+def test_a_folder_of_another_pipeline_is_refused(pipeline_folder, tmp_path, content, complaint):
+    folder = copy_of(pipeline_folder, tmp_path / "other", "model_index.json")
+    (folder / "model_index.json").write_text(content)
+    sentence = refused(["model=auto", f"model.path={folder}"])
+    assert f"model.path={folder}" in sentence
+    assert complaint in sentence
+
+
+def test_a_value_of_the_wrong_type_names_its_key():
+    """Types are checked where files and command line meet the schema, before any other check."""
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    with pytest.raises(HydraException, match=r"distill\.steps=many"):
+        compose("config", ["distill.steps=many"])
+    raw = OmegaConf.create({"name": "x", "stages": ["plan"], "distill": {"steps": "many"}})
+    with pytest.raises(UsageError, match=r"distill\.steps: .*many") as caught:
+        parse(raw)
+    assert len(str(caught.value).splitlines()) == 1
