@@ -133,6 +133,9 @@ class DistillConfig:
 
 @dataclass
 class PretrainConfig:
+    """`init` continues from a teacher folder of an earlier pretraining in place of fresh weights."""
+
+    init: str | None = None
     num_layers: int = 20
     steps: int = 6500
     batch_size: int = 64

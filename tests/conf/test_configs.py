@@ -52,9 +52,11 @@ def write_plan(path, **changes):
 
 def model_of(family):
     """The config of a model of that family which counts without weights."""
-    found = [path.stem for path in (CONF / "model").glob("*.yaml") if (y := yaml.safe_load(path.read_text())).get("arch")
-             and y["family"] == family]  # fmt: skip
-    return found[0]
+    for path in sorted((CONF / "model").glob("*.yaml")):
+        content = yaml.safe_load(path.read_text())
+        if content["family"] == family and content.get("arch"):
+            return path.stem
+    raise AssertionError(f"no model under conf/ counts {family} without weights")
 
 
 # Every file
@@ -216,6 +218,7 @@ def refused(overrides):
         (["logger.kind=tensorboard"], ["logger.kind=tensorboard", "csv"]),
         (["model.dtype=float8"], ["model.dtype=float8", "bfloat16"]),
         (["stages=[pretrain]"], ["stages=[pretrain]", "model=auto"]),
+        (["stages=[pretrain,plan]"], ["stages=['pretrain', 'plan']", "stages=[pretrain] alone"]),
         (["model.family=flux9"], ["model.family=flux9"]),
     ],
     ids=lambda value: " ".join(value) if "=" in str(value[0]) else "",

@@ -9,6 +9,7 @@ from ppcl.artifacts import (
     Plug,
     Probes,
     PruningPlan,
+    atomic_folder,
     atomic_path,
     check_safetensors,
     fingerprint,
@@ -51,19 +52,41 @@ def test_a_block_that_succeeds_leaves_the_file_alone_in_its_folder(tmp_path):
     assert target.read_text() == "whole"
 
 
-def test_a_block_that_raises_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError, match="disk on fire"), atomic_path(tmp_path / "a.txt") as temporary:
+def write_half(path, error):
+    with atomic_path(path) as temporary:
         temporary.write_text("half")
-        raise RuntimeError("disk on fire")
+        raise error
+
+
+def test_a_block_that_raises_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        write_half(tmp_path / "a.txt", RuntimeError("disk on fire"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_block_that_raises_leaves_the_old_file_as_it_was(tmp_path):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_half(tmp_path / "a.txt", KeyboardInterrupt())
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    """The old content survives a failure, and what a killed process left goes with the next attempt."""
+
+    def write(text, error=None):
+        with atomic_folder(tmp_path / "export") as temporary:
+            (temporary / f"{text}.txt").write_text(text)
+            if error:
+                raise error
+
+    write("old")
+    (tmp_path / ".export.999999.tmp").mkdir()
+    with pytest.raises(RuntimeError):
+        write("half", RuntimeError())
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["export", "export/old.txt"]
+    write("new")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["export", "export/new.txt"]
 
 
 def test_json_that_cannot_be_written_leaves_nothing_behind(tmp_path):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def test_each_block_gets_what_the_one_before_it_returned(family, transformer, ma
     batch, calls = make_batch(), []
     output = observe(family, transformer, batch.inputs, calls.append)
     assert [call.key for call in calls] == [("transformer_blocks", index) for index in range(4)]
-    for before, after in zip(calls, calls[1:], strict=False):
+    for before, after in itertools.pairwise(calls):
         for stream in ("image", "text"):
             assert torch.equal(after.inputs[stream], before.outputs[stream])
     assert calls[0].inputs["image"].shape == (2, 16, 64)

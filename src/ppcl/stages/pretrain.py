@@ -7,6 +7,7 @@ from typing import cast
 
 import lightning as L
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ppcl.artifacts import Header, atomic_folder, is_current, write_json
@@ -88,7 +89,10 @@ def run(run: Run) -> None:
         return
     checkpoints = run.folder / "pretrain-checkpoint"
     check_resumable(checkpoints, header)
-    pipeline = build_pipeline(run.config.data.train_seed, config.num_layers)
+    if config.init is None:
+        pipeline = build_pipeline(run.config.data.train_seed, config.num_layers)
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(config.init, torch_dtype=torch.float32)
     family = get_family(run.config.model.family)
     stream = ShapesStream(family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)
     pipeline.transformer.train()

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -72,7 +74,7 @@ def test_intervals_are_ordered_disjoint_in_range_and_never_a_single_block(rule, 
     intervals = find_intervals(random_curve(18, seed), 18, method)
     assert intervals
     assert all(2 <= u < v <= 15 for u, v in intervals)
-    assert all(before[1] < after[0] for before, after in zip(intervals, intervals[1:], strict=False))
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(intervals))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -80,7 +82,7 @@ def test_lp_leaves_no_gap_before_the_last_block(seed):
     """Eq. 5 alone ends an interval just before the next: only a final single block can stay over."""
     intervals = find_intervals(random_curve(18, seed), 18, MethodConfig(first=3))
     assert intervals[0][0] == 3
-    assert all(before[1] + 1 == after[0] for before, after in zip(intervals, intervals[1:], strict=False))
+    assert all(before[1] + 1 == after[0] for before, after in itertools.pairwise(intervals))
     assert intervals[-1][1] >= 16
 
 

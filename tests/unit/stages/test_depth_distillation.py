@@ -214,6 +214,13 @@ def test_training_lowers_the_loss(family, teacher, make_batch):
         assert end["loss"] < start["loss"]
 
 
+def test_the_running_loss_is_a_plain_mean_at_first(family, teacher, make_batch):
+    """With a learning rate of 0 the losses of the three steps are known; none of them weighs more."""
+    module = DepthDistillation(family, teacher, INTERVALS, settings(lr=0.0))
+    expected = [terms["loss"] for terms in module.heldout([make_batch(step, LENGTHS) for step in range(3)])]
+    assert train(module, make_batch)["average_losses"].tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_loss_that_is_not_finite_is_a_sentence(family, teacher, make_batch):
     """Divergence names the learning rate and the step."""
     module = DepthDistillation(family, teacher, INTERVALS, settings(lr=1e30))

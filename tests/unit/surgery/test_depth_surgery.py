@@ -186,3 +186,11 @@ def test_plugs_on_disk_go_into_a_loaded_pipeline(tmp_path, pipeline, make_transf
     assert torch.equal(board().transformer(**inputs)[0], teacher)
     with pytest.raises(UsageError, match="holds no plug"):
         plug(loaded, tmp_path / "nothing")
+
+
+def test_plugs_that_overlap_cannot_be_plugged_together(tmp_path, pipeline, students):
+    """Two runs with other intervals left their students in one folder."""
+    for interval in ((0, 2), (2, 4)):
+        make_plug("transformer_blocks", interval, students[SECOND]).save(tmp_path)
+    with pytest.raises(UsageError, match=r"transformer_blocks\.0-2 and transformer_blocks\.2-4, which overlap"):
+        plug(pipeline, tmp_path)
