@@ -94,16 +94,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
 
 
-def check_safetensors(path: Path) -> None:
-    """Refuse a file that is cut short or no safetensors; reads the header only."""
+def check_safetensors(path: Path, key: str = "") -> None:
+    """Refuse a file that is cut short or no safetensors; reads the header only. `key` starts the sentence."""
     try:
         with safe_open(path, framework="pt"):
             pass
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist.") from None
+        raise UsageError(f"{key}{path} does not exist.") from None
     except SafetensorError:
         raise UsageError(
-            f"{path} is truncated or not a safetensors file; fetch it again, or delete it and run its stage again."
+            f"{key}{path} is truncated or not a safetensors file; fetch it again, or delete it and run its stage again."
         ) from None
 
 
@@ -213,8 +213,8 @@ class PruningPlan:
         write_json(path, self.header().to_json() | body)
 
     @classmethod
-    def load(cls, path: Path) -> PruningPlan:
-        content = read_json(path, "The pruning plan")
+    def load(cls, path: Path, key: str = "") -> PruningPlan:
+        content = read_json(path, f"{key}the pruning plan")
         try:
             intervals = {stack: [(int(u), int(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()}
             return cls(
@@ -227,7 +227,7 @@ class PruningPlan:
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UsageError(
-                f"{path} is not a pruning plan: it needs family, num_layers and intervals {{stack: [[u, v], ...]}}."
+                f"{key}{path} is not a pruning plan: it needs family, num_layers, intervals {{stack: [[u, v], ...]}}."
             ) from None
 
 

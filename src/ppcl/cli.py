@@ -43,8 +43,8 @@ def execute(raw: Any, folder: Path) -> None:
     from omegaconf import OmegaConf
 
     from ppcl.artifacts import atomic_path
-    from ppcl.config import parse
     from ppcl.stages.run import Run
+    from ppcl.validation import parse
 
     config = parse(raw)
     run = Run(config, folder)

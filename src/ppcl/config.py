@@ -1,25 +1,15 @@
-"""The typed configuration: parsed from Hydra once, checked once, before anything is loaded.
-
-Below this boundary stages see plain dataclasses and never ask whether a value makes sense.
-"""
+"""The typed configuration: every key there is, its type and its default."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from ppcl.artifacts import Interval, Intervals, PruningPlan, check_safetensors
-from ppcl.errors import UsageError
+from omegaconf import MISSING
 
 STAGE_ORDER = ("pretrain", "plan", "probe", "detect", "depth", "export", "generate", "evaluate", "report")
 BUILDERS = ("tiny_qwen_image",)
-EMBEDDED = "embedded:"
-ASSETS = Path(__file__).parent / "assets"
+VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed")
 
 
 @dataclass
@@ -79,16 +69,16 @@ class ProbeConfig:
 class MethodConfig:
     """How intervals are found: `rule` names the variant, the rest are its parameters.
 
-    `first` and `last` bound the blocks that may lie in an interval; `min_cka` is the acceptance threshold:
-    an interval is cut back to the longest prefix whose surrogate keeps that CKA, or dropped.
+    `start` and `end` bound the blocks that may lie in an interval; `min_cka` is the acceptance threshold:
+    an interval whose surrogate's cka lies below it is left out.
     """
 
     name: str = "ppcl"
     rule: str = "lp"
     stream: str = "mean"
     debiased: bool = False
-    first: int = 0
-    last: int | None = None
+    start: int = 0
+    end: int | None = None
     min_length: int = 2
     min_cka: float = 0.0
     threshold: float = 0.98
@@ -151,7 +141,7 @@ class PretrainConfig:
 class GenerateConfig:
     """`variants` is any of teacher, removed, ppcl-depth, ppcl-mixed; `plug_fraction` is ppcl-mixed's share."""
 
-    variants: list[str] = field(default_factory=lambda: ["teacher", "removed", "ppcl-depth", "ppcl-mixed"])
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     plug_fraction: float = 0.5
     batch_size: int = 60
     prompt_file: str | None = None
@@ -211,244 +201,3 @@ def register_schema() -> None:
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=Config)
-
-
-def parse(raw: DictConfig) -> Config:
-    """The composed Hydra config as a checked `Config`; raises `UsageError`."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "the configuration"
-        raise UsageError(f"{key}: {str(error).splitlines()[0]}.") from None
-    assert isinstance(config, Config)
-    check(config)
-    return config
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{key}={value} is not one of {', '.join(allowed)}.")
-
-
-def _at_least(bounds: dict[str, tuple[float, float]]) -> None:
-    for key, (value, least) in bounds.items():
-        if value < least:
-            raise UsageError(f"{key}={value} must be at least {least:g}.")
-
-
-def check(config: Config) -> None:
-    """Every check that needs no model: values, their combinations, and the files that are named."""
-    if not config.stages:
-        raise UsageError(f"stages=[] asks for nothing: name some of {', '.join(STAGE_ORDER)}.")
-    for stage in config.stages:
-        _one_of("stages", stage, STAGE_ORDER)
-    method, distill = config.method, config.distill
-    _one_of("method.rule", method.rule, ("lp", "lp_a", "lp_b", "cka_sensitivity"))
-    _one_of("method.stream", method.stream, ("image", "text", "mean"))
-    _one_of("distill.mode", distill.mode, ("parallel", "sequential"))
-    _one_of("distill.init", distill.init, ("first", "middle", "average"))
-    _one_of("probe.init", config.probe.init, ("closed_form", "zero"))
-    _one_of("data.name", config.data.name, ("shapes",))
-    _one_of("benchmark.name", config.benchmark.name, ("shapes",))
-    _one_of("data.timesteps", config.data.timesteps, ("logit_normal", "uniform"))
-    _one_of("logger.kind", config.logger.kind, ("wandb", "csv", "none"))
-    _one_of("logger.mode", config.logger.mode, ("online", "offline", "disabled"))
-    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
-    for variant in config.generate.variants:
-        _one_of("generate.variants", variant, ("teacher", "removed", "ppcl-depth", "ppcl-mixed"))
-    _at_least(
-        {
-            "distill.steps": (distill.steps, 1),
-            "distill.batch_size": (distill.batch_size, 1),
-            "distill.checkpoint_every": (distill.checkpoint_every, 1),
-            "distill.lr": (distill.lr, 0),
-            "probe.num_batches": (config.probe.num_batches, 1),
-            "probe.num_heldout_batches": (config.probe.num_heldout_batches, 1),
-            "probe.ridge": (config.probe.ridge, 0),
-            "method.min_length": (method.min_length, 2),
-            "method.num_timesteps": (method.num_timesteps, 1),
-            "generate.batch_size": (config.generate.batch_size, 1),
-            "benchmark.prompts_per_category": (config.benchmark.prompts_per_category, 1),
-        }
-    )
-    if method.rule == "cka_sensitivity" and not method.num_remove:
-        raise UsageError("method.rule=cka_sensitivity needs method.num_remove, the number of blocks to remove.")
-    if method.extend is not None and method.rule != "lp_b":
-        raise UsageError(f"method.extend={method.extend} means nothing to method.rule={method.rule}: use lp_b.")
-    if not 0 < config.generate.plug_fraction < 1:
-        raise UsageError(f"generate.plug_fraction={config.generate.plug_fraction} must lie between 0 and 1.")
-    seeds = (config.data.train_seed, config.data.calibration_seed, config.data.eval_seed)
-    if len(set(seeds)) < 3:
-        raise UsageError(
-            f"data.train_seed, calibration_seed and eval_seed are {seeds}: they must differ, or a stage would be "
-            "judged on what it was fitted to."
-        )
-    if config.generate.prompt_file:
-        read_prompts(Path(config.generate.prompt_file))
-        if {"evaluate", "report"} & set(config.stages):
-            raise UsageError(
-                f"generate.prompt_file={config.generate.prompt_file} has no ground truth to score: "
-                "drop evaluate and report from stages."
-            )
-    if distill.mode == "sequential" and distill.intervals is not None:
-        raise UsageError(
-            f"distill.intervals={distill.intervals} needs distill.mode=parallel: a sequential chain trains as one."
-        )
-    if "pretrain" in config.stages:
-        _check_pretrain(config)
-        return
-    _check_model(config)
-    if config.intervals.source not in ("detect", "plan"):
-        raise UsageError(f"intervals.source={config.intervals.source} is not one of detect, plan.")
-    if resolve_intervals(config) is not None and "detect" in config.stages:
-        raise UsageError("intervals are given, so stages=[detect] would decide nothing: drop one of them.")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 prompt file."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(
-            f"generate.prompt_file={path} does not exist; name a text file with a prompt a line."
-        ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"generate.prompt_file={path} is not UTF-8; save it with that encoding.") from None
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UsageError(f"generate.prompt_file={path} holds no prompt; write one a line.")
-    return prompts
-
-
-def model_folder(model: ModelConfig) -> Path | None:
-    """The local folder of the model's pipeline; None for a hub id or a model without weights."""
-    if model.path is None:
-        return None
-    if model.path.startswith(EMBEDDED):
-        return ASSETS / model.path.removeprefix(EMBEDDED)
-    path = Path(model.path)
-    # `owner/name` that is no folder here is a hub id; anything else was meant as a path.
-    looks_like_hub_id = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~"))
-    return None if looks_like_hub_id and not path.exists() else path
-
-
-WEIGHT_STAGES = {"probe", "detect", "depth", "export", "generate", "evaluate"}
-
-
-def _check_model(config: Config) -> None:
-    from ppcl.families import FAMILIES, family_of_pipeline
-
-    model = config.model
-    folder = model_folder(model)
-    if folder is not None:
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise UsageError(f"model.path={model.path} is not a pipeline folder: {index} does not exist.")
-        try:
-            pipeline_class = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-            arch = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-        except (OSError, KeyError, ValueError):
-            raise UsageError(f"model.path={model.path} is not a pipeline folder: its JSON files do not read.") from None
-        found = family_of_pipeline(pipeline_class)
-        if found is None:
-            raise UsageError(
-                f"model.path={model.path} holds a {pipeline_class}, of no known family ({', '.join(FAMILIES)})."
-            )
-        if model.family not in ("auto", found):
-            raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
-        model.family = found
-        model.arch = {key: value for key, value in arch.items() if not key.startswith("_")}
-        for file in sorted(folder.rglob("*.safetensors")):
-            check_safetensors(file)
-    elif model.family == "auto":
-        raise UsageError("model=auto needs model.path, the folder of a diffusers pipeline.")
-    elif model.path is None and WEIGHT_STAGES & set(config.stages):
-        needs = ", ".join(stage for stage in config.stages if stage in WEIGHT_STAGES)
-        raise UsageError(f"stages=[{needs}] need weights: set model.path to a pipeline folder.")
-    _one_of("model.family", model.family, tuple(FAMILIES))
-
-
-def _check_pretrain(config: Config) -> None:
-    """Pretraining makes a teacher; the stages after it read one, from `model.path`, in a run of their own."""
-    if len(set(config.stages)) > 1:
-        raise UsageError(
-            f"stages={config.stages} mixes pretrain with stages that read a teacher: run stages=[pretrain] alone, "
-            "then model=auto model.path=<its run>/teacher."
-        )
-    if config.model.builder is None:
-        raise UsageError(
-            f"stages=[pretrain] trains the embedded teachers only; model={config.model.name} has no model.builder."
-        )
-    _one_of("model.builder", config.model.builder, BUILDERS)
-
-
-def num_layers(config: Config) -> dict[str, int]:
-    """Blocks per stack of the configured model."""
-    from ppcl.families import FAMILIES
-
-    return {stack: int(config.model.arch[key]) for stack, key in FAMILIES[config.model.family].stacks.items()}
-
-
-def check_intervals(intervals: Intervals, layers: dict[str, int], where: str) -> None:
-    """Each [u, v] has u < v, lies in its stack, and follows the one before it."""
-    for stack, pairs in intervals.items():
-        if stack not in layers:
-            raise UsageError(f"{where}: the model has no block stack {stack} (it has {', '.join(layers)}).")
-        previous: Interval = (-1, -1)
-        for pair in pairs:
-            if len(pair) != 2:
-                raise UsageError(f"{where}.{stack}: {list(pair)} is not a pair [u, v].")
-            u, v = pair
-            if u >= v:
-                raise UsageError(f"{where}.{stack}: [{u}, {v}] is reversed or empty; an interval needs u < v.")
-            if u < 0 or v >= layers[stack]:
-                raise UsageError(
-                    f"{where}.{stack}: [{u}, {v}] is out of range; the model's blocks are 0 to {layers[stack] - 1}."
-                )
-            if u <= previous[1]:
-                raise UsageError(
-                    f"{where}.{stack}: [{u}, {v}] overlaps or precedes {list(previous)}; "
-                    "intervals are disjoint and ordered."
-                )
-            previous = (u, v)
-
-
-def check_plan(plan: PruningPlan, config: Config, path: Path) -> None:
-    """A plan serves only a model of its family and depth."""
-    layers = num_layers(config)
-    if plan.family != config.model.family or plan.num_layers != layers:
-        raise UsageError(
-            f"{path} was made for {plan.family} with {plan.num_layers}; model={config.model.name} is "
-            f"{config.model.family} with {layers}."
-        )
-    check_intervals(plan.intervals, layers, str(path))
-
-
-def resolve_intervals(config: Config) -> Intervals | None:
-    """The intervals the configuration gives; None where detection is to find them."""
-    given: Intervals = {
-        stack: [tuple(pair) for pair in pairs]  # type: ignore[misc]
-        for stack in ("transformer_blocks", "single_transformer_blocks")
-        if (pairs := getattr(config.intervals, stack)) is not None
-    }
-    if config.intervals.source == "plan":
-        if given:
-            raise UsageError(f"intervals.{next(iter(given))} and intervals=from_plan exclude each other.")
-        if config.intervals.path is None:
-            raise UsageError("intervals=from_plan needs intervals.path, the JSON file of a pruning plan.")
-        path = Path(config.intervals.path)
-        plan = PruningPlan.load(path)
-        check_plan(plan, config, path)
-        return plan.intervals
-    if config.intervals.path is not None:
-        raise UsageError(f"intervals.path={config.intervals.path} is read only with intervals=from_plan.")
-    if not given:
-        return None
-    if config.intervals.family not in (None, config.model.family):
-        raise UsageError(
-            f"these intervals are of family {config.intervals.family}; model={config.model.name} is "
-            f"{config.model.family}."
-        )
-    check_intervals(given, num_layers(config), "intervals")
-    return given

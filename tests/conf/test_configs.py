@@ -7,11 +7,12 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from ppcl.config import STAGE_ORDER, model_folder, num_layers, parse, read_prompts, register_schema, resolve_intervals
+from ppcl.config import STAGE_ORDER, register_schema
 from ppcl.errors import UsageError
 from ppcl.families import get_family
 from ppcl.families.tiny_qwen_image import build_pipeline
 from ppcl.surgery.count import count_parameters
+from ppcl.validation import model_folder, num_layers, parse, read_prompts, resolve_intervals
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.artifacts import Interval, Intervals
+from ppcl.errors import UsageError
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka
 from ppcl.taps import BlockKey
@@ -41,13 +42,17 @@ class CkaSensitivity(Method):
                     similarity = self._without(teacher, stack, blocks, index, batch.inputs, full)
                     sums[stack, index] = sums.get((stack, index), 0.0) + similarity
         scores = {key: total / count for key, total in sums.items()}
-        last = self.config.last
+        end = self.config.end
         candidates = [
             (stack, index)
             for stack, index in scores
-            if max(1, self.config.first + 1) <= index and (last is None or index <= last)
+            if max(1, self.config.start + 1) <= index and (end is None or index <= end)
         ]
         assert self.config.num_remove is not None, "checked in config.check"
+        if self.config.num_remove > len(candidates):
+            raise UsageError(
+                f"method.num_remove={self.config.num_remove} exceeds the {len(candidates)} blocks that may go."
+            )
         ranked = sorted(candidates, key=lambda key: -scores[key])[: self.config.num_remove]
         intervals: Intervals = {
             stack: runs_to_intervals([index for s, index in ranked if s == stack]) for stack in teacher.family.stacks

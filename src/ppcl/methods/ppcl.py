@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppcl.artifacts import Interval, Intervals, Probes
 from ppcl.config import MethodConfig
+from ppcl.errors import UsageError
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
 from ppcl.taps import BlockCall, observe
@@ -46,14 +47,14 @@ def last_above(curve: Curve, u: int, last: int, threshold: float) -> int:
 
 
 def find_intervals(curve: Curve, num_layers: int, config: MethodConfig) -> list[Interval]:
-    """Algorithm 1: walk from `first`, end each interval by the rule, go on behind it.
+    """Algorithm 1: walk from `start`, end each interval by the rule, go on behind it.
 
     An interval whose surrogate's cka(u, v) lies below `min_cka` is left out and the walk goes on at
     u + 1: this is where the gaps come from that Eq. 5 alone never leaves.
     """
-    last = num_layers - 1 if config.last is None else min(config.last, num_layers - 1)
+    last = num_layers - 1 if config.end is None else min(config.end, num_layers - 1)
     intervals: list[Interval] = []
-    u = config.first
+    u = config.start
     while u < last:
         if config.rule == "lp_a":
             v = last_above(curve, u, last, config.threshold)
@@ -76,7 +77,10 @@ def extend_ends(intervals: Sequence[Interval], last: int, which: Sequence[int] |
     one later. (The paper prints overlapping sets; intervals that share a block cannot both be plugged in.)
     """
     result = list(intervals)
-    for number in range(len(result)) if which is None else which:
+    numbers = range(len(result)) if which is None else sorted(set(which))
+    if numbers and numbers[-1] >= len(result):
+        raise UsageError(f"method.extend={which} names interval {numbers[-1]}; detection found {len(result)}.")
+    for number in numbers:
         u, v = result[number]
         following = result[number + 1] if number + 1 < len(result) else None
         if v + 1 > last:

@@ -35,7 +35,7 @@ class NormalEquations:
         damping = ridge * gram.diagonal()[:dim_in].mean()
         gram.diagonal()[:dim_in] += damping
         # Without ridge the Gram may be rank-deficient: the minimum-norm solution, as of a plain lstsq.
-        solve = torch.linalg.solve if ridge > 0 else lambda a, b: torch.linalg.pinv(a, hermitian=True) @ b
+        solve = torch.linalg.solve if ridge > 0 else lambda a, b: torch.linalg.pinv(a, rtol=1e-12, hermitian=True) @ b
         solution = solve(gram, cross)
         weight = solution[:dim_in].T.contiguous()
         offset = solution[dim_in] if bias else weight.new_zeros(len(weight))

@@ -58,7 +58,7 @@ class DepthDistillation(L.LightningModule):
 
     def __init__(self, family: Family, teacher: nn.Module, intervals: Intervals, config: DistillConfig) -> None:
         super().__init__()
-        self._teacher = (teacher,)
+        self._teacher = (teacher.requires_grad_(False),)
         self.family, self.config = family, config
         self.automatic_optimization = False
         self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]

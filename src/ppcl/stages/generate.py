@@ -14,10 +14,10 @@ from rich.progress import Progress
 
 from ppcl.artifacts import Header, atomic_path, fingerprint, is_current, write_json
 from ppcl.benchmarks.shapes import evaluation_scenes
-from ppcl.config import read_prompts
 from ppcl.report.plots import image_grid
 from ppcl.stages.run import Run
 from ppcl.stages.variants import Variant, make_board, variants_of
+from ppcl.validation import read_prompts
 
 
 def prompts_of(run: Run) -> list[str]:

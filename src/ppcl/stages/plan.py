@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ppcl.artifacts import PruningPlan, is_current
-from ppcl.config import resolve_intervals
 from ppcl.stages.run import Run
 from ppcl.surgery.count import count_parameters
+from ppcl.validation import resolve_intervals
 
 
 def billions(count: int) -> str:

@@ -15,8 +15,9 @@ from rich.markup import escape
 
 from ppcl import __version__
 from ppcl.artifacts import Intervals, Probes, PruningPlan, write_json
-from ppcl.config import Config, check_plan, model_folder, num_layers, resolve_intervals
+from ppcl.config import Config
 from ppcl.errors import UsageError
+from ppcl.validation import check_plan, model_folder, num_layers, resolve_intervals
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "safetensors", "numpy")
 

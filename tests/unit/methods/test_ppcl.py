@@ -54,7 +54,7 @@ def test_the_papers_walk_from_block_three():
     curve = curve_of(PAPER_EXAMPLE)
     assert first_inflection(curve, 3, 9) == 4
     assert first_inflection(curve, 5, 9) == 7
-    assert find_intervals(curve, 10, MethodConfig(first=3)) == [(3, 4), (5, 7), (8, 9)]
+    assert find_intervals(curve, 10, MethodConfig(start=3)) == [(3, 4), (5, 7), (8, 9)]
 
 
 def test_without_an_inflection_the_interval_ends_at_the_last_block():
@@ -64,13 +64,13 @@ def test_without_an_inflection_the_interval_ends_at_the_last_block():
     for row in (shrinking, equal):
         assert first_inflection(curve_of({0: row}), 0, 4) == 4
         assert find_intervals(curve_of({0: row}), 5, MethodConfig()) == [(0, 4)]
-        assert find_intervals(curve_of({0: row}), 5, MethodConfig(last=3)) == [(0, 3)]
+        assert find_intervals(curve_of({0: row}), 5, MethodConfig(end=3)) == [(0, 3)]
 
 
 @pytest.mark.parametrize("rule", ["lp", "lp_a", "lp_b"])
 @pytest.mark.parametrize("seed", range(10))
 def test_intervals_are_ordered_disjoint_in_range_and_never_a_single_block(rule, seed):
-    method = MethodConfig(rule=rule, first=2, last=15, threshold=0.85)
+    method = MethodConfig(rule=rule, start=2, end=15, threshold=0.85)
     intervals = find_intervals(random_curve(18, seed), 18, method)
     assert intervals
     assert all(2 <= u < v <= 15 for u, v in intervals)
@@ -80,7 +80,7 @@ def test_intervals_are_ordered_disjoint_in_range_and_never_a_single_block(rule, 
 @pytest.mark.parametrize("seed", range(5))
 def test_lp_leaves_no_gap_before_the_last_block(seed):
     """Eq. 5 alone ends an interval just before the next: only a final single block can stay over."""
-    intervals = find_intervals(random_curve(18, seed), 18, MethodConfig(first=3))
+    intervals = find_intervals(random_curve(18, seed), 18, MethodConfig(start=3))
     assert intervals[0][0] == 3
     assert all(before[1] + 1 == after[0] for before, after in itertools.pairwise(intervals))
     assert intervals[-1][1] >= 16
@@ -144,7 +144,7 @@ def test_lp_b_extends_where_there_is_room(intervals, last, which, expected):
 
 def test_lp_b_is_lp_with_its_ends_moved():
     curve = curve_of(PAPER_EXAMPLE)
-    assert find_intervals(curve, 10, MethodConfig(rule="lp_b", first=3)) == [(3, 5), (6, 7), (8, 9)]
+    assert find_intervals(curve, 10, MethodConfig(rule="lp_b", start=3)) == [(3, 5), (6, 7), (8, 9)]
 
 
 def planted(runs):
