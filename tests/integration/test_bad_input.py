@@ -76,7 +76,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ([INTERVALS, "stages=[probe,detect]"], ["detect"]),
         (["stages=[depth]"], ["intervals"]),
         ([INTERVALS, "stages=[export]"], ["plugs", *PLUG_NAMES]),
-        (["stages=[report]"], ["scores", "stages=[generate,evaluate]"]),
+        ([INTERVALS, "stages=[report]", "generate.variants=[teacher]"], ["manifest.json", "stages=[generate]"]),
         (["stages=[generate]", "generate.prompt_file=/nonesuch.txt"], ["/nonesuch.txt"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -44,7 +44,7 @@ def test_every_stage_leaves_its_artifacts(chain: Path) -> None:
     ):
         assert (chain / path).stat().st_size > 0, path
     for variant in ("teacher", "removed", "ppcl-depth", "ppcl-mixed"):
-        assert len(list((chain / "images" / "shapes" / variant).glob("*.png"))) == NUM_PROMPTS
+        assert len(list((chain / "images" / "shapes" / variant).glob("[0-9]*.png"))) == NUM_PROMPTS
     # Nothing temporary and no finished training's checkpoint stays behind.
     assert not [path for path in chain.rglob("*") if path.name.endswith(".tmp")]
     assert not list(chain.rglob("*.ckpt"))

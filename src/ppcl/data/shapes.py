@@ -92,14 +92,23 @@ def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
 
 
 def _place_related(rng: np.random.Generator, relation: str) -> list[tuple[int, int]]:
-    """Corners of two objects of which the first stands clearly in `relation` to the second."""
-    axis = 0 if relation in ("left of", "right of") else 1
-    sign = -1 if relation in ("left of", "above") else 1
-    while True:
-        first, second = (np.array(corner) for corner in _place(rng, 2))
-        offset = (first - second) * sign
-        if offset[axis] >= OBJECT_SIZE + LATTICE and abs(offset[1 - axis]) * 2 <= offset[axis]:
-            return [(int(x), int(y)) for x, y in (first, second)]
+    """Corners of two objects, the first at one side of the picture, the second at the other, near one line."""
+    near, far = rng.integers(0, 3) * LATTICE, (4 + rng.integers(1, 3)) * LATTICE
+    line = rng.integers(0, (IMAGE_SIZE - OBJECT_SIZE) // LATTICE + 1)
+    beside = np.clip(line + rng.integers(-1, 2), 0, (IMAGE_SIZE - OBJECT_SIZE) // LATTICE)
+    along = (near, far) if relation in ("left of", "above") else (far, near)
+    corners = list(zip(along, (line * LATTICE, beside * LATTICE), strict=True))
+    if relation in ("above", "below"):
+        corners = [(y, x) for x, y in corners]
+    return [(int(x), int(y)) for x, y in corners]
+
+
+def _place_counted(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """One corner in each of `count` different quarters of the picture."""
+    quarters = rng.permutation(4)[:count]
+    far = IMAGE_SIZE - OBJECT_SIZE - LATTICE
+    jitter = rng.integers(0, 2, size=(count, 2)) * LATTICE
+    return [(int(q % 2 * far + dx), int(q // 2 * far + dy)) for q, (dx, dy) in zip(quarters, jitter, strict=True)]
 
 
 def make_scene(seed: int, index: int, category: str | None = None) -> Scene:
@@ -117,7 +126,7 @@ def make_scene(seed: int, index: int, category: str | None = None) -> Scene:
         include[0]["color"] = color
     elif category == "counting":
         count = int(rng.integers(2, 5))
-        caption, corners = f"{NUMERALS[count]} {PLURALS[shape]}", _place(rng, count)
+        caption, corners = f"{NUMERALS[count]} {PLURALS[shape]}", _place_counted(rng, count)
         include[0]["count"] = count
         exclude = ({"class": shape, "count": count + 1},)
     else:

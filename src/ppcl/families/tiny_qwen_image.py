@@ -95,7 +95,7 @@ def build_pipeline(seed: int, num_layers: int = 20) -> Any:
         axes_dims_rope=(8, 12, 12),
     )
     return QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
         vae=AutoencoderPixelUnshuffle(latents_mean=(shapes.BACKGROUND / 127.5 - 1.0,) * 12, latents_std=(0.5,) * 12),
         text_encoder=text_encoder,
         tokenizer=tokenizer,

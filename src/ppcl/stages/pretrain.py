@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import cast
 
 import lightning as L
@@ -10,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ppcl.artifacts import Header, atomic_folder, is_current, write_json
+from ppcl.artifacts import Header, atomic_folder, is_current, read_json, write_json
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.data.streams import ShapesStream
 from ppcl.families import get_family
@@ -73,17 +74,24 @@ class Pretrain(L.LightningModule):
         return min(1.0, (step + 1) / self.hparams["warmup_steps"], max(0.0, left))
 
 
+def teacher_header(run: Run) -> Header:
+    """What a teacher is made from; one that it continues enters by its own fingerprint, not by its path."""
+    config = run.config.pretrain
+    settings = {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "compile")}
+    if config.init is not None:
+        settings["init"] = read_json(Path(config.init) / "ppcl.json", "pretrain.init:")["fingerprint"]
+    made_from = {
+        "builder": run.config.model.builder,
+        "seed": run.config.data.train_seed,
+        "pretrain": settings,
+        "data": asdict(run.config.data),
+    }
+    return Header("ppcl.teacher", made_from)
+
+
 def run(run: Run) -> None:
     config, folder = run.config.pretrain, run.folder / "teacher"
-    header = Header(
-        "ppcl.teacher",
-        {
-            "builder": run.config.model.builder,
-            "seed": run.config.data.train_seed,
-            "pretrain": {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "compile")},
-            "data": asdict(run.config.data),
-        },
-    )
+    header = teacher_header(run)
     if is_current(folder / "ppcl.json", header):
         run.say("pretrain", f"reused {folder}")
         return
