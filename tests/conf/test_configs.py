@@ -68,7 +68,7 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path):
     """Chosen on its own, over the defaults, with the model it needs."""
     group, _, choice = file.rpartition("/")
     content = yaml.safe_load((CONF / file).with_suffix(".yaml").read_text())
-    overrides = auto if group != "model" else []
+    overrides = auto if group not in ("model", "experiment") else []
     if group == "intervals" and content.get("family"):
         overrides = [f"model={model_of(content['family'])}"]
     if choice == "from_plan":

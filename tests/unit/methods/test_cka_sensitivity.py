@@ -78,8 +78,8 @@ def test_it_removes_as_many_blocks_as_asked_and_never_the_first(teacher, num_rem
 
 
 def test_first_and_last_bound_the_intervals(teacher):
-    """Block 3 scores best, but is out of bounds; block `first` must stay to stand for what follows."""
-    method = MethodConfig(rule="cka_sensitivity", num_remove=4, start=1, end=2)
+    """Block 3 scores best, but is out of bounds; block `start` must stay to stand for what follows."""
+    method = MethodConfig(rule="cka_sensitivity", num_remove=1, start=1, end=2)
     assert CkaSensitivity(method).detect(teacher).intervals == {"transformer_blocks": [(1, 2)]}
 
 
