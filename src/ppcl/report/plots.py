@@ -11,6 +11,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ppcl.artifacts import Interval, atomic_path
@@ -60,6 +61,7 @@ def interval_curves(path: Path, curve: list[list[float | None]], intervals: list
     bottom.set_ylabel("delta(u, k)")
     bottom.set_xlabel("block k (open circle: v, the end of an interval)")
     bottom.set_xlim(-0.6, len(curve) - 0.4)
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     top.set_title("Similarity of the probe surrogate, one line per interval", loc="left", color=INK)
     _save(figure, path)
 
@@ -72,6 +74,8 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float]]]) -> None:
         drawn = axis.imshow(table, origin="lower", cmap="viridis", vmin=lowest, vmax=1.0)
         axis.set(title=f"{stream} stream", xlabel="block", ylabel="block")
         axis.grid(visible=False)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(drawn, ax=list(axes[0]), label="CKA", shrink=0.85)
     _save(figure, path)
 
