@@ -111,7 +111,7 @@ def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None
     axis.plot(before, range(len(names)), "o", color=PALETTE[1], label="block u as it is")
     axis.plot(after, range(len(names)), "o", color=PALETTE[0], label="after distillation")
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="held-out distillation loss (Eq. 6)", xscale="log")
+    axis.set(xlabel="held-out distillation loss (Eq. 6)", xlim=(0, None))
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     _save(figure, path)
 
