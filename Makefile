@@ -26,7 +26,6 @@ setup: $(VENV)/.ready ## Make .venv and install ppcl with its development tools
 .PHONY: demo
 demo: setup ## Detect, distil, export, draw and score on the embedded teacher (runs/demo)
 	$(BIN)/ppcl experiment=demo $(ARGS)
-	@echo "Open runs/demo/report/report.html"
 
 .PHONY: test
 test: setup ## Run the tests
