@@ -15,7 +15,7 @@ def __getattr__(name: str) -> Any:
 
         return AutoencoderPixelUnshuffle
     if name == "plug":
-        from ppcl.surgery.depth import plug
+        from ppcl.surgery.plugboard import plug
 
         return plug
     if name == "ModelMixin":

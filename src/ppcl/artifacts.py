@@ -24,6 +24,8 @@ from ppcl.errors import UsageError
 FORMAT_VERSION = 1
 Interval = tuple[int, int]
 Intervals = dict[str, list[Interval]]
+# By stack: which blocks, by their index in the teacher, lose their `text` stream and their `ffn`.
+Width = dict[str, dict[str, list[int]]]
 
 
 def fingerprint(made_from: Mapping[str, Any]) -> str:
@@ -203,6 +205,7 @@ class PruningPlan:
     made_from: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
+    width: Width = field(default_factory=dict)
 
     def header(self) -> Header:
         return Header("ppcl.plan", self.made_from)
@@ -217,6 +220,10 @@ class PruningPlan:
         content = read_json(path, f"{key}the pruning plan")
         try:
             intervals = {stack: [(int(u), int(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()}
+            width = {
+                stack: {kind: [int(index) for index in sets.get(kind, [])] for kind in ("text", "ffn")}
+                for stack, sets in content.get("width", {}).items()
+            }
             return cls(
                 family=str(content["family"]),
                 num_layers={stack: int(count) for stack, count in content["num_layers"].items()},
@@ -224,6 +231,7 @@ class PruningPlan:
                 made_from=content.get("made_from", {}),
                 parameters=content.get("parameters", {}),
                 scores=content.get("scores", {}),
+                width=width,
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UsageError(
@@ -236,41 +244,113 @@ def plug_name(stack: str, interval: Interval) -> str:
     return f"{stack}.{interval[0]}-{interval[1]}"
 
 
+def projector_name(stack: str, index: int, kind: str) -> str:
+    """`transformer_blocks.37.text`, `transformer_blocks.2.ffn`."""
+    return f"{stack}.{index}.{kind}"
+
+
 @dataclass
-class Plug:
-    """One trained student block: the state dict of the family's block class, and how training went."""
+class _Pluggable:
+    """Tensors that stand in for a part of the teacher, and how training them went.
+
+    Tensors that are not finite are refused on saving and on loading: a projector with a NaN in it would
+    make every picture of the model grey, far from here.
+    """
 
     header: Header
     stack: str
-    interval: Interval
     state_dict: dict[str, Tensor]
     losses: dict[str, float]
 
     @property
     def name(self) -> str:
-        return plug_name(self.stack, self.interval)
+        raise NotImplementedError
+
+    def place(self) -> dict[str, Any]:
+        """Where it is plugged in."""
+        raise NotImplementedError
+
+    def check_finite(self, where: str) -> None:
+        for key, value in self.state_dict.items():
+            if not value.isfinite().all():
+                raise UsageError(f"{where}: {key} holds values that are not finite; train {self.name} again.")
 
     def save(self, folder: Path) -> None:
+        self.check_finite(f"plug {self.name} is not written")
         record = folder / f"{self.name}.json"
         record.unlink(missing_ok=True)
         write_tensors(folder / f"{self.name}.safetensors", self.state_dict, {"fingerprint": self.header.fingerprint})
-        write_json(
-            record,
-            self.header.to_json() | {"stack": self.stack, "interval": list(self.interval), "losses": self.losses},
-        )
+        write_json(record, self.header.to_json() | {"stack": self.stack} | self.place() | {"losses": self.losses})
+
+
+def _read_pluggable(record: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON of a plug or projector, and the fields all of them have."""
+    content = read_json(record, "The plug")
+    header = Header(content["format"], content["made_from"], content["version"])
+    tensors, metadata = read_tensors(record.with_suffix(".safetensors"))
+    if metadata.get("fingerprint") != header.fingerprint:
+        raise UsageError(f"{record} and its safetensors are of two runs; delete both and run stages=[{stage}] again.")
+    fields = {"header": header, "stack": content["stack"], "state_dict": tensors, "losses": content["losses"]}
+    return content, fields
+
+
+@dataclass
+class Plug(_Pluggable):
+    """One trained student block: the state dict of the family's block class."""
+
+    interval: Interval
+
+    @property
+    def name(self) -> str:
+        return plug_name(self.stack, self.interval)
+
+    def place(self) -> dict[str, Any]:
+        return {"interval": list(self.interval)}
 
     @classmethod
     def load(cls, record: Path) -> Plug:
-        content = read_json(record, "The plug")
-        header = Header(content["format"], content["made_from"], content["version"])
-        tensors, metadata = read_tensors(record.with_suffix(".safetensors"))
-        if metadata.get("fingerprint") != header.fingerprint:
-            raise UsageError(f"{record} and its safetensors are of two runs; delete both and run stages=[depth] again.")
+        content, fields = _read_pluggable(record, "depth")
         u, v = content["interval"]
-        return cls(header, content["stack"], (u, v), tensors, content["losses"])
+        plug = cls(**fields, interval=(u, v))
+        plug.check_finite(str(record.with_suffix(".safetensors")))
+        return plug
+
+
+@dataclass
+class Projector(_Pluggable):
+    """The linear projectors that stand for the `text` stream or the `ffn` of one block.
+
+    `base` names the student it was fitted in, None for the teacher's own block; a text projector reads the
+    text of block `reference`. In another arrangement of blocks it means nothing.
+    """
+
+    index: int
+    kind: str
+    base: str | None
+    reference: int | None
+
+    @property
+    def name(self) -> str:
+        return projector_name(self.stack, self.index, self.kind)
+
+    def place(self) -> dict[str, Any]:
+        return {"index": self.index, "kind": self.kind, "base": self.base, "reference": self.reference}
+
+    @classmethod
+    def load(cls, record: Path) -> Projector:
+        content, fields = _read_pluggable(record, "width")
+        projector = cls(**fields, **{key: content[key] for key in ("index", "kind", "base", "reference")})
+        projector.check_finite(str(record.with_suffix(".safetensors")))
+        return projector
 
 
 def load_plugs(folder: Path) -> dict[str, Plug]:
-    """Every complete plug in `folder`, by name, in the order of the blocks."""
+    """Every complete student in `folder`, by name, in the order of the blocks."""
     plugs = [Plug.load(record) for record in folder.glob("*.*-*.json")]
     return {plug.name: plug for plug in sorted(plugs, key=lambda plug: (plug.stack, plug.interval))}
+
+
+def load_projectors(folder: Path) -> dict[str, Projector]:
+    """Every complete projector in `folder`, by name, in the order of the blocks."""
+    found = [Projector.load(record) for kind in ("text", "ffn") for record in folder.glob(f"*.*.{kind}.json")]
+    return {item.name: item for item in sorted(found, key=lambda item: (item.stack, item.index, item.kind))}

@@ -7,9 +7,21 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGE_ORDER = ("pretrain", "plan", "probe", "detect", "depth", "export", "generate", "evaluate", "report")
+STAGE_ORDER = (
+    "pretrain",
+    "probe",
+    "detect",
+    "depth",
+    "width",
+    "plan",
+    "finetune",
+    "export",
+    "generate",
+    "evaluate",
+    "report",
+)
 BUILDERS = ("tiny_qwen_image",)
-VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed")
+VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
 
 
 @dataclass
@@ -51,6 +63,55 @@ class IntervalsConfig:
     single_transformer_blocks: list[list[int]] | None = None
     remark: str | None = None
     as_printed: Any = None
+
+
+@dataclass
+class WidthSet:
+    """Blocks of one stack, by their index in the teacher."""
+
+    text: list[int] = field(default_factory=list)
+    ffn: list[int] = field(default_factory=list)
+
+
+@dataclass
+class WidthConfig:
+    """Which blocks lose their text stream or FFN to linear projectors (Eq. 8-9), and how these are trained.
+
+    `source`: `none`, `given` (the sets), `plan` (the file `path`), or `auto`: text streams whose output has a
+    CKA of `text_threshold` or more with their reference's, deeper ones first and at most `num_text`, and the
+    `num_ffn` FFNs that are most nearly linear.
+    `text_output`: `last` keeps one output projector per run of text-pruned blocks, `each` one per block.
+    """
+
+    source: str = "none"
+    path: str | None = None
+    family: str | None = None
+    transformer_blocks: WidthSet | None = None
+    text_threshold: float = 0.999
+    num_text: int | None = None
+    num_ffn: int = 3
+    text_output: str = "last"
+    keep_text_query: bool = False
+    ridge: float = 1e-6
+    num_batches: int = 16
+    steps: int = 2000
+    lr: float = 1e-5
+    linear_weight: float = 1.0
+
+
+@dataclass
+class BudgetConfig:
+    """What the pruned model may cost; at most one is set. None of them: everything that has a plug goes in.
+
+    `params` up to 1 is a share of the teacher's parameters, above 1 a count. `cost` is what a plug is charged
+    with: `velocity`, the error of the model's output with that plug alone, or `loss`, its distillation loss.
+    """
+
+    params: float | None = None
+    memory_gb: float | None = None
+    latency_ratio: float | None = None
+    cost: str = "velocity"
+    num_batches: int = 4
 
 
 @dataclass
@@ -122,6 +183,32 @@ class DistillConfig:
 
 
 @dataclass
+class FinetuneConfig:
+    """Full-parameter tuning of what the plan plugs in; without a budget that is every plug there is.
+
+    `output_weight` weighs the squared distance to the teacher's velocity, `flow_weight` the flow-matching loss.
+    `optimizer`: `adamw`, or `muon` for the matrices inside blocks with AdamW on the rest.
+    """
+
+    steps: int = 1000
+    batch_size: int = 4
+    optimizer: str = "adamw"
+    lr: float = 1e-5
+    muon_lr: float = 0.01
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 16
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.02
+    output_weight: float = 1.0
+    flow_weight: float = 0.0
+    ema_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    gradient_checkpointing: bool = True
+    checkpoint_every: int = 250
+
+
+@dataclass
 class PretrainConfig:
     """`init` continues from a teacher folder of an earlier pretraining in place of fresh weights."""
 
@@ -138,10 +225,17 @@ class PretrainConfig:
 
 
 @dataclass
-class GenerateConfig:
-    """`variants` is any of teacher, removed, ppcl-depth, ppcl-mixed; `plug_fraction` is ppcl-mixed's share."""
+class ExportConfig:
+    """`variant` as in `generate.variants`; None exports the furthest that the run has come."""
 
-    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    variant: str | None = None
+
+
+@dataclass
+class GenerateConfig:
+    """`variants` is any of `VARIANTS`; `plug_fraction` is ppcl-mixed's share of students."""
+
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS[:4]))
     plug_fraction: float = 0.5
     batch_size: int = 60
     prompt_file: str | None = None
@@ -188,7 +282,11 @@ class Config:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    width: WidthConfig = field(default_factory=WidthConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

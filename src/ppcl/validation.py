@@ -11,14 +11,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppcl.artifacts import Interval, Intervals, PruningPlan, check_safetensors
+from ppcl.artifacts import Interval, Intervals, PruningPlan, Width, check_safetensors
 from ppcl.config import BUILDERS, STAGE_ORDER, VARIANTS, Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families import FAMILIES, family_of_pipeline
+from ppcl.layers import check_width_sets, kept_layers
 
 EMBEDDED = "embedded:"
 ASSETS = Path(__file__).parent / "assets"
-WEIGHT_STAGES = {"probe", "detect", "depth", "export", "generate", "evaluate"}
+WEIGHT_STAGES = {"probe", "detect", "depth", "width", "finetune", "export", "generate", "evaluate"}
 
 
 def parse(raw: DictConfig) -> Config:
@@ -58,6 +59,10 @@ def check(config: Config) -> None:
     _one_of("distill.init", distill.init, ("first", "middle", "average"))
     _one_of("probe.init", config.probe.init, ("closed_form", "zero"))
     _one_of("data.name", config.data.name, ("shapes",))
+    _one_of("width.source", config.width.source, ("none", "given", "plan", "auto"))
+    _one_of("width.text_output", config.width.text_output, ("last", "each"))
+    _one_of("budget.cost", config.budget.cost, ("velocity", "loss"))
+    _one_of("finetune.optimizer", config.finetune.optimizer, ("adamw", "muon"))
     _one_of("benchmark.name", config.benchmark.name, ("shapes",))
     _one_of("data.timesteps", config.data.timesteps, ("logit_normal", "uniform"))
     _one_of("logger.kind", config.logger.kind, ("wandb", "csv", "none"))
@@ -76,6 +81,20 @@ def check(config: Config) -> None:
             "probe.ridge": (config.probe.ridge, 0),
             "method.min_length": (method.min_length, 2),
             "method.num_timesteps": (method.num_timesteps, 1),
+            "width.num_ffn": (config.width.num_ffn, 0),
+            "width.num_text": (config.width.num_text or 0, 0),
+            "width.num_batches": (config.width.num_batches, 1),
+            "width.steps": (config.width.steps, 0),
+            "width.lr": (config.width.lr, 0),
+            "width.ridge": (config.width.ridge, 0),
+            "width.linear_weight": (config.width.linear_weight, 0),
+            "budget.num_batches": (config.budget.num_batches, 1),
+            "finetune.steps": (config.finetune.steps, 1),
+            "finetune.batch_size": (config.finetune.batch_size, 1),
+            "finetune.checkpoint_every": (config.finetune.checkpoint_every, 1),
+            "finetune.lr": (config.finetune.lr, 0),
+            "finetune.output_weight": (config.finetune.output_weight, 0),
+            "finetune.flow_weight": (config.finetune.flow_weight, 0),
             "generate.batch_size": (config.generate.batch_size, 1),
             "benchmark.prompts_per_category": (config.benchmark.prompts_per_category, 1),
         }
@@ -111,8 +130,11 @@ def check(config: Config) -> None:
     _check_model(config)
     if config.intervals.source not in ("detect", "plan"):
         raise UsageError(f"intervals.source={config.intervals.source} is not one of detect, plan.")
-    if resolve_intervals(config) is not None and "detect" in config.stages:
+    intervals = resolve_intervals(config)
+    if intervals is not None and "detect" in config.stages:
         raise UsageError("intervals are given, so stages=[detect] would decide nothing: drop one of them.")
+    _check_width(config, intervals)
+    _check_budget(config)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -255,3 +277,80 @@ def resolve_intervals(config: Config) -> Intervals | None:
         )
     check_intervals(given, num_layers(config), "intervals")
     return given
+
+
+def resolve_width(config: Config) -> Width | None:
+    """The width sets the configuration gives, empty for `width=none`; None where the stage is to select them."""
+    settings = config.width
+    given: Width = {
+        stack: {"text": sorted(sets.text), "ffn": sorted(sets.ffn)}
+        for stack in ("transformer_blocks",)
+        if (sets := getattr(settings, stack)) is not None
+    }
+    if given and settings.source != "given":
+        raise UsageError(
+            f"width.{next(iter(given))} is read only with width.source=given; it is {settings.source}."
+        )
+    if settings.path is not None and settings.source != "plan":
+        raise UsageError(f"width.path={settings.path} is read only with width=from_plan.")
+    if settings.source == "auto":
+        return None
+    if settings.source == "plan":
+        if settings.path is None:
+            raise UsageError("width=from_plan needs width.path, the JSON file of a pruning plan.")
+        path = Path(settings.path)
+        plan = PruningPlan.load(path, "width.path: ")
+        check_plan(plan, config, path)
+        return plan.width
+    if settings.source == "given":
+        if not given:
+            raise UsageError("width.source=given needs sets: width.transformer_blocks.text=[...] or .ffn=[...].")
+        if settings.family not in (None, config.model.family):
+            raise UsageError(
+                f"these width sets are of family {settings.family}; model={config.model.name} is {config.model.family}."
+            )
+    return given
+
+
+def check_width(width: Width, intervals: Intervals, layers: dict[str, int], where: str = "width") -> None:
+    """Every block that `width` names is kept by `intervals` and can be pruned."""
+    for stack, sets in width.items():
+        if stack not in layers:
+            raise UsageError(f"{where}: the model has no block stack {stack} (it has {', '.join(layers)}).")
+        kept = kept_layers(layers[stack], intervals.get(stack, []))
+        check_width_sets(stack, kept, sets["text"], sets["ffn"], where)
+
+
+def _check_width(config: Config, intervals: Intervals | None) -> None:
+    width = resolve_width(config)
+    if width is not None and intervals is not None:
+        check_width(width, intervals, num_layers(config))
+    if config.width.source == "none" and "width" in config.stages:
+        raise UsageError("stages=[width] needs width sets: width=auto, width=from_plan or width.source=given.")
+    if not 0 < config.width.text_threshold <= 1:
+        raise UsageError(f"width.text_threshold={config.width.text_threshold} must lie between 0 and 1.")
+    if not 0 <= config.finetune.ema_decay < 1:
+        raise UsageError(f"finetune.ema_decay={config.finetune.ema_decay} must lie in [0, 1).")
+    if config.finetune.output_weight == config.finetune.flow_weight == 0:
+        raise UsageError("finetune.output_weight and finetune.flow_weight are both 0: there is nothing to learn from.")
+
+
+def budget_of(config: Config) -> tuple[str, float] | None:
+    """The one budget that is set, by name, or None."""
+    budget = config.budget
+    found = {
+        name: value for name in ("params", "memory_gb", "latency_ratio") if (value := getattr(budget, name)) is not None
+    }
+    if len(found) > 1:
+        raise UsageError(f"budget.{' and budget.'.join(found)} are both set: a plan serves one budget.")
+    return next(iter(found.items()), None)
+
+
+def _check_budget(config: Config) -> None:
+    budget = budget_of(config)
+    if budget is not None and budget[1] <= 0:
+        raise UsageError(f"budget.{budget[0]}={budget[1]:g} must be above 0.")
+    if budget is None and "ppcl-planned" in config.generate.variants and {"generate", "evaluate"} & set(config.stages):
+        raise UsageError("generate.variants names ppcl-planned, but no budget is set: give budget.params=0.6 or alike.")
+    if budget is not None and config.model.path is None:
+        raise UsageError(f"budget.{budget[0]} needs measurements: set model.path to a pipeline folder.")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import NUM_LAYERS
 
-from ppcl.surgery.depth import plug
+from ppcl.surgery.plugboard import plug
 
 PROMPTS = ["a red circle", "two squares", "a blue cross left of a circle"]
 ARGUMENTS = {"height": 32, "width": 32, "num_inference_steps": 2, "true_cfg_scale": 3.0, "output_type": "np"}

@@ -12,7 +12,7 @@ from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, assert_same_tensors, mod
 from diffusers import DiffusionPipeline
 
 from ppcl.errors import UsageError
-from ppcl.surgery.depth import plug
+from ppcl.surgery.plugboard import plug
 
 FIRST, SECOND = PLUG_NAMES
 

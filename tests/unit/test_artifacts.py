@@ -36,7 +36,7 @@ def probes(made_from=MADE_FROM):
 def plug(interval=(2, 4)):
     state = {"attn.to_q.weight": torch.randn(3, 3).T, "norm.bias": torch.zeros(3, dtype=torch.bfloat16)}
     return Plug(
-        Header("ppcl.plug", {"interval": list(interval)}), "transformer_blocks", interval, state, {"train": 0.5}
+        Header("ppcl.plug", {"interval": list(interval)}), "transformer_blocks", state, {"train": 0.5}, interval
     )
 
 

@@ -14,12 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def interleaved_latency_ms(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median time of each step in milliseconds; they take turns, so that a noisy moment hits all alike."""
+def interleaved_latency_ms(
+    steps: dict[str, Callable[[], object]], repeats: int, prepare: Callable[[str], object] = lambda name: None
+) -> dict[str, float]:
+    """Median time of each step in milliseconds; they take turns, so that a noisy moment hits all alike.
+
+    `prepare(name)` is called before a step is timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     for round_number in range(repeats + 3):
         for name, step in steps.items():
+            prepare(name)
             synchronize()
             start = time.perf_counter()
             step()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.families import FAMILIES
 from ppcl.ops import flow_matching
 from ppcl.taps import Streams
+
+if TYPE_CHECKING:
+    from ppcl.layers import Layout
 
 
 class PromptEmbeddings:
@@ -78,6 +82,34 @@ class Family(ABC):
     @abstractmethod
     def sampling_arguments(self, sampling: Any, batch_size: int) -> dict[str, Any]:
         """`SamplingConfig` as keyword arguments of the pipeline for `batch_size` prompts."""
+
+    # Width pruning.
+
+    pruned_transformer_class: Any  # `transformer_class` with width sets in its config
+    # A pruned block's attributes: `text_in` (l_z), `text_out` (l_h), `image_ffn` and `text_ffn` (Eq. 8-9).
+    projectors: dict[str, str]
+
+    @abstractmethod
+    def pruned_config(self, text: list[int], ffn: list[int], layout: Layout) -> dict[str, Any]:
+        """What the config of `pruned_transformer_class` says of blocks pruned at these positions."""
+
+    @abstractmethod
+    def width_roles(
+        self, text: list[int], ffn: list[int], num_layers: int, layout: Layout
+    ) -> list[dict[str, Any] | None]:
+        """What each of `num_layers` blocks becomes if those at `text` and `ffn` are pruned; None: it stays."""
+
+    @abstractmethod
+    def prune_block(self, block: nn.Module, role: dict[str, Any], projectors: Mapping[str, Tensor]) -> nn.Module:
+        """A block with `role` that shares what it keeps with `block`; absent projectors are the identity."""
+
+    @abstractmethod
+    def text_qkv_input(self, block: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+        """z `[B, L, D]`: the modulated, normed text that goes into a block's QKV."""
+
+    @abstractmethod
+    def with_text(self, kwargs: dict[str, Any], text: Tensor, reference: Tensor) -> dict[str, Any]:
+        """A block's arguments with the text `[B, L, D]` and the reference's z `[B, L, D]` a pruned block reads."""
 
     def blocks(self, transformer: nn.Module) -> dict[tuple[str, int], nn.Module]:
         """Every block by (stack, index), in order of execution."""

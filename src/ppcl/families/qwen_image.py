@@ -13,19 +13,35 @@ What is odd about it:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
+from ppcl.errors import UsageError
 from ppcl.families.base import Family, PromptEmbeddings
+from ppcl.models.transformer_qwen_image_pruned import (
+    PrunedQwenImageTransformer2DModel,
+    PrunedQwenImageTransformerBlock,
+    text_qkv_input,
+    width_roles,
+)
+from ppcl.layers import Layout
 from ppcl.taps import Streams
 
 
 class QwenImage(Family):
     name = "qwen_image"
     transformer_class = QwenImageTransformer2DModel
+    pruned_transformer_class = PrunedQwenImageTransformer2DModel
+    projectors = {
+        "text_in": "txt_proj",
+        "text_out": "ehs_proj",
+        "image_ffn": "img_ffn_proj",
+        "text_ffn": "txt_ffn_proj",
+    }
 
     def forward_inputs(
         self,
@@ -78,3 +94,60 @@ class QwenImage(Family):
             "true_cfg_scale": sampling.true_cfg_scale,
             "negative_prompt": [sampling.negative_prompt] * batch_size,
         }
+
+    def pruned_config(self, text: list[int], ffn: list[int], layout: Layout) -> dict[str, Any]:
+        return {
+            "pruned_text": text,
+            "pruned_ffn": ffn,
+            "text_output": layout.text_output,
+            "keep_text_query": layout.keep_text_query,
+        }
+
+    def width_roles(
+        self, text: list[int], ffn: list[int], num_layers: int, layout: Layout
+    ) -> list[dict[str, Any] | None]:
+        return list(width_roles(num_layers, text, ffn, layout.text_output, layout.keep_text_query))
+
+    def prune_block(self, block: nn.Module, role: dict[str, Any], projectors: Mapping[str, Tensor]) -> nn.Module:
+        source: Any = block
+        device = next(block.parameters()).device
+        with torch.device("meta"):
+            pruned = PrunedQwenImageTransformerBlock(
+                source.dim,
+                source.num_attention_heads,
+                source.attention_head_dim,
+                zero_cond_t=source.zero_cond_t,
+                eps=source.img_norm1.eps,
+                **role,
+            )
+        own = source.state_dict(keep_vars=True)
+        dtype = own["attn.to_q.weight"].dtype
+        state: dict[str, Tensor] = {}
+        for key, empty in pruned.state_dict().items():
+            if key in own and own[key].shape == empty.shape:
+                state[key] = own[key]
+            elif key in own:  # the modulation of the attention alone, the first half
+                state[key] = own[key][: len(empty)]
+            elif key in projectors:
+                if projectors[key].shape != empty.shape:
+                    raise UsageError(
+                        f"a projector does not fit this model: {key} is {list(projectors[key].shape)}, "
+                        f"the model's is {list(empty.shape)}."
+                    )
+                state[key] = projectors[key].to(device, dtype)
+            else:
+                state[key] = torch.zeros(empty.shape, dtype=dtype, device=device)
+        pruned.load_state_dict(state, assign=True)
+        for name, parameter in pruned.named_parameters():
+            parameter.requires_grad_(name in own and own[name].requires_grad)
+        return pruned.train(block.training)
+
+    def text_qkv_input(self, block: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+        temb = kwargs["temb"]
+        block_: Any = block
+        if block_.zero_cond_t:
+            temb = temb.chunk(2, dim=0)[0]
+        return text_qkv_input(block_, kwargs["encoder_hidden_states"], temb)[0]
+
+    def with_text(self, kwargs: dict[str, Any], text: Tensor, reference: Tensor) -> dict[str, Any]:
+        return kwargs | {"encoder_hidden_states": torch.cat([text, reference], dim=-1)}

@@ -42,3 +42,14 @@ def norm_ratio(
 ) -> Float[Tensor, ""]:
     """Mean over valid tokens of ||s|| / ||t||; 1 where magnitudes agree."""
     return _mean_over_tokens(student.float().norm(dim=-1) / teacher.float().norm(dim=-1), mask)
+
+
+def relative_error(
+    student: Float[Tensor, "batch tokens dim"],
+    teacher: Float[Tensor, "batch tokens dim"],
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, ""]:
+    """||s - t||^2 / ||t||^2 over valid tokens, in float32: Eq. 12's distance on a scale no model's norms set."""
+    student, teacher = student.float(), teacher.float()
+    weight = 1.0 if mask is None else mask.unsqueeze(-1)
+    return ((student - teacher).square() * weight).sum() / (teacher.square() * weight).sum()

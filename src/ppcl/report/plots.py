@@ -101,6 +101,24 @@ def quality_against_size(path: Path, rows: list[dict[str, Any]]) -> None:
     _save(figure, path)
 
 
+def frontier(path: Path, points: dict[str, list[dict[str, Any]]], chosen: float) -> None:
+    """Measured velocity error of the planner's points against parameters, a line per cost; the choice is marked."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    names = {"velocity": "planned by velocity error", "loss": "planned by distillation loss"}
+    for number, (cost, line) in enumerate(points.items()):
+        line = sorted(line, key=lambda point: point["params"])
+        x = [100 * point["params_ratio"] for point in line]
+        axis.plot(x, [point["velocity_error"] for point in line], "o-", color=PALETTE[number], label=names[cost])
+    axis.axvline(100 * chosen, color=INK, linewidth=1, linestyle=":")
+    axis.annotate(
+        "budget", (100 * chosen, 1), xycoords=("data", "axes fraction"), xytext=(4, -10), textcoords="offset points",
+        color=INK,
+    )  # fmt: skip
+    axis.set(xlabel="parameters, % of the teacher", ylabel="relative error of the velocity", ylim=(0, None))
+    axis.legend()
+    _save(figure, path)
+
+
 def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None:
     """Held-out loss of every interval before and after distillation."""
     figure, axis = plt.subplots(figsize=(6.4, 0.6 + 0.42 * len(losses)))

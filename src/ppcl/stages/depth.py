@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl.artifacts import Header, Interval, Intervals, Plug, fingerprint, is_current, plug_name
@@ -19,13 +18,12 @@ from ppcl.config import DistillConfig
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
-from ppcl.ops.losses import direction_loss, magnitude_loss, norm_ratio
+from ppcl.stages.local import LocalDistillation, Terms
 from ppcl.stages.run import Run
-from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit
-from ppcl.surgery.depth import Plugboard, student_block
+from ppcl.stages.training import check_resumable, discard_checkpoint, fit
+from ppcl.surgery.depth import student_block
+from ppcl.surgery.plugboard import Plugboard
 from ppcl.taps import BlockCall, BlockKey, Streams, observe
-
-_AVERAGE_DECAY = 0.98
 
 
 def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals:
@@ -43,66 +41,36 @@ def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals
     return {stack: sorted(pairs) for stack, pairs in chosen.items()}
 
 
-class DepthDistillation(L.LightningModule):
+class DepthDistillation(LocalDistillation):
     """Trains the students of `intervals` against a frozen teacher.
 
     Parallel mode: the teacher runs once without gradient; as soon as it has passed block v, the
-    student of [u, v] is called with the very arguments block u was called with, its loss is
-    back-propagated and its graph freed, so one interval's graph exists at a time. Nothing is shared
-    between students, so any subset trains to the same weights. The teacher stops after the last v.
+    student of [u, v] is called with the very arguments block u was called with. The teacher stops
+    after the last v.
 
     Sequential mode (the paper's ablation): students are fed by the chain of students instead.
-
-    The teacher is held outside the module tree: it is neither saved, moved by Lightning, nor trained.
     """
 
+    stage_name, lr_key = "depth", "distill.lr"
+
     def __init__(self, family: Family, teacher: nn.Module, intervals: Intervals, config: DistillConfig) -> None:
-        super().__init__()
-        self._teacher = (teacher.requires_grad_(False),)
-        self.family, self.config = family, config
-        self.automatic_optimization = False
         self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]
-        self.students = nn.ModuleDict(
-            {
-                self._key(stack, pair): student_block(list(getattr(teacher, stack)), pair, config.init)
-                for stack, pair in self.pairs
-            }
-        )
-        self.average_losses: Tensor
-        self.average_steps: Tensor
-        self.register_buffer("average_losses", torch.zeros(len(self.pairs)))
-        self.register_buffer("average_steps", torch.zeros(()))
+        students = {
+            plug_name(stack, pair): student_block(list(getattr(teacher, stack)), pair, config.init)
+            for stack, pair in self.pairs
+        }
+        super().__init__(family, teacher, students, config)
         if config.mode == "sequential":
-            students = {plug_name(stack, pair): self.student(stack, pair) for stack, pair in self.pairs}
             self._board = (Plugboard(family, teacher, intervals, students),)
 
-    @staticmethod
-    def _key(stack: str, pair: Interval) -> str:
-        return plug_name(stack, pair).replace(".", ":")  # ModuleDict keys hold no dot
-
     def student(self, stack: str, pair: Interval) -> nn.Module:
-        return self.students[self._key(stack, pair)]
-
-    def setup(self, stage: str) -> None:
-        self._teacher[0].to(self.device).eval()
+        return self.parts[self.key(plug_name(stack, pair))]
 
     @property
     def last(self) -> BlockKey:
         """The block after which the teacher has nothing left to teach."""
         stack, (_, v) = self.pairs[-1]
         return stack, v
-
-    def losses(self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        """`loss` (Eq. 6, image + text) and what is logged beside it."""
-        terms: dict[str, Tensor] = {}
-        for stream, target in teacher.items():
-            arguments = student[stream], target, masks[stream]
-            terms[stream] = direction_loss(*arguments)
-            if self.config.magnitude_weight:
-                terms[f"{stream}_magnitude"] = self.config.magnitude_weight * magnitude_loss(*arguments)
-            terms[f"{stream}_norm_ratio"] = norm_ratio(*arguments)
-        terms["loss"] = torch.stack([v for k, v in terms.items() if not k.endswith("ratio")]).sum()
-        return terms
 
     def _call_student(self, stack: str, pair: Interval, kwargs: dict[str, Any]) -> Streams:
         block = self.student(stack, pair)
@@ -112,11 +80,7 @@ class DepthDistillation(L.LightningModule):
             output = block(**kwargs)
         return self.family.streams_out(stack, output)
 
-    def teacher_pass(self, batch: TrainingBatch, visit: Any) -> None:
-        """Run the teacher up to `last`; at each v call `visit(number, student's streams, teacher's, masks)`.
-
-        `visit` runs inside the pass: what it does not keep is freed before the next block.
-        """
+    def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
         starts = {(stack, pair[0]): number for number, (stack, pair) in enumerate(self.pairs)}
         ends = {(stack, pair[1]): number for number, (stack, pair) in enumerate(self.pairs)}
         masks = self.family.masks(batch.inputs)
@@ -130,49 +94,15 @@ class DepthDistillation(L.LightningModule):
                 number = ends[call.key]
                 with torch.set_grad_enabled(gradients):
                     student = self._call_student(*self.pairs[number], waiting.pop(number))
-                    visit(number, student, call.outputs, masks)
+                    visit(number, self.with_sum(self.output_terms(student, call.outputs, masks)))
 
         with torch.no_grad():
             observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
 
-    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        optimizer: Any = self.optimizers()
-        logged = self._parallel_step(batch) if self.config.mode == "parallel" else self._sequential_step(batch)
-        if self.config.max_grad_norm is not None:
-            for student in self.students.values():  # each its own, or the intervals would be coupled
-                nn.utils.clip_grad_norm_(student.parameters(), self.config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler: Any = self.lr_schedulers()
-        scheduler.step()
-        losses = torch.stack([terms["loss"] for terms in logged])
-        self.average_steps += 1
-        # A plain mean at first, then an exponential one.
-        self.average_losses.lerp_(losses, max(1 / self.average_steps.item(), 1 - _AVERAGE_DECAY))
-        self.log("depth/loss", losses.sum(), prog_bar=True, batch_size=len(batch.sigmas))
-        for (stack, pair), terms in zip(self.pairs, logged, strict=True):
-            name = plug_name(stack, pair)
-            self.log_dict({f"depth/{name}/{k}": v for k, v in terms.items()}, batch_size=len(batch.sigmas))
-        total = losses.sum()
-        if not torch.isfinite(total):
-            raise UsageError(
-                f"distill.lr={self.config.lr} made the loss {total.item()} at step {self.global_step}; lower it. "
-                "The last checkpoint is intact."
-            )
-        return total
+    def learn(self, batch: TrainingBatch) -> list[Terms]:
+        return super().learn(batch) if self.config.mode == "parallel" else self._sequential_step(batch)
 
-    def _parallel_step(self, batch: TrainingBatch) -> list[dict[str, Tensor]]:
-        logged: list[dict[str, Tensor]] = [{} for _ in self.pairs]
-
-        def learn(number: int, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]) -> None:
-            terms = self.losses(student, teacher, masks)
-            self.manual_backward(terms["loss"])
-            logged[number] = {key: value.detach() for key, value in terms.items()}
-
-        self.teacher_pass(batch, learn)
-        return logged
-
-    def _sequential_step(self, batch: TrainingBatch) -> list[dict[str, Tensor]]:
+    def _sequential_step(self, batch: TrainingBatch) -> list[Terms]:
         board = self._board[0]
         masks = self.family.masks(batch.inputs)
         ends = {(stack, pair[1]) for stack, pair in self.pairs}
@@ -195,35 +125,12 @@ class DepthDistillation(L.LightningModule):
 
         observe(self.family, board.transformer, batch.inputs, keep_output, last=starts[-1])
         board()
-        logged = [self.losses(student, target, masks) for student, target in zip(outputs, targets, strict=True)]
+        logged = [
+            self.with_sum(self.output_terms(student, target, masks))
+            for student, target in zip(outputs, targets, strict=True)
+        ]
         self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
         return [{key: value.detach() for key, value in terms.items()} for terms in logged]
-
-    @torch.no_grad()
-    def heldout(self, batches: Iterable[TrainingBatch]) -> list[dict[str, float]]:
-        """Mean losses and norm ratios per interval with the teacher's inputs, without training."""
-        sums: list[dict[str, float]] = [{} for _ in self.pairs]
-        count = 0
-
-        def add(number: int, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]) -> None:
-            for key, value in self.losses(student, teacher, masks).items():
-                sums[number][key] = sums[number].get(key, 0.0) + value.item()
-
-        for batch in batches:
-            self.teacher_pass(batch, add)
-            count += 1
-        return [{key: value / count for key, value in terms.items()} for terms in sums]
-
-    def configure_optimizers(self) -> tuple[list, list]:
-        config = self.config
-        optimizer = torch.optim.AdamW(
-            self.students.parameters(),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
-        factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
 
 def plug_header(run: Run, stack: str, pair: Interval) -> Header:
@@ -289,7 +196,7 @@ def run(run: Run) -> None:
             **{f"heldout_{key}": value for key, value in after[number].items()},
         }
         state = {key: value.detach().cpu() for key, value in module.student(stack, pair).state_dict().items()}
-        plug = Plug(plug_header(run, stack, pair), stack, pair, state, losses)
+        plug = Plug(plug_header(run, stack, pair), stack, state, losses, pair)
         plug.save(folder)
         run.say(
             "depth",

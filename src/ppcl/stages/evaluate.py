@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 from rich.table import Table
 
-from ppcl.artifacts import Header, Plug, is_current, read_json, write_json
+from ppcl.artifacts import Header, is_current, read_json, write_json
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.benchmarks.shapes import evaluation_scenes, score
 from ppcl.errors import UsageError
@@ -19,10 +19,10 @@ from ppcl.stages.generate import image_folder, prompts_of, variant_header
 from ppcl.stages.plan import billions
 from ppcl.stages.run import Run
 from ppcl.stages.training import finish_logger, make_logger
-from ppcl.stages.variants import Variant, make_board, variants_of
+from ppcl.stages.variants import Plugs, Switch, Variant, variants_of
 
 
-def _denoising_step(run: Run) -> dict[str, Any]:
+def denoising_step(run: Run) -> dict[str, Any]:
     """Inputs of one forward at batch 1 for the configured resolution."""
     sampling = run.config.model.sampling
     images = torch.zeros(1, 3, sampling.height, sampling.width)
@@ -33,37 +33,34 @@ def _denoising_step(run: Run) -> dict[str, Any]:
     return run.to_device(run.family.forward_inputs(latents, embeddings, mask, sigmas, size))
 
 
-def _measure(run: Run, names: list[str], board: Any, arrange: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    inputs = _denoising_step(run)
+def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dict[str, Any]]:
+    inputs = denoising_step(run)
     passes = 2 if run.config.model.sampling.true_cfg_scale > 1 else 1
-    transformer = run.pipeline.transformer
 
-    def step(name: str) -> Callable[[], None]:
-        def denoise() -> None:
-            arrange(name)
-            with torch.inference_mode():
-                for _ in range(passes):
-                    transformer(**inputs)
+    def denoise() -> None:
+        with torch.inference_mode():
+            for _ in range(passes):
+                run.pipeline.transformer(**inputs)
 
-        return denoise
-
-    latency = interleaved_latency_ms({name: step(name) for name in names}, run.config.benchmark.latency_repeats)
+    by_name = {variant.name: variant for variant in variants}
+    latency = interleaved_latency_ms(
+        dict.fromkeys(by_name, denoise), run.config.benchmark.latency_repeats, lambda name: switch(by_name[name])
+    )
     measured = {}
-    for name in names:
-        arrange(name)
+    for variant in variants:
+        name, transformer = variant.name, switch(variant)
         params = sum(parameter.numel() for parameter in transformer.parameters())
         resident = sum(p.numel() * p.element_size() for p in transformer.parameters())
-        layers = sum(len(kept) for kept in board.kept.values())
         measured[name] = {
-            "num_layers": layers,
+            "num_layers": sum(len(kept) for kept in switch.board.kept.values()),
             "params": params,
             "latency_ms": latency[name],
-            "peak_memory_mb": peak_memory_mb(step(name), resident, run.device),
+            "peak_memory_mb": peak_memory_mb(denoise, resident, run.device),
         }
     return measured
 
 
-def score_headers(run: Run, variants: list[Variant], plugs: dict[str, Plug]) -> dict[str, Header]:
+def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, Header]:
     """What each variant's scores are made from: just the pictures this configuration draws."""
     prompts, headers = prompts_of(run), {}
     for variant in variants:
@@ -83,23 +80,20 @@ def run(run: Run) -> None:
         run.say("evaluate", f"reused {run.folder / 'scores'}")
     else:
         scenes = evaluation_scenes(run.config.data.eval_seed, run.config.benchmark.prompts_per_category)
-        by_name = {variant.name: variant for variant in variants}
-        board = make_board(run, plugs)
-
-        def arrange(name: str) -> None:
-            board.arrange(students=by_name[name].students, removed=by_name[name].removed)
-
-        measured = _measure(run, list(headers), board, arrange)
-        board()
-        for name, header in headers.items():
+        switch = Switch(run, plugs)
+        measured = _measure(run, variants, switch)
+        switch.restore()
+        for variant in variants:
+            name, header = variant.name, headers[variant.name]
             folder = image_folder(run, name)
             images = [
                 np.asarray(Image.open(folder / f"{number:05d}.png").convert("RGB")) for number in range(len(scenes))
             ]
             body = measured[name] | {
                 "scores": score(scenes, images),
-                "students": by_name[name].students,
-                "removed": by_name[name].removed,
+                "students": variant.students,
+                "projectors": variant.projectors,
+                "removed": variant.removed,
             }
             write_json(records[name], header.to_json() | {"name": name} | body)
     rows = compare([read_json(record, "The scores") for record in records.values()])

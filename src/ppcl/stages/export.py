@@ -10,7 +10,7 @@ from ppcl.export.model_card import model_card
 from ppcl.stages.run import Run
 from ppcl.stages.variants import required_plugs
 from ppcl.surgery.count import count_parameters
-from ppcl.surgery.depth import Plugboard, load_student
+from ppcl.surgery.plugboard import Plugboard, load_student
 
 
 def run(run: Run) -> None:

@@ -16,7 +16,7 @@ from ppcl.artifacts import Header, atomic_path, fingerprint, is_current, write_j
 from ppcl.benchmarks.shapes import evaluation_scenes
 from ppcl.report.plots import image_grid
 from ppcl.stages.run import Run
-from ppcl.stages.variants import Variant, make_board, variants_of
+from ppcl.stages.variants import Plugs, Switch, Variant, variants_of
 from ppcl.validation import read_prompts
 
 
@@ -77,13 +77,15 @@ def _draw_variant(run: Run, variant: Variant, prompts: list[str], header: Header
     return drawn
 
 
-def variant_header(run: Run, variant: Variant, plugs: dict[str, Any], prompts: list[str]) -> Header:
+def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str]) -> Header:
     return Header(
         "ppcl.images",
         {
             "model": run.model_identity,
-            "students": {name: plugs[name].header.fingerprint for name in variant.students},
+            "plugs": plugs.fingerprints([*variant.students, *variant.projectors]),
             "removed": variant.removed,
+            "layout": asdict(run.layout) if variant.projectors else None,
+            "finetuned": variant.finetuned,
             "sampling": asdict(run.config.model.sampling),
             "seed": run.config.seed,
             "batch_size": run.config.generate.batch_size,
@@ -104,10 +106,10 @@ def run(run: Run) -> None:
             missing.append((variant, folder, header))
     if not missing:
         return
-    board = make_board(run, plugs)
+    switch = Switch(run, plugs)
     with Progress(console=run.console, transient=True) as progress:
         for variant, folder, header in missing:
-            board.arrange(students=variant.students, removed=variant.removed)
+            switch(variant)
             drawn = _draw_variant(run, variant, prompts, header, progress)
             run.say("generate", f"{variant.name}: {drawn} of {len(prompts)} pictures drawn, in {folder}")
-    board()
+    switch.restore()

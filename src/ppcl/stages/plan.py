@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from ppcl.artifacts import PruningPlan, is_current
 from ppcl.stages.run import Run
 from ppcl.surgery.count import count_parameters
-from ppcl.validation import resolve_intervals
+from ppcl.validation import budget_of, resolve_intervals, resolve_width
 
 
 def billions(count: int) -> str:
@@ -18,13 +20,25 @@ def show(run: Run, plan: PruningPlan) -> None:
     counts = plan.parameters
     for stack, pairs in plan.intervals.items():
         run.say("plan", f"{stack}: {' '.join(f'[{u},{v}]' for u, v in pairs)}")
+    for stack, sets in plan.width.items():
+        for kind, indices in sets.items():
+            if indices:
+                run.say("plan", f"{stack} without {kind}: {' '.join(map(str, indices))}")
     layers = counts["teacher_layers"], counts["student_layers"]
-    sizes = counts["teacher"], counts["student"]
     run.say("plan", f"blocks      {layers[0]} -> {layers[1]} ({layers[1] / layers[0]:.3f})")
-    run.say("plan", f"parameters  {billions(sizes[0])} -> {billions(sizes[1])} ({sizes[1] / sizes[0]:.3f})")
+    before = counts["teacher"]
+    for step in ("depth", "text", "ffn") if "depth" in counts else ("student",):
+        after, name = counts[step], "parameters" if step == "student" else step
+        run.say("plan", f"{name:<11} {billions(before)} -> {billions(after)} ({after / counts['teacher']:.3f})")
+        before = after
 
 
 def run(run: Run) -> None:
+    if budget_of(run.config) is not None:
+        from ppcl.stages.budget import plan_budget  # loads the teacher, which counting does without
+
+        plan_budget(run)
+        return
     intervals = resolve_intervals(run.config)
     if intervals is None:
         # Detection follows in this run or happened in it before; there is nothing to count yet.
@@ -33,13 +47,15 @@ def run(run: Run) -> None:
         else:
             run.say("plan", "intervals come from stages=[probe,detect]; give intervals= to count them now")
         return
-    model = run.config.model
+    model, width = run.config.model, resolve_width(run.config) or {}
     made_from = {"family": model.family, "arch": model.arch, "intervals": intervals}
-    plan = PruningPlan(family=model.family, num_layers=run.num_layers, intervals=intervals, made_from=made_from)
+    if width:
+        made_from |= {"width": width, "layout": asdict(run.layout)}
+    plan = PruningPlan(model.family, run.num_layers, intervals, made_from, width=width)
     if is_current(run.plan_path, plan.header()):
         plan = PruningPlan.load(run.plan_path)
     else:
-        plan.parameters = count_parameters(run.family, model.arch, intervals)
+        plan.parameters = count_parameters(run.family, model.arch, intervals, width, run.layout)
         if run.config.intervals.remark:
             plan.scores = {
                 "remark": run.config.intervals.remark,

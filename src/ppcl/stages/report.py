@@ -85,7 +85,7 @@ def run(run: Run) -> None:
     if losses:
         plots.distillation_losses(folder / "losses.png", losses)
     keys = ("name", "num_layers", "params", "params_ratio", "scores", "drop_percent", "latency_ms",
-            "peak_memory_mb", "students", "removed")  # fmt: skip
+            "peak_memory_mb", "students", "projectors", "removed")  # fmt: skip
     intervals = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items()}
     facts = {
         "name": run.config.name,

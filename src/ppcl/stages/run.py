@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from ppcl import __version__
-from ppcl.artifacts import Intervals, Probes, PruningPlan, write_json
+from ppcl.artifacts import Intervals, Probes, PruningPlan, Width, write_json
 from ppcl.config import Config
 from ppcl.errors import UsageError
-from ppcl.validation import check_plan, model_folder, num_layers, resolve_intervals
+from ppcl.layers import Layout
+from ppcl.validation import check_plan, check_width, model_folder, num_layers, resolve_intervals, resolve_width
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "safetensors", "numpy")
 
@@ -125,6 +126,29 @@ class Run:
         plan = PruningPlan.load(self.plan_path)
         check_plan(plan, self.config, self.plan_path)
         return plan.intervals
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.config.width.text_output, self.config.width.keep_text_query)
+
+    @property
+    def width_path(self) -> Path:
+        return self.folder / "plan" / "width.json"
+
+    @property
+    def choice_path(self) -> Path:
+        return self.folder / "plan" / "choice.json"
+
+    @cached_property
+    def width(self) -> Width:
+        """The width sets given, or else those this run selected."""
+        given = resolve_width(self.config)
+        if given is None:
+            if not self.width_path.exists():
+                raise UsageError("width=auto has selected nothing in this run yet: add stages=[width].")
+            given = PruningPlan.load(self.width_path).width
+        check_width(given, self.intervals, self.num_layers)
+        return given
 
     @property
     def probe_settings(self) -> dict[str, Any]:

@@ -3,36 +3,109 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from ppcl.artifacts import Plug, load_plugs, plug_name
+from torch import nn
+
+from ppcl.artifacts import Plug, Projector, load_plugs, load_projectors, plug_name, projector_name, read_json
 from ppcl.errors import UsageError
 from ppcl.stages.run import Run
-from ppcl.surgery.depth import Plugboard, load_student
+from ppcl.surgery.plugboard import Plugboard, load_student
+from ppcl.validation import budget_of
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Intervals that are students, and intervals that are cut to their first block; the rest is teacher."""
+    """What is plugged in, and intervals that are cut to their first block; the rest is teacher.
+
+    `finetuned` is the fingerprint of a tuned model that takes the place of all that; None where there is none.
+    """
 
     name: str
     students: list[str] = field(default_factory=list)
+    projectors: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    finetuned: str | None = None
 
 
-def required_plugs(run: Run) -> dict[str, Plug]:
+@dataclass
+class Plugs:
+    """Every plug of a run: trained students and projectors by name."""
+
+    students: dict[str, Plug] = field(default_factory=dict)
+    projectors: dict[str, Projector] = field(default_factory=dict)
+
+    def fingerprints(self, names: list[str]) -> dict[str, str]:
+        every = self.students | self.projectors
+        return {name: every[name].header.fingerprint for name in names}
+
+
+def _check_teacher(run: Run, plugs: dict[str, Any]) -> None:
+    for name, plug in plugs.items():
+        if plug.header.made_from["model"] != run.model_identity:
+            raise UsageError(
+                f"plug {name} in {run.folder / 'plugs'} was distilled from another teacher than "
+                f"model.path={run.config.model.path}: give this run another name=."
+            )
+
+
+def required_students(run: Run) -> dict[str, Plug]:
     """The trained student of every interval of this run, by name."""
     plugs = load_plugs(run.folder / "plugs")
     names = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     missing = [name for name in names if name not in plugs]
     if missing:
         raise UsageError(f"{run.folder / 'plugs'} has no student for {', '.join(missing)}; run stages=[depth] first.")
-    for name in names:
-        if plugs[name].header.made_from["model"] != run.model_identity:
-            raise UsageError(
-                f"plug {name} in {run.folder / 'plugs'} was distilled from another teacher than "
-                f"model.path={run.config.model.path}: give this run another name=."
-            )
-    return {name: plugs[name] for name in names}
+    found = {name: plugs[name] for name in names}
+    _check_teacher(run, found)
+    return found
+
+
+def required_projectors(run: Run) -> dict[str, Projector]:
+    """The trained projectors of this run's width sets, by name; none for `width=none`."""
+    names = [
+        projector_name(stack, index, kind)
+        for stack, sets in run.width.items()
+        for kind, indices in sets.items()
+        for index in indices
+    ]
+    found = load_projectors(run.folder / "plugs") if names else {}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UsageError(f"{run.folder / 'plugs'} has no projector {', '.join(missing)}; run stages=[width] first.")
+    chosen = {name: item for name, item in found.items() if name in names}
+    _check_teacher(run, chosen)
+    return chosen
+
+
+def required_plugs(run: Run) -> Plugs:
+    return Plugs(required_students(run), required_projectors(run))
+
+
+def finetuned_folder(run: Run) -> Path:
+    return run.folder / "finetuned"
+
+
+def planned(run: Run, plugs: Plugs) -> Variant:
+    """What the budget's plan plugs in; everything where no budget is set."""
+    budget = budget_of(run.config)
+    if budget is None:
+        return Variant("ppcl-planned", list(plugs.students), list(plugs.projectors))
+    if not run.choice_path.exists():
+        raise UsageError(f"{run.choice_path} does not exist: run stages=[plan] with this budget first.")
+    choice = read_json(run.choice_path, "The plan's choice")
+    if choice["budget"] != [budget[0], budget[1], run.config.budget.cost]:
+        raise UsageError(
+            f"{run.choice_path} serves budget.{choice['budget'][0]}={choice['budget'][1]}, not budget.{budget[0]}="
+            f"{budget[1]}: run stages=[plan] again."
+        )
+    names = choice["plugged"]
+    students = [name for name in names if name in plugs.students]
+    projectors = [name for name in names if name in plugs.projectors]
+    if len(students) + len(projectors) < len(names):
+        raise UsageError(f"{run.choice_path} names plugs that are not there any more: run stages=[plan] again.")
+    return Variant("ppcl-planned", students, projectors)
 
 
 def cost(plug: Plug) -> float:
@@ -41,24 +114,67 @@ def cost(plug: Plug) -> float:
     return plug.losses["heldout_loss"] / (v - u)
 
 
-def variants_of(run: Run) -> tuple[list[Variant], dict[str, Plug]]:
+def variants_of(run: Run, names: list[str] | None = None) -> tuple[list[Variant], Plugs]:
     """The configured variants, and the plugs they use; reads no model."""
-    names = run.config.generate.variants
-    plugs = required_plugs(run) if any(name.startswith("ppcl") for name in names) else {}
+    names = run.config.generate.variants if names is None else names
+    plugs = Plugs()
+    if any(name.startswith("ppcl") for name in names):
+        plugs.students = required_students(run)
+    if {"ppcl-width", "ppcl-planned", "ppcl-finetuned"} & set(names):
+        plugs.projectors = required_projectors(run)
+    return [_variant(run, name, plugs) for name in names], plugs
+
+
+def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
     every = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
-    cheapest = sorted(plugs, key=lambda name: cost(plugs[name]))
-    share = max(1, round(len(cheapest) * run.config.generate.plug_fraction))
-    known = {
-        "teacher": Variant("teacher"),
-        "removed": Variant("removed", removed=every),
-        "ppcl-depth": Variant("ppcl-depth", students=list(plugs)),
-        "ppcl-mixed": Variant("ppcl-mixed", students=sorted(cheapest[:share], key=every.index)),
-    }
-    return [known[name] for name in names], plugs
+    if name == "teacher":
+        return Variant(name)
+    if name == "removed":
+        return Variant(name, removed=every)
+    if name == "ppcl-depth":
+        return Variant(name, list(plugs.students))
+    if name == "ppcl-mixed":
+        cheapest = sorted(plugs.students, key=lambda name: cost(plugs.students[name]))
+        share = max(1, round(len(cheapest) * run.config.generate.plug_fraction))
+        return Variant(name, sorted(cheapest[:share], key=every.index))
+    if name == "ppcl-width":
+        return Variant(name, list(plugs.students), list(plugs.projectors))
+    plan = planned(run, plugs)
+    if name == "ppcl-planned":
+        return plan
+    record = finetuned_folder(run) / "ppcl.json"
+    if not record.exists():
+        raise UsageError(f"{record} does not exist: run stages=[finetune] first.")
+    return Variant(name, plan.students, plan.projectors, finetuned=read_json(record, "The record")["fingerprint"])
 
 
-def make_board(run: Run, plugs: dict[str, Plug]) -> Plugboard:
-    """The plugboard over the loaded teacher, with the students that `plugs` hold."""
-    transformer = run.pipeline.transformer
-    students = {name: load_student(run.family, transformer, plug) for name, plug in plugs.items()}
-    return Plugboard(run.family, transformer, run.intervals, students)
+class Switch:
+    """Makes the run's pipeline any of its variants. Leave it with `restore`."""
+
+    def __init__(self, run: Run, plugs: Plugs) -> None:
+        self.run = run
+        self.teacher = transformer = run.pipeline.transformer
+        students = {name: load_student(run.family, transformer, plug) for name, plug in plugs.students.items()}
+        self.board = Plugboard(run.family, transformer, run.intervals, students, plugs.projectors, run.layout)
+        self._finetuned: Any = None
+
+    def __call__(self, variant: Variant) -> nn.Module:
+        """Arrange the pipeline's transformer as `variant` and return it."""
+        self.board.arrange(students=variant.students, removed=variant.removed, projectors=variant.projectors)
+        self.run.pipeline.transformer = self.finetuned if variant.finetuned else self.teacher
+        return self.run.pipeline.transformer
+
+    @property
+    def finetuned(self) -> Any:
+        if self._finetuned is None:
+            import torch
+
+            model_class = type(self.board.standalone())
+            folder, dtype = finetuned_folder(self.run), getattr(torch, self.run.config.model.dtype)
+            self._finetuned = model_class.from_pretrained(folder / "transformer", torch_dtype=dtype)
+            self._finetuned.to(self.run.device).eval().requires_grad_(False)
+        return self._finetuned
+
+    def restore(self) -> None:
+        self.board()
+        self.run.pipeline.transformer = self.teacher

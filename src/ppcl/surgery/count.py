@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
-from ppcl.artifacts import Intervals
+from ppcl.artifacts import Intervals, Width
 from ppcl.families.base import Family
-from ppcl.surgery.depth import kept_layers
+from ppcl.layers import Layout, kept_layers
+from ppcl.surgery.width import prune_blocks
 
 
-def count_parameters(family: Family, arch: dict[str, Any], intervals: Intervals) -> dict[str, int]:
-    """`{"teacher": ..., "student": ..., "teacher_layers": ..., "student_layers": ...}` of the transformer."""
+def _size(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def count_parameters(
+    family: Family,
+    arch: dict[str, Any],
+    intervals: Intervals,
+    width: Width | None = None,
+    layout: Layout | None = None,
+) -> dict[str, int]:
+    """Parameters and blocks of the transformer: `teacher`, `student`, `teacher_layers`, `student_layers`.
+
+    With width sets also what each step leaves: `depth`, then `text`, then `ffn`, which is `student`.
+    """
     with torch.device("meta"):
-        transformer = family.transformer_class.from_config(arch)  # type: ignore[attr-defined]
-    total = sum(parameter.numel() for parameter in transformer.parameters())
-    removed, layers, left = 0, 0, 0
+        transformer = family.transformer_class.from_config(arch)
+    total = _size([transformer])
+    left = {"depth": total, "text": total, "ffn": total}
+    layers = [0, 0]
     for stack in family.stacks:
-        blocks = getattr(transformer, stack)
-        kept = set(kept_layers(len(blocks), intervals.get(stack, [])))
-        layers, left = layers + len(blocks), left + len(kept)
-        for index, block in enumerate(blocks):
-            if index not in kept:
-                removed += sum(parameter.numel() for parameter in block.parameters())
-    return {
-        "teacher": total,
-        "student": total - removed,
-        "teacher_layers": layers,
-        "student_layers": left,
-    }
+        blocks = list(getattr(transformer, stack))
+        kept = kept_layers(len(blocks), intervals.get(stack, []))
+        modules = [blocks[index] for index in kept]
+        layers = [layers[0] + len(blocks), layers[1] + len(kept)]
+        sets = (width or {}).get(stack, {"text": [], "ffn": []})
+        for step, text, ffn in (("depth", [], []), ("text", sets["text"], []), ("ffn", sets["text"], sets["ffn"])):
+            pruned = prune_blocks(family, stack, kept, modules, text, ffn, layout or Layout(), {})
+            left[step] += _size(pruned) - _size(blocks)
+    counts = {"teacher": total, "student": left["ffn"], "teacher_layers": layers[0], "student_layers": layers[1]}
+    return counts | left if any(sets[kind] for sets in (width or {}).values() for kind in sets) else counts

@@ -8,7 +8,7 @@ from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.ops.losses import direction_loss, magnitude_loss
 from ppcl.stages.depth import DepthDistillation, select_intervals
-from ppcl.surgery.depth import Plugboard
+from ppcl.surgery.plugboard import Plugboard
 
 STACK = "transformer_blocks"
 INTERVALS = {STACK: [(0, 1), (2, 4)]}
@@ -49,10 +49,7 @@ def parallel_terms(module, batch):
     """Terms per interval of one teacher pass."""
     terms = [None] * len(module.pairs)
 
-    def visit(number, student, teacher, masks):
-        terms[number] = module.losses(student, teacher, masks)
-
-    module.teacher_pass(batch, visit)
+    module.each_loss(batch, terms.__setitem__)
     return terms
 
 
@@ -137,7 +134,7 @@ def test_a_subset_trains_to_the_same_weights_bit_for_bit(family, make_transforme
     all_of_them = train(DepthDistillation(family, teacher, INTERVALS, config), make_batch)
     for pair in INTERVALS[STACK]:
         alone = train(DepthDistillation(family, teacher, {STACK: [pair]}, config), make_batch)
-        names = [name for name in alone if name.startswith("students.")]
+        names = [name for name in alone if name.startswith("parts.")]
         assert names
         for name in names:
             assert torch.equal(alone[name], all_of_them[name]), name
@@ -161,7 +158,7 @@ def test_only_students_learn_and_only_students_are_saved(family, teacher, make_b
     after = train(module, make_batch)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    students = [name for name in after if name.startswith("students.")]
+    students = [name for name in after if name.startswith("parts.")]
     assert set(after) == {*students, "average_losses", "average_steps"}
     assert {name.split(".")[1] for name in students} == {f"{STACK}:0-1", f"{STACK}:2-4"}
     assert sum(not torch.equal(after[name], start[name]) for name in students) > 0.9 * len(students)
@@ -183,7 +180,7 @@ def test_an_intervals_graph_is_made_when_the_teacher_passes_its_end(family, teac
     module, order = DepthDistillation(family, teacher, INTERVALS, settings()), []
     for index, block in enumerate(teacher.transformer_blocks):
         block.register_forward_hook(lambda *_, index=index: order.append(index))
-    module.teacher_pass(batch, lambda number, *_: order.append(f"visit {number}"))
+    module.each_loss(batch, lambda number, _: order.append(f"visit {number}"))
     assert order == [0, 1, "visit 0", 2, 3, 4, "visit 1"]
 
 

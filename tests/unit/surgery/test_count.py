@@ -1,7 +1,7 @@
 import pytest
 
 from ppcl.surgery.count import count_parameters
-from ppcl.surgery.depth import Plugboard
+from ppcl.surgery.plugboard import Plugboard
 
 
 def numel(module):

@@ -3,7 +3,9 @@ import torch
 
 from ppcl.artifacts import Header, Plug
 from ppcl.errors import UsageError
-from ppcl.surgery.depth import Plugboard, kept_layers, load_student, plug, student_block
+from ppcl.layers import kept_layers
+from ppcl.surgery.depth import student_block
+from ppcl.surgery.plugboard import Plugboard, load_student, plug
 
 PAPER = [
     (3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30),
@@ -149,7 +151,7 @@ def test_a_student_of_a_frozen_teacher_can_be_trained(transformer):
 
 def make_plug(stack, interval, block):
     state = {key: value.detach().clone() for key, value in block.state_dict().items()}
-    return Plug(Header("ppcl.plug", {"interval": list(interval)}), stack, interval, state, {})
+    return Plug(Header("ppcl.plug", {"interval": list(interval)}), stack, state, {}, interval)
 
 
 def test_a_plug_becomes_a_frozen_block_with_its_weights(family, transformer, students):

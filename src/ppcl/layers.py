@@ -1,0 +1,66 @@
+"""Which blocks stay and which text they read: index arithmetic, without torch, for checks that come first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ppcl.artifacts import Interval
+from ppcl.errors import UsageError
+
+
+def kept_layers(num_layers: int, intervals: Iterable[Interval]) -> list[int]:
+    """Teacher indices that remain when each [u, v] becomes one block in the place of u."""
+    removed = {index for u, v in intervals for index in range(u + 1, v + 1)}
+    return [index for index in range(num_layers) if index not in removed]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How width-pruned blocks are laid out; see `WidthConfig`."""
+
+    text_output: str = "last"
+    keep_text_query: bool = False
+
+
+def references(kept: Sequence[int], text: Iterable[int]) -> dict[int, int]:
+    """For each text-pruned block the nearest earlier kept block whose text stream is intact."""
+    pruned = set(text)
+    found: dict[int, int] = {}
+    reference: int | None = None
+    for index in kept:
+        if index not in pruned:
+            reference = index
+        elif reference is None:
+            raise UsageError(f"block {index} cannot lose its text stream: no intact block lies before it to read from.")
+        else:
+            found[index] = reference
+    return found
+
+
+def check_width_sets(stack: str, kept: Sequence[int], text: Sequence[int], ffn: Sequence[int], where: str) -> None:
+    """Every block of the sets is named once, is kept, and a text-pruned one has a block to read from."""
+    for kind, indices in (("text", text), ("ffn", ffn)):
+        for number, index in enumerate(indices):
+            if index in indices[:number]:
+                raise UsageError(f"{where}.{stack}.{kind} names block {index} twice.")
+            if index not in kept:
+                raise UsageError(
+                    f"{where}.{stack}.{kind}: block {index} is not among the blocks that the intervals keep "
+                    f"({_ranges(kept)})."
+                )
+    try:
+        references(kept, text)
+    except UsageError as error:
+        raise UsageError(f"{where}.{stack}.text: {error}") from None
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """`0-3, 5, 8-11`."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

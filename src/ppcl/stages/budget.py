@@ -1,0 +1,313 @@
+"""Plug and play under a budget: measures once what every plug costs and saves, then chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from ppcl.artifacts import Header, Projector, is_current, read_json, write_json
+from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
+from ppcl.data.batches import TrainingBatch
+from ppcl.errors import UsageError
+from ppcl.planner import Unit, choose, closure, frontier
+from ppcl.report import plots
+from ppcl.stages.evaluate import denoising_step
+from ppcl.stages.plan import billions
+from ppcl.stages.run import Run
+from ppcl.stages.variants import Plugs, Switch, required_plugs
+from ppcl.surgery.plugboard import Plugboard
+from ppcl.taps import BlockCall, BlockKey, observe
+from ppcl.validation import budget_of
+
+NUM_POINTS = 16
+COSTS = ("velocity", "loss")
+_FIRST_BATCH = 100_000  # of the calibration stream: far behind what anything was fitted to
+
+
+def find_units(plugs: Plugs) -> list[Unit]:
+    """Every plug as a unit: a projector needs its student, and all that lies between it and its reference."""
+    units = [Unit(name) for name in plugs.students]
+    starts = {(plug.stack, plug.interval[0]): name for name, plug in plugs.students.items()}
+    for name, item in plugs.projectors.items():
+        needs = [item.base] if item.base else []
+        if item.reference is not None:
+            between = range(item.reference, item.index)
+            needs += [starts[item.stack, index] for index in between if (item.stack, index) in starts]
+            needs += [
+                other.name
+                for other in plugs.projectors.values()
+                if other.kind == "text" and other.stack == item.stack and other.index in between
+            ]
+        units.append(Unit(name, needs))
+    return units
+
+
+@torch.no_grad()
+def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]) -> float:
+    """||v - v_T||^2 / ||v_T||^2 of the model's output against the teacher's."""
+    error = total = 0.0
+    for batch, target in zip(batches, targets, strict=True):
+        error += (transformer(**batch.inputs)[0].double() - target.double()).square().sum().item()
+        total += target.double().square().sum().item()
+    return error / total
+
+
+def _loss(plugs: Plugs, name: str) -> float:
+    """The held-out distillation loss of a plug; a block's projectors, which learn together, share theirs."""
+    if name in plugs.students:
+        return plugs.students[name].losses["heldout_loss"]
+    item = plugs.projectors[name]
+    shared = [other for other in plugs.projectors.values() if (other.stack, other.index) == (item.stack, item.index)]
+    return item.losses["heldout_loss"] / len(shared)
+
+
+class _Meter:
+    """Measures arrangements of one board: parameters, velocity error, and how long the changed blocks take."""
+
+    def __init__(self, run: Run, board: Plugboard) -> None:
+        self.run, self.board = run, board
+        stream = run.stream(run.config.data.calibration_seed, max(16, run.config.distill.batch_size))
+        numbers = range(_FIRST_BATCH, _FIRST_BATCH + run.config.budget.num_batches)
+        board()
+        with torch.no_grad():
+            self.batches = [run.to_device(stream(number)) for number in numbers]
+            self.targets = [board.transformer(**batch.inputs)[0] for batch in self.batches]
+        self.teacher_params = self._count()
+        self.calls: dict[BlockKey, dict[str, Any]] = {}
+        self.step = denoising_step(run)
+
+        def keep(call: BlockCall) -> None:
+            self.calls[call.key] = call.kwargs
+
+        with torch.no_grad():
+            observe(run.family, board.transformer, self.step, keep)
+        self.teacher_ms = interleaved_latency_ms({"teacher": self._forward}, 10)["teacher"]
+        resident = sum(p.numel() * p.element_size() for p in board.transformer.parameters())
+        self.bytes_per_param = resident / self.teacher_params
+        self.memory_gb = peak_memory_mb(self._forward, resident, run.device) / 1e3
+        self.errors: dict[frozenset[str], float] = {frozenset(): 0.0}
+
+    @torch.inference_mode()
+    def _forward(self) -> None:
+        self.board.transformer(**self.step)
+
+    def _count(self) -> int:
+        return sum(parameter.numel() for parameter in self.board.transformer.parameters())
+
+    def params(self, names: set[str]) -> int:
+        self.board(*names)
+        return self._count()
+
+    def error(self, names: set[str]) -> float:
+        key = frozenset(names)
+        if key not in self.errors:
+            self.board(*names)
+            self.errors[key] = velocity_error(self.board.transformer, self.batches, self.targets)
+        return self.errors[key]
+
+    def _modules(self, names: set[str]) -> dict[BlockKey, tuple[nn.Module, dict[str, Any]]]:
+        """Each block that an arrangement runs, with arguments it takes."""
+        self.board(*names)
+        found = {}
+        for stack, kept in self.board.kept.items():
+            text = self.board.width.get(stack, {}).get("text", [])
+            for index, module in zip(kept, getattr(self.board.transformer, stack), strict=True):
+                arguments = self.calls[stack, index]
+                if index in text:
+                    plain = self.run.family.streams_in(stack, arguments)["text"]
+                    arguments = self.run.family.with_text(arguments, plain, plain)
+                found[stack, index] = module, arguments
+        return found
+
+    def milliseconds_saved(self, before: set[str], after: set[str], changed: set[BlockKey]) -> float:
+        """What the blocks that change take less, timed in turns."""
+        sides = {"before": self._modules(before), "after": self._modules(after)}
+
+        def timed(side: str) -> Any:
+            calls = [sides[side][key] for key in changed if key in sides[side]]
+
+            @torch.inference_mode()
+            def run_blocks() -> None:
+                for module, arguments in calls:
+                    module(**arguments)
+
+            return run_blocks
+
+        times = interleaved_latency_ms({side: timed(side) for side in sides}, 10)
+        return times["before"] - times["after"]
+
+
+def _measure_units(run: Run, plugs: Plugs, meter: _Meter) -> list[Unit]:
+    units = find_units(plugs)
+    for unit in track(units, "costs of plugs", console=run.console, transient=True):
+        after = closure(units, [unit.name])
+        before = after - {unit.name}
+        if unit.name in plugs.students:
+            plug = plugs.students[unit.name]
+            changed = {(plug.stack, index) for index in range(plug.interval[0], plug.interval[1] + 1)}
+        else:
+            item: Projector = plugs.projectors[unit.name]
+            changed = {(item.stack, item.index)}
+        saved = meter.params(before) - meter.params(after)
+        unit.savings = {
+            "params": saved,
+            "memory_gb": saved * meter.bytes_per_param / 1e9,
+            "latency_ratio": meter.milliseconds_saved(before, after, changed) / meter.teacher_ms,
+        }
+        unit.costs = {"velocity": meter.error(after) - meter.error(before), "loss": _loss(plugs, unit.name)}
+    return units
+
+
+def _measure_frontier(run: Run, units: list[Unit], meter: _Meter) -> dict[str, list[dict[str, Any]]]:
+    points: dict[str, list[dict[str, Any]]] = {}
+    for cost in COSTS:
+        choices = frontier(units, "params", cost, NUM_POINTS)
+        points[cost] = []
+        for names in track(choices, f"frontier by {cost}", console=run.console, transient=True):
+            points[cost].append(_point(units, names, cost, meter))
+    return points
+
+
+def _point(units: list[Unit], names: list[str], cost: str, meter: _Meter) -> dict[str, Any]:
+    chosen = [unit for unit in units if unit.name in names]
+    params = meter.params(set(names))
+    return {
+        "plugged": names,
+        "num_layers": sum(len(kept) for kept in meter.board.kept.values()),
+        "params": params,
+        "params_ratio": params / meter.teacher_params,
+        "latency_ratio": 1 - sum(unit.savings["latency_ratio"] for unit in chosen),
+        "memory_gb": meter.memory_gb - sum(unit.savings["memory_gb"] for unit in chosen),
+        "predicted": sum(unit.costs[cost] for unit in chosen),
+        "velocity_error": meter.error(set(names)),
+    }
+
+
+def measure(run: Run, plugs: Plugs) -> dict[str, Any]:
+    """What every plug costs and saves, and the frontier under both costs; measured once, then read from disk."""
+    path = run.folder / "plan" / "costs.json"
+    sampling = run.config.model.sampling
+    made_from = {
+        "model": run.model_identity,
+        "plugs": plugs.fingerprints([*plugs.students, *plugs.projectors]),
+        "layout": asdict(run.layout),
+        "num_batches": run.config.budget.num_batches,
+        "size": [sampling.height, sampling.width],
+        "data": asdict(run.config.data),
+    }
+    header = Header("ppcl.costs", made_from)
+    if is_current(path, header):
+        run.say("plan", f"reused {path}")
+        return read_json(path, "The costs")
+    switch = Switch(run, plugs)
+    meter = _Meter(run, switch.board)
+    units = _measure_units(run, plugs, meter)
+    body = {
+        "teacher": {"params": meter.teacher_params, "memory_gb": meter.memory_gb, "latency_ms": meter.teacher_ms},
+        "units": [asdict(unit) for unit in units],
+        "frontier": _measure_frontier(run, units, meter),
+    }
+    switch.restore()
+    write_json(path, header.to_json() | body)
+    run.say("plan", f"wrote {path}")
+    return read_json(path, "The costs")
+
+
+def compare_costs(points: dict[str, list[dict[str, Any]]]) -> float:
+    """Geometric mean of the velocity cost's measured error over the loss cost's, at like sizes; below 1: better."""
+    ratios = []
+    for ours in points["velocity"]:
+        theirs = min(points["loss"], key=lambda other: abs(other["params"] - ours["params"]))
+        if ours["velocity_error"] > 0 and theirs["velocity_error"] > 0:
+            ratios.append(math.log(ours["velocity_error"] / theirs["velocity_error"]))
+    return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
+
+
+def target_of(name: str, value: float, teacher: dict[str, float], units: Sequence[Unit]) -> float:
+    """What has to be saved for `budget.<name>=<value>`; `UsageError` says what is reachable where it is not."""
+    whole = {"params": teacher["params"], "memory_gb": teacher["memory_gb"], "latency_ratio": 1.0}[name]
+    allowed = value * whole if name == "params" and value <= 1 else value
+    saving = whole - allowed
+    most = sum(unit.savings[name] for unit in units if unit.savings[name] > 0)
+    least = whole - most
+
+    def written(amount: float) -> str:
+        if name == "params":
+            return f"{amount / whole:.3f} ({billions(round(amount))})"
+        return f"{amount:.3g}"
+
+    if saving > most * (1 + 1e-9) or saving < 0:
+        raise UsageError(
+            f"budget.{name}={value:g} is out of reach: this run's plugs make any budget from {written(least)} to "
+            f"{written(whole)}; train more of them for less."
+        )
+    return saving
+
+
+def plan_budget(run: Run) -> None:
+    budget = budget_of(run.config)
+    assert budget is not None
+    name, value = budget
+    cost = run.config.budget.cost
+    plugs = required_plugs(run)
+    costs = measure(run, plugs)
+    units = [Unit(**unit) for unit in costs["units"]]
+    points = costs["frontier"][cost]
+    _show_frontier(run, points)
+    run.say(
+        "plan",
+        f"by measured velocity error the plans' error is {compare_costs(costs['frontier']):.2f}x that of plans by "
+        "distillation loss (mean over the frontier)",
+    )
+    saving = target_of(name, value, costs["teacher"], units)
+    choice = choose(units, name, saving, cost)
+    if choice is None:
+        raise UsageError(f"budget.{name}={value:g}: no set of plugs saves enough; `stages=[plan]` lists what is there.")
+    chosen = [unit for unit in units if unit.name in choice]
+    params = costs["teacher"]["params"] - sum(unit.savings["params"] for unit in chosen)
+    body = {
+        "format": "ppcl.choice",
+        "budget": [name, value, cost],
+        "plugged": choice,
+        "params": round(params),
+        "params_ratio": params / costs["teacher"]["params"],
+        "latency_ratio": 1 - sum(unit.savings["latency_ratio"] for unit in chosen),
+        "memory_gb": costs["teacher"]["memory_gb"] - sum(unit.savings["memory_gb"] for unit in chosen),
+        "predicted_error": sum(unit.costs[cost] for unit in chosen),
+    }
+    write_json(run.choice_path, body)
+    folder = run.choice_path.parent
+    plots.frontier(folder / "frontier.png", costs["frontier"], body["params_ratio"])
+    run.say(
+        "plan",
+        f"budget.{name}={value:g}: {len(choice)} of {len(units)} plugs, {billions(round(params))} "
+        f"({body['params_ratio']:.3f}), latency {body['latency_ratio']:.3f}, {body['memory_gb']:.3g} GB",
+    )
+    run.say("plan", " ".join(choice) or "nothing to plug in: the teacher fits the budget")
+    run.say("plan", f"wrote {run.choice_path} and {Path('frontier.png')}")
+
+
+def _show_frontier(run: Run, points: list[dict[str, Any]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("params", "ratio", "blocks", "plugs", "latency", "GB", "predicted", "velocity error"):
+        table.add_column(title, justify="right")
+    for point in points:
+        table.add_row(
+            billions(point["params"]),
+            f"{point['params_ratio']:.3f}",
+            str(point["num_layers"]),
+            str(len(point["plugged"])),
+            f"{point['latency_ratio']:.3f}",
+            f"{point['memory_gb']:.3g}",
+            f"{point['predicted']:.4f}",
+            f"{point['velocity_error']:.4f}",
+        )
+    run.console.print(table)

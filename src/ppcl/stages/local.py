@@ -1,0 +1,140 @@
+"""What depth and width distillation share: parts of a model that learn beside a frozen teacher, each on its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ppcl.config import DistillConfig
+from ppcl.data.batches import TrainingBatch
+from ppcl.errors import UsageError
+from ppcl.families.base import Family
+from ppcl.ops.losses import direction_loss, magnitude_loss, norm_ratio
+from ppcl.stages.training import cosine_with_warmup
+from ppcl.taps import Streams
+
+Terms = dict[str, Tensor]
+_AVERAGE_DECAY = 0.98
+
+
+class LocalDistillation(L.LightningModule):
+    """Trains `parts`, by name, on losses that a teacher's pass calls up one part at a time.
+
+    A part's loss is back-propagated as soon as it is known and its graph freed, so that one graph exists
+    at a time; parts share no gradient, so any subset of them trains to the same weights.
+
+    The teacher is held outside the module tree: it is neither saved, moved by Lightning, nor trained.
+    """
+
+    stage_name: str
+    lr_key: str  # what to lower where the loss explodes
+
+    def __init__(self, family: Family, teacher: nn.Module, parts: dict[str, nn.Module], config: DistillConfig) -> None:
+        super().__init__()
+        self._teacher = (teacher.requires_grad_(False),)
+        self.family, self.config = family, config
+        self.automatic_optimization = False
+        self.names = list(parts)
+        self.parts = nn.ModuleDict({self.key(name): part for name, part in parts.items()})
+        self.average_losses: Tensor
+        self.average_steps: Tensor
+        self.register_buffer("average_losses", torch.zeros(len(parts)))
+        self.register_buffer("average_steps", torch.zeros(()))
+
+    @staticmethod
+    def key(name: str) -> str:
+        return name.replace(".", ":")  # ModuleDict keys hold no dot
+
+    def setup(self, stage: str) -> None:
+        self._teacher[0].to(self.device).eval()
+
+    @abstractmethod
+    def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
+        """Run the teacher and call `visit(number, terms)` for each part; what it does not keep is freed.
+
+        `terms["loss"]` is what the part descends; the rest is logged.
+        """
+
+    def output_terms(self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]) -> Terms:
+        """Eq. 6 per stream, the magnitude term if it is on, and the norm ratio, which is only logged."""
+        terms: Terms = {}
+        for stream, target in teacher.items():
+            arguments = student[stream], target, masks[stream]
+            terms[stream] = direction_loss(*arguments)
+            if self.config.magnitude_weight:
+                terms[f"{stream}_magnitude"] = self.config.magnitude_weight * magnitude_loss(*arguments)
+            terms[f"{stream}_norm_ratio"] = norm_ratio(*arguments)
+        return terms
+
+    @staticmethod
+    def with_sum(terms: Terms) -> Terms:
+        """`terms` with their `loss`, the sum of all that is not a ratio."""
+        return terms | {"loss": torch.stack([v for k, v in terms.items() if not k.endswith("ratio")]).sum()}
+
+    def learn(self, batch: TrainingBatch) -> list[Terms]:
+        """Back-propagate every part's loss; returns what is logged."""
+        logged: list[Terms] = [{} for _ in self.names]
+
+        def descend(number: int, terms: Terms) -> None:
+            self.manual_backward(terms["loss"])
+            logged[number] = {key: value.detach() for key, value in terms.items()}
+
+        self.each_loss(batch, descend)
+        return logged
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        optimizer: Any = self.optimizers()
+        logged = self.learn(batch)
+        if self.config.max_grad_norm is not None:
+            for part in self.parts.values():  # each its own, or the parts would be coupled
+                nn.utils.clip_grad_norm_(part.parameters(), self.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()
+        losses = torch.stack([terms["loss"] for terms in logged])
+        self.average_steps += 1
+        # A plain mean at first, then an exponential one.
+        self.average_losses.lerp_(losses, max(1 / self.average_steps.item(), 1 - _AVERAGE_DECAY))
+        self.log(f"{self.stage_name}/loss", losses.sum(), prog_bar=True, batch_size=len(batch.sigmas))
+        for name, terms in zip(self.names, logged, strict=True):
+            self.log_dict({f"{self.stage_name}/{name}/{k}": v for k, v in terms.items()}, batch_size=len(batch.sigmas))
+        total = losses.sum()
+        if not torch.isfinite(total):
+            raise UsageError(
+                f"{self.lr_key}={self.config.lr} made the loss {total.item()} at step {self.global_step}; lower it. "
+                "The last checkpoint is intact."
+            )
+        return total
+
+    @torch.no_grad()
+    def heldout(self, batches: Iterable[TrainingBatch]) -> list[dict[str, float]]:
+        """Mean terms per part, with the teacher's inputs, without training."""
+        sums: list[dict[str, float]] = [{} for _ in self.names]
+        count = 0
+
+        def add(number: int, terms: Terms) -> None:
+            for key, value in terms.items():
+                sums[number][key] = sums[number].get(key, 0.0) + value.item()
+
+        for batch in batches:
+            self.each_loss(batch, add)
+            count += 1
+        return [{key: value / count for key, value in terms.items()} for terms in sums]
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            self.parts.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]

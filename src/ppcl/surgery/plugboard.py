@@ -1,0 +1,186 @@
+"""The plugboard: a loaded model each of whose parts is the teacher's, a student's, or a projector's, at will.
+
+Blocks are shared and never copied, so a switch takes no time and no memory worth mention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl.artifacts import Intervals, Plug, Projector, load_plugs, load_projectors, plug_name
+from ppcl.errors import UsageError
+from ppcl.families.base import Family
+from ppcl.layers import Layout, check_width_sets, kept_layers, references
+from ppcl.surgery.width import prune_blocks
+
+
+class Plugboard:
+    """A loaded transformer each of whose intervals is teacher, student, or plain removed, at will.
+
+    Calling it with names puts just those in; `ppcl.plug(pipeline, folder)` builds one:
+
+        board = ppcl.plug(pipeline, "runs/demo/plugs")   # every student and projector in
+        board("transformer_blocks.3-5")                  # this student, teacher elsewhere
+        board("transformer_blocks.7.text")               # block 7 without its text stream
+        board()                                          # the teacher again
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        transformer: nn.Module,
+        intervals: Intervals,
+        students: Mapping[str, nn.Module] | None = None,
+        projectors: Mapping[str, Projector] | None = None,
+        layout: Layout | None = None,
+    ) -> None:
+        self.family = family
+        self.transformer: Any = transformer
+        self.intervals = intervals
+        self.students = dict(students or {})
+        self.projectors = dict(projectors or {})
+        self.layout = layout or Layout()
+        self._pruned: dict[tuple, nn.Module] = {}
+        self._teacher = {stack: list(getattr(transformer, stack)) for stack in family.stacks}
+
+    @property
+    def names(self) -> list[str]:
+        """Every interval, in order of execution."""
+        return [plug_name(stack, pair) for stack in self._teacher for pair in self.intervals.get(stack, [])]
+
+    def __call__(self, *names: str) -> Plugboard:
+        """Plug in the named students and projectors; the teacher is everywhere else."""
+        projectors = [name for name in names if name in self.projectors]
+        return self.arrange(students=[name for name in names if name not in projectors], projectors=projectors)
+
+    def all(self) -> Plugboard:
+        """Make every interval a student and plug in every projector."""
+        return self.arrange(students=self.names, projectors=self.projectors)
+
+    def remove(self) -> Plugboard:
+        """Keep only teacher block u of every interval: what pruning costs without distillation."""
+        return self.arrange(removed=self.names)
+
+    def arrange(
+        self, *, students: Iterable[str] = (), removed: Iterable[str] = (), projectors: Iterable[str] = ()
+    ) -> Plugboard:
+        """Set everything at once: intervals in `students`, in `removed` or else teacher, and `projectors`."""
+        students, removed, projectors = set(students), set(removed), set(projectors)
+        self._check_names(students, removed, projectors)
+        arranged: dict[str, tuple[list[int], list[nn.Module], dict[str, list[int]]]] = {}
+        for stack, blocks in self._teacher.items():
+            short = {
+                pair: plug_name(stack, pair)
+                for pair in self.intervals.get(stack, [])
+                if plug_name(stack, pair) in students | removed
+            }
+            kept = kept_layers(len(blocks), short)
+            stand_in = {u: name for (u, _), name in short.items() if name in students}
+            modules = [self.students[stand_in[i]] if i in stand_in else blocks[i] for i in kept]
+            chosen = [item for name, item in self.projectors.items() if name in projectors and item.stack == stack]
+            sets = {kind: [item.index for item in chosen if item.kind == kind] for kind in ("text", "ffn")}
+            if chosen:
+                check_width_sets(stack, kept, sets["text"], sets["ffn"], "projectors")
+                self._check_bases(chosen, stand_in, references(kept, sets["text"]))
+                states = {item.name: item.state_dict for item in chosen}
+                modules = prune_blocks(
+                    self.family, stack, kept, modules, sets["text"], sets["ffn"], self.layout, states, self._pruned
+                )
+            arranged[stack] = kept, modules, sets
+        # Nothing is touched before everything fits.
+        self.kept = {stack: kept for stack, (kept, _, _) in arranged.items()}
+        self.width = {stack: sets for stack, (_, _, sets) in arranged.items() if any(sets.values())}
+        for stack, (_, modules, _) in arranged.items():
+            setattr(self.transformer, stack, nn.ModuleList(modules))
+            self.transformer.register_to_config(**{self.family.stacks[stack]: len(modules)})
+        self.plugged = sorted(students, key=self.names.index)
+        return self
+
+    def _check_names(self, students: set[str], removed: set[str], projectors: set[str]) -> None:
+        for name in sorted(students | removed):
+            if name not in self.names:
+                known = ", ".join([*self.names, *self.projectors])
+                raise UsageError(f"{name} is no interval or projector of this model; it has {known}.")
+            if name in students and name not in self.students:
+                raise UsageError(f"{name} has no trained student; run stages=[depth] for it first.")
+        for name in sorted(projectors - self.projectors.keys()):
+            raise UsageError(f"{name} has no trained projector; run stages=[width] for it first.")
+
+    @staticmethod
+    def _check_bases(chosen: list[Projector], stand_in: dict[int, str], reads: dict[int, int]) -> None:
+        """A projector fits only the block it was fitted in, and the reference it was fitted on."""
+        for item in chosen:
+            base = stand_in.get(item.index)
+            if base != item.base:
+                raise UsageError(
+                    f"projector {item.name} was fitted in {item.base or 'the teacher'}; here block {item.index} is "
+                    f"{base or 'the teacher'}: plug in both or neither."
+                )
+            if item.kind == "text" and reads[item.index] != item.reference:
+                raise UsageError(
+                    f"projector {item.name} was fitted on the text of block {item.reference}; here it would read "
+                    f"block {reads[item.index]}: plug in every student and text projector between the two."
+                )
+
+    def standalone(self) -> Any:
+        """The present arrangement as a model of its own that shares every parameter, to save or to copy."""
+        config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
+        config.pop("ppcl", None)
+        model_class = self.family.transformer_class
+        for stack, sets in self.width.items():
+            model_class = self.family.pruned_transformer_class
+            places = {kind: sorted(self.kept[stack].index(index) for index in sets[kind]) for kind in sets}
+            config |= self.family.pruned_config(places["text"], places["ffn"], self.layout)
+        with torch.device("meta"):
+            model = model_class.from_config(config)
+        state = self.transformer.state_dict(keep_vars=True)
+        model.load_state_dict(state, assign=True)
+        for name, child in self.transformer.named_children():  # what is computed and not in a state dict
+            if not list(child.parameters()):
+                setattr(model, name, child)
+        return model.train(self.transformer.training)
+
+
+def load_student(family: Family, transformer: nn.Module, plug: Plug) -> nn.Module:
+    """The block that `plug` holds, in the teacher's dtype and on its device."""
+    blocks = list(getattr(transformer, plug.stack))
+    if plug.interval[1] >= len(blocks):
+        raise UsageError(f"plug {plug.name} does not fit a model with {len(blocks)} blocks in {plug.stack}.")
+    student = copy.deepcopy(blocks[plug.interval[0]])
+    try:
+        student.load_state_dict(plug.state_dict)
+    except RuntimeError:
+        raise UsageError(f"plug {plug.name} does not fit this model: its tensors have other names or sizes.") from None
+    return student.requires_grad_(False).eval()
+
+
+def plug(pipeline: Any, folder: str | Path) -> Plugboard:
+    """Put all that a run's `plugs/` holds into a loaded diffusers pipeline."""
+    from ppcl.families import family_of_pipeline, get_family
+
+    name = family_of_pipeline(type(pipeline).__name__)
+    if name is None:
+        raise UsageError(f"{type(pipeline).__name__} is of no known family.")
+    family = get_family(name)
+    plugs, projectors = load_plugs(Path(folder)), load_projectors(Path(folder))
+    if not plugs and not projectors:
+        raise UsageError(f"{folder} holds no plug; run stages=[depth] first.")
+    intervals: Intervals = {}
+    for item in plugs.values():
+        intervals.setdefault(item.stack, []).append(item.interval)
+    for item, following in pairwise(plugs.values()):
+        if item.stack == following.stack and following.interval[0] <= item.interval[1]:
+            raise UsageError(f"{folder} holds {item.name} and {following.name}, which overlap: delete one of them.")
+    students = {name: load_student(family, pipeline.transformer, item) for name, item in plugs.items()}
+    layouts = {item.header.made_from["text_output"] for item in projectors.values()}
+    if len(layouts) > 1:
+        raise UsageError(f"{folder} holds text projectors of two layouts ({', '.join(layouts)}): keep those of one.")
+    layout = Layout(*layouts)
+    return Plugboard(family, pipeline.transformer, intervals, students, projectors, layout).all()

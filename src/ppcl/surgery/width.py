@@ -1,0 +1,47 @@
+"""Width surgery: pruned blocks made of a model's own.
+
+A pruned block shares every parameter it keeps with the block it is made from; what it loses is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ppcl.artifacts import projector_name
+from ppcl.families.base import Family
+from ppcl.layers import Layout
+
+
+def prune_blocks(
+    family: Family,
+    stack: str,
+    kept: Sequence[int],
+    modules: Sequence[nn.Module],
+    text: Iterable[int],
+    ffn: Iterable[int],
+    layout: Layout,
+    projectors: Mapping[str, Mapping[str, Tensor]],
+    made: dict[tuple, nn.Module] | None = None,
+) -> list[nn.Module]:
+    """`modules`, which stand at the teacher's indices `kept`, with those in the sets pruned in width.
+
+    `projectors` holds state dicts by `projector_name`; without one a projector is the identity.
+    `made` keeps pruned blocks from one call to the next, for the same modules and projectors.
+    """
+    roles = family.width_roles([kept.index(i) for i in text], [kept.index(i) for i in ffn], len(kept), layout)
+    pruned: list[nn.Module] = []
+    for index, module, role in zip(kept, modules, roles, strict=True):
+        if role is None:
+            pruned.append(module)
+            continue
+        key = (stack, index, module, *role.values())
+        block = made.get(key) if made is not None else None
+        if block is None:
+            states = [projectors.get(projector_name(stack, index, kind), {}) for kind in ("text", "ffn")]
+            block = family.prune_block(module, role, {**states[0], **states[1]})
+        if made is not None:
+            made[key] = block
+        pruned.append(block)
+    return pruned
