@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ppcl._diffusers import introduce
+
 __version__ = "0.1.0"
+introduce()
 
 
 def __getattr__(name: str) -> Any:
@@ -14,6 +17,10 @@ def __getattr__(name: str) -> Any:
         from ppcl.models.autoencoder_pixel_unshuffle import AutoencoderPixelUnshuffle
 
         return AutoencoderPixelUnshuffle
+    if name == "PrunedQwenImageTransformer2DModel":
+        from ppcl.models.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel
+
+        return PrunedQwenImageTransformer2DModel
     if name == "plug":
         from ppcl.surgery.plugboard import plug
 

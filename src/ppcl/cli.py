@@ -63,9 +63,10 @@ def execute(raw: Any, folder: Path) -> None:
 
 def _run_stages(run: Run) -> None:
     from ppcl.config import STAGE_ORDER
+    from ppcl.validation import budget_of
 
     config = run.config
-    if set(config.stages) != {"plan"}:  # counting needs neither library's pipelines
+    if set(config.stages) != {"plan"} or budget_of(config):  # counting needs neither library's pipelines
         _quiet_libraries()
     if config.trainer.num_threads is not None:
         import torch

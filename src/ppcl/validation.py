@@ -288,9 +288,7 @@ def resolve_width(config: Config) -> Width | None:
         if (sets := getattr(settings, stack)) is not None
     }
     if given and settings.source != "given":
-        raise UsageError(
-            f"width.{next(iter(given))} is read only with width.source=given; it is {settings.source}."
-        )
+        raise UsageError(f"width.{next(iter(given))} is read only with width.source=given; it is {settings.source}.")
     if settings.path is not None and settings.source != "plan":
         raise UsageError(f"width.path={settings.path} is read only with width=from_plan.")
     if settings.source == "auto":

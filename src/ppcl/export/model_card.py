@@ -40,15 +40,23 @@ image = pipeline(
 | setting | value |
 | --- | --- |
 | removed intervals | {intervals} |
+| variant | {variant} |
 | students in | {students} |
+| pruned in width | {width_sets} |
 | method | {method} |
 | kept layers of the base | {kept_layers} |
 
-A LoRA or ControlNet of the base model counts its blocks: it does not fit this one until its indices
+{label}A LoRA or ControlNet of the base model counts its blocks: it does not fit this one until its indices
 are mapped through `ppcl.kept_layers` in `transformer/config.json`.
+"""
+
+_WIDTH_LABEL = """**ComfyUI does not load this model**: it is pruned in width, and loaders that skip keys
+they do not know would draw noise without saying so.
+
 """
 
 
 def model_card(facts: dict[str, Any]) -> str:
     """Markdown with the Hub's YAML header from `facts`."""
-    return _CARD.format(**facts)
+    label = "" if facts["width_sets"] == "none" else _WIDTH_LABEL
+    return _CARD.format(**facts, label=label)

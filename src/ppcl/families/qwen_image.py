@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from ppcl.errors import UsageError
 from ppcl.families.base import Family, PromptEmbeddings
+from ppcl.layers import Layout
 from ppcl.models.transformer_qwen_image_pruned import (
     PrunedQwenImageTransformer2DModel,
     PrunedQwenImageTransformerBlock,
     text_qkv_input,
     width_roles,
 )
-from ppcl.layers import Layout
 from ppcl.taps import Streams
 
 

@@ -11,7 +11,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,21 +47,18 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
         # A model without any tensor has no dtype and no file; this one says what pixels are divided by.
         self.register_buffer("pixel_scale", torch.ones(1))
 
-    def encode(
-        self, x: Float[Tensor, "batch 3 1 height width"], return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[PointDistribution]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PointDistribution]:
         latents = F.pixel_unshuffle(x[:, :, 0] / self.pixel_scale, self.factor)
         posterior = PointDistribution(latents.unsqueeze(2))  # [B, z_dim, 1, H/f, W/f]
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(
-        self, z: Float[Tensor, "batch z_dim 1 height width"], return_dict: bool = True
-    ) -> DecoderOutput | tuple[Tensor]:
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         pixels = F.pixel_shuffle(z[:, :, 0], self.factor) * self.pixel_scale
         sample = pixels.unsqueeze(2)  # [B, 3, 1, H, W]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
 # A saved pipeline names this class by its module, and diffusers loads it where that module is
-# imported: `import ppcl` is then all that a loader needs.
-AutoencoderPixelUnshuffle.__module__ = "ppcl"
+# imported: `import ppcl` is then all that a loader needs. (An export carries a copy of this file.)
+if __name__.startswith("ppcl."):
+    AutoencoderPixelUnshuffle.__module__ = "ppcl"

@@ -244,3 +244,7 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
                 self.transformer_blocks[index] = PrunedQwenImageTransformerBlock(
                     self.inner_dim, num_attention_heads, attention_head_dim, zero_cond_t=zero_cond_t, **role
                 )
+
+
+if __name__.startswith("ppcl."):  # as diffusers shall write it where such a model is saved again
+    PrunedQwenImageTransformer2DModel.__module__ = "ppcl"

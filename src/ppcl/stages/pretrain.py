@@ -17,7 +17,7 @@ from ppcl.data.streams import ShapesStream
 from ppcl.families import get_family
 from ppcl.families.tiny_qwen_image import build_pipeline
 from ppcl.stages.run import Run
-from ppcl.stages.training import check_resumable, discard_checkpoint, fit
+from ppcl.stages.training import check_resumable, discard_checkpoint, fit, split_for_muon
 
 
 class Pretrain(L.LightningModule):
@@ -58,11 +58,7 @@ class Pretrain(L.LightningModule):
         return loss.detach()
 
     def configure_optimizers(self) -> tuple[list, list]:
-        hidden: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for name, parameter in self.transformer.named_parameters():
-            matrix = parameter.ndim == 2 and "_blocks." in name and "_mod." not in name
-            (hidden if matrix else rest).append(parameter)
+        hidden, rest = split_for_muon(self.transformer)
         muon = torch.optim.Muon(hidden, lr=self.hparams["muon_lr"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(rest, lr=self.hparams["adam_lr"], betas=(0.9, 0.95), fused=True)
         optimizers = [muon, adam]

@@ -127,6 +127,16 @@ def discard_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def split_for_muon(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """The matrices inside blocks but for modulations, which Muon is made for, and all other parameters."""
+    hidden: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim == 2 and "_blocks." in name and "_mod." not in name
+        (hidden if matrix else rest).append(parameter)
+    return hidden, rest
+
+
 def cosine_with_warmup(step: int, *, warmup: int, total: int, floor: float) -> float:
     """Learning-rate factor: linear to 1 over `warmup` steps, then half a cosine down to `floor`."""
     if step < warmup:

@@ -157,6 +157,7 @@ class Switch:
         students = {name: load_student(run.family, transformer, plug) for name, plug in plugs.students.items()}
         self.board = Plugboard(run.family, transformer, run.intervals, students, plugs.projectors, run.layout)
         self._finetuned: Any = None
+        self.teacher_size = sum(parameter.numel() for parameter in transformer.parameters())
 
     def __call__(self, variant: Variant) -> nn.Module:
         """Arrange the pipeline's transformer as `variant` and return it."""

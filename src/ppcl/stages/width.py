@@ -23,10 +23,11 @@ from ppcl.artifacts import (
     plug_name,
     projector_name,
 )
-from ppcl.config import DistillConfig, WidthConfig
+from ppcl.config import DistillConfig
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.layers import Layout, kept_layers, references
 from ppcl.ops.least_squares import NormalEquations
 from ppcl.ops.losses import relative_error
 from ppcl.stages.detect import similarity_maps
@@ -37,7 +38,6 @@ from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit
 from ppcl.stages.variants import required_students
 from ppcl.surgery.count import count_parameters
-from ppcl.layers import Layout, kept_layers, references
 from ppcl.surgery.plugboard import load_student
 from ppcl.taps import BlockCall, BlockKey, Streams, observe
 
@@ -105,20 +105,17 @@ class WidthDistillation(LocalDistillation):
     ) -> None:
         self.layout, self.linear_weight = layout, linear_weight
         self.pruned = [item for stack in family.stacks for item in _prune(family, stack, kept, width)]
-        projectors = {
-            item.name: nn.ModuleDict({key: module for key, module in self._projectors(family, item)})
-            for item in self.pruned
-        }
+        projectors = {item.name: nn.ModuleDict(self._projectors(family, item)) for item in self.pruned}
         super().__init__(family, teacher, projectors, distill)
         for item in self.pruned:
             item.block.requires_grad_(False)
         self.parts.requires_grad_(True)
 
     @staticmethod
-    def _projectors(family: Family, item: PrunedPlace) -> list[tuple[str, nn.Module]]:
+    def _projectors(family: Family, item: PrunedPlace) -> dict[str, nn.Module]:
         keys = {"text": ("text_in", "text_out"), "ffn": ("image_ffn", "text_ffn")}
         names = [(key, family.projectors[key]) for kind in item.kinds for key in keys[kind]]
-        return [(key, getattr(item.block, name)) for key, name in names if hasattr(item.block, name)]
+        return {key: getattr(item.block, name) for key, name in names if hasattr(item.block, name)}
 
     def projectors(self, number: int) -> dict[str, nn.Module]:
         """The projectors of pruned place `number`: `text_in` (l_z), `text_out` (l_h), `image_ffn`, `text_ffn`."""
@@ -188,9 +185,7 @@ class WidthDistillation(LocalDistillation):
         linear: Terms = {}
         for key, projector in self.projectors(number).items():
             if key == "text_in":
-                linear["linear_z"] = relative_error(
-                    projector(arguments["z_reference"]), arguments["z"], masks["text"]
-                )
+                linear["linear_z"] = relative_error(projector(arguments["z_reference"]), arguments["z"], masks["text"])
             else:
                 stream = "image" if key == "image_ffn" else "text"
                 linear[f"linear_{stream}"] = relative_error(student[stream], teacher[stream], masks[stream])
@@ -211,26 +206,30 @@ class WidthDistillation(LocalDistillation):
     @torch.no_grad()
     def fit_linear(self, batches: Batches, *, ridge: float) -> None:
         """Set every projector to its least-squares solution: first the text's, then the FFNs' behind it."""
-        for keys in (("text_in", "text_out"), ("image_ffn", "text_ffn")):
-            equations: dict[tuple[int, str], NormalEquations] = {}
-            if not any(key in keys for number in range(len(self.pruned)) for key in self.projectors(number)):
+        for keys in ({"text_in", "text_out"}, {"image_ffn", "text_ffn"}):
+            if not any(keys & self.projectors(number).keys() for number in range(len(self.pruned))):
                 continue
-            for batch in batches():
-                masks = self.family.masks(batch.inputs)
-
-                def add(number: int, arguments: dict[str, Any], teacher: Streams, masks: dict = masks) -> None:
-                    for key in self.projectors(number).keys() & set(keys):
-                        x, y, mask = self._pair(number, key, arguments, teacher, masks)
-                        rows = valid(x, mask)
-                        system = equations.setdefault((number, key), NormalEquations(x.shape[-1], y.shape[-1]))
-                        system.add(rows.cpu(), (valid(y, mask) - rows).cpu())
-
-                self.each_call(batch, add)
-            for (number, key), system in equations.items():
+            for (number, key), system in self._equations(batches(), keys).items():
                 weight, bias = system.solve(ridge=ridge)
                 projector: Any = self.projectors(number)[key]
                 projector.weight.copy_(weight)
                 projector.bias.copy_(bias)
+
+    def _equations(self, batches: Iterable[TrainingBatch], keys: set[str]) -> dict[tuple[int, str], NormalEquations]:
+        equations: dict[tuple[int, str], NormalEquations] = {}
+        masks: dict[str, Tensor | None] = {}
+
+        def add(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
+            for key in self.projectors(number).keys() & keys:
+                x, y, mask = self._pair(number, key, arguments, teacher, masks)
+                rows = valid(x, mask)
+                system = equations.setdefault((number, key), NormalEquations(x.shape[-1], y.shape[-1]))
+                system.add(rows.cpu(), (valid(y, mask) - rows).cpu())
+
+        for batch in batches:
+            masks.update(self.family.masks(batch.inputs))
+            self.each_call(batch, add)
+        return equations
 
     def _pair(
         self, number: int, key: str, arguments: dict[str, Any], teacher: Streams, masks: dict[str, Any]
@@ -439,7 +438,9 @@ def run(run: Run) -> None:
         for kind in item.kinds:
             _projector(run, module, number, kind, headers, losses).save(folder)
         what = " and ".join(item.kinds)
-        run.say("width", f"{item.name} {what}: held-out loss {losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}")
+        run.say(
+            "width", f"{item.name} {what}: held-out loss {losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}"
+        )
     discard_checkpoint(checkpoints)
     run.say("width", f"wrote {len(headers)} projectors to {folder}")
 

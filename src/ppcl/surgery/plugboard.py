@@ -55,6 +55,14 @@ class Plugboard:
         """Every interval, in order of execution."""
         return [plug_name(stack, pair) for stack in self._teacher for pair in self.intervals.get(stack, [])]
 
+    @property
+    def removed_intervals(self) -> dict[str, list[list[int]]]:
+        """The intervals that are students now, by stack."""
+        return {
+            stack: [[u, v] for u, v in self.intervals.get(stack, []) if plug_name(stack, (u, v)) in self.plugged]
+            for stack in self._teacher
+        }
+
     def __call__(self, *names: str) -> Plugboard:
         """Plug in the named students and projectors; the teacher is everywhere else."""
         projectors = [name for name in names if name in self.projectors]

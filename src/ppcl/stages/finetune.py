@@ -1,0 +1,153 @@
+"""Stage 3: all parameters of the pruned model, tuned on the teacher's output (paper section 4.1)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from functools import partial
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ppcl.artifacts import Header, atomic_folder, is_current, write_json
+from ppcl.config import FinetuneConfig
+from ppcl.data.batches import StepLoader, TrainingBatch
+from ppcl.errors import UsageError
+from ppcl.stages.run import Run
+from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit, split_for_muon
+from ppcl.stages.variants import Switch, finetuned_folder, planned, required_plugs
+
+
+class FineTune(L.LightningModule):
+    """Output distillation, ||v_S - v_T||^2, with an optional flow-matching loss, ||v_S - (n - x_0)||^2.
+
+    The teacher is held outside the module tree: neither saved nor trained. `ema` is an exponential mean
+    of the student's parameters, kept where `ema_decay` is above 0; `result` is what to keep.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, config: FinetuneConfig) -> None:
+        super().__init__()
+        self._teacher = (teacher.requires_grad_(False),)
+        self.student: Any = student.requires_grad_(True)
+        self.ema: Any = copy.deepcopy(student).requires_grad_(False) if config.ema_decay else None
+        self.config = config
+        # Muon and AdamW take turns on one step, which Lightning leaves to manual optimisation.
+        self.automatic_optimization = False
+        if config.gradient_checkpointing:
+            self.student.enable_gradient_checkpointing()
+
+    @property
+    def result(self) -> nn.Module:
+        return self.ema if self.ema is not None else self.student
+
+    def setup(self, stage: str) -> None:
+        self._teacher[0].to(self.device).eval()
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """`output` and `flow`, mean squared errors, those that have a weight, and their weighted `loss`."""
+        velocity = self.student(**batch.inputs)[0]
+        terms: dict[str, Tensor] = {}
+        if self.config.output_weight:
+            with torch.no_grad():
+                target = self._teacher[0](**batch.inputs)[0]
+            terms["output"] = (velocity.float() - target.float()).square().mean()
+        if self.config.flow_weight:
+            terms["flow"] = (velocity.float() - batch.target.float()).square().mean()
+        weights = {"output": self.config.output_weight, "flow": self.config.flow_weight}
+        return terms | {"loss": torch.stack([weights[key] * value for key, value in terms.items()]).sum()}
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        terms = self.losses(batch)
+        loss = terms["loss"]
+        if not torch.isfinite(loss):
+            raise UsageError(
+                f"finetune.lr={self.config.lr} made the loss {loss.item()} at step {self.global_step}; lower it. "
+                "The last checkpoint is intact."
+            )
+        self.manual_backward(loss)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
+        optimizers: Any = self.optimizers()
+        schedulers: Any = self.lr_schedulers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        optimizers[0].step()
+        for rest in optimizers[1:]:
+            rest.optimizer.step()  # the bare optimiser: a second counted step would halve max_steps
+        self.student.zero_grad()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()
+        if self.ema is not None:
+            self._average()
+        self.log_dict({f"finetune/{key}": value.detach() for key, value in terms.items()}, batch_size=len(batch.sigmas))
+        return loss.detach()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # Short at first, so that the mean is not one of the start.
+        decay = min(self.config.ema_decay, (1 + self.global_step) / (10 + self.global_step))
+        for mean, now in zip(self.ema.parameters(), self.student.parameters(), strict=True):
+            mean.lerp_(now.to(mean.dtype), 1 - decay)
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        config = self.config
+        betas = config.beta1, config.beta2
+        hidden, rest = split_for_muon(self.student)
+        if config.optimizer == "adamw":
+            hidden, rest = [], hidden + rest
+        optimizers: list[torch.optim.Optimizer] = []
+        if hidden:
+            decay = config.weight_decay
+            muon = torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            optimizers.append(muon)
+        optimizers.append(torch.optim.AdamW(rest, lr=config.lr, betas=betas, weight_decay=config.weight_decay))
+        factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
+        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+
+
+def finetune_header(run: Run, plugged: dict[str, str]) -> Header:
+    """What a tuned model is made from."""
+    settings = asdict(run.config.finetune)
+    for key in ("checkpoint_every", "gradient_checkpointing"):
+        del settings[key]  # neither changes the weights
+    made_from = {
+        "model": run.model_identity,
+        "plugs": plugged,
+        "layout": asdict(run.layout),
+        "finetune": settings,
+        "precision": run.config.trainer.precision,
+        "data": asdict(run.config.data),
+    }
+    return Header("ppcl.finetuned", made_from)
+
+
+def run(run: Run) -> None:
+    config, folder = run.config.finetune, finetuned_folder(run)
+    plugs = required_plugs(run)
+    plan = planned(run, plugs)
+    header = finetune_header(run, plugs.fingerprints([*plan.students, *plan.projectors]))
+    if is_current(folder / "ppcl.json", header):
+        run.say("finetune", f"reused {folder}")
+        return
+    checkpoints = run.folder / "finetune-checkpoint"
+    check_resumable(checkpoints, header)
+    switch = Switch(run, plugs)
+    switch(plan)
+    student = copy.deepcopy(switch.board.standalone())
+    switch.restore()
+    module = FineTune(run.pipeline.transformer, student, config)
+    # Behind the batches that depth and width learned from.
+    stream = run.stream(run.config.data.train_seed, config.batch_size)
+    loader = StepLoader(partial(_later, stream), config.steps)
+    fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every)
+    result = cast(Any, module.result)
+    with atomic_folder(folder) as temporary:
+        result.save_pretrained(temporary / "transformer")
+        write_json(temporary / "ppcl.json", header.to_json() | {"plugged": [*plan.students, *plan.projectors]})
+    discard_checkpoint(checkpoints)
+    run.say("finetune", f"wrote {folder}")
+
+
+def _later(stream: Any, step: int) -> TrainingBatch:
+    return stream(1_000_000 // stream.batch_size + step)
