@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-STAGES := plan pretrain probe detect depth export generate evaluate report
+STAGES := pretrain probe detect depth width plan finetune export generate evaluate report
 
 .DEFAULT_GOAL := help
 

@@ -110,12 +110,13 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
     ) -> None:
         super().__init__(dim, num_attention_heads, attention_head_dim, eps=eps, zero_cond_t=zero_cond_t)
         self.project_text, self.project_ffn, self.carry = project_text, project_ffn, carry
+        attn: Any = self.attn
         if project_text:
             del self.txt_mod, self.txt_norm1, self.txt_norm2, self.txt_mlp
-            self.attn.to_add_out = None
+            attn.to_add_out = None
             if not keep_text_query:
-                self.attn.add_q_proj = self.attn.norm_added_q = None
-            self.attn.set_processor(ImageQueryAttnProcessor())
+                attn.add_q_proj = attn.norm_added_q = None
+            attn.set_processor(ImageQueryAttnProcessor())
             self.txt_proj = ResidualLinear(dim)
         self.ehs_proj = ResidualLinear(dim) if project_text_output else None
         if project_ffn:
@@ -162,7 +163,8 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
     def _feed_forward(self, stream: str, state: Tensor, modulation: list[Tensor], index: Any) -> Tensor:
         if self.project_ffn:
             return getattr(self, f"{stream}_ffn_proj")(state)
-        modulated, gate = self._modulate(getattr(self, f"{stream}_norm2")(state), *modulation, index)
+        (ffn_modulation,) = modulation
+        modulated, gate = self._modulate(getattr(self, f"{stream}_norm2")(state), ffn_modulation, index)
         return state + gate * getattr(self, f"{stream}_mlp")(modulated)
 
 
@@ -238,11 +240,14 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
             use_additional_t_cond=use_additional_t_cond,
             use_layer3d_rope=use_layer3d_rope,
         )
+        blocks = self.get_submodule("transformer_blocks")
+        assert isinstance(blocks, nn.ModuleList)
+        dim = num_attention_heads * attention_head_dim
         roles = width_roles(num_layers, list(pruned_text), list(pruned_ffn), text_output, keep_text_query)
         for index, role in enumerate(roles):
             if role is not None:
-                self.transformer_blocks[index] = PrunedQwenImageTransformerBlock(
-                    self.inner_dim, num_attention_heads, attention_head_dim, zero_cond_t=zero_cond_t, **role
+                blocks[index] = PrunedQwenImageTransformerBlock(
+                    dim, num_attention_heads, attention_head_dim, zero_cond_t=zero_cond_t, **role
                 )
 
 

@@ -29,14 +29,15 @@ class FineTune(L.LightningModule):
 
     def __init__(self, teacher: nn.Module, student: nn.Module, config: FinetuneConfig) -> None:
         super().__init__()
-        self._teacher = (teacher.requires_grad_(False),)
+        self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
         self.student: Any = student.requires_grad_(True)
         self.ema: Any = copy.deepcopy(student).requires_grad_(False) if config.ema_decay else None
         self.config = config
         # Muon and AdamW take turns on one step, which Lightning leaves to manual optimisation.
         self.automatic_optimization = False
         if config.gradient_checkpointing:
-            self.student.enable_gradient_checkpointing()
+            student_model: Any = student
+            student_model.enable_gradient_checkpointing()
 
     @property
     def result(self) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,9 +35,11 @@ class LocalDistillation(L.LightningModule):
     stage_name: str
     lr_key: str  # what to lower where the loss explodes
 
-    def __init__(self, family: Family, teacher: nn.Module, parts: dict[str, nn.Module], config: DistillConfig) -> None:
+    def __init__(
+        self, family: Family, teacher: nn.Module, parts: Mapping[str, nn.Module], config: DistillConfig
+    ) -> None:
         super().__init__()
-        self._teacher = (teacher.requires_grad_(False),)
+        self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
         self.family, self.config = family, config
         self.automatic_optimization = False
         self.names = list(parts)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ppcl import __version__
-from ppcl.artifacts import atomic_path, is_current, load_plugs, read_json, write_json
+from ppcl.artifacts import atomic_path, is_current, load_plugs, load_projectors, read_json, write_json
 from ppcl.benchmarks.shapes import detect, evaluation_scenes, satisfies
 from ppcl.data.shapes import CATEGORIES
 from ppcl.errors import UsageError
@@ -64,7 +64,9 @@ def _embedded(path: Path) -> str | None:
 
 def _facts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     teacher = next(row for row in rows if row["name"] == "teacher")
-    student = min((r for r in rows if r["name"].startswith("ppcl")), key=lambda r: r["params"], default=teacher)
+    ours = [row for row in rows if row["name"].startswith("ppcl")]
+    # What the run is for: the tuned model, or else the smallest.
+    student = min(ours, key=lambda row: (row["name"] != "ppcl-finetuned", row["params"]), default=teacher)
     speedup = teacher["latency_ms"] / student["latency_ms"]
     return [
         {"value": f"{teacher['num_layers']} to {student['num_layers']}", "label": "blocks"},
@@ -72,6 +74,14 @@ def _facts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         {"value": f"{speedup:.2f}x", "label": "speed of a denoising step"},
         {"value": f"{student['drop_percent']:.1f}%", "label": f"quality lost by {student['name']}"},
     ]
+
+
+def _pruned(run: Run, intervals: dict[str, list[list[int]]]) -> list[str]:
+    """What may be pruned, a line per stack and kind."""
+    lines = [f"{stack}: " + " ".join(f"[{u}, {v}]" for u, v in pairs) for stack, pairs in intervals.items()]
+    for stack, sets in run.width.items():
+        lines += [f"{stack} without {kind}: " + " ".join(map(str, indices)) for kind, indices in sets.items()]
+    return lines
 
 
 def run(run: Run) -> None:
@@ -82,6 +92,8 @@ def run(run: Run) -> None:
     _samples(run, names, folder / "samples.png")
     plots.quality_against_size(folder / "quality.png", rows)
     losses = {name: plug.losses for name, plug in load_plugs(run.folder / "plugs").items()}
+    for item in load_projectors(run.folder / "plugs").values():  # a block's projectors share their losses
+        losses[f"{item.stack}.{item.index} in width"] = item.losses
     if losses:
         plots.distillation_losses(folder / "losses.png", losses)
     keys = ("name", "num_layers", "params", "params_ratio", "scores", "drop_percent", "latency_ms",
@@ -97,6 +109,10 @@ def run(run: Run) -> None:
         "prompts_per_category": run.config.benchmark.prompts_per_category,
         "variants": [{key: row[key] for key in keys} for row in rows],
     }
+    if run.width:
+        facts["width"] = run.width
+    if run.choice_path.exists():
+        facts["choice"] = read_json(run.choice_path, "The plan's choice")
     plan = run.plan_path.parent
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (Path(plots.__file__).parent / "template.html.j2").read_text(encoding="utf-8")
@@ -110,14 +126,13 @@ def run(run: Run) -> None:
             "categories": CATEGORIES,
             "variants": [row | {"size": billions(row["params"])} for row in rows],
             "num_prompts": run.config.benchmark.prompts_per_category * len(CATEGORIES),
-            "intervals": "\n".join(
-                f"{stack}: " + " ".join(f"[{u}, {v}]" for u, v in pairs) for stack, pairs in intervals.items()
-            ),
+            "intervals": "\n".join(_pruned(run, intervals)),
             "images": {
                 "samples": _embedded(folder / "samples.png"),
                 "quality": _embedded(folder / "quality.png"),
                 "losses": _embedded(folder / "losses.png"),
                 "similarity": _embedded(plan / "similarity.png"),
+                "frontier": _embedded(plan / "frontier.png"),
                 "curves": [_embedded(path) for path in sorted(plan.glob("curves_*.png"))],
             },
             "versions": json.dumps(read_json(run.folder / "versions.json", "The versions"), indent=2),

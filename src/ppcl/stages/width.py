@@ -119,7 +119,7 @@ class WidthDistillation(LocalDistillation):
 
     def projectors(self, number: int) -> dict[str, nn.Module]:
         """The projectors of pruned place `number`: `text_in` (l_z), `text_out` (l_h), `image_ffn`, `text_ffn`."""
-        return dict(self.parts[self.key(self.names[number])].items())
+        return dict(self.parts[self.key(self.names[number])].named_children())
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -457,6 +457,13 @@ def _projector(
         for name, value in projector.state_dict().items()
     }
     place, reads = item.place, item.reference if kind == "text" else None
-    name = projector_name(place.stack, place.index, kind)
-    where = {"index": place.index, "kind": kind, "base": place.student, "reference": reads.index if reads else None}
-    return Projector(headers[name], place.stack, state, losses, **where)
+    return Projector(
+        headers[projector_name(place.stack, place.index, kind)],
+        place.stack,
+        state,
+        losses,
+        index=place.index,
+        kind=kind,
+        base=place.student,
+        reference=reads.index if reads else None,
+    )
