@@ -240,13 +240,12 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
             use_additional_t_cond=use_additional_t_cond,
             use_layer3d_rope=use_layer3d_rope,
         )
-        blocks = self.get_submodule("transformer_blocks")
-        assert isinstance(blocks, nn.ModuleList)
+        model: Any = self
         dim = num_attention_heads * attention_head_dim
         roles = width_roles(num_layers, list(pruned_text), list(pruned_ffn), text_output, keep_text_query)
         for index, role in enumerate(roles):
             if role is not None:
-                blocks[index] = PrunedQwenImageTransformerBlock(
+                model.transformer_blocks[index] = PrunedQwenImageTransformerBlock(
                     dim, num_attention_heads, attention_head_dim, zero_cond_t=zero_cond_t, **role
                 )
 

@@ -36,7 +36,7 @@ mpl.rcParams.update(
 )
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
@@ -63,7 +63,7 @@ def interval_curves(path: Path, curve: list[list[float | None]], intervals: list
     bottom.set_xlim(-0.6, len(curve) - 0.4)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     top.set_title("Similarity of the probe surrogate, one line per interval", loc="left", color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def similarity_maps(path: Path, maps: dict[str, list[list[float]]]) -> None:
@@ -77,7 +77,7 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float]]]) -> None:
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(drawn, ax=list(axes[0]), label="CKA", shrink=0.85)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def quality_against_size(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -98,7 +98,7 @@ def quality_against_size(path: Path, rows: list[dict[str, Any]]) -> None:
         )
     axis.set(xlabel="parameters, % of the teacher", ylabel="overall score", ylim=(-0.05, 1.05))
     axis.margins(x=0.12)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def frontier(path: Path, points: dict[str, list[dict[str, Any]]], chosen: float) -> None:
@@ -116,7 +116,7 @@ def frontier(path: Path, points: dict[str, list[dict[str, Any]]], chosen: float)
     )  # fmt: skip
     axis.set(xlabel="parameters, % of the teacher", ylabel="relative error of the velocity", ylim=(0, None))
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None:
@@ -131,7 +131,7 @@ def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="held-out distillation loss (Eq. 6)", xlim=(0, None))
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def contact_sheet(
@@ -151,7 +151,7 @@ def contact_sheet(
         axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=9)
     for axis, caption in zip(axes[0], captions, strict=True):
         axis.set_title(_wrap(caption), fontsize=7, color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def image_grid(path: Path, images: list[Image.Image], columns: int = 10, largest: int = 256) -> None:

@@ -24,14 +24,23 @@ from ppcl.taps import BlockCall, observe
 
 
 @torch.no_grad()
-def similarity_maps(family: Family, transformer: torch.nn.Module, batch: TrainingBatch) -> dict[str, list[list[float]]]:
-    """CKA between every two blocks' outputs, per stream (paper Fig. 5), averaged over the batch."""
+def similarity_maps(
+    family: Family, transformer: torch.nn.Module, batch: TrainingBatch, *, top_channels: int = 0
+) -> dict[str, list[list[float]]]:
+    """CKA between every two blocks' outputs, per stream (paper Fig. 5), averaged over the batch.
+
+    `top_channels` leaves out that many channels of most variance per block: a few massive ones can make
+    blocks look alike that are not.
+    """
     masks = family.masks(batch.inputs)
     grams: dict[str, list[Tensor]] = {}
 
     def on_block(call: BlockCall) -> None:
         for stream, features in call.outputs.items():
             centred = centre(features.double(), masks[stream])
+            if top_channels:
+                variance = centred.square().sum(dim=(0, 1))
+                centred = centred[..., variance.argsort()[: len(variance) - top_channels]]
             gram = centred @ centred.mT  # [B, N, N]
             unit = gram / gram.square().sum(dim=(1, 2), keepdim=True).sqrt()
             grams.setdefault(stream, []).append(unit.flatten(1))

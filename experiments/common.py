@@ -1,0 +1,72 @@
+"""What the experiments share: runs made from the same configuration as the command line's, and tables."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppcl.benchmarks.shapes import evaluation_scenes, score
+from ppcl.cli import conf_dir
+from ppcl.config import register_schema
+from ppcl.stages.generate import draw
+from ppcl.stages.run import Run
+from ppcl.validation import parse
+
+SEEDS = (10, 11, 12)
+
+
+def make_run(name: str, *overrides: str) -> Run:
+    """The run that `ppcl name=<name> <overrides>` would work in, without running a stage."""
+    from hydra import compose, initialize_config_dir
+
+    register_schema()
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        config = parse(compose("config", overrides=[f"name={name}", *overrides]))
+    folder = Path(config.paths.runs_dir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(config, folder)
+
+
+def run_stages(run: Run, *stages: str) -> None:
+    """Those stages in that order, as the command line runs them."""
+    from importlib import import_module
+
+    for stage in stages:
+        import_module(f"ppcl.stages.{stage}").run(run)
+
+
+def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
+    """Draw and score the benchmark's prompts with the pipeline as it is arranged now; nothing is kept."""
+    scenes = evaluation_scenes(run.config.data.eval_seed, per_category)
+    images: list[np.ndarray] = []
+    size = run.config.generate.batch_size
+    for start in range(0, len(scenes), size):
+        numbers = range(start, min(start + size, len(scenes)))
+        drawn = draw(run, run.pipeline, [scenes[number].caption for number in numbers], numbers)
+        images += [np.asarray(image.convert("RGB")) for image in drawn]
+    return score(scenes, images)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`rows` with the first one's keys as header; numbers to six digits."""
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the latter is 0 of a single value."""
+    found = list(values)
+    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0

@@ -1,0 +1,85 @@
+"""Figure 2: one, two or three blocks removed, side by side or apart, over positions."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import nn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv  # noqa: E402
+
+from ppcl.report import plots  # noqa: E402
+from ppcl.stages.budget import velocity_error  # noqa: E402
+
+PER_CATEGORY = 10
+STACK = "transformer_blocks"
+KINDS = ("1", "2 contiguous", "2 apart", "3 contiguous", "3 apart")
+
+
+def removals(num_layers: int, rng: np.random.Generator) -> list[tuple[str, int, list[int]]]:
+    """Kind, position and removed blocks. Those apart start at the same block; the others are drawn, none adjacent."""
+    found = []
+    for position in range(num_layers):
+        found.append(("1", position, [position]))
+        for count in (2, 3):
+            if position + count <= num_layers:
+                found.append((f"{count} contiguous", position, list(range(position, position + count))))
+                while True:
+                    others = rng.choice(num_layers, count - 1, replace=False).tolist()
+                    blocks = sorted([position, *others])
+                    if all(b - a > 1 for a, b in pairwise(blocks)):
+                        break
+                found.append((f"{count} apart", position, blocks))
+    return found
+
+
+def main() -> None:
+    rows = []
+    for seed in SEEDS:
+        run = make_run(f"figure2/{seed}", "trainer=cpu", f"seed={seed}", "generate.batch_size=60")
+        transformer = run.pipeline.transformer
+        blocks = list(getattr(transformer, STACK))
+        stream = run.stream(seed, 64)
+        batches = [stream(step) for step in range(2)]
+        with torch.no_grad():
+            targets = [transformer(**batch.inputs)[0] for batch in batches]
+        teacher = score_pipeline(run, PER_CATEGORY)["overall"]
+        for kind, position, removed in removals(len(blocks), np.random.default_rng(seed)):
+            kept = [block for index, block in enumerate(blocks) if index not in removed]
+            setattr(transformer, STACK, nn.ModuleList(kept))
+            error = velocity_error(transformer, batches, targets)
+            overall = score_pipeline(run, PER_CATEGORY)["overall"]
+            row = {"seed": seed, "kind": kind, "position": position, "removed": " ".join(map(str, removed))}
+            rows.append(row | {"velocity_error": error, "overall": overall, "teacher": teacher})
+            print(rows[-1], flush=True)
+        setattr(transformer, STACK, nn.ModuleList(blocks))
+    write_csv(HERE / "results.csv", rows)
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6))
+    for axis, key, label in zip(
+        axes, ("overall", "velocity_error"), ("overall score", "error of the velocity"), strict=True
+    ):
+        for number, kind in enumerate(KINDS):
+            by_position: dict[int, list[float]] = {}
+            for row in rows:
+                if row["kind"] == kind:
+                    by_position.setdefault(row["position"], []).append(row[key])
+            mean = [mean_and_spread(values)[0] for values in by_position.values()]
+            overall, spread = mean_and_spread(row[key] for row in rows if row["kind"] == kind)
+            style = "--" if "apart" in kind else "-"
+            axis.plot(list(by_position), mean, style, color=plots.PALETTE[number], label=f"{kind}: {overall:.2f}")
+            print(f"{kind:>13} {key}: {overall:.3f} +- {spread:.3f}")
+        axis.set(xlabel="first block removed", ylabel=label)
+        axis.legend(fontsize=8, title="blocks removed: mean")
+    plots.save_figure(figure, HERE / "figure2.png")
+
+
+if __name__ == "__main__":
+    main()

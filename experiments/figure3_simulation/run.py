@@ -1,0 +1,46 @@
+"""Figure 3: the surrogate's cka(u, k) and its differences, and the intervals they give, over three calibration sets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from common import SEEDS, make_run, run_stages, write_csv  # noqa: E402
+
+from ppcl.report import plots  # noqa: E402
+
+STACK = "transformer_blocks"
+
+
+def main() -> None:
+    rows, intervals, tables = [], [], []
+    for seed in SEEDS:
+        run = make_run(f"figure3/{seed}", f"data.calibration_seed={seed}", "method.min_cka=0.9945", "trainer=cpu")
+        run_stages(run, "probe", "detect")
+        curves = json.loads((run.folder / "plan" / "curves.json").read_text())
+        intervals.append({"seed": seed, "intervals": json.dumps(run.intervals[STACK])})
+        for stream in ("image", "text", "mean"):
+            table = curves["cka"][STACK][stream]
+            if stream == "mean":
+                tables.append(table)
+            for u, row in enumerate(table):
+                for k in range(u, len(row)):
+                    drop = row[k - 1] - row[k] if k > u else 0.0
+                    rows.append({"seed": seed, "stream": stream, "u": u, "k": k, "cka": row[k], "delta": drop})
+    write_csv(HERE / "results.csv", rows)
+    write_csv(HERE / "intervals.csv", intervals)
+    mean = np.nanmean(np.array(tables, dtype=float), axis=0)
+    table = [[None if value != value else float(value) for value in row] for row in mean]
+    plots.interval_curves(HERE / "figure3.png", table, [tuple(p) for p in json.loads(intervals[0]["intervals"])])
+    for row in intervals:
+        print(row["seed"], row["intervals"])
+
+
+if __name__ == "__main__":
+    main()

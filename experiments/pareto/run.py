@@ -1,0 +1,66 @@
+"""Quality against parameters of the planner's points, under both of its costs, without fine-tuning."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from common import SEEDS, make_run, mean_and_spread, run_stages, score_pipeline, write_csv  # noqa: E402
+
+from ppcl.report import plots  # noqa: E402
+from ppcl.stages.budget import compare_costs, measure  # noqa: E402
+from ppcl.stages.variants import Switch, required_plugs  # noqa: E402
+
+PER_CATEGORY = 20
+LABELS = {"velocity": "planned by velocity error", "loss": "planned by distillation loss"}
+
+
+def points_of(seed: int) -> list[dict]:
+    """Every second point of both frontiers of a run whose training data start at `seed`, drawn and scored."""
+    run = make_run(f"pareto/{seed}", "experiment=demo", f"data.train_seed={seed}")
+    run_stages(run, "probe", "detect", "depth", "width")
+    plugs = required_plugs(run)
+    costs = measure(run, plugs)
+    print(f"seed {seed}: error of plans by velocity {compare_costs(costs['frontier']):.3f}x that of plans by loss")
+    switch = Switch(run, plugs)
+    teacher = score_pipeline(run, PER_CATEGORY)["overall"]
+    rows = []
+    for cost, points in costs["frontier"].items():
+        for point in points[::2]:
+            switch.board(*point["plugged"])
+            scores = score_pipeline(run, PER_CATEGORY)
+            keys = ("num_layers", "params_ratio", "latency_ratio", "predicted", "velocity_error")
+            row = {"seed": seed, "cost": cost, "plugs": len(point["plugged"])} | {key: point[key] for key in keys}
+            rows.append(row | scores | {"drop_percent": 100 * (1 - scores["overall"] / teacher)})
+            print({key: rows[-1][key] for key in ("cost", "params_ratio", "velocity_error", "overall")}, flush=True)
+    switch.restore()
+    return rows
+
+
+def main() -> None:
+    rows = [row for seed in SEEDS for row in points_of(seed)]
+    write_csv(HERE / "results.csv", rows)
+    figure, axis = plt.subplots(figsize=(6.4, 3.8))
+    for number, (cost, label) in enumerate(LABELS.items()):
+        line = [row for row in rows if row["cost"] == cost]
+        steps: dict[int, list[dict]] = {}
+        for seed in SEEDS:  # the k-th point of each seed saves the same share of what can be saved
+            for k, row in enumerate(row for row in line if row["seed"] == seed):
+                steps.setdefault(k, []).append(row)
+        x = [mean_and_spread(100 * row["params_ratio"] for row in found)[0] for found in steps.values()]
+        y = [mean_and_spread(row["overall"] for row in found) for found in steps.values()]
+        axis.errorbar(
+            x, [m for m, _ in y], [s for _, s in y], fmt="o-", color=plots.PALETTE[number], label=label, capsize=3
+        )
+    axis.set(xlabel="parameters, % of the teacher", ylabel="overall score", ylim=(-0.05, 1.05))
+    axis.legend()
+    plots.save_figure(figure, HERE / "pareto.png")
+
+
+if __name__ == "__main__":
+    main()

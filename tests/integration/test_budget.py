@@ -1,0 +1,339 @@
+"""A budget from the command line: what is plugged in is measured, chosen, tuned, drawn and reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import (
+    INTERVALS,
+    NUM_LAYERS,
+    NUM_PROMPTS,
+    PLUG_NAMES,
+    REPOSITORY,
+    assert_same_tensors,
+    digests,
+    modified,
+    ppcl,
+    succeed,
+)
+from safetensors.torch import load_file
+
+from ppcl.config import VARIANTS
+
+TEXT, FFN = [3, 5], [0, 5]  # block 5 loses both, so that savings have to add up within a block
+PROJECTORS = [f"transformer_blocks.{name}" for name in ("0.ffn", "3.text", "5.ffn", "5.text")]
+BUDGET = 0.6
+STAGES = "stages=[depth,width,plan,finetune,export,generate,evaluate,report]"
+# The stages before, or what reads them, without another training.
+PLAN, FINETUNE = "stages=[plan]", "stages=[finetune]"
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "finetuned" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def options(settings: list[str]) -> list[str]:
+    """What every command here has in common; no stages, no budget, no folder."""
+    return [
+        *settings,
+        "name=budget",
+        INTERVALS,
+        "width.source=given",
+        f"width.transformer_blocks.text={TEXT}".replace(" ", ""),
+        f"width.transformer_blocks.ffn={FFN}".replace(" ", ""),
+        "width.steps=2",
+        "width.num_batches=2",
+        "finetune=tiny",
+        "finetune.steps=4",
+        "finetune.batch_size=4",
+        "finetune.warmup_steps=1",
+        "finetune.flow_weight=0.1",
+        "finetune.ema_decay=0.5",
+        f"generate.variants=[{','.join(VARIANTS)}]",
+    ]
+
+
+@pytest.fixture(scope="module")
+def command(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [*options, f"paths.runs_dir={tmp_path_factory.mktemp('runs')}", f"budget.params={BUDGET}", STAGES]
+
+
+@pytest.fixture(scope="module")
+def planned(command: list[str]) -> Path:
+    """The folder of a run under a budget. Read it, do not write."""
+    succeed(*command)
+    return Path(next(a for a in command if a.startswith("paths.runs_dir=")).partition("=")[2]) / "budget"
+
+
+@pytest.fixture
+def again(options: list[str], planned: Path, tmp_path: Path) -> list[str]:
+    """The same options on a copy of that run, which may be changed."""
+    shutil.copytree(planned, tmp_path / "budget")
+    return [*options, f"paths.runs_dir={tmp_path}"]
+
+
+@pytest.fixture(scope="module")
+def rows(planned: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in load(planned / "report" / "report.json")["variants"]}
+
+
+def test_every_stage_leaves_its_artifacts(planned: Path) -> None:
+    for path in (
+        "plan/width.json",
+        "plan/costs.json",
+        "plan/choice.json",
+        "plan/frontier.png",
+        "finetuned/ppcl.json",
+        "finetuned/transformer/config.json",
+        "finetuned/transformer/diffusion_pytorch_model.safetensors",
+        "export/model_index.json",
+        "report/report.html",
+    ):
+        assert (planned / path).stat().st_size > 0, path
+    for variant in VARIANTS:
+        assert len(list((planned / "images" / "shapes" / variant).glob("[0-9]*.png"))) == NUM_PROMPTS
+    assert not [path for path in planned.rglob("*") if path.name.endswith(".tmp")]
+    assert not list(planned.rglob("*.ckpt"))
+
+
+def test_report_tells_the_variants_apart(planned: Path, rows: dict[str, dict]) -> None:
+    assert list(rows) == list(VARIANTS)
+    choice = load(planned / "plan" / "choice.json")
+    assert rows["ppcl-depth"]["projectors"] == rows["teacher"]["projectors"] == []
+    assert rows["ppcl-width"]["students"] == PLUG_NAMES
+    assert sorted(rows["ppcl-width"]["projectors"]) == PROJECTORS
+    for name in ("ppcl-planned", "ppcl-finetuned"):
+        assert sorted(rows[name]["students"] + rows[name]["projectors"]) == sorted(choice["plugged"])
+    assert rows["ppcl-width"]["params"] < rows["ppcl-depth"]["params"] < rows["teacher"]["params"]
+    assert rows["ppcl-finetuned"]["params"] == rows["ppcl-planned"]["params"]
+    report = load(planned / "report" / "report.json")
+    assert report["width"] == {"transformer_blocks": {"text": TEXT, "ffn": FFN}}
+    assert report["choice"] == choice
+    page = (planned / "report" / "report.html").read_text(encoding="utf-8")
+    assert all(variant in page for variant in VARIANTS)
+
+
+def test_the_plan_obeys_the_budget(planned: Path, rows: dict[str, dict]) -> None:
+    """By the parameters of the model that comes out, not only by the plan's arithmetic."""
+    choice = load(planned / "plan" / "choice.json")
+    assert choice["budget"] == ["params", BUDGET, "velocity"]
+    assert rows["ppcl-planned"]["params_ratio"] <= BUDGET
+    assert rows["ppcl-planned"]["params"] == choice["params"]
+    assert choice["params_ratio"] == pytest.approx(rows["ppcl-planned"]["params_ratio"])
+
+
+def test_costs_name_every_plug_and_add_up(planned: Path, rows: dict[str, dict]) -> None:
+    costs = load(planned / "plan" / "costs.json")
+    units = {unit["name"]: unit for unit in costs["units"]}
+    assert sorted(units) == sorted([*PLUG_NAMES, *PROJECTORS])
+    assert costs["teacher"]["params"] == rows["teacher"]["params"]
+    for unit in units.values():
+        assert unit["savings"].keys() == {"params", "memory_gb", "latency_ratio"}
+        assert unit["costs"].keys() == {"velocity", "loss"}
+        assert unit["savings"]["params"] > 0
+        assert unit["costs"]["loss"] > 0
+    everything = sum(unit["savings"]["params"] for unit in units.values())
+    assert rows["teacher"]["params"] - everything == rows["ppcl-width"]["params"]
+
+
+@pytest.mark.parametrize("cost", ["velocity", "loss"])
+def test_the_frontier_goes_from_nothing_to_everything(planned: Path, rows: dict[str, dict], cost: str) -> None:
+    points = load(planned / "plan" / "costs.json")["frontier"][cost]
+    params = [point["params"] for point in points]
+    assert params == sorted(set(params), reverse=True)
+    assert points[0]["plugged"] == []
+    assert points[0]["velocity_error"] == 0
+    assert points[0]["num_layers"] == NUM_LAYERS
+    assert params[0] == rows["teacher"]["params"]
+    assert sorted(points[-1]["plugged"]) == sorted([*PLUG_NAMES, *PROJECTORS])
+    assert params[-1] == rows["ppcl-width"]["params"]
+    assert all(point["velocity_error"] > 0 for point in points[1:])
+
+
+def test_the_tuned_model_is_the_planned_one_with_other_weights(planned: Path) -> None:
+    from ppcl.surgery.plugboard import plug
+
+    record = load(planned / "finetuned" / "ppcl.json")
+    choice = load(planned / "plan" / "choice.json")
+    assert sorted(record["plugged"]) == sorted(choice["plugged"])
+    assert set(record["made_from"]["plugs"]) == set(choice["plugged"])
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(record_teacher(planned))
+    start = plug(pipeline, planned / "plugs")(*choice["plugged"]).standalone().state_dict()
+    tuned = weights(planned)
+    assert tuned.keys() == start.keys()
+    assert all(value.isfinite().all() for value in tuned.values())
+    changed = [key for key, value in tuned.items() if not torch.equal(value, start[key])]
+    assert len(changed) > 0.9 * len(tuned)
+
+
+def record_teacher(run: Path) -> str:
+    """The teacher's folder, from the run's own record."""
+    import yaml
+
+    return yaml.safe_load((run / "config.yaml").read_text())["model"]["path"]
+
+
+def test_export_takes_the_tuned_model(planned: Path) -> None:
+    exported = load(planned / "export" / "ppcl.json")
+    assert exported["variant"] == "ppcl-finetuned"
+    assert exported["made_from"]["finetuned"] == load(planned / "finetuned" / "ppcl.json")["fingerprint"]
+    found = load_file(planned / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert_same_tensors(found, weights(planned))
+
+
+def test_second_run_reuses_everything(planned: Path, command: list[str]) -> None:
+    folders = [planned / name for name in ("plugs", "finetuned", "export", "images", "scores")]
+    measured = [planned / "plan" / name for name in ("costs.json", "width.json")]
+    before, times = modified(*folders), [path.stat().st_mtime_ns for path in measured]
+    outcome = succeed(*command)
+    for stage in ("depth", "width", "plan", "finetune", "export", "generate", "evaluate"):
+        assert any(line.split()[:2] == [stage, "reused"] for line in outcome.out.splitlines()), stage
+    assert outcome.out.count("generate  reused ") == len(VARIANTS)
+    assert modified(*folders) == before
+    assert [path.stat().st_mtime_ns for path in measured] == times
+
+
+@pytest.mark.parametrize("name", ["params", "memory_gb", "latency_ratio"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_another_budget_is_served_from_the_same_measurements(
+    again: list[str], tmp_path: Path, name: str, share: float
+) -> None:
+    """Whatever is asked for between the teacher and everything plugged in; nothing is measured again."""
+    plan = tmp_path / "budget" / "plan"
+    before = (plan / "costs.json").stat().st_mtime_ns
+    costs = load(plan / "costs.json")
+    whole = costs["teacher"].get(name, 1.0)
+    target = whole - share * sum(unit["savings"][name] for unit in costs["units"])
+    if name == "params":
+        target /= whole
+    outcome = succeed(*again, f"budget.{name}={target:.12f}" if share else f"budget.{name}={target}", PLAN)
+    assert "plan  reused" in outcome.out
+    assert (plan / "costs.json").stat().st_mtime_ns == before
+    choice = load(plan / "choice.json")
+    assert choice["budget"][0] == name
+    reached = choice["params_ratio" if name == "params" else name]
+    assert reached <= target * (1 + 1e-6)
+    assert not share or choice["plugged"]
+    if name != "latency_ratio":  # where noise may make a plug cost time
+        assert len(choice["plugged"]) == len(PLUG_NAMES + PROJECTORS) or share < 1
+        assert share or choice["plugged"] == []
+    chosen = [unit for unit in costs["units"] if unit["name"] in choice["plugged"]]
+    assert all(set(unit["needs"]) <= set(choice["plugged"]) for unit in chosen)
+
+
+def test_distillation_losses_may_be_the_cost(again: list[str], tmp_path: Path) -> None:
+    succeed(*again, f"budget.params={BUDGET}", "budget.cost=loss", PLAN)
+    choice = load(tmp_path / "budget" / "plan" / "choice.json")
+    costs = load(tmp_path / "budget" / "plan" / "costs.json")
+    losses = sum(unit["costs"]["loss"] for unit in costs["units"] if unit["name"] in choice["plugged"])
+    assert choice["budget"] == ["params", BUDGET, "loss"]
+    assert choice["predicted_error"] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize(
+    "budget", ["budget.params=0.05", "budget.params=1000", "budget.latency_ratio=1e-6", "budget.memory_gb=1e-6"]
+)
+def test_a_budget_out_of_reach_names_the_range(again: list[str], tmp_path: Path, budget: str) -> None:
+    before = digests(tmp_path / "budget")
+    outcome = ppcl(*again, budget, PLAN)
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    name, value = budget.split("=")
+    assert f"{name}={float(value):g} is out of reach" in outcome.err
+    costs = load(tmp_path / "budget" / "plan" / "costs.json")
+    measure = name.removeprefix("budget.")
+    whole = costs["teacher"].get(measure, 1.0)
+    least = whole - sum(max(0, unit["savings"][measure]) for unit in costs["units"])
+    written = f"{least / whole:.3f}" if measure == "params" else f"{least:.3g}"
+    assert f"from {written}" in outcome.err
+    assert digests(tmp_path / "budget") == before
+
+
+def test_another_budget_needs_a_plan_of_its_own(again: list[str], tmp_path: Path) -> None:
+    before = digests(tmp_path / "budget")
+    outcome = ppcl(*again, "budget.params=0.8", FINETUNE)
+    assert outcome.code == 2
+    assert "stages=[plan]" in outcome.err
+    assert f"budget.params={BUDGET}" in outcome.err
+    assert "budget.params=0.8" in outcome.err
+    assert digests(tmp_path / "budget") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("finetune.lr=0.5", "finetune.lr=0.001, now 0.5"),
+        ("finetune.ema_decay=0", "finetune.ema_decay=0.5, now 0.0"),
+        ("finetune.optimizer=adamw", "finetune.optimizer='muon', now 'adamw'"),
+    ],
+)
+def test_changed_finetune_setting_is_refused(again: list[str], tmp_path: Path, change: str, key: str) -> None:
+    before = digests(tmp_path / "budget")
+    outcome = ppcl(*again, f"budget.params={BUDGET}", STAGES, change)
+    assert outcome.code == 2
+    assert key in outcome.err
+    assert "name=" in outcome.err
+    # choice.json and frontier.png are made anew by the plan, which comes before; both come out as they were.
+    assert digests(tmp_path / "budget") == before
+
+
+def test_a_tuned_model_of_another_plan_is_not_passed_off(again: list[str], tmp_path: Path) -> None:
+    """Tuned under one budget, then planned for another: drawing the old model as the new one would be a lie."""
+    run = tmp_path / "budget"
+    for name in ("images", "scores", "export", "report"):
+        shutil.rmtree(run / name)
+    everything = load(run / "plan" / "costs.json")["frontier"]["velocity"][-1]["params_ratio"]
+    outcome = ppcl(
+        *again, f"budget.params={everything + 1e-6}", "stages=[plan,export]", "export.variant=ppcl-finetuned"
+    )
+    assert outcome.code == 2, outcome.out
+    assert "finetune" in outcome.err
+    assert not (run / "export").exists()
+
+
+def test_killed_finetuning_resumes_exactly(options: list[str], planned: Path, tmp_path: Path) -> None:
+    long = [f"budget.params={BUDGET}", "finetune.steps=40", "finetune.checkpoint_every=2", FINETUNE]
+    results = {}
+    for name in ("whole", "killed"):
+        run = tmp_path / name / "budget"
+        for folder in ("plan", "plugs"):
+            shutil.copytree(planned / folder, run / folder)
+        command = [*options, f"paths.runs_dir={tmp_path / name}", *long]
+        if name == "killed":
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ppcl", *command],
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            while not (run / "finetune-checkpoint" / "last.ckpt").exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
+            assert not (run / "finetuned").exists()
+        outcome = succeed(*command)
+        assert ("resuming from" in outcome.out) == (name == "killed")
+        results[name] = weights(run)
+        assert not (run / "finetune-checkpoint").exists()
+        assert "finetune  reused" in succeed(*command).out
+    assert_same_tensors(results["killed"], results["whole"])
