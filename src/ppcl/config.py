@@ -86,7 +86,7 @@ class WidthConfig:
     source: str = "none"
     path: str | None = None
     family: str | None = None
-    transformer_blocks: WidthSet | None = None
+    transformer_blocks: WidthSet = field(default_factory=WidthSet)
     text_threshold: float = 0.999
     num_text: int | None = None
     num_ffn: int = 3

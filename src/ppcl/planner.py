@@ -1,7 +1,8 @@
 """Chooses what to plug in under a budget: the cheapest set of plugs that saves enough (plug and play).
 
-Costs and savings of plugs are taken as additive, so the choice is a knapsack with precedences: a 0/1
-linear programme, solved exactly. What it predicts is measured afterwards, by whoever asks.
+Costs and savings of plugs are taken as additive but for pairs that save some of the same, so the choice is
+a knapsack with precedences: a 0/1 linear programme, solved exactly. What it predicts is measured
+afterwards, by whoever asks.
 """
 
 from __future__ import annotations
@@ -27,6 +28,21 @@ class Unit:
     costs: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class Overlap:
+    """What two units save less together than the sum of both: a block's text FFN goes with either of them."""
+
+    names: tuple[str, str]
+    savings: dict[str, float] = field(default_factory=dict)
+
+
+def total_saving(units: Sequence[Unit], overlaps: Sequence[Overlap], names: Iterable[str], measure: str) -> float:
+    """What `names` save together."""
+    chosen = set(names)
+    saved = sum(unit.savings[measure] for unit in units if unit.name in chosen)
+    return saved - sum(overlap.savings[measure] for overlap in overlaps if chosen.issuperset(overlap.names))
+
+
 def closure(units: Sequence[Unit], names: Iterable[str]) -> set[str]:
     """`names` with everything they need, directly or not."""
     needs = {unit.name: unit.needs for unit in units}
@@ -40,7 +56,9 @@ def closure(units: Sequence[Unit], names: Iterable[str]) -> set[str]:
     return found
 
 
-def choose(units: Sequence[Unit], measure: str, saving: float, cost: str) -> list[str] | None:
+def choose(
+    units: Sequence[Unit], measure: str, saving: float, cost: str, overlaps: Sequence[Overlap] = ()
+) -> list[str] | None:
     """The names, in order, whose costs sum to the least and whose savings to `saving` or more; None if none do.
 
     Units that cost nothing by the measurement (its noise may even be negative) are taken for the smallest
@@ -49,29 +67,42 @@ def choose(units: Sequence[Unit], measure: str, saving: float, cost: str) -> lis
     if saving <= 0 or not units:
         return [] if saving <= 0 else None
     index = {unit.name: number for number, unit in enumerate(units)}
-    saved = np.array([unit.savings[measure] for unit in units])
+    size = len(units) + len(overlaps)  # the units, then whether both of each overlapping pair are taken
+    saved = np.array([item.savings[measure] for item in units] + [-item.savings[measure] for item in overlaps])
     costs = np.array([unit.costs[cost] for unit in units])
     positive = costs[costs > 0]
     costs = np.maximum(costs, 1e-6 * positive.min() if positive.size else 1.0)
     scale = np.abs(saved).max()
     constraints = [LinearConstraint(saved / scale, lb=saving / scale * (1 - 1e-12))]
+
+    def constrain(weights: dict[int, float], least: float) -> None:
+        row = np.zeros(size)
+        row[list(weights)] = list(weights.values())
+        constraints.append(LinearConstraint(row, lb=least))
+
     for unit in units:
-        for need in unit.needs:  # x_unit <= x_need
-            row = np.zeros(len(units))
-            row[index[need]], row[index[unit.name]] = 1, -1
-            constraints.append(LinearConstraint(row, lb=0))
-    found = milp(costs / costs.max(), constraints=constraints, bounds=Bounds(0, 1), integrality=np.ones(len(units)))
+        for need in unit.needs:
+            constrain({index[need]: 1, index[unit.name]: -1}, 0)  # x_unit <= x_need
+    for number, overlap in enumerate(overlaps, start=len(units)):
+        first, second = (index[name] for name in overlap.names)
+        constrain({number: 1, first: -1, second: -1}, -1)  # both: x_first + x_second - 1 <= x_pair
+        constrain({number: -1, first: 1}, 0)
+        constrain({number: -1, second: 1}, 0)
+    objective = np.concatenate([costs / costs.max(), np.zeros(len(overlaps))])
+    found = milp(objective, constraints=constraints, bounds=Bounds(0, 1), integrality=np.ones(size))
     if found.x is None:
         return None
-    return [unit.name for unit, taken in zip(units, found.x > 0.5, strict=True) if taken]
+    return [unit.name for unit, taken in zip(units, found.x[: len(units)] > 0.5, strict=True) if taken]
 
 
-def frontier(units: Sequence[Unit], measure: str, cost: str, num_points: int) -> list[list[str]]:
+def frontier(
+    units: Sequence[Unit], measure: str, cost: str, num_points: int, overlaps: Sequence[Overlap] = ()
+) -> list[list[str]]:
     """Choices for savings from nothing to everything in equal steps, each once."""
-    everything = sum(unit.savings[measure] for unit in units)
+    everything = total_saving(units, overlaps, [unit.name for unit in units], measure)
     choices: list[list[str]] = []
     for point in range(num_points):
-        choice = choose(units, measure, everything * point / max(1, num_points - 1) * (1 - 1e-9), cost)
+        choice = choose(units, measure, everything * point / max(1, num_points - 1) * (1 - 1e-9), cost, overlaps)
         if choice is not None and choice not in choices:
             choices.append(choice)
     return choices

@@ -285,7 +285,7 @@ def resolve_width(config: Config) -> Width | None:
     given: Width = {
         stack: {"text": sorted(sets.text), "ffn": sorted(sets.ffn)}
         for stack in ("transformer_blocks",)
-        if (sets := getattr(settings, stack)) is not None
+        if (sets := getattr(settings, stack)).text or sets.ffn
     }
     if given and settings.source != "given":
         raise UsageError(f"width.{next(iter(given))} is read only with width.source=given; it is {settings.source}.")

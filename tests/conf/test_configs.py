@@ -11,8 +11,9 @@ from ppcl.config import STAGE_ORDER, register_schema
 from ppcl.errors import UsageError
 from ppcl.families import get_family
 from ppcl.families.tiny_qwen_image import build_pipeline
+from ppcl.layers import Layout
 from ppcl.surgery.count import count_parameters
-from ppcl.validation import model_folder, num_layers, parse, read_prompts, resolve_intervals
+from ppcl.validation import model_folder, num_layers, parse, read_prompts, resolve_intervals, resolve_width
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
@@ -72,7 +73,9 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path):
     if group == "intervals" and content.get("family"):
         overrides = [f"model={model_of(content['family'])}"]
     if choice == "from_plan":
-        overrides = [*overrides, f"intervals.path={write_plan(tmp_path / 'plan.json')}"]
+        overrides = [*overrides, f"{group}.path={write_plan(tmp_path / 'plan.json')}"]
+    if group == "width" and content.get("family"):
+        overrides = [f"model={model_of(content['family'])}", f"intervals={choice}"]
     if file == "model/auto":
         overrides = auto[1:]
     if group and group != "hydra/help":
@@ -161,6 +164,15 @@ def test_the_papers_headline_sizes():
     assert (round(counts["teacher"] / 1e9, 3), round(counts["student"] / 1e9, 3)) == (20.430, 11.935)
     block = (counts["teacher"] - counts["student"]) / 25
     assert block == pytest.approx(36 * 3072**2, rel=1e-3)  # a dual block is 36 D^2 but for biases and norms
+
+
+def test_the_papers_width_sets_leave_what_it_says():
+    config = parsed("model=qwen_image", "intervals=qwen_image_paper", "width=qwen_image_paper")
+    layout = Layout(config.width.text_output, config.width.keep_text_query)
+    sets = resolve_intervals(config), resolve_width(config)
+    counts = count_parameters(get_family("qwen_image"), config.model.arch, *sets, layout)
+    assert (round(counts["depth"] / 1e9, 3), round(counts["student"] / 1e9, 3)) == (11.935, 10.528)
+    assert counts["teacher"] > counts["depth"] > counts["text"] > counts["ffn"] == counts["student"]
 
 
 # Mistakes
@@ -277,7 +289,7 @@ def test_a_model_folder_that_is_none_is_refused(tmp_path):
     assert "model.path" in refused(["model=auto"])
 
 
-@pytest.mark.parametrize("stage", ["probe", "detect", "depth", "export", "generate", "evaluate"])
+@pytest.mark.parametrize("stage", ["probe", "detect", "depth", "width", "finetune", "export", "generate", "evaluate"])
 def test_stages_that_need_weights_say_so(stage):
     sentence = refused(["model=qwen_image", f"stages=[plan,{stage}]"])
     assert f"stages=[{stage}]" in sentence

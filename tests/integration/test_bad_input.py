@@ -14,6 +14,9 @@ from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppc
 
 from ppcl.artifacts import Header, fingerprint
 
+GIVEN = "width.source=given"
+TEXT, FFN = "width.transformer_blocks.text=[{}]", "width.transformer_blocks.ffn=[{}]"
+
 
 def assert_one_sentence(outcome: Outcome, *fragments: str) -> None:
     assert outcome.code == 2, outcome.err
@@ -78,6 +81,54 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ([INTERVALS, "stages=[export]"], ["plugs", *PLUG_NAMES]),
         ([INTERVALS, "stages=[report]", "generate.variants=[teacher]"], ["manifest.json", "stages=[generate]"]),
         (["stages=[generate]", "generate.prompt_file=/nonesuch.txt"], ["/nonesuch.txt"]),
+        (["stages=[width]", INTERVALS], ["stages=[width]", "width=auto"]),
+        (["width=sideways", "stages=[plan]"], ["width=sideways", "qwen_image_paper"]),
+        (["width.source=measured"], ["width.source=measured", "auto"]),
+        (["width.source=given", INTERVALS], ["width.source=given", "width.transformer_blocks"]),
+        (["width={text:[5]}"], ["width="]),
+        ([TEXT.format("5")], ["width.transformer_blocks", "width.source=given"]),
+        ([GIVEN, INTERVALS, TEXT.format("4")], ["width.transformer_blocks.text", "block 4", "0-1, 3, 5"]),
+        ([GIVEN, INTERVALS, FFN.format("2")], ["width.transformer_blocks.ffn", "block 2", "0-1, 3, 5"]),
+        ([GIVEN, INTERVALS, TEXT.format("6")], ["width.transformer_blocks.text", "block 6"]),
+        ([GIVEN, INTERVALS, TEXT.format("-1")], ["width.transformer_blocks.text", "block -1"]),
+        ([GIVEN, INTERVALS, TEXT.format("5,5")], ["width.transformer_blocks.text", "block 5 twice"]),
+        ([GIVEN, INTERVALS, FFN.format("3,0,3")], ["width.transformer_blocks.ffn", "block 3 twice"]),
+        ([GIVEN, INTERVALS, TEXT.format("0,1")], ["width.transformer_blocks.text", "block 0"]),
+        ([GIVEN, INTERVALS, TEXT.format("x")], ["width.transformer_blocks.text", "x"]),
+        (["width=qwen_image_paper", INTERVALS], ["width.transformer_blocks.text", "block 37", "0-1, 3, 5"]),
+        (["width=from_plan", INTERVALS], ["width=from_plan", "width.path"]),
+        (["width=from_plan", "width.path=/nonesuch.json", INTERVALS], ["width.path", "/nonesuch.json"]),
+        (["width.path=/some/plan.json"], ["width.path=/some/plan.json", "width=from_plan"]),
+        (["width.text_threshold=2"], ["width.text_threshold=2"]),
+        (["width.text_threshold=0"], ["width.text_threshold=0"]),
+        (["width.text_output=first"], ["width.text_output=first", "last"]),
+        (["width.num_ffn=-1"], ["width.num_ffn=-1"]),
+        (["width.num_text=-1"], ["width.num_text=-1"]),
+        (["width.num_batches=0"], ["width.num_batches=0"]),
+        (["width.steps=-1"], ["width.steps=-1"]),
+        (["budget.params=0.6", "budget.latency_ratio=0.5"], ["budget.params", "budget.latency_ratio"]),
+        (["budget.params=0.6", "budget.memory_gb=1", "budget.latency_ratio=0.5"], ["budget.memory_gb"]),
+        (["budget.params=0"], ["budget.params=0"]),
+        (["budget.memory_gb=-1"], ["budget.memory_gb=-1"]),
+        (["budget.latency_ratio=0"], ["budget.latency_ratio=0"]),
+        (["budget.params=small"], ["budget.params", "small"]),
+        (["budget.cost=price"], ["budget.cost=price", "velocity"]),
+        (["budget.num_batches=0"], ["budget.num_batches=0"]),
+        (["model=qwen_image", "budget.params=0.6", "stages=[plan]"], ["budget.params", "model.path"]),
+        ([INTERVALS, "stages=[generate]", "generate.variants=[teacher,ppcl-planned]"], ["ppcl-planned", "budget"]),
+        ([INTERVALS, "stages=[plan]", "budget.params=0.6"], ["plugs", *PLUG_NAMES, "stages=[depth]"]),
+        (["finetune.output_weight=0", "finetune.flow_weight=0"], ["finetune.output_weight", "finetune.flow_weight"]),
+        (["finetune.output_weight=-1"], ["finetune.output_weight=-1"]),
+        (["finetune.ema_decay=1"], ["finetune.ema_decay=1"]),
+        (["finetune.ema_decay=-0.1"], ["finetune.ema_decay=-0.1"]),
+        (["finetune.optimizer=sgd"], ["finetune.optimizer=sgd", "muon"]),
+        (["finetune.steps=0"], ["finetune.steps=0"]),
+        (["finetune.batch_size=0"], ["finetune.batch_size=0"]),
+        (["finetune.lr=-1"], ["finetune.lr=-1"]),
+        (["finetune.muon_lr=-1"], ["finetune.muon_lr=-1"]),
+        ([INTERVALS, "stages=[finetune]"], ["plugs", *PLUG_NAMES, "stages=[depth]"]),
+        ([INTERVALS, "stages=[export]", "export.variant=nonsense"], ["export.variant=nonsense", "ppcl-depth"]),
+        ([INTERVALS, "stages=[export]", "export.variant=teacher"], ["export.variant=teacher", "ppcl-depth"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -89,6 +140,32 @@ def test_argument_is_named(command: list[str], arguments: list[str], fragments: 
     if "model" in overridden:  # another group: the settings of this one need not fit
         kept = [argument for argument in kept if not argument.startswith("model.")]
     assert_one_sentence(ppcl(*kept, *stages, *arguments), *fragments)
+    runs = Path(next(a for a in command if a.startswith("paths.runs_dir=")).partition("=")[2])
+    # Nothing is written but the record of a command that got as far as its stages.
+    assert {path.name for path in runs.rglob("*") if path.is_file()} <= {"config.yaml", "versions.json"}
+
+
+@pytest.mark.usefixtures("no_model")
+def test_width_sets_nobody_selected_are_named(command: list[str], trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "plugs", tmp_path / "runs" / "bad" / "plugs")
+    outcome = ppcl(*command, INTERVALS, "width=auto", "stages=[generate]", "generate.variants=[teacher,ppcl-width]")
+    assert_one_sentence(outcome, "width=auto", "stages=[width]")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_projectors_that_are_missing_are_named(command: list[str], trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "plugs", tmp_path / "runs" / "bad" / "plugs")
+    outcome = ppcl(*command, INTERVALS, GIVEN, FFN.format(0), "stages=[generate]", "generate.variants=[ppcl-width]")
+    assert_one_sentence(outcome, "transformer_blocks.0.ffn", "stages=[width]")
+
+
+@pytest.mark.parametrize(("key", "value"), [("text", [3, 5]), ("ffn", [0])])
+@pytest.mark.usefixtures("no_model")
+def test_width_sets_may_be_given_one_by_one(command: list[str], key: str, value: list[int]) -> None:
+    """As the refusal of `width.source=given` without sets says."""
+    given = f"width.transformer_blocks.{key}={value}".replace(" ", "")
+    outcome = succeed(*command, INTERVALS, GIVEN, given, "stages=[plan]")
+    assert f"without {key}: {' '.join(map(str, value))}" in outcome.out
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,18 @@ from ppcl.surgery.plugboard import plug
 PROMPTS = ["a red circle", "two squares", "a blue cross left of a circle"]
 ARGUMENTS = {"height": 32, "width": 32, "num_inference_steps": 2, "true_cfg_scale": 3.0, "output_type": "np"}
 
-# What a user of the export runs: one import beside diffusers. Everything else would be a helping hand.
+# What a user of the export runs: one import beside diffusers, or one flag. Everything else would be a helping hand.
+WAYS = {
+    "import": ("import ppcl", {}),
+    "remote code": ("sys.modules['ppcl'] = None  # as where it is not installed", {"trust_remote_code": True}),
+}
 LOADER = """
 import json, sys
-import ppcl
+{first}
 from diffusers import DiffusionPipeline
 
 folder, prompts, arguments, target = sys.argv[1], *map(json.loads, sys.argv[2:4]), sys.argv[4]
-pipeline = DiffusionPipeline.from_pretrained(folder)
+pipeline = DiffusionPipeline.from_pretrained(folder, **{flags})
 pipeline.set_progress_bar_config(disable=True)
 import numpy, torch
 images = pipeline(
@@ -33,14 +38,15 @@ images = pipeline(
 ).images
 numpy.save(target, images)
 transformer = pipeline.transformer
-print(json.dumps({
-    "class": f"{type(transformer).__module__}.{type(transformer).__qualname__}",
+print(json.dumps({{
+    "class": type(transformer).__module__ + "." + type(transformer).__qualname__,
     "pipeline": type(pipeline).__name__,
     "blocks": len(transformer.transformer_blocks),
     "config": dict(transformer.config),
     "params": sum(p.numel() for p in transformer.parameters()),
     "extra_modules": sorted(name for name in sys.modules if name.startswith("ppcl.")),
-}, default=str))
+    "vae": type(pipeline.vae).__module__,
+}}, default=str))
 """
 
 
@@ -49,17 +55,25 @@ def draw(pipeline) -> np.ndarray:
     return pipeline(PROMPTS, negative_prompt=[""] * len(PROMPTS), generator=generators, **ARGUMENTS).images
 
 
-@pytest.fixture(scope="module")
-def loaded(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, np.ndarray]:
+@pytest.fixture(scope="module", params=list(WAYS))
+def loaded(
+    request: pytest.FixtureRequest, chain: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict, np.ndarray]:
     """What a fresh process finds in the export, and draws with it."""
     target = tmp_path_factory.mktemp("drawn") / "images.npy"
     arguments = [str(chain / "export"), json.dumps(PROMPTS), json.dumps(ARGUMENTS), str(target)]
-    # Started elsewhere, so that no file of the repository helps.
+    first, flags = WAYS[request.param]
+    # Started elsewhere, so that no file of the repository helps, nor code that an earlier process kept.
     done = subprocess.run(
-        [sys.executable, "-c", LOADER, *arguments], cwd=target.parent, capture_output=True, text=True, check=False
+        [sys.executable, "-c", LOADER.format(first=first, flags=flags), *arguments],
+        cwd=target.parent,
+        env=os.environ | {"HF_MODULES_CACHE": str(target.parent / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), np.load(target)
+    return json.loads(done.stdout.splitlines()[-1]) | {"way": request.param}, np.load(target)
 
 
 def test_stock_classes_load_it(loaded: tuple[dict, np.ndarray]) -> None:
@@ -67,7 +81,25 @@ def test_stock_classes_load_it(loaded: tuple[dict, np.ndarray]) -> None:
     assert facts["pipeline"] == "QwenImagePipeline"
     assert facts["class"] == "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel"
     # The vae is the one component that is ours; nothing of the pruning code takes part.
-    assert all(name.startswith("ppcl.models") for name in facts["extra_modules"])
+    assert all(name == "ppcl._diffusers" or name.startswith("ppcl.models") for name in facts["extra_modules"])
+    if facts["way"] == "remote code":
+        assert facts["extra_modules"] == []
+        assert facts["vae"].startswith("diffusers_modules.")
+
+
+def test_code_lies_beside_what_is_ours(chain: Path) -> None:
+    """The vae's source, word for word; the transformer is stock and needs none."""
+    import ppcl.models.autoencoder_pixel_unshuffle as source
+
+    export = chain / "export"
+    index = json.loads((export / "model_index.json").read_text())
+    assert index["vae"] == ["autoencoder_pixel_unshuffle", "AutoencoderPixelUnshuffle"]
+    assert index["transformer"] == ["diffusers", "QwenImageTransformer2DModel"]
+    config = json.loads((export / "vae" / "config.json").read_text())
+    assert config["auto_map"] == {"AutoModel": "autoencoder_pixel_unshuffle.AutoencoderPixelUnshuffle"}
+    assert [str(path.relative_to(export)) for path in export.rglob("*.py")] == ["vae/autoencoder_pixel_unshuffle.py"]
+    copied = export / "vae" / "autoencoder_pixel_unshuffle.py"
+    assert copied.read_bytes() == Path(source.__file__).read_bytes()
 
 
 def test_config_says_what_is_left(chain: Path, loaded: tuple[dict, np.ndarray]) -> None:

@@ -113,6 +113,21 @@ class LinearFamily(Family):
     def sampling_arguments(self, sampling, batch_size):
         return {}
 
+    def pruned_config(self, text, ffn, layout):
+        raise NotImplementedError
+
+    def width_roles(self, text, ffn, num_layers, layout):
+        raise NotImplementedError
+
+    def prune_block(self, block, role, projectors):
+        raise NotImplementedError
+
+    def text_qkv_input(self, block, kwargs):
+        raise NotImplementedError
+
+    def with_text(self, kwargs, text, reference):
+        raise NotImplementedError
+
 
 @pytest.fixture(scope="session")
 def make_linear_teacher():

@@ -35,19 +35,27 @@ def interleaved_latency_ms(
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Sums the storages that operations return while they live; `peak` is the highest sum."""
+class LiveBytes(TorchDispatchMode):
+    """Sums the storages that operations return while they live; `peak` is the highest sum.
+
+    `resident` is the size of all that was there before and was used: weights, optimiser state, inputs.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._seen: set[int] = set()
-        self._resident: set[int] = set()
+        self._resident: dict[int, int] = {}
+
+    @property
+    def resident(self) -> int:
+        return sum(self._resident.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
-                self._resident.add(tensor.untyped_storage()._cdata)  # weights and inputs: there before
+                storage = tensor.untyped_storage()
+                self._resident[storage._cdata] = storage.nbytes()
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -77,6 +85,6 @@ def peak_memory_mb(step: Callable[[], object], resident_bytes: int, device: torc
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) / 1e6
-    with _LiveBytes() as recorded:
+    with LiveBytes() as recorded:
         step()
     return (resident_bytes + recorded.peak) / 1e6

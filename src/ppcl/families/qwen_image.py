@@ -29,6 +29,7 @@ from ppcl.models.transformer_qwen_image_pruned import (
     text_qkv_input,
     width_roles,
 )
+from ppcl.surgery.share import load_shared
 from ppcl.taps import Streams
 
 
@@ -137,9 +138,7 @@ class QwenImage(Family):
                 state[key] = projectors[key].to(device, dtype)
             else:
                 state[key] = torch.zeros(empty.shape, dtype=dtype, device=device)
-        pruned.load_state_dict(state, assign=True)
-        for name, parameter in pruned.named_parameters():
-            parameter.requires_grad_(name in own and own[name].requires_grad)
+        load_shared(pruned, state)
         return pruned.train(block.training)
 
     def text_qkv_input(self, block: nn.Module, kwargs: dict[str, Any]) -> Tensor:

@@ -13,11 +13,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from ppcl.artifacts import Header, Projector, is_current, read_json, write_json
+from ppcl.artifacts import Header, is_current, projector_name, read_json, write_json
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.data.batches import TrainingBatch
 from ppcl.errors import UsageError
-from ppcl.planner import Unit, choose, closure, frontier
+from ppcl.planner import Overlap, Unit, choose, closure, frontier, total_saving
 from ppcl.report import plots
 from ppcl.stages.evaluate import denoising_step
 from ppcl.stages.plan import billions
@@ -145,38 +145,60 @@ class _Meter:
         return times["before"] - times["after"]
 
 
+def _changed_blocks(plugs: Plugs, name: str) -> set[BlockKey]:
+    if name in plugs.students:
+        plug = plugs.students[name]
+        return {(plug.stack, index) for index in range(plug.interval[0], plug.interval[1] + 1)}
+    return {(plugs.projectors[name].stack, plugs.projectors[name].index)}
+
+
+def _measure_savings(meter: _Meter, before: set[str], after: set[str], changed: set[BlockKey]) -> dict[str, float]:
+    saved = meter.params(before) - meter.params(after)
+    return {
+        "params": saved,
+        "memory_gb": saved * meter.bytes_per_param / 1e9,
+        "latency_ratio": meter.milliseconds_saved(before, after, changed) / meter.teacher_ms,
+    }
+
+
 def _measure_units(run: Run, plugs: Plugs, meter: _Meter) -> list[Unit]:
     units = find_units(plugs)
     for unit in track(units, "costs of plugs", console=run.console, transient=True):
         after = closure(units, [unit.name])
         before = after - {unit.name}
-        if unit.name in plugs.students:
-            plug = plugs.students[unit.name]
-            changed = {(plug.stack, index) for index in range(plug.interval[0], plug.interval[1] + 1)}
-        else:
-            item: Projector = plugs.projectors[unit.name]
-            changed = {(item.stack, item.index)}
-        saved = meter.params(before) - meter.params(after)
-        unit.savings = {
-            "params": saved,
-            "memory_gb": saved * meter.bytes_per_param / 1e9,
-            "latency_ratio": meter.milliseconds_saved(before, after, changed) / meter.teacher_ms,
-        }
+        unit.savings = _measure_savings(meter, before, after, _changed_blocks(plugs, unit.name))
         unit.costs = {"velocity": meter.error(after) - meter.error(before), "loss": _loss(plugs, unit.name)}
     return units
 
 
-def _measure_frontier(run: Run, units: list[Unit], meter: _Meter) -> dict[str, list[dict[str, Any]]]:
+def _measure_overlaps(run: Run, plugs: Plugs, units: list[Unit], meter: _Meter) -> list[Overlap]:
+    """The text and the FFN projectors of one block: the text's FFN goes with either."""
+    by_name = {unit.name: unit for unit in units}
+    overlaps = []
+    for name, item in plugs.projectors.items():
+        partner = projector_name(item.stack, item.index, "ffn")
+        if item.kind != "text" or partner not in by_name:
+            continue
+        both = closure(units, [name, partner])
+        together = _measure_savings(meter, both - {name, partner}, both, _changed_blocks(plugs, name))
+        alone = by_name[name].savings, by_name[partner].savings
+        overlaps.append(Overlap((name, partner), {key: sum(s[key] for s in alone) - together[key] for key in together}))
+    return overlaps
+
+
+def _measure_frontier(
+    run: Run, units: list[Unit], overlaps: list[Overlap], meter: _Meter
+) -> dict[str, list[dict[str, Any]]]:
     points: dict[str, list[dict[str, Any]]] = {}
     for cost in COSTS:
-        choices = frontier(units, "params", cost, NUM_POINTS)
+        choices = frontier(units, "params", cost, NUM_POINTS, overlaps)
         points[cost] = []
         for names in track(choices, f"frontier by {cost}", console=run.console, transient=True):
-            points[cost].append(_point(units, names, cost, meter))
+            points[cost].append(_point(units, overlaps, names, cost, meter))
     return points
 
 
-def _point(units: list[Unit], names: list[str], cost: str, meter: _Meter) -> dict[str, Any]:
+def _point(units: list[Unit], overlaps: list[Overlap], names: list[str], cost: str, meter: _Meter) -> dict[str, Any]:
     chosen = [unit for unit in units if unit.name in names]
     params = meter.params(set(names))
     return {
@@ -184,8 +206,8 @@ def _point(units: list[Unit], names: list[str], cost: str, meter: _Meter) -> dic
         "num_layers": sum(len(kept) for kept in meter.board.kept.values()),
         "params": params,
         "params_ratio": params / meter.teacher_params,
-        "latency_ratio": 1 - sum(unit.savings["latency_ratio"] for unit in chosen),
-        "memory_gb": meter.memory_gb - sum(unit.savings["memory_gb"] for unit in chosen),
+        "latency_ratio": 1 - total_saving(units, overlaps, names, "latency_ratio"),
+        "memory_gb": meter.memory_gb - total_saving(units, overlaps, names, "memory_gb"),
         "predicted": sum(unit.costs[cost] for unit in chosen),
         "velocity_error": meter.error(set(names)),
     }
@@ -210,10 +232,12 @@ def measure(run: Run, plugs: Plugs) -> dict[str, Any]:
     switch = Switch(run, plugs)
     meter = _Meter(run, switch.board)
     units = _measure_units(run, plugs, meter)
+    overlaps = _measure_overlaps(run, plugs, units, meter)
     body = {
         "teacher": {"params": meter.teacher_params, "memory_gb": meter.memory_gb, "latency_ms": meter.teacher_ms},
         "units": [asdict(unit) for unit in units],
-        "frontier": _measure_frontier(run, units, meter),
+        "overlaps": [asdict(overlap) for overlap in overlaps],
+        "frontier": _measure_frontier(run, units, overlaps, meter),
     }
     switch.restore()
     write_json(path, header.to_json() | body)
@@ -231,12 +255,14 @@ def compare_costs(points: dict[str, list[dict[str, Any]]]) -> float:
     return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
 
 
-def target_of(name: str, value: float, teacher: dict[str, float], units: Sequence[Unit]) -> float:
+def target_of(
+    name: str, value: float, teacher: dict[str, float], units: Sequence[Unit], overlaps: Sequence[Overlap] = ()
+) -> float:
     """What has to be saved for `budget.<name>=<value>`; `UsageError` says what is reachable where it is not."""
     whole = {"params": teacher["params"], "memory_gb": teacher["memory_gb"], "latency_ratio": 1.0}[name]
     allowed = value * whole if name == "params" and value <= 1 else value
     saving = whole - allowed
-    most = sum(unit.savings[name] for unit in units if unit.savings[name] > 0)
+    most = total_saving(units, overlaps, [unit.name for unit in units], name)
     least = whole - most
 
     def written(amount: float) -> str:
@@ -260,6 +286,7 @@ def plan_budget(run: Run) -> None:
     plugs = required_plugs(run)
     costs = measure(run, plugs)
     units = [Unit(**unit) for unit in costs["units"]]
+    overlaps = [Overlap(tuple(pair["names"]), pair["savings"]) for pair in costs["overlaps"]]
     points = costs["frontier"][cost]
     _show_frontier(run, points)
     run.say(
@@ -267,20 +294,20 @@ def plan_budget(run: Run) -> None:
         f"by measured velocity error the plans' error is {compare_costs(costs['frontier']):.2f}x that of plans by "
         "distillation loss (mean over the frontier)",
     )
-    saving = target_of(name, value, costs["teacher"], units)
-    choice = choose(units, name, saving, cost)
+    saving = target_of(name, value, costs["teacher"], units, overlaps)
+    choice = choose(units, name, saving, cost, overlaps)
     if choice is None:
         raise UsageError(f"budget.{name}={value:g}: no set of plugs saves enough; `stages=[plan]` lists what is there.")
     chosen = [unit for unit in units if unit.name in choice]
-    params = costs["teacher"]["params"] - sum(unit.savings["params"] for unit in chosen)
+    params = costs["teacher"]["params"] - total_saving(units, overlaps, choice, "params")
     body = {
         "format": "ppcl.choice",
         "budget": [name, value, cost],
         "plugged": choice,
         "params": round(params),
         "params_ratio": params / costs["teacher"]["params"],
-        "latency_ratio": 1 - sum(unit.savings["latency_ratio"] for unit in chosen),
-        "memory_gb": costs["teacher"]["memory_gb"] - sum(unit.savings["memory_gb"] for unit in chosen),
+        "latency_ratio": 1 - total_saving(units, overlaps, choice, "latency_ratio"),
+        "memory_gb": costs["teacher"]["memory_gb"] - total_saving(units, overlaps, choice, "memory_gb"),
         "predicted_error": sum(unit.costs[cost] for unit in chosen),
     }
     write_json(run.choice_path, body)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from ppcl.artifacts import Header, atomic_path, fingerprint, is_current, write_json
+from ppcl.callbacks.cost import TrainingCost
 from ppcl.callbacks.progress import StepProgress
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
@@ -95,6 +96,7 @@ def fit(
             enable_version_counter=False,
         )
     ]
+    callbacks.append(TrainingCost(run.folder / "logs" / f"{stage}_cost.json"))
     if run.config.trainer.progress:
         callbacks.append(StepProgress(stage, run.console))
     logger = make_logger(run, stage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -88,6 +88,7 @@ class WidthDistillation(LocalDistillation):
     A pruned block is called with the teacher's T_{j-1}, and with the text that its reference block would
     hand it were the teacher run up to there. It learns Eq. 11, the direction of its output per stream, and
     Eq. 12, the distance of every projector's output to what it stands for, relative to that one's norm.
+    `only` names the blocks that are trained (`transformer_blocks.37`); what they read is as in all of `width`.
     """
 
     stage_name, lr_key = "width", "width.lr"
@@ -102,9 +103,11 @@ class WidthDistillation(LocalDistillation):
         distill: DistillConfig,
         *,
         linear_weight: float = 1.0,
+        only: Collection[str] | None = None,
     ) -> None:
         self.layout, self.linear_weight = layout, linear_weight
-        self.pruned = [item for stack in family.stacks for item in _prune(family, stack, kept, width)]
+        pruned = [item for stack in family.stacks for item in _prune(family, stack, kept, width)]
+        self.pruned = [item for item in pruned if only is None or item.name in only]
         projectors = {item.name: nn.ModuleDict(self._projectors(family, item)) for item in self.pruned}
         super().__init__(family, teacher, projectors, distill)
         for item in self.pruned:
@@ -396,22 +399,18 @@ def run(run: Run) -> None:
     show(run, plan)
     distill = replace(run.config.distill, steps=max(config.steps, 1), lr=config.lr, mode="parallel")
 
-    def distillation(width: Width) -> WidthDistillation:
-        arguments = run.family, teacher, kept, width, run.layout, distill
-        return WidthDistillation(*arguments, linear_weight=config.linear_weight)
+    def distillation(only: Collection[str] | None = None) -> WidthDistillation:
+        arguments = run.family, teacher, kept, plan.width, run.layout, distill
+        return WidthDistillation(*arguments, linear_weight=config.linear_weight, only=only)
 
     headers = {
         projector_name(item.place.stack, item.place.index, kind): projector_header(run, item, kind, students)
-        for item in distillation(plan.width).pruned
+        for item in distillation().pruned
         for kind in item.kinds
     }
     # A block learns as a whole: one projector that is missing takes its others along.
     stale = {
         name.rpartition(".")[0] for name, header in headers.items() if not is_current(folder / f"{name}.json", header)
-    }
-    missing: Width = {
-        stack: {kind: [i for i in indices if f"{stack}.{i}" in stale] for kind, indices in sets.items()}
-        for stack, sets in plan.width.items()
     }
     made_from = {"projectors": {name: header.fingerprint for name, header in headers.items()}}
     header = Header("ppcl.width", made_from)
@@ -420,7 +419,7 @@ def run(run: Run) -> None:
         run.say("width", f"reused {folder}")
         return
     check_resumable(checkpoints, header)
-    module = distillation(missing)
+    module = distillation(stale)
     module.to(run.device).setup("fit")
     calibration = run.config.data.calibration_seed
     module.fit_linear(_batches(run, calibration, 0, config.num_batches, "least squares"), ridge=config.ridge)

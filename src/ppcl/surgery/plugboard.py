@@ -18,6 +18,7 @@ from ppcl.artifacts import Intervals, Plug, Projector, load_plugs, load_projecto
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.layers import Layout, check_width_sets, kept_layers, references
+from ppcl.surgery.share import load_shared
 from ppcl.surgery.width import prune_blocks
 
 
@@ -149,7 +150,7 @@ class Plugboard:
         with torch.device("meta"):
             model = model_class.from_config(config)
         state = self.transformer.state_dict(keep_vars=True)
-        model.load_state_dict(state, assign=True)
+        load_shared(model, state)
         for name, child in self.transformer.named_children():  # what is computed and not in a state dict
             if not list(child.parameters()):
                 setattr(model, name, child)

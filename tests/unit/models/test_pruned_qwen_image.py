@@ -191,9 +191,7 @@ def test_masks_of_any_pattern(teacher, inputs, mask, text_output):
     if mask == "none":
         inputs["encoder_hidden_states_mask"] = None
     else:
-        inputs["encoder_hidden_states_mask"] = (
-            torch.tensor([[1, 0, 1, 1, 0, 0, 1, 0, 0], [1] * 9, [0, 1] + [0] * 7]) > 0
-        )
+        inputs["encoder_hidden_states_mask"] = torch.tensor([[1, 0, 1] * 3, [1] * 9, [0, 1] + [0] * 7]) > 0
     assert_plain(teacher, prune(teacher, *SETS[2], text_output), inputs)
 
 
@@ -225,13 +223,11 @@ def test_every_projector_reaches_the_picture_but_for_text_that_goes_nowhere(teac
 def test_identity_projectors_lose_nothing_where_the_text_stands_still(inputs, text_output):
     """Text gates at zero and equal text modulations: h and z are the same in every block."""
     teacher = make_teacher()
-    first = teacher.transformer_blocks[0].txt_mod[1]
     for block in teacher.transformer_blocks:
         block.txt_mod.load_state_dict(teacher.transformer_blocks[0].txt_mod.state_dict())
         for part in (2, 5):
             block.txt_mod[1].weight[part * WIDTH : (part + 1) * WIDTH] = 0
             block.txt_mod[1].bias[part * WIDTH : (part + 1) * WIDTH] = 0
-    assert first.weight[:WIDTH].any()
     for text in ([2, 3, 5], [1, 2, 3, 4, 5, 6]):
         model = prune(teacher, text, [], text_output, scale=0.0)
         torch.testing.assert_close(model(**inputs)[0], teacher(**inputs)[0], rtol=0, atol=1e-5)
@@ -274,9 +270,8 @@ def test_dead_parameters_are_gone(teacher, keep_text_query):
     def projector(*modules):
         return {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
 
-    text = keys("txt_", "attn.to_add_out") | (
-        set() if keep_text_query else keys("attn.add_q_proj", "attn.norm_added_q")
-    )
+    query = keys("attn.add_q_proj", "attn.norm_added_q")
+    text = keys("txt_", "attn.to_add_out") | (set() if keep_text_query else query)
     ffn = keys("img_mlp", "txt_mlp")
     expected = {
         2: stock - ffn | projector("img_ffn_proj", "txt_ffn_proj"),
@@ -347,9 +342,8 @@ def test_saving_and_loading_changes_no_bit(tmp_path, teacher, inputs, text_outpu
 
 @torch.no_grad()
 def test_blocks_compile_one_by_one(make_batch):
-    teacher, inputs = make_teacher(num_layers=4), make_batch(0, (3, 5), size=(2, 2)).inputs
-    model = prune(teacher, [2, 3], [1, 3])
-    expected, compiled = model(**inputs)[0], prune(teacher, [2, 3], [1, 3])
+    teacher, inputs = make_teacher(num_layers=3), make_batch(0, (3, 5), size=(2, 2)).inputs
+    expected, compiled = prune(teacher, [2], [2])(**inputs)[0], prune(teacher, [2], [2])
     compiled.compile_repeated_blocks(backend="eager", fullgraph=True)
     assert all(block._compiled_call_impl is not None for block in compiled.transformer_blocks)
     torch.testing.assert_close(compiled(**inputs)[0], expected, rtol=0, atol=1e-6)
@@ -361,4 +355,5 @@ def test_group_offload_changes_no_output(teacher, inputs):
     expected = model(**inputs)[0]
     device = torch.device("cpu")
     model.enable_group_offload(device, device, offload_type="block_level", num_blocks_per_group=1)
+    assert all(hasattr(block, "_diffusers_hook") for block in model.transformer_blocks)
     assert torch.equal(model(**inputs)[0], expected)

@@ -121,12 +121,19 @@ def test_projectors_take_dtype_and_values_and_are_the_identity_where_absent(fami
     assert {parameter.dtype for block in pruned for parameter in block.parameters()} == {torch.bfloat16}
 
 
-def test_projectors_follow_training_mode_but_never_the_teachers_gradient(family, transformer):
-    trained = pruned_blocks(family, transformer, [3], [])[3]
-    frozen = pruned_blocks(family, transformer.requires_grad_(False), [3], [])[3]
-    assert trained.attn.to_q.weight.requires_grad
-    assert not trained.training
-    assert not any(parameter.requires_grad for parameter in (*frozen.parameters(), *trained.txt_proj.parameters()))
+@pytest.mark.parametrize("learns", [True, False])
+def test_what_is_kept_learns_if_the_source_does_and_projectors_do_not(family, transformer, projectors, learns):
+    transformer.requires_grad_(learns)
+    pruned = pruned_blocks(family, transformer, TEXT, FFN, projectors)
+    assert all(parameter.requires_grad == learns for parameter in transformer.parameters())
+    for block in pruned:
+        for name, parameter in block.named_parameters():
+            new = name.split(".")[0] in family.projectors.values()
+            assert parameter.requires_grad == (learns and not new), name
+
+
+def test_pruned_blocks_are_in_the_sources_mode(family, transformer):
+    assert not pruned_blocks(family, transformer, [3], [])[3].training
     assert pruned_blocks(family, transformer.train(), [3], [])[3].training
 
 
@@ -252,7 +259,7 @@ def test_a_call_plugs_in_just_what_it_names(make_batch, transformer, students, p
         ([f"{STACK}.7.text"], rf"{STACK}\.7\.text was fitted on the text of block 5; here it would read block 6"),
         # 4 was fitted on 1 with 3 pruned too
         ([FIRST, f"{STACK}.4.text"], rf"{STACK}\.4\.text was fitted on the text of block 1; here .* block 3"),
-        ([f"{STACK}.6.text"], rf"{STACK}\.6\.text is no interval or projector of this model; it has .*{STACK}\.7\.text"),
+        ([f"{STACK}.6.text"], rf"{STACK}\.6\.text is no interval or projector of this model; it has .*\.7\.text"),
         ([f"{STACK}.1-3"], rf"{STACK}\.1-3 is no interval or projector"),
     ],
 )  # fmt: skip
@@ -327,6 +334,17 @@ def test_a_standalone_model_survives_saving(tmp_path, make_batch, transformer, b
     expected = board.all().transformer(**inputs)[0]
     board.standalone().save_pretrained(tmp_path)
     assert torch.equal(PrunedQwenImageTransformer2DModel.from_pretrained(tmp_path)(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize("chosen", ["projectors", "students", "teacher"])
+def test_a_standalone_model_of_a_frozen_one_is_frozen(transformer, board, chosen):
+    board.transformer.requires_grad_(False)
+    for student in board.students.values():
+        student.requires_grad_(False)
+    board(*{"projectors": [*board.names, *board.projectors], "students": board.names, "teacher": []}[chosen])
+    assert not any(parameter.requires_grad for parameter in transformer.parameters())
+    model = board.standalone()
+    assert not any(parameter.requires_grad for parameter in (*transformer.parameters(), *model.parameters()))
 
 
 @pytest.mark.parametrize("arrange", ["all", "remove", "teacher"])

@@ -1,0 +1,193 @@
+"""Fine-tuning against plain references: its losses, its mean of weights, its optimisers."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+
+from ppcl.config import FinetuneConfig
+from ppcl.data.batches import StepLoader
+from ppcl.errors import UsageError
+from ppcl.stages.finetune import FineTune
+
+LENGTHS = (5, 9, 7)
+
+
+def settings(**changes):
+    return FinetuneConfig(**({"steps": 3, "lr": 1e-3, "warmup_steps": 1, "gradient_checkpointing": False} | changes))
+
+
+@pytest.fixture
+def teacher(make_transformer):
+    return make_transformer(3)
+
+
+@pytest.fixture
+def student(make_transformer):
+    return make_transformer(2, seed=1)
+
+
+@pytest.fixture
+def batch(make_batch):
+    return make_batch(0, LENGTHS)
+
+
+def train(module, make_batch, steps=3, callbacks=None):
+    torch.manual_seed(0)
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, StepLoader(lambda step: make_batch(step, LENGTHS), steps))
+    return trainer
+
+
+def state(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("output", "flow"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3), (2.0, 0.0)])
+def test_losses_equal_plain_references(teacher, student, batch, output, flow):
+    module = FineTune(teacher, student, settings(output_weight=output, flow_weight=flow))
+    terms = module.losses(batch)
+    with torch.no_grad():
+        velocity, target = student(**batch.inputs)[0], teacher(**batch.inputs)[0]
+    plain = {"output": (velocity - target).pow(2).mean(), "flow": (velocity - batch.target).pow(2).mean()}
+    weights = {"output": output, "flow": flow}
+    assert terms.keys() == {"loss", *(key for key, weight in weights.items() if weight)}
+    for key in terms.keys() - {"loss"}:
+        assert terms[key].item() == pytest.approx(plain[key].item(), rel=1e-5)
+    assert terms["loss"].item() == pytest.approx(sum(weights[key] * plain[key].item() for key in plain), rel=1e-5)
+
+
+def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(teacher, batch):
+    terms = FineTune(teacher, copy.deepcopy(teacher), settings()).losses(batch)
+    assert terms["loss"].item() == terms["output"].item() == 0
+
+
+def test_the_teacher_is_not_run_for_flow_matching_alone(teacher, student, batch):
+    ran = []
+    teacher.register_forward_pre_hook(lambda *_: ran.append(True))
+    FineTune(teacher, student, settings(output_weight=0.0, flow_weight=1.0)).losses(batch)
+    assert not ran
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_the_student_learns_and_only_the_student_is_saved(teacher, student, make_batch, optimizer):
+    before, start = state(teacher), state(student)
+    module = FineTune(teacher, student, settings(optimizer=optimizer))
+    train(module, make_batch)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert set(module.state_dict()) == {f"student.{name}" for name in start}
+    assert module.result is student
+    changed = [name for name, value in student.state_dict().items() if not torch.equal(value, start[name])]
+    assert len(changed) > 0.9 * len(start)
+
+
+def test_one_step_is_that_of_a_plain_optimizer(teacher, student, make_batch):
+    """AdamW on the clipped gradient of the loss, at the first learning rate of the schedule."""
+    config = settings(steps=1, max_grad_norm=0.5, weight_decay=0.1, flow_weight=0.5)
+    reference = copy.deepcopy(student)
+    train(FineTune(teacher, student, config), make_batch, steps=1)
+    reference.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        reference.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+    batch = make_batch(0, LENGTHS)
+    velocity = reference(**batch.inputs)[0]
+    loss = (velocity - teacher(**batch.inputs)[0]).pow(2).mean() + 0.5 * (velocity - batch.target).pow(2).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+    optimizer.step()
+    for (name, found), expected in zip(student.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=name)
+
+
+class Recorder(L.Callback):
+    """The student's weights after every step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.weights.append([parameter.detach().clone() for parameter in module.student.parameters()])
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.9])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_mean_of_weights_equals_a_plain_loop(teacher, student, make_batch, decay, optimizer):
+    """Short at first, by (1 + n) / (10 + n), then as configured."""
+    mean = [parameter.detach().clone() for parameter in student.parameters()]
+    module, recorder = FineTune(teacher, student, settings(ema_decay=decay, optimizer=optimizer, steps=4)), Recorder()
+    train(module, make_batch, steps=4, callbacks=[recorder])
+    assert len(recorder.weights) == 4
+    for number, weights in enumerate(recorder.weights, start=1):
+        keep = min(decay, (1 + number) / (10 + number))
+        mean = [keep * old + (1 - keep) * new for old, new in zip(mean, weights, strict=True)]
+    assert module.result is module.ema
+    for (name, found), expected in zip(module.ema.named_parameters(), mean, strict=True):
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=name)
+    # What is saved can go on: the mean beside the student.
+    assert {name.split(".")[0] for name in module.state_dict()} == {"student", "ema"}
+
+
+@pytest.mark.parametrize(("optimizer", "count"), [("adamw", 1), ("muon", 2)])
+def test_two_optimizers_count_one_step(teacher, student, make_batch, optimizer, count):
+    module = FineTune(teacher, student, settings(optimizer=optimizer, steps=5))
+    trainer = train(module, make_batch, steps=5)
+    assert trainer.global_step == 5
+    assert len(trainer.optimizers) == count
+    steps = {int(entry["step"]) for entry in trainer.optimizers[-1].state.values()}
+    assert steps == {5}
+    assert all(config.scheduler.last_epoch == 5 for config in trainer.lr_scheduler_configs)
+    assert all(group["lr"] == pytest.approx(0, abs=1e-9) for each in trainer.optimizers for group in each.param_groups)
+
+
+def test_muon_takes_the_matrices_inside_blocks(teacher, student):
+    """Every parameter has one optimiser; projections in and out, norms, biases and modulations stay with AdamW."""
+    optimizers, schedulers = FineTune(teacher, student, settings(optimizer="muon")).configure_optimizers()
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    taken = [{names[p] for group in each.param_groups for p in group["params"]} for each in optimizers]
+    assert isinstance(optimizers[0], torch.optim.Muon)
+    assert isinstance(optimizers[1], torch.optim.AdamW)
+    assert len(schedulers) == 2
+    assert not taken[0] & taken[1]
+    assert taken[0] | taken[1] == set(names.values())
+    assert "transformer_blocks.0.attn.to_q.weight" in taken[0]
+    assert {"img_in.weight", "proj_out.weight", "transformer_blocks.0.img_mod.1.weight"} <= taken[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_loss_that_is_not_finite_is_a_sentence(teacher, student, make_batch, optimizer):
+    module = FineTune(teacher, student, settings(lr=1e30, optimizer=optimizer))
+    with pytest.raises(UsageError, match=r"finetune\.lr=1e\+30 made the loss (nan|inf) at step [12]; lower it\."):
+        train(module, make_batch)
+
+
+def test_gradient_checkpointing_does_not_change_the_weights(teacher, student, make_batch, batch):
+    results, losses = [], []
+    for flag in (False, True):
+        module = FineTune(teacher, copy.deepcopy(student), settings(gradient_checkpointing=flag, ema_decay=0.5))
+        losses.append(module.losses(batch)["loss"].item())
+        train(module, make_batch)
+        results.append(state(module))
+    assert losses[0] == losses[1]
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
+
+
+def test_training_lowers_the_loss(teacher, student, make_batch):
+    module = FineTune(teacher, student, settings(steps=25, lr=3e-3))
+    heldout = make_batch(100, LENGTHS)
+    before = module.losses(heldout)["loss"].item()
+    train(module, make_batch, steps=25)
+    assert module.losses(heldout)["loss"].item() < before
