@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from ppcl.planner import Unit, choose, closure, frontier
+from ppcl.planner import Overlap, Unit, choose, closure, frontier, total_saving
 
 
 def instance(seed, most=8):
@@ -20,12 +20,23 @@ def instance(seed, most=8):
     return units
 
 
-def feasible(units, saving):
+def overlapping(seed, units):
+    """Pairs that save less together than apart, or by a measurement's noise a little more."""
+    draw = random.Random(1000 + seed)
+    names = [unit.name for unit in units]
+    pairs = [tuple(names[number : number + 2]) for number in range(0, len(names) - 1, 2)]
+    return [Overlap(pair, {"params": draw.uniform(-2, 9)}) for pair in pairs]
+
+
+def feasible(units, saving, overlaps=()):
     """Every subset that holds what its members need and saves enough."""
     for bits in itertools.product((False, True), repeat=len(units)):
         chosen = [unit for unit, bit in zip(units, bits, strict=True) if bit]
         names = {unit.name for unit in chosen}
-        if all(names.issuperset(unit.needs) for unit in chosen) and saved(chosen) >= saving * (1 - 1e-12):
+        if not all(names.issuperset(unit.needs) for unit in chosen):
+            continue
+        together = sum(overlap.savings["params"] for overlap in overlaps if names.issuperset(overlap.names))
+        if saved(chosen) - together >= saving * (1 - 1e-12):
             yield chosen
 
 
@@ -42,20 +53,22 @@ def named(units, names):
     return [unit for unit in units if unit.name in names]
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_no_subset_that_saves_enough_costs_less(seed):
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_no_subset_that_saves_enough_costs_less(seed, overlap):
     units = instance(seed)
+    overlaps = overlapping(seed, units) if overlap else []
     everything = sum(unit.savings["params"] for unit in units if unit.savings["params"] > 0)
     for share in (0.05, 0.3, 0.6, 0.9, 1.0):
-        found = choose(units, "params", everything * share, "velocity")
-        subsets = list(feasible(units, everything * share))
+        found = choose(units, "params", everything * share, "velocity", overlaps)
+        subsets = list(feasible(units, everything * share, overlaps))
         assert (found is None) == (not subsets)
         if found is None:
             continue
         chosen = named(units, found)
         assert found == [unit.name for unit in chosen]  # in the order of the units, each once
         assert closure(units, found) == set(found)
-        assert saved(chosen) >= everything * share * (1 - 1e-12)
+        assert total_saving(units, overlaps, found, "params") >= everything * share * (1 - 1e-12)
         assert paid(chosen) == pytest.approx(min(paid(subset) for subset in subsets), rel=1e-9, abs=1e-12)
 
 
@@ -134,6 +147,17 @@ def test_units_that_all_cost_nothing():
     units = [Unit(f"unit{number}", [], {"params": size}, {"velocity": -0.1}) for number, size in enumerate((1, 5, 2))]
     assert choose(units, "params", 5, "velocity") == ["unit1"]
     assert choose(units, "params", 8, "velocity") == ["unit0", "unit1", "unit2"]
+
+
+def test_what_two_units_save_twice_counts_once():
+    units = [Unit(name, [], {"params": 10}, {"velocity": cost}) for name, cost in (("a", 1.0), ("b", 1.0), ("c", 1.5))]
+    overlaps = [Overlap(("a", "b"), {"params": 4})]
+    assert total_saving(units, overlaps, ["a"], "params") == 10
+    assert total_saving(units, overlaps, ["a", "b"], "params") == 16
+    assert choose(units, "params", 16, "velocity", overlaps) == ["a", "b"]
+    assert choose(units, "params", 17, "velocity", overlaps) in (["a", "c"], ["b", "c"])
+    assert choose(units, "params", 26, "velocity", overlaps) == ["a", "b", "c"]
+    assert choose(units, "params", 27, "velocity", overlaps) is None
 
 
 def test_closure_follows_needs_to_the_end():

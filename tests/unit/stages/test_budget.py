@@ -6,7 +6,7 @@ import torch
 from ppcl.artifacts import Header, Plug, Projector
 from ppcl.errors import UsageError
 from ppcl.layers import Layout
-from ppcl.planner import Unit, closure
+from ppcl.planner import Overlap, Unit, closure, total_saving
 from ppcl.stages.budget import compare_costs, find_units, target_of, velocity_error
 from ppcl.stages.variants import Plugs
 from ppcl.surgery.depth import student_block
@@ -69,7 +69,7 @@ def arrangements(units):
 
 @pytest.mark.parametrize("text_output", ["last", "each"])
 def test_savings_of_parameters_add_up_in_every_arrangement(family, make_transformer, text_output):
-    """Each closed set saves the sum of what its units save beside what they need: a plan's count is the model's."""
+    """Each closed set saves what its units save beside what they need, less overlaps: a plan's count is the model's."""
     transformer = make_transformer(8)
     blocks = list(transformer.transformer_blocks)
     intervals = {STACK: [(1, 2), (4, 5)]}
@@ -91,16 +91,21 @@ def test_savings_of_parameters_add_up_in_every_arrangement(family, make_transfor
         board(*names)
         return sum(parameter.numel() for parameter in transformer.parameters())
 
-    saving = {}
+    def saving(names, present):
+        return size(present - set(names)) - size(present)
+
     for unit in units:
-        after = closure(units, [unit.name])
-        saving[unit.name] = size(after - {unit.name}) - size(after)
-        assert saving[unit.name] > 0
+        unit.savings = {"params": saving([unit.name], closure(units, [unit.name]))}
+        assert unit.savings["params"] > 0
+    pair = f"{STACK}.3.text", f"{STACK}.3.ffn"  # the text's FFN goes with either
+    alone = sum(unit.savings["params"] for unit in units if unit.name in pair)
+    overlaps = [Overlap(pair, {"params": alone - saving(pair, closure(units, pair))})]
+    assert overlaps[0].savings["params"] > 0
     teacher = size(())
     tried = list(arrangements(units))
     assert len(tried) > 20
     for names in tried:
-        assert teacher - size(names) == sum(saving[name] for name in names), names
+        assert teacher - size(names) == total_saving(units, overlaps, names, "params"), names
 
 
 def test_velocity_error_is_relative_to_the_teacher(make_transformer, make_batch):
