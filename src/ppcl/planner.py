@@ -56,24 +56,13 @@ def closure(units: Sequence[Unit], names: Iterable[str]) -> set[str]:
     return found
 
 
-def choose(
-    units: Sequence[Unit], measure: str, saving: float, cost: str, overlaps: Sequence[Overlap] = ()
-) -> list[str] | None:
-    """The names, in order, whose costs sum to the least and whose savings to `saving` or more; None if none do.
-
-    Units that cost nothing by the measurement (its noise may even be negative) are taken for the smallest
-    of costs, so that none goes in without need.
-    """
-    if saving <= 0 or not units:
-        return [] if saving <= 0 else None
+def _solve(
+    units: Sequence[Unit], overlaps: Sequence[Overlap], measure: str, objective: np.ndarray, saving: float | None
+) -> set[str] | None:
+    """The closed set that minimises the sum of `objective` (units, then overlaps) and saves `saving` or more."""
     index = {unit.name: number for number, unit in enumerate(units)}
     size = len(units) + len(overlaps)  # the units, then whether both of each overlapping pair are taken
-    saved = np.array([item.savings[measure] for item in units] + [-item.savings[measure] for item in overlaps])
-    costs = np.array([unit.costs[cost] for unit in units])
-    positive = costs[costs > 0]
-    costs = np.maximum(costs, 1e-6 * positive.min() if positive.size else 1.0)
-    scale = np.abs(saved).max()
-    constraints = [LinearConstraint(saved / scale, lb=saving / scale * (1 - 1e-12))]
+    constraints = []
 
     def constrain(weights: dict[int, float], least: float) -> None:
         row = np.zeros(size)
@@ -88,11 +77,57 @@ def choose(
         constrain({number: 1, first: -1, second: -1}, -1)  # both: x_first + x_second - 1 <= x_pair
         constrain({number: -1, first: 1}, 0)
         constrain({number: -1, second: 1}, 0)
-    objective = np.concatenate([costs / costs.max(), np.zeros(len(overlaps))])
-    found = milp(objective, constraints=constraints, bounds=Bounds(0, 1), integrality=np.ones(size))
+    if saving is not None:
+        saved = _savings(units, overlaps, measure)
+        scale = np.abs(saved).max()
+        constraints.append(LinearConstraint(saved / scale, lb=saving / scale * (1 - 1e-12)))
+    found = milp(
+        objective,
+        constraints=constraints,
+        bounds=Bounds(0, 1),
+        integrality=np.ones(size),
+        options={"mip_rel_gap": 0},
+    )
     if found.x is None:
         return None
-    return [unit.name for unit, taken in zip(units, found.x[: len(units)] > 0.5, strict=True) if taken]
+    return {unit.name for unit, taken in zip(units, found.x[: len(units)] > 0.5, strict=True) if taken}
+
+
+def _savings(units: Sequence[Unit], overlaps: Sequence[Overlap], measure: str) -> np.ndarray:
+    return np.array([item.savings[measure] for item in units] + [-item.savings[measure] for item in overlaps])
+
+
+def greatest_saving(units: Sequence[Unit], measure: str, overlaps: Sequence[Overlap] = ()) -> float:
+    """The most that any choice saves; measured savings of single units may be below zero."""
+    if not units:
+        return 0.0
+    saved = _savings(units, overlaps, measure)
+    best = _solve(units, overlaps, measure, -saved / max(np.abs(saved).max(), 1e-300), None)
+    return total_saving(units, overlaps, best or (), measure)
+
+
+def choose(
+    units: Sequence[Unit], measure: str, saving: float, cost: str, overlaps: Sequence[Overlap] = ()
+) -> list[str] | None:
+    """The names, in order, whose costs sum to the least and whose savings to `saving` or more; None if none do.
+
+    A unit that costs nothing by the measurement (its noise may even be negative) goes in only where the
+    saving needs it.
+    """
+    if saving <= 0 or not units:
+        return [] if saving <= 0 else None
+    costs = np.maximum([unit.costs[cost] for unit in units], 0.0)
+    objective = np.concatenate([costs / max(costs.max(), 1e-300), np.zeros(len(overlaps))])
+    chosen = _solve(units, overlaps, measure, objective, saving)
+    if chosen is None:
+        return None
+    free = [unit for unit in units if unit.name in chosen and unit.costs[cost] <= 0]
+    for unit in sorted(free, key=lambda unit: unit.savings[measure]):
+        rest = chosen - {unit.name}
+        needed = any(unit.name in other.needs for other in units if other.name in rest)
+        if not needed and total_saving(units, overlaps, rest, measure) >= saving * (1 - 1e-12):
+            chosen = rest
+    return [unit.name for unit in units if unit.name in chosen]
 
 
 def frontier(

@@ -68,6 +68,8 @@ def check(config: Config) -> None:
     _one_of("logger.kind", config.logger.kind, ("wandb", "csv", "none"))
     _one_of("logger.mode", config.logger.mode, ("online", "offline", "disabled"))
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    if config.export.variant is not None:
+        _one_of("export.variant", config.export.variant, VARIANTS[1:])
     for variant in config.generate.variants:
         _one_of("generate.variants", variant, VARIANTS)
     _at_least(
@@ -93,6 +95,7 @@ def check(config: Config) -> None:
             "finetune.batch_size": (config.finetune.batch_size, 1),
             "finetune.checkpoint_every": (config.finetune.checkpoint_every, 1),
             "finetune.lr": (config.finetune.lr, 0),
+            "finetune.muon_lr": (config.finetune.muon_lr, 0),
             "finetune.output_weight": (config.finetune.output_weight, 0),
             "finetune.flow_weight": (config.finetune.flow_weight, 0),
             "generate.batch_size": (config.generate.batch_size, 1),

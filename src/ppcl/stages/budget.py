@@ -17,7 +17,7 @@ from ppcl.artifacts import Header, is_current, projector_name, read_json, write_
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.data.batches import TrainingBatch
 from ppcl.errors import UsageError
-from ppcl.planner import Overlap, Unit, choose, closure, frontier, total_saving
+from ppcl.planner import Overlap, Unit, choose, closure, frontier, greatest_saving, total_saving
 from ppcl.report import plots
 from ppcl.stages.evaluate import denoising_step
 from ppcl.stages.plan import billions
@@ -262,7 +262,7 @@ def target_of(
     whole = {"params": teacher["params"], "memory_gb": teacher["memory_gb"], "latency_ratio": 1.0}[name]
     allowed = value * whole if name == "params" and value <= 1 else value
     saving = whole - allowed
-    most = total_saving(units, overlaps, [unit.name for unit in units], name)
+    most = greatest_saving(units, name, overlaps)
     least = whole - most
 
     def written(amount: float) -> str:

@@ -151,4 +151,4 @@ def run(run: Run) -> None:
 
 
 def _later(stream: Any, step: int) -> TrainingBatch:
-    return stream(1_000_000 // stream.batch_size + step)
+    return stream(500_000 // stream.batch_size + step)

@@ -23,6 +23,7 @@ from ppcl.stages.generate import image_folder
 from ppcl.stages.plan import billions
 from ppcl.stages.run import Run
 from ppcl.stages.variants import variants_of
+from ppcl.validation import budget_of
 
 SAMPLES_PER_CATEGORY = 2
 
@@ -111,7 +112,8 @@ def run(run: Run) -> None:
     }
     if run.width:
         facts["width"] = run.width
-    if run.choice_path.exists():
+    budget = budget_of(run.config)
+    if budget is not None and run.choice_path.exists():
         facts["choice"] = read_json(run.choice_path, "The plan's choice")
     plan = run.plan_path.parent
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
@@ -132,7 +134,7 @@ def run(run: Run) -> None:
                 "quality": _embedded(folder / "quality.png"),
                 "losses": _embedded(folder / "losses.png"),
                 "similarity": _embedded(plan / "similarity.png"),
-                "frontier": _embedded(plan / "frontier.png"),
+                "frontier": _embedded(plan / "frontier.png") if budget else None,
                 "curves": [_embedded(path) for path in sorted(plan.glob("curves_*.png"))],
             },
             "versions": json.dumps(read_json(run.folder / "versions.json", "The versions"), indent=2),

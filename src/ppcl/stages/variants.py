@@ -145,7 +145,13 @@ def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
     record = finetuned_folder(run) / "ppcl.json"
     if not record.exists():
         raise UsageError(f"{record} does not exist: run stages=[finetune] first.")
-    return Variant(name, plan.students, plan.projectors, finetuned=read_json(record, "The record")["fingerprint"])
+    tuned = read_json(record, "The record of the tuned model")
+    if tuned["made_from"]["plugs"] != plugs.fingerprints([*plan.students, *plan.projectors]):
+        raise UsageError(
+            f"{record} was tuned from other plugs than this configuration plugs in: run stages=[finetune] under "
+            "another name=, or with the budget it was tuned for."
+        )
+    return Variant(name, plan.students, plan.projectors, finetuned=tuned["fingerprint"])
 
 
 class Switch:
