@@ -1,0 +1,102 @@
+"""Gathers the runs of the sweep into results.csv (a row per variant and seed), a table and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import yaml
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from common import mean_and_spread, write_csv  # noqa: E402
+
+from ppcl.data.shapes import CATEGORIES  # noqa: E402
+from ppcl.report import plots  # noqa: E402
+
+# The paper's order; each row adds to the one before it, from `dp` on.
+LABELS = {
+    "baseline": "baseline (CKA sensitivity)",
+    "lp_a": "LP-a",
+    "lp": "LP",
+    "lp_b": "LP-b",
+    "dp": "LP + DP",
+    "wp_text": "+ WP-text",
+    "wp_ffn": "+ WP-ffn",
+}
+
+
+def rows_of(folder: Path, label: str) -> list[dict]:
+    """A row before and one after fine-tuning, with what training took."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    scores = {path.stem: json.loads(path.read_text()) for path in (folder / "scores").glob("*.json")}
+    costs = {
+        path.stem.removesuffix("_cost"): json.loads(path.read_text()) for path in (folder / "logs").glob("*_cost.json")
+    }
+    teacher = scores["teacher"]
+    before = "ppcl-width" if "ppcl-width" in scores else "ppcl-depth"
+    rows = []
+    for name, tuned in ((before, False), ("ppcl-finetuned", True)):
+        row = scores[name]
+        stages = ["depth", "width", "finetune"] if tuned else ["depth", "width"]
+        spent = [costs[stage] for stage in stages if stage in costs]
+        overall = row["scores"]["overall"]
+        rows.append(
+            {
+                "variant": label,
+                "seed": config["data"]["train_seed"],
+                "finetune_steps": config["finetune"]["steps"] if tuned else 0,
+                "num_layers": row["num_layers"],
+                "params_ratio": row["params"] / teacher["params"],
+                **{category: row["scores"][category] for category in CATEGORIES},
+                "overall": overall,
+                "drop_percent": 100 * (1 - overall / teacher["scores"]["overall"]),
+                "train_seconds": sum(cost["seconds"] for cost in spent),
+                "train_peak_mb": max(cost["peak_memory_mb"] for cost in spent),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs/table2"))
+    runs = parser.parse_args().runs
+    rows = []
+    for label in LABELS:
+        for config in sorted(runs.glob(f"{label}/*/config.yaml")):
+            if (config.parent / "scores" / "ppcl-finetuned.json").exists():
+                rows += rows_of(config.parent, label)
+    write_csv(HERE / "results.csv", rows)
+
+    figure, axis = plt.subplots(figsize=(7.2, 3.8))
+    budgets = sorted({row["finetune_steps"] for row in rows})
+    for number, budget in enumerate(budgets):
+        found = {
+            label: mean_and_spread(values)
+            for label in LABELS
+            if (values := [r["overall"] for r in rows if r["variant"] == label and r["finetune_steps"] == budget])
+        }
+        for label, (mean, spread) in found.items():
+            print(f"{LABELS[label]:<28} {budget:>5} fine-tuning steps: {mean:.3f} +- {spread:.3f}")
+        axis.errorbar(
+            [LABELS[label] for label in found],
+            [mean for mean, _ in found.values()],
+            [spread for _, spread in found.values()],
+            fmt="o",
+            color=plots.PALETTE[number],
+            capsize=3,
+            label=f"{budget} fine-tuning steps" if budget else "before fine-tuning",
+        )
+    axis.set(ylabel="overall score", ylim=(0, 1))
+    axis.tick_params(axis="x", labelrotation=20)
+    axis.legend()
+    plots.save_figure(figure, HERE / "table2.png")
+
+
+if __name__ == "__main__":
+    main()
