@@ -186,7 +186,8 @@ class DistillConfig:
 class FinetuneConfig:
     """Full-parameter tuning of what the plan plugs in; without a budget that is every plug there is.
 
-    `output_weight` weighs the squared distance to the teacher's velocity, `flow_weight` the flow-matching loss.
+    `output_weight` weighs the squared distance to the teacher's velocity, `flow_weight` the flow-matching loss,
+    `feature_weight` the relative distance of each block's image stream to what the teacher has there.
     `optimizer`: `adamw`, or `muon` for the matrices inside blocks with AdamW on the rest.
     """
 
@@ -202,6 +203,7 @@ class FinetuneConfig:
     weight_decay: float = 0.02
     output_weight: float = 1.0
     flow_weight: float = 0.0
+    feature_weight: float = 0.0
     ema_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     gradient_checkpointing: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,12 +40,18 @@ class _StopForward(Exception):  # noqa: N818 - control flow, not an error
 def _hooked(family: Family, transformer: nn.Module, on_block: Callable[[BlockCall], None]) -> Iterator[None]:
     def tap(stack: str, index: int) -> Callable:
         def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            assert not args, "blocks are tapped by keyword; gradient checkpointing passes positions"
+            if args:  # gradient checkpointing passes positions
+                kwargs = {**signatures[stack, index].bind(*args, **kwargs).arguments}
             inputs = family.streams_in(stack, kwargs)
             on_block(BlockCall(stack, index, kwargs, inputs, family.streams_out(stack, output)))
 
         return hook
 
+    signatures = {
+        (stack, index): inspect.signature(block.forward)
+        for stack in family.stacks
+        for index, block in enumerate(getattr(transformer, stack))
+    }
     handles = [
         block.register_forward_hook(tap(stack, index), with_kwargs=True)
         for stack in family.stacks

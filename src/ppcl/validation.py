@@ -98,6 +98,7 @@ def check(config: Config) -> None:
             "finetune.muon_lr": (config.finetune.muon_lr, 0),
             "finetune.output_weight": (config.finetune.output_weight, 0),
             "finetune.flow_weight": (config.finetune.flow_weight, 0),
+            "finetune.feature_weight": (config.finetune.feature_weight, 0),
             "generate.batch_size": (config.generate.batch_size, 1),
             "benchmark.prompts_per_category": (config.benchmark.prompts_per_category, 1),
         }
@@ -333,7 +334,7 @@ def _check_width(config: Config, intervals: Intervals | None) -> None:
     if not 0 <= config.finetune.ema_decay < 1:
         raise UsageError(f"finetune.ema_decay={config.finetune.ema_decay} must lie in [0, 1).")
     if config.finetune.output_weight == config.finetune.flow_weight == 0:
-        raise UsageError("finetune.output_weight and finetune.flow_weight are both 0: there is nothing to learn from.")
+        raise UsageError("finetune.output_weight and finetune.flow_weight are both 0: no loss sees the output.")
 
 
 def budget_of(config: Config) -> tuple[str, float] | None:

@@ -15,20 +15,33 @@ from ppcl.artifacts import Header, atomic_folder, is_current, write_json
 from ppcl.config import FinetuneConfig
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.errors import UsageError
+from ppcl.families.base import Family
+from ppcl.ops.losses import relative_error
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit, split_for_muon
 from ppcl.stages.variants import Switch, finetuned_folder, planned, required_plugs
+from ppcl.taps import BlockCall, BlockKey, observe
 
 
 class FineTune(L.LightningModule):
     """Output distillation, ||v_S - v_T||^2, with an optional flow-matching loss, ||v_S - (n - x_0)||^2.
 
+    `stands_for` says which of the teacher's blocks each of the student's gives the output of: with
+    `feature_weight` their image streams are compared too, which is ours and not the paper's.
     The teacher is held outside the module tree: neither saved nor trained. `ema` is an exponential mean
     of the student's parameters, kept where `ema_decay` is above 0; `result` is what to keep.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, config: FinetuneConfig) -> None:
+    def __init__(
+        self,
+        family: Family,
+        teacher: nn.Module,
+        student: nn.Module,
+        config: FinetuneConfig,
+        stands_for: dict[BlockKey, BlockKey] | None = None,
+    ) -> None:
         super().__init__()
+        self.family, self.stands_for = family, stands_for or {}
         self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
         self.student: Any = student.requires_grad_(True)
         self.ema: Any = copy.deepcopy(student).requires_grad_(False) if config.ema_decay else None
@@ -47,17 +60,38 @@ class FineTune(L.LightningModule):
         self._teacher[0].to(self.device).eval()
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """`output` and `flow`, mean squared errors, those that have a weight, and their weighted `loss`."""
-        velocity = self.student(**batch.inputs)[0]
+        """`output` and `flow`, mean squared errors, and `feature`, the mean relative error of image streams.
+
+        Those that have a weight, and their weighted `loss`.
+        """
+        config = self.config
+        weights = {"output": config.output_weight, "flow": config.flow_weight, "feature": config.feature_weight}
+        velocity, features = self._run(self.student, batch)
         terms: dict[str, Tensor] = {}
-        if self.config.output_weight:
+        if config.output_weight or config.feature_weight:
             with torch.no_grad():
-                target = self._teacher[0](**batch.inputs)[0]
+                target, wanted = self._run(self._teacher[0], batch)
+        if config.output_weight:
             terms["output"] = (velocity.float() - target.float()).square().mean()
-        if self.config.flow_weight:
+        if config.flow_weight:
             terms["flow"] = (velocity.float() - batch.target.float()).square().mean()
-        weights = {"output": self.config.output_weight, "flow": self.config.flow_weight}
+        if config.feature_weight:
+            errors = [relative_error(features[own], wanted[its]) for own, its in self.stands_for.items()]
+            terms["feature"] = torch.stack(errors).mean()
         return terms | {"loss": torch.stack([weights[key] * value for key, value in terms.items()]).sum()}
+
+    def _run(self, model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, dict[BlockKey, Tensor]]:
+        """A model's velocity, and its blocks' image streams where the features are compared."""
+        features: dict[BlockKey, Tensor] = {}
+        if not self.config.feature_weight:
+            return model(**batch.inputs)[0], features
+
+        def keep(call: BlockCall) -> None:
+            features[call.key] = call.outputs["image"]
+
+        velocity = observe(self.family, model, batch.inputs, keep)
+        assert velocity is not None
+        return velocity, features
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         terms = self.losses(batch)
@@ -136,8 +170,9 @@ def run(run: Run) -> None:
     switch = Switch(run, plugs)
     switch(plan)
     student = copy.deepcopy(switch.board.standalone())
+    stands_for = switch.board.stands_for
     switch.restore()
-    module = FineTune(run.pipeline.transformer, student, config)
+    module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for)
     # Behind the batches that depth and width learned from.
     stream = run.stream(run.config.data.train_seed, config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps)

@@ -20,6 +20,7 @@ from ppcl.families.base import Family
 from ppcl.layers import Layout, check_width_sets, kept_layers, references
 from ppcl.surgery.share import load_shared
 from ppcl.surgery.width import prune_blocks
+from ppcl.taps import BlockKey
 
 
 class Plugboard:
@@ -63,6 +64,15 @@ class Plugboard:
             stack: [[u, v] for u, v in self.intervals.get(stack, []) if plug_name(stack, (u, v)) in self.plugged]
             for stack in self._teacher
         }
+
+    @property
+    def stands_for(self) -> dict[BlockKey, BlockKey]:
+        """For each block of the present arrangement the teacher's block whose output its own stands for."""
+        found: dict[BlockKey, BlockKey] = {}
+        for stack, kept in self.kept.items():
+            ends = dict(self.removed_intervals[stack])
+            found |= {(stack, place): (stack, ends.get(index, index)) for place, index in enumerate(kept)}
+        return found
 
     def __call__(self, *names: str) -> Plugboard:
         """Plug in the named students and projectors; the teacher is everywhere else."""

@@ -53,8 +53,8 @@ def state(model):
 
 
 @pytest.mark.parametrize(("output", "flow"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3), (2.0, 0.0)])
-def test_losses_equal_plain_references(teacher, student, batch, output, flow):
-    module = FineTune(teacher, student, settings(output_weight=output, flow_weight=flow))
+def test_losses_equal_plain_references(family, teacher, student, batch, output, flow):
+    module = FineTune(family, teacher, student, settings(output_weight=output, flow_weight=flow))
     terms = module.losses(batch)
     with torch.no_grad():
         velocity, target = student(**batch.inputs)[0], teacher(**batch.inputs)[0]
@@ -66,22 +66,22 @@ def test_losses_equal_plain_references(teacher, student, batch, output, flow):
     assert terms["loss"].item() == pytest.approx(sum(weights[key] * plain[key].item() for key in plain), rel=1e-5)
 
 
-def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(teacher, batch):
-    terms = FineTune(teacher, copy.deepcopy(teacher), settings()).losses(batch)
+def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(family, teacher, batch):
+    terms = FineTune(family, teacher, copy.deepcopy(teacher), settings()).losses(batch)
     assert terms["loss"].item() == terms["output"].item() == 0
 
 
-def test_the_teacher_is_not_run_for_flow_matching_alone(teacher, student, batch):
+def test_the_teacher_is_not_run_for_flow_matching_alone(family, teacher, student, batch):
     ran = []
     teacher.register_forward_pre_hook(lambda *_: ran.append(True))
-    FineTune(teacher, student, settings(output_weight=0.0, flow_weight=1.0)).losses(batch)
+    FineTune(family, teacher, student, settings(output_weight=0.0, flow_weight=1.0)).losses(batch)
     assert not ran
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_only_the_student_learns_and_only_the_student_is_saved(teacher, student, make_batch, optimizer):
+def test_only_the_student_learns_and_only_the_student_is_saved(family, teacher, student, make_batch, optimizer):
     before, start = state(teacher), state(student)
-    module = FineTune(teacher, student, settings(optimizer=optimizer))
+    module = FineTune(family, teacher, student, settings(optimizer=optimizer))
     train(module, make_batch)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -92,11 +92,11 @@ def test_only_the_student_learns_and_only_the_student_is_saved(teacher, student,
     assert len(changed) > 0.9 * len(start)
 
 
-def test_one_step_is_that_of_a_plain_optimizer(teacher, student, make_batch):
+def test_one_step_is_that_of_a_plain_optimizer(family, teacher, student, make_batch):
     """AdamW on the clipped gradient of the loss, at the first learning rate of the schedule."""
     config = settings(steps=1, max_grad_norm=0.5, weight_decay=0.1, flow_weight=0.5)
     reference = copy.deepcopy(student)
-    train(FineTune(teacher, student, config), make_batch, steps=1)
+    train(FineTune(family, teacher, student, config), make_batch, steps=1)
     reference.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         reference.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
@@ -123,10 +123,13 @@ class Recorder(L.Callback):
 
 @pytest.mark.parametrize("decay", [0.1, 0.9])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_mean_of_weights_equals_a_plain_loop(teacher, student, make_batch, decay, optimizer):
+def test_the_mean_of_weights_equals_a_plain_loop(family, teacher, student, make_batch, decay, optimizer):
     """Short at first, by (1 + n) / (10 + n), then as configured."""
     mean = [parameter.detach().clone() for parameter in student.parameters()]
-    module, recorder = FineTune(teacher, student, settings(ema_decay=decay, optimizer=optimizer, steps=4)), Recorder()
+    module, recorder = (
+        FineTune(family, teacher, student, settings(ema_decay=decay, optimizer=optimizer, steps=4)),
+        Recorder(),
+    )
     train(module, make_batch, steps=4, callbacks=[recorder])
     assert len(recorder.weights) == 4
     for number, weights in enumerate(recorder.weights, start=1):
@@ -141,8 +144,8 @@ def test_the_mean_of_weights_equals_a_plain_loop(teacher, student, make_batch, d
 
 
 @pytest.mark.parametrize(("optimizer", "count"), [("adamw", 1), ("muon", 2)])
-def test_two_optimizers_count_one_step(teacher, student, make_batch, optimizer, count):
-    module = FineTune(teacher, student, settings(optimizer=optimizer, steps=5))
+def test_two_optimizers_count_one_step(family, teacher, student, make_batch, optimizer, count):
+    module = FineTune(family, teacher, student, settings(optimizer=optimizer, steps=5))
     trainer = train(module, make_batch, steps=5)
     assert trainer.global_step == 5
     assert len(trainer.optimizers) == count
@@ -152,9 +155,9 @@ def test_two_optimizers_count_one_step(teacher, student, make_batch, optimizer, 
     assert all(group["lr"] == pytest.approx(0, abs=1e-9) for each in trainer.optimizers for group in each.param_groups)
 
 
-def test_muon_takes_the_matrices_inside_blocks(teacher, student):
+def test_muon_takes_the_matrices_inside_blocks(family, teacher, student):
     """Every parameter has one optimiser; projections in and out, norms, biases and modulations stay with AdamW."""
-    optimizers, schedulers = FineTune(teacher, student, settings(optimizer="muon")).configure_optimizers()
+    optimizers, schedulers = FineTune(family, teacher, student, settings(optimizer="muon")).configure_optimizers()
     names = {parameter: name for name, parameter in student.named_parameters()}
     taken = [{names[p] for group in each.param_groups for p in group["params"]} for each in optimizers]
     assert isinstance(optimizers[0], torch.optim.Muon)
@@ -167,16 +170,16 @@ def test_muon_takes_the_matrices_inside_blocks(teacher, student):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_loss_that_is_not_finite_is_a_sentence(teacher, student, make_batch, optimizer):
-    module = FineTune(teacher, student, settings(lr=1e30, optimizer=optimizer))
+def test_a_loss_that_is_not_finite_is_a_sentence(family, teacher, student, make_batch, optimizer):
+    module = FineTune(family, teacher, student, settings(lr=1e30, optimizer=optimizer))
     with pytest.raises(UsageError, match=r"finetune\.lr=1e\+30 made the loss (nan|inf) at step [12]; lower it\."):
         train(module, make_batch)
 
 
-def test_gradient_checkpointing_does_not_change_the_weights(teacher, student, make_batch, batch):
+def test_gradient_checkpointing_does_not_change_the_weights(family, teacher, student, make_batch, batch):
     results, losses = [], []
     for flag in (False, True):
-        module = FineTune(teacher, copy.deepcopy(student), settings(gradient_checkpointing=flag, ema_decay=0.5))
+        module = FineTune(family, teacher, copy.deepcopy(student), settings(gradient_checkpointing=flag, ema_decay=0.5))
         losses.append(module.losses(batch)["loss"].item())
         train(module, make_batch)
         results.append(state(module))
@@ -185,9 +188,39 @@ def test_gradient_checkpointing_does_not_change_the_weights(teacher, student, ma
     assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
 
 
-def test_training_lowers_the_loss(teacher, student, make_batch):
-    module = FineTune(teacher, student, settings(steps=25, lr=3e-3))
+def test_training_lowers_the_loss(family, teacher, student, make_batch):
+    module = FineTune(family, teacher, student, settings(steps=25, lr=3e-3))
     heldout = make_batch(100, LENGTHS)
     before = module.losses(heldout)["loss"].item()
     train(module, make_batch, steps=25)
     assert module.losses(heldout)["loss"].item() < before
+
+
+PLACES = {("transformer_blocks", 0): ("transformer_blocks", 1), ("transformer_blocks", 1): ("transformer_blocks", 2)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_are_those_of_the_blocks_that_stand_for_one_another(family, teacher, student, batch, checkpointing):
+    def image_streams(model):
+        streams = []
+        handles = [
+            block.register_forward_hook(lambda *a: streams.append(a[-1][1])) for block in model.transformer_blocks
+        ]
+        with torch.no_grad():
+            model(**batch.inputs)
+        for handle in handles:
+            handle.remove()
+        return streams
+
+    own, wanted = image_streams(student), image_streams(teacher)
+    config = settings(feature_weight=0.5, output_weight=2.0, gradient_checkpointing=checkpointing)
+    module = FineTune(family, teacher, student, config, PLACES)
+    terms = module.losses(batch)
+    errors = [(own[a] - wanted[b]).square().sum() / wanted[b].square().sum() for a, b in ((0, 1), (1, 2))]
+    assert terms["feature"].item() == pytest.approx((sum(errors) / 2).item(), rel=1e-5)
+    assert terms["loss"].item() == pytest.approx(2 * terms["output"].item() + 0.5 * terms["feature"].item(), rel=1e-5)
+    terms["feature"].backward()
+    last = student.transformer_blocks[1].img_mlp.net[2].weight.grad
+    assert last is not None
+    assert last.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
