@@ -61,12 +61,8 @@ def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], tar
 
 
 def _loss(plugs: Plugs, name: str) -> float:
-    """The held-out distillation loss of a plug; a block's projectors, which learn together, share theirs."""
-    if name in plugs.students:
-        return plugs.students[name].losses["heldout_loss"]
-    item = plugs.projectors[name]
-    shared = [other for other in plugs.projectors.values() if (other.stack, other.index) == (item.stack, item.index)]
-    return item.losses["heldout_loss"] / len(shared)
+    """The held-out distillation loss of a plug."""
+    return (plugs.students | plugs.projectors)[name].losses["heldout_loss"]
 
 
 class _Meter:

@@ -93,8 +93,7 @@ def run(run: Run) -> None:
     _samples(run, names, folder / "samples.png")
     plots.quality_against_size(folder / "quality.png", rows)
     losses = {name: plug.losses for name, plug in load_plugs(run.folder / "plugs").items()}
-    for item in load_projectors(run.folder / "plugs").values():  # a block's projectors share their losses
-        losses[f"{item.stack}.{item.index} in width"] = item.losses
+    losses |= {name: item.losses for name, item in load_projectors(run.folder / "plugs").items()}
     if losses:
         plots.distillation_losses(folder / "losses.png", losses)
     keys = ("name", "num_layers", "params", "params_ratio", "scores", "drop_percent", "latency_ms",

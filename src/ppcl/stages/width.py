@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,8 +41,6 @@ from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
 from ppcl.taps import BlockCall, BlockKey, Streams, observe
 
-Batches = Callable[[], Iterable[TrainingBatch]]
-
 
 @dataclass
 class Place:
@@ -70,25 +68,25 @@ def places(family: Family, teacher: nn.Module, intervals: Intervals, students: M
 
 @dataclass
 class PrunedPlace:
-    """A place that is pruned in width: its block, and the place whose text a text-pruned block reads."""
+    """A place without its `text` stream or its `ffn`: its block, and the place whose text it reads if need be."""
 
     place: Place
     block: nn.Module
-    kinds: tuple[str, ...]  # of text, ffn
+    kind: str
     reference: Place | None
 
     @property
     def name(self) -> str:
-        return f"{self.place.stack}.{self.place.index}"
+        return projector_name(self.place.stack, self.place.index, self.kind)
 
 
 class WidthDistillation(LocalDistillation):
-    """Trains the projectors of the blocks in `width` and nothing else, each block on its own.
+    """Trains the projectors of the blocks in `width` and nothing else, text and FFN of a block each on its own.
 
     A pruned block is called with the teacher's T_{j-1}, and with the text that its reference block would
     hand it were the teacher run up to there. It learns Eq. 11, the direction of its output per stream, and
     Eq. 12, the distance of every projector's output to what it stands for, relative to that one's norm.
-    `only` names the blocks that are trained (`transformer_blocks.37`); what they read is as in all of `width`.
+    `only` names what is trained (`transformer_blocks.37.text`); what it reads is as in all of `width`.
     """
 
     stage_name, lr_key = "width", "width.lr"
@@ -117,11 +115,10 @@ class WidthDistillation(LocalDistillation):
     @staticmethod
     def _projectors(family: Family, item: PrunedPlace) -> dict[str, nn.Module]:
         keys = {"text": ("text_in", "text_out"), "ffn": ("image_ffn", "text_ffn")}
-        names = [(key, family.projectors[key]) for kind in item.kinds for key in keys[kind]]
-        return {key: getattr(item.block, name) for key, name in names if hasattr(item.block, name)}
+        return {key: getattr(item.block, family.projectors[key]) for key in keys[item.kind]}
 
     def projectors(self, number: int) -> dict[str, nn.Module]:
-        """The projectors of pruned place `number`: `text_in` (l_z), `text_out` (l_h), `image_ffn`, `text_ffn`."""
+        """The projectors of pruned place `number`: `text_in` (l_z) and `text_out` (l_h), or `image_ffn`, `text_ffn`."""
         return dict(self.parts[self.key(self.names[number])].named_children())
 
     def setup(self, stage: str) -> None:
@@ -140,8 +137,11 @@ class WidthDistillation(LocalDistillation):
         `arguments` are the block's own, with z_r and the text it reads packed in; two more keys, `z` and
         `z_reference`, hold the teacher's z at this place and at its reference.
         """
-        starts = {(item.place.stack, item.place.index): number for number, item in enumerate(self.pruned)}
-        ends = {(item.place.stack, item.place.end): number for number, item in enumerate(self.pruned)}
+        starts: dict[BlockKey, list[int]] = {}
+        ends: dict[BlockKey, list[int]] = {}
+        for number, item in enumerate(self.pruned):
+            starts.setdefault((item.place.stack, item.place.index), []).append(number)
+            ends.setdefault((item.place.stack, item.place.end), []).append(number)
         read = {(r.stack, r.index): r for item in self.pruned if (r := item.reference)}
         text_of = {(r.stack, r.end): (r.stack, r.index) for r in read.values()}
         z_of: dict[BlockKey, Tensor] = {}
@@ -153,20 +153,17 @@ class WidthDistillation(LocalDistillation):
                 z_of[call.key] = self.family.text_qkv_input(read[call.key].module, call.kwargs)
             if call.key in text_of:
                 h_of[text_of[call.key]] = call.outputs["text"]
-            if call.key in starts:
-                number = starts[call.key]
-                arguments = call.kwargs
+            for number in starts.get(call.key, []):
+                waiting[number] = call.kwargs
                 if (reference := self.pruned[number].reference) is not None:
                     key = (reference.stack, reference.index)
                     text = call.inputs["text"] if self.layout.text_output == "each" else h_of[key]
-                    arguments = self.family.with_text(call.kwargs, text, z_of[key]) | {
+                    waiting[number] = self.family.with_text(call.kwargs, text, z_of[key]) | {
                         "z": self.family.text_qkv_input(self.pruned[number].place.module, call.kwargs),
                         "z_reference": z_of[key],
                         "text": text,
                     }
-                waiting[number] = arguments
-            if call.key in ends:
-                number = ends[call.key]
+            for number in ends.get(call.key, []):
                 visit(number, waiting.pop(number), call.outputs)
 
         with torch.no_grad():
@@ -207,23 +204,13 @@ class WidthDistillation(LocalDistillation):
         self.each_call(batch, learn)
 
     @torch.no_grad()
-    def fit_linear(self, batches: Batches, *, ridge: float) -> None:
-        """Set every projector to its least-squares solution: first the text's, then the FFNs' behind it."""
-        for keys in ({"text_in", "text_out"}, {"image_ffn", "text_ffn"}):
-            if not any(keys & self.projectors(number).keys() for number in range(len(self.pruned))):
-                continue
-            for (number, key), system in self._equations(batches(), keys).items():
-                weight, bias = system.solve(ridge=ridge)
-                projector: Any = self.projectors(number)[key]
-                projector.weight.copy_(weight)
-                projector.bias.copy_(bias)
-
-    def _equations(self, batches: Iterable[TrainingBatch], keys: set[str]) -> dict[tuple[int, str], NormalEquations]:
+    def fit_linear(self, batches: Iterable[TrainingBatch], *, ridge: float) -> None:
+        """Set every projector to its least-squares solution."""
         equations: dict[tuple[int, str], NormalEquations] = {}
         masks: dict[str, Tensor | None] = {}
 
         def add(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
-            for key in self.projectors(number).keys() & keys:
+            for key in self.projectors(number):
                 x, y, mask = self._pair(number, key, arguments, teacher, masks)
                 rows = valid(x, mask)
                 system = equations.setdefault((number, key), NormalEquations(x.shape[-1], y.shape[-1]))
@@ -232,7 +219,11 @@ class WidthDistillation(LocalDistillation):
         for batch in batches:
             masks.update(self.family.masks(batch.inputs))
             self.each_call(batch, add)
-        return equations
+        for (number, key), system in equations.items():
+            weight, bias = system.solve(ridge=ridge)
+            projector: Any = self.projectors(number)[key]
+            projector.weight.copy_(weight)
+            projector.bias.copy_(bias)
 
     def _pair(
         self, number: int, key: str, arguments: dict[str, Any], teacher: Streams, masks: dict[str, Any]
@@ -253,16 +244,17 @@ def _prune(family: Family, stack: str, kept: Sequence[Place], width: Width) -> l
     here = {place.index: place for place in kept if place.stack == stack}
     reads = references(list(here), sets["text"])
     pruned = []
+    # As the last of a run of one: with an output projector of its own and nothing to carry on.
+    roles = {
+        "text": family.width_roles([1], [], 2, Layout("each"))[1],
+        "ffn": family.width_roles([], [1], 2, Layout("each"))[1],
+    }
     for index, place in here.items():
-        kinds = tuple(kind for kind in ("text", "ffn") if index in sets[kind])
-        if not kinds:
-            continue
-        # As the last of a run of one: with an output projector of its own and nothing to carry on.
-        texts, ffns = ([1] if kind in kinds else [] for kind in ("text", "ffn"))
-        role = family.width_roles(texts, ffns, 2, Layout("each"))[1]
-        assert role is not None
-        reference = here[reads[index]] if index in reads else None
-        pruned.append(PrunedPlace(place, family.prune_block(place.module, role, {}), kinds, reference))
+        for kind, role in roles.items():
+            if index in sets[kind]:
+                assert role is not None
+                block = family.prune_block(place.module, role, {})
+                pruned.append(PrunedPlace(place, block, kind, here[reads[index]] if kind == "text" else None))
     return pruned
 
 
@@ -299,7 +291,7 @@ def ffn_errors(module: WidthDistillation, batches: Iterable[TrainingBatch]) -> d
     return errors
 
 
-def projector_header(run: Run, item: PrunedPlace, kind: str, students: Mapping[str, str]) -> Header:
+def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -> Header:
     """What one projector is made from; `students` holds the fingerprints of trained students by name."""
     width, distill = run.config.width, asdict(run.config.distill)
     for key in ("mode", "init", "steps", "lr", "intervals", "checkpoint_every", "gradient_checkpointing"):
@@ -307,9 +299,7 @@ def projector_header(run: Run, item: PrunedPlace, kind: str, students: Mapping[s
     place, reference = item.place, item.reference
     made_from = {
         "model": run.model_identity,
-        "block": item.name,
-        "kind": kind,
-        "pruned_with_it": list(item.kinds),
+        "projector": item.name,
         "base": students.get(place.student or ""),
         "reference": None if reference is None else [reference.index, students.get(reference.student or "")],
         "text_output": width.text_output,
@@ -321,14 +311,10 @@ def projector_header(run: Run, item: PrunedPlace, kind: str, students: Mapping[s
     return Header("ppcl.projector", made_from)
 
 
-def _batches(run: Run, seed: int, start: int, stop: int, description: str) -> Batches:
+def _batches(run: Run, seed: int, start: int, stop: int, description: str) -> Iterator[TrainingBatch]:
     stream = run.stream(seed, max(run.config.distill.batch_size, 16))
-
-    def batches() -> Iterable[TrainingBatch]:
-        for step in track(range(start, stop), description, console=run.console, transient=True):
-            yield run.to_device(stream(step))
-
-    return batches
+    for step in track(range(start, stop), description, console=run.console, transient=True):
+        yield run.to_device(stream(step))
 
 
 def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
@@ -337,7 +323,7 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     if config.num_text == 0 and config.num_ffn == 0:
         raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
     calibration = _batches(run, run.config.data.calibration_seed, 0, min(4, config.num_batches), "text similarity")
-    maps = [torch.tensor(similarity_maps(family, teacher, batch)["text"]) for batch in calibration()]
+    maps = [torch.tensor(similarity_maps(family, teacher, batch)["text"]) for batch in calibration]
     table = torch.stack(maps).mean(dim=0)
     width: Width = {}
     scores: dict[str, Any] = {}
@@ -355,7 +341,7 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
         linear.to(run.device).setup("fit")
         seed, stop = run.config.data.calibration_seed, config.num_batches
         linear.fit_linear(_batches(run, seed, 0, stop, "linear FFNs"), ridge=config.ridge)
-        errors = ffn_errors(linear, _batches(run, seed, stop, stop + 2, "held-out FFN errors")())
+        errors = ffn_errors(linear, _batches(run, seed, stop, stop + 2, "held-out FFN errors"))
         width[stack] = {"text": text, "ffn": select_ffn(errors, config.num_ffn)}
         reads = references(list(here), text)
         scores[stack] = {
@@ -403,18 +389,11 @@ def run(run: Run) -> None:
         arguments = run.family, teacher, kept, plan.width, run.layout, distill
         return WidthDistillation(*arguments, linear_weight=config.linear_weight, only=only)
 
-    headers = {
-        projector_name(item.place.stack, item.place.index, kind): projector_header(run, item, kind, students)
-        for item in distillation().pruned
-        for kind in item.kinds
-    }
-    # A block learns as a whole: one projector that is missing takes its others along.
-    stale = {
-        name.rpartition(".")[0] for name, header in headers.items() if not is_current(folder / f"{name}.json", header)
-    }
+    headers = {item.name: projector_header(run, item, students) for item in distillation().pruned}
+    stale = [name for name, header in headers.items() if not is_current(folder / f"{name}.json", header)]
     made_from = {"projectors": {name: header.fingerprint for name, header in headers.items()}}
     header = Header("ppcl.width", made_from)
-    checkpoints = folder / f"checkpoint-width-{fingerprint({'blocks': sorted(stale)})}"
+    checkpoints = folder / f"checkpoint-width-{fingerprint({'projectors': stale})}"
     if not stale:
         run.say("width", f"reused {folder}")
         return
@@ -423,46 +402,42 @@ def run(run: Run) -> None:
     module.to(run.device).setup("fit")
     calibration = run.config.data.calibration_seed
     module.fit_linear(_batches(run, calibration, 0, config.num_batches, "least squares"), ridge=config.ridge)
-    heldout = _batches(run, calibration, config.num_batches, config.num_batches + 4, "held-out losses")
-    before = module.heldout(heldout())
+
+    def measure() -> list[dict[str, float]]:
+        first = config.num_batches
+        return module.heldout(_batches(run, calibration, first, first + 4, "held-out losses"))
+
+    before = measure()
     if config.steps:
         stream = run.stream(run.config.data.train_seed, distill.batch_size)
         loader = StepLoader(stream, config.steps)
         fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every)
         module.to(run.device).setup("fit")
-    after = module.heldout(heldout())
+    after = measure()
     for number, item in enumerate(module.pruned):
         losses = {"heldout_before": before[number]["loss"]}
         losses |= {f"heldout_{key}": value for key, value in after[number].items()}
-        for kind in item.kinds:
-            _projector(run, module, number, kind, headers, losses).save(folder)
-        what = " and ".join(item.kinds)
-        run.say(
-            "width", f"{item.name} {what}: held-out loss {losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}"
-        )
+        _projector(run, module, number, headers[item.name], losses).save(folder)
+        change = f"{losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}"
+        run.say("width", f"{item.name}: held-out loss {change}")
     discard_checkpoint(checkpoints)
-    run.say("width", f"wrote {len(headers)} projectors to {folder}")
+    run.say("width", f"wrote {len(stale)} projectors to {folder}")
 
 
-def _projector(
-    run: Run, module: WidthDistillation, number: int, kind: str, headers: Mapping[str, Header], losses: dict[str, float]
-) -> Projector:
+def _projector(run: Run, module: WidthDistillation, number: int, header: Header, losses: dict[str, float]) -> Projector:
     item = module.pruned[number]
-    own = {"text": ("text_in", "text_out"), "ffn": ("image_ffn", "text_ffn")}[kind]
     state = {
         f"{run.family.projectors[key]}.{name}": value.detach().cpu().clone()
         for key, projector in module.projectors(number).items()
-        if key in own
         for name, value in projector.state_dict().items()
     }
-    place, reads = item.place, item.reference if kind == "text" else None
     return Projector(
-        headers[projector_name(place.stack, place.index, kind)],
-        place.stack,
+        header,
+        item.place.stack,
         state,
         losses,
-        index=place.index,
-        kind=kind,
-        base=place.student,
-        reference=reads.index if reads else None,
+        index=item.place.index,
+        kind=item.kind,
+        base=item.place.student,
+        reference=item.reference.index if item.reference else None,
     )
