@@ -80,7 +80,8 @@ class WidthConfig:
     `source`: `none`, `given` (the sets), `plan` (the file `path`), or `auto`: text streams whose output has a
     CKA of `text_threshold` or more with their reference's, deeper ones first and at most `num_text`, and the
     `num_ffn` FFNs that are most nearly linear.
-    `text_output`: `last` keeps one output projector per run of text-pruned blocks, `each` one per block.
+    `text_output`: `last` keeps one output projector per run of text-pruned blocks, which reads the text of the
+    run's reference; `each` one per block, which reads the text of the block before it.
     """
 
     source: str = "none"

@@ -53,6 +53,14 @@ def randomise(module, scale=0.05):
     return module
 
 
+def projectors_by_block(module):
+    """The text and FFN projectors of each block together."""
+    found = {}
+    for number, item in enumerate(module.pruned):
+        found.setdefault(item.place.index, {}).update(module.projectors(number))
+    return found
+
+
 class Captured:
     """Arguments, z and both outputs of every teacher block."""
 
@@ -128,15 +136,15 @@ def assert_least_squares(projector, x, y, masks):
 @torch.no_grad()
 def test_projectors_start_at_the_least_squares_solution(family, teacher, batches, text_output):
     module = distillation(family, teacher, text_output=text_output)
-    module.fit_linear(lambda: batches, ridge=0.0)
+    module.fit_linear(batches, ridge=0.0)
     calls = [Captured(teacher, batch) for batch in batches]
     masks, everything = [call.mask for call in calls], [None] * len(calls)
     blocks = teacher.transformer_blocks
-    found = {item.place.index: module.projectors(number) for number, item in enumerate(module.pruned)}
+    found = projectors_by_block(module)
     assert {index: set(projectors) for index, projectors in found.items()} == {
         2: {"image_ffn", "text_ffn"},
         3: {"text_in", "text_out"},
-        4: {"text_in", "text_out", "image_ffn"},
+        4: {"text_in", "text_out", "image_ffn", "text_ffn"},
         6: {"text_in", "text_out"},
     }
     for index, reference in ((3, 2), (4, 2), (6, 5)):
@@ -145,12 +153,11 @@ def test_projectors_start_at_the_least_squares_solution(family, teacher, batches
         reads = reference if text_output == "last" else index - 1
         h = [[call.text[at] for call in calls] for at in (reads, index)]
         assert_least_squares(found[index]["text_out"], *h, masks)
-    states = [call.after_attention(blocks[2], 2, call.z[2]) for call in calls]
-    assert_least_squares(found[2]["image_ffn"], [s[0] for s in states], [call.image[2] for call in calls], everything)
-    assert_least_squares(found[2]["text_ffn"], [s[1] for s in states], [call.text[2] for call in calls], masks)
-    # Behind the text projector that is already there.
-    states = [call.after_attention(blocks[4], 4, affine(found[4]["text_in"], call.z[2]))[0] for call in calls]
-    assert_least_squares(found[4]["image_ffn"], states, [call.image[4] for call in calls], everything)
+    for at in (2, 4):  # block 4 loses its text stream too, but each projector is fitted with the rest intact
+        states = [call.after_attention(blocks[at], at, call.z[at]) for call in calls]
+        images, texts = [call.image[at] for call in calls], [call.text[at] for call in calls]
+        assert_least_squares(found[at]["image_ffn"], [state[0] for state in states], images, everything)
+        assert_least_squares(found[at]["text_ffn"], [state[1] for state in states], texts, masks)
 
 
 @pytest.mark.parametrize("text_output", ["last", "each"])
@@ -158,7 +165,7 @@ def test_projectors_start_at_the_least_squares_solution(family, teacher, batches
 def test_a_student_as_reference(family, teacher, student, batches, text_output):
     """z is the student's own, on the teacher's input at u; h is the teacher's output at v."""
     module = distillation(family, teacher, {"text": [5]}, text_output, student)
-    module.fit_linear(lambda: batches, ridge=0.0)
+    module.fit_linear(batches, ridge=0.0)
     calls = [Captured(teacher, batch) for batch in batches]
     masks, projectors = [call.mask for call in calls], module.projectors(0)
     assert (module.pruned[0].reference.index, module.pruned[0].reference.end) == (2, 4)
@@ -174,9 +181,9 @@ def test_a_student_as_reference(family, teacher, student, batches, text_output):
 @torch.no_grad()
 def test_a_student_as_base(family, teacher, student, batches, text_output):
     module = distillation(family, teacher, {"text": [2], "ffn": [2]}, text_output, student)
-    module.fit_linear(lambda: batches, ridge=0.0)
+    module.fit_linear(batches, ridge=0.0)
     calls = [Captured(teacher, batch) for batch in batches]
-    masks, projectors = [call.mask for call in calls], module.projectors(0)
+    masks, projectors = [call.mask for call in calls], projectors_by_block(module)[2]
     assert module.last == (STACK, 4)
     assert_least_squares(
         projectors["text_in"], [call.z[1] for call in calls], [call.z_of(student, 2) for call in calls], masks
@@ -184,8 +191,10 @@ def test_a_student_as_base(family, teacher, student, batches, text_output):
     assert_least_squares(
         projectors["text_out"], [call.text[1] for call in calls], [call.text[4] for call in calls], masks
     )
-    states = [call.after_attention(student, 2, affine(projectors["text_in"], call.z[1]))[0] for call in calls]
-    assert_least_squares(projectors["image_ffn"], states, [call.image[4] for call in calls], [None] * len(calls))
+    states = [call.after_attention(student, 2, call.z_of(student, 2)) for call in calls]
+    images, texts = [call.image[4] for call in calls], [call.text[4] for call in calls]
+    assert_least_squares(projectors["image_ffn"], [state[0] for state in states], images, [None] * len(calls))
+    assert_least_squares(projectors["text_ffn"], [state[1] for state in states], texts, masks)
 
 
 def valid_tokens(value, stream):
@@ -212,15 +221,15 @@ def plain_terms(module, number, call, text_output):
     place, index, end = item.place, item.place.index, item.place.end
     z = z_target = call.z_of(place.module, index)
     terms = {}
-    if "text" in item.kinds:
+    if item.kind == "text":
         reads = item.reference
         z_reference = call.z_of(reads.module, reads.index)
         z = affine(projectors["text_in"], z_reference)
         terms["linear_z"] = plain_relative(z, z_target, "text")
     image, text = call.after_attention(place.module, index, z)
-    has_ffn = "ffn" not in item.kinds
+    has_ffn = item.kind != "ffn"
     image = call.feed_forward(place.module, index, "img", image) if has_ffn else affine(projectors["image_ffn"], image)
-    if "text" in item.kinds:
+    if item.kind == "text":
         h = call.text[reads.end] if text_output == "last" else call.text[index - 1]
         text = affine(projectors["text_out"], h)
     else:
@@ -284,7 +293,7 @@ def test_padded_text_reaches_neither_loss_nor_fit(family, teacher, make_batch):
         batch = make_batch(0, (30, 45, 35))
         batch.inputs["encoder_hidden_states"][~batch.inputs["encoder_hidden_states_mask"]] *= factor
         module = distillation(family, teacher)
-        module.fit_linear(lambda batch=batch: [batch], ridge=1e-6)
+        module.fit_linear([batch], ridge=1e-6)
         found.append((module.parts.state_dict(), [terms["loss"].item() for terms in all_terms(module, batch)]))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-3)
     assert found[1][1] == pytest.approx(found[0][1], abs=1e-5)
@@ -319,10 +328,11 @@ def test_only_projectors_learn_and_only_projectors_are_saved(family, teacher, st
         assert all(parameter.grad is None for parameter in model.parameters())
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert all(torch.equal(value, before[who][name]) for name, value in model.state_dict().items()), who
-    parts = {"1": ("image_ffn", "text_ffn"), "2": ("text_in", "text_out"), "5": ("text_in", "text_out", "image_ffn")}
+    text, ffn = ("text_in", "text_out"), ("image_ffn", "text_ffn")
+    parts = {"1:ffn": ffn, "2:text": text, "5:text": text, "5:ffn": ffn}
     expected = {
-        f"parts.{STACK}:{index}.{key}.{kind}"
-        for index, keys in parts.items()
+        f"parts.{STACK}:{name}.{key}.{kind}"
+        for name, keys in parts.items()
         for key in keys
         for kind in ("weight", "bias")
     }
@@ -417,7 +427,7 @@ def test_the_most_nearly_linear_ffns_are_chosen(count, expected):
 @torch.no_grad()
 def test_ffn_errors_are_those_of_the_fitted_blocks(family, teacher, batches):
     module = distillation(family, teacher, {"ffn": [1, 4]})
-    module.fit_linear(lambda: batches[:2], ridge=1e-6)
+    module.fit_linear(batches[:2], ridge=1e-6)
     call, errors = Captured(teacher, batches[2]), ffn_errors(module, batches[2:])
     assert list(errors) == [1, 4]
     for number, index in enumerate(errors):
