@@ -70,7 +70,7 @@ class Plugboard:
         """For each block of the present arrangement the teacher's block whose output its own stands for."""
         found: dict[BlockKey, BlockKey] = {}
         for stack, kept in self.kept.items():
-            ends = dict(self.removed_intervals[stack])
+            ends = {pair[0]: pair[1] for pair in self.removed_intervals[stack]}
             found |= {(stack, place): (stack, ends.get(index, index)) for place, index in enumerate(kept)}
         return found
 
