@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -345,3 +346,17 @@ def test_killed_finetuning_resumes_exactly(options: list[str], planned: Path, tm
         assert not (run / "finetune-checkpoint").exists()
         assert "finetune  reused" in succeed(*command).out
     assert_same_tensors(results["killed"], results["whole"])
+
+
+def test_a_loss_that_is_not_a_number_stops_and_loses_nothing(options: list[str], planned: Path, tmp_path: Path) -> None:
+    run = tmp_path / "budget"
+    for folder in ("plan", "plugs"):
+        shutil.copytree(planned / folder, run / folder)
+    change = ["finetune.lr=1e30", "finetune.optimizer=adamw", "finetune.checkpoint_every=1"]
+    outcome = ppcl(*options, f"paths.runs_dir={tmp_path}", f"budget.params={BUDGET}", *change, FINETUNE)
+    assert outcome.code == 2
+    assert "finetune.lr=1e+30 made the loss" in outcome.err
+    assert "last checkpoint is intact" in outcome.err
+    assert zipfile.is_zipfile(run / "finetune-checkpoint" / "last.ckpt")
+    assert not (run / "finetuned").exists()
+    assert digests(run / "plugs") == digests(planned / "plugs")
