@@ -17,7 +17,7 @@ from PIL import Image
 from ppcl.artifacts import Interval, atomic_path
 
 INK, GRID = "#22303c", "#dfe5ea"
-PALETTE = ("#0b6e99", "#d9730d", "#5a8f3d", "#a0408a", "#8a6d3b", "#3d5a8f")
+PALETTE = ("#0b6e99", "#d9730d", "#5a8f3d", "#a0408a", "#8a6d3b", "#6b7a89", "#c0392b", "#2f9e95")
 mpl.rcParams.update(
     {
         "font.size": 10,
@@ -120,16 +120,16 @@ def frontier(path: Path, points: dict[str, list[dict[str, Any]]], chosen: float)
 
 
 def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None:
-    """Held-out loss of every interval before and after distillation."""
-    figure, axis = plt.subplots(figsize=(6.4, 0.6 + 0.42 * len(losses)))
+    """Held-out loss of every student and projector before and after distillation."""
+    figure, axis = plt.subplots(figsize=(6.4, 0.9 + (0.42 if len(losses) <= 12 else 0.24) * len(losses)))
     names = list(losses)[::-1]
     before = [losses[name]["heldout_before"] for name in names]
     after = [losses[name]["heldout_loss"] for name in names]
     axis.hlines(range(len(names)), after, before, color=GRID, linewidth=5)
-    axis.plot(before, range(len(names)), "o", color=PALETTE[1], label="block u as it is")
+    axis.plot(before, range(len(names)), "o", color=PALETTE[1], label="as it starts")
     axis.plot(after, range(len(names)), "o", color=PALETTE[0], label="after distillation")
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="held-out distillation loss (Eq. 6)", xlim=(0, None))
+    axis.set(xlabel="held-out distillation loss", xlim=(0, None), ylim=(-0.7, len(names) - 0.3))
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save_figure(figure, path)
 
