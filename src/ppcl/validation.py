@@ -329,6 +329,8 @@ def _check_width(config: Config, intervals: Intervals | None) -> None:
         check_width(width, intervals, num_layers(config))
     if config.width.source == "none" and "width" in config.stages:
         raise UsageError("stages=[width] needs width sets: width=auto, width=from_plan or width.source=given.")
+    if config.width.source == "none" and "ppcl-width" in [*config.generate.variants, config.export.variant]:
+        raise UsageError("variant ppcl-width needs width sets: width=auto, width=from_plan or width.source=given.")
     if not 0 < config.width.text_threshold <= 1:
         raise UsageError(f"width.text_threshold={config.width.text_threshold} must lie between 0 and 1.")
     if not 0 <= config.finetune.ema_decay < 1:

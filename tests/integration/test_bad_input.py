@@ -116,6 +116,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (["budget.num_batches=0"], ["budget.num_batches=0"]),
         (["model=qwen_image", "budget.params=0.6", "stages=[plan]"], ["budget.params", "model.path"]),
         ([INTERVALS, "stages=[generate]", "generate.variants=[teacher,ppcl-planned]"], ["ppcl-planned", "budget"]),
+        ([INTERVALS, "stages=[generate]", "generate.variants=[teacher,ppcl-width]"], ["ppcl-width", "width=auto"]),
         ([INTERVALS, "stages=[plan]", "budget.params=0.6"], ["plugs", *PLUG_NAMES, "stages=[depth]"]),
         (["finetune.output_weight=0", "finetune.flow_weight=0"], ["finetune.output_weight", "finetune.flow_weight"]),
         (["finetune.output_weight=-1"], ["finetune.output_weight=-1"]),
