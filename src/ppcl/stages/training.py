@@ -96,7 +96,7 @@ def fit(
             enable_version_counter=False,
         )
     ]
-    callbacks.append(TrainingCost(run.folder / "logs" / f"{stage}_cost.json"))
+    callbacks.append(TrainingCost(run.folder / "training" / f"{stage}.json"))
     if run.config.trainer.progress:
         callbacks.append(StepProgress(stage, run.console))
     logger = make_logger(run, stage)
