@@ -34,9 +34,7 @@ def rows_of(folder: Path, label: str) -> list[dict]:
     """A row before and one after fine-tuning, with what training took."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     scores = {path.stem: json.loads(path.read_text()) for path in (folder / "scores").glob("*.json")}
-    costs = {
-        path.stem.removesuffix("_cost"): json.loads(path.read_text()) for path in (folder / "logs").glob("*_cost.json")
-    }
+    costs = {path.stem: json.loads(path.read_text()) for path in (folder / "training").glob("*.json")}
     teacher = scores["teacher"]
     before = "ppcl-width" if "ppcl-width" in scores else "ppcl-depth"
     rows = []

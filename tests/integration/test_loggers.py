@@ -89,4 +89,12 @@ def test_csv_holds_every_interval(command: list[str], trained: Path, tmp_path: P
 
 def test_none_leaves_nothing(trained: Path) -> None:
     """`trained` ran with logger=none."""
-    assert sorted(path.name for path in trained.iterdir()) == ["config.yaml", "plugs", "versions.json"]
+    assert sorted(path.name for path in trained.iterdir()) == ["config.yaml", "plugs", "training", "versions.json"]
+
+
+def test_a_training_says_what_it_cost(trained: Path) -> None:
+    cost = json.loads((trained / "training" / "depth.json").read_text(encoding="utf-8"))
+    assert cost["steps"] == 6
+    assert cost["seconds"] > 0
+    plugs = sum(path.stat().st_size for path in (trained / "plugs").glob("*.safetensors"))
+    assert cost["peak_memory_mb"] > plugs / 1e6  # students, their gradients, two moments, and the teacher
