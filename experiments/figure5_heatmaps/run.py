@@ -34,7 +34,7 @@ def main() -> None:
                 for name, table in found.items():
                     tables.setdefault(name, []).append(torch.tensor(table))
             for name, parts in tables.items():
-                label = f"{name} without the top {top} channels" if top else name
+                label = f"{name} stream" + (f" without {top} channels" if top else "")
                 mean = torch.stack(parts).mean(dim=0).numpy()
                 maps.setdefault(label, []).append(mean)
                 for (a, b), value in np.ndenumerate(mean):

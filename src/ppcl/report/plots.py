@@ -67,16 +67,19 @@ def interval_curves(path: Path, curve: list[list[float | None]], intervals: list
 
 
 def similarity_maps(path: Path, maps: dict[str, list[list[float]]]) -> None:
-    """CKA between every two blocks' outputs, a panel per stream."""
-    figure, axes = plt.subplots(1, len(maps), figsize=(4.6 * len(maps), 4.2), squeeze=False)
+    """CKA between every two blocks' outputs, a panel per map, two to a row."""
+    rows = -(-len(maps) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(9.2, 4.2 * rows), squeeze=False)
     lowest = min(min(min(row) for row in table) for table in maps.values())
-    for axis, (stream, table) in zip(axes[0], maps.items(), strict=True):
+    for axis in axes.flat[len(maps) :]:
+        axis.remove()
+    for axis, (name, table) in zip(axes.flat, maps.items(), strict=False):
         drawn = axis.imshow(table, origin="lower", cmap="viridis", vmin=lowest, vmax=1.0)
-        axis.set(title=f"{stream} stream", xlabel="block", ylabel="block")
+        axis.set(title=name, xlabel="block", ylabel="block")
         axis.grid(visible=False)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(drawn, ax=list(axes[0]), label="CKA", shrink=0.85)
+    figure.colorbar(drawn, ax=axes, label="CKA", shrink=0.85)
     save_figure(figure, path)
 
 

@@ -92,7 +92,7 @@ def run(run: Run) -> None:
     write_json(folder / "curves.json", curves)
     for stack, streams in found.curves.items():
         plots.interval_curves(folder / f"curves_{stack}.png", streams[method.stream], found.intervals[stack])
-    plots.similarity_maps(folder / "similarity.png", maps)
+    plots.similarity_maps(folder / "similarity.png", {f"{name} stream": table for name, table in maps.items()})
     plan.save(run.plan_path)
     show(run, plan)
     run.say("detect", f"wrote {folder}")
