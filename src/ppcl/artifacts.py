@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -250,7 +251,7 @@ def projector_name(stack: str, index: int, kind: str) -> str:
 
 
 @dataclass
-class _Pluggable:
+class _Pluggable(ABC):
     """Tensors that stand in for a part of the teacher, and how training them went.
 
     Tensors that are not finite are refused on saving and on loading: a projector with a NaN in it would
@@ -263,12 +264,13 @@ class _Pluggable:
     losses: dict[str, float]
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        raise NotImplementedError
+        """How files, logs and calls name it."""
 
+    @abstractmethod
     def place(self) -> dict[str, Any]:
         """Where it is plugged in."""
-        raise NotImplementedError
 
     def check_finite(self, where: str) -> None:
         for key, value in self.state_dict.items():

@@ -134,8 +134,8 @@ class WidthDistillation(LocalDistillation):
     def each_call(self, batch: TrainingBatch, visit: Callable[[int, dict[str, Any], Streams], None]) -> None:
         """Run the teacher; `visit(number, arguments, teacher's output)` for each pruned place when it is due.
 
-        `arguments` are the block's own, with z_r and the text it reads packed in; two more keys, `z` and
-        `z_reference`, hold the teacher's z at this place and at its reference.
+        `arguments` are the block's own. For a text-pruned block z_r and the text it reads are packed in, and
+        three more keys hold them plain: `z_reference` and `text`, and `z`, what its projector should give.
         """
         starts: dict[BlockKey, list[int]] = {}
         ends: dict[BlockKey, list[int]] = {}
