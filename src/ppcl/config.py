@@ -224,7 +224,6 @@ class PretrainConfig:
     warmup_steps: int = 50
     decay: float = 0.4
     checkpoint_every: int = 250
-    compile: bool = True
 
 
 @dataclass
@@ -253,9 +252,12 @@ class BenchmarkConfig:
 
 @dataclass
 class TrainerConfig:
+    """`compile`: blocks that trainings run, each on its own; worth its minute or two from a thousand steps on."""
+
     accelerator: str = "auto"
     precision: str = "32-true"
     num_threads: int | None = None
+    compile: bool = False
     progress: bool = True
 
 

@@ -15,7 +15,6 @@ TINY = [
     "pretrain.steps=4",
     "pretrain.batch_size=4",
     "pretrain.checkpoint_every=2",
-    "pretrain.compile=false",
     "trainer=cpu",
     "trainer.num_threads=1",
     "trainer.progress=false",

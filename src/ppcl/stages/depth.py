@@ -187,7 +187,9 @@ def run(run: Run) -> None:
         return module.heldout(run.to_device(heldout(step)) for step in steps)
 
     before = measure("before distillation")
-    fit(run, "depth", module, StepLoader(stream, config.steps), checkpoints, header, config.checkpoint_every)
+    loader = StepLoader(stream, config.steps)
+    blocks = [*run.family.blocks(run.pipeline.transformer).values(), *module.parts.values()]
+    fit(run, "depth", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     after = measure("after distillation")
     for number, (stack, pair) in enumerate(module.pairs):
         losses = {

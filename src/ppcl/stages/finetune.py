@@ -176,7 +176,8 @@ def run(run: Run) -> None:
     # Behind the batches that depth and width learned from.
     stream = run.stream(run.config.data.train_seed, config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps)
-    fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every)
+    blocks = [b for model in (run.pipeline.transformer, student) for b in run.family.blocks(model).values()]
+    fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     result = cast(Any, module.result)
     with atomic_folder(folder) as temporary:
         result.save_pretrained(temporary / "transformer")

@@ -73,7 +73,7 @@ class Pretrain(L.LightningModule):
 def teacher_header(run: Run) -> Header:
     """What a teacher is made from; one that it continues enters by its own fingerprint, not by its path."""
     config = run.config.pretrain
-    settings = {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "compile")}
+    settings = {k: v for k, v in asdict(config).items() if k != "checkpoint_every"}
     if config.init is not None:
         settings["init"] = read_json(Path(config.init) / "ppcl.json", "pretrain.init:")["fingerprint"]
     made_from = {
@@ -100,8 +100,6 @@ def run(run: Run) -> None:
     family = get_family(run.config.model.family)
     stream = ShapesStream(family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)
     pipeline.transformer.train()
-    if config.compile:
-        pipeline.transformer.compile_repeated_blocks()
     module = Pretrain(
         pipeline.transformer,
         max_steps=config.steps,
@@ -111,7 +109,8 @@ def run(run: Run) -> None:
         decay=config.decay,
     )
     loader = StepLoader(stream, config.steps)
-    fit(run, "pretrain", module, loader, checkpoints, header, config.checkpoint_every)
+    blocks = family.blocks(pipeline.transformer).values()
+    fit(run, "pretrain", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     # Half the bytes, and no loss that a picture shows. The text encoder stays float32: what the
     # transformer has learned is to read just these embeddings.
     pipeline.transformer.to("cpu", torch.bfloat16)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from torch import nn
 
 from ppcl.artifacts import Header, atomic_path, fingerprint, is_current, write_json
 from ppcl.callbacks.cost import TrainingCost
@@ -74,11 +77,13 @@ def fit(
     folder: Path,
     header: Header,
     checkpoint_every: int,
+    blocks: Iterable[nn.Module],
 ) -> None:
     """Train `module` for the loader's steps, from the last checkpoint in `folder` if there is one.
 
     A run killed at any moment and started again ends with the weights of one never interrupted:
     batches depend on the step alone, and model, optimisers and the step are restored together.
+    `blocks` are those that a step runs: `trainer.compile` compiles them for as long as the training lasts.
     """
     resumable = check_resumable(folder, header)
     if not resumable:
@@ -115,7 +120,8 @@ def fit(
     )
     checkpoint = str(folder / "last.ckpt") if resumable else None
     try:
-        trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+        with compiled(blocks if run.config.trainer.compile else ()):
+            trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # how Lightning passes Ctrl-C on
         raise KeyboardInterrupt from None
     finally:
@@ -124,15 +130,33 @@ def fit(
         raise UsageError(f"{stage} stopped at step {trainer.global_step} of {loader.num_steps}.")
 
 
+@contextmanager
+def compiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """`blocks` with compiled forwards, eager again afterwards, where batches of every size are drawn.
+
+    Only the forwards: `compile_repeated_blocks` compiles the hooks of a block too, and taps come and go.
+    """
+    eager = [(block, vars(block).get("forward")) for block in blocks]  # offloading has put its own there
+    for block, _ in eager:
+        block.forward = torch.compile(block.forward)
+    try:
+        yield
+    finally:
+        for block, own in eager:
+            del block.forward
+            if own is not None:
+                block.forward = own
+
+
 def discard_checkpoint(folder: Path) -> None:
     """Remove a finished training's checkpoint: its result is on disk as an artifact by now."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def split_for_muon(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+def split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The matrices inside blocks but for modulations, which Muon is made for, and all other parameters."""
-    hidden: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and "_blocks." in name and "_mod." not in name
         (hidden if matrix else rest).append(parameter)

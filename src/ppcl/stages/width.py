@@ -411,7 +411,8 @@ def run(run: Run) -> None:
     if config.steps:
         stream = run.stream(run.config.data.train_seed, distill.batch_size)
         loader = StepLoader(stream, config.steps)
-        fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every)
+        blocks = run.family.blocks(run.pipeline.transformer).values()
+        fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every, blocks)
         module.to(run.device).setup("fit")
     after = measure()
     for number, item in enumerate(module.pruned):
