@@ -270,8 +270,11 @@ class LoggerConfig:
 
 @dataclass
 class PathsConfig:
+    """`base_run`: the folder of a run whose intervals, width sets, plugs and measured costs this one uses."""
+
     runs_dir: str = "runs"
     cache_dir: str = "runs/cache"
+    base_run: str | None = None
 
 
 @dataclass

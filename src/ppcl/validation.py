@@ -117,6 +117,9 @@ def check(config: Config) -> None:
             f"data.train_seed, calibration_seed and eval_seed are {seeds}: they must differ, or a stage would be "
             "judged on what it was fitted to."
         )
+    base = config.paths.base_run
+    if base is not None and not Path(base).is_dir():
+        raise UsageError(f"paths.base_run={base} is no folder: give that of a run whose plugs are to be used.")
     if config.generate.prompt_file:
         read_prompts(Path(config.generate.prompt_file))
         if {"evaluate", "report"} & set(config.stages):

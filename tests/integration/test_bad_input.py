@@ -49,6 +49,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["stages=[probe,distil]"], ["stages=distil", "depth"]),
         (["stages=[]"], ["stages=[]"]),
+        (["paths.base_run=runs/nowhere"], ["paths.base_run=runs/nowhere", "no folder"]),
         (["model=flux"], ["model=flux", "qwen_image"]),
         (["method=ppcl,nonesuch", "stages=[probe,detect]"], ["method=nonesuch", "ppcl_lp_a"]),
         (["distill.learning_rate=1"], ["learning_rate"]),

@@ -229,7 +229,7 @@ def test_another_budget_is_served_from_the_same_measurements(
         most = max(1 - point["latency_ratio"] for point in costs["frontier"]["velocity"])
     else:
         most = savings(costs, units, name)
-    target = whole - share * most
+    target = max(whole - share * most, 1e-3)  # on a busy machine plugs may seem to save more than there is
     outcome = succeed(*again, f"budget.{name}={target / whole if name == 'params' else target}", PLAN)
     assert "plan  reused" in outcome.out
     assert (plan / "costs.json").stat().st_mtime_ns == before
@@ -244,6 +244,30 @@ def test_another_budget_is_served_from_the_same_measurements(
     assert sum(parameter.numel() for parameter in transformer.parameters()) == choice["params"]
 
 
+def test_one_training_serves_every_size(options: list[str], planned: Path, tmp_path: Path) -> None:
+    """A sweep over budgets on the plugs of another run, which is only read; the teacher is drawn once."""
+    before = modified(planned)
+    sweep = [f"paths.runs_dir={tmp_path}", f"paths.base_run={planned}", "budget.params=0.7,0.8", STAGES]
+    outcome = succeed("--multirun", *options, *sweep)
+    assert modified(planned) == before
+    sizes = []
+    for job in ("0", "1"):
+        run = tmp_path / "budget" / job
+        assert not (run / "plugs").exists()
+        choice = load(run / "plan" / "choice.json")
+        tuned = load(run / "finetuned" / "ppcl.json")
+        assert tuned["plugged"] == choice["plugged"]
+        rows = {row["name"]: row for row in load(run / "report" / "report.json")["variants"]}
+        assert rows["ppcl-finetuned"]["params"] == choice["params"]
+        assert "data:image/png" in (run / "report" / "report.html").read_text().partition("Plug and play")[2][:200]
+        sizes.append(choice["params_ratio"])
+    assert sizes[0] <= 0.7 < sizes[1] <= 0.8
+    assert outcome.out.count("teacher: 12 of 12 pictures drawn") == 1
+    assert outcome.out.count(f"reused {tmp_path / 'cache' / 'images'}") == 1
+    pictures = [digests(tmp_path / "budget" / job / "images" / "shapes" / "teacher") for job in ("0", "1")]
+    assert pictures[0] == pictures[1] == digests(planned / "images" / "shapes" / "teacher")
+
+
 def test_distillation_losses_may_be_the_cost(again: list[str], tmp_path: Path) -> None:
     succeed(*again, f"budget.params={BUDGET}", "budget.cost=loss", PLAN)
     choice = load(tmp_path / "budget" / "plan" / "choice.json")
@@ -254,7 +278,7 @@ def test_distillation_losses_may_be_the_cost(again: list[str], tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "budget", ["budget.params=0.05", "budget.params=1000", "budget.latency_ratio=1e-6", "budget.memory_gb=1e-6"]
+    "budget", ["budget.params=0.05", "budget.params=1000", "budget.latency_ratio=1000", "budget.memory_gb=1e-6"]
 )
 def test_a_budget_out_of_reach_names_the_range(again: list[str], tmp_path: Path, budget: str) -> None:
     before = digests(tmp_path / "budget")

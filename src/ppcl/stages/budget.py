@@ -211,7 +211,7 @@ def _point(units: list[Unit], overlaps: list[Overlap], names: list[str], cost: s
 
 def measure(run: Run, plugs: Plugs) -> dict[str, Any]:
     """What every plug costs and saves, and the frontier under both costs; measured once, then read from disk."""
-    path = run.folder / "plan" / "costs.json"
+    path = run.costs_path
     sampling = run.config.model.sampling
     made_from = {
         "model": run.model_identity,

@@ -155,11 +155,11 @@ def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
     """Where training just these intervals keeps its state: jobs that share a run's folder share no checkpoint."""
     names = [plug_name(stack, pair) for stack, pairs in intervals.items() for pair in pairs]
     header = Header("ppcl.depth", plug_header(run, "", (0, 0)).made_from | {"intervals": names})
-    return run.folder / "plugs" / f"checkpoint-{fingerprint({'intervals': names})}", header
+    return run.plugs_folder / f"checkpoint-{fingerprint({'intervals': names})}", header
 
 
 def run(run: Run) -> None:
-    config, folder = run.config.distill, run.folder / "plugs"
+    config, folder = run.config.distill, run.plugs_folder
     chosen = select_intervals(run.intervals, config.intervals)
     missing: Intervals = {}
     for stack, pairs in chosen.items():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from ppcl.artifacts import Header, atomic_path, fingerprint, is_current, write_json
+from ppcl.artifacts import Header, atomic_folder, atomic_path, fingerprint, is_current, write_json
 from ppcl.benchmarks.shapes import evaluation_scenes
 from ppcl.report.plots import image_grid
 from ppcl.stages.run import Run
@@ -94,6 +97,34 @@ def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str])
     )
 
 
+def _teacher_cache(run: Run, header: Header) -> Path:
+    """The teacher's pictures are the same for all runs of a sweep."""
+    return Path(run.config.paths.cache_dir) / "images" / header.fingerprint
+
+
+def _reuse_teacher(run: Run, variant: Variant, folder: Path, header: Header) -> bool:
+    """Take the teacher's pictures from the cache, where they are."""
+    cached = _teacher_cache(run, header)
+    if variant.name != "teacher" or not is_current(cached / "manifest.json", header):
+        return False
+    _hand_over(cached, folder)
+    run.say("generate", f"reused {cached}, in {folder}")
+    return True
+
+
+def _hand_over(source: Path, target: Path) -> None:
+    """Links where the file system can, since no picture is ever changed in place; else copies."""
+
+    def link(path: str, copy: str) -> None:
+        try:
+            os.link(path, copy)
+        except OSError:
+            shutil.copy2(path, copy)
+
+    with atomic_folder(target) as temporary:
+        shutil.copytree(source, temporary, copy_function=link, dirs_exist_ok=True)
+
+
 def run(run: Run) -> None:
     prompts = prompts_of(run)
     variants, plugs = variants_of(run)
@@ -106,10 +137,14 @@ def run(run: Run) -> None:
             missing.append((variant, folder, header))
     if not missing:
         return
+    missing = [item for item in missing if not _reuse_teacher(run, *item)]
     switch = Switch(run, plugs)
     with Progress(console=run.console, transient=True) as progress:
         for variant, folder, header in missing:
             switch(variant)
             drawn = _draw_variant(run, variant, prompts, header, progress)
+            if variant.name == "teacher":
+                with suppress(OSError):  # another job of the sweep was first
+                    _hand_over(folder, _teacher_cache(run, header))
             run.say("generate", f"{variant.name}: {drawn} of {len(prompts)} pictures drawn, in {folder}")
     switch.restore()

@@ -92,8 +92,8 @@ def run(run: Run) -> None:
     names = [row["name"] for row in rows]
     _samples(run, names, folder / "samples.png")
     plots.quality_against_size(folder / "quality.png", rows)
-    losses = {name: plug.losses for name, plug in load_plugs(run.folder / "plugs").items()}
-    losses |= {name: item.losses for name, item in load_projectors(run.folder / "plugs").items()}
+    losses = {name: plug.losses for name, plug in load_plugs(run.plugs_folder).items()}
+    losses |= {name: item.losses for name, item in load_projectors(run.plugs_folder).items()}
     if losses:
         plots.distillation_losses(folder / "losses.png", losses)
     keys = ("name", "num_layers", "params", "params_ratio", "scores", "drop_percent", "latency_ms",
@@ -133,7 +133,7 @@ def run(run: Run) -> None:
                 "quality": _embedded(folder / "quality.png"),
                 "losses": _embedded(folder / "losses.png"),
                 "similarity": _embedded(plan / "similarity.png"),
-                "frontier": _embedded(plan / "frontier.png") if budget else None,
+                "frontier": _embedded(run.choice_path.with_name("frontier.png")) if budget else None,
                 "curves": [_embedded(path) for path in sorted(plan.glob("curves_*.png"))],
             },
             "versions": json.dumps(read_json(run.folder / "versions.json", "The versions"), indent=2),

@@ -110,8 +110,22 @@ class Run:
     # What earlier stages left.
 
     @property
+    def base(self) -> Path:
+        """Where intervals, width sets, plugs and their costs lie: in this run, or in the one it is based on."""
+        base = self.config.paths.base_run
+        return self.folder if base is None else Path(base)
+
+    @property
     def plan_path(self) -> Path:
-        return self.folder / "plan" / "plan.json"
+        return self.base / "plan" / "plan.json"
+
+    @property
+    def costs_path(self) -> Path:
+        return self.base / "plan" / "costs.json"
+
+    @property
+    def plugs_folder(self) -> Path:
+        return self.base / "plugs"
 
     @cached_property
     def intervals(self) -> Intervals:
@@ -133,7 +147,7 @@ class Run:
 
     @property
     def width_path(self) -> Path:
-        return self.folder / "plan" / "width.json"
+        return self.base / "plan" / "width.json"
 
     @property
     def choice_path(self) -> Path:

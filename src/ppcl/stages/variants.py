@@ -52,7 +52,7 @@ def _check_teacher(run: Run, plugs: dict[str, Any]) -> None:
 
 def required_students(run: Run) -> dict[str, Plug]:
     """The trained student of every interval of this run, by name."""
-    plugs = load_plugs(run.folder / "plugs")
+    plugs = load_plugs(run.plugs_folder)
     names = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     missing = [name for name in names if name not in plugs]
     if missing:
@@ -70,7 +70,7 @@ def required_projectors(run: Run) -> dict[str, Projector]:
         for kind, indices in sets.items()
         for index in indices
     ]
-    found = load_projectors(run.folder / "plugs") if names else {}
+    found = load_projectors(run.plugs_folder) if names else {}
     missing = [name for name in names if name not in found]
     if missing:
         raise UsageError(f"{run.folder / 'plugs'} has no projector {', '.join(missing)}; run stages=[width] first.")

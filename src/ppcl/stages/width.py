@@ -3,259 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ppcl.artifacts import (
     Header,
-    Intervals,
     Projector,
     PruningPlan,
     Width,
     fingerprint,
     is_current,
-    plug_name,
-    projector_name,
 )
-from ppcl.config import DistillConfig
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.errors import UsageError
-from ppcl.families.base import Family
-from ppcl.layers import Layout, kept_layers, references
-from ppcl.ops.least_squares import NormalEquations
-from ppcl.ops.losses import relative_error
+from ppcl.layers import references
 from ppcl.stages.detect import similarity_maps
-from ppcl.stages.local import LocalDistillation, Terms
 from ppcl.stages.plan import show
-from ppcl.stages.probe import valid
+from ppcl.stages.projectors import Place, PrunedPlace, WidthDistillation, places
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit
 from ppcl.stages.variants import required_students
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
-from ppcl.taps import BlockCall, BlockKey, Streams, observe
-
-
-@dataclass
-class Place:
-    """A kept block: where it stands, what it stands for, and what it is (a student or the teacher's)."""
-
-    stack: str
-    index: int
-    end: int  # the teacher block whose output its own stands for; `index` but in a student
-    module: nn.Module
-    student: str | None
-
-
-def places(family: Family, teacher: nn.Module, intervals: Intervals, students: Mapping[str, nn.Module]) -> list[Place]:
-    """Every block that the intervals keep, in order of execution."""
-    found = []
-    for stack in family.stacks:
-        blocks, pairs = list(getattr(teacher, stack)), intervals.get(stack, [])
-        ends = dict(pairs)
-        for index in kept_layers(len(blocks), pairs):
-            name = plug_name(stack, (index, ends[index])) if index in ends else None
-            module = students[name] if name else blocks[index]
-            found.append(Place(stack, index, ends.get(index, index), module, name))
-    return found
-
-
-@dataclass
-class PrunedPlace:
-    """A place without its `text` stream or its `ffn`: its block, and the place whose text it reads if need be."""
-
-    place: Place
-    block: nn.Module
-    kind: str
-    reference: Place | None
-
-    @property
-    def name(self) -> str:
-        return projector_name(self.place.stack, self.place.index, self.kind)
-
-
-class WidthDistillation(LocalDistillation):
-    """Trains the projectors of the blocks in `width` and nothing else, text and FFN of a block each on its own.
-
-    A pruned block is called with the teacher's T_{j-1}, and with the text that its reference block would
-    hand it were the teacher run up to there. It learns Eq. 11, the direction of its output per stream, and
-    Eq. 12, the distance of every projector's output to what it stands for, relative to that one's norm.
-    `only` names what is trained (`transformer_blocks.37.text`); what it reads is as in all of `width`.
-    """
-
-    stage_name, lr_key = "width", "width.lr"
-
-    def __init__(
-        self,
-        family: Family,
-        teacher: nn.Module,
-        kept: Sequence[Place],
-        width: Width,
-        layout: Layout,
-        distill: DistillConfig,
-        *,
-        linear_weight: float = 1.0,
-        only: Collection[str] | None = None,
-    ) -> None:
-        self.layout, self.linear_weight = layout, linear_weight
-        pruned = [item for stack in family.stacks for item in _prune(family, stack, kept, width)]
-        self.pruned = [item for item in pruned if only is None or item.name in only]
-        projectors = {item.name: nn.ModuleDict(self._projectors(family, item)) for item in self.pruned}
-        super().__init__(family, teacher, projectors, distill)
-        for item in self.pruned:
-            item.block.requires_grad_(False)
-        self.parts.requires_grad_(True)
-
-    @staticmethod
-    def _projectors(family: Family, item: PrunedPlace) -> dict[str, nn.Module]:
-        keys = {"text": ("text_in", "text_out"), "ffn": ("image_ffn", "text_ffn")}
-        return {key: getattr(item.block, family.projectors[key]) for key in keys[item.kind]}
-
-    def projectors(self, number: int) -> dict[str, nn.Module]:
-        """The projectors of pruned place `number`: `text_in` (l_z) and `text_out` (l_h), or `image_ffn`, `text_ffn`."""
-        return dict(self.parts[self.key(self.names[number])].named_children())
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        for item in self.pruned:
-            item.block.to(self.device).eval()
-
-    @property
-    def last(self) -> BlockKey:
-        place = self.pruned[-1].place
-        return place.stack, place.end
-
-    def each_call(self, batch: TrainingBatch, visit: Callable[[int, dict[str, Any], Streams], None]) -> None:
-        """Run the teacher; `visit(number, arguments, teacher's output)` for each pruned place when it is due.
-
-        `arguments` are the block's own. For a text-pruned block z_r and the text it reads are packed in, and
-        three more keys hold them plain: `z_reference` and `text`, and `z`, what its projector should give.
-        """
-        starts: dict[BlockKey, list[int]] = {}
-        ends: dict[BlockKey, list[int]] = {}
-        for number, item in enumerate(self.pruned):
-            starts.setdefault((item.place.stack, item.place.index), []).append(number)
-            ends.setdefault((item.place.stack, item.place.end), []).append(number)
-        read = {(r.stack, r.index): r for item in self.pruned if (r := item.reference)}
-        text_of = {(r.stack, r.end): (r.stack, r.index) for r in read.values()}
-        z_of: dict[BlockKey, Tensor] = {}
-        h_of: dict[BlockKey, Tensor] = {}
-        waiting: dict[int, dict[str, Any]] = {}
-
-        def on_block(call: BlockCall) -> None:
-            if call.key in read:
-                z_of[call.key] = self.family.text_qkv_input(read[call.key].module, call.kwargs)
-            if call.key in text_of:
-                h_of[text_of[call.key]] = call.outputs["text"]
-            for number in starts.get(call.key, []):
-                waiting[number] = call.kwargs
-                if (reference := self.pruned[number].reference) is not None:
-                    key = (reference.stack, reference.index)
-                    text = call.inputs["text"] if self.layout.text_output == "each" else h_of[key]
-                    waiting[number] = self.family.with_text(call.kwargs, text, z_of[key]) | {
-                        "z": self.family.text_qkv_input(self.pruned[number].place.module, call.kwargs),
-                        "z_reference": z_of[key],
-                        "text": text,
-                    }
-            for number in ends.get(call.key, []):
-                visit(number, waiting.pop(number), call.outputs)
-
-        with torch.no_grad():
-            observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
-
-    def _call(self, number: int, arguments: dict[str, Any]) -> Streams:
-        item = self.pruned[number]
-        arguments = {key: value for key, value in arguments.items() if key not in ("z", "z_reference", "text")}
-        if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            output = checkpoint(partial(item.block, **arguments), use_reentrant=False)
-        else:
-            output = item.block(**arguments)
-        return self.family.streams_out(item.place.stack, output)
-
-    def terms(
-        self, number: int, arguments: dict[str, Any], student: Streams, teacher: Streams, masks: dict[str, Any]
-    ) -> Terms:
-        """Eq. 11 and Eq. 12 of one place."""
-        linear: Terms = {}
-        for key, projector in self.projectors(number).items():
-            if key == "text_in":
-                linear["linear_z"] = relative_error(projector(arguments["z_reference"]), arguments["z"], masks["text"])
-            else:
-                stream = "image" if key == "image_ffn" else "text"
-                linear[f"linear_{stream}"] = relative_error(student[stream], teacher[stream], masks[stream])
-        weighted = {key: self.linear_weight * value for key, value in linear.items()}
-        return self.with_sum(self.output_terms(student, teacher, masks) | weighted)
-
-    def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
-        masks = self.family.masks(batch.inputs)
-        gradients = torch.is_grad_enabled()
-
-        def learn(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
-            with torch.set_grad_enabled(gradients):
-                student = self._call(number, arguments)
-                visit(number, self.terms(number, arguments, student, teacher, masks))
-
-        self.each_call(batch, learn)
-
-    @torch.no_grad()
-    def fit_linear(self, batches: Iterable[TrainingBatch], *, ridge: float) -> None:
-        """Set every projector to its least-squares solution."""
-        equations: dict[tuple[int, str], NormalEquations] = {}
-        masks: dict[str, Tensor | None] = {}
-
-        def add(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
-            for key in self.projectors(number):
-                x, y, mask = self._pair(number, key, arguments, teacher, masks)
-                rows = valid(x, mask)
-                system = equations.setdefault((number, key), NormalEquations(x.shape[-1], y.shape[-1]))
-                system.add(rows.cpu(), (valid(y, mask) - rows).cpu())
-
-        for batch in batches:
-            masks.update(self.family.masks(batch.inputs))
-            self.each_call(batch, add)
-        for (number, key), system in equations.items():
-            weight, bias = system.solve(ridge=ridge)
-            projector: Any = self.projectors(number)[key]
-            projector.weight.copy_(weight)
-            projector.bias.copy_(bias)
-
-    def _pair(
-        self, number: int, key: str, arguments: dict[str, Any], teacher: Streams, masks: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the projector `key` reads, what it should give, and the valid tokens."""
-        if key == "text_in":
-            return arguments["z_reference"], arguments["z"], masks["text"]
-        if key == "text_out":
-            return arguments["text"], teacher["text"], masks["text"]
-        # With its FFN projectors still the identity, the block returns the state after attention.
-        stream = "image" if key == "image_ffn" else "text"
-        return self._call(number, arguments)[stream], teacher[stream], masks[stream]
-
-
-def _prune(family: Family, stack: str, kept: Sequence[Place], width: Width) -> list[PrunedPlace]:
-    """The places of a stack that `width` names, as pruned blocks that read and write plain arguments."""
-    sets = width.get(stack, {"text": [], "ffn": []})
-    here = {place.index: place for place in kept if place.stack == stack}
-    reads = references(list(here), sets["text"])
-    pruned = []
-    # As the last of a run of one: with an output projector of its own and nothing to carry on.
-    roles = {
-        "text": family.width_roles([1], [], 2, Layout("each"))[1],
-        "ffn": family.width_roles([], [1], 2, Layout("each"))[1],
-    }
-    for index, place in here.items():
-        for kind, role in roles.items():
-            if index in sets[kind]:
-                assert role is not None
-                block = family.prune_block(place.module, role, {})
-                pruned.append(PrunedPlace(place, block, kind, here[reads[index]] if kind == "text" else None))
-    return pruned
 
 
 def select_text(
@@ -375,7 +147,7 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
 
 
 def run(run: Run) -> None:
-    config, folder = run.config.width, run.folder / "plugs"
+    config, folder = run.config.width, run.plugs_folder
     plugs = required_students(run)
     students = {name: plug.header.fingerprint for name, plug in plugs.items()}
     teacher = run.pipeline.transformer

@@ -1,10 +1,9 @@
-import lightning as L
 import pytest
 import torch
 from torch.nn import functional as F
+from trainers import train
 
 from ppcl.config import DistillConfig
-from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.ops.losses import direction_loss, magnitude_loss
 from ppcl.stages.depth import DepthDistillation, select_intervals
@@ -28,21 +27,6 @@ def teacher(make_transformer):
 @pytest.fixture
 def batch(make_batch):
     return make_batch(0, LENGTHS)
-
-
-def train(module, make_batch, steps=3):
-    torch.manual_seed(0)
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, StepLoader(lambda step: make_batch(step, LENGTHS), steps))
-    assert trainer.global_step == steps
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 def parallel_terms(module, batch):
@@ -131,9 +115,9 @@ def test_gradients_equal_those_of_a_direct_call(family, teacher, batch):
 def test_a_subset_trains_to_the_same_weights_bit_for_bit(family, make_transformer, make_batch, max_grad_norm):
     config = settings(max_grad_norm=max_grad_norm)
     teacher = make_transformer(LAYERS)
-    all_of_them = train(DepthDistillation(family, teacher, INTERVALS, config), make_batch)
+    all_of_them = train(DepthDistillation(family, teacher, INTERVALS, config), make_batch, LENGTHS)
     for pair in INTERVALS[STACK]:
-        alone = train(DepthDistillation(family, teacher, {STACK: [pair]}, config), make_batch)
+        alone = train(DepthDistillation(family, teacher, {STACK: [pair]}, config), make_batch, LENGTHS)
         names = [name for name in alone if name.startswith("parts.")]
         assert names
         for name in names:
@@ -142,7 +126,7 @@ def test_a_subset_trains_to_the_same_weights_bit_for_bit(family, make_transforme
 
 def test_gradient_checkpointing_does_not_change_the_weights(family, teacher, make_batch):
     plain, checkpointed = (
-        train(DepthDistillation(family, teacher, INTERVALS, settings(gradient_checkpointing=flag)), make_batch)
+        train(DepthDistillation(family, teacher, INTERVALS, settings(gradient_checkpointing=flag)), make_batch, LENGTHS)
         for flag in (False, True)
     )
     assert all(torch.equal(checkpointed[name], value) for name, value in plain.items())
@@ -155,7 +139,7 @@ def test_only_students_learn_and_only_students_are_saved(family, teacher, make_b
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     module = DepthDistillation(family, teacher, INTERVALS, settings(mode=mode))
     start = {name: value.clone() for name, value in module.state_dict().items()}
-    after = train(module, make_batch)
+    after = train(module, make_batch, LENGTHS)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     students = [name for name in after if name.startswith("parts.")]
@@ -206,7 +190,7 @@ def test_training_lowers_the_loss(family, teacher, make_batch):
     module = DepthDistillation(family, teacher, INTERVALS, settings(steps=25, lr=3e-3))
     heldout = [make_batch(100, LENGTHS)]
     before = module.heldout(heldout)
-    train(module, make_batch, steps=25)
+    train(module, make_batch, LENGTHS, steps=25)
     for start, end in zip(before, module.heldout(heldout), strict=True):
         assert end["loss"] < start["loss"]
 
@@ -215,14 +199,14 @@ def test_the_running_loss_is_a_plain_mean_at_first(family, teacher, make_batch):
     """With a learning rate of 0 the losses of the three steps are known; none of them weighs more."""
     module = DepthDistillation(family, teacher, INTERVALS, settings(lr=0.0))
     expected = [terms["loss"] for terms in module.heldout([make_batch(step, LENGTHS) for step in range(3)])]
-    assert train(module, make_batch)["average_losses"].tolist() == pytest.approx(expected, rel=1e-5)
+    assert train(module, make_batch, LENGTHS)["average_losses"].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_a_sentence(family, teacher, make_batch):
     """Divergence names the learning rate and the step."""
     module = DepthDistillation(family, teacher, INTERVALS, settings(lr=1e30))
     with pytest.raises(UsageError, match=r"distill\.lr=1e\+30 made the loss nan at step \d"):
-        train(module, make_batch)
+        train(module, make_batch, LENGTHS)
 
 
 def sequential_step(family, teacher, batch):

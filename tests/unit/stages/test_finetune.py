@@ -5,9 +5,9 @@ import copy
 import lightning as L
 import pytest
 import torch
+from trainers import state_of, train
 
 from ppcl.config import FinetuneConfig
-from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.stages.finetune import FineTune
 
@@ -31,25 +31,6 @@ def student(make_transformer):
 @pytest.fixture
 def batch(make_batch):
     return make_batch(0, LENGTHS)
-
-
-def train(module, make_batch, steps=3, callbacks=None):
-    torch.manual_seed(0)
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, StepLoader(lambda step: make_batch(step, LENGTHS), steps))
-    return trainer
-
-
-def state(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(("output", "flow"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3), (2.0, 0.0)])
@@ -80,9 +61,9 @@ def test_the_teacher_is_not_run_for_flow_matching_alone(family, teacher, student
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_only_the_student_learns_and_only_the_student_is_saved(family, teacher, student, make_batch, optimizer):
-    before, start = state(teacher), state(student)
+    before, start = state_of(teacher), state_of(student)
     module = FineTune(family, teacher, student, settings(optimizer=optimizer))
-    train(module, make_batch)
+    train(module, make_batch, LENGTHS)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -96,7 +77,7 @@ def test_one_step_is_that_of_a_plain_optimizer(family, teacher, student, make_ba
     """AdamW on the clipped gradient of the loss, at the first learning rate of the schedule."""
     config = settings(steps=1, max_grad_norm=0.5, weight_decay=0.1, flow_weight=0.5)
     reference = copy.deepcopy(student)
-    train(FineTune(family, teacher, student, config), make_batch, steps=1)
+    train(FineTune(family, teacher, student, config), make_batch, LENGTHS, steps=1)
     reference.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         reference.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
@@ -130,7 +111,7 @@ def test_the_mean_of_weights_equals_a_plain_loop(family, teacher, student, make_
         FineTune(family, teacher, student, settings(ema_decay=decay, optimizer=optimizer, steps=4)),
         Recorder(),
     )
-    train(module, make_batch, steps=4, callbacks=[recorder])
+    train(module, make_batch, LENGTHS, steps=4, callbacks=[recorder])
     assert len(recorder.weights) == 4
     for number, weights in enumerate(recorder.weights, start=1):
         keep = min(decay, (1 + number) / (10 + number))
@@ -146,8 +127,8 @@ def test_the_mean_of_weights_equals_a_plain_loop(family, teacher, student, make_
 @pytest.mark.parametrize(("optimizer", "count"), [("adamw", 1), ("muon", 2)])
 def test_two_optimizers_count_one_step(family, teacher, student, make_batch, optimizer, count):
     module = FineTune(family, teacher, student, settings(optimizer=optimizer, steps=5))
-    trainer = train(module, make_batch, steps=5)
-    assert trainer.global_step == 5
+    train(module, make_batch, LENGTHS, steps=5)
+    trainer = module.trainer
     assert len(trainer.optimizers) == count
     steps = {int(entry["step"]) for entry in trainer.optimizers[-1].state.values()}
     assert steps == {5}
@@ -173,7 +154,7 @@ def test_muon_takes_the_matrices_inside_blocks(family, teacher, student):
 def test_a_loss_that_is_not_finite_is_a_sentence(family, teacher, student, make_batch, optimizer):
     module = FineTune(family, teacher, student, settings(lr=1e30, optimizer=optimizer))
     with pytest.raises(UsageError, match=r"finetune\.lr=1e\+30 made the loss (nan|inf) at step [12]; lower it\."):
-        train(module, make_batch)
+        train(module, make_batch, LENGTHS)
 
 
 def test_gradient_checkpointing_does_not_change_the_weights(family, teacher, student, make_batch, batch):
@@ -181,8 +162,8 @@ def test_gradient_checkpointing_does_not_change_the_weights(family, teacher, stu
     for flag in (False, True):
         module = FineTune(family, teacher, copy.deepcopy(student), settings(gradient_checkpointing=flag, ema_decay=0.5))
         losses.append(module.losses(batch)["loss"].item())
-        train(module, make_batch)
-        results.append(state(module))
+        train(module, make_batch, LENGTHS)
+        results.append(state_of(module))
     assert losses[0] == losses[1]
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
@@ -192,7 +173,7 @@ def test_training_lowers_the_loss(family, teacher, student, make_batch):
     module = FineTune(family, teacher, student, settings(steps=25, lr=3e-3))
     heldout = make_batch(100, LENGTHS)
     before = module.losses(heldout)["loss"].item()
-    train(module, make_batch, steps=25)
+    train(module, make_batch, LENGTHS, steps=25)
     assert module.losses(heldout)["loss"].item() < before
 
 

@@ -1,14 +1,14 @@
 """Projectors against torch.linalg.lstsq and losses against loops, on activations captured by plain hooks."""
 
-import lightning as L
 import pytest
 import torch
+from trainers import train
 
 from ppcl.config import DistillConfig
-from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.layers import Layout
-from ppcl.stages.width import WidthDistillation, ffn_errors, places, select_ffn, select_text
+from ppcl.stages.projectors import WidthDistillation, places
+from ppcl.stages.width import ffn_errors, select_ffn, select_text
 
 STACK = "transformer_blocks"
 LAYERS = 7
@@ -302,28 +302,13 @@ def test_padded_text_reaches_neither_loss_nor_fit(family, teacher, make_batch):
 # Training.
 
 
-def train(module, make_batch, steps=3):
-    torch.manual_seed(0)
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, StepLoader(lambda step: make_batch(step, LENGTHS), steps))
-    assert trainer.global_step == steps
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
 @pytest.mark.parametrize("text_output", ["last", "each"])
 def test_only_projectors_learn_and_only_projectors_are_saved(family, teacher, student, make_batch, text_output):
     models = {"teacher": teacher, "student": student}
     before = {who: {k: v.clone() for k, v in model.state_dict().items()} for who, model in models.items()}
     module = distillation(family, teacher, {"text": [2, 5], "ffn": [1, 5]}, text_output, student)
     start = {name: value.clone() for name, value in module.state_dict().items()}
-    after = train(module, make_batch)
+    after = train(module, make_batch, LENGTHS)
     for who, model in models.items():
         assert all(parameter.grad is None for parameter in model.parameters())
         assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -348,10 +333,10 @@ def test_a_subset_trains_to_the_same_weights_bit_for_bit(
     family, make_transformer, make_batch, text_output, max_grad_norm
 ):
     config, teacher = settings(max_grad_norm=max_grad_norm), make_transformer(LAYERS)
-    together = train(distillation(family, teacher, SETS, text_output, config=config), make_batch)
+    together = train(distillation(family, teacher, SETS, text_output, config=config), make_batch, LENGTHS)
     subsets = [{"ffn": [2]}, {"text": [3]}, {"text": [6]}, {"text": [3, 4], "ffn": [4]}]
     for subset in subsets:
-        alone = train(distillation(family, teacher, subset, text_output, config=config), make_batch)
+        alone = train(distillation(family, teacher, subset, text_output, config=config), make_batch, LENGTHS)
         names = [name for name in alone if name.startswith("parts.")]
         assert names
         for name in names:
@@ -362,7 +347,7 @@ def test_training_lowers_the_loss(family, teacher, make_batch):
     module = distillation(family, teacher, config=settings(steps=15, lr=1e-3))
     heldout = [make_batch(100, LENGTHS)]
     before = module.heldout(heldout)
-    train(module, make_batch, steps=15)
+    train(module, make_batch, LENGTHS, steps=15)
     for start, end in zip(before, module.heldout(heldout), strict=True):
         assert end["loss"] < start["loss"]
 
@@ -370,7 +355,7 @@ def test_training_lowers_the_loss(family, teacher, make_batch):
 def test_a_loss_that_is_not_finite_is_a_sentence(family, teacher, make_batch):
     module = distillation(family, teacher, config=settings(lr=1e30))
     with pytest.raises(UsageError, match=r"width\.lr=1e\+30 made the loss (nan|inf) at step \d"):
-        train(module, make_batch)
+        train(module, make_batch, LENGTHS)
 
 
 def test_the_teacher_runs_no_further_than_the_last_place(family, teacher, student, batches):
