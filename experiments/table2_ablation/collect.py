@@ -30,33 +30,39 @@ LABELS = {
 }
 
 
-def rows_of(folder: Path, label: str) -> list[dict]:
-    """A row before and one after fine-tuning, with what training took."""
+def read(folder: Path, pattern: str) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob(pattern)}
+
+
+def row_of(folder: Path, label: str, base: Path | None = None) -> dict:
+    """A run's variant with what its training took, that of its plugs included; `base` is where those were made."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    scores = {path.stem: json.loads(path.read_text()) for path in (folder / "scores").glob("*.json")}
-    costs = {path.stem: json.loads(path.read_text()) for path in (folder / "training").glob("*.json")}
-    teacher = scores["teacher"]
-    before = "ppcl-width" if "ppcl-width" in scores else "ppcl-depth"
+    scores = read(folder, "scores/*.json")
+    spent = [*read(folder, "training/*.json").values(), *(read(base, "training/*.json").values() if base else [])]
+    teacher = scores.pop("teacher")
+    (row,) = scores.values()
+    overall = row["scores"]["overall"]
+    return {
+        "variant": label,
+        "seed": config["data"]["train_seed"],
+        "finetune_steps": config["finetune"]["steps"] if base else 0,
+        "num_layers": row["num_layers"],
+        "params_ratio": row["params"] / teacher["params"],
+        **{category: row["scores"][category] for category in CATEGORIES},
+        "overall": overall,
+        "drop_percent": 100 * (1 - overall / teacher["scores"]["overall"]),
+        "train_seconds": sum(cost["seconds"] for cost in spent),
+        "train_peak_mb": max(cost["peak_memory_mb"] for cost in spent),
+    }
+
+
+def rows_of(runs: Path, label: str) -> list[dict]:
+    """A row per finished run: `<seed>` before fine-tuning, `<seed>-<steps>` after it."""
     rows = []
-    for name, tuned in ((before, False), ("ppcl-finetuned", True)):
-        row = scores[name]
-        stages = ["depth", "width", "finetune"] if tuned else ["depth", "width"]
-        spent = [costs[stage] for stage in stages if stage in costs]
-        overall = row["scores"]["overall"]
-        rows.append(
-            {
-                "variant": label,
-                "seed": config["data"]["train_seed"],
-                "finetune_steps": config["finetune"]["steps"] if tuned else 0,
-                "num_layers": row["num_layers"],
-                "params_ratio": row["params"] / teacher["params"],
-                **{category: row["scores"][category] for category in CATEGORIES},
-                "overall": overall,
-                "drop_percent": 100 * (1 - overall / teacher["scores"]["overall"]),
-                "train_seconds": sum(cost["seconds"] for cost in spent),
-                "train_peak_mb": max(cost["peak_memory_mb"] for cost in spent),
-            }
-        )
+    for folder in sorted(runs.glob(f"{label}/[0-9]*")):
+        if len(list(folder.glob("scores/*.json"))) == 2:
+            seed, _, tuned = folder.name.partition("-")
+            rows.append(row_of(folder, label, folder.with_name(seed) if tuned else None))
     return rows
 
 
@@ -64,11 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs/table2"))
     runs = parser.parse_args().runs
-    rows = []
-    for label in LABELS:
-        for config in sorted(runs.glob(f"{label}/*/config.yaml")):
-            if (config.parent / "scores" / "ppcl-finetuned.json").exists():
-                rows += rows_of(config.parent, label)
+    rows = [row for label in LABELS for row in rows_of(runs, label)]
     write_csv(HERE / "results.csv", rows)
 
     figure, axis = plt.subplots(figsize=(7.2, 3.8))
