@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +82,29 @@ def ppcl_process(
     return subprocess.run(
         [sys.executable, "-c", python, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
+
+
+def start_until(folder: Path, pattern: str, arguments: list[str]) -> subprocess.Popen[str]:
+    """The command in a process group of its own, returned as soon as `folder` holds a file like `pattern`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ppcl", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """`kill -9` to the command and whatever it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -19,11 +14,12 @@ from commands import (
     NUM_LAYERS,
     NUM_PROMPTS,
     PLUG_NAMES,
-    REPOSITORY,
     assert_same_tensors,
     digests,
+    kill,
     modified,
     ppcl,
+    start_until,
     succeed,
 )
 from diffusers import DiffusionPipeline
@@ -349,20 +345,7 @@ def test_killed_finetuning_resumes_exactly(options: list[str], planned: Path, tm
             shutil.copytree(planned / folder, run / folder)
         command = [*options, f"paths.runs_dir={tmp_path / name}", *long]
         if name == "killed":
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ppcl", *command],
-                cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-            while not (run / "finetune-checkpoint" / "last.ckpt").exists():
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.005)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            assert process.returncode == -signal.SIGKILL
+            kill(start_until(run, "finetune-checkpoint/last.ckpt", command))
             assert not (run / "finetuned").exists()
         outcome = succeed(*command)
         assert ("resuming from" in outcome.out) == (name == "killed")

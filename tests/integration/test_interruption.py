@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +14,13 @@ from commands import (
     INTERVALS,
     NUM_PROMPTS,
     PLUG_NAMES,
-    REPOSITORY,
     assert_same_tensors,
     digests,
+    kill,
     modified,
     plug_tensors,
     ppcl_process,
+    start_until,
     succeed,
 )
 from PIL import Image
@@ -57,22 +54,6 @@ def assert_nothing_partial(folder: Path) -> None:
                 image.load()
 
 
-def start_until(pattern: str, arguments: list[str], run: Path) -> subprocess.Popen[str]:
-    """The command in a process group of its own, returned as soon as there is a file `pattern` in its checkpoint."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ppcl", *arguments],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while not list(run.glob(f"plugs/checkpoint-*/{pattern}")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    return process
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A long training in one go."""
@@ -84,10 +65,7 @@ def uninterrupted(settings: list[str], tmp_path_factory: pytest.TempPathFactory)
 def test_killed_training_resumes_exactly(settings: list[str], uninterrupted: Path, tmp_path: Path) -> None:
     command = [*settings, *LONG, INTERVALS, f"paths.runs_dir={tmp_path}", "name=killed", "stages=[depth]"]
     run = tmp_path / "killed"
-    process = start_until("last.ckpt", command, run)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    kill(start_until(run, "plugs/checkpoint-*/last.ckpt", command))
     assert not list(run.glob("plugs/*.safetensors"))
     outcome = succeed(*command)
     assert "resuming from" in outcome.out
@@ -100,7 +78,7 @@ def test_killed_training_resumes_exactly(settings: list[str], uninterrupted: Pat
 def test_interrupt_says_how_to_go_on(settings: list[str], uninterrupted: Path, tmp_path: Path) -> None:
     command = [*settings, *LONG, INTERVALS, f"paths.runs_dir={tmp_path}", "name=stopped", "stages=[depth]"]
     run = tmp_path / "stopped"
-    process = start_until("last.ckpt", command, run)
+    process = start_until(run, "plugs/checkpoint-*/last.ckpt", command)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert err.splitlines()[-1:] == ["ppcl: interrupted; the same command resumes."], err
@@ -220,8 +198,6 @@ def test_checkpoint_of_nobody_is_not_resumed(settings: list[str], uninterrupted:
     (checkpoints,) = run.glob("plugs/checkpoint-*")
     (checkpoints / "checkpoint.json").unlink()
     # The new training dies too, and is resumed: from its own checkpoint, if from any.
-    process = start_until("checkpoint.json", command, run)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(start_until(run, "plugs/checkpoint-*/checkpoint.json", command))
     succeed(*command)
     assert_same_tensors(plug_tensors(run), plug_tensors(uninterrupted))

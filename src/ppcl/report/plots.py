@@ -142,7 +142,7 @@ def contact_sheet(
 ) -> None:
     """One row per variant, one column per prompt; a picture that fails its prompt has a dim red frame."""
     figure, axes = plt.subplots(
-        len(rows), len(captions), figsize=(1.12 * len(captions) + 1.3, 1.15 * len(rows) + 1.0), squeeze=False
+        len(rows), len(captions), figsize=(1.12 * len(captions) + 1.6, 1.15 * len(rows) + 1.2), squeeze=False
     )
     for axis_row, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image, right in zip(axis_row, images, good[name], strict=True):
@@ -151,9 +151,9 @@ def contact_sheet(
             axis.grid(visible=False)
             for spine in axis.spines.values():
                 spine.set(visible=True, color="#9aa7b1" if right else "#c0392b", linewidth=0.8 if right else 2)
-        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=9)
+        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=11)
     for axis, caption in zip(axes[0], captions, strict=True):
-        axis.set_title(_wrap(caption), fontsize=7, color=INK)
+        axis.set_title(_wrap(caption), fontsize=9, color=INK)
     save_figure(figure, path)
 
 
