@@ -159,17 +159,17 @@ def test_missing_pictures_are_drawn_again(settings: list[str], chain: Path, tmp_
     command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "name=gaps", "stages=[generate]"]
     command.append("generate.variants=[teacher,removed]")
     succeed(*command)
-    folder = tmp_path / "gaps" / "images" / "shapes" / "teacher"
+    folder = tmp_path / "gaps" / "images" / "shapes" / "removed"
     complete, manifest = images(folder), folder / "manifest.json"
-    other = modified(folder.with_name("removed"))
+    other = modified(folder.with_name("teacher"))
     # As a run leaves it that died in its second batch: `unfinished.json` says whose pictures these are.
     manifest.rename(folder / "unfinished.json")
     for number in (BATCH, NUM_PROMPTS - 1):
         (folder / f"{number:05d}.png").unlink()
     before = modified(folder)
     outcome = succeed(*command)
-    assert f"teacher: {BATCH} of {NUM_PROMPTS} pictures drawn" in outcome.out
-    assert modified(folder.with_name("removed")) == other
+    assert f"removed: {BATCH} of {NUM_PROMPTS} pictures drawn" in outcome.out
+    assert modified(folder.with_name("teacher")) == other
     assert manifest.exists()
     assert not (folder / "unfinished.json").exists()
     after = modified(folder)
@@ -179,10 +179,10 @@ def test_missing_pictures_are_drawn_again(settings: list[str], chain: Path, tmp_
 
 def test_pictures_of_nobody_are_not_adopted(settings: list[str], tmp_path: Path) -> None:
     """The refusal says to delete the manifest; what is drawn then must be what the new manifest claims."""
-    command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "stages=[generate]", "generate.variants=[teacher]"]
+    command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "stages=[generate]", "generate.variants=[removed]"]
     succeed(*command, "name=fresh", "seed=5")
     succeed(*command, "name=again")
-    folders = [tmp_path / name / "images" / "shapes" / "teacher" for name in ("fresh", "again")]
+    folders = [tmp_path / name / "images" / "shapes" / "removed" for name in ("fresh", "again")]
     (folders[1] / "manifest.json").unlink()
     succeed(*command, "name=again", "seed=5")
     assert_same_images(images(folders[1]), images(folders[0]))
