@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import SEEDS, make_run, mean_and_spread, run_stages, score_pipeline, write_csv  # noqa: E402
+from common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv  # noqa: E402
 
 from ppcl.report import plots  # noqa: E402
 from ppcl.stages.budget import compare_costs, measure  # noqa: E402
@@ -21,9 +21,9 @@ LABELS = {"velocity": "planned by velocity error", "loss": "planned by distillat
 
 
 def points_of(seed: int) -> list[dict]:
-    """Every second point of both frontiers of a run whose training data start at `seed`, drawn and scored."""
-    run = make_run(f"pareto/{seed}", "experiment=demo", f"data.train_seed={seed}")
-    run_stages(run, "probe", "detect", "depth", "width")
+    """Every second point of both frontiers of half_size's run of that seed, drawn and scored."""
+    base = f"paths.base_run=runs/half_size/{seed}"
+    run = make_run(f"pareto/{seed}", "experiment=half_size", f"data.train_seed={seed}", base)
     plugs = required_plugs(run)
     costs = measure(run, plugs)
     print(f"seed {seed}: error of plans by velocity {compare_costs(costs['frontier']):.3f}x that of plans by loss")
