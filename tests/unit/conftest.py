@@ -55,8 +55,9 @@ def make_batch(family):
         noise = torch.randn(latents.shape, generator=generator)
         embeddings = torch.randn(count, longest, WIDTH, generator=generator)
         mask = torch.arange(longest) < torch.tensor(text_lengths)[:, None]
+        conditions = {"prompt_embeds": embeddings, "prompt_embeds_mask": mask}
         sigmas = torch.rand(count, generator=generator)
-        return family.training_batch(latents, embeddings, mask, noise, sigmas, size)
+        return family.training_batch(latents, conditions, noise, sigmas, size)
 
     return make
 
@@ -92,7 +93,7 @@ class LinearFamily(Family):
     transformer_class = LinearTransformer
     stacks = {"blocks": "num_layers"}
 
-    def forward_inputs(self, latents, prompt_embeds, prompt_mask, sigmas, size):
+    def forward_inputs(self, latents, conditions, sigmas, size):
         return {"hidden_states": latents}
 
     def encode_images(self, pipeline, images):

@@ -44,7 +44,7 @@ class ShapesStream:
         sigmas = flow_matching.sample_sigmas(
             self.batch_size, generator, scheme=self.config.timesteps, shift=self.config.shift
         ).to(latents)
-        return self.family.training_batch(latents, *self.prompts(captions), noise, sigmas, size)
+        return self.family.training_batch(latents, self.prompts(captions), noise, sigmas, size)
 
     def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
         """Every one of `num_samples` samples at every one of `num_timesteps` noise levels.
@@ -59,4 +59,4 @@ class ShapesStream:
             noise = torch.randn(latents.shape, generator=self._generator(start)).to(latents)
             for sigma in grid.tolist():
                 sigmas = latents.new_full((count,), sigma)
-                yield self.family.training_batch(latents, *self.prompts(captions), noise, sigmas, size)
+                yield self.family.training_batch(latents, self.prompts(captions), noise, sigmas, size)

@@ -18,17 +18,20 @@ if TYPE_CHECKING:
     from ppcl.layers import Layout
 
 
-class PromptEmbeddings:
-    """Embeddings of distinct prompts, encoded once; all that a stage needs of a text encoder."""
+# What a forward is conditioned on besides time, `[B, ...]` each, by names of the family's own.
+Conditions = dict[str, Tensor]
 
-    def __init__(self, prompts: list[str], embeddings: Tensor, mask: Tensor) -> None:
+
+class EncodedPrompts:
+    """Distinct prompts, encoded once; all that a stage needs of a text encoder."""
+
+    def __init__(self, prompts: list[str], encoded: Conditions) -> None:
         self.index = {prompt: row for row, prompt in enumerate(prompts)}
-        self.embeddings = embeddings  # [P, L, E]
-        self.mask = mask  # [P, L] bool
+        self.encoded = encoded
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, prompts: list[str]) -> Conditions:
         rows = torch.tensor([self.index[prompt] for prompt in prompts])
-        return self.embeddings[rows], self.mask[rows]
+        return {name: value[rows.to(value.device)] for name, value in self.encoded.items()}
 
 
 class Family(ABC):
@@ -49,8 +52,7 @@ class Family(ABC):
     def forward_inputs(
         self,
         latents: Tensor,
-        prompt_embeds: Tensor,
-        prompt_mask: Tensor,
+        conditions: Conditions,
         sigmas: Tensor,
         size: tuple[int, int],
     ) -> dict[str, Any]:
@@ -64,8 +66,8 @@ class Family(ABC):
         """Images in [-1, 1] `[B, 3, H, W]` to packed, normalised latents `[B, N, C]` and their size."""
 
     @abstractmethod
-    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> PromptEmbeddings:
-        """Embeddings of distinct `prompts`, padded to one length."""
+    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> EncodedPrompts:
+        """Distinct `prompts` as the pipeline encodes them, padded to one length."""
 
     @abstractmethod
     def streams_in(self, stack: str, kwargs: dict[str, Any]) -> Streams:
@@ -120,13 +122,12 @@ class Family(ABC):
     def training_batch(
         self,
         latents: Tensor,
-        prompt_embeds: Tensor,
-        prompt_mask: Tensor,
+        conditions: Conditions,
         noise: Tensor,
         sigmas: Tensor,
         size: tuple[int, int],
     ) -> TrainingBatch:
         """Noise `latents` `[B, N, C]` at levels `sigmas` `[B]`, as a forward call and its target."""
         noisy = flow_matching.interpolate(latents, noise, sigmas)
-        inputs = self.forward_inputs(noisy, prompt_embeds, prompt_mask, sigmas, size)
+        inputs = self.forward_inputs(noisy, conditions, sigmas, size)
         return TrainingBatch(inputs, flow_matching.velocity(latents, noise), sigmas)

@@ -21,7 +21,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from ppcl.errors import UsageError
-from ppcl.families.base import Family, PromptEmbeddings
+from ppcl.families.base import Conditions, EncodedPrompts, Family
 from ppcl.layers import Layout
 from ppcl.models.transformer_qwen_image_pruned import (
     PrunedQwenImageTransformer2DModel,
@@ -47,15 +47,14 @@ class QwenImage(Family):
     def forward_inputs(
         self,
         latents: Tensor,
-        prompt_embeds: Tensor,
-        prompt_mask: Tensor,
+        conditions: Conditions,
         sigmas: Tensor,
         size: tuple[int, int],
     ) -> dict[str, Any]:
         return {
             "hidden_states": latents,
-            "encoder_hidden_states": prompt_embeds,
-            "encoder_hidden_states_mask": prompt_mask,
+            "encoder_hidden_states": conditions["prompt_embeds"],
+            "encoder_hidden_states_mask": conditions["prompt_embeds_mask"],
             "timestep": sigmas,
             "img_shapes": [[(1, *size)]] * len(latents),
             "return_dict": False,
@@ -72,11 +71,11 @@ class QwenImage(Family):
         return packed, (latents.shape[2] // 2, latents.shape[3] // 2)
 
     @torch.no_grad()
-    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> PromptEmbeddings:
+    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> EncodedPrompts:
         embeddings, mask = pipeline.encode_prompt(prompts)
         if mask is None:
             mask = torch.ones(embeddings.shape[:2])
-        return PromptEmbeddings(prompts, embeddings, mask.bool())
+        return EncodedPrompts(prompts, {"prompt_embeds": embeddings, "prompt_embeds_mask": mask.bool()})
 
     def streams_in(self, stack: str, kwargs: dict[str, Any]) -> Streams:
         return {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}

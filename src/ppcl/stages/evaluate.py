@@ -26,10 +26,10 @@ def denoising_step(run: Run) -> dict[str, Any]:
     sampling = run.config.model.sampling
     images = torch.zeros(1, 3, sampling.height, sampling.width)
     latents, size = run.family.encode_images(run.pipeline, images)
-    prompts = run.family.encode_prompts(run.pipeline, ["a red circle and a blue square"])
-    embeddings, mask = prompts(["a red circle and a blue square"])
+    prompt = ["a red circle and a blue square"]
+    conditions = run.family.encode_prompts(run.pipeline, prompt)(prompt)
     sigmas = torch.full((1,), 0.5).to(latents)
-    return run.to_device(run.family.forward_inputs(latents, embeddings, mask, sigmas, size))
+    return run.to_device(run.family.forward_inputs(latents, conditions, sigmas, size))
 
 
 def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dict[str, Any]]:

@@ -135,8 +135,8 @@ def test_prompts_of_one_batch_do_not_depend_on_their_neighbours(family, pipeline
     prompts = ["a circle", "a red circle and a blue cross", ""]
     together = family.encode_prompts(pipeline, prompts)
     for prompt in prompts:
-        embeddings, mask = (part[0] for part in family.encode_prompts(pipeline, [prompt])([prompt]))
-        ours, ours_mask = (part[0] for part in together([prompt]))
+        embeddings, mask = (part[0] for part in family.encode_prompts(pipeline, [prompt])([prompt]).values())
+        ours, ours_mask = (part[0] for part in together([prompt]).values())
         assert ours_mask.sum() == mask.sum() == len(prompt.split()) + 5
         torch.testing.assert_close(ours[ours_mask], embeddings[mask], rtol=0, atol=1e-5)
 
@@ -145,6 +145,6 @@ def test_captions_that_differ_are_embedded_differently(family, pipeline):
     """Order counts too: `a red circle and a blue cross` is not `a blue circle and a red cross`."""
     pairs = ["a red circle and a blue cross", "a blue circle and a red cross", "a cross left of a circle"]
     pairs.append("a circle left of a cross")
-    embeddings, mask = family.encode_prompts(pipeline, pairs)(pairs)
+    embeddings, mask = family.encode_prompts(pipeline, pairs)(pairs).values()
     pooled = (embeddings * mask[..., None]).sum(dim=1)
     assert torch.pdist(pooled).min() > 0.1
