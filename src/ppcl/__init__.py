@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from ppcl._diffusers import introduce
@@ -9,18 +10,18 @@ from ppcl._diffusers import introduce
 __version__ = "0.1.0"
 introduce()
 
+_MODELS = {
+    "AutoencoderPixelUnshuffle": "autoencoder_pixel_unshuffle",
+    "PrunedFluxTransformer2DModel": "transformer_flux_pruned",
+    "PrunedQwenImageTransformer2DModel": "transformer_qwen_image_pruned",
+}
+
 
 def __getattr__(name: str) -> Any:
     # diffusers resolves a pipeline component ["ppcl", "AutoencoderPixelUnshuffle"] on this package and
     # looks for the base class that says how to load it in the same place. Lazy: `import ppcl` is free.
-    if name == "AutoencoderPixelUnshuffle":
-        from ppcl.models.autoencoder_pixel_unshuffle import AutoencoderPixelUnshuffle
-
-        return AutoencoderPixelUnshuffle
-    if name == "PrunedQwenImageTransformer2DModel":
-        from ppcl.models.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel
-
-        return PrunedQwenImageTransformer2DModel
+    if name in _MODELS:
+        return getattr(import_module(f"ppcl.models.{_MODELS[name]}"), name)
     if name == "plug":
         from ppcl.surgery.plugboard import plug
 

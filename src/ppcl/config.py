@@ -33,6 +33,8 @@ class SamplingConfig:
     num_inference_steps: int = 50
     true_cfg_scale: float = 4.0
     negative_prompt: str = ""
+    guidance_scale: float = 3.5  # the input of a guidance-distilled model
+    max_sequence_length: int = 512  # prompt tokens
 
 
 @dataclass
@@ -88,6 +90,7 @@ class WidthConfig:
     path: str | None = None
     family: str | None = None
     transformer_blocks: WidthSet = field(default_factory=WidthSet)
+    single_transformer_blocks: WidthSet = field(default_factory=WidthSet)
     text_threshold: float = 0.999
     num_text: int | None = None
     num_ffn: int = 3

@@ -291,7 +291,7 @@ def resolve_width(config: Config) -> Width | None:
     settings = config.width
     given: Width = {
         stack: {"text": sorted(sets.text), "ffn": sorted(sets.ffn)}
-        for stack in ("transformer_blocks",)
+        for stack in ("transformer_blocks", "single_transformer_blocks")
         if (sets := getattr(settings, stack)).text or sets.ffn
     }
     if given and settings.source != "given":
@@ -317,11 +317,14 @@ def resolve_width(config: Config) -> Width | None:
     return given
 
 
-def check_width(width: Width, intervals: Intervals, layers: dict[str, int], where: str = "width") -> None:
+def check_width(config: Config, width: Width, intervals: Intervals, where: str = "width") -> None:
     """Every block that `width` names is kept by `intervals` and can be pruned."""
+    layers, known = num_layers(config), FAMILIES[config.model.family]
     for stack, sets in width.items():
         if stack not in layers:
             raise UsageError(f"{where}: the model has no block stack {stack} (it has {', '.join(layers)}).")
+        if sets["text"] and stack not in known.text_stacks:
+            raise UsageError(f"{where}.{stack}.text={sets['text']}: these blocks have no text stream of their own.")
         kept = kept_layers(layers[stack], intervals.get(stack, []))
         check_width_sets(stack, kept, sets["text"], sets["ffn"], where)
 
@@ -329,7 +332,7 @@ def check_width(width: Width, intervals: Intervals, layers: dict[str, int], wher
 def _check_width(config: Config, intervals: Intervals | None) -> None:
     width = resolve_width(config)
     if width is not None and intervals is not None:
-        check_width(width, intervals, num_layers(config))
+        check_width(config, width, intervals)
     if config.width.source == "none" and "width" in config.stages:
         raise UsageError("stages=[width] needs width sets: width=auto, width=from_plan or width.source=given.")
     if config.width.source == "none" and "ppcl-width" in [*config.generate.variants, config.export.variant]:

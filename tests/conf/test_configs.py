@@ -56,7 +56,7 @@ def model_of(family):
     """The config of a model of that family which counts without weights."""
     for path in sorted((CONF / "model").glob("*.yaml")):
         content = yaml.safe_load(path.read_text())
-        if content["family"] == family and content.get("arch"):
+        if content.get("family") == family and content.get("arch"):
             return path.stem
     raise AssertionError(f"no model under conf/ counts {family} without weights")
 

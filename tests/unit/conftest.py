@@ -114,10 +114,10 @@ class LinearFamily(Family):
     def sampling_arguments(self, sampling, batch_size):
         return {}
 
-    def pruned_config(self, text, ffn, layout):
+    def pruned_config(self, places, layout):
         raise NotImplementedError
 
-    def width_roles(self, text, ffn, num_layers, layout):
+    def width_roles(self, stack, text, ffn, num_layers, layout):
         raise NotImplementedError
 
     def prune_block(self, block, role, projectors):

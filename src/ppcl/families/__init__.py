@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ppcl.config import SamplingConfig
     from ppcl.families.base import Family
 
 
+@dataclass(frozen=True)
 class _Known:
-    """What configuration checks need of a family before anything heavy is imported."""
+    """What configuration checks need of a family before anything heavy is imported.
 
-    def __init__(self, stacks: dict[str, str], pipeline_classes: tuple[str, ...]) -> None:
-        self.stacks = stacks
-        self.pipeline_classes = pipeline_classes
+    `stacks` goes from the attribute of each block ModuleList, in order of execution, to the config key that
+    counts it; `text_stacks` are those whose blocks have a text stream of their own to prune.
+    """
+
+    stacks: dict[str, str]
+    text_stacks: tuple[str, ...]
+    pipeline_classes: tuple[str, ...]
 
 
-FAMILIES = {"qwen_image": _Known({"transformer_blocks": "num_layers"}, ("QwenImagePipeline",))}
+FAMILIES = {
+    "qwen_image": _Known({"transformer_blocks": "num_layers"}, ("transformer_blocks",), ("QwenImagePipeline",)),
+    "flux": _Known(
+        {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
+        ("transformer_blocks",),
+        ("FluxPipeline",),
+    ),
+}
 
 
 def family_of_pipeline(pipeline_class: str) -> str | None:
@@ -24,8 +40,7 @@ def family_of_pipeline(pipeline_class: str) -> str | None:
     return next((name for name, known in FAMILIES.items() if pipeline_class in known.pipeline_classes), None)
 
 
-def get_family(name: str) -> Family:
-    """The family called `name`."""
-    from ppcl.families.qwen_image import QwenImage
-
-    return {"qwen_image": QwenImage}[name]()
+def get_family(name: str, arch: Mapping[str, Any] | None = None, sampling: SamplingConfig | None = None) -> Family:
+    """The family called `name`, for a transformer with the config `arch` that is sampled as `sampling` says."""
+    module, kind = {"qwen_image": ("qwen_image", "QwenImage"), "flux": ("flux", "Flux")}[name]
+    return getattr(import_module(f"ppcl.families.{module}"), kind)(arch, sampling)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.config import SamplingConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.families import FAMILIES
 from ppcl.ops import flow_matching
 from ppcl.taps import Streams
 
 if TYPE_CHECKING:
+    from ppcl.artifacts import Width
     from ppcl.layers import Layout
 
 
@@ -42,6 +44,10 @@ class Family(ABC):
 
     name: str
     transformer_class: Any  # a diffusers model class
+
+    def __init__(self, arch: Mapping[str, Any] | None = None, sampling: SamplingConfig | None = None) -> None:
+        self.arch = dict(arch or {})
+        self.sampling = sampling or SamplingConfig()
 
     @property
     def stacks(self) -> dict[str, str]:
@@ -92,14 +98,14 @@ class Family(ABC):
     projectors: dict[str, str]
 
     @abstractmethod
-    def pruned_config(self, text: list[int], ffn: list[int], layout: Layout) -> dict[str, Any]:
-        """What the config of `pruned_transformer_class` says of blocks pruned at these positions."""
+    def pruned_config(self, places: Width, layout: Layout) -> dict[str, Any]:
+        """What the config of `pruned_transformer_class` says of blocks pruned at these positions among those kept."""
 
     @abstractmethod
     def width_roles(
-        self, text: list[int], ffn: list[int], num_layers: int, layout: Layout
+        self, stack: str, text: list[int], ffn: list[int], num_layers: int, layout: Layout
     ) -> list[dict[str, Any] | None]:
-        """What each of `num_layers` blocks becomes if those at `text` and `ffn` are pruned; None: it stays."""
+        """What each of a stack's `num_layers` blocks becomes if those at `text` and `ffn` are pruned, or None."""
 
     @abstractmethod
     def prune_block(self, block: nn.Module, role: dict[str, Any], projectors: Mapping[str, Tensor]) -> nn.Module:

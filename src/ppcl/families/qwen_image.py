@@ -20,16 +20,16 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from ppcl.errors import UsageError
+from ppcl.artifacts import Width
 from ppcl.families.base import Conditions, EncodedPrompts, Family
 from ppcl.layers import Layout
+from ppcl.models.pruning import width_roles
 from ppcl.models.transformer_qwen_image_pruned import (
     PrunedQwenImageTransformer2DModel,
     PrunedQwenImageTransformerBlock,
     text_qkv_input,
-    width_roles,
 )
-from ppcl.surgery.share import load_shared
+from ppcl.surgery.share import share_pruned
 from ppcl.taps import Streams
 
 
@@ -72,7 +72,7 @@ class QwenImage(Family):
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> EncodedPrompts:
-        embeddings, mask = pipeline.encode_prompt(prompts)
+        embeddings, mask = pipeline.encode_prompt(prompts, max_sequence_length=self.sampling.max_sequence_length)
         if mask is None:
             mask = torch.ones(embeddings.shape[:2])
         return EncodedPrompts(prompts, {"prompt_embeds": embeddings, "prompt_embeds_mask": mask.bool()})
@@ -93,24 +93,24 @@ class QwenImage(Family):
             "num_inference_steps": sampling.num_inference_steps,
             "true_cfg_scale": sampling.true_cfg_scale,
             "negative_prompt": [sampling.negative_prompt] * batch_size,
+            "max_sequence_length": sampling.max_sequence_length,
         }
 
-    def pruned_config(self, text: list[int], ffn: list[int], layout: Layout) -> dict[str, Any]:
+    def pruned_config(self, places: Width, layout: Layout) -> dict[str, Any]:
         return {
-            "pruned_text": text,
-            "pruned_ffn": ffn,
+            "pruned_text": places["transformer_blocks"]["text"],
+            "pruned_ffn": places["transformer_blocks"]["ffn"],
             "text_output": layout.text_output,
             "keep_text_query": layout.keep_text_query,
         }
 
     def width_roles(
-        self, text: list[int], ffn: list[int], num_layers: int, layout: Layout
+        self, stack: str, text: list[int], ffn: list[int], num_layers: int, layout: Layout
     ) -> list[dict[str, Any] | None]:
         return list(width_roles(num_layers, text, ffn, layout.text_output, layout.keep_text_query))
 
     def prune_block(self, block: nn.Module, role: dict[str, Any], projectors: Mapping[str, Tensor]) -> nn.Module:
         source: Any = block
-        device = next(block.parameters()).device
         with torch.device("meta"):
             pruned = PrunedQwenImageTransformerBlock(
                 source.dim,
@@ -120,25 +120,7 @@ class QwenImage(Family):
                 eps=source.img_norm1.eps,
                 **role,
             )
-        own = source.state_dict(keep_vars=True)
-        dtype = own["attn.to_q.weight"].dtype
-        state: dict[str, Tensor] = {}
-        for key, empty in pruned.state_dict().items():
-            if key in own and own[key].shape == empty.shape:
-                state[key] = own[key]
-            elif key in own:  # the modulation of the attention alone, the first half
-                state[key] = own[key][: len(empty)]
-            elif key in projectors:
-                if projectors[key].shape != empty.shape:
-                    raise UsageError(
-                        f"a projector does not fit this model: {key} is {list(projectors[key].shape)}, "
-                        f"the model's is {list(empty.shape)}."
-                    )
-                state[key] = projectors[key].to(device, dtype)
-            else:
-                state[key] = torch.zeros(empty.shape, dtype=dtype, device=device)
-        load_shared(pruned, state)
-        return pruned.train(block.training)
+        return share_pruned(pruned, block, projectors)
 
     def text_qkv_input(self, block: nn.Module, kwargs: dict[str, Any]) -> Tensor:
         temb = kwargs["temb"]

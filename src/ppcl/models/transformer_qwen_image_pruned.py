@@ -1,7 +1,7 @@
 """Qwen-Image with blocks pruned in width (paper Eq. 8-9): text streams and FFNs become linear projectors.
 
-This file needs torch and diffusers only: an exported model carries a copy of it, so that
-`trust_remote_code=True` loads it where ppcl is not installed.
+Exports carry a copy of this file, with what it imports from ppcl put in place, so that
+`trust_remote_code=True` loads them where ppcl is not installed.
 
 What is odd about it: a text-pruned block reads the text of an earlier block, its reference, and the
 stock forward hands a block nothing but its predecessor's output. So from the reference to the last block
@@ -21,19 +21,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
 from torch import Tensor, nn
 
-
-class ResidualLinear(nn.Linear):
-    """x + W x + b, which starts as the identity."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+from ppcl.models.pruning import ResidualLinear, width_roles
 
 
 class ImageQueryAttnProcessor:
@@ -175,29 +163,6 @@ def text_qkv_input(
     first, *second = block.txt_mod(temb).split(3 * block.dim, dim=-1)
     modulated, gate = block._modulate(block.txt_norm1(encoder_hidden_states), first)
     return modulated, gate, second
-
-
-def width_roles(
-    num_layers: int, pruned_text: list[int], pruned_ffn: list[int], text_output: str, keep_text_query: bool
-) -> list[dict[str, bool] | None]:
-    """Keyword arguments of `PrunedQwenImageTransformerBlock` per block; None where the stock block stays.
-
-    `text_output`: `last`, one ehs_proj at the end of a run of text-pruned blocks, or `each` block its own.
-    """
-    text, ffn = set(pruned_text), set(pruned_ffn)
-    roles: list[dict[str, bool] | None] = []
-    for index in range(num_layers):
-        carry = index + 1 in text
-        role = {
-            "project_text": index in text,
-            "project_text_output": index in text and (text_output == "each" or not carry),
-            "project_ffn": index in ffn,
-            "carry": carry,
-        }
-        any_role = any(role.values())
-        role["keep_text_query"] = keep_text_query and index in text
-        roles.append(role if any_role else None)
-    return roles
 
 
 class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ppcl import __version__
@@ -37,11 +38,23 @@ def add_code(folder: Path) -> None:
         if not isinstance(entry, list) or entry[0] != "ppcl":
             continue
         name = next(name for name, module in files.items() if hasattr(module, entry[1]))
-        shutil.copy(str(files[name].__file__), folder / component / f"{name}.py")
+        (folder / component / f"{name}.py").write_text(_self_contained(files[name]), encoding="utf-8")
         index[component] = [name, entry[1]]
         config = read_json(folder / component / "config.json", "The component's config")
         write_json(folder / component / "config.json", config | {"auto_map": {"AutoModel": f"{name}.{entry[1]}"}})
     write_json(folder / "model_index.json", index)
+
+
+def _self_contained(module: ModuleType) -> str:
+    """Its source with what it imports from ppcl put in place: diffusers fetches one file per component."""
+
+    def source_of(module: ModuleType) -> str:
+        return Path(str(module.__file__)).read_text(encoding="utf-8")
+
+    def definitions(found: re.Match) -> str:
+        return source_of(import_module(found[1])).partition("\n\n\n")[2].rstrip() + "\n"
+
+    return re.sub(r"^from (ppcl\S*) import .+\n", definitions, source_of(module), flags=re.MULTILINE)
 
 
 def _provenance(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:

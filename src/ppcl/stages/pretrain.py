@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ppcl.artifacts import Header, atomic_folder, is_current, read_json, write_json
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.data.streams import ShapesStream
-from ppcl.families import get_family
 from ppcl.families.tiny_qwen_image import build_pipeline
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit, split_for_muon
@@ -97,8 +96,7 @@ def run(run: Run) -> None:
         pipeline = build_pipeline(run.config.data.train_seed, config.num_layers)
     else:
         pipeline = DiffusionPipeline.from_pretrained(config.init, torch_dtype=torch.float32)
-    family = get_family(run.config.model.family)
-    stream = ShapesStream(family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)
+    stream = ShapesStream(run.family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)
     pipeline.transformer.train()
     module = Pretrain(
         pipeline.transformer,
@@ -109,7 +107,7 @@ def run(run: Run) -> None:
         decay=config.decay,
     )
     loader = StepLoader(stream, config.steps)
-    blocks = family.blocks(pipeline.transformer).values()
+    blocks = run.family.blocks(pipeline.transformer).values()
     fit(run, "pretrain", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     # Half the bytes, and no loss that a picture shows. The text encoder stays float32: what the
     # transformer has learned is to read just these embeddings.

@@ -227,8 +227,8 @@ def _prune(family: Family, stack: str, kept: Sequence[Place], width: Width) -> l
     pruned = []
     # As the last of a run of one: with an output projector of its own and nothing to carry on.
     roles = {
-        "text": family.width_roles([1], [], 2, Layout("each"))[1],
-        "ffn": family.width_roles([], [1], 2, Layout("each"))[1],
+        "text": family.width_roles(stack, [1], [], 2, Layout("each"))[1],
+        "ffn": family.width_roles(stack, [], [1], 2, Layout("each"))[1],
     }
     for index, place in here.items():
         for kind, role in roles.items():

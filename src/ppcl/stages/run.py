@@ -48,7 +48,7 @@ class Run:
     def family(self) -> Any:
         from ppcl.families import get_family
 
-        return get_family(self.config.model.family)
+        return get_family(self.config.model.family, self.config.model.arch, self.config.model.sampling)
 
     @cached_property
     def device(self) -> Any:
@@ -161,7 +161,7 @@ class Run:
             if not self.width_path.exists():
                 raise UsageError("width=auto has selected nothing in this run yet: add stages=[width].")
             given = PruningPlan.load(self.width_path).width
-        check_width(given, self.intervals, self.num_layers)
+        check_width(self.config, given, self.intervals)
         return given
 
     @property

@@ -153,10 +153,14 @@ class Plugboard:
         config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         config.pop("ppcl", None)
         model_class = self.family.transformer_class
-        for stack, sets in self.width.items():
+        if self.width:
             model_class = self.family.pruned_transformer_class
-            places = {kind: sorted(self.kept[stack].index(index) for index in sets[kind]) for kind in sets}
-            config |= self.family.pruned_config(places["text"], places["ffn"], self.layout)
+            places = {
+                stack: {kind: sorted(kept.index(index) for index in sets.get(kind, [])) for kind in ("text", "ffn")}
+                for stack, kept in self.kept.items()
+                for sets in [self.width.get(stack, {})]
+            }
+            config |= self.family.pruned_config(places, self.layout)
         with torch.device("meta"):
             model = model_class.from_config(config)
         state = self.transformer.state_dict(keep_vars=True)
@@ -187,7 +191,7 @@ def plug(pipeline: Any, folder: str | Path) -> Plugboard:
     name = family_of_pipeline(type(pipeline).__name__)
     if name is None:
         raise UsageError(f"{type(pipeline).__name__} is of no known family.")
-    family = get_family(name)
+    family = get_family(name, pipeline.transformer.config)
     plugs, projectors = load_plugs(Path(folder)), load_projectors(Path(folder))
     if not plugs and not projectors:
         raise UsageError(f"{folder} holds no plug; run stages=[depth] first.")

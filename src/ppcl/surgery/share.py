@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
+
+from ppcl.errors import UsageError
 
 
 def load_shared(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -16,3 +19,29 @@ def load_shared(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(state, assign=True)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(learns[name])
+
+
+def share_pruned(pruned: nn.Module, block: nn.Module, projectors: Mapping[str, Tensor]) -> nn.Module:
+    """`pruned`, empty, with what it keeps of `block`'s parameters and with `projectors`, else the identity.
+
+    A parameter that is smaller there is the first part of `block`'s: the attention's half of a modulation,
+    the columns of an output projection that read the attention.
+    """
+    own = block.state_dict(keep_vars=True)
+    first = next(block.parameters())
+    state: dict[str, Tensor] = {}
+    for key, empty in pruned.state_dict().items():
+        if key in own:
+            whole = own[key].shape == empty.shape
+            state[key] = own[key] if whole else own[key][tuple(map(slice, empty.shape))].contiguous()
+        elif key in projectors:
+            if projectors[key].shape != empty.shape:
+                raise UsageError(
+                    f"a projector does not fit this model: {key} is {list(projectors[key].shape)}, "
+                    f"the model's is {list(empty.shape)}."
+                )
+            state[key] = projectors[key].to(first.device, first.dtype)
+        else:
+            state[key] = torch.zeros(empty.shape, dtype=first.dtype, device=first.device)
+    load_shared(pruned, state)
+    return pruned.train(block.training)

@@ -30,7 +30,7 @@ def prune_blocks(
     `projectors` holds state dicts by `projector_name`; without one a projector is the identity.
     `made` keeps pruned blocks from one call to the next, for the same modules and projectors.
     """
-    roles = family.width_roles([kept.index(i) for i in text], [kept.index(i) for i in ffn], len(kept), layout)
+    roles = family.width_roles(stack, [kept.index(i) for i in text], [kept.index(i) for i in ffn], len(kept), layout)
     pruned: list[nn.Module] = []
     for index, module, role in zip(kept, modules, roles, strict=True):
         if role is None:
