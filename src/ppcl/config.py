@@ -20,7 +20,7 @@ STAGE_ORDER = (
     "evaluate",
     "report",
 )
-BUILDERS = ("tiny_qwen_image",)
+BUILDERS = ("tiny_qwen_image", "tiny_flux")
 VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
 
 
@@ -219,7 +219,7 @@ class PretrainConfig:
     """`init` continues from a teacher folder of an earlier pretraining in place of fresh weights."""
 
     init: str | None = None
-    num_layers: int = 20
+    num_layers: int | None = None
     steps: int = 6500
     batch_size: int = 64
     muon_lr: float = 0.02

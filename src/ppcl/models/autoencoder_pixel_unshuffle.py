@@ -1,7 +1,9 @@
-"""A lossless autoencoder: pixels rearranged into channels, behind the interface of a video VAE.
+"""A lossless autoencoder: pixels rearranged into channels, behind the interfaces of an image and a video VAE.
 
 `QwenImagePipeline` asks of its VAE `temperal_downsample` (diffusers' spelling), `config.z_dim`,
-`config.latents_mean`, `config.latents_std`, and `encode` / `decode` on `[B, C, T, H, W]`.
+`config.latents_mean`, `config.latents_std`, and `encode` / `decode` on `[B, C, T, H, W]`; `FluxPipeline`
+asks for `config.block_out_channels` (one more than halvings), `config.scaling_factor`,
+`config.shift_factor`, and `[B, C, H, W]`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
         z_dim: int = 12,
         latents_mean: tuple[float, ...] = (0.0,) * 12,
         latents_std: tuple[float, ...] = (1.0,) * 12,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        block_out_channels: tuple[int, ...] = (12, 12),
     ) -> None:
         super().__init__()
         if z_dim != 3 * factor**2 or factor & (factor - 1):
@@ -48,13 +53,14 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.register_buffer("pixel_scale", torch.ones(1))
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PointDistribution]:
-        latents = F.pixel_unshuffle(x[:, :, 0] / self.pixel_scale, self.factor)
-        posterior = PointDistribution(latents.unsqueeze(2))  # [B, z_dim, 1, H/f, W/f]
+        frame = x[:, :, 0] if x.ndim == 5 else x
+        latents = F.pixel_unshuffle(frame / self.pixel_scale, self.factor)  # [B, z_dim, H/f, W/f]
+        posterior = PointDistribution(latents.unsqueeze(2) if x.ndim == 5 else latents)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        pixels = F.pixel_shuffle(z[:, :, 0], self.factor) * self.pixel_scale
-        sample = pixels.unsqueeze(2)  # [B, 3, 1, H, W]
+        pixels = F.pixel_shuffle(z[:, :, 0] if z.ndim == 5 else z, self.factor) * self.pixel_scale
+        sample = pixels.unsqueeze(2) if z.ndim == 5 else pixels  # [B, 3, (1,) H, W]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 

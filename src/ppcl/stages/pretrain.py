@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from ppcl.artifacts import Header, atomic_folder, is_current, read_json, write_json
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.data.streams import ShapesStream
-from ppcl.families.tiny_qwen_image import build_pipeline
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit, split_for_muon
 
@@ -93,7 +93,9 @@ def run(run: Run) -> None:
     checkpoints = run.folder / "pretrain-checkpoint"
     check_resumable(checkpoints, header)
     if config.init is None:
-        pipeline = build_pipeline(run.config.data.train_seed, config.num_layers)
+        build = import_module(f"ppcl.families.{run.config.model.builder}").build_pipeline
+        layers = {} if config.num_layers is None else {"num_layers": config.num_layers}
+        pipeline = build(run.config.data.train_seed, **layers)
     else:
         pipeline = DiffusionPipeline.from_pretrained(config.init, torch_dtype=torch.float32)
     stream = ShapesStream(run.family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)

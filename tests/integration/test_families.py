@@ -1,0 +1,87 @@
+"""Every family goes through every stage, as a real pipeline at tiny size with an untrained transformer."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import BATCH, succeed
+from diffusers import DiffusionPipeline
+from omegaconf import OmegaConf
+from PIL import Image
+
+import ppcl
+from ppcl.config import SamplingConfig
+from ppcl.families import get_family
+
+STAGES = "stages=[probe,detect,depth,width,plan,finetune,export,generate,evaluate,report]"
+VARIANTS = "generate.variants=[teacher,removed,ppcl-depth,ppcl-width,ppcl-planned,ppcl-finetuned]"
+# By builder: its number of layers, and what is pruned.
+FAMILIES = {
+    "tiny_flux": (
+        3,
+        [
+            "intervals.transformer_blocks=[[1,2]]",
+            "intervals.single_transformer_blocks=[[0,1],[3,5]]",
+            "width.transformer_blocks.text=[1]",
+            "width.transformer_blocks.ffn=[0]",
+            "width.single_transformer_blocks.ffn=[2,3]",
+        ],
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def chain(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run through every stage; detection in a run of its own, since the intervals are given."""
+    builder: str = request.param
+    layers, pruned = FAMILIES[builder]
+    folder = tmp_path_factory.mktemp(builder)
+    import_module(f"ppcl.families.{builder}").build_pipeline(0, layers).save_pretrained(folder / "teacher")
+    common = [*settings, f"model.path={folder / 'teacher'}", f"paths.runs_dir={folder}"]
+    common.append("model.sampling.max_sequence_length=16")
+    succeed(*common, "name=detected", "stages=[probe,detect]", "width=auto", "width.num_ffn=1")
+    tuned = ["finetune=tiny", "finetune.steps=2", "finetune.batch_size=4", "width.steps=2", "width.num_batches=2"]
+    given = [*pruned, "width.source=given", "budget.params=0.7", *tuned, VARIANTS]
+    succeed(*common, "name=pruned", *given, STAGES.replace("probe,detect,", ""))
+    return folder
+
+
+def test_detection_covers_every_stack(chain: Path) -> None:
+    plan = json.loads((chain / "detected" / "plan" / "plan.json").read_text())
+    assert plan["intervals"].keys() == plan["num_layers"].keys()
+    for stack in plan["num_layers"]:
+        assert (chain / "detected" / "plan" / f"curves_{stack}.png").exists()
+
+
+def test_the_export_draws_what_the_run_drew(chain: Path) -> None:
+    run = chain / "pruned"
+    config = OmegaConf.load(run / "config.yaml")
+    pipeline = DiffusionPipeline.from_pretrained(run / "export")
+    pipeline.set_progress_bar_config(disable=True)
+    rows = {row["name"]: row for row in json.loads((run / "report" / "report.json").read_text())["variants"]}
+    assert rows["ppcl-finetuned"]["params"] == sum(p.numel() for p in pipeline.transformer.parameters())
+    assert rows["teacher"]["params"] > rows["ppcl-depth"]["params"] > rows["ppcl-width"]["params"]
+    folder = run / "images" / "shapes" / "ppcl-finetuned"
+    lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()][:BATCH]
+    sampling = SamplingConfig(**config.model.sampling)
+    arguments = get_family(config.model.family).sampling_arguments(sampling, BATCH)
+    generators = [torch.Generator().manual_seed(line["seed"]) for line in lines]
+    images = pipeline(prompt=[line["prompt"] for line in lines], generator=generators, **arguments).images
+    for image, line in zip(images, lines, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(folder / line["image"]).convert("RGB")))
+
+
+def test_plugs_go_into_the_pipeline_and_out_again(chain: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(chain / "teacher")
+    before = [p.data_ptr() for p in pipeline.transformer.parameters()]
+    board = ppcl.plug(pipeline, chain / "pruned" / "plugs")
+    pruned = sum(p.numel() for p in pipeline.transformer.parameters())
+    board()
+    assert [p.data_ptr() for p in pipeline.transformer.parameters()] == before
+    assert pruned < sum(p.numel() for p in pipeline.transformer.parameters())
+    assert not any(torch.isnan(p).any() for p in pipeline.transformer.parameters())
