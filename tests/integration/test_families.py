@@ -44,7 +44,10 @@ def chain(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory:
     import_module(f"ppcl.families.{builder}").build_pipeline(0, layers).save_pretrained(folder / "teacher")
     common = [*settings, f"model.path={folder / 'teacher'}", f"paths.runs_dir={folder}"]
     common.append("model.sampling.max_sequence_length=16")
-    succeed(*common, "name=detected", "stages=[probe,detect]", "width=auto", "width.num_ffn=1")
+    succeed(*common, "name=detected", "stages=[probe,detect]")
+    selected = ["width=auto", "width.num_ffn=2", "width.text_threshold=0.1", "width.steps=0", "distill.steps=1"]
+    intervals = [override for override in pruned if override.startswith("intervals.")]
+    succeed(*common, "name=selected", *intervals, *selected, "stages=[depth,width]")
     tuned = ["finetune=tiny", "finetune.steps=2", "finetune.batch_size=4", "width.steps=2", "width.num_batches=2"]
     given = [*pruned, "width.source=given", "budget.params=0.7", *tuned, VARIANTS]
     succeed(*common, "name=pruned", *given, STAGES.replace("probe,detect,", ""))
@@ -56,6 +59,17 @@ def test_detection_covers_every_stack(chain: Path) -> None:
     assert plan["intervals"].keys() == plan["num_layers"].keys()
     for stack in plan["num_layers"]:
         assert (chain / "detected" / "plan" / f"curves_{stack}.png").exists()
+
+
+def test_what_loses_its_text_has_one_and_ffns_are_chosen_from_all_blocks(chain: Path) -> None:
+    width = json.loads((chain / "selected" / "plan" / "width.json").read_text())
+    chosen = width["width"]
+    family = get_family(width["family"])
+    assert sum(len(sets["ffn"]) for sets in chosen.values()) == 2
+    assert {stack for stack, sets in chosen.items() if sets["text"]} == set(family.text_stacks)
+    errors = {(s, i): e for s, found in width["scores"].items() for i, e in found["ffn_error"].items()}
+    least = sorted(errors, key=lambda key: errors[key])[:2]
+    assert {(stack, str(index)) for stack, sets in chosen.items() for index in sets["ffn"]} == set(least)
 
 
 def test_the_export_draws_what_the_run_drew(chain: Path) -> None:

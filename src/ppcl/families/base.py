@@ -54,6 +54,11 @@ class Family(ABC):
         """Attribute of each block ModuleList, in order of execution, to the config key that counts it."""
         return FAMILIES[self.name].stacks
 
+    @property
+    def text_stacks(self) -> tuple[str, ...]:
+        """The stacks whose blocks have a text stream of their own to prune."""
+        return FAMILIES[self.name].text_stacks
+
     @abstractmethod
     def forward_inputs(
         self,

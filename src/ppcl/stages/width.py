@@ -28,6 +28,7 @@ from ppcl.stages.training import check_resumable, discard_checkpoint, fit
 from ppcl.stages.variants import required_students
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
+from ppcl.taps import BlockKey
 
 
 def select_text(
@@ -48,18 +49,18 @@ def select_text(
     return sorted(chosen)
 
 
-def select_ffn(errors: Mapping[int, float], count: int) -> list[int]:
+def select_ffn(errors: Mapping[BlockKey, float], count: int) -> list[BlockKey]:
     """R_ffn: the `count` blocks whose output differs least with the FFN's least-squares fit in its place."""
-    return sorted(sorted(errors, key=lambda index: errors[index])[:count])
+    return sorted(errors, key=lambda key: errors[key])[:count]
 
 
-def ffn_errors(module: WidthDistillation, batches: Iterable[TrainingBatch]) -> dict[int, float]:
-    """Relative error of every fitted place's output, the mean of its streams, by block index."""
+def ffn_errors(module: WidthDistillation, batches: Iterable[TrainingBatch]) -> dict[BlockKey, float]:
+    """Relative error of every fitted place's output, the mean of its streams, by stack and block."""
     found = module.heldout(batches)
     errors = {}
     for item, terms in zip(module.pruned, found, strict=True):
         linear = [value for key, value in terms.items() if key.startswith("linear")]
-        errors[item.place.index] = sum(linear) / len(linear)
+        errors[item.place.stack, item.place.index] = sum(linear) / len(linear)
     return errors
 
 
@@ -94,33 +95,40 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     config, family, teacher = run.config.width, run.family, run.pipeline.transformer
     if config.num_text == 0 and config.num_ffn == 0:
         raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
-    calibration = _batches(run, run.config.data.calibration_seed, 0, min(4, config.num_batches), "text similarity")
-    maps = [torch.tensor(similarity_maps(family, teacher, batch)["text"]) for batch in calibration]
-    table = torch.stack(maps).mean(dim=0)
+    if config.num_ffn > len(kept):
+        raise UsageError(f"width.num_ffn={config.num_ffn} exceeds the {len(kept)} blocks that are kept.")
+    here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
+    seed, stop = run.config.data.calibration_seed, config.num_batches
+
+    every: Width = {stack: {"text": [], "ffn": list(blocks)} for stack, blocks in here.items()}
+    linear = WidthDistillation(family, teacher, kept, every, run.layout, run.config.distill)
+    linear.to(run.device).setup("fit")
+    linear.fit_linear(_batches(run, seed, 0, stop, "linear FFNs"), ridge=config.ridge)
+    errors = ffn_errors(linear, _batches(run, seed, stop, stop + 2, "held-out FFN errors"))
+    chosen = select_ffn(errors, config.num_ffn)
+
+    maps = [
+        torch.tensor(similarity_maps(family, teacher, batch)["text"])
+        for batch in _batches(run, seed, 0, min(4, stop), "text similarity")
+    ]
+    table = torch.stack(maps).mean(dim=0)  # over the blocks of all stacks
+    rows = {key: row for row, key in enumerate(family.blocks(teacher))}
     width: Width = {}
     scores: dict[str, Any] = {}
-    for stack in family.stacks:
-        here = {place.index: place for place in kept if place.stack == stack}
-        if config.num_ffn > len(here):
-            raise UsageError(f"width.num_ffn={config.num_ffn} exceeds the {len(here)} blocks that are kept.")
+    for stack, blocks in here.items():
 
-        def similarity(reference: int, pruned: int, here: dict[int, Place] = here) -> float:
-            return table[here[reference].end, here[pruned].end].item()
+        def similarity(reference: int, pruned: int, stack: str = stack, blocks: dict[int, Place] = blocks) -> float:
+            return table[rows[stack, blocks[reference].end], rows[stack, blocks[pruned].end]].item()
 
-        text = select_text(similarity, list(here), config.text_threshold, config.num_text)
-        every = {stack: {"text": [], "ffn": list(here)}}
-        linear = WidthDistillation(family, teacher, kept, every, run.layout, run.config.distill)
-        linear.to(run.device).setup("fit")
-        seed, stop = run.config.data.calibration_seed, config.num_batches
-        linear.fit_linear(_batches(run, seed, 0, stop, "linear FFNs"), ridge=config.ridge)
-        errors = ffn_errors(linear, _batches(run, seed, stop, stop + 2, "held-out FFN errors"))
-        width[stack] = {"text": text, "ffn": select_ffn(errors, config.num_ffn)}
-        reads = references(list(here), text)
+        prunable = list(blocks) if stack in family.text_stacks else []
+        text = select_text(similarity, prunable, config.text_threshold, config.num_text)
+        width[stack] = {"text": text, "ffn": sorted(index for s, index in chosen if s == stack)}
+        reads = references(prunable, text)
         scores[stack] = {
             "text_cka": {str(index): similarity(reads[index], index) for index in text},
-            "ffn_error": {str(index): error for index, error in errors.items()},
+            "ffn_error": {str(index): error for (s, index), error in errors.items() if s == stack},
         }
-    return width, scores
+    return {stack: sets for stack, sets in width.items() if any(sets.values())}, scores
 
 
 def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> PruningPlan:
