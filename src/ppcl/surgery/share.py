@@ -21,6 +21,7 @@ def load_shared(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         parameter.requires_grad_(learns[name])
 
 
+@torch.inference_mode(False)  # what is made here outlives any such context
 def share_pruned(pruned: nn.Module, block: nn.Module, projectors: Mapping[str, Tensor]) -> nn.Module:
     """`pruned`, empty, with what it keeps of `block`'s parameters and with `projectors`, else the identity.
 
@@ -32,8 +33,10 @@ def share_pruned(pruned: nn.Module, block: nn.Module, projectors: Mapping[str, T
     state: dict[str, Tensor] = {}
     for key, empty in pruned.state_dict().items():
         if key in own:
-            whole = own[key].shape == empty.shape
-            state[key] = own[key] if whole else own[key][tuple(map(slice, empty.shape))].contiguous()
+            state[key] = own[key]
+            if own[key].shape != empty.shape:
+                cut = own[key].detach()[tuple(map(slice, empty.shape))].contiguous()
+                state[key] = cut.requires_grad_(own[key].requires_grad)
         elif key in projectors:
             if projectors[key].shape != empty.shape:
                 raise UsageError(

@@ -25,6 +25,7 @@ DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
 LAYERS, SINGLE_LAYERS, HEADS, HEAD_DIM = 5, 3, 2, 32
 WIDTH = HEADS * HEAD_DIM
 CHANNELS, POOLED = 48, 32
+PROJECTORS = ("txt_proj", "ehs_proj", "img_ffn_proj", "txt_ffn_proj")
 # Text, FFN, single FFN: runs of one and of two, in the middle and to the last dual block, whose text the single
 # blocks read; FFNs gone in references, in text-pruned and in plain dual blocks, in any single block.
 SETS = [
@@ -38,12 +39,12 @@ SETS = [
 ]
 
 
-def make_teacher(seed=0, guidance_embeds=True):
+def make_teacher(seed=0, num_layers=LAYERS, num_single_layers=SINGLE_LAYERS, guidance_embeds=True):
     torch.manual_seed(seed)
     model = FluxTransformer2DModel(
         in_channels=CHANNELS,
-        num_layers=LAYERS,
-        num_single_layers=SINGLE_LAYERS,
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
         attention_head_dim=HEAD_DIM,
         num_attention_heads=HEADS,
         joint_attention_dim=WIDTH,
@@ -106,8 +107,7 @@ def prune(teacher, text=(), ffn=(), single_ffn=(), text_output="last", keep_text
 
 
 def projectors_of(model):
-    kinds = ("txt_proj", "ehs_proj", "img_ffn_proj", "txt_ffn_proj")
-    return {key: value for key, value in model.state_dict().items() if key.split(".")[2] in kinds}
+    return {key: value for key, value in model.state_dict().items() if key.split(".")[-2] in PROJECTORS}
 
 
 def projector_keys(*modules):
@@ -230,7 +230,8 @@ class Plain:
         if "guidance" in inputs:
             conditions.insert(1, inputs["guidance"] * 1000)
         ids = torch.cat([inputs["txt_ids"], inputs["img_ids"]])
-        samples = zip(inputs["hidden_states"], inputs["encoder_hidden_states"], zip(*conditions, strict=True))
+        conditions = zip(*conditions, strict=True)
+        samples = zip(inputs["hidden_states"], inputs["encoder_hidden_states"], conditions, strict=True)
         return torch.stack([self.sample(*sample, ids) for sample in samples])
 
 
@@ -492,9 +493,9 @@ def test_saving_and_loading_changes_no_bit(tmp_path, teacher, inputs, text_outpu
 
 
 @torch.no_grad()
-def test_blocks_compile_one_by_one(teacher):
+def test_blocks_compile_one_by_one():
+    teacher, sets = make_teacher(num_layers=3, num_single_layers=2), ([2], [1, 2], [0])
     inputs = make_inputs(teacher, count=2, text_length=3, size=(2, 2))
-    sets = [2, 4], [0, 4], [1]
     expected, compiled = prune(teacher, *sets)(**inputs)[0], prune(teacher, *sets)
     compiled.compile_repeated_blocks(backend="eager", fullgraph=True)
     blocks = [*compiled.transformer_blocks, *compiled.single_transformer_blocks]
@@ -540,6 +541,7 @@ def test_half_precision_is_clipped_as_in_stock_blocks(teacher, flux, inputs):
 
 
 def test_roles_say_what_each_block_becomes(flux):
+    assert set(flux.projectors.values()) == set(PROJECTORS)
     names = ("project_text", "project_text_output", "project_ffn", "carry", "keep_text_query")
     for text_output, inner in (("last", False), ("each", True)):
         roles = flux.width_roles(DUAL, [2, 3], [1, 3], LAYERS, Layout(text_output, True))
@@ -624,7 +626,7 @@ def test_a_pruned_block_shares_what_it_keeps(teacher, flux, keep_text_query):
         own, found = pointers(source), pointers(block)
         new = {name for name in found if name not in own}
         assert new
-        assert all(name.split(".")[0] in flux.projectors.values() for name in new)
+        assert all(name.split(".")[0] in PROJECTORS for name in new)
         for name, pointer in found.items():
             if name in own and (key[0], name) != (SINGLE, "proj_out.weight"):
                 assert pointer == own[name], name  # the first half, where cut
@@ -645,16 +647,13 @@ def test_pruning_leaves_the_source_untouched(teacher, flux):
         if block is not source:
             with torch.no_grad():
                 for name, parameter in block.named_parameters():
-                    if name.split(".")[0] in (*flux.projectors.values(), "proj_out"):
-                        parameter.add_(1)  # the bias of proj_out is the teacher's own
-    for index in range(SINGLE_LAYERS):
-        transformer.single_transformer_blocks[index].proj_out.bias.data.sub_(1)
+                    if name == "proj_out.weight" or name.split(".")[0] in PROJECTORS:
+                        parameter.zero_()  # its own
     assert [*transformer.transformer_blocks, *transformer.single_transformer_blocks] == blocks
     assert [list(block.state_dict()) for block in blocks] == names
     assert [type(block.attn.processor) for block in blocks] == processors
     state = teacher.state_dict()
-    for name, value in transformer.state_dict().items():
-        torch.testing.assert_close(value, state[name], rtol=0, atol=1e-6)
+    assert all(torch.equal(value, state[name]) for name, value in transformer.state_dict().items())
     assert all(parameter.requires_grad for parameter in transformer.parameters())
 
 
@@ -666,7 +665,7 @@ def test_what_is_kept_learns_if_the_source_does_and_projectors_do_not(flux, proj
     assert all(parameter.requires_grad == learns for parameter in transformer.parameters())
     for block, _ in pruned.values():
         for name, parameter in block.named_parameters():
-            new = name.split(".")[0] in flux.projectors.values()
+            new = name.split(".")[0] in PROJECTORS
             assert parameter.requires_grad == (learns and not new), name
 
 
@@ -686,7 +685,8 @@ def test_pruned_blocks_take_values_dtype_and_mode(flux, projectors, training):
         # in the middle of a run, and where the text stream is gone
         assert gone == {f"{DUAL}.3.text": {"ehs_proj"}, f"{DUAL}.4.ffn": {"txt_ffn_proj"}}.get(name, set())
         assert all(torch.equal(found[key], value.bfloat16()) for key, value in carried.items())
-    assert not any(pruned[SINGLE, 2][0].get_parameter(key).any() for key in projector_keys("img_ffn_proj"))
+    for key in projector_keys("img_ffn_proj", "txt_ffn_proj"):
+        assert not pruned[SINGLE, 2][0].get_parameter(key).any()
 
 
 @pytest.mark.parametrize(("stack", "kind", "key"), [(DUAL, "text", "txt_proj"), (SINGLE, "ffn", "img_ffn_proj")])
