@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from peft import LoraConfig
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ppcl.models.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel, PrunedQwenImageTransformerBlock
@@ -356,4 +358,37 @@ def test_group_offload_changes_no_output(teacher, inputs):
     device = torch.device("cpu")
     model.enable_group_offload(device, device, offload_type="block_level", num_blocks_per_group=1)
     assert all(hasattr(block, "_diffusers_hook") for block in model.transformer_blocks)
+    assert torch.equal(model(**inputs)[0], expected)
+
+
+@torch.no_grad()
+def test_loras_find_their_targets_and_come_off_again(tmp_path, teacher, inputs):
+    """The names of a stock block's modules, those that a block has lost among them."""
+    model = prune(teacher, *SETS[2])
+    expected = model(**inputs)[0]
+    targets = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "img_mlp.net.2",
+        "img_mod.1",
+    ]
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
+    adapted = model(**inputs)[0]
+    hit = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    kept = {name for name, module in teacher.named_modules() if name.endswith(tuple(f".{t}" for t in targets))}
+    lost = {f"transformer_blocks.{index}.attn.to_add_out" for index in SETS[2][0]}
+    lost |= {f"transformer_blocks.{index}.img_mlp.net.2" for index in SETS[2][1]}
+    assert hit == kept - lost
+    assert not torch.allclose(adapted, expected, rtol=0, atol=1e-3)
+    model.save_lora_adapter(tmp_path)
+    other = prune(teacher, *SETS[2])
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    other.load_lora_adapter(saved, prefix=None)
+    torch.testing.assert_close(other(**inputs)[0], adapted, rtol=0, atol=1e-6)
+    model.delete_adapters("default")
     assert torch.equal(model(**inputs)[0], expected)
