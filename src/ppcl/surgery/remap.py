@@ -1,0 +1,148 @@
+"""LoRAs of the full model on a pruned one.
+
+A LoRA names blocks by number. On a model with fewer of them diffusers puts it on the wrong ones and
+warns about the surplus only, so blocks are renumbered here, by the `kept_layers` that an export's config holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.errors import UsageError
+
+SOURCES = ("first", "mean", "sum")
+_PREFIX = "transformer."
+_SIDES = {"lora_A.weight": "A", "lora_B.weight": "B"}
+_BLOCK = re.compile(r"(\w+)\.(\d+)\.(.+)")
+
+
+@dataclass
+class RemappedLora:
+    """`state` is for the pruned model, in PEFT's form with every scale 1; `dropped` names what it has no place for."""
+
+    state: dict[str, Tensor]
+    dropped: list[str] = field(default_factory=list)
+
+
+def provenance_of(transformer: nn.Module) -> dict[str, Any]:
+    """What the config of a pruned transformer says of where its blocks come from."""
+    config: Any = transformer.config
+    found = config.get("ppcl")
+    if not found:
+        raise UsageError("this transformer's config has no ppcl key: it is not a model that ppcl exported.")
+    return dict(found)
+
+
+def scales_of(metadata: Mapping[str, Any] | None, modules: Iterable[str]) -> dict[str, float]:
+    """alpha / rank per module, from the adapter metadata that PEFT saves; 1 where there is none."""
+    if not metadata:
+        return dict.fromkeys(modules, 1.0)
+    plain = {key.removeprefix(_PREFIX): value for key, value in metadata.items()}
+    scales = {}
+    for module in modules:
+        values = []
+        for default, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern")):
+            patterns: Mapping[str, float] = plain.get(pattern) or {}
+            special = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
+            values.append(special[0] if special else plain[default])
+        alpha, rank = values
+        scales[module] = alpha / (rank**0.5 if plain.get("use_rslora") else rank)
+    return scales
+
+
+def remap_lora(
+    state: Mapping[str, Tensor],
+    transformer: nn.Module,
+    *,
+    source: str = "first",
+    metadata: Mapping[str, Any] | None = None,
+) -> RemappedLora:
+    """A full model's LoRA, as `pipeline.lora_state_dict` reads it, for a pruned `transformer` (also on meta).
+
+    A student block stands for blocks u to v. It takes the LoRA of block u (`first`), or those of all of
+    them joined to one of higher rank that adds their `mean` or their `sum`. What a width-pruned block has
+    lost is dropped; of a modulation it has kept the half that it keeps.
+    """
+    if source not in SOURCES:
+        raise UsageError(f"lora.source={source} is not one of {', '.join(SOURCES)}.")
+    provenance = provenance_of(transformer)
+    pairs, others = _pairs(state)
+    scales = scales_of(metadata, pairs)
+    kept: dict[str, list[int]] = provenance["kept_layers"]
+    ends = {stack: dict(found) for stack, found in provenance["removed_intervals"].items()}
+    _check_stacks(pairs, kept)
+    modules = dict(transformer.named_modules())
+    result, used = RemappedLora(dict(others)), set()
+    for stack, indices in kept.items():
+        for place, u in enumerate(indices):
+            last = u if source == "first" else ends.get(stack, {}).get(u, u)
+            names = {module for module in pairs if (found := _BLOCK.fullmatch(module)) and found[1] == stack
+                     and u <= int(found[2]) <= last}  # fmt: skip
+            for inner in sorted({name.split(".", 2)[2] for name in names}):
+                members = [f"{stack}.{index}.{inner}" for index in range(u, last + 1)]
+                members = [name for name in members if name in pairs]
+                target = modules.get(f"{stack}.{place}.{inner}")
+                if not isinstance(target, nn.Linear):
+                    continue
+                share = 1 / (last - u + 1) if source == "mean" else 1.0
+                joined = _join([(*pairs[name], share * scales[name]) for name in members], target)
+                if joined is None:
+                    raise UsageError(f"this LoRA does not fit: {members[0]} is of another size than the model's.")
+                used.update(members)
+                for side, value in zip(_SIDES, joined, strict=True):
+                    result.state[f"{_PREFIX}{stack}.{place}.{inner}.{side}"] = value
+    for name in pairs:
+        if _BLOCK.fullmatch(name) is None or name.split(".")[0] not in kept:
+            a, b = pairs[name]
+            result.state[f"{_PREFIX}{name}.lora_A.weight"] = a
+            result.state[f"{_PREFIX}{name}.lora_B.weight"] = b * scales[name]
+        elif name not in used:
+            result.dropped.append(name)
+    return result
+
+
+def _pairs(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """A and B by module of the transformer, and what belongs to other components."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, value in state.items():
+        if key.startswith("text_encoder"):
+            others[key] = value
+            continue
+        name = key.removeprefix(_PREFIX)
+        side = next((side for side in _SIDES if name.endswith(f".{side}")), None)
+        if side is None:
+            raise UsageError(f"{key} is no LoRA key that can be mapped; only plain LoRAs (A and B) can.")
+        halves.setdefault(name.removesuffix(f".{side}"), {})[_SIDES[side]] = value
+    incomplete = [name for name, found in halves.items() if len(found) < 2]
+    if incomplete:
+        raise UsageError(f"this LoRA is incomplete: {incomplete[0]} has only one of A and B.")
+    return {name: (found["A"], found["B"]) for name, found in halves.items()}, others
+
+
+def _check_stacks(pairs: Iterable[str], kept: Mapping[str, list[int]]) -> None:
+    """A LoRA of this architecture names only block stacks that the model has."""
+    for name in pairs:
+        found = _BLOCK.fullmatch(name)
+        if found and found[1].endswith("_blocks") and found[1] not in kept:
+            raise UsageError(f"this LoRA is of another architecture: it has {name}, the model has {', '.join(kept)}.")
+
+
+def _join(members: list[tuple[Tensor, Tensor, float]], target: nn.Linear) -> tuple[Tensor, Tensor] | None:
+    """One pair whose product is the scaled sum of the members' products; None if it does not fit `target`.
+
+    Two sizes are cut to what a pruned block keeps: the attention's half of a modulation, and the columns of a
+    single-stream output projection that read the attention, one fifth.
+    """
+    a = torch.cat([a for a, _, _ in members])
+    b = torch.cat([scale * b for _, b, scale in members], dim=1)
+    rows, columns = target.out_features, target.in_features
+    if (len(b), a.shape[1]) not in ((rows, columns), (2 * rows, columns), (rows, 5 * columns)):
+        return None
+    return a[:, :columns].contiguous(), b[:rows].contiguous()
