@@ -1,4 +1,4 @@
-"""Makes model classes of ours known to diffusers.
+"""Makes model classes of ours known to diffusers, and keeps LoRAs of the full model off pruned ones.
 
 An export that holds one names it `["transformer_qwen_image_pruned", "PrunedQwenImageTransformer2DModel"]`
 and carries that file, which diffusers runs only with `trust_remote_code=True`. Where ppcl is imported its
@@ -8,6 +8,7 @@ own copy serves instead, and no flag is needed: diffusers looks on `diffusers.pi
 from __future__ import annotations
 
 import sys
+from functools import wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
@@ -29,6 +30,28 @@ class _Model:
 def _register() -> None:
     for name in MODELS:
         setattr(sys.modules["diffusers.pipelines"], name, _Model(name))
+    _guard_loras()
+
+
+def _guard_loras() -> None:
+    """A LoRA of the full model goes onto the wrong blocks of a pruned one, and diffusers does not say so."""
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    load: Any = PeftAdapterMixin.load_lora_adapter
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @wraps(load)
+    def load_lora_adapter(self: Any, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        from ppcl.surgery.remap import refuse_unmapped
+
+        state = pretrained_model_name_or_path_or_dict
+        if isinstance(state, dict):  # as pipelines pass it on
+            metadata = {key.removeprefix("transformer."): v for key, v in (kwargs.get("metadata") or {}).items()}
+            refuse_unmapped(self, state, metadata)
+        return load(self, state, *args, **kwargs)
+
+    PeftAdapterMixin.load_lora_adapter = load_lora_adapter  # type: ignore[method-assign]
 
 
 class _AfterImport(MetaPathFinder):

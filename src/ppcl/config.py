@@ -16,6 +16,7 @@ STAGE_ORDER = (
     "plan",
     "finetune",
     "export",
+    "remap_lora",
     "generate",
     "evaluate",
     "report",
@@ -237,6 +238,19 @@ class ExportConfig:
 
 
 @dataclass
+class LoraConfig:
+    """A LoRA of the full model for `stages=[remap_lora]`; `model` is the exported one, by default this run's.
+
+    `source`: what a student block takes of the blocks u to v it stands for: the LoRA of the `first`, u, or one
+    of higher rank that adds the `mean` or the `sum` of all.
+    """
+
+    path: str | None = None
+    model: str | None = None
+    source: str = "first"
+
+
+@dataclass
 class GenerateConfig:
     """`variants` is any of `VARIANTS`; `plug_fraction` is ppcl-mixed's share of students."""
 
@@ -298,6 +312,7 @@ class Config:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -142,6 +142,20 @@ def check(config: Config) -> None:
         raise UsageError("intervals are given, so stages=[detect] would decide nothing: drop one of them.")
     _check_width(config, intervals)
     _check_budget(config)
+    if "remap_lora" in config.stages:
+        _check_lora(config)
+
+
+def _check_lora(config: Config) -> None:
+    _one_of("lora.source", config.lora.source, ("first", "mean", "sum"))
+    if config.lora.path is None:
+        raise UsageError("stages=[remap_lora] needs lora.path, the safetensors file of a LoRA of the full model.")
+    path = Path(config.lora.path)
+    if path.is_dir():
+        raise UsageError(f"lora.path={path} is a folder: name the safetensors file in it.")
+    if path.suffix != ".safetensors":
+        raise UsageError(f"lora.path={path} is no safetensors file; other formats can hold code and are not read.")
+    check_safetensors(path, "lora.path: ")
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.artifacts import fingerprint
 from ppcl.errors import UsageError
 
 SOURCES = ("first", "mean", "sum")
@@ -105,6 +106,51 @@ def remap_lora(
         elif name not in used:
             result.dropped.append(name)
     return result
+
+
+def adapter_metadata(state: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Any]:
+    """PEFT's configuration for `state`, every scale 1, which also says that it is for this pruned model."""
+    names = {key: value.shape[1] for key, value in state.items() if key.endswith(".lora_B.weight")}
+    ranks = {key.removeprefix(_PREFIX).removesuffix(".lora_B.weight"): rank for key, rank in names.items()}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
+    pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
+    metadata = {
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+        "base_model_name_or_path": _base_name(transformer),
+    }
+    return {f"{_PREFIX}{key}": value for key, value in metadata.items()}
+
+
+def _base_name(transformer: nn.Module) -> str:
+    return f"ppcl:{fingerprint(provenance_of(transformer)['kept_layers'])}"
+
+
+def refuse_unmapped(transformer: nn.Module, state: Iterable[str], metadata: Mapping[str, Any] | None) -> None:
+    """`UsageError` for a LoRA that is not known to be for this pruned model.
+
+    Known is one that was mapped to it, and one that reaches just the last block of a stack: it was trained here.
+    """
+    config: Any = transformer.config
+    kept = (config.get("ppcl") or {}).get("kept_layers") or {}
+    if all(indices == list(range(len(indices))) for indices in kept.values()):
+        return  # not pruned in depth, or not ours
+    if ((metadata or {}).get("base_model_name_or_path") or "") == _base_name(transformer):
+        return
+    numbers: dict[str, set[int]] = {}
+    for key in state:
+        found = _BLOCK.fullmatch(key.removeprefix(_PREFIX))
+        if found and found[1] in kept:
+            numbers.setdefault(found[1], set()).add(int(found[2]))
+    if all(max(found) == len(kept[stack]) - 1 for stack, found in numbers.items()):
+        return
+    raise UsageError(
+        "this LoRA counts the blocks of the full model, and this one is pruned: map it with "
+        "`ppcl ... stages=[remap_lora] lora.path=FILE lora.model=EXPORT` and load what that writes."
+    )
 
 
 def _pairs(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:

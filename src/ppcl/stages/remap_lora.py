@@ -1,0 +1,69 @@
+"""A LoRA of the full model, written anew for the pruned one; blocks without a place are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ppcl.artifacts import Header, atomic_path, is_current, read_json, write_json
+from ppcl.errors import UsageError
+from ppcl.families import FAMILIES
+from ppcl.stages.run import Run
+from ppcl.surgery.remap import adapter_metadata, remap_lora
+
+METADATA_KEY = "lora_adapter_metadata"  # where PEFT's configuration lies, by diffusers' convention
+
+
+def _pruned_transformer(run: Run) -> Any:
+    """The exported transformer without its weights: names and sizes are all that is asked of it."""
+    folder = Path(run.config.lora.model or run.folder / "export") / "transformer"
+    if not (folder / "config.json").exists():
+        raise UsageError(f"lora.model: {folder.parent} holds no exported model; run stages=[export] first.")
+    config = read_json(folder / "config.json", "The exported config")
+    classes = {kind.__name__: kind for kind in (run.family.transformer_class, run.family.pruned_transformer_class)}
+    kind = config.get("_class_name")
+    if kind not in classes:
+        raise UsageError(f"{folder} holds a {kind}; model={run.config.model.name} is a {', '.join(classes)}.")
+    with torch.device("meta"):
+        return classes[kind].from_config(config)
+
+
+def run(run: Run) -> None:
+    import diffusers
+
+    path = Path(str(run.config.lora.path))
+    target = run.folder / "lora" / f"{path.stem}.safetensors"
+    transformer = _pruned_transformer(run)
+    made_from = {
+        "lora": str(path.resolve()),
+        "size": path.stat().st_size,
+        "modified": path.stat().st_mtime_ns,
+        "source": run.config.lora.source,
+        "model": transformer.config.get("ppcl", {}).get("fingerprint"),
+    }
+    header = Header("ppcl.lora", made_from)
+    if is_current(target.with_suffix(".json"), header):
+        run.say("lora", f"reused {target}")
+        return
+    pipeline_class: Any = getattr(diffusers, FAMILIES[run.family.name].pipeline_classes[0])
+    state = pipeline_class.lora_state_dict(str(path))
+    with safe_open(path, framework="pt") as file:
+        stored = (file.metadata() or {}).get(METADATA_KEY)
+    found = remap_lora(
+        state, transformer, source=run.config.lora.source, metadata=json.loads(stored) if stored else None
+    )
+    with atomic_path(target) as temporary:
+        metadata = {METADATA_KEY: json.dumps(adapter_metadata(found.state, transformer)), "format": "pt"}
+        save_file(found.state, temporary, metadata)
+    write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped})
+    modules = len({key.split(".lora_")[0] for key in found.state})
+    run.say("lora", f"{modules} modules mapped, {len(found.dropped)} dropped: the pruned model has no place for them")
+    if found.dropped:
+        few = ", ".join(found.dropped[:3])
+        run.say("lora", f"dropped: {few}{', ...' if len(found.dropped) > 3 else ''}; all in {target.stem}.json")
+    run.say("lora", f"wrote {target}; pipeline.load_lora_weights takes it")
