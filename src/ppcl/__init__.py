@@ -15,6 +15,7 @@ _MODELS = {
     "PrunedFluxTransformer2DModel": "transformer_flux_pruned",
     "PrunedQwenImageTransformer2DModel": "transformer_qwen_image_pruned",
 }
+_FUNCTIONS = {"plug": "plugboard", "place_residuals": "controlnet", "remap_lora": "remap"}
 
 
 def __getattr__(name: str) -> Any:
@@ -22,10 +23,8 @@ def __getattr__(name: str) -> Any:
     # looks for the base class that says how to load it in the same place. Lazy: `import ppcl` is free.
     if name in _MODELS:
         return getattr(import_module(f"ppcl.models.{_MODELS[name]}"), name)
-    if name == "plug":
-        from ppcl.surgery.plugboard import plug
-
-        return plug
+    if name in _FUNCTIONS:
+        return getattr(import_module(f"ppcl.surgery.{_FUNCTIONS[name]}"), name)
     if name == "ModelMixin":
         from diffusers import ModelMixin
 

@@ -18,6 +18,7 @@ from ppcl.artifacts import Intervals, Plug, Projector, load_plugs, load_projecto
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.layers import Layout, check_width_sets, kept_layers, references
+from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.share import load_shared
 from ppcl.surgery.width import prune_blocks
 from ppcl.taps import BlockKey
@@ -51,6 +52,9 @@ class Plugboard:
         self.layout = layout or Layout()
         self._pruned: dict[tuple, nn.Module] = {}
         self._teacher = {stack: list(getattr(transformer, stack)) for stack in family.stacks}
+        counts = {stack: len(blocks) for stack, blocks in self._teacher.items()}
+        self.kept = {stack: list(range(count)) for stack, count in counts.items()}
+        hook_residuals(transformer, lambda: self.kept, counts)
 
     @property
     def names(self) -> list[str]:
