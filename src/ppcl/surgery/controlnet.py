@@ -8,7 +8,7 @@ place in the full model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -39,15 +39,15 @@ def place_residuals(transformer: nn.Module) -> RemovableHandle:
     removed: dict[str, list[list[int]]] = provenance["removed_intervals"]
     # A block that is gone lies in an interval.
     counts = {stack: 1 + max([*indices, *(v for _, v in removed.get(stack, []))]) for stack, indices in kept.items()}
-    return hook_residuals(transformer, lambda: kept, counts)
+    return hook_residuals(transformer, kept, counts)
 
 
 def hook_residuals(
-    transformer: nn.Module, kept: Callable[[], Mapping[str, Sequence[int]]], counts: Mapping[str, int]
+    transformer: nn.Module, kept: Mapping[str, Sequence[int]], counts: Mapping[str, int]
 ) -> RemovableHandle:
-    """Expand residuals before every forward; `kept` says which blocks of how many are in at that time.
+    """Expand residuals before every forward; `kept` says which blocks, of how many, are in.
 
-    The last caller on a transformer has its way: residuals that are expanded twice would go astray.
+    Called again it says anew what is in: residuals that two hooks expanded would go astray.
     """
     if (earlier := getattr(transformer, "_residual_hook", None)) is not None:
         earlier.remove()
@@ -55,7 +55,7 @@ def hook_residuals(
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         repeat = kwargs.get("controlnet_blocks_repeat", False)
         placed = dict(kwargs)
-        for stack, indices in kept().items():
+        for stack, indices in kept.items():
             samples = kwargs.get(_ARGUMENTS[stack])
             if samples:
                 round_and_round = repeat and stack == "transformer_blocks"

@@ -52,9 +52,6 @@ class Plugboard:
         self.layout = layout or Layout()
         self._pruned: dict[tuple, nn.Module] = {}
         self._teacher = {stack: list(getattr(transformer, stack)) for stack in family.stacks}
-        counts = {stack: len(blocks) for stack, blocks in self._teacher.items()}
-        self.kept = {stack: list(range(count)) for stack, count in counts.items()}
-        hook_residuals(transformer, lambda: self.kept, counts)
 
     @property
     def names(self) -> list[str]:
@@ -123,6 +120,7 @@ class Plugboard:
         for stack, (_, modules, _) in arranged.items():
             setattr(self.transformer, stack, nn.ModuleList(modules))
             self.transformer.register_to_config(**{self.family.stacks[stack]: len(modules)})
+        hook_residuals(self.transformer, self.kept, {stack: len(blocks) for stack, blocks in self._teacher.items()})
         self.plugged = sorted(students, key=self.names.index)
         return self
 

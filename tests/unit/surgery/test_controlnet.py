@@ -78,7 +78,7 @@ def test_kept_blocks_get_what_the_whole_model_would_give_them(family, make_trans
     assert torch.equal(pruned(**inputs, controlnet_block_samples=samples)[0], expected)
     assert torch.equal(pruned(**inputs)[0], cut(family, model, INTERVALS)(**inputs)[0])
     board = Plugboard(family, model, INTERVALS)
-    board = Plugboard(family, model, INTERVALS)  # a second one on the same model does not expand again
+    Plugboard(family, model, INTERVALS)()  # another one on the same model does not get in the way
     board.remove()
     assert torch.equal(model(**inputs, controlnet_block_samples=samples)[0], expected)
     handle.remove()
@@ -111,7 +111,7 @@ def test_both_stacks_of_flux(repeat):
         "controlnet_blocks_repeat": repeat,
     }
     expected = model(**inputs, **control)[0]
-    assert torch.equal(Plugboard(family, model, FLUX_INTERVALS).transformer(**inputs, **control)[0], expected)
+    assert torch.equal(Plugboard(family, model, FLUX_INTERVALS)().transformer(**inputs, **control)[0], expected)
     reference, pruned = (cut(family, model, FLUX_INTERVALS) for _ in range(2))
     kept = {"transformer_blocks": [0, 1, 3], "single_transformer_blocks": [0, 3, 4, 5]}
     samples = {
