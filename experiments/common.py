@@ -42,7 +42,7 @@ def run_stages(run: Run, *stages: str) -> None:
 
 def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
     """Draw and score the benchmark's prompts with the pipeline as it is arranged now; nothing is kept."""
-    scenes = evaluation_scenes(run.config.data.eval_seed, per_category)
+    scenes = evaluation_scenes(run.config.data.eval_seed, per_category, run.family.categories)
     images: list[np.ndarray] = []
     size = run.config.generate.batch_size
     for start in range(0, len(scenes), size):

@@ -12,6 +12,7 @@ introduce()
 
 _MODELS = {
     "AutoencoderPixelUnshuffle": "autoencoder_pixel_unshuffle",
+    "PrunedDiTTransformer2DModel": "transformer_dit_pruned",
     "PrunedFluxTransformer2DModel": "transformer_flux_pruned",
     "PrunedQwenImageTransformer2DModel": "transformer_qwen_image_pruned",
 }

@@ -14,7 +14,12 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from typing import Any
 
-MODELS = ("autoencoder_pixel_unshuffle", "transformer_flux_pruned", "transformer_qwen_image_pruned")
+MODELS = (
+    "autoencoder_pixel_unshuffle",
+    "transformer_dit_pruned",
+    "transformer_flux_pruned",
+    "transformer_qwen_image_pruned",
+)
 
 
 class _Model:

@@ -21,7 +21,7 @@ STAGE_ORDER = (
     "evaluate",
     "report",
 )
-BUILDERS = ("tiny_qwen_image", "tiny_flux")
+BUILDERS = ("tiny_qwen_image", "tiny_flux", "tiny_dit")
 VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
 
 

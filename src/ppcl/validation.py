@@ -236,7 +236,7 @@ def num_layers(config: Config) -> dict[str, int]:
     return {stack: int(config.model.arch[key]) for stack, key in FAMILIES[config.model.family].stacks.items()}
 
 
-def check_intervals(intervals: Intervals, layers: dict[str, int], where: str) -> None:
+def check_intervals(intervals: Intervals, layers: dict[str, int], where: str, first: int = 0) -> None:
     """Each [u, v] has u < v, lies in its stack, and follows the one before it."""
     for stack, pairs in intervals.items():
         if stack not in layers:
@@ -251,6 +251,11 @@ def check_intervals(intervals: Intervals, layers: dict[str, int], where: str) ->
             if u < 0 or v >= layers[stack]:
                 raise UsageError(
                     f"{where}.{stack}: [{u}, {v}] is out of range; the model's blocks are 0 to {layers[stack] - 1}."
+                )
+            if u < first:
+                raise UsageError(
+                    f"{where}.{stack}: [{u}, {v}] has a student in the place of block {u}, but blocks before {first} "
+                    "must stay the teacher's in this family."
                 )
             if u <= previous[1]:
                 raise UsageError(
@@ -268,7 +273,7 @@ def check_plan(plan: PruningPlan, config: Config, path: Path) -> None:
             f"{path} was made for {plan.family} with {plan.num_layers}; model={config.model.name} is "
             f"{config.model.family} with {layers}."
         )
-    check_intervals(plan.intervals, layers, str(path))
+    check_intervals(plan.intervals, layers, str(path), FAMILIES[config.model.family].first_block)
 
 
 def resolve_intervals(config: Config) -> Intervals | None:
@@ -296,7 +301,7 @@ def resolve_intervals(config: Config) -> Intervals | None:
             f"these intervals are of family {config.intervals.family}; model={config.model.name} is "
             f"{config.model.family}."
         )
-    check_intervals(given, num_layers(config), "intervals")
+    check_intervals(given, num_layers(config), "intervals", FAMILIES[config.model.family].first_block)
     return given
 
 

@@ -32,6 +32,7 @@ FAMILIES = {
             "width.single_transformer_blocks.ffn=[2,3]",
         ],
     ),
+    "tiny_dit": (5, ["intervals.transformer_blocks=[[1,2]]", "width.transformer_blocks.ffn=[1,4]"]),
 }
 
 
@@ -49,7 +50,7 @@ def chain(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory:
     intervals = [override for override in pruned if override.startswith("intervals.")]
     succeed(*common, "name=selected", *intervals, *selected, "stages=[depth,width]")
     tuned = ["finetune=tiny", "finetune.steps=2", "finetune.batch_size=4", "width.steps=2", "width.num_batches=2"]
-    given = [*pruned, "width.source=given", "budget.params=0.7", *tuned, VARIANTS]
+    given = [*pruned, "width.source=given", "budget.params=0.8", *tuned, VARIANTS]
     succeed(*common, "name=pruned", *given, STAGES.replace("probe,detect,", ""))
     return folder
 
@@ -83,9 +84,11 @@ def test_the_export_draws_what_the_run_drew(chain: Path) -> None:
     folder = run / "images" / "shapes" / "ppcl-finetuned"
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()][:BATCH]
     sampling = SamplingConfig(**config.model.sampling)
-    arguments = get_family(config.model.family).sampling_arguments(sampling, BATCH)
+    family = get_family(config.model.family)
+    arguments = family.sampling_arguments(sampling, BATCH)
+    arguments |= family.prompt_arguments(pipeline, [line["prompt"] for line in lines])
     generators = [torch.Generator().manual_seed(line["seed"]) for line in lines]
-    images = pipeline(prompt=[line["prompt"] for line in lines], generator=generators, **arguments).images
+    images = pipeline(generator=generators, **arguments).images
     for image, line in zip(images, lines, strict=True):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(folder / line["image"]).convert("RGB")))
 

@@ -92,6 +92,9 @@ class LinearFamily(Family):
     name = "linear"
     transformer_class = LinearTransformer
     stacks = {"blocks": "num_layers"}
+    text_stacks = ()
+    first_block = 0
+    categories = ()
 
     def forward_inputs(self, latents, conditions, sigmas, size):
         return {"hidden_states": latents}

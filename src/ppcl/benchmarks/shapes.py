@@ -8,6 +8,7 @@ the same here; the detector is colour segmentation, connected components and tem
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,9 +115,9 @@ def satisfies(scene: Scene, objects: list[Detected]) -> bool:
     )
 
 
-def evaluation_scenes(seed: int, per_category: int) -> list[Scene]:
+def evaluation_scenes(seed: int, per_category: int, categories: Sequence[str] = CATEGORIES) -> list[Scene]:
     """The benchmark's prompts: `per_category` of each category, category by category."""
-    return [make_scene(seed, index, category) for category in CATEGORIES for index in range(per_category)]
+    return [make_scene(seed, index, category) for category in categories for index in range(per_category)]
 
 
 def score(scenes: list[Scene], images: list[np.ndarray]) -> dict[str, float]:

@@ -15,11 +15,15 @@ from torch import Tensor
 
 @dataclass
 class TrainingBatch:
-    """`inputs` go to the transformer's forward as they are; `target` has its output's shape."""
+    """`inputs` go to the transformer's forward as they are; `target` is what `prediction` of its output should be."""
 
     inputs: dict[str, Any]
-    target: Float[Tensor, "batch tokens channels"]
+    target: Tensor  # [B, tokens, C], or [B, C, H, W] of a model that takes pictures
     sigmas: Float[Tensor, " batch"]
+
+    def prediction(self, output: Tensor) -> Tensor:
+        """What comes first in an output: behind it stand tokens of a given picture, or predicted variances."""
+        return output[:, : self.target.shape[1]]
 
 
 class StepLoader:

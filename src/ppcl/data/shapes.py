@@ -8,6 +8,7 @@ no files, resumes at any sample and never repeats across seeds. Because shapes a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,10 +112,10 @@ def _place_counted(rng: np.random.Generator, count: int) -> list[tuple[int, int]
     return [(int(q % 2 * far + dx), int(q // 2 * far + dy)) for q, (dx, dy) in zip(quarters, jitter, strict=True)]
 
 
-def make_scene(seed: int, index: int, category: str | None = None) -> Scene:
-    """Scene number `index` of the stream `seed`, in a random category unless one is given."""
+def make_scene(seed: int, index: int, category: str | None = None, categories: Sequence[str] = CATEGORIES) -> Scene:
+    """Scene number `index` of the stream `seed`, in a random one of `categories` unless one is given."""
     rng = np.random.default_rng([seed, index])
-    category = category or CATEGORIES[rng.integers(len(CATEGORIES))]
+    category = category or categories[int(rng.integers(len(categories)))]
     shape, other = (str(name) for name in rng.permutation(SHAPES)[:2])
     color, second = (str(name) for name in rng.choice(tuple(COLORS), size=2))
     include: list[dict] = [{"class": shape, "count": 1}]
@@ -156,21 +157,26 @@ def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "batch 3 height width"]
     return stacked.float() / 127.5 - 1.0
 
 
-def training_samples(seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:
+def training_samples(
+    seed: int, start: int, count: int, categories: Sequence[str] = CATEGORIES
+) -> tuple[Tensor, list[str]]:
     """Samples `start..start+count` of the stream `seed`: images `[count, 3, 32, 32]`, captions."""
-    scenes = [make_scene(seed, index) for index in range(start, start + count)]
+    scenes = [make_scene(seed, index, categories=categories) for index in range(start, start + count)]
     return to_tensor([render(scene.objects) for scene in scenes]), [s.caption for s in scenes]
 
 
-def all_captions() -> list[str]:
-    """Every caption of this world, sorted; few enough to encode them all beforehand."""
-    colored = [(c, s) for c in COLORS for s in SHAPES]
+def all_captions(categories: Sequence[str] = CATEGORIES) -> list[str]:
+    """Every caption of those categories, sorted; few enough to encode them all beforehand."""
     pairs = [(s, o) for s in SHAPES for o in SHAPES if s != o]
-    captions = [f"a {s}" for s in SHAPES] + [f"a {c} {s}" for c, s in colored]
-    captions += [f"{numeral} {plural}" for numeral in NUMERALS.values() for plural in PLURALS.values()]
-    captions += [f"a {s} {joint} a {o}" for s, o in pairs for joint in ("and", *RELATIONS)]
-    captions += [f"a {c} {s} and a {d} {o}" for s, o in pairs for c in COLORS for d in COLORS if c != d]
-    return sorted(captions)
+    captions = {
+        "single_object": [f"a {s}" for s in SHAPES],
+        "two_object": [f"a {s} and a {o}" for s, o in pairs],
+        "counting": [f"{numeral} {plural}" for numeral in NUMERALS.values() for plural in PLURALS.values()],
+        "colors": [f"a {c} {s}" for c in COLORS for s in SHAPES],
+        "position": [f"a {s} {relation} a {o}" for s, o in pairs for relation in RELATIONS],
+        "color_attr": [f"a {c} {s} and a {d} {o}" for s, o in pairs for c in COLORS for d in COLORS if c != d],
+    }
+    return sorted(caption for category in categories for caption in captions[category])
 
 
 def vocabulary() -> list[str]:

@@ -24,13 +24,13 @@ class ShapesStream:
     def __init__(self, family: Family, pipeline: Any, config: DataConfig, seed: int, batch_size: int) -> None:
         self.family, self.pipeline, self.config = family, pipeline, config
         self.seed, self.batch_size = seed, batch_size
-        self.prompts = family.encode_prompts(pipeline, [*shapes.all_captions(), ""])
+        self.prompts = family.encode_prompts(pipeline, [*shapes.all_captions(family.categories), ""])
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * _STREAM_STRIDE + number)
 
     def _encode(self, start: int, count: int) -> tuple[Tensor, list[str], tuple[int, int]]:
-        images, captions = shapes.training_samples(self.seed, start, count)
+        images, captions = shapes.training_samples(self.seed, start, count, self.family.categories)
         latents, size = self.family.encode_images(self.pipeline, images)
         return latents, captions, size
 

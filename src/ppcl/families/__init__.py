@@ -17,12 +17,15 @@ class _Known:
     """What configuration checks need of a family before anything heavy is imported.
 
     `stacks` goes from the attribute of each block ModuleList, in order of execution, to the config key that
-    counts it; `text_stacks` are those whose blocks have a text stream of their own to prune.
+    counts it; `text_stacks` are those whose blocks have a text stream of their own to prune. Blocks before
+    `first_block` stay the teacher's. `categories` are those of the shapes world that a prompt can ask for.
     """
 
     stacks: dict[str, str]
     text_stacks: tuple[str, ...]
     pipeline_classes: tuple[str, ...]
+    first_block: int = 0
+    categories: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 FAMILIES = {
@@ -32,7 +35,15 @@ FAMILIES = {
         ("transformer_blocks",),
         ("FluxPipeline",),
     ),
+    "dit": _Known(
+        {"transformer_blocks": "num_layers"},
+        (),
+        ("DiTPipeline",),
+        first_block=1,
+        categories=("single_object", "colors"),
+    ),
 }
+_CLASSES = {"qwen_image": "QwenImage", "flux": "Flux", "dit": "DiT"}
 
 
 def family_of_pipeline(pipeline_class: str) -> str | None:
@@ -42,5 +53,4 @@ def family_of_pipeline(pipeline_class: str) -> str | None:
 
 def get_family(name: str, arch: Mapping[str, Any] | None = None, sampling: SamplingConfig | None = None) -> Family:
     """The family called `name`, for a transformer with the config `arch` that is sampled as `sampling` says."""
-    module, kind = {"qwen_image": ("qwen_image", "QwenImage"), "flux": ("flux", "Flux")}[name]
-    return getattr(import_module(f"ppcl.families.{module}"), kind)(arch, sampling)
+    return getattr(import_module(f"ppcl.families.{name}"), _CLASSES[name])(arch, sampling)

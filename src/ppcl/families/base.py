@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +55,16 @@ class Family(ABC):
         return FAMILIES[self.name].stacks
 
     @property
+    def first_block(self) -> int:
+        """Blocks before this one stay the teacher's."""
+        return FAMILIES[self.name].first_block
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The categories of the shapes world that a prompt can ask for."""
+        return FAMILIES[self.name].categories
+
+    @property
     def text_stacks(self) -> tuple[str, ...]:
         """The stacks whose blocks have a text stream of their own to prune."""
         return FAMILIES[self.name].text_stacks
@@ -95,6 +105,17 @@ class Family(ABC):
     @abstractmethod
     def sampling_arguments(self, sampling: Any, batch_size: int) -> dict[str, Any]:
         """`SamplingConfig` as keyword arguments of the pipeline for `batch_size` prompts."""
+
+    def complete(self, pipeline: Any) -> None:  # noqa: B027 - most have nothing to add
+        """Make a loaded pipeline save all that it was loaded with."""
+
+    def num_passes(self, sampling: Any) -> int:
+        """Forwards per denoising step: two with classifier-free guidance."""
+        return 2 if sampling.true_cfg_scale > 1 else 1
+
+    def prompt_arguments(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
+        """`prompts` as keyword arguments of the pipeline."""
+        return {"prompt": list(prompts)}
 
     # Width pruning.
 

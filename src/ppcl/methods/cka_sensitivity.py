@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.artifacts import Interval, Intervals
+from ppcl.data.batches import TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka
@@ -23,6 +24,12 @@ def runs_to_intervals(removed: list[int]) -> list[Interval]:
     return intervals
 
 
+def _tokens(batch: TrainingBatch, output: Tensor) -> Tensor:
+    """A prediction as `[B, tokens, C]`."""
+    found = batch.prediction(output)
+    return found if found.ndim == 3 else found.flatten(2).mT
+
+
 class CkaSensitivity(Method):
     """Rank blocks by CKA(output, output without the block) and remove the `num_remove` highest.
 
@@ -34,19 +41,19 @@ class CkaSensitivity(Method):
         sums: dict[BlockKey, float] = {}
         count = 0
         for batch in teacher.calibration():
-            full = centre(teacher.transformer(**batch.inputs)[0])
+            full = centre(_tokens(batch, teacher.transformer(**batch.inputs)[0]))
             count += len(full)
             for stack in teacher.family.stacks:
                 blocks = getattr(teacher.transformer, stack)
                 for index in range(len(blocks)):
-                    similarity = self._without(teacher, stack, blocks, index, batch.inputs, full)
+                    similarity = self._without(teacher, stack, blocks, index, batch, full)
                     sums[stack, index] = sums.get((stack, index), 0.0) + similarity
         scores = {key: total / count for key, total in sums.items()}
         end = self.config.end
         candidates = [
             (stack, index)
             for stack, index in scores
-            if max(1, self.config.start + 1) <= index and (end is None or index <= end)
+            if max(teacher.family.first_block, self.config.start) + 1 <= index and (end is None or index <= end)
         ]
         assert self.config.num_remove is not None, "checked in config.check"
         if self.config.num_remove > len(candidates):
@@ -61,12 +68,12 @@ class CkaSensitivity(Method):
         return Detection(intervals, {"cka_without": listed})
 
     def _without(
-        self, teacher: Teacher, stack: str, blocks: nn.ModuleList, index: int, inputs: dict, full: Tensor
+        self, teacher: Teacher, stack: str, blocks: nn.ModuleList, index: int, batch: TrainingBatch, full: Tensor
     ) -> float:
         rest = nn.ModuleList([block for i, block in enumerate(blocks) if i != index])
         setattr(teacher.transformer, stack, rest)
         try:
-            output = centre(teacher.transformer(**inputs)[0])
+            output = centre(_tokens(batch, teacher.transformer(**batch.inputs)[0]))
         finally:
             setattr(teacher.transformer, stack, blocks)
         return cka(full, output, debiased=self.config.debiased).sum().item()

@@ -7,6 +7,7 @@ matrix: one teacher pass gives every cka(u, k), and no surrogate is ever run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -161,13 +162,14 @@ class Ppcl(Method):
             curves.add(outputs, teacher.family.masks(batch.inputs))
         intervals: Intervals = {}
         scores: dict[str, dict[str, float]] = {}
+        settings = replace(self.config, start=max(self.config.start, teacher.family.first_block))
         for stack, count in layers.items():
             table = curves.mean(stack, self.config.stream)
 
             def curve(u: int, k: int, table: Tensor = table) -> float:
                 return table[u, k].item()
 
-            intervals[stack] = find_intervals(curve, count, self.config)
+            intervals[stack] = find_intervals(curve, count, settings)
             scores[stack] = {f"{u}-{v}": curve(u, v) for u, v in intervals[stack]}
         streams = [*sorted({name for _, name in curves.sums}), "mean"]
         nested = {stack: {name: _rows(curves.mean(stack, name)) for name in streams} for stack in layers}

@@ -68,8 +68,9 @@ def interval_curves(path: Path, curve: list[list[float | None]], intervals: list
 
 def similarity_maps(path: Path, maps: dict[str, list[list[float]]]) -> None:
     """CKA between every two blocks' outputs, a panel per map, two to a row."""
-    rows = -(-len(maps) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(9.2, 4.2 * rows), squeeze=False)
+    columns = min(2, len(maps))
+    rows = -(-len(maps) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(0.8 + 4.2 * columns, 4.2 * rows), squeeze=False)
     lowest = min(min(min(row) for row in table) for table in maps.values())
     for axis in axes.flat[len(maps) :]:
         axis.remove()
@@ -79,7 +80,7 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float]]]) -> None:
         axis.grid(visible=False)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(drawn, ax=axes, label="CKA", shrink=0.85)
+    figure.colorbar(drawn, ax=axes.flat[: len(maps)], label="CKA", shrink=0.85)
     save_figure(figure, path)
 
 

@@ -55,8 +55,9 @@ def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], tar
     """||v - v_T||^2 / ||v_T||^2 of the model's output against the teacher's."""
     error = total = 0.0
     for batch, target in zip(batches, targets, strict=True):
-        error += (transformer(**batch.inputs)[0].double() - target.double()).square().sum().item()
-        total += target.double().square().sum().item()
+        target = batch.prediction(target).double()
+        error += (batch.prediction(transformer(**batch.inputs)[0]).double() - target).square().sum().item()
+        total += target.square().sum().item()
     return error / total
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ppcl.artifacts import Header, is_current, read_json, write_json
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
-from ppcl.benchmarks.shapes import evaluation_scenes, score
+from ppcl.benchmarks.shapes import score
 from ppcl.errors import UsageError
 from ppcl.stages.generate import image_folder, prompts_of, variant_header
 from ppcl.stages.plan import billions
@@ -26,7 +26,7 @@ def denoising_step(run: Run) -> dict[str, Any]:
     sampling = run.config.model.sampling
     images = torch.zeros(1, 3, sampling.height, sampling.width)
     latents, size = run.family.encode_images(run.pipeline, images)
-    prompt = ["a red circle and a blue square"]
+    prompt = [run.scenes[-1].caption]
     conditions = run.family.encode_prompts(run.pipeline, prompt)(prompt)
     sigmas = torch.full((1,), 0.5).to(latents)
     return run.to_device(run.family.forward_inputs(latents, conditions, sigmas, size))
@@ -34,7 +34,7 @@ def denoising_step(run: Run) -> dict[str, Any]:
 
 def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dict[str, Any]]:
     inputs = denoising_step(run)
-    passes = 2 if run.config.model.sampling.true_cfg_scale > 1 else 1
+    passes = run.family.num_passes(run.config.model.sampling)
 
     def denoise() -> None:
         with torch.inference_mode():
@@ -78,7 +78,6 @@ def run(run: Run) -> None:
     if all(is_current(records[name], header) for name, header in headers.items()):
         run.say("evaluate", f"reused {run.folder / 'scores'}")
     else:
-        scenes = evaluation_scenes(run.config.data.eval_seed, run.config.benchmark.prompts_per_category)
         switch = Switch(run, plugs)
         measured = _measure(run, variants, switch)
         switch.restore()
@@ -86,10 +85,10 @@ def run(run: Run) -> None:
             name, header = variant.name, headers[variant.name]
             folder = image_folder(run, name)
             images = [
-                np.asarray(Image.open(folder / f"{number:05d}.png").convert("RGB")) for number in range(len(scenes))
+                np.asarray(Image.open(folder / f"{number:05d}.png").convert("RGB")) for number in range(len(run.scenes))
             ]
             body = measured[name] | {
-                "scores": score(scenes, images),
+                "scores": score(run.scenes, images),
                 "students": variant.students,
                 "projectors": variant.projectors,
                 "removed": variant.removed,

@@ -84,14 +84,14 @@ class FineTune(L.LightningModule):
         """A model's velocity, and its blocks' image streams where the features are compared."""
         features: dict[BlockKey, Tensor] = {}
         if not self.config.feature_weight:
-            return model(**batch.inputs)[0], features
+            return batch.prediction(model(**batch.inputs)[0]), features
 
         def keep(call: BlockCall) -> None:
             features[call.key] = call.outputs["image"]
 
         velocity = observe(self.family, model, batch.inputs, keep)
         assert velocity is not None
-        return velocity, features
+        return batch.prediction(velocity), features
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         terms = self.losses(batch)

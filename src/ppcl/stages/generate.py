@@ -16,7 +16,6 @@ from PIL import Image
 from rich.progress import Progress
 
 from ppcl.artifacts import Header, atomic_folder, atomic_path, fingerprint, is_current, write_json
-from ppcl.benchmarks.shapes import evaluation_scenes
 from ppcl.report.plots import image_grid
 from ppcl.stages.run import Run
 from ppcl.stages.variants import Plugs, Switch, Variant, variants_of
@@ -27,8 +26,7 @@ def prompts_of(run: Run) -> list[str]:
     """The prompt file's lines, or the benchmark's prompts."""
     if run.config.generate.prompt_file:
         return read_prompts(Path(run.config.generate.prompt_file))
-    scenes = evaluation_scenes(run.config.data.eval_seed, run.config.benchmark.prompts_per_category)
-    return [scene.caption for scene in scenes]
+    return [scene.caption for scene in run.scenes]
 
 
 def image_folder(run: Run, variant: str) -> Path:
@@ -40,7 +38,7 @@ def draw(run: Run, pipeline: Any, prompts: Sequence[str], numbers: Sequence[int]
     """PIL pictures of `prompts`; picture number n starts from the noise of seed + n, however batched."""
     generators = [torch.Generator().manual_seed(run.config.seed + number) for number in numbers]
     arguments = run.family.sampling_arguments(run.config.model.sampling, len(prompts))
-    return pipeline(prompt=list(prompts), generator=generators, **arguments).images
+    return pipeline(**run.family.prompt_arguments(pipeline, prompts), generator=generators, **arguments).images
 
 
 def save_image(image: Any, path: Path) -> None:

@@ -44,7 +44,7 @@ class Pretrain(L.LightningModule):
         self.automatic_optimization = False
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        loss = (self.transformer(**batch.inputs)[0] - batch.target).square().mean()
+        loss = (batch.prediction(self.transformer(**batch.inputs)[0]) - batch.target).square().mean()
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.transformer.parameters(), self.hparams["max_grad_norm"])
         muon, adam = cast(list, self.optimizers())
@@ -99,7 +99,6 @@ def run(run: Run) -> None:
     else:
         pipeline = DiffusionPipeline.from_pretrained(config.init, torch_dtype=torch.float32)
     stream = ShapesStream(run.family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)
-    pipeline.transformer.train()
     module = Pretrain(
         pipeline.transformer,
         max_steps=config.steps,

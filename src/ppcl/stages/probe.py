@@ -130,7 +130,7 @@ def run(run: Run) -> None:
     weights = {key: weight for key, (weight, _) in probes.items()}
     biases = {key: bias for key, (_, bias) in probes.items()}
     Probes(header, weights, biases, residuals).save(folder)
-    for stream_name in ("image", "text"):
+    for stream_name in sorted({key.rpartition(".")[2] for key in residuals}):
         values = [value for key, value in residuals.items() if key.endswith(stream_name)]
         run.say(
             "probe",

@@ -96,7 +96,7 @@ class WidthDistillation(LocalDistillation):
     @staticmethod
     def _projectors(family: Family, item: PrunedPlace) -> dict[str, nn.Module]:
         keys = {"text": ("text_in", "text_out"), "ffn": ("image_ffn", "text_ffn")}
-        return {key: getattr(item.block, family.projectors[key]) for key in keys[item.kind]}
+        return {key: getattr(item.block, family.projectors[key]) for key in keys[item.kind] if key in family.projectors}
 
     def projectors(self, number: int) -> dict[str, nn.Module]:
         """The projectors of pruned place `number`: `text_in` (l_z) and `text_out` (l_h), or `image_ffn`, `text_ffn`."""

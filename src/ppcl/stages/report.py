@@ -14,8 +14,7 @@ from PIL import Image
 
 from ppcl import __version__
 from ppcl.artifacts import atomic_path, is_current, load_plugs, load_projectors, read_json, write_json
-from ppcl.benchmarks.shapes import detect, evaluation_scenes, satisfies
-from ppcl.data.shapes import CATEGORIES
+from ppcl.benchmarks.shapes import detect, satisfies
 from ppcl.errors import UsageError
 from ppcl.report import plots
 from ppcl.stages.evaluate import compare, score_headers
@@ -40,10 +39,9 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 
 def _samples(run: Run, names: list[str], path: Path) -> None:
     per_category = run.config.benchmark.prompts_per_category
-    scenes = evaluation_scenes(run.config.data.eval_seed, per_category)
     columns = [
         number * per_category + offset
-        for number in range(len(CATEGORIES))
+        for number in range(len(run.family.categories))
         for offset in range(min(SAMPLES_PER_CATEGORY, per_category))
     ]
     rows, good = {}, {}
@@ -51,10 +49,10 @@ def _samples(run: Run, names: list[str], path: Path) -> None:
         folder = image_folder(run, name)
         rows[name] = [Image.open(folder / f"{column:05d}.png").convert("RGB") for column in columns]
         good[name] = [
-            satisfies(scenes[column], detect(np.asarray(image)))
+            satisfies(run.scenes[column], detect(np.asarray(image)))
             for column, image in zip(columns, rows[name], strict=True)
         ]
-    plots.contact_sheet(path, rows, [scenes[column].caption for column in columns], good)
+    plots.contact_sheet(path, rows, [run.scenes[column].caption for column in columns], good)
 
 
 def _embedded(path: Path) -> str | None:
@@ -124,9 +122,9 @@ def run(run: Run) -> None:
             "title": f"Pruning {run.config.model.name}",
             "version": __version__,
             "facts": _facts(rows),
-            "categories": CATEGORIES,
+            "categories": run.family.categories,
             "variants": [row | {"size": billions(row["params"])} for row in rows],
-            "num_prompts": run.config.benchmark.prompts_per_category * len(CATEGORIES),
+            "num_prompts": len(run.scenes),
             "intervals": "\n".join(_pruned(run, intervals)),
             "images": {
                 "samples": _embedded(folder / "samples.png"),

@@ -93,9 +93,19 @@ class Run:
             ) from None
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.device)
-        for part in ("transformer", "text_encoder", "vae"):
-            getattr(pipeline, part).eval().requires_grad_(False)
+        self.family.complete(pipeline)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval().requires_grad_(False)
         return pipeline
+
+    @cached_property
+    def scenes(self) -> list[Any]:
+        """The benchmark's prompts, with what a picture of each must show."""
+        from ppcl.benchmarks.shapes import evaluation_scenes
+
+        config = self.config
+        return evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, self.family.categories)
 
     def stream(self, seed: int, batch_size: int) -> Any:
         from ppcl.data.streams import ShapesStream

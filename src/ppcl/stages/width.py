@@ -107,11 +107,9 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     errors = ffn_errors(linear, _batches(run, seed, stop, stop + 2, "held-out FFN errors"))
     chosen = select_ffn(errors, config.num_ffn)
 
-    maps = [
-        torch.tensor(similarity_maps(family, teacher, batch)["text"])
-        for batch in _batches(run, seed, 0, min(4, stop), "text similarity")
-    ]
-    table = torch.stack(maps).mean(dim=0)  # over the blocks of all stacks
+    batches = _batches(run, seed, 0, min(4, stop), "text similarity") if family.text_stacks else ()
+    maps = [torch.tensor(similarity_maps(family, teacher, batch)["text"]) for batch in batches]
+    table = torch.stack(maps).mean(dim=0) if maps else torch.empty(0)  # over the blocks of all stacks
     rows = {key: row for row, key in enumerate(family.blocks(teacher))}
     width: Width = {}
     scores: dict[str, Any] = {}

@@ -167,9 +167,13 @@ class Plugboard:
             model = model_class.from_config(config)
         state = self.transformer.state_dict(keep_vars=True)
         load_shared(model, state)
-        for name, child in self.transformer.named_children():  # what is computed and not in a state dict
+        # What is computed and not in a state dict: modules that only compute, and buffers.
+        for name, child in self.transformer.named_children():
             if not list(child.parameters()):
                 setattr(model, name, child)
+        for name, buffer in self.transformer.named_buffers():
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._buffers[attribute] = buffer
         return model.train(self.transformer.training)
 
 
