@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageControlNetModel, QwenImageControlNetPipeline
+from pruned_models import cut
 from torch import nn
 
 from ppcl.families import get_family
@@ -25,16 +26,6 @@ class AddsResidual(nn.Module):
     def forward(self, *args, **kwargs):
         text, image = self.block(*args, **kwargs)
         return text, image + self.residual
-
-
-def cut(family, model, intervals):
-    """Without the removed blocks and with what an export's config says; the model itself stays whole."""
-    board = Plugboard(family, model, intervals).remove()
-    found = board.standalone()
-    removed = {stack: [list(pair) for pair in pairs] for stack, pairs in intervals.items()}
-    found.register_to_config(ppcl={"kept_layers": board.kept, "removed_intervals": removed})
-    board()
-    return found
 
 
 def residuals(count, inputs, seed=0):

@@ -7,12 +7,12 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, QwenImagePipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from pruned_models import cut
 from torch import nn
 
 from ppcl.errors import UsageError
 from ppcl.families import get_family
 from ppcl.layers import Layout
-from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.remap import remap_lora
 
 STACK = "transformer_blocks"
@@ -26,16 +26,6 @@ def with_lora(model, alpha=2, targets=TARGETS):
     torch.manual_seed(3)
     model.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=targets, init_lora_weights=False))
     return {f"transformer.{key}": value for key, value in get_peft_model_state_dict(model).items()}
-
-
-def pruned(family, model, intervals=INTERVALS):
-    """Cut to block u of each interval, with what an export's config says."""
-    board = Plugboard(family, model, intervals).remove()
-    found = board.standalone()
-    removed = {stack: [list(pair) for pair in pairs] for stack, pairs in intervals.items()}
-    found.register_to_config(ppcl={"kept_layers": board.kept, "removed_intervals": removed})
-    board()
-    return found
 
 
 def deltas(state):
@@ -87,7 +77,7 @@ def model(make_transformer):
 def test_every_kept_block_gets_its_own(family, model, make_transformer, form, scale):
     lora = with_lora(model)
     full = deltas(lora)
-    student = pruned(family, make_transformer(8))
+    student = cut(family, make_transformer(8), INTERVALS)
     found = remap_lora(QwenImagePipeline.lora_state_dict(form(lora)), student)
     ours = deltas(found.state)
     assert len(ours) == len(full) * len(KEPT) // 8
@@ -108,17 +98,17 @@ def test_merging_then_pruning_equals_pruning_then_mapping(family, make_transform
     merged.load_lora_adapter(lora)
     merged.fuse_lora()
     merged.unload_lora()
-    student = pruned(family, plain)
+    student = cut(family, plain, INTERVALS)
     student.load_lora_adapter(remap_lora(lora, student).state)
     inputs = make_batch(0).inputs
-    torch.testing.assert_close(student(**inputs)[0], pruned(family, merged)(**inputs)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(student(**inputs)[0], cut(family, merged, INTERVALS)(**inputs)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("source", ["mean", "sum"])
 @torch.no_grad()
 def test_students_take_all_blocks_they_stand_for(family, model, make_transformer, source):
     lora = with_lora(model)
-    full, student = deltas(lora), pruned(family, make_transformer(8))
+    full, student = deltas(lora), cut(family, make_transformer(8), INTERVALS)
     found = remap_lora(lora, student, source=source)
     assert not found.dropped
     for name, value in deltas(found.state).items():
@@ -134,7 +124,7 @@ def test_students_take_all_blocks_they_stand_for(family, model, make_transformer
 def test_what_a_width_pruned_block_lost_is_dropped_and_what_it_kept_is_cut(family, make_transformer):
     lora = with_lora(make_transformer(8))
     model = make_transformer(8)
-    student = pruned(family, model, {})
+    student = cut(family, model, {})
     blocks = list(student.transformer_blocks)
     role = family.width_roles(STACK, [], [5], 8, Layout())[5]
     blocks[5] = family.prune_block(blocks[5], role, {})
@@ -148,7 +138,7 @@ def test_what_a_width_pruned_block_lost_is_dropped_and_what_it_kept_is_cut(famil
 
 @torch.no_grad()
 def test_alphas_of_peft_metadata_are_folded_in(family, make_transformer):
-    lora, student = with_lora(make_transformer(8), alpha=6), pruned(family, make_transformer(8))
+    lora, student = with_lora(make_transformer(8), alpha=6), cut(family, make_transformer(8), INTERVALS)
     metadata = {"transformer.r": 2, "transformer.lora_alpha": 6, "transformer.alpha_pattern": {"to_q": 1}}
     plain, folded = deltas(remap_lora(lora, student).state), deltas(remap_lora(lora, student, metadata=metadata).state)
     for name, value in plain.items():
@@ -160,7 +150,7 @@ def test_flux_maps_both_stacks(make_flux):
     lora = with_lora(make_flux(), targets=["to_q", "proj_out", "proj_mlp", "ff.net.2"])
     model = make_flux()
     family = get_family("flux", model.config)
-    student = pruned(family, model, {"transformer_blocks": [(0, 1)], "single_transformer_blocks": [(1, 3)]})
+    student = cut(family, model, {"transformer_blocks": [(0, 1)], "single_transformer_blocks": [(1, 3)]})
     found = remap_lora(FluxPipeline.lora_state_dict(lora), student)
     full, ours = deltas(lora), deltas(found.state)
     for name, value in ours.items():
@@ -175,7 +165,7 @@ def test_flux_maps_both_stacks(make_flux):
 
 @torch.no_grad()
 def test_a_lora_of_another_architecture_or_size_is_refused(family, make_transformer, make_flux):
-    student = pruned(family, make_transformer(8))
+    student = cut(family, make_transformer(8), INTERVALS)
     with pytest.raises(UsageError, match="another architecture"):
         remap_lora(with_lora(make_flux(), targets=["proj_mlp"]), student)
     large = {f"transformer.{STACK}.0.attn.to_q.lora_{side}.weight": torch.zeros(shape)
