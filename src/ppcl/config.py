@@ -12,6 +12,7 @@ STAGE_ORDER = (
     "probe",
     "detect",
     "depth",
+    "import_published",
     "width",
     "plan",
     "finetune",
@@ -21,7 +22,7 @@ STAGE_ORDER = (
     "evaluate",
     "report",
 )
-BUILDERS = ("tiny_qwen_image", "tiny_flux", "tiny_dit")
+BUILDERS = ("tiny_qwen_image", "tiny_qwen_image_edit", "tiny_qwen_image_edit_2509", "tiny_flux", "tiny_dit")
 VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
 
 
@@ -36,6 +37,7 @@ class SamplingConfig:
     negative_prompt: str = ""
     guidance_scale: float = 3.5  # the input of a guidance-distilled model
     max_sequence_length: int = 512  # prompt tokens
+    scheduler: dict[str, Any] = field(default_factory=dict)  # over the model's own, such as shift: 3.0
 
 
 @dataclass
@@ -232,9 +234,19 @@ class PretrainConfig:
 
 @dataclass
 class ExportConfig:
-    """`variant` as in `generate.variants`; None exports the furthest that the run has come."""
+    """`variant` as in `generate.variants`; None exports the furthest that the run has come.
+
+    `single_file` writes what ComfyUI loads beside the folder, in `single_file_dtype`. `push_to_hub` is the name of
+    a repository, `owner/name`; `private` None is the account's default for one that is made.
+    """
 
     variant: str | None = None
+    single_file: bool = False
+    single_file_dtype: str = "bfloat16"
+    max_shard_size: str | None = None
+    push_to_hub: str | None = None
+    private: bool | None = None
+    commit_message: str | None = None
 
 
 @dataclass
@@ -251,13 +263,41 @@ class LoraConfig:
 
 
 @dataclass
+class ImportConfig:
+    """What the PPCL authors published, for `stages=[import_published]`: `path` is a pipeline's folder, a
+    transformer's, or the `diffusion_pytorch_model.bin` of their training.
+
+    `residual`: whether a folder's txt_proj adds to what it reads; None leaves that to its config. `ehs_same`: the
+    groups [a, b] that a checkpoint's text projectors were trained in, all of them.
+    """
+
+    path: str | None = None
+    residual: bool | None = None
+    ehs_same: list[list[int]] | None = None
+
+
+@dataclass
 class GenerateConfig:
-    """`variants` is any of `VARIANTS`; `plug_fraction` is ppcl-mixed's share of students."""
+    """`variants` is any of `VARIANTS`; `plug_fraction` is ppcl-mixed's share of students.
+
+    `prompt`, or `prompt_file` with one a line, takes the benchmark's place; `images` are the pictures that an
+    edit model is given with each.
+    """
 
     variants: list[str] = field(default_factory=lambda: list(VARIANTS[:4]))
     plug_fraction: float = 0.5
     batch_size: int = 60
+    prompt: str | None = None
     prompt_file: str | None = None
+    num_images: int = 1
+    images: list[str] = field(default_factory=list)
+    loras: list[str] = field(default_factory=list)
+    lora_scale: float = 1.0
+    controlnet: str | None = None
+    control_image: str | None = None
+    control_scale: float = 1.0
+    compile: bool = False
+    offload: str = "none"
 
 
 @dataclass
@@ -313,6 +353,7 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    published: ImportConfig = field(default_factory=ImportConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

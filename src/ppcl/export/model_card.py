@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ppcl.artifacts import read_json
+
 _CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-license: {license}
-base_model: {base_model}
-tags:
-- ppcl
-- pruned
-- {family}
+{metadata}
 ---
 
 # {title}
 
-{base_model} with {teacher_layers} blocks pruned to {student_layers}
+{base} with {teacher_layers} blocks pruned to {student_layers}
 ({teacher:,} to {student:,} transformer parameters) by PPCL
 (Pluggable Pruning with Contiguous Layer Distillation, arXiv 2511.16156), with ppcl {version}.
 
-```python
+{label}```python
 {imports}import torch
 from diffusers import DiffusionPipeline
-
+{loader}
 pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", torch_dtype=torch.{dtype})
 image = pipeline(
-    "a red circle and a blue square",
-    negative_prompt="{negative_prompt}",
-    true_cfg_scale={true_cfg_scale:g},
-    num_inference_steps={num_inference_steps},
-    height={height},
-    width={width},
+{arguments}
     generator=torch.Generator().manual_seed({seed}),
 ).images[0]
 ```
+
+<!-- single file -->
+<!-- end of single file -->
+
+<!-- evaluation -->
+<!-- end of evaluation -->
 
 | setting | value |
 | --- | --- |
@@ -46,17 +45,135 @@ image = pipeline(
 | method | {method} |
 | kept layers of the base | {kept_layers} |
 
-{label}A LoRA or ControlNet of the base model counts its blocks: it does not fit this one until its indices
+A LoRA or ControlNet of the base model counts its blocks: it does not fit this one until its indices
 are mapped through `ppcl.kept_layers` in `transformer/config.json`.
 """
 
-_WIDTH_LABEL = """**ComfyUI does not load this model**: it is pruned in width, and loaders that skip keys
-they do not know would draw noise without saying so.
+_WIDTH_LABEL = """> [!WARNING]
+> **COMFYUI CANNOT LOAD THIS MODEL.** It is pruned in width. ComfyUI, and other loaders that skip keys they do
+> not know, would load it without a word and draw noise. Use diffusers, as below.
 
 """
 
+_SINGLE_FILE = """ComfyUI loads the single `.safetensors` file that comes with this folder: put it in
+`models/diffusion_models`; text encoders and VAE are the base model's."""
+_COUNTED = "\nmusubi-tuner loads it too and must be told the number of blocks: `--num_layers {student_layers}`."
 
-def model_card(facts: dict[str, Any]) -> str:
-    """Markdown with the Hub's YAML header from `facts`."""
-    label = "" if facts["width_sets"] == "none" else _WIDTH_LABEL
-    return _CARD.format(**facts, label=label)
+_FLUX_DEV = {
+    "license": "other",
+    "license_name": "flux-1-dev-non-commercial-license",
+    "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+}
+_APACHE = {"license": "apache-2.0"}
+# Of the models that a family is known by, FLUX.1 Lite included.
+_LICENSES = {
+    "qwen_image": _APACHE,
+    "qwen_image_edit": _APACHE,
+    "qwen_image_edit_2509": _APACHE,
+    "flux": _FLUX_DEV,
+    "dit": {"license": "cc-by-nc-4.0"},
+}
+
+
+class Code(str):
+    """An argument that stands in a call as it is, without quotes."""
+
+    __repr__ = str.__str__
+
+
+def hub_id(path: str, folder: Path | None) -> str | None:
+    """The Hub's name of a base model: its `path` itself, or what the Hub's cache keeps the `folder` under."""
+    if folder is None:
+        return path
+    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", folder.absolute().as_posix() + "/")
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def license_of(family: str, base: str | None, folder: Path | None) -> dict[str, str]:
+    """The card's licence fields, which a pruned model has from its base.
+
+    What the base's own card says counts before what its family is known for. A teacher that ppcl trained from
+    nothing carries nobody's licence but ppcl's own.
+    """
+    if folder is not None and (folder / "README.md").is_file():
+        own = _licence_in(folder / "README.md", base)
+        if own:
+            return own
+    record = None if folder is None else folder / "ppcl.json"
+    if record is not None and record.is_file() and read_json(record, "The teacher").get("format") == "ppcl.teacher":
+        return dict(_APACHE)
+    if base is not None and "schnell" in base.lower():
+        return dict(_APACHE)
+    return dict(_LICENSES.get(family, {}))
+
+
+def _licence_in(card: Path, base: str | None) -> dict[str, str]:
+    from huggingface_hub import metadata_load
+
+    try:
+        metadata = metadata_load(card) or {}
+    except ValueError:
+        return {}
+    found = {name: str(metadata[name]) for name in ("license", "license_name", "license_link") if metadata.get(name)}
+    link = found.get("license_link", "")
+    if link and "://" not in link:  # a file of the base's own repository
+        if base is None:
+            return {}
+        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
+    return found if "license" in found else {}
+
+
+def card_metadata(family: str, base: str | None, licence: Mapping[str, str]) -> str:
+    """The YAML that the Hub reads. `base` is left out where the Hub does not know it: it would refuse the card."""
+    from huggingface_hub import ModelCardData
+
+    data: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image" if "edit" in family else "text-to-image",
+        **licence,
+    }
+    if base is not None:
+        # Of what the Hub tells apart (adapter, finetune, merge, quantized) a pruned model is tuned.
+        data |= {"base_model": base, "base_model_relation": "finetune"}
+    data["tags"] = ["ppcl", "pruned", family]
+    return ModelCardData(**data).to_yaml(original_order=list(data))
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """Markdown with the Hub's YAML header from `facts`; its sections are empty until `with_section` fills them."""
+    call: Mapping[str, Any] = facts["call"]
+    given = any("load_image" in repr(value) for value in call.values())
+    return _CARD.format(
+        **facts,
+        label="" if facts["width_sets"] == "none" else _WIDTH_LABEL,
+        loader="from diffusers.utils import load_image\n" if given else "",
+        arguments="\n".join(f"    {name}={value!r}," for name, value in call.items()),
+    )
+
+
+def with_section(card: str, name: str, text: str) -> str:
+    """A card whose section `name`, between two comments, holds `text`; one without such a section stays as it is."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, found, rest = card.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        return card
+    return f"{before}{begin}{text.strip()}\n{end}{after}" if text else f"{before}{begin}{end}{after}"
+
+
+def single_file_section(family: str, student_layers: int) -> str:
+    """How the single file is used; musubi-tuner knows Qwen-Image."""
+    counted = _COUNTED.format(student_layers=student_layers) if family.startswith("qwen_image") else ""
+    return _SINGLE_FILE + counted
+
+
+def evaluation_section(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of `rows`, each with `name`, `scores` by category and `overall`, and `drop_percent`; shares in [0, 1]."""
+    columns = [name for name in rows[0]["scores"] if name != "overall"] + ["overall"]
+    titles = ["variant", *(name.replace("_", " ") for name in columns), "drop %"]
+    lines = [titles, ["---"] * len(titles)]
+    for row in rows:
+        numbers = [f"{row['scores'][column]:.3f}" for column in columns]
+        lines.append([f"`{row['name']}`", *numbers, f"{row['drop_percent']:.1f}"])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"Share of pictures that show what the prompt asks for, with equal prompts, seeds and settings:\n\n{table}"
