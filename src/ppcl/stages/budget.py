@@ -22,7 +22,7 @@ from ppcl.report import plots
 from ppcl.stages.evaluate import denoising_step
 from ppcl.stages.plan import billions
 from ppcl.stages.run import Run
-from ppcl.stages.variants import Plugs, Switch, required_plugs
+from ppcl.stages.variants import Plugs, Switch, distillation_loss, required_plugs
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.taps import BlockCall, BlockKey, observe
 from ppcl.validation import budget_of
@@ -63,7 +63,7 @@ def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], tar
 
 def _loss(plugs: Plugs, name: str) -> float:
     """The held-out distillation loss of a plug."""
-    return (plugs.students | plugs.projectors)[name].losses["heldout_loss"]
+    return distillation_loss((plugs.students | plugs.projectors)[name])
 
 
 class _Meter:

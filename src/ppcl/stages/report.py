@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from PIL import Image
 
 from ppcl import __version__
 from ppcl.artifacts import atomic_path, is_current, load_plugs, load_projectors, read_json, write_json
-from ppcl.benchmarks.shapes import detect, satisfies
+from ppcl.benchmarks.shapes import fulfils, to_pixels
 from ppcl.errors import UsageError
 from ppcl.report import plots
 from ppcl.stages.evaluate import compare, score_headers
@@ -49,8 +48,7 @@ def _samples(run: Run, names: list[str], path: Path) -> None:
         folder = image_folder(run, name)
         rows[name] = [Image.open(folder / f"{column:05d}.png").convert("RGB") for column in columns]
         good[name] = [
-            satisfies(run.scenes[column], detect(np.asarray(image)))
-            for column, image in zip(columns, rows[name], strict=True)
+            fulfils(run.scenes[column], to_pixels(image)) for column, image in zip(columns, rows[name], strict=True)
         ]
     plots.contact_sheet(path, rows, [run.scenes[column].caption for column in columns], good)
 
@@ -92,6 +90,7 @@ def run(run: Run) -> None:
     plots.quality_against_size(folder / "quality.png", rows)
     losses = {name: plug.losses for name, plug in load_plugs(run.plugs_folder).items()}
     losses |= {name: item.losses for name, item in load_projectors(run.plugs_folder).items()}
+    losses = {name: found for name, found in losses.items() if found}  # imported plugs have none
     if losses:
         plots.distillation_losses(folder / "losses.png", losses)
     keys = ("name", "num_layers", "params", "params_ratio", "scores", "drop_percent", "latency_ms",

@@ -111,7 +111,17 @@ def planned(run: Run, plugs: Plugs) -> Variant:
 def cost(plug: Plug) -> float:
     """Held-out distillation loss per block saved: what plugging this student in costs."""
     u, v = plug.interval
-    return plug.losses["heldout_loss"] / (v - u)
+    return distillation_loss(plug) / (v - u)
+
+
+def distillation_loss(plug: Plug | Projector) -> float:
+    """What a plug lost on held-out data when it was trained."""
+    if "heldout_loss" not in plug.losses:
+        raise UsageError(
+            f"{plug.name} was imported, so its distillation loss is not known: choose by budget.cost=velocity, and "
+            "leave ppcl-mixed out of generate.variants."
+        )
+    return plug.losses["heldout_loss"]
 
 
 def variants_of(run: Run, names: list[str] | None = None) -> tuple[list[Variant], Plugs]:

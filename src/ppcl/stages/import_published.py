@@ -1,0 +1,284 @@
+"""What the PPCL authors published: a model as a folder that ppcl and diffusers load, a training checkpoint as plugs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from safetensors.torch import save_file
+
+from ppcl import __version__
+from ppcl.artifacts import Header, Plug, Projector, atomic_folder, is_current, plug_name, read_json, write_json
+from ppcl.config import Config
+from ppcl.errors import UsageError
+from ppcl.families import get_family
+from ppcl.layers import Layout, kept_layers
+from ppcl.stages.export import add_code
+from ppcl.stages.plan import billions
+from ppcl.stages.run import Run
+from ppcl.surgery.published import (
+    INDEX,
+    STACK,
+    PublishedFolder,
+    Training,
+    convert,
+    lost,
+    open_folder,
+    read_training,
+)
+from ppcl.validation import num_layers, resolve_intervals, resolve_width
+
+SINGLE_FILE = "diffusion_pytorch_model.safetensors"
+SIZES = ("in_channels", "out_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim")
+
+
+def open_source(config: Config) -> PublishedFolder | Training:
+    """What `published.path` holds, checked against the configuration; reads headers only."""
+    family = get_family(config.model.family, config.model.arch)
+    if family.transformer_class.__name__ != "QwenImageTransformer2DModel":
+        raise UsageError(
+            f"published.path={config.published.path} is read as a Qwen-Image, which the PPCL authors published; "
+            f"model={config.model.name} is {config.model.family}: choose model=qwen_image."
+        )
+    path = Path(str(config.published.path))
+    return _open_model(config, path) if path.is_dir() else _open_training(config, path)
+
+
+def _open_model(config: Config, path: Path) -> PublishedFolder:
+    if config.width.source != "none":
+        raise UsageError(
+            f"published.path={path} says itself what is pruned in width: leave out width=, whose source is "
+            f"{config.width.source}."
+        )
+    if config.published.ehs_same is not None:
+        raise UsageError(f"published.ehs_same is of a training checkpoint, and published.path={path} is a folder.")
+    found = open_folder(path, keep_text_query=config.width.keep_text_query, residual=config.published.residual)
+    intervals = resolve_intervals(config)
+    if intervals is not None:
+        kept = kept_layers(num_layers(config)[STACK], intervals.get(STACK, []))
+        if len(kept) != found.published.num_layers:
+            raise UsageError(
+                f"published.path={path} has {found.published.num_layers} blocks, intervals= leaves {len(kept)} of "
+                f"model={config.model.name}: give those that it was pruned by, or none."
+            )
+        for key in SIZES:
+            ours, theirs = config.model.arch.get(key), found.published.arch.get(key)
+            if ours is not None and theirs is not None and ours != theirs:
+                raise UsageError(
+                    f"published.path={path} has {key}={theirs}, model={config.model.name} {ours}: choose the model "
+                    "that it was pruned from."
+                )
+    return found
+
+
+def _open_training(config: Config, path: Path) -> Training:
+    if config.model.path is None:
+        raise UsageError(
+            f"published.path={path} is a training checkpoint: set model.path to its teacher, which the plugs are for."
+        )
+    intervals, width = resolve_intervals(config), resolve_width(config)
+    if intervals is None:
+        raise UsageError(
+            f"published.path={path} is a training checkpoint: give the intervals it was trained with, as "
+            "intervals=qwen_image_paper."
+        )
+    if width is None:
+        raise UsageError(
+            "width=auto selects by measuring; a checkpoint's projectors need sets: width=qwen_image_paper."
+        )
+    if config.published.residual is not None:
+        raise UsageError(
+            f"published.residual={config.published.residual} is of a folder; checkpoints hold residual maps."
+        )
+    sets = width.get(STACK, {"text": [], "ffn": []})
+    if sets["text"] and config.width.text_output != "last":
+        raise UsageError(
+            f"width.text_output={config.width.text_output} does not fit a training checkpoint, which has an output "
+            "projector per group: use width.text_output=last."
+        )
+    pairs = intervals.get(STACK, [])
+    return read_training(path, config.model.arch, pairs, sets["text"], sets["ffn"], config.published.ehs_same)
+
+
+def run(run: Run) -> None:
+    source = open_source(run.config)
+    if isinstance(source, Training):
+        _write_plugs(run, source)
+    else:
+        _write_model(run, source)
+
+
+def _state_of(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+# A model.
+
+
+def _write_model(run: Run, source: PublishedFolder) -> None:
+    published, path = source.published, Path(str(run.config.published.path))
+    intervals = resolve_intervals(run.config)
+    if published.is_stock and intervals is None:
+        run.say(
+            "import",
+            f"{path} is the stock class with {published.num_layers} blocks: diffusers loads it as it is, so nothing is "
+            "written; with intervals= it is, and takes the full model's LoRAs and ControlNets",
+        )
+        return
+    folder = run.folder / "imported"
+    made_from = {
+        "published": str(path.resolve()),
+        "config": source.config,
+        "files": {file.name: _state_of(file) for file in source.files},
+        "residual": not published.plain,
+        "keep_text_query": run.layout.keep_text_query,
+        "intervals": None if intervals is None else [list(pair) for pair in intervals.get(STACK, [])],
+    }
+    header = Header("ppcl.imported", made_from)
+    if is_current(folder / "ppcl.json", header):
+        run.say("import", f"reused {folder}")
+        return
+    facts = _text_projector_facts(run, source)
+    with torch.device("meta"):
+        model = published.model_class.from_config(published.arch)
+    provenance = _provenance(run, source, header)
+    if intervals is not None:  # else nobody knows which of the full model's blocks these are
+        model.register_to_config(ppcl=provenance)
+    with atomic_folder(folder) as temporary:
+        model.save_config(temporary / "transformer")
+        _write_weights(run, source, temporary / "transformer")
+        _write_pipeline(source, temporary, ours=bool(published.text or published.ffn))
+        write_json(temporary / "ppcl.json", header.to_json() | provenance | facts)
+    _tell(run, source, folder)
+
+
+def _text_projector_facts(run: Run, source: PublishedFolder) -> dict[str, Any]:
+    """How txt_proj is read, and the evidence: whole maps have a diagonal around 1, residual ones around 0."""
+    if not source.published.text:
+        return {}
+    weights = list(source.text_projectors())
+    diagonal = torch.stack([weight.diagonal().float().mean() for weight in weights]).mean().item()
+    plain = bool(source.published.plain)
+    facts: dict[str, Any] = {"txt_proj": "plain" if plain else "residual", "txt_proj_mean_diagonal": diagonal}
+    told = f"txt_proj read as {facts['txt_proj']} maps, mean diagonal {diagonal:.2f} (plain: around 1, residual: 0)"
+    if plain:
+        facts["txt_proj_rounded_off"] = max(map(lost, weights))
+        told += f"; W - I rounds off at most {facts['txt_proj_rounded_off']:.1e} of W"
+    run.say("import", told)
+    return facts
+
+
+def _provenance(run: Run, source: PublishedFolder, header: Header) -> dict[str, Any]:
+    config, published, intervals = run.config, source.published, resolve_intervals(run.config)
+    found = {"version": __version__, "variant": "imported", "fingerprint": header.fingerprint}
+    if intervals is None:
+        return found
+    pairs = intervals.get(STACK, [])
+    kept = kept_layers(num_layers(config)[STACK], pairs)
+    width = {"text": [kept[place] for place in published.text], "ffn": [kept[place] for place in published.ffn]}
+    return found | {
+        "base_model": config.model.path,
+        "revision": config.model.revision,
+        "kept_layers": {STACK: kept},
+        "removed_intervals": {STACK: [list(pair) for pair in pairs]},
+        "width": {STACK: width} if any(width.values()) else {},
+    }
+
+
+def _write_weights(run: Run, source: PublishedFolder, folder: Path) -> None:
+    """File by file: no more than one is held."""
+    names = {file: file.name if len(source.files) > 1 else SINGLE_FILE for file in source.files}
+    index: dict[str, str] = {}
+    size = 0
+    for file in track(source.files, "converting", console=run.console, transient=True):
+        state = dict(convert(source.published, source.tensors(file)))
+        save_file(state, folder / names[file], {"format": "pt"})
+        index |= dict.fromkeys(state, names[file])
+        size += sum(value.nbytes for value in state.values())
+        del state
+    if len(names) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
+
+
+def _write_pipeline(source: PublishedFolder, folder: Path, ours: bool) -> None:
+    """The other components beside the transformer, its code, and an index that names its class."""
+    index: dict[str, Any] = {}
+    if source.pipeline is not None:
+        index = read_json(source.pipeline / "model_index.json", "The pipeline's index")
+        for item in sorted(source.pipeline.iterdir()):
+            if item.is_dir() and isinstance(index.get(item.name), list) and item.name != "transformer":
+                shutil.copytree(item, folder / item.name)
+            elif item.is_file() and item.name.upper().startswith(("LICENSE", "NOTICE")):
+                shutil.copyfile(item, folder / item.name)
+    config = read_json(folder / "transformer" / "config.json", "The converted config")
+    index["transformer"] = ["ppcl" if ours else "diffusers", config["_class_name"]]
+    write_json(folder / "model_index.json", index)
+    add_code(folder)
+    if source.pipeline is None:  # it only told which code goes beside the transformer
+        (folder / "model_index.json").unlink()
+
+
+def _tell(run: Run, source: PublishedFolder, folder: Path) -> None:
+    published = source.published
+    sizes = {key: torch.Size(shape).numel() for key, shape in published.shapes.items()}
+    added = sum(sizes[key] for key in published.identity)
+    run.say(
+        "import",
+        f"{published.num_layers} blocks, {len(published.text)} without a text stream, {len(published.ffn)} without "
+        f"FFN: {published.model_class.__name__} with {billions(sum(sizes.values()))} parameters"
+        + (f", {billions(added)} of them output projectors that it had none of (zero)" if added else ""),
+    )
+    loads = f"DiffusionPipeline.from_pretrained({json.dumps(str(folder))})"
+    if source.pipeline is None:
+        target = json.dumps(str(folder / "transformer"))
+        loads = f"{published.model_class.__name__}.from_pretrained({target})"
+    run.say("import", f"wrote {folder}; {loads} loads it")
+
+
+# A training checkpoint.
+
+
+def _write_plugs(run: Run, training: Training) -> None:
+    path, folder = Path(str(run.config.published.path)), run.plugs_folder
+    made_from = {
+        "model": run.model_identity,
+        "published": str(path.resolve()),
+        "file": _state_of(path),
+        "intervals": [list(pair) for pair in training.students],
+    }
+    parts: list[Plug | Projector] = []
+    students: dict[int, Plug] = {}
+    for number, (pair, state) in enumerate(training.students.items()):
+        entry = {"entries": [f"transformer_distill_blocks.{number}"], "interval": list(pair)}
+        students[pair[0]] = Plug(Header("ppcl.plug", made_from | entry), STACK, state, {}, pair)
+        parts.append(students[pair[0]])
+    for item in training.projectors:
+        base, reference = students.get(item.index), students.get(-1 if item.reference is None else item.reference)
+        entry = {
+            "entries": item.entries,
+            "projector": f"{STACK}.{item.index}.{item.kind}",
+            "base": base.header.fingerprint if base else None,
+            "reference": [item.reference, reference.header.fingerprint if reference else None],
+            "text_output": Layout().text_output,
+            "ehs_same": run.config.published.ehs_same if item.kind == "text" else None,
+        }
+        projector = Projector(
+            Header("ppcl.projector", made_from | entry),
+            STACK,
+            item.state_dict,
+            {},
+            index=item.index,
+            kind=item.kind,
+            base=plug_name(STACK, base.interval) if base else None,
+            reference=item.reference,
+        )
+        parts.append(projector)
+    stale = [part for part in parts if not is_current(folder / f"{part.name}.json", part.header)]
+    for part in track(stale, "writing plugs", console=run.console, transient=True):
+        part.save(folder)
+    told = f"{len(training.students)} students, {len(training.projectors)} projectors"
+    run.say("import", f"wrote {told} to {folder}" if stale else f"reused {folder}")
