@@ -8,12 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ppcl.benchmarks.shapes import evaluation_scenes, score
+from ppcl.benchmarks.shapes import evaluation_scenes, score, to_pixels
 from ppcl.cli import conf_dir
 from ppcl.config import register_schema
-from ppcl.stages.generate import draw
+from ppcl.stages.drawing import draw, given_pictures
 from ppcl.stages.run import Run
 from ppcl.validation import parse
 
@@ -42,13 +40,14 @@ def run_stages(run: Run, *stages: str) -> None:
 
 def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
     """Draw and score the benchmark's prompts with the pipeline as it is arranged now; nothing is kept."""
-    scenes = evaluation_scenes(run.config.data.eval_seed, per_category, run.family.categories)
-    images: list[np.ndarray] = []
+    scenes = evaluation_scenes(run.config.data.eval_seed, per_category, run.family)
+    images = []
     size = run.config.generate.batch_size
     for start in range(0, len(scenes), size):
         numbers = range(start, min(start + size, len(scenes)))
-        drawn = draw(run, run.pipeline, [scenes[number].caption for number in numbers], numbers)
-        images += [np.asarray(image.convert("RGB")) for image in drawn]
+        prompts = [scenes[number].caption for number in numbers]
+        given = [given_pictures(run, scenes[number]) for number in numbers]
+        images += [to_pixels(image) for image in draw(run, run.pipeline, prompts, numbers, given)]
     return score(scenes, images)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 MODELS = (
     "autoencoder_pixel_unshuffle",
+    "processing_pictures",
     "transformer_dit_pruned",
     "transformer_flux_pruned",
     "transformer_qwen_image_pruned",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 from ppcl.config import STAGE_ORDER, register_schema
 from ppcl.errors import UsageError
@@ -87,7 +88,8 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path):
         return
     config = parse(raw)
     # What the file says is what the run sees: no default or other group silently wins.
-    section = config if group in ("", "experiment") else getattr(config, group)
+    sections = dict.fromkeys(("", "experiment"), config) | {"sampling": config.model.sampling}
+    section = sections[group] if group in sections else getattr(config, group)
     found_in_the_folder = {"family", "path"} if file == "model/auto" else set()
     for key, value in content.items():
         if key not in {"defaults", *found_in_the_folder} and not isinstance(value, dict) and "${" not in str(value):
@@ -129,6 +131,23 @@ def test_a_plan_file_gives_its_intervals(auto, tmp_path):
     assert resolve_intervals(config) == {"transformer_blocks": [(0, 1), (3, 5)]}
 
 
+def test_an_edit_model_is_given_pictures(tmp_path):
+    prompts, picture = tmp_path / "prompts.txt", tmp_path / "cat.png"
+    prompts.write_text("make it a dog\n")
+    Image.new("RGB", (8, 8)).save(picture)
+    command = ["stages=[plan]", "intervals.transformer_blocks=[[0,1]]", f"generate.prompt_file={prompts}"]
+    one, two = (f"generate.images=[{','.join([str(picture)] * count)}]" for count in (1, 2))
+    assert parsed("model=qwen_image_edit", *command, one).generate.images == [str(picture)]
+    assert parsed("model=qwen_image_edit_2509", *command, two).generate.images == [str(picture)] * 2
+    assert "is given one picture" in refused(["model=qwen_image_edit", *command])
+    assert "is given one picture" in refused(["model=qwen_image_edit", *command, two])
+    assert "is given one to 3 pictures" in refused(["model=qwen_image_edit_2509", *command])
+    assert "is given no picture" in refused(["model=qwen_image", *command, one])
+    assert "needs generate.prompt" in refused(["model=qwen_image_edit", *command[:2], one])
+    spoilt = [f"generate.images=[{prompts}]", *command]
+    assert f"generate.images={prompts} is no picture" in refused(["model=qwen_image_edit", *spoilt])
+
+
 def test_a_prompt_file_is_read_line_by_line(auto, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\r\n\n  zwei Würfel  \n", encoding="utf-8")
@@ -137,6 +156,24 @@ def test_a_prompt_file_is_read_line_by_line(auto, tmp_path):
 
 
 # The paper's numbers
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [
+        ("qwen_image", 20.430),
+        ("qwen_image_edit", 20.430),
+        ("qwen_image_edit_2509", 20.430),
+        ("qwen_image_edit_2511", 20.430),
+        ("flux_dev", 11.901),
+        ("flux_lite", 8.163),
+        ("dit_xl", 0.750),  # the published 0.675 share one embedding, which diffusers repeats in every block
+    ],
+)
+def test_every_family_is_as_large_as_published(model, billions):
+    config = parsed(f"model={model}")
+    counts = count_parameters(get_family(config.model.family), config.model.arch, {})
+    assert counts["teacher"] / 1e9 == pytest.approx(billions, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +265,17 @@ def refused(overrides):
         (["generate.variants=[student]"], ["generate.variants=student", "ppcl-depth"]),
         (["generate.plug_fraction=1"], ["generate.plug_fraction=1"]),
         (["generate.prompt_file=/no/such.txt"], ["generate.prompt_file=/no/such.txt"]),
+        (["generate.prompt= "], ["generate.prompt is empty"]),
+        (["generate.prompt=a cat", "stages=[evaluate]"], ["generate.prompt=a cat", "evaluate"]),
+        (["generate.num_images=0"], ["generate.num_images=0", "at least 1"]),
+        (["generate.loras=[/no/lora.safetensors]"], ["generate.loras: /no/lora.safetensors does not exist"]),
+        (["generate.loras=[lora.bin]"], ["generate.loras=lora.bin", "can hold code"]),
+        (["generate.controlnet=/some"], ["generate.controlnet=/some", "generate.control_image"]),
+        (["generate.controlnet=/c", "generate.control_image=/no.png"], ["generate.control_image=/no.png"]),
+        (["generate.control_image=/no.png"], ["generate.control_image=/no.png", "generate.controlnet"]),
+        (["generate.offload=disk"], ["generate.offload=disk", "group"]),
+        (["generate.offload=group", "stages=[depth,generate]"], ["generate.offload=group", "stages=[generate]"]),
+        (["generate.offload=group", "stages=[generate]"], ["generate.offload=group", "one variant"]),
         (["logger.kind=tensorboard"], ["logger.kind=tensorboard", "csv"]),
         (["model.dtype=float8"], ["model.dtype=float8", "bfloat16"]),
         (["stages=[pretrain]"], ["stages=[pretrain]", "model=auto"]),

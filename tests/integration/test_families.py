@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -15,11 +16,20 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import ppcl
+from ppcl.benchmarks.shapes import evaluation_scenes
 from ppcl.config import SamplingConfig
 from ppcl.families import get_family
 
+NEAREST = Image.Resampling.NEAREST
 STAGES = "stages=[probe,detect,depth,width,plan,finetune,export,generate,evaluate,report]"
 VARIANTS = "generate.variants=[teacher,removed,ppcl-depth,ppcl-width,ppcl-planned,ppcl-finetuned]"
+QWEN = [
+    "intervals.transformer_blocks=[[1,2]]",
+    "width.transformer_blocks.text=[4]",
+    "width.transformer_blocks.ffn=[0]",
+    "model.sampling.height=1024",
+    "model.sampling.width=1024",
+]
 # By builder: its number of layers, and what is pruned.
 FAMILIES = {
     "tiny_flux": (
@@ -33,7 +43,25 @@ FAMILIES = {
         ],
     ),
     "tiny_dit": (5, ["intervals.transformer_blocks=[[1,2]]", "width.transformer_blocks.ffn=[1,4]"]),
+    "tiny_qwen_image": (5, QWEN[:3]),
+    "tiny_qwen_image_edit": (5, QWEN),
+    "tiny_qwen_image_edit_2509": (5, QWEN),
 }
+# What each stage leaves behind where it ran.
+EVIDENCE = {
+    "probe": "cache/probes/*/probes.json",
+    "detect": "detected/plan/plan.json",
+    "depth": "pruned/plugs/*-*.json",
+    "width": "pruned/plugs/*.[ft][fe]*.json",
+    "plan": "pruned/plan/choice.json",
+    "finetune": "pruned/finetuned/ppcl.json",
+    "export": "pruned/export/ppcl.json",
+    "generate": "pruned/images/shapes/ppcl-finetuned/manifest.json",
+    "evaluate": "pruned/scores/ppcl-finetuned.json",
+    "report": "pruned/report/report.html",
+}
+README = Path(__file__).parents[2] / "README.md"
+RAN: dict[str, dict[str, bool]] = {}  # by pipeline class
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -45,6 +73,7 @@ def chain(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory:
     import_module(f"ppcl.families.{builder}").build_pipeline(0, layers).save_pretrained(folder / "teacher")
     common = [*settings, f"model.path={folder / 'teacher'}", f"paths.runs_dir={folder}"]
     common.append("model.sampling.max_sequence_length=16")
+    common += [override for override in pruned if override.startswith("model.")]
     succeed(*common, "name=detected", "stages=[probe,detect]")
     selected = ["width=auto", "width.num_ffn=2", "width.text_threshold=0.1", "width.steps=0", "distill.steps=1"]
     intervals = [override for override in pruned if override.startswith("intervals.")]
@@ -52,6 +81,8 @@ def chain(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory:
     tuned = ["finetune=tiny", "finetune.steps=2", "finetune.batch_size=4", "width.steps=2", "width.num_batches=2"]
     given = [*pruned, "width.source=given", "budget.params=0.8", *tuned, VARIANTS]
     succeed(*common, "name=pruned", *given, STAGES.replace("probe,detect,", ""))
+    pipeline_class = json.loads((folder / "teacher" / "model_index.json").read_text())["_class_name"]
+    RAN[pipeline_class] = {stage: any(folder.glob(pattern)) for stage, pattern in EVIDENCE.items()}
     return folder
 
 
@@ -85,10 +116,16 @@ def test_the_export_draws_what_the_run_drew(chain: Path) -> None:
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()][:BATCH]
     sampling = SamplingConfig(**config.model.sampling)
     family = get_family(config.model.family)
-    arguments = family.sampling_arguments(sampling, BATCH)
-    arguments |= family.prompt_arguments(pipeline, [line["prompt"] for line in lines])
-    generators = [torch.Generator().manual_seed(line["seed"]) for line in lines]
-    images = pipeline(generator=generators, **arguments).images
+    scenes = evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, family)
+    size = sampling.width, sampling.height
+    images: list[Image.Image] = []
+    for start in range(0, len(lines), family.prompts_per_call or BATCH):
+        part = slice(start, start + (family.prompts_per_call or BATCH))
+        given = [[Image.fromarray(p).resize(size, NEAREST) for p in scene.references] for scene in scenes[part]]
+        generators = [torch.Generator().manual_seed(line["seed"]) for line in lines[part]]
+        arguments = family.sampling_arguments(sampling, len(generators))
+        arguments |= family.prompt_arguments(pipeline, [line["prompt"] for line in lines[part]], given)
+        images += pipeline(generator=generators, **arguments).images
     for image, line in zip(images, lines, strict=True):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(folder / line["image"]).convert("RGB")))
 
@@ -102,3 +139,24 @@ def test_plugs_go_into_the_pipeline_and_out_again(chain: Path) -> None:
     assert [p.data_ptr() for p in pipeline.transformer.parameters()] == before
     assert pruned < sum(p.numel() for p in pipeline.transformer.parameters())
     assert not any(torch.isnan(p).any() for p in pipeline.transformer.parameters())
+
+
+def test_the_readmes_table_is_what_ran() -> None:
+    """Last in this file. `PPCL_WRITE_README=1` writes the table anew."""
+    if len(RAN) < len(FAMILIES):
+        pytest.skip("only some of the families ran")
+    lines = [f"| pipeline | {' | '.join(EVIDENCE)} |", "| --- |" + " :-: |" * len(EVIDENCE)]
+    lines += [
+        f"| `{name}` | {' | '.join('yes' if did else 'no' for did in ran.values())} |"
+        for name, ran in sorted(RAN.items())
+    ]
+    text = README.read_text(encoding="utf-8")
+    start, end = "<!-- families -->\n", "<!-- end of families -->"
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    expected = before + start + "\n".join(lines) + "\n" + end + after
+    if os.environ.get("PPCL_WRITE_README"):
+        README.write_text(expected, encoding="utf-8")
+        text = expected
+    assert all(all(ran.values()) for ran in RAN.values()), RAN
+    assert text == expected

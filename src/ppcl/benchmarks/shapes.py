@@ -10,15 +10,23 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage, signal
 
-from ppcl.data.shapes import CATEGORIES, COLORS, TEMPLATES, Scene, make_scene
+from ppcl.data.edits import Edit
+from ppcl.data.shapes import CATEGORIES, COLORS, IMAGE_SIZE, OBJECT_SIZE, TEMPLATES, Scene, SceneObject, make_scene
+
+if TYPE_CHECKING:
+    from ppcl.families.base import Family
 
 MIN_CHROMA = 70  # half of what the palest colour has: where an edge pixel is more object than background
 MIN_AREA = 10
 MIN_OVERLAP = 0.6
+MAX_DRIFT = 2  # pixels, half a lattice step, that an object may be off
+MAX_CHANGE = 8.0  # of 255, that untouched pixels may differ by in the mean
 POSITION_MARGIN = 0.1  # GenEval: offsets within this share of both sizes do not count
 _HUES = {name: colorsys.rgb_to_hsv(*(c / 255 for c in rgb))[0] for name, rgb in COLORS.items()}
 
@@ -115,15 +123,59 @@ def satisfies(scene: Scene, objects: list[Detected]) -> bool:
     )
 
 
-def evaluation_scenes(seed: int, per_category: int, categories: Sequence[str] = CATEGORIES) -> list[Scene]:
-    """The benchmark's prompts: `per_category` of each category, category by category."""
-    return [make_scene(seed, index, category) for category in categories for index in range(per_category)]
+def stays(kept: SceneObject, objects: Sequence[Detected]) -> bool:
+    """Whether just one of the detected objects is of that kind, and stands there."""
+    alike = [item for item in objects if (item.shape, item.color) == (kept.shape, kept.color)]
+    centre = kept.x + OBJECT_SIZE / 2, kept.y + OBJECT_SIZE / 2
+    return len(alike) == 1 and max(abs(np.subtract(alike[0].centre, centre))) <= MAX_DRIFT
 
 
-def score(scenes: list[Scene], images: list[np.ndarray]) -> dict[str, float]:
+def edited(edit: Edit, image: np.ndarray) -> bool:
+    """Whether a picture shows all objects that an edit must leave, where they must be, and nothing else.
+
+    Pixels around what was changed must be those of the given picture.
+    """
+    objects = detect(image)
+    certain = edit.objects[: -1 if edit.anywhere else None]
+    if len(objects) != len(edit.objects) or not all(stays(item, objects) for item in certain):
+        return False
+    touched = np.zeros(image.shape[:2], dtype=bool)
+    for item in {*edit.before} ^ {*edit.objects}:
+        touched[item.y : item.y + OBJECT_SIZE, item.x : item.x + OBJECT_SIZE] = True
+    if edit.anywhere:
+        new = edit.objects[-1]
+        found = [item for item in objects if (item.shape, item.color) == (new.shape, new.color)]
+        if len(found) != 1:
+            return False
+        touched[:] = False
+        (x, y), (width, height) = (np.array(pair) for pair in (found[0].centre, found[0].size))
+        top, left = max(0, int(y - height / 2) - 1), max(0, int(x - width / 2) - 1)  # a pixel of blur around it
+        touched[top : int(y + height / 2) + 1, left : int(x + width / 2) + 1] = True
+    change = np.abs(image.astype(float) - edit.references[0])
+    return bool(change[~touched].mean() <= MAX_CHANGE)
+
+
+def fulfils(scene: Scene | Edit, image: np.ndarray) -> bool:
+    """Whether a uint8 picture `[32, 32, 3]` shows what its prompt asks for."""
+    return edited(scene, image) if isinstance(scene, Edit) else satisfies(scene, detect(image))
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """A drawn picture as uint8 `[32, 32, 3]`; larger ones have a cell for each pixel."""
+    return np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST))
+
+
+def evaluation_scenes(seed: int, per_category: int, family: Family | None = None) -> list[Any]:
+    """The benchmark's prompts, `per_category` of each category, category by category; Qwen-Image's by default."""
+    make = make_scene if family is None else family.world.make_scene
+    categories = CATEGORIES if family is None else family.categories
+    return [make(seed, index, category) for category in categories for index in range(per_category)]
+
+
+def score(scenes: list[Any], images: list[np.ndarray]) -> dict[str, float]:
     """Accuracy per category, and `overall`, their mean."""
-    right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
+    right: dict[str, list[bool]] = {}
     for scene, image in zip(scenes, images, strict=True):
-        right[scene.category].append(satisfies(scene, detect(image)))
-    scores = {category: float(np.mean(values)) for category, values in right.items() if values}
+        right.setdefault(scene.category, []).append(fulfils(scene, image))
+    scores = {category: float(np.mean(values)) for category, values in right.items()}
     return scores | {"overall": float(np.mean(list(scores.values())))}

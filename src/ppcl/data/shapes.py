@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,6 +72,8 @@ class Scene:
     include: tuple[dict, ...]
     exclude: tuple[dict, ...] = ()
 
+    references: ClassVar[tuple[np.ndarray, ...]] = ()  # pictures that are given, as an edit's are
+
 
 def render(objects: tuple[SceneObject, ...]) -> np.ndarray:
     """Draw objects; returns uint8 `[32, 32, 3]`."""
@@ -81,7 +84,7 @@ def render(objects: tuple[SceneObject, ...]) -> np.ndarray:
     return image
 
 
-def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+def place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     """`count` lattice corners, any two a lattice step or more apart edge to edge."""
     steps = (IMAGE_SIZE - OBJECT_SIZE) // LATTICE + 1
     apart = OBJECT_SIZE + LATTICE
@@ -121,9 +124,9 @@ def make_scene(seed: int, index: int, category: str | None = None, categories: S
     include: list[dict] = [{"class": shape, "count": 1}]
     exclude: tuple[dict, ...] = ()
     if category == "single_object":
-        caption, corners = f"a {shape}", _place(rng, 1)
+        caption, corners = f"a {shape}", place(rng, 1)
     elif category == "colors":
-        caption, corners = f"a {color} {shape}", _place(rng, 1)
+        caption, corners = f"a {color} {shape}", place(rng, 1)
         include[0]["color"] = color
     elif category == "counting":
         count = int(rng.integers(2, 5))
@@ -132,7 +135,7 @@ def make_scene(seed: int, index: int, category: str | None = None, categories: S
         exclude = ({"class": shape, "count": count + 1},)
     else:
         include.append({"class": other, "count": 1})
-        corners = _place(rng, 2)
+        corners = place(rng, 2)
         if category == "two_object":
             caption = f"a {shape} and a {other}"
         elif category == "position":
@@ -157,12 +160,9 @@ def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "batch 3 height width"]
     return stacked.float() / 127.5 - 1.0
 
 
-def training_samples(
-    seed: int, start: int, count: int, categories: Sequence[str] = CATEGORIES
-) -> tuple[Tensor, list[str]]:
-    """Samples `start..start+count` of the stream `seed`: images `[count, 3, 32, 32]`, captions."""
-    scenes = [make_scene(seed, index, categories=categories) for index in range(start, start + count)]
-    return to_tensor([render(scene.objects) for scene in scenes]), [s.caption for s in scenes]
+def pictures(scenes: Sequence[Any]) -> Float[Tensor, "batch 3 32 32"]:
+    """What scenes, or edits, must show, in [-1, 1]."""
+    return to_tensor([render(scene.objects) for scene in scenes])
 
 
 def all_captions(categories: Sequence[str] = CATEGORIES) -> list[str]:

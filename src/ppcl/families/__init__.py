@@ -18,7 +18,9 @@ class _Known:
 
     `stacks` goes from the attribute of each block ModuleList, in order of execution, to the config key that
     counts it; `text_stacks` are those whose blocks have a text stream of their own to prune. Blocks before
-    `first_block` stay the teacher's. `categories` are those of the shapes world that a prompt can ask for.
+    `first_block` stay the teacher's. `categories` are those of its `world`, a module of `ppcl.data`, that a
+    prompt can ask for. A scene there is given `num_references` pictures, a user's prompt at most
+    `max_references`. `controlnet_classes` are diffusers' model and pipeline.
     """
 
     stacks: dict[str, str]
@@ -26,14 +28,42 @@ class _Known:
     pipeline_classes: tuple[str, ...]
     first_block: int = 0
     categories: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+    world: str = "shapes"
+    num_references: int = 0
+    max_references: int = 0
+    controlnet_classes: tuple[str, ...] = ()
 
 
 FAMILIES = {
-    "qwen_image": _Known({"transformer_blocks": "num_layers"}, ("transformer_blocks",), ("QwenImagePipeline",)),
+    "qwen_image": _Known(
+        {"transformer_blocks": "num_layers"},
+        ("transformer_blocks",),
+        ("QwenImagePipeline",),
+        controlnet_classes=("QwenImageControlNetModel", "QwenImageControlNetPipeline"),
+    ),
+    "qwen_image_edit": _Known(
+        {"transformer_blocks": "num_layers"},
+        ("transformer_blocks",),
+        ("QwenImageEditPipeline",),
+        categories=("recolor", "remove", "add", "move"),
+        world="edits",
+        num_references=1,
+        max_references=1,
+    ),
+    "qwen_image_edit_2509": _Known(
+        {"transformer_blocks": "num_layers"},
+        ("transformer_blocks",),
+        ("QwenImageEditPlusPipeline",),
+        categories=("insert", "match_color"),
+        world="edits",
+        num_references=2,
+        max_references=3,
+    ),
     "flux": _Known(
         {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
         ("transformer_blocks",),
         ("FluxPipeline",),
+        controlnet_classes=("FluxControlNetModel", "FluxControlNetPipeline"),
     ),
     "dit": _Known(
         {"transformer_blocks": "num_layers"},
@@ -43,7 +73,13 @@ FAMILIES = {
         categories=("single_object", "colors"),
     ),
 }
-_CLASSES = {"qwen_image": "QwenImage", "flux": "Flux", "dit": "DiT"}
+_CLASSES = {
+    "qwen_image": "qwen_image.QwenImage",
+    "qwen_image_edit": "qwen_image_edit.QwenImageEdit",
+    "qwen_image_edit_2509": "qwen_image_edit.QwenImageEditPlus",
+    "flux": "flux.Flux",
+    "dit": "dit.DiT",
+}
 
 
 def family_of_pipeline(pipeline_class: str) -> str | None:
@@ -53,4 +89,5 @@ def family_of_pipeline(pipeline_class: str) -> str | None:
 
 def get_family(name: str, arch: Mapping[str, Any] | None = None, sampling: SamplingConfig | None = None) -> Family:
     """The family called `name`, for a transformer with the config `arch` that is sampled as `sampling` says."""
-    return getattr(import_module(f"ppcl.families.{name}"), _CLASSES[name])(arch, sampling)
+    module, _, class_name = _CLASSES[name].partition(".")
+    return getattr(import_module(f"ppcl.families.{module}"), class_name)(arch, sampling)

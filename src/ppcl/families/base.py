@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +67,16 @@ class Family(ABC):
         return FAMILIES[self.name].categories
 
     @property
+    def world(self) -> ModuleType:
+        """The module of `ppcl.data` that makes scenes for this family."""
+        return import_module(f"ppcl.data.{FAMILIES[self.name].world}")
+
+    @property
+    def num_references(self) -> int:
+        """How many given pictures a scene of its world has."""
+        return FAMILIES[self.name].num_references
+
+    @property
     def text_stacks(self) -> tuple[str, ...]:
         """The stacks whose blocks have a text stream of their own to prune."""
         return FAMILIES[self.name].text_stacks
@@ -87,8 +99,15 @@ class Family(ABC):
         """Images in [-1, 1] `[B, 3, H, W]` to packed, normalised latents `[B, N, C]` and their size."""
 
     @abstractmethod
-    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> EncodedPrompts:
-        """Distinct `prompts` as the pipeline encodes them, padded to one length."""
+    def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
+        """Distinct `prompts` as the pipeline encodes them, padded to one length.
+
+        `references` are the given PIL pictures that all of them speak of.
+        """
+
+    def encode_references(self, pipeline: Any, pictures: Sequence[Tensor]) -> Conditions:
+        """What given pictures in [-1, 1], `[B, 3, H, W]` each and as large as the VAE shall see them, condition on."""
+        return {}
 
     @abstractmethod
     def streams_in(self, stack: str, kwargs: dict[str, Any]) -> Streams:
@@ -113,8 +132,12 @@ class Family(ABC):
         """Forwards per denoising step: two with classifier-free guidance."""
         return 2 if sampling.true_cfg_scale > 1 else 1
 
-    def prompt_arguments(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
-        """`prompts` as keyword arguments of the pipeline."""
+    prompts_per_call: int | None = None  # the most that a pipeline takes at once
+
+    def prompt_arguments(
+        self, pipeline: Any, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()
+    ) -> dict[str, Any]:
+        """`prompts`, and the PIL pictures given with each, as keyword arguments of the pipeline."""
         return {"prompt": list(prompts)}
 
     # Width pruning.

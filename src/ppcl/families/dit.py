@@ -72,7 +72,7 @@ class DiT(Family):
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
         return latents, (latents.shape[2], latents.shape[3])
 
-    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> EncodedPrompts:
+    def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
         labels = torch.tensor(self._labels(pipeline, prompts))
         return EncodedPrompts(prompts, {"class_labels": labels})
 
@@ -90,7 +90,9 @@ class DiT(Family):
     def num_passes(self, sampling: Any) -> int:
         return 2 if sampling.guidance_scale > 1 else 1
 
-    def prompt_arguments(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    def prompt_arguments(
+        self, pipeline: Any, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()
+    ) -> dict[str, Any]:
         return {"class_labels": self._labels(pipeline, prompts)}
 
     def streams_in(self, stack: str, kwargs: dict[str, Any]) -> Streams:

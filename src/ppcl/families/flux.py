@@ -14,7 +14,7 @@ What is odd about it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class Flux(Family):
         return packed, (latents.shape[2] // 2, latents.shape[3] // 2)
 
     @torch.no_grad()
-    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> EncodedPrompts:
+    def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
         length = self.sampling.max_sequence_length
         embeddings, pooled, _ = pipeline.encode_prompt(prompts, max_sequence_length=length)
         return EncodedPrompts(prompts, {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled})

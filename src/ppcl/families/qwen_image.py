@@ -13,7 +13,7 @@ What is odd about it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class QwenImage(Family):
         return packed, (latents.shape[2] // 2, latents.shape[3] // 2)
 
     @torch.no_grad()
-    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> EncodedPrompts:
+    def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
         embeddings, mask = pipeline.encode_prompt(prompts, max_sequence_length=self.sampling.max_sequence_length)
         if mask is None:
             mask = torch.ones(embeddings.shape[:2])

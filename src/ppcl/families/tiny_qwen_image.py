@@ -8,6 +8,7 @@ tokens and their order apart, which is all that a closed vocabulary of some thir
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,29 +27,32 @@ _TEMPLATE_WORDS = (
     "system Describe the image by detailing color shape size texture quantity text spatial "
     "relationships of objects and background user assistant a photo"
 )
-_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE in which each word of the template and of the shapes world is one token."""
-    words = sorted({*_TEMPLATE_WORDS.split(), *shapes.vocabulary()})
+def build_tokenizer(words: Collection[str] = (), special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Qwen2Tokenizer:
+    """A byte-level BPE in which each word is one token: by default of the template and of the shapes world."""
+    known = sorted({*words} or {*_TEMPLATE_WORDS.split(), *shapes.vocabulary()})
     trainer = trainers.BpeTrainer(
         vocab_size=4096, min_frequency=1, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner.decoder = decoders.ByteLevel()
-    learner.train_from_iterator([form for word in words for form in (word, f" {word}")], trainer)
+    learner.train_from_iterator([form for word in known for form in (word, f" {word}")], trainer)
     model = json.loads(learner.to_str())["model"]
     merges: Any = [tuple(pair) for pair in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": _SPECIAL_TOKENS[1:]})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special_tokens[1:])})
     return tokenizer
 
 
-def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """A two-layer Qwen2.5-VL with a vision tower that no prompt reaches."""
-    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in _SPECIAL_TOKENS}
+def build_text_encoder(
+    tokenizer: Qwen2Tokenizer, vision_tokens: Sequence[str] = ("<|im_start|>", "<|im_end|>")
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A two-layer Qwen2.5-VL; `vision_tokens` stand around a picture, which no prompt of this family has."""
+    tokens = (*SPECIAL_TOKENS, *vision_tokens)
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": -(-len(tokenizer) // 8) * 8,
@@ -73,8 +77,8 @@ def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGen
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|im_start|>"],
-        vision_end_token_id=ids["<|im_end|>"],
+        vision_start_token_id=ids[vision_tokens[0]],
+        vision_end_token_id=ids[vision_tokens[1]],
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
 
@@ -84,7 +88,23 @@ def build_pipeline(seed: int, num_layers: int = 20) -> Any:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     text_encoder = build_text_encoder(tokenizer)
-    transformer = QwenImageTransformer2DModel(
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
+        vae=build_vae(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=build_transformer(num_layers),
+    )
+
+
+def build_vae(cell: int = 1) -> AutoencoderPixelUnshuffle:
+    """The background is the origin of its latents."""
+    mean = (shapes.BACKGROUND / 127.5 - 1.0,) * 12
+    return AutoencoderPixelUnshuffle(latents_mean=mean, latents_std=(0.5,) * 12, cell=cell)
+
+
+def build_transformer(num_layers: int, **arch: Any) -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=48,
         out_channels=12,
@@ -93,11 +113,5 @@ def build_pipeline(seed: int, num_layers: int = 20) -> Any:
         num_attention_heads=HIDDEN_SIZE // 32,
         joint_attention_dim=HIDDEN_SIZE,
         axes_dims_rope=(8, 12, 12),
-    )
-    return QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
-        vae=AutoencoderPixelUnshuffle(latents_mean=(shapes.BACKGROUND / 127.5 - 1.0,) * 12, latents_std=(0.5,) * 12),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
+        **arch,
     )

@@ -3,7 +3,8 @@
 `QwenImagePipeline` asks of its VAE `temperal_downsample` (diffusers' spelling), `config.z_dim`,
 `config.latents_mean`, `config.latents_std`, and `encode` / `decode` on `[B, C, T, H, W]`; `FluxPipeline`
 asks for `config.block_out_channels` (one more than halvings), `config.scaling_factor`,
-`config.shift_factor`, and `[B, C, H, W]`.
+`config.shift_factor`, and `[B, C, H, W]`. The pipelines of Qwen-Image-Edit bring every picture to a megapixel
+first: for them a `cell` of so many pixels a side stands for one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ class PointDistribution:
 
 
 class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Space-to-depth by `factor`; `decode(encode(x))` equals `x` bit for bit."""
+    """Space-to-depth by `factor`; `decode(encode(x))` equals `x` bit for bit where cells have one colour.
+
+    Encoding reads the pixel in the middle of each cell, decoding fills cells. A picture too small for cells is
+    taken to have one pixel for each.
+    """
 
     @register_to_config
     def __init__(
@@ -43,23 +48,27 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
         block_out_channels: tuple[int, ...] = (12, 12),
+        cell: int = 1,
     ) -> None:
         super().__init__()
-        if z_dim != 3 * factor**2 or factor & (factor - 1):
-            raise ValueError(f"z_dim={z_dim} must be 3 * factor**2 and factor={factor} a power of 2.")
-        self.factor = factor
-        self.temperal_downsample = [False] * (factor.bit_length() - 1)
+        if z_dim != 3 * factor**2 or factor & (factor - 1) or cell & (cell - 1):
+            raise ValueError(f"z_dim={z_dim} must be 3 * factor**2, factor={factor} and cell={cell} powers of 2.")
+        self.factor, self.cell = factor, cell
+        self.temperal_downsample = [False] * ((factor * cell).bit_length() - 1)
         # A model without any tensor has no dtype and no file; this one says what pixels are divided by.
         self.register_buffer("pixel_scale", torch.ones(1))
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PointDistribution]:
         frame = x[:, :, 0] if x.ndim == 5 else x
+        if frame.shape[-1] >= self.factor * self.cell:
+            frame = frame[..., self.cell // 2 :: self.cell, self.cell // 2 :: self.cell]
         latents = F.pixel_unshuffle(frame / self.pixel_scale, self.factor)  # [B, z_dim, H/f, W/f]
         posterior = PointDistribution(latents.unsqueeze(2) if x.ndim == 5 else latents)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         pixels = F.pixel_shuffle(z[:, :, 0] if z.ndim == 5 else z, self.factor) * self.pixel_scale
+        pixels = pixels.repeat_interleave(self.cell, dim=-2).repeat_interleave(self.cell, dim=-1)
         sample = pixels.unsqueeze(2) if z.ndim == 5 else pixels  # [B, 3, (1,) H, W]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from PIL import Image
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from ppcl.artifacts import Header, is_current, read_json, write_json
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
-from ppcl.benchmarks.shapes import score
+from ppcl.benchmarks.shapes import score, to_pixels
 from ppcl.errors import UsageError
 from ppcl.stages.generate import image_folder, prompts_of, variant_header
 from ppcl.stages.plan import billions
@@ -27,7 +26,8 @@ def denoising_step(run: Run) -> dict[str, Any]:
     images = torch.zeros(1, 3, sampling.height, sampling.width)
     latents, size = run.family.encode_images(run.pipeline, images)
     prompt = [run.scenes[-1].caption]
-    conditions = run.family.encode_prompts(run.pipeline, prompt)(prompt)
+    references = run.family.encode_references(run.pipeline, [images] * run.family.num_references)
+    conditions = run.family.encode_prompts(run.pipeline, prompt)(prompt) | references
     sigmas = torch.full((1,), 0.5).to(latents)
     return run.to_device(run.family.forward_inputs(latents, conditions, sigmas, size))
 
@@ -84,9 +84,7 @@ def run(run: Run) -> None:
         for variant in variants:
             name, header = variant.name, headers[variant.name]
             folder = image_folder(run, name)
-            images = [
-                np.asarray(Image.open(folder / f"{number:05d}.png").convert("RGB")) for number in range(len(run.scenes))
-            ]
+            images = [to_pixels(Image.open(folder / f"{number:05d}.png")) for number in range(len(run.scenes))]
             body = measured[name] | {
                 "scores": score(run.scenes, images),
                 "students": variant.students,

@@ -2,52 +2,75 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.progress import Progress
 
 from ppcl.artifacts import Header, atomic_folder, atomic_path, fingerprint, is_current, write_json
+from ppcl.config import Config
 from ppcl.report.plots import image_grid
+from ppcl.stages.drawing import draw, equipped, given_pictures
 from ppcl.stages.run import Run
 from ppcl.stages.variants import Plugs, Switch, Variant, variants_of
-from ppcl.validation import read_prompts
+from ppcl.surgery.plugboard import Plugboard
+from ppcl.validation import has_own_prompts, read_prompts
 
 
 def prompts_of(run: Run) -> list[str]:
-    """The prompt file's lines, or the benchmark's prompts."""
-    if run.config.generate.prompt_file:
-        return read_prompts(Path(run.config.generate.prompt_file))
-    return [scene.caption for scene in run.scenes]
+    """The prompt, the prompt file's lines, or the benchmark's prompts, each as often as it is to be drawn."""
+    config = run.config.generate
+    if config.prompt is not None:
+        prompts = [config.prompt]
+    elif config.prompt_file is not None:
+        prompts = read_prompts(Path(config.prompt_file))
+    else:
+        return [scene.caption for scene in run.scenes]
+    return [prompt for prompt in prompts for _ in range(config.num_images)]
 
 
 def image_folder(run: Run, variant: str) -> Path:
     """Where a variant's pictures lie; prompts of a file never mix with the benchmark's."""
-    return run.folder / "images" / ("prompts" if run.config.generate.prompt_file else "shapes") / variant
+    return run.folder / "images" / ("prompts" if has_own_prompts(run.config) else "shapes") / variant
 
 
-def draw(run: Run, pipeline: Any, prompts: Sequence[str], numbers: Sequence[int]) -> list[Any]:
-    """PIL pictures of `prompts`; picture number n starts from the noise of seed + n, however batched."""
-    generators = [torch.Generator().manual_seed(run.config.seed + number) for number in numbers]
-    arguments = run.family.sampling_arguments(run.config.model.sampling, len(prompts))
-    return pipeline(**run.family.prompt_arguments(pipeline, prompts), generator=generators, **arguments).images
+def given_to(run: Run, number: int) -> list[Image.Image]:
+    """The PIL pictures given with prompt `number`."""
+    if has_own_prompts(run.config):
+        return [Image.open(path).convert("RGB") for path in run.config.generate.images]
+    return given_pictures(run, run.scenes[number])
 
 
-def save_image(image: Any, path: Path) -> None:
+def save_image(image: Any, path: Path, text: str | None = None) -> None:
+    """A PNG, with what it was made from in its chunk `ppcl`."""
+    info = PngInfo()
+    if text is not None:
+        info.add_itxt("ppcl", text)
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
-def _draw_variant(run: Run, variant: Variant, prompts: list[str], header: Header, progress: Progress) -> int:
+def _draw_variant(
+    run: Run, variant: Variant, prompts: list[str], header: Header, progress: Progress, board: Plugboard
+) -> int:
+    with equipped(run, board) as (pipeline, arguments):
+        return _draw_missing(run, variant, prompts, header, progress, partial(draw, run, pipeline, **arguments))
+
+
+def _draw_missing(
+    run: Run, variant: Variant, prompts: list[str], header: Header, progress: Progress, draw_batch: Any
+) -> int:
     folder = image_folder(run, variant.name)
+    settings = {"variant": variant.name, **header.made_from, "fingerprint": header.fingerprint}
     size = run.config.generate.batch_size
     # The manifest in progress says whose pictures these are; renamed when all are there.
     unfinished = folder / "unfinished.json"
@@ -62,8 +85,10 @@ def _draw_variant(run: Run, variant: Variant, prompts: list[str], header: Header
         paths = [folder / f"{number:05d}.png" for number in numbers]
         if not all(path.exists() for path in paths):
             batch = [prompts[number] for number in numbers]
-            for image, path in zip(draw(run, run.pipeline, batch, numbers), paths, strict=True):
-                save_image(image, path)
+            given = [given_to(run, number) for number in numbers]
+            for number, image, path in zip(numbers, draw_batch(batch, numbers, given), paths, strict=True):
+                text = settings | {"prompt": prompts[number], "seed": run.config.seed + number}
+                save_image(image, path, json.dumps(text))
             drawn += len(paths)
         progress.advance(task, len(paths))
     with atomic_path(folder / "prompts.jsonl") as temporary:
@@ -87,12 +112,37 @@ def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str])
             "removed": variant.removed,
             "layout": asdict(run.layout) if variant.projectors else None,
             "finetuned": variant.finetuned,
-            "sampling": asdict(run.config.model.sampling),
+            "sampling": {key: value for key, value in asdict(run.config.model.sampling).items() if value != {}},
             "seed": run.config.seed,
             "batch_size": run.config.generate.batch_size,
-            "prompts": {"count": len(prompts), "hash": fingerprint({"prompts": prompts})},
-        },
+            "prompts": {"count": len(prompts), "hash": fingerprint({"prompts": prompts} | _given(run))},
+        }
+        | _put_on(run.config),
     )
+
+
+def _put_on(config: Config) -> dict[str, Any]:
+    """What draws otherwise than the model alone; nothing where nothing is put on it."""
+    settings, made_from = config.generate, {}
+    if settings.loras:
+        files = {Path(path).name: _digest(path) for path in settings.loras}
+        made_from["loras"] = {"files": files, "scale": settings.lora_scale, "source": config.lora.source}
+    if settings.controlnet:
+        image = _digest(str(settings.control_image))
+        made_from["controlnet"] = {"path": settings.controlnet, "scale": settings.control_scale, "image": image}
+    return made_from
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def _given(run: Run) -> dict[str, Any]:
+    """What tells the given pictures from others, where there are any."""
+    if has_own_prompts(run.config):
+        files = [_digest(path) for path in run.config.generate.images]
+        return {"images": files} if files else {}
+    return {"eval_seed": run.config.data.eval_seed} if run.family.num_references else {}
 
 
 def _teacher_cache(run: Run, header: Header) -> Path:
@@ -140,7 +190,7 @@ def run(run: Run) -> None:
     with Progress(console=run.console, transient=True) as progress:
         for variant, folder, header in missing:
             switch(variant)
-            drawn = _draw_variant(run, variant, prompts, header, progress)
+            drawn = _draw_variant(run, variant, prompts, header, progress, switch.board)
             if variant.name == "teacher":
                 with suppress(OSError):  # another job of the sweep was first
                     _hand_over(folder, _teacher_cache(run, header))

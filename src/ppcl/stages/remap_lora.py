@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ppcl.artifacts import Header, atomic_path, is_current, read_json, write_json
 from ppcl.errors import UsageError
-from ppcl.families import FAMILIES
+from ppcl.stages.drawing import METADATA_KEY, read_lora
 from ppcl.stages.run import Run
 from ppcl.surgery.remap import adapter_metadata, remap_lora
-
-METADATA_KEY = "lora_adapter_metadata"  # where PEFT's configuration lies, by diffusers' convention
 
 
 def _pruned_transformer(run: Run) -> Any:
@@ -34,8 +31,6 @@ def _pruned_transformer(run: Run) -> Any:
 
 
 def run(run: Run) -> None:
-    import diffusers
-
     path = Path(str(run.config.lora.path))
     target = run.folder / "lora" / f"{path.stem}.safetensors"
     transformer = _pruned_transformer(run)
@@ -50,13 +45,8 @@ def run(run: Run) -> None:
     if is_current(target.with_suffix(".json"), header):
         run.say("lora", f"reused {target}")
         return
-    pipeline_class: Any = getattr(diffusers, FAMILIES[run.family.name].pipeline_classes[0])
-    state = pipeline_class.lora_state_dict(str(path))
-    with safe_open(path, framework="pt") as file:
-        stored = (file.metadata() or {}).get(METADATA_KEY)
-    found = remap_lora(
-        state, transformer, source=run.config.lora.source, metadata=json.loads(stored) if stored else None
-    )
+    state, peft = read_lora(run, path)
+    found = remap_lora(state, transformer, source=run.config.lora.source, metadata=peft)
     with atomic_path(target) as temporary:
         metadata = {METADATA_KEY: json.dumps(adapter_metadata(found.state, transformer)), "format": "pt"}
         save_file(found.state, temporary, metadata)

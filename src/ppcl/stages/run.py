@@ -92,12 +92,27 @@ class Run:
                 f"model.path={model.path} could not be loaded; give a pipeline folder, or a hub id in reach."
             ) from None
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(self.device)
+        if self.config.generate.offload == "none":
+            pipeline.to(self.device)
+        self._arrange_scheduler(pipeline)
         self.family.complete(pipeline)
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
         return pipeline
+
+    def _arrange_scheduler(self, pipeline: Any) -> None:
+        """`model.sampling.scheduler` over the scheduler's own settings."""
+        overrides, scheduler = self.config.model.sampling.scheduler, pipeline.scheduler
+        known = {key for key in scheduler.config if not key.startswith("_")}
+        unknown = sorted(overrides.keys() - known)
+        if unknown:
+            raise UsageError(
+                f"model.sampling.scheduler.{unknown[0]} is no setting of {type(scheduler).__name__}; "
+                f"it has {', '.join(sorted(known))}."
+            )
+        if overrides:
+            pipeline.scheduler = type(scheduler).from_config(scheduler.config, **overrides)
 
     @cached_property
     def scenes(self) -> list[Any]:
@@ -105,7 +120,7 @@ class Run:
         from ppcl.benchmarks.shapes import evaluation_scenes
 
         config = self.config
-        return evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, self.family.categories)
+        return evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, self.family)
 
     def stream(self, seed: int, batch_size: int) -> Any:
         from ppcl.data.streams import ShapesStream

@@ -59,6 +59,11 @@ class Plugboard:
         return [plug_name(stack, pair) for stack in self._teacher for pair in self.intervals.get(stack, [])]
 
     @property
+    def counts(self) -> dict[str, int]:
+        """The teacher's number of blocks by stack."""
+        return {stack: len(blocks) for stack, blocks in self._teacher.items()}
+
+    @property
     def removed_intervals(self) -> dict[str, list[list[int]]]:
         """The intervals that are students now, by stack."""
         return {
@@ -120,7 +125,7 @@ class Plugboard:
         for stack, (_, modules, _) in arranged.items():
             setattr(self.transformer, stack, nn.ModuleList(modules))
             self.transformer.register_to_config(**{self.family.stacks[stack]: len(modules)})
-        hook_residuals(self.transformer, self.kept, {stack: len(blocks) for stack, blocks in self._teacher.items()})
+        hook_residuals(self.transformer, self.kept, self.counts)
         self.plugged = sorted(students, key=self.names.index)
         return self
 

@@ -7,7 +7,7 @@ warns about the surplus only, so blocks are renumbered here, by the `kept_layers
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,21 +64,33 @@ def remap_lora(
     source: str = "first",
     metadata: Mapping[str, Any] | None = None,
 ) -> RemappedLora:
-    """A full model's LoRA, as `pipeline.lora_state_dict` reads it, for a pruned `transformer` (also on meta).
+    """A full model's LoRA, as `pipeline.lora_state_dict` reads it, for an exported `transformer` (also on meta).
 
     A student block stands for blocks u to v. It takes the LoRA of block u (`first`), or those of all of
     them joined to one of higher rank that adds their `mean` or their `sum`. What a width-pruned block has
     lost is dropped; of a modulation it has kept the half that it keeps.
     """
+    provenance = provenance_of(transformer)
+    kept, removed = provenance["kept_layers"], provenance["removed_intervals"]
+    return map_blocks(state, dict(transformer.named_modules()), kept, removed, source=source, metadata=metadata)
+
+
+def map_blocks(
+    state: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    kept: Mapping[str, Sequence[int]],
+    removed: Mapping[str, list[Any]],
+    *,
+    source: str = "first",
+    metadata: Mapping[str, Any] | None = None,
+) -> RemappedLora:
+    """The same for a transformer of these `modules`; `kept` and `removed` are its layers and intervals by stack."""
     if source not in SOURCES:
         raise UsageError(f"lora.source={source} is not one of {', '.join(SOURCES)}.")
-    provenance = provenance_of(transformer)
     pairs, others = _pairs(state)
     scales = scales_of(metadata, pairs)
-    kept: dict[str, list[int]] = provenance["kept_layers"]
-    ends = {stack: dict(found) for stack, found in provenance["removed_intervals"].items()}
+    ends = {stack: dict(found) for stack, found in removed.items()}
     _check_stacks(pairs, kept)
-    modules = dict(transformer.named_modules())
     result, used = RemappedLora(dict(others)), set()
     for stack, indices in kept.items():
         for place, u in enumerate(indices):
@@ -172,7 +184,7 @@ def _pairs(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]
     return {name: (found["A"], found["B"]) for name, found in halves.items()}, others
 
 
-def _check_stacks(pairs: Iterable[str], kept: Mapping[str, list[int]]) -> None:
+def _check_stacks(pairs: Iterable[str], kept: Mapping[str, Sequence[int]]) -> None:
     """A LoRA of this architecture names only block stacks that the model has."""
     for name in pairs:
         found = _BLOCK.fullmatch(name)

@@ -56,7 +56,8 @@ def test_a_batch_depends_on_seed_and_step_alone(family, pipeline, stream):
 def test_a_batch_is_its_samples_noised(family, pipeline, stream):
     """x = (1 - sigma) clean + sigma noise and target = noise - clean give the clean latents back."""
     batch = stream(2)
-    images, captions = shapes.training_samples(4, 16, 8)
+    scenes = [shapes.make_scene(4, index) for index in range(16, 24)]
+    images, captions = shapes.pictures(scenes), [scene.caption for scene in scenes]
     clean, size = family.encode_images(pipeline, images)
     sigmas = batch.sigmas[:, None, None]
     torch.testing.assert_close(batch.inputs["hidden_states"] - sigmas * batch.target, clean, rtol=0, atol=1e-5)
@@ -76,7 +77,7 @@ def test_calibration_pairs_every_sample_with_every_noise_level(family, pipeline)
     stream = ShapesStream(family, pipeline, DataConfig(), seed=1, batch_size=4)
     batches = list(stream.calibration(num_samples=6, num_timesteps=3))
     assert [len(batch.sigmas) for batch in batches] == [4, 4, 4, 2, 2, 2]
-    images, _ = shapes.training_samples(1, 0, 6)
+    images = shapes.pictures([shapes.make_scene(1, index) for index in range(6)])
     clean, _ = family.encode_images(pipeline, images)
     for number, batch in enumerate(batches):
         level = 1 - number % 3 / 3

@@ -24,11 +24,8 @@ def test_a_scene_depends_on_seed_and_index_alone():
     assert sum(a == b for a, b in zip(forwards, other, strict=True)) < 4
 
 
-def test_samples_of_a_stream_do_not_depend_on_how_it_is_cut():
-    images, captions = shapes.training_samples(3, 0, 12)
-    tail, tail_captions = shapes.training_samples(3, 7, 5)
-    assert torch.equal(images[7:], tail)
-    assert captions[7:] == tail_captions
+def test_pictures_are_tensors_in_minus_one_to_one():
+    images = shapes.pictures([shapes.make_scene(3, index) for index in range(12)])
     assert images.shape == (12, 3, 32, 32)
     assert images.dtype == torch.float32
     assert -1 <= images.min() < images.max() <= 1

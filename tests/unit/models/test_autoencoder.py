@@ -40,7 +40,7 @@ def test_it_survives_saving_and_loading(tmp_path):
 
 def test_packed_latents_unpack_and_decode_to_the_pictures(family, pipeline):
     """`encode_images` is the inverse of what the pipeline does after its last denoising step."""
-    images, _ = shapes.training_samples(0, 0, 3)
+    images = shapes.pictures([shapes.make_scene(0, index) for index in range(3)])
     packed, size = family.encode_images(pipeline, images)
     assert packed.shape == (3, 64, 48)
     assert size == (8, 8)

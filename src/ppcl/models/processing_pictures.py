@@ -1,0 +1,21 @@
+"""Qwen2-VL's processor for prompts with pictures and without videos, whose processor wants torchvision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import ProcessorMixin, Qwen2VLProcessor
+
+
+class PictureProcessor(Qwen2VLProcessor):
+    """A Qwen2-VL processor of an image processor and a tokenizer alone."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+if __name__.startswith("ppcl."):  # as diffusers shall write it into a pipeline's index
+    PictureProcessor.__module__ = "ppcl"

@@ -1,0 +1,178 @@
+"""`stages=[generate]` as a user keeps it: own prompts, LoRAs, a ControlNet, schedulers; a picture tells its making."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import INTERVALS, ppcl, succeed
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageControlNetModel,
+    QwenImageControlNetPipeline,
+    QwenImagePipeline,
+)
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+
+import ppcl as package
+from ppcl.surgery.remap import map_blocks
+
+PROMPT = "generate.prompt=a red circle"
+DRAW = {"height": 32, "width": 32, "num_inference_steps": 2, "true_cfg_scale": 3.0}
+NETWORK = ("patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads")
+NETWORK += ("joint_attention_dim", "axes_dims_rope")
+DRAW |= {"negative_prompt": [""], "max_sequence_length": 512}
+
+
+@pytest.fixture(scope="module")
+def command(settings: list[str], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Draws a prompt with the plugs of another run."""
+    folder = tmp_path_factory.mktemp("generate")
+    based = [f"paths.runs_dir={folder}", f"paths.base_run={trained}", INTERVALS, "stages=[generate]", PROMPT]
+    return [*settings, *based, "generate.variants=[teacher,ppcl-depth]"]
+
+
+@pytest.fixture(scope="module")
+def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformer = load(teacher).transformer
+    torch.manual_seed(0)
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("lora")
+    metadata = transformer.peft_config["default"].to_dict()
+    layers = get_peft_model_state_dict(transformer)
+    QwenImagePipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def controlnet(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    arch = {k: v for k, v in load(teacher).transformer.config.items() if k in NETWORK}
+    torch.manual_seed(1)
+    model = QwenImageControlNetModel(**arch | {"num_layers": 2})
+    for block in model.controlnet_blocks:
+        torch.nn.init.normal_(block.weight, std=0.5)
+    folder = tmp_path_factory.mktemp("controlnet")
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pictures(command: list[str], name: str, variant: str) -> list[np.ndarray]:
+    runs = next(a for a in command if a.startswith("paths.runs_dir=")).partition("=")[2]
+    folder = Path(runs) / name / "images" / "prompts" / variant
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]
+
+
+def drawn(pipeline: DiffusionPipeline, seed: int = 42, **arguments) -> np.ndarray:
+    call = DRAW | {"prompt": ["a red circle"], "generator": [torch.Generator().manual_seed(seed)]} | arguments
+    return np.asarray(pipeline(**call).images[0])
+
+
+def plugged(teacher: Path, trained: Path) -> tuple[DiffusionPipeline, package.surgery.plugboard.Plugboard]:
+    pipeline = load(teacher)
+    return pipeline, package.plug(pipeline, trained / "plugs")
+
+
+def test_one_prompt_several_times_and_what_a_picture_says_of_itself(command, teacher, trained) -> None:
+    succeed(*command, "name=several", "generate.num_images=3", "seed=7", "generate.batch_size=1")
+    found = pictures(command, "several", "teacher")
+    pipeline = load(teacher)
+    for number, image in enumerate(found):
+        assert np.array_equal(image, drawn(pipeline, 7 + number))
+    pipeline, _ = plugged(teacher, trained)
+    assert np.array_equal(pictures(command, "several", "ppcl-depth")[1], drawn(pipeline, 8))
+    runs = next(a for a in command if a.startswith("paths.runs_dir=")).partition("=")[2]
+    folder = Path(runs) / "several" / "images" / "prompts" / "ppcl-depth"
+    said = json.loads(Image.open(folder / "00002.png").text["ppcl"])
+    assert (said["prompt"], said["seed"], said["variant"]) == ("a red circle", 9, "ppcl-depth")
+    assert said["sampling"]["num_inference_steps"] == 2
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert said["fingerprint"] == manifest["fingerprint"]
+    lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [7, 8, 9]
+
+
+def test_a_lora_of_the_full_model_goes_onto_every_variant(command, lora, teacher, trained) -> None:
+    succeed(*command, "name=lora", f"generate.loras=[{lora}]", "generate.lora_scale=0.5")
+    whole = load(teacher)
+    plain = drawn(whole)
+    whole.load_lora_weights(lora, adapter_name="it")
+    whole.set_adapters("it", 0.5)
+    (image,) = pictures(command, "lora", "teacher")
+    assert np.array_equal(image, drawn(whole))
+    assert not np.array_equal(image, plain)
+    pruned, board = plugged(teacher, trained)
+    plain = drawn(pruned)
+    state = QwenImagePipeline.lora_state_dict(lora)
+    mapped = map_blocks(
+        state,
+        dict(pruned.transformer.named_modules()),
+        board.kept,
+        board.removed_intervals,
+        metadata={"lora_alpha": 8, "r": 4},
+    )
+    pruned.load_lora_weights(mapped.state, adapter_name="it")
+    pruned.set_adapters("it", 0.5)
+    (image,) = pictures(command, "lora", "ppcl-depth")
+    assert np.array_equal(image, drawn(pruned))
+    assert not np.array_equal(image, plain)
+
+
+def test_a_lora_is_off_again_for_the_next_command(command, lora) -> None:
+    succeed(*command, "name=without")
+    succeed(*command, "name=with", f"generate.loras=[{lora}]", "generate.lora_scale=0")
+    for variant in ("teacher", "ppcl-depth"):
+        (a,), (b,) = (pictures(command, name, variant) for name in ("without", "with"))
+        assert np.array_equal(a, b)
+    outcome = ppcl(*command, "name=without", f"generate.loras=[{lora}]")
+    assert outcome.code == 2
+    assert "loras" in outcome.err
+
+
+def test_a_controlnet_of_the_full_model_reaches_the_blocks_that_are_in(
+    command, controlnet, teacher, trained, tmp_path
+) -> None:
+    picture = tmp_path / "edges.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(picture)
+    control = [f"generate.controlnet={controlnet}", f"generate.control_image={picture}", "generate.control_scale=0.7"]
+    succeed(*command, "name=control", *control)
+    for variant in ("teacher", "ppcl-depth"):
+        pipeline = load(teacher) if variant == "teacher" else plugged(teacher, trained)[0]
+        plain = drawn(pipeline)
+        model = QwenImageControlNetModel.from_pretrained(controlnet)
+        with_control = QwenImageControlNetPipeline(**pipeline.components, controlnet=model)
+        with_control.set_progress_bar_config(disable=True)
+        image = Image.open(picture).convert("RGB")
+        expected = drawn(with_control, control_image=image, controlnet_conditioning_scale=0.7)
+        (found,) = pictures(command, "control", variant)
+        assert np.array_equal(found, expected)
+        assert not np.array_equal(found, plain)
+
+
+def test_a_scheduler_setting_is_the_pipelines(command, teacher) -> None:
+    succeed(*command, "name=shifted", "+model.sampling.scheduler.shift=1.5")
+    pipeline = load(teacher)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=1.5)
+    (image,) = pictures(command, "shifted", "teacher")
+    assert np.array_equal(image, drawn(pipeline))
+    outcome = ppcl(*command, "name=unknown", "+model.sampling.scheduler.shft=1.5")
+    assert outcome.code == 2
+    assert "model.sampling.scheduler.shft is no setting" in outcome.err
+
+
+def test_offloading_draws_the_same(command) -> None:
+    succeed(*command, "name=plain")
+    succeed(*command, "name=offloaded", "generate.offload=group", "generate.variants=[ppcl-depth]")
+    (a,), (b,) = pictures(command, "plain", "ppcl-depth"), pictures(command, "offloaded", "ppcl-depth")
+    assert np.array_equal(a, b)
