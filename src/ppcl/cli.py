@@ -63,7 +63,7 @@ def execute(raw: Any, folder: Path) -> None:
 
 def _run_stages(run: Run) -> None:
     from ppcl.config import STAGE_ORDER
-    from ppcl.validation import budget_of
+    from ppcl.validation.pruning import budget_of
 
     config = run.config
     if set(config.stages) != {"plan"} or budget_of(config):  # counting needs neither library's pipelines

@@ -14,7 +14,10 @@ from ppcl.families import get_family
 from ppcl.families.tiny_qwen_image import build_pipeline
 from ppcl.layers import Layout
 from ppcl.surgery.count import count_parameters
-from ppcl.validation import model_folder, num_layers, parse, read_prompts, resolve_intervals, resolve_width
+from ppcl.validation import parse
+from ppcl.validation.model import model_folder, num_layers
+from ppcl.validation.outputs import read_prompts
+from ppcl.validation.pruning import resolve_intervals, resolve_width
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))

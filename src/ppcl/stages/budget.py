@@ -25,7 +25,7 @@ from ppcl.stages.run import Run
 from ppcl.stages.variants import Plugs, Switch, distillation_loss, required_plugs
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.taps import BlockCall, BlockKey, observe
-from ppcl.validation import budget_of
+from ppcl.validation.pruning import budget_of
 
 NUM_POINTS = 16
 COSTS = ("velocity", "loss")

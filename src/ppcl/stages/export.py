@@ -30,7 +30,9 @@ from ppcl.export.model_card import (
 from ppcl.export.single_file import modelspec, read_metadata, write_single_file
 from ppcl.stages.run import Run
 from ppcl.stages.variants import Plugs, Switch, Variant, finetuned_folder, variants_of
-from ppcl.validation import budget_of, model_folder, refuse_single_file
+from ppcl.validation.model import model_folder
+from ppcl.validation.outputs import refuse_single_file
+from ppcl.validation.pruning import budget_of
 
 SINGLE_FILE = "export.safetensors"  # beside the folder
 

@@ -23,7 +23,7 @@ from ppcl.stages.drawing import draw, equipped, given_pictures
 from ppcl.stages.run import Run
 from ppcl.stages.variants import Plugs, Switch, Variant, variants_of
 from ppcl.surgery.plugboard import Plugboard
-from ppcl.validation import has_own_prompts, read_prompts
+from ppcl.validation.outputs import has_own_prompts, read_prompts
 
 
 def prompts_of(run: Run) -> list[str]:

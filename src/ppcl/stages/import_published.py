@@ -30,7 +30,8 @@ from ppcl.surgery.published import (
     open_folder,
     read_training,
 )
-from ppcl.validation import num_layers, resolve_intervals, resolve_width
+from ppcl.validation.model import num_layers
+from ppcl.validation.pruning import resolve_intervals, resolve_width
 
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 SIZES = ("in_channels", "out_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from ppcl.artifacts import PruningPlan, is_current
 from ppcl.stages.run import Run
 from ppcl.surgery.count import count_parameters
-from ppcl.validation import budget_of, resolve_intervals, resolve_width
+from ppcl.validation.pruning import budget_of, resolve_intervals, resolve_width
 
 
 def billions(count: int) -> str:

@@ -21,7 +21,7 @@ from ppcl.stages.generate import image_folder
 from ppcl.stages.plan import billions
 from ppcl.stages.run import Run
 from ppcl.stages.variants import variants_of
-from ppcl.validation import budget_of
+from ppcl.validation.pruning import budget_of
 
 SAMPLES_PER_CATEGORY = 2
 

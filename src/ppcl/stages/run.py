@@ -18,7 +18,8 @@ from ppcl.artifacts import Intervals, Probes, PruningPlan, Width, write_json
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.layers import Layout
-from ppcl.validation import check_plan, check_width, model_folder, num_layers, resolve_intervals, resolve_width
+from ppcl.validation.model import model_folder, num_layers
+from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "safetensors", "numpy")
 

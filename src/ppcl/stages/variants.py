@@ -12,7 +12,7 @@ from ppcl.artifacts import Plug, Projector, load_plugs, load_projectors, plug_na
 from ppcl.errors import UsageError
 from ppcl.stages.run import Run
 from ppcl.surgery.plugboard import Plugboard, load_student
-from ppcl.validation import budget_of
+from ppcl.validation.pruning import budget_of
 
 
 @dataclass(frozen=True)

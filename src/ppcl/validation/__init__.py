@@ -1,0 +1,145 @@
+"""Checks the configuration once, before anything is loaded, and says what it names.
+
+Below this boundary stages see plain dataclasses and never ask whether a value makes sense.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ppcl.config import STAGE_ORDER, VARIANTS, Config
+from ppcl.errors import UsageError
+from ppcl.validation.model import check_model, check_pretrain
+from ppcl.validation.outputs import (
+    check_export,
+    check_generate,
+    check_import,
+    check_lora,
+    has_own_prompts,
+    read_prompts,
+)
+from ppcl.validation.pruning import check_budget, check_width_group, resolve_intervals
+from ppcl.validation.values import at_least, one_of
+
+
+def parse(raw: DictConfig) -> Config:
+    """The composed Hydra config as a checked `Config`; raises `UsageError`."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        raise UsageError(f"{key}: {str(error).splitlines()[0]}.") from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Every check that needs no model: values, their combinations, and the files that are named."""
+    if not config.stages:
+        raise UsageError(f"stages=[] asks for nothing: name some of {', '.join(STAGE_ORDER)}.")
+    for stage in config.stages:
+        one_of("stages", stage, STAGE_ORDER)
+    method, distill = config.method, config.distill
+    one_of("method.rule", method.rule, ("lp", "lp_a", "lp_b", "cka_sensitivity"))
+    one_of("method.stream", method.stream, ("image", "text", "mean"))
+    one_of("distill.mode", distill.mode, ("parallel", "sequential"))
+    one_of("distill.init", distill.init, ("first", "middle", "average"))
+    one_of("probe.init", config.probe.init, ("closed_form", "zero"))
+    one_of("data.name", config.data.name, ("shapes",))
+    one_of("width.source", config.width.source, ("none", "given", "plan", "auto"))
+    one_of("width.text_output", config.width.text_output, ("last", "each"))
+    one_of("budget.cost", config.budget.cost, ("velocity", "loss"))
+    one_of("finetune.optimizer", config.finetune.optimizer, ("adamw", "muon"))
+    one_of("benchmark.name", config.benchmark.name, ("shapes",))
+    one_of("data.timesteps", config.data.timesteps, ("logit_normal", "uniform"))
+    one_of("logger.kind", config.logger.kind, ("wandb", "csv", "none"))
+    one_of("logger.mode", config.logger.mode, ("online", "offline", "disabled"))
+    one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    if config.export.variant is not None:
+        one_of("export.variant", config.export.variant, VARIANTS[1:])
+    for variant in config.generate.variants:
+        one_of("generate.variants", variant, VARIANTS)
+    at_least(
+        {
+            "distill.steps": (distill.steps, 1),
+            "distill.batch_size": (distill.batch_size, 1),
+            "distill.checkpoint_every": (distill.checkpoint_every, 1),
+            "distill.lr": (distill.lr, 0),
+            "probe.num_batches": (config.probe.num_batches, 1),
+            "probe.num_heldout_batches": (config.probe.num_heldout_batches, 1),
+            "probe.ridge": (config.probe.ridge, 0),
+            "method.min_length": (method.min_length, 2),
+            "method.num_timesteps": (method.num_timesteps, 1),
+            "width.num_ffn": (config.width.num_ffn, 0),
+            "width.num_text": (config.width.num_text or 0, 0),
+            "width.num_batches": (config.width.num_batches, 1),
+            "width.steps": (config.width.steps, 0),
+            "width.lr": (config.width.lr, 0),
+            "width.ridge": (config.width.ridge, 0),
+            "width.linear_weight": (config.width.linear_weight, 0),
+            "budget.num_batches": (config.budget.num_batches, 1),
+            "finetune.steps": (config.finetune.steps, 1),
+            "finetune.batch_size": (config.finetune.batch_size, 1),
+            "finetune.checkpoint_every": (config.finetune.checkpoint_every, 1),
+            "finetune.lr": (config.finetune.lr, 0),
+            "finetune.muon_lr": (config.finetune.muon_lr, 0),
+            "finetune.output_weight": (config.finetune.output_weight, 0),
+            "finetune.flow_weight": (config.finetune.flow_weight, 0),
+            "finetune.feature_weight": (config.finetune.feature_weight, 0),
+            "generate.batch_size": (config.generate.batch_size, 1),
+            "generate.num_images": (config.generate.num_images, 1),
+            "benchmark.prompts_per_category": (config.benchmark.prompts_per_category, 1),
+        }
+    )
+    if method.rule == "cka_sensitivity" and not method.num_remove:
+        raise UsageError("method.rule=cka_sensitivity needs method.num_remove, the number of blocks to remove.")
+    if method.extend is not None and method.rule != "lp_b":
+        raise UsageError(f"method.extend={method.extend} means nothing to method.rule={method.rule}: use lp_b.")
+    if method.extend is not None and min(method.extend, default=0) < 0:
+        raise UsageError(f"method.extend={method.extend} numbers intervals from 0 on.")
+    if not 0 < config.generate.plug_fraction < 1:
+        raise UsageError(f"generate.plug_fraction={config.generate.plug_fraction} must lie between 0 and 1.")
+    seeds = (config.data.train_seed, config.data.calibration_seed, config.data.eval_seed)
+    if len(set(seeds)) < 3:
+        raise UsageError(
+            f"data.train_seed, calibration_seed and eval_seed are {seeds}: they must differ, or a stage would be "
+            "judged on what it was fitted to."
+        )
+    base = config.paths.base_run
+    if base is not None and not Path(base).is_dir():
+        raise UsageError(f"paths.base_run={base} is no folder: give that of a run whose plugs are to be used.")
+    if config.generate.prompt_file is not None:
+        read_prompts(Path(config.generate.prompt_file))
+    if has_own_prompts(config) and {"evaluate", "report"} & set(config.stages):
+        key = "prompt" if config.generate.prompt is not None else "prompt_file"
+        raise UsageError(
+            f"generate.{key}={getattr(config.generate, key)} has no ground truth to score: "
+            "drop evaluate and report from stages."
+        )
+    if distill.mode == "sequential" and distill.intervals is not None:
+        raise UsageError(
+            f"distill.intervals={distill.intervals} needs distill.mode=parallel: a sequential chain trains as one."
+        )
+    if "pretrain" in config.stages:
+        check_pretrain(config)
+        return
+    check_model(config)
+    check_generate(config)
+    if config.intervals.source not in ("detect", "plan"):
+        raise UsageError(f"intervals.source={config.intervals.source} is not one of detect, plan.")
+    intervals = resolve_intervals(config)
+    if intervals is not None and "detect" in config.stages:
+        raise UsageError("intervals are given, so stages=[detect] would decide nothing: drop one of them.")
+    check_width_group(config, intervals)
+    check_budget(config)
+    if "export" in config.stages:
+        check_export(config)
+    if "remap_lora" in config.stages:
+        check_lora(config)
+    if "import_published" in config.stages:
+        check_import(config)

@@ -1,0 +1,78 @@
+"""Which model it is, and whether its weights are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ppcl.artifacts import check_safetensors
+from ppcl.config import BUILDERS, Config, ModelConfig
+from ppcl.errors import UsageError
+from ppcl.families import FAMILIES, family_of_pipeline
+from ppcl.validation.values import one_of
+
+EMBEDDED = "embedded:"
+ASSETS = Path(__file__).parents[1] / "assets"
+WEIGHT_STAGES = {"probe", "detect", "depth", "width", "finetune", "export", "generate", "evaluate"}
+
+
+def model_folder(model: ModelConfig) -> Path | None:
+    """The local folder of the model's pipeline; None for a hub id or a model without weights."""
+    if model.path is None:
+        return None
+    if model.path.startswith(EMBEDDED):
+        return ASSETS / model.path.removeprefix(EMBEDDED)
+    path = Path(model.path)
+    # `owner/name` that is no folder here is a hub id; anything else was meant as a path.
+    looks_like_hub_id = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~"))
+    return None if looks_like_hub_id and not path.exists() else path
+
+
+def num_layers(config: Config) -> dict[str, int]:
+    """Blocks per stack of the configured model."""
+    return {stack: int(config.model.arch[key]) for stack, key in FAMILIES[config.model.family].stacks.items()}
+
+
+def check_model(config: Config) -> None:
+    model = config.model
+    folder = model_folder(model)
+    if folder is not None:
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise UsageError(f"model.path={model.path} is not a pipeline folder: {index} does not exist.")
+        try:
+            pipeline_class = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+            arch = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        except (OSError, KeyError, ValueError):
+            raise UsageError(f"model.path={model.path} is not a pipeline folder: its JSON files do not read.") from None
+        found = family_of_pipeline(pipeline_class)
+        if found is None:
+            raise UsageError(
+                f"model.path={model.path} holds a {pipeline_class}, of no known family ({', '.join(FAMILIES)})."
+            )
+        if model.family not in ("auto", found):
+            raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
+        model.family = found
+        model.arch = {key: value for key, value in arch.items() if not key.startswith("_")}
+        for file in sorted(folder.rglob("*.safetensors")):
+            check_safetensors(file, "model.path: ")
+    elif model.family == "auto":
+        raise UsageError("model=auto needs model.path, the folder of a diffusers pipeline.")
+    elif model.path is None and WEIGHT_STAGES & set(config.stages):
+        needs = ", ".join(stage for stage in config.stages if stage in WEIGHT_STAGES)
+        raise UsageError(f"stages=[{needs}] need weights: set model.path to a pipeline folder.")
+    one_of("model.family", model.family, tuple(FAMILIES))
+
+
+def check_pretrain(config: Config) -> None:
+    """Pretraining makes a teacher; the stages after it read one, from `model.path`, in a run of their own."""
+    if len(set(config.stages)) > 1:
+        raise UsageError(
+            f"stages={config.stages} mixes pretrain with stages that read a teacher: run stages=[pretrain] alone, "
+            "then model=auto model.path=<its run>/teacher."
+        )
+    if config.model.builder is None:
+        raise UsageError(
+            f"stages=[pretrain] trains the embedded teachers only; model={config.model.name} has no model.builder."
+        )
+    one_of("model.builder", config.model.builder, BUILDERS)

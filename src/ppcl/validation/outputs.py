@@ -1,0 +1,157 @@
+"""Pictures, LoRAs, exports, and what is imported."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
+
+from ppcl.artifacts import check_safetensors
+from ppcl.config import Config
+from ppcl.errors import UsageError
+from ppcl.export.single_file import DTYPES, LAYOUTS
+from ppcl.families import FAMILIES
+from ppcl.validation.pruning import budget_of, resolve_width
+from ppcl.validation.values import one_of
+
+
+def has_own_prompts(config: Config) -> bool:
+    """Whether pictures are of the user's prompts, and not of the benchmark's."""
+    return config.generate.prompt is not None or config.generate.prompt_file is not None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The non-empty lines of a UTF-8 prompt file."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(
+            f"generate.prompt_file={path} does not exist; name a text file with a prompt a line."
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"generate.prompt_file={path} is not UTF-8; save it with that encoding.") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UsageError(f"generate.prompt_file={path} holds no prompt; write one a line.")
+    return prompts
+
+
+def check_generate(config: Config) -> None:
+    """What is put on a model to draw with it."""
+    generate, family = config.generate, config.model.family
+    one_of("generate.offload", generate.offload, ("none", "model", "group"))
+    if generate.offload != "none":
+        if {*config.stages} - {"plan", "generate"}:
+            raise UsageError(f"generate.offload={generate.offload} is for stages=[generate] alone.")
+        if len(generate.variants) > 1:
+            raise UsageError(
+                f"generate.offload={generate.offload} draws one variant a command: give generate.variants=[NAME]."
+            )
+    if generate.prompt is not None and generate.prompt_file is not None:
+        raise UsageError(f"generate.prompt_file={generate.prompt_file} and generate.prompt exclude each other.")
+    if generate.prompt is not None and not generate.prompt.strip():
+        raise UsageError("generate.prompt is empty; write what the picture shall show.")
+    for path in generate.loras:
+        _check_lora_file("generate.loras", path)
+    if generate.controlnet is not None:
+        if not FAMILIES[family].controlnet_classes:
+            raise UsageError(
+                f"generate.controlnet={generate.controlnet}: model.family={family} takes none in diffusers."
+            )
+        if generate.control_image is None:
+            raise UsageError(f"generate.controlnet={generate.controlnet} needs generate.control_image, a picture.")
+        _check_picture("generate.control_image", generate.control_image)
+    elif generate.control_image is not None:
+        raise UsageError(f"generate.control_image={generate.control_image} needs generate.controlnet.")
+    _check_given_images(config)
+
+
+def _check_picture(key: str, path: str) -> None:
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):
+        raise UsageError(f"{key}={path} is no picture that can be read; name a PNG or JPEG.") from None
+
+
+def _check_given_images(config: Config) -> None:
+    images, prompts = config.generate.images, has_own_prompts(config)
+    most = FAMILIES[config.model.family].max_references
+    if images and not prompts:
+        raise UsageError(f"generate.images={images} needs generate.prompt: the benchmark has pictures of its own.")
+    if prompts and not min(most, 1) <= len(images) <= most:
+        wanted = "no picture" if not most else "one picture" if most == 1 else f"one to {most} pictures"
+        raise UsageError(f"generate.images={images}: model.family={config.model.family} is given {wanted}.")
+    for path in images:
+        _check_picture("generate.images", path)
+
+
+def check_lora(config: Config) -> None:
+    one_of("lora.source", config.lora.source, ("first", "mean", "sum"))
+    if config.lora.path is None:
+        raise UsageError("stages=[remap_lora] needs lora.path, the safetensors file of a LoRA of the full model.")
+    _check_lora_file("lora.path", config.lora.path)
+
+
+def _check_lora_file(key: str, value: str) -> None:
+    path = Path(value)
+    if path.is_dir():
+        raise UsageError(f"{key}={path} is a folder: name the safetensors file in it.")
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{key}={path} is no safetensors file; other formats can hold code and are not read.")
+    check_safetensors(path, f"{key}: ")
+
+
+def refuse_single_file(why: str) -> NoReturn:
+    """A model pruned in width has no single file."""
+    raise UsageError(
+        f"export.single_file=true is not for a model pruned in width ({why}): ComfyUI would skip the keys it does not "
+        "know and draw noise; set export.variant=ppcl-depth or export.single_file=false."
+    )
+
+
+def check_export(config: Config) -> None:
+    export, family = config.export, config.model.family
+    one_of("export.single_file_dtype", export.single_file_dtype, tuple(DTYPES))
+    if export.single_file_dtype != "bfloat16" and not export.single_file:
+        raise UsageError(
+            f"export.single_file_dtype={export.single_file_dtype} means nothing without export.single_file=true."
+        )
+    if export.single_file and family not in LAYOUTS:
+        raise UsageError(
+            f"export.single_file=true: ComfyUI has no model of family {family}, only {', '.join(LAYOUTS)}; "
+            "set export.single_file=false."
+        )
+    # Of a budget's choice only its plan knows what it plugs in; the stage asks it before it loads the model.
+    everything = export.variant == "ppcl-width" or (
+        export.variant in (None, "ppcl-planned", "ppcl-finetuned") and budget_of(config) is None
+    )
+    width = resolve_width(config)
+    if export.single_file and everything and (width is None or any(any(sets.values()) for sets in width.values())):
+        refuse_single_file(f"width.source={config.width.source}")
+    size = export.max_shard_size
+    if size is not None and not re.fullmatch(r"0*[1-9]\d*[KMGT]B", size):
+        raise UsageError(f"export.max_shard_size={size} is no size; write one like 5GB or 500MB.")
+    if export.push_to_hub is not None:
+        from ppcl.export.hub import check_repo_id
+
+        check_repo_id(export.push_to_hub)
+    for key in ("private", "commit_message"):
+        if getattr(export, key) is not None and export.push_to_hub is None:
+            raise UsageError(f"export.{key}={getattr(export, key)} means nothing without export.push_to_hub.")
+
+
+def check_import(config: Config) -> None:
+    """Reads headers only; a file that is no good leaves nothing behind."""
+    if config.published.path is None:
+        raise UsageError(
+            "stages=[import_published] needs published.path: a folder that the PPCL authors published, or the .bin of "
+            "their training."
+        )
+    if not Path(config.published.path).exists():
+        raise UsageError(f"published.path={config.published.path} does not exist; fetch it first.")
+    from ppcl.stages.import_published import open_source  # loads diffusers, which only this stage's check needs
+
+    open_source(config)

@@ -1,0 +1,161 @@
+"""Intervals, width sets, plans and budgets: whether they fit the model, and each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ppcl.artifacts import Interval, Intervals, PruningPlan, Width
+from ppcl.config import Config
+from ppcl.errors import UsageError
+from ppcl.families import FAMILIES
+from ppcl.layers import check_width_sets, kept_layers
+from ppcl.validation.model import num_layers
+
+
+def check_intervals(intervals: Intervals, layers: dict[str, int], where: str, first: int = 0) -> None:
+    """Each [u, v] has u < v, lies in its stack, and follows the one before it."""
+    for stack, pairs in intervals.items():
+        if stack not in layers:
+            raise UsageError(f"{where}: the model has no block stack {stack} (it has {', '.join(layers)}).")
+        previous: Interval = (-1, -1)
+        for pair in pairs:
+            if len(pair) != 2:
+                raise UsageError(f"{where}.{stack}: {list(pair)} is not a pair [u, v].")
+            u, v = pair
+            if u >= v:
+                raise UsageError(f"{where}.{stack}: [{u}, {v}] is reversed or empty; an interval needs u < v.")
+            if u < 0 or v >= layers[stack]:
+                raise UsageError(
+                    f"{where}.{stack}: [{u}, {v}] is out of range; the model's blocks are 0 to {layers[stack] - 1}."
+                )
+            if u < first:
+                raise UsageError(
+                    f"{where}.{stack}: [{u}, {v}] has a student in the place of block {u}, but blocks before {first} "
+                    "must stay the teacher's in this family."
+                )
+            if u <= previous[1]:
+                raise UsageError(
+                    f"{where}.{stack}: [{u}, {v}] overlaps or precedes {list(previous)}; "
+                    "intervals are disjoint and ordered."
+                )
+            previous = (u, v)
+
+
+def check_plan(plan: PruningPlan, config: Config, path: Path) -> None:
+    """A plan serves only a model of its family and depth."""
+    layers = num_layers(config)
+    if plan.family != config.model.family or plan.num_layers != layers:
+        raise UsageError(
+            f"{path} was made for {plan.family} with {plan.num_layers}; model={config.model.name} is "
+            f"{config.model.family} with {layers}."
+        )
+    check_intervals(plan.intervals, layers, str(path), FAMILIES[config.model.family].first_block)
+
+
+def resolve_intervals(config: Config) -> Intervals | None:
+    """The intervals the configuration gives; None where detection is to find them."""
+    given: Intervals = {
+        stack: [tuple(pair) for pair in pairs]  # type: ignore[misc]
+        for stack in ("transformer_blocks", "single_transformer_blocks")
+        if (pairs := getattr(config.intervals, stack)) is not None
+    }
+    if config.intervals.source == "plan":
+        if given:
+            raise UsageError(f"intervals.{next(iter(given))} and intervals=from_plan exclude each other.")
+        if config.intervals.path is None:
+            raise UsageError("intervals=from_plan needs intervals.path, the JSON file of a pruning plan.")
+        path = Path(config.intervals.path)
+        plan = PruningPlan.load(path, "intervals.path: ")
+        check_plan(plan, config, path)
+        return plan.intervals
+    if config.intervals.path is not None:
+        raise UsageError(f"intervals.path={config.intervals.path} is read only with intervals=from_plan.")
+    if not given:
+        return None
+    if config.intervals.family not in (None, config.model.family):
+        raise UsageError(
+            f"these intervals are of family {config.intervals.family}; model={config.model.name} is "
+            f"{config.model.family}."
+        )
+    check_intervals(given, num_layers(config), "intervals", FAMILIES[config.model.family].first_block)
+    return given
+
+
+def resolve_width(config: Config) -> Width | None:
+    """The width sets the configuration gives, empty for `width=none`; None where the stage is to select them."""
+    settings = config.width
+    given: Width = {
+        stack: {"text": sorted(sets.text), "ffn": sorted(sets.ffn)}
+        for stack in ("transformer_blocks", "single_transformer_blocks")
+        if (sets := getattr(settings, stack)).text or sets.ffn
+    }
+    if given and settings.source != "given":
+        raise UsageError(f"width.{next(iter(given))} is read only with width.source=given; it is {settings.source}.")
+    if settings.path is not None and settings.source != "plan":
+        raise UsageError(f"width.path={settings.path} is read only with width=from_plan.")
+    if settings.source == "auto":
+        return None
+    if settings.source == "plan":
+        if settings.path is None:
+            raise UsageError("width=from_plan needs width.path, the JSON file of a pruning plan.")
+        path = Path(settings.path)
+        plan = PruningPlan.load(path, "width.path: ")
+        check_plan(plan, config, path)
+        return plan.width
+    if settings.source == "given":
+        if not given:
+            raise UsageError("width.source=given needs sets: width.transformer_blocks.text=[...] or .ffn=[...].")
+        if settings.family not in (None, config.model.family):
+            raise UsageError(
+                f"these width sets are of family {settings.family}; model={config.model.name} is {config.model.family}."
+            )
+    return given
+
+
+def check_width(config: Config, width: Width, intervals: Intervals, where: str = "width") -> None:
+    """Every block that `width` names is kept by `intervals` and can be pruned."""
+    layers, known = num_layers(config), FAMILIES[config.model.family]
+    for stack, sets in width.items():
+        if stack not in layers:
+            raise UsageError(f"{where}: the model has no block stack {stack} (it has {', '.join(layers)}).")
+        if sets["text"] and stack not in known.text_stacks:
+            raise UsageError(f"{where}.{stack}.text={sets['text']}: these blocks have no text stream of their own.")
+        kept = kept_layers(layers[stack], intervals.get(stack, []))
+        check_width_sets(stack, kept, sets["text"], sets["ffn"], where)
+
+
+def check_width_group(config: Config, intervals: Intervals | None) -> None:
+    width = resolve_width(config)
+    if width is not None and intervals is not None:
+        check_width(config, width, intervals)
+    if config.width.source == "none" and "width" in config.stages:
+        raise UsageError("stages=[width] needs width sets: width=auto, width=from_plan or width.source=given.")
+    if config.width.source == "none" and "ppcl-width" in [*config.generate.variants, config.export.variant]:
+        raise UsageError("variant ppcl-width needs width sets: width=auto, width=from_plan or width.source=given.")
+    if not 0 < config.width.text_threshold <= 1:
+        raise UsageError(f"width.text_threshold={config.width.text_threshold} must lie between 0 and 1.")
+    if not 0 <= config.finetune.ema_decay < 1:
+        raise UsageError(f"finetune.ema_decay={config.finetune.ema_decay} must lie in [0, 1).")
+    if config.finetune.output_weight == config.finetune.flow_weight == 0:
+        raise UsageError("finetune.output_weight and finetune.flow_weight are both 0: no loss sees the output.")
+
+
+def budget_of(config: Config) -> tuple[str, float] | None:
+    """The one budget that is set, by name, or None."""
+    budget = config.budget
+    found = {
+        name: value for name in ("params", "memory_gb", "latency_ratio") if (value := getattr(budget, name)) is not None
+    }
+    if len(found) > 1:
+        raise UsageError(f"budget.{' and budget.'.join(found)} are both set: a plan serves one budget.")
+    return next(iter(found.items()), None)
+
+
+def check_budget(config: Config) -> None:
+    budget = budget_of(config)
+    if budget is not None and budget[1] <= 0:
+        raise UsageError(f"budget.{budget[0]}={budget[1]:g} must be above 0.")
+    if budget is None and "ppcl-planned" in config.generate.variants and {"generate", "evaluate"} & set(config.stages):
+        raise UsageError("generate.variants names ppcl-planned, but no budget is set: give budget.params=0.6 or alike.")
+    if budget is not None and config.model.path is None:
+        raise UsageError(f"budget.{budget[0]} needs measurements: set model.path to a pipeline folder.")
