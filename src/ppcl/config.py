@@ -195,10 +195,12 @@ class FinetuneConfig:
 
     `output_weight` weighs the squared distance to the teacher's velocity, `flow_weight` the flow-matching loss,
     `feature_weight` the relative distance of each block's image stream to what the teacher has there.
-    `optimizer`: `adamw`, or `muon` for the matrices inside blocks with AdamW on the rest.
+    `optimizer`: `adamw`, or `muon` for the matrices inside blocks with AdamW on the rest. `lora_rank` above 0
+    trains a LoRA of all linear layers in the blocks in place of all parameters.
     """
 
     steps: int = 1000
+    lora_rank: int = 0
     batch_size: int = 4
     optimizer: str = "adamw"
     lr: float = 1e-5

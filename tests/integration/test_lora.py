@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import NUM_LAYERS, digests, ppcl, succeed
+from commands import INTERVALS, NUM_LAYERS, digests, ppcl, succeed
 from diffusers import DiffusionPipeline, QwenImagePipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -154,3 +154,25 @@ def test_a_lora_needs_a_path_and_a_model(command: list[str], tmp_path: Path) -> 
     outcome = ppcl(*[a for a in command if not a.startswith("lora.path")])
     assert outcome.code == 2
     assert "lora.path" in outcome.err
+
+
+def test_a_recovery_lora_loads_onto_the_untuned_export(settings: list[str], trained: Path, tmp_path: Path) -> None:
+    tune = ["finetune.steps=3", "finetune.batch_size=4", "finetune.lora_rank=2", "finetune.lr=0.01"]
+    command = [*settings, f"paths.runs_dir={tmp_path}", f"paths.base_run={trained}", INTERVALS, *tune]
+    succeed(*command, "name=tuned", "stages=[finetune,export]")
+    succeed(*command, "name=untuned", "stages=[export]", "export.variant=ppcl-depth")
+    whole, recovered = load(tmp_path / "tuned" / "export"), load(tmp_path / "untuned" / "export")
+    plain = {name: value.clone() for name, value in recovered.transformer.named_parameters()}
+    recovered.load_lora_weights(tmp_path / "tuned" / "finetuned")
+    recovered.fuse_lora()
+    recovered.unload_lora_weights()
+    tuned = dict(whole.transformer.named_parameters())
+    assert tuned.keys() == plain.keys()
+    for name, value in recovered.transformer.named_parameters():
+        torch.testing.assert_close(value, tuned[name], rtol=0, atol=1e-6)
+    changed = {name for name, value in tuned.items() if not torch.equal(value, plain[name])}
+    assert changed
+    assert all(name.startswith("transformer_blocks.") and name.endswith(".weight") for name in changed)
+    outcome = ppcl(*command, "name=bad", "stages=[finetune]", "finetune.optimizer=muon")
+    assert outcome.code == 2
+    assert "finetune.lora_rank=2 does not go with finetune.optimizer=muon" in outcome.err

@@ -20,7 +20,8 @@ class _Known:
     counts it; `text_stacks` are those whose blocks have a text stream of their own to prune. Blocks before
     `first_block` stay the teacher's. `categories` are those of its `world`, a module of `ppcl.data`, that a
     prompt can ask for. A scene there is given `num_references` pictures, a user's prompt at most
-    `max_references`. `controlnet_classes` are diffusers' model and pipeline.
+    `max_references`. `controlnet_classes` are diffusers' model and pipeline; `takes_lora` is whether its
+    pipelines load LoRAs.
     """
 
     stacks: dict[str, str]
@@ -32,6 +33,7 @@ class _Known:
     num_references: int = 0
     max_references: int = 0
     controlnet_classes: tuple[str, ...] = ()
+    takes_lora: bool = True
 
 
 FAMILIES = {
@@ -71,6 +73,7 @@ FAMILIES = {
         ("DiTPipeline",),
         first_block=1,
         categories=("single_object", "colors"),
+        takes_lora=False,
     ),
 }
 _CLASSES = {

@@ -55,8 +55,6 @@ def read_lora(run: Run, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
     import diffusers
 
     pipeline_class: Any = getattr(diffusers, FAMILIES[run.family.name].pipeline_classes[0])
-    if not hasattr(pipeline_class, "lora_state_dict"):
-        raise UsageError(f"model.family={run.family.name} takes no LoRA in diffusers; leave LoRAs out.")
     state = pipeline_class.lora_state_dict(str(path))
     with safe_open(path, framework="pt") as file:
         stored = (file.metadata() or {}).get(METADATA_KEY)

@@ -20,6 +20,7 @@ from ppcl.ops.losses import relative_error
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit, split_for_muon
 from ppcl.stages.variants import Switch, finetuned_folder, planned, required_plugs
+from ppcl.surgery.adapter import add_lora, merge_lora
 from ppcl.taps import BlockCall, BlockKey, observe
 
 
@@ -27,7 +28,8 @@ class FineTune(L.LightningModule):
     """Output distillation, ||v_S - v_T||^2, with an optional flow-matching loss, ||v_S - (n - x_0)||^2.
 
     `stands_for` says which of the teacher's blocks each of the student's gives the output of: with
-    `feature_weight` their image streams are compared too, which is ours and not the paper's.
+    `feature_weight` their image streams are compared too, which is ours and not the paper's. With `lora_rank`
+    the student is given a LoRA and just that is trained.
     The teacher is held outside the module tree: neither saved nor trained. `ema` is an exponential mean
     of the student's parameters, kept where `ema_decay` is above 0; `result` is what to keep.
     """
@@ -43,7 +45,11 @@ class FineTune(L.LightningModule):
         super().__init__()
         self.family, self.stands_for = family, stands_for or {}
         self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
-        self.student: Any = student.requires_grad_(True)
+        if config.lora_rank:
+            add_lora(family, student, config.lora_rank)
+        else:
+            student.requires_grad_(True)
+        self.student: Any = student
         self.ema: Any = copy.deepcopy(student).requires_grad_(False) if config.ema_decay else None
         self.config = config
         # Muon and AdamW take turns on one step, which Lightning leaves to manual optimisation.
@@ -144,6 +150,8 @@ class FineTune(L.LightningModule):
 def finetune_header(run: Run, plugged: dict[str, str]) -> Header:
     """What a tuned model is made from."""
     settings = asdict(run.config.finetune)
+    if not settings["lora_rank"]:
+        del settings["lora_rank"]
     for key in ("checkpoint_every", "gradient_checkpointing"):
         del settings[key]  # neither changes the weights
     made_from = {
@@ -180,6 +188,8 @@ def run(run: Run) -> None:
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     result = cast(Any, module.result)
     with atomic_folder(folder) as temporary:
+        if config.lora_rank:
+            merge_lora(result, run.pipeline, temporary)
         result.save_pretrained(temporary / "transformer")
         write_json(temporary / "ppcl.json", header.to_json() | {"plugged": [*plan.students, *plan.projectors]})
     discard_checkpoint(checkpoints)

@@ -154,10 +154,12 @@ def discard_checkpoint(folder: Path) -> None:
 
 
 def split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices inside blocks but for modulations, which Muon is made for, and all other parameters."""
+    """The matrices inside blocks but for modulations, which Muon is made for, and all others that are trained."""
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         matrix = parameter.ndim == 2 and "_blocks." in name and "_mod." not in name
         (hidden if matrix else rest).append(parameter)
     return hidden, rest

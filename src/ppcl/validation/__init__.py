@@ -14,6 +14,7 @@ from ppcl.config import STAGE_ORDER, VARIANTS, Config
 from ppcl.errors import UsageError
 from ppcl.validation.model import check_model, check_pretrain
 from ppcl.validation.outputs import (
+    check_adapter,
     check_export,
     check_generate,
     check_import,
@@ -86,6 +87,7 @@ def check(config: Config) -> None:
             "finetune.steps": (config.finetune.steps, 1),
             "finetune.batch_size": (config.finetune.batch_size, 1),
             "finetune.checkpoint_every": (config.finetune.checkpoint_every, 1),
+            "finetune.lora_rank": (config.finetune.lora_rank, 0),
             "finetune.lr": (config.finetune.lr, 0),
             "finetune.muon_lr": (config.finetune.muon_lr, 0),
             "finetune.output_weight": (config.finetune.output_weight, 0),
@@ -130,6 +132,8 @@ def check(config: Config) -> None:
         return
     check_model(config)
     check_generate(config)
+    if "finetune" in config.stages:
+        check_adapter(config)
     if config.intervals.source not in ("detect", "plan"):
         raise UsageError(f"intervals.source={config.intervals.source} is not one of detect, plan.")
     intervals = resolve_intervals(config)

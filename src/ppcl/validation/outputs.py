@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +56,7 @@ def check_generate(config: Config) -> None:
         raise UsageError("generate.prompt is empty; write what the picture shall show.")
     for path in generate.loras:
         _check_lora_file("generate.loras", path)
+        _check_takes_lora(f"generate.loras={path}", family)
     if generate.controlnet is not None:
         if not FAMILIES[family].controlnet_classes:
             raise UsageError(
@@ -88,11 +90,31 @@ def _check_given_images(config: Config) -> None:
         _check_picture("generate.images", path)
 
 
+def _check_takes_lora(key: str, family: str) -> None:
+    if not FAMILIES[family].takes_lora:
+        raise UsageError(f"{key}: model.family={family} takes no LoRA in diffusers; leave it out.")
+    if find_spec("peft") is None:
+        raise UsageError(f"{key} needs peft: pip install ppcl[lora].")
+
+
+def check_adapter(config: Config) -> None:
+    """A LoRA that fine-tuning trains in place of all parameters."""
+    finetune = config.finetune
+    if finetune.lora_rank:
+        _check_takes_lora(f"finetune.lora_rank={finetune.lora_rank}", config.model.family)
+        if finetune.optimizer == "muon":
+            raise UsageError(
+                f"finetune.lora_rank={finetune.lora_rank} does not go with finetune.optimizer=muon, which is for whole "
+                "matrices: use finetune.optimizer=adamw."
+            )
+
+
 def check_lora(config: Config) -> None:
     one_of("lora.source", config.lora.source, ("first", "mean", "sum"))
     if config.lora.path is None:
         raise UsageError("stages=[remap_lora] needs lora.path, the safetensors file of a LoRA of the full model.")
     _check_lora_file("lora.path", config.lora.path)
+    _check_takes_lora(f"lora.path={config.lora.path}", config.model.family)
 
 
 def _check_lora_file(key: str, value: str) -> None:

@@ -205,3 +205,23 @@ def test_features_are_those_of_the_blocks_that_stand_for_one_another(family, tea
     assert last is not None
     assert last.abs().sum() > 0
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_lora_is_all_that_is_trained(family, teacher, student, batch, make_batch):
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    with torch.no_grad():
+        velocity = student(**batch.inputs)[0]
+    module = FineTune(family, teacher, student, settings(lora_rank=2))
+    with torch.no_grad():
+        assert torch.equal(student(**batch.inputs)[0], velocity)  # it starts as nothing
+    train(module, make_batch, LENGTHS)
+    for name, value in student.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(value, before[name.replace(".base_layer", "")]), name
+    trained = {
+        name.split(".lora_")[0] for name, value in student.named_parameters() if "lora_B" in name and value.any()
+    }
+    linear = {n for n, m in student.named_modules() if isinstance(m, torch.nn.Linear) and "_blocks." in n}
+    inner = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}
+    dead = (".txt_", ".to_add_out", ".add_q_proj")  # of the last block, whose text output reaches nothing
+    assert {name for name in inner - trained if not (".1." in name and any(part in name for part in dead))} == set()

@@ -1,0 +1,34 @@
+"""A LoRA trained on a pruned model: what it recovers fits into a small file that loads onto the pruned export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ppcl.families.base import Family
+
+
+def add_lora(family: Family, model: nn.Module, rank: int) -> None:
+    """Give every linear layer inside `model`'s blocks a LoRA of that rank, zero at first; nothing else is trained."""
+    from peft import LoraConfig
+
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[0] in family.stacks
+    ]
+    adapted: Any = model.requires_grad_(False)
+    adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+
+
+def merge_lora(model: Any, pipeline: Any, folder: Path) -> None:
+    """Save the LoRA as `pipeline`'s class does, for `load_lora_weights`, and add it to `model`'s own weights."""
+    from peft.utils import get_peft_model_state_dict
+
+    (name,) = model.peft_config
+    layers, metadata = get_peft_model_state_dict(model, adapter_name=name), model.peft_config[name].to_dict()
+    pipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+    model.fuse_lora()
+    model.unload_lora()
