@@ -171,9 +171,9 @@ class DataConfig:
 
 
 @dataclass
-class DistillConfig:
-    mode: str = "parallel"
-    init: str = "first"
+class TrainingConfig:
+    """AdamW under a cosine with warm-up; the values are the paper's."""
+
     steps: int = 6000
     batch_size: int = 2
     lr: float = 1e-5
@@ -182,15 +182,21 @@ class DistillConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.02
-    magnitude_weight: float = 0.0
     max_grad_norm: float | None = None
     gradient_checkpointing: bool = True
     checkpoint_every: int = 500
+
+
+@dataclass
+class DistillConfig(TrainingConfig):
+    mode: str = "parallel"
+    init: str = "first"
+    magnitude_weight: float = 0.0
     intervals: list[str] | None = None
 
 
 @dataclass
-class FinetuneConfig:
+class FinetuneConfig(TrainingConfig):
     """Full-parameter tuning of what the plan plugs in; without a budget that is every plug there is.
 
     `output_weight` weighs the squared distance to the teacher's velocity, `flow_weight` the flow-matching loss,
@@ -200,23 +206,16 @@ class FinetuneConfig:
     """
 
     steps: int = 1000
-    lora_rank: int = 0
     batch_size: int = 4
+    max_grad_norm: float | None = 1.0
+    checkpoint_every: int = 250
+    lora_rank: int = 0
     optimizer: str = "adamw"
-    lr: float = 1e-5
     muon_lr: float = 0.01
-    min_lr_ratio: float = 0.0
-    warmup_steps: int = 16
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.02
     output_weight: float = 1.0
     flow_weight: float = 0.0
     feature_weight: float = 0.0
     ema_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-    gradient_checkpointing: bool = True
-    checkpoint_every: int = 250
 
 
 @dataclass

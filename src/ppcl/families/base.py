@@ -186,3 +186,23 @@ class Family(ABC):
         noisy = flow_matching.interpolate(latents, noise, sigmas)
         inputs = self.forward_inputs(noisy, conditions, sigmas, size)
         return TrainingBatch(inputs, flow_matching.velocity(latents, noise), sigmas)
+
+
+class DualStreamFamily(Family):
+    """Blocks called with `hidden_states` (image) and `encoder_hidden_states` (text) that return (text, image)."""
+
+    projectors = {
+        "text_in": "txt_proj",
+        "text_out": "ehs_proj",
+        "image_ffn": "img_ffn_proj",
+        "text_ffn": "txt_ffn_proj",
+    }
+
+    def streams_in(self, stack: str, kwargs: dict[str, Any]) -> Streams:
+        return {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}
+
+    def streams_out(self, stack: str, output: tuple[Tensor, Tensor]) -> Streams:
+        return {"image": output[1], "text": output[0]}
+
+    def with_text(self, kwargs: dict[str, Any], text: Tensor, reference: Tensor) -> dict[str, Any]:
+        return kwargs | {"encoder_hidden_states": torch.cat([text, reference], dim=-1)}

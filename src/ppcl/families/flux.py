@@ -22,7 +22,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ppcl.artifacts import Width
-from ppcl.families.base import Conditions, EncodedPrompts, Family
+from ppcl.families.base import Conditions, DualStreamFamily, EncodedPrompts
 from ppcl.layers import Layout
 from ppcl.models.pruning import width_roles
 from ppcl.models.transformer_flux_pruned import (
@@ -31,19 +31,12 @@ from ppcl.models.transformer_flux_pruned import (
     PrunedFluxTransformerBlock,
 )
 from ppcl.surgery.share import share_pruned
-from ppcl.taps import Streams
 
 
-class Flux(Family):
+class Flux(DualStreamFamily):
     name = "flux"
     transformer_class = FluxTransformer2DModel
     pruned_transformer_class = PrunedFluxTransformer2DModel
-    projectors = {
-        "text_in": "txt_proj",
-        "text_out": "ehs_proj",
-        "image_ffn": "img_ffn_proj",
-        "text_ffn": "txt_ffn_proj",
-    }
 
     def forward_inputs(
         self,
@@ -81,12 +74,6 @@ class Flux(Family):
         length = self.sampling.max_sequence_length
         embeddings, pooled, _ = pipeline.encode_prompt(prompts, max_sequence_length=length)
         return EncodedPrompts(prompts, {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled})
-
-    def streams_in(self, stack: str, kwargs: dict[str, Any]) -> Streams:
-        return {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}
-
-    def streams_out(self, stack: str, output: tuple[Tensor, Tensor]) -> Streams:
-        return {"image": output[1], "text": output[0]}
 
     def masks(self, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
         return {"image": None, "text": None}
@@ -131,6 +118,3 @@ class Flux(Family):
     def text_qkv_input(self, block: nn.Module, kwargs: dict[str, Any]) -> Tensor:
         source: Any = block
         return source.norm1_context(kwargs["encoder_hidden_states"], emb=kwargs["temb"])[0]
-
-    def with_text(self, kwargs: dict[str, Any], text: Tensor, reference: Tensor) -> dict[str, Any]:
-        return kwargs | {"encoder_hidden_states": torch.cat([text, reference], dim=-1)}

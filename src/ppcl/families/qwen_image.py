@@ -21,7 +21,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from ppcl.artifacts import Width
-from ppcl.families.base import Conditions, EncodedPrompts, Family
+from ppcl.families.base import Conditions, DualStreamFamily, EncodedPrompts
 from ppcl.layers import Layout
 from ppcl.models.pruning import width_roles
 from ppcl.models.transformer_qwen_image_pruned import (
@@ -30,19 +30,12 @@ from ppcl.models.transformer_qwen_image_pruned import (
     text_qkv_input,
 )
 from ppcl.surgery.share import share_pruned
-from ppcl.taps import Streams
 
 
-class QwenImage(Family):
+class QwenImage(DualStreamFamily):
     name = "qwen_image"
     transformer_class = QwenImageTransformer2DModel
     pruned_transformer_class = PrunedQwenImageTransformer2DModel
-    projectors = {
-        "text_in": "txt_proj",
-        "text_out": "ehs_proj",
-        "image_ffn": "img_ffn_proj",
-        "text_ffn": "txt_ffn_proj",
-    }
 
     def forward_inputs(
         self,
@@ -76,12 +69,6 @@ class QwenImage(Family):
         if mask is None:
             mask = torch.ones(embeddings.shape[:2])
         return EncodedPrompts(prompts, {"prompt_embeds": embeddings, "prompt_embeds_mask": mask.bool()})
-
-    def streams_in(self, stack: str, kwargs: dict[str, Any]) -> Streams:
-        return {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}
-
-    def streams_out(self, stack: str, output: tuple[Tensor, Tensor]) -> Streams:
-        return {"image": output[1], "text": output[0]}
 
     def masks(self, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
         return {"image": None, "text": inputs["encoder_hidden_states_mask"]}
@@ -128,6 +115,3 @@ class QwenImage(Family):
         if block_.zero_cond_t:
             temb = temb.chunk(2, dim=0)[0]
         return text_qkv_input(block_, kwargs["encoder_hidden_states"], temb)[0]
-
-    def with_text(self, kwargs: dict[str, Any], text: Tensor, reference: Tensor) -> dict[str, Any]:
-        return kwargs | {"encoder_hidden_states": torch.cat([text, reference], dim=-1)}
