@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ppcl.benchmarks.shapes import evaluation_scenes, score, to_pixels
 from ppcl.cli import conf_dir
@@ -49,6 +52,27 @@ def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
         given = [given_pictures(run, scenes[number]) for number in numbers]
         images += [to_pixels(image) for image in draw(run, run.pipeline, prompts, numbers, given)]
     return score(scenes, images)
+
+
+def collect(name: str, target: Path, variants: Sequence[str]) -> None:
+    """The runs of the sweep `name` as a table, a row per variant and seed; prints the mean drops."""
+    rows = []
+    for config in sorted((Path("runs") / name).glob("*/config.yaml")):
+        settings = yaml.safe_load(config.read_text())
+        scores = {path.stem: json.loads(path.read_text()) for path in (config.parent / "scores").glob("*.json")}
+        teacher = scores["teacher"]
+        for variant in variants:
+            row = scores[variant]
+            drop = 100 * (1 - row["scores"]["overall"] / teacher["scores"]["overall"])
+            facts = {"variant": variant, "seed": settings["data"]["train_seed"], "num_layers": row["num_layers"]}
+            ratios = {"params_ratio": row["params"] / teacher["params"]}
+            ratios |= {"latency_ratio": row["latency_ms"] / teacher["latency_ms"]}
+            rows.append(facts | ratios | row["scores"] | {"drop_percent": drop})
+    write_csv(target, rows)
+    for variant in variants:
+        found = [row["drop_percent"] for row in rows if row["variant"] == variant]
+        mean, spread = mean_and_spread(found)
+        print(f"{variant}: drop {mean:.1f} +- {spread:.1f} percent over {len(found)} seeds")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
