@@ -176,3 +176,24 @@ def test_offloading_draws_the_same(command) -> None:
     succeed(*command, "name=offloaded", "generate.offload=group", "generate.variants=[ppcl-depth]")
     (a,), (b,) = pictures(command, "plain", "ppcl-depth"), pictures(command, "offloaded", "ppcl-depth")
     assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ({"num_attention_heads": 4}, "is of another width than model=auto"),
+        (None, "could not be loaded as QwenImageControlNetModel"),
+    ],
+)
+def test_a_controlnet_that_does_not_fit_draws_nothing(command, teacher, tmp_path, network, said) -> None:
+    picture = tmp_path / "edges.png"
+    Image.new("RGB", (32, 32)).save(picture)
+    if network:
+        arch = {k: v for k, v in load(teacher).transformer.config.items() if k in NETWORK}
+        QwenImageControlNetModel(**arch | {"num_layers": 1} | network).save_pretrained(tmp_path / "controlnet")
+    arguments = [f"generate.controlnet={tmp_path / 'controlnet'}", f"generate.control_image={picture}"]
+    outcome = ppcl(*command, f"name={tmp_path.name}", *arguments)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert said in outcome.err
+    assert pictures(command, tmp_path.name, "teacher") == []
