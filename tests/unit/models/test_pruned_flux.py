@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from plain import HEAD_DIM, HEADS, WIDTH, PlainDualStream
 from torch.nn import functional as F
 
 from ppcl.artifacts import Header, Projector
@@ -22,8 +23,7 @@ from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.width import prune_blocks
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
-LAYERS, SINGLE_LAYERS, HEADS, HEAD_DIM = 5, 3, 2, 32
-WIDTH = HEADS * HEAD_DIM
+LAYERS, SINGLE_LAYERS = 5, 3
 CHANNELS, POOLED = 48, 32
 PROJECTORS = ("txt_proj", "ehs_proj", "img_ffn_proj", "txt_ffn_proj")
 # Text, FFN, single FFN: runs of one and of two, in the middle and to the last dual block, whose text the single
@@ -118,85 +118,18 @@ def pointers(module):
     return {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
 
 
-class Plain:
+class Plain(PlainDualStream):
     """Eq. 8-9 for one sample, by loops over the teacher's state dict."""
 
+    names = {"image": ("norm1.linear", "ff"), "text": ("norm1_context.linear", "ff_context")}
+
     def __init__(self, teacher, projectors, text, ffn, single_ffn, text_output):
-        self.teacher, self.state = teacher, teacher.state_dict() | projectors
-        self.text, self.ffn, self.single_ffn, self.text_output = text, ffn, single_ffn, text_output
-
-    def linear(self, name, x):
-        return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
-
-    def rms(self, name, x):
-        return x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * self.state[f"{name}.weight"]
-
-    def project(self, name, x):
-        return x + self.linear(name, x)
-
-    def modulation(self, name, temb):
-        return self.linear(f"{name}.linear", F.silu(temb)).split(WIDTH, dim=-1)
-
-    @staticmethod
-    def modulated(x, shift, scale):
-        return F.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + scale) + shift
-
-    def heads(self, name, norm, x, freqs):
-        x = self.linear(name, x).view(len(x), HEADS, HEAD_DIM)
-        if norm is None:
-            return x
-        turned = torch.view_as_complex(self.rms(norm, x).view(len(x), HEADS, -1, 2)) * freqs[:, None]
-        return torch.view_as_real(turned).flatten(2)
-
-    @staticmethod
-    def attend(query, key, value):
-        found = []
-        for head in range(HEADS):
-            weights = (query[:, head] @ key[:, head].T / HEAD_DIM**0.5).exp()
-            found.append(weights / weights.sum(dim=-1, keepdim=True) @ value[:, head])
-        return torch.cat(found, dim=-1)
-
-    def mlp(self, name, x):
-        return self.linear(f"{name}.net.2", F.gelu(self.linear(f"{name}.net.0.proj", x), approximate="tanh"))
-
-    def feed_forward(self, mlp, projector, index, state, modulation):
-        if index in self.ffn:
-            return self.project(projector, state)
-        shift, scale, gate = modulation[3:]
-        return state + gate * self.mlp(mlp, self.modulated(state, shift, scale))
-
-    def dual(self, index, image, h, temb, image_freqs, text_freqs):
-        name = f"{DUAL}.{index}"
-        attn = f"{name}.attn"
-        image_mod = self.modulation(f"{name}.norm1", temb)
-        image_in = self.modulated(image, *image_mod[:2])
-        if index in self.text:
-            z = self.project(f"{name}.txt_proj", self.z)
-        else:
-            text_mod = self.modulation(f"{name}.norm1_context", temb)
-            self.z = z = self.modulated(h, *text_mod[:2])
-        key, value = (
-            torch.cat([self.heads(f"{attn}.{of_text}", norms[0], z, text_freqs),
-                       self.heads(f"{attn}.{of_image}", norms[1], image_in, image_freqs)])
-            for of_text, of_image, norms in (
-                ("add_k_proj", "to_k", (f"{attn}.norm_added_k", f"{attn}.norm_k")),
-                ("add_v_proj", "to_v", (None, None)),
-            )
-        )  # fmt: skip
-        query = self.heads(f"{attn}.to_q", f"{attn}.norm_q", image_in, image_freqs)
-        image = image + image_mod[2] * self.linear(f"{attn}.to_out.0", self.attend(query, key, value))
-        image = self.feed_forward(f"{name}.ff", f"{name}.img_ffn_proj", index, image, image_mod)
-        if index in self.text:
-            if self.text_output == "each" or index + 1 not in self.text:
-                h = self.project(f"{name}.ehs_proj", h)
-            return image, h
-        query = self.heads(f"{attn}.add_q_proj", f"{attn}.norm_added_q", z, text_freqs)
-        h = h + text_mod[2] * self.linear(f"{attn}.to_add_out", self.attend(query, key, value))
-        return image, self.feed_forward(f"{name}.ff_context", f"{name}.txt_ffn_proj", index, h, text_mod)
+        super().__init__(teacher, projectors, text, ffn, text_output)
+        self.single_ffn = single_ffn
 
     def single(self, index, image, h, temb, image_freqs, text_freqs):
         name = f"{SINGLE}.{index}"
-        shift, scale, gate = self.modulation(f"{name}.norm", temb)
+        shift, scale, gate = self.modulation(f"{name}.norm.linear", temb)
         joined, freqs = torch.cat([h, image]), torch.cat([text_freqs, image_freqs])
         normed = self.modulated(joined, shift, scale)
         query = self.heads(f"{name}.attn.to_q", f"{name}.attn.norm_q", normed, freqs)
@@ -218,7 +151,7 @@ class Plain:
         image, h = self.linear("x_embedder", hidden), self.linear("context_embedder", embeds)
         temb = self.teacher.time_text_embed(*(condition[None] for condition in conditions))
         for index in range(LAYERS):
-            image, h = self.dual(index, image, h, temb, *freqs)
+            image, h = self.dual(index, image, h, temb, temb, *freqs)
         for index in range(SINGLE_LAYERS):
             image, h = self.single(index, image, h, temb, *freqs)
         scale, shift = self.linear("norm_out.linear", F.silu(temb)).split(WIDTH, dim=-1)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from peft import LoraConfig
+from plain import HEAD_DIM, HEADS, WIDTH, PlainDualStream
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ppcl.models.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel, PrunedQwenImageTransformerBlock
 
-LAYERS, HEADS, HEAD_DIM = 7, 2, 32
-WIDTH = HEADS * HEAD_DIM
+LAYERS = 7
 # Runs of one and of two, a run at the end, references with and without FFN, FFNs gone in either kind of block.
 SETS = [
     ([2, 3, 5], []),
@@ -60,77 +60,10 @@ def projectors_of(model):
     return {key: value for key, value in model.state_dict().items() if "_proj." in key and ".attn." not in key}
 
 
-class Plain:
+class Plain(PlainDualStream):
     """Eq. 8-9 for one sample whose padded tokens are taken out, by loops over the teacher's state dict."""
 
-    def __init__(self, teacher, projectors, text, ffn, text_output):
-        self.teacher, self.state = teacher, teacher.state_dict() | projectors
-        self.text, self.ffn, self.text_output = text, ffn, text_output
-
-    def linear(self, name, x):
-        return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
-
-    def rms(self, name, x):
-        return x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * self.state[f"{name}.weight"]
-
-    def project(self, name, x):
-        return x + self.linear(name, x)
-
-    def modulation(self, name, temb):
-        return self.linear(f"{name}.1", F.silu(temb)).split(WIDTH, dim=-1)
-
-    @staticmethod
-    def modulated(x, shift, scale):
-        return F.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + scale) + shift
-
-    def heads(self, name, norm, x, freqs):
-        x = self.linear(name, x).view(len(x), HEADS, HEAD_DIM)
-        if norm is None:
-            return x
-        turned = torch.view_as_complex(self.rms(norm, x).view(len(x), HEADS, -1, 2)) * freqs[:, None]
-        return torch.view_as_real(turned).flatten(2)
-
-    @staticmethod
-    def attend(query, key, value):
-        weights = torch.einsum("qhd,khd->hqk", query, key) / HEAD_DIM**0.5
-        return torch.einsum("hqk,khd->qhd", weights.softmax(dim=-1), value).flatten(1)
-
-    def mlp(self, name, x):
-        return self.linear(f"{name}.net.2", F.gelu(self.linear(f"{name}.net.0.proj", x), approximate="tanh"))
-
-    def feed_forward(self, block, stream, index, state, modulation):
-        if index in self.ffn:
-            return self.project(f"{block}.{stream}_ffn_proj", state)
-        shift, scale, gate = modulation[3:]
-        return state + gate * self.mlp(f"{block}.{stream}_mlp", self.modulated(state, shift, scale))
-
-    def block(self, index, image, h, temb_image, temb_text, image_freqs, text_freqs):
-        name = f"transformer_blocks.{index}"
-        image_mod = self.modulation(f"{name}.img_mod", temb_image)
-        image_in = self.modulated(image, *image_mod[:2])
-        if index in self.text:
-            z = self.project(f"{name}.txt_proj", self.z)
-        else:
-            text_mod = self.modulation(f"{name}.txt_mod", temb_text)
-            self.z = z = self.modulated(h, *text_mod[:2])
-        key, value = (
-            torch.cat([self.heads(f"{name}.attn.{of_text}", norms[0], z, text_freqs),
-                       self.heads(f"{name}.attn.{of_image}", norms[1], image_in, image_freqs)])
-            for of_text, of_image, norms in (
-                ("add_k_proj", "to_k", (f"{name}.attn.norm_added_k", f"{name}.attn.norm_k")),
-                ("add_v_proj", "to_v", (None, None)),
-            )
-        )  # fmt: skip
-        query = self.heads(f"{name}.attn.to_q", f"{name}.attn.norm_q", image_in, image_freqs)
-        image = image + image_mod[2] * self.linear(f"{name}.attn.to_out.0", self.attend(query, key, value))
-        image = self.feed_forward(name, "img", index, image, image_mod)
-        if index in self.text:
-            if self.text_output == "each" or index + 1 not in self.text:
-                h = self.project(f"{name}.ehs_proj", h)
-            return image, h
-        query = self.heads(f"{name}.attn.add_q_proj", f"{name}.attn.norm_added_q", z, text_freqs)
-        h = h + text_mod[2] * self.linear(f"{name}.attn.to_add_out", self.attend(query, key, value))
-        return image, self.feed_forward(name, "txt", index, h, text_mod)
+    names = {"image": ("img_mod.1", "img_mlp"), "text": ("txt_mod.1", "txt_mlp")}
 
     def sample(self, hidden, embeds, valid, sigma, shapes):
         image_freqs, text_freqs = self.teacher.pos_embed([shapes], max_txt_seq_len=len(embeds), device=hidden.device)
@@ -142,7 +75,7 @@ class Plain:
             given = torch.arange(len(image)) >= shapes[0][1] * shapes[0][2]
             temb_image = torch.where(given[:, None], self.teacher.time_text_embed(0 * sigma[None], image), temb)
         for index in range(self.teacher.config.num_layers):
-            image, h = self.block(index, image, h, temb_image, temb, image_freqs, text_freqs[valid])
+            image, h = self.dual(index, image, h, temb_image, temb, image_freqs, text_freqs[valid])
         scale, shift = self.linear("norm_out.linear", F.silu(temb)).chunk(2, dim=-1)
         return self.linear("proj_out", self.modulated(image, shift, scale))
 
