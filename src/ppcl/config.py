@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 STAGE_ORDER = (
     "pretrain",
+    "cache",
     "probe",
     "detect",
     "depth",
@@ -159,9 +160,21 @@ class MethodConfig:
 
 @dataclass
 class DataConfig:
-    """Streams of the shapes world; the three seeds must differ, so that no stage sees another's samples."""
+    """Streams of the shapes world, or of what `stages=[cache]` made of `path` (`webdataset` or `folder`).
+
+    The three seeds must differ, so that no stage sees another's samples. `held_out` is the share of a cache that
+    calibration and held-out losses have to themselves. `cache` names the folder of one, where its source is not.
+    """
 
     name: str = "shapes"
+    path: str | None = None
+    cache: str | None = None
+    captions: list[str] = field(default_factory=lambda: ["prompt_en", "caption_en", "prompt_zh"])
+    min_text_accuracy: float | None = None
+    aspects: list[str] = field(default_factory=lambda: ["1:1"])
+    held_out: float = 0.02
+    samples_per_file: int = 256
+    encode_batch_size: int = 8
     train_seed: int = 0
     calibration_seed: int = 1
     eval_seed: int = 2

@@ -1,8 +1,9 @@
-"""The shapes world, or edits of it, as batches for a transformer: endless, seeded, addressed by step."""
+"""Batches for a transformer: endless, seeded, addressed by step; of the shapes world, or edits of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,41 +19,33 @@ from ppcl.ops import flow_matching
 _STREAM_STRIDE = 1_000_003
 
 
-class ShapesStream:
-    """Batches of one seed. Captions are encoded once, images when they are asked for.
+class Stream(ABC):
+    """Batches of one seed: a source's latents and conditions, noised."""
 
-    An embedded teacher's text encoder is told of given pictures no more than that they are there, so that
-    instructions can be encoded beforehand too.
-    """
-
-    def __init__(self, family: Family, pipeline: Any, config: DataConfig, seed: int, batch_size: int) -> None:
-        self.family, self.pipeline, self.config = family, pipeline, config
+    def __init__(self, family: Family, config: DataConfig, seed: int, batch_size: int) -> None:
+        self.family, self.config = family, config
         self.seed, self.batch_size = seed, batch_size
-        self.prompts = family.encode_prompts(pipeline, [*family.world.all_captions(family.categories), ""])
+
+    @abstractmethod
+    def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
+        """Latents `[B, N, C]`, their size in tokens, and conditions of the first samples of batch `step`.
+
+        As many as `dropped` is long, which says whose captions are left out.
+        """
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * _STREAM_STRIDE + number)
 
-    def _encode(self, start: int, count: int) -> tuple[Tensor, tuple[int, int], list[str], Conditions]:
-        """Latents and their size, captions, and what the given pictures condition on."""
-        family, numbers = self.family, range(start, start + count)
-        scenes = [family.world.make_scene(self.seed, number, categories=family.categories) for number in numbers]
-        latents, size = family.encode_images(self.pipeline, shapes.pictures(scenes))
-        given = zip(*(scene.references for scene in scenes), strict=True)
-        references = family.encode_references(self.pipeline, [shapes.to_tensor(list(images)) for images in given])
-        return latents, size, [scene.caption for scene in scenes], references
-
     def __call__(self, step: int) -> TrainingBatch:
         """Training batch number `step`, with captions dropped for guidance."""
-        latents, size, captions, references = self._encode(step * self.batch_size, self.batch_size)
         generator = self._generator(step)
         dropped = torch.rand(self.batch_size, generator=generator) < self.config.caption_dropout
-        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]
+        latents, size, conditions = self.samples(step, dropped.tolist())
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         sigmas = flow_matching.sample_sigmas(
             self.batch_size, generator, scheme=self.config.timesteps, shift=self.config.shift
         ).to(latents)
-        return self.family.training_batch(latents, self.prompts(captions) | references, noise, sigmas, size)
+        return self.family.training_batch(latents, conditions, noise, sigmas, size)
 
     def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
         """Every one of `num_samples` samples at every one of `num_timesteps` noise levels.
@@ -63,9 +56,31 @@ class ShapesStream:
         grid = self.config.shift * grid / (1 + (self.config.shift - 1) * grid)
         for start in range(0, num_samples, self.batch_size):
             count = min(self.batch_size, num_samples - start)
-            latents, size, captions, references = self._encode(start, count)
-            conditions = self.prompts(captions) | references
+            latents, size, conditions = self.samples(start // self.batch_size, [False] * count)
             noise = torch.randn(latents.shape, generator=self._generator(start)).to(latents)
             for sigma in grid.tolist():
                 sigmas = latents.new_full((count,), sigma)
                 yield self.family.training_batch(latents, conditions, noise, sigmas, size)
+
+
+class ShapesStream(Stream):
+    """Captions are encoded once, images when they are asked for.
+
+    An embedded teacher's text encoder is told of given pictures no more than that they are there, so that
+    instructions can be encoded beforehand too.
+    """
+
+    def __init__(self, family: Family, pipeline: Any, config: DataConfig, seed: int, batch_size: int) -> None:
+        super().__init__(family, config, seed, batch_size)
+        self.pipeline = pipeline
+        self.prompts = family.encode_prompts(pipeline, [*family.world.all_captions(family.categories), ""])
+
+    def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
+        family, start = self.family, step * self.batch_size
+        numbers = range(start, start + len(dropped))
+        scenes = [family.world.make_scene(self.seed, number, categories=family.categories) for number in numbers]
+        latents, size = family.encode_images(self.pipeline, shapes.pictures(scenes))
+        given = zip(*(scene.references for scene in scenes), strict=True)
+        references = family.encode_references(self.pipeline, [shapes.to_tensor(list(images)) for images in given])
+        captions = ["" if drop else scene.caption for drop, scene in zip(dropped, scenes, strict=True)]
+        return latents, size, self.prompts(captions) | references

@@ -220,7 +220,7 @@ def measure(run: Run, plugs: Plugs) -> dict[str, Any]:
         "layout": asdict(run.layout),
         "num_batches": run.config.budget.num_batches,
         "size": [sampling.height, sampling.width],
-        "data": asdict(run.config.data),
+        "data": run.data_identity,
     }
     header = Header("ppcl.costs", made_from)
     if is_current(path, header):

@@ -144,7 +144,7 @@ def plug_header(run: Run, stack: str, pair: Interval) -> Header:
         "interval": list(pair),
         "distill": settings,
         "precision": run.config.trainer.precision,
-        "data": asdict(run.config.data),
+        "data": run.data_identity,
     }
     if run.config.distill.mode == "sequential":
         made_from["chain"] = {s: [list(p) for p in pairs] for s, pairs in run.intervals.items()}

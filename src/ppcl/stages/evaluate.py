@@ -21,7 +21,9 @@ from ppcl.stages.variants import Plugs, Switch, Variant, variants_of
 
 
 def denoising_step(run: Run) -> dict[str, Any]:
-    """Inputs of one forward at batch 1 for the configured resolution."""
+    """Inputs of one forward at batch 1 for the configured resolution; of cached data, as one sample has them."""
+    if run.config.data.name != "shapes":
+        return run.to_device(run.stream(run.config.data.calibration_seed, 1)(0).inputs)
     sampling = run.config.model.sampling
     images = torch.zeros(1, 3, sampling.height, sampling.width)
     latents, size = run.family.encode_images(run.pipeline, images)

@@ -160,7 +160,7 @@ def finetune_header(run: Run, plugged: dict[str, str]) -> Header:
         "layout": asdict(run.layout),
         "finetune": settings,
         "precision": run.config.trainer.precision,
-        "data": asdict(run.config.data),
+        "data": run.data_identity,
     }
     return Header("ppcl.finetuned", made_from)
 

@@ -79,7 +79,7 @@ def teacher_header(run: Run) -> Header:
         "builder": run.config.model.builder,
         "seed": run.config.data.train_seed,
         "pretrain": settings,
-        "data": asdict(run.config.data),
+        "data": run.data_identity,
     }
     return Header("ppcl.teacher", made_from)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ppcl import __version__
-from ppcl.artifacts import Intervals, Probes, PruningPlan, Width, write_json
+from ppcl.artifacts import Header, Intervals, Probes, PruningPlan, Width, read_json, write_json
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.layers import Layout
@@ -22,6 +23,19 @@ from ppcl.validation.model import model_folder, num_layers
 from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "safetensors", "numpy")
+ENCODER_STAGES = {"cache", "generate", "evaluate", "export"}
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        # The ends tell files apart; reading all of 40 GB at each start would not be worth it.
+        with file.open("rb") as handle:
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            digest.update(handle.read(1 << 20))
+            handle.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
 
 
 class Run:
@@ -65,15 +79,47 @@ class Run:
         identity = {"family": model.family, "arch": model.arch, "dtype": model.dtype}
         if folder is None:
             return identity | {"path": model.path, "revision": model.revision}
-        digest = hashlib.sha256()
-        for file in sorted((folder / "transformer").glob("*.safetensors")):
-            # The ends tell files apart; reading all of 40 GB at each start would not be worth it.
-            with file.open("rb") as handle:
-                digest.update(f"{file.name} {file.stat().st_size}".encode())
-                digest.update(handle.read(1 << 20))
-                handle.seek(max(0, file.stat().st_size - (1 << 20)))
-                digest.update(handle.read())
-        return identity | {"weights": digest.hexdigest()[:16]}
+        return identity | {"weights": _digest((folder / "transformer").glob("*.safetensors"))}
+
+    @cached_property
+    def encoder_identity(self) -> dict[str, Any]:
+        """What tells this model's VAE and text encoder from another's; a folder may be without them."""
+        model, folder = self.config.model, model_folder(self.config.model)
+        if folder is None:
+            return {"family": model.family, "path": model.path, "revision": model.revision}
+        files = {p for kind in ("vae", "text_encoder*", "tokenizer*") for p in folder.glob(f"{kind}/*") if p.is_file()}
+        return {"family": model.family} | ({"encoders": _digest(files)} if files else {})
+
+    @cached_property
+    def cache_header(self) -> Header:
+        """What the cache of this data is made from; of one that is given, what it says."""
+        from ppcl.data.sources import find_units
+        from ppcl.stages.cache import source_header
+
+        if self.config.data.cache is None:
+            return source_header(self.config, find_units(self.config.data), self.encoder_identity)
+        content = read_json(self.cache_folder / "cache.json", "data.cache:")
+        header = Header(content["format"], content["made_from"], content["version"])
+        there = self.encoder_identity
+        if "encoders" in there and there != header.made_from["model"]:
+            raise UsageError(f"data.cache={self.config.data.cache} was made by other encoders than model.path has.")
+        return header
+
+    @property
+    def cache_folder(self) -> Path:
+        if self.config.data.cache is not None:
+            return Path(self.config.data.cache)
+        return Path(self.config.paths.cache_dir) / "data" / self.cache_header.fingerprint
+
+    @cached_property
+    def data_identity(self) -> dict[str, Any]:
+        """The training data, in what an artifact is made from."""
+        data = self.config.data
+        drawn = ("train_seed", "calibration_seed", "eval_seed", "caption_dropout", "timesteps", "shift")
+        identity = {"name": data.name} | {key: getattr(data, key) for key in drawn}
+        if data.name == "shapes":
+            return identity
+        return identity | {"cache": self.cache_header.fingerprint, "held_out": data.held_out}
 
     @cached_property
     def pipeline(self) -> Any:
@@ -85,8 +131,13 @@ class Run:
         source = model_folder(model) or model.path
         assert source is not None, "checked in config.check"
         try:
+            left_out = {}
+            if self.config.data.name != "shapes" and not ENCODER_STAGES & {*self.config.stages}:
+                index = DiffusionPipeline.load_config(source, revision=model.revision)
+                components = {name for name, entry in index.items() if isinstance(entry, list)}
+                left_out = dict.fromkeys(components - {"transformer", "scheduler"})
             pipeline = DiffusionPipeline.from_pretrained(
-                source, revision=model.revision, torch_dtype=getattr(torch, model.dtype)
+                source, revision=model.revision, torch_dtype=getattr(torch, model.dtype), **left_out
             )
         except OSError:
             raise UsageError(
@@ -124,9 +175,20 @@ class Run:
         return evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, self.family)
 
     def stream(self, seed: int, batch_size: int) -> Any:
+        """Batches of the configured data; those of the calibration seed are of samples kept from training."""
+        from ppcl.data.cached import EMPTY, CachedStream, unit_record
         from ppcl.data.streams import ShapesStream
 
-        return ShapesStream(self.family, self.pipeline, self.config.data, seed, batch_size)
+        data = self.config.data
+        if data.name == "shapes":
+            return ShapesStream(self.family, self.pipeline, data, seed, batch_size)
+        folder = self.cache_folder
+        missing = [unit for unit in self.cache_header.made_from["units"] if not (folder / unit_record(unit)).exists()]
+        if missing or not (folder / EMPTY).exists():
+            raise UsageError(
+                f"{folder} lacks {missing[0] if missing else EMPTY}: run stages=[cache] first, to its end."
+            )
+        return CachedStream(self.family, folder, data, seed, batch_size, held_out=seed == data.calibration_seed)
 
     def to_device(self, batch: Any) -> Any:
         from lightning.fabric.utilities import move_data_to_device
@@ -193,10 +255,11 @@ class Run:
     @property
     def probe_settings(self) -> dict[str, Any]:
         data = self.config.data
+        cached = {} if data.name == "shapes" else {"cache": self.cache_header.fingerprint, "held_out": data.held_out}
         return {
             "model": self.model_identity,
             "probe": asdict(self.config.probe),
-            "data": {"seed": data.calibration_seed, "timesteps": data.timesteps, "shift": data.shift},
+            "data": {"seed": data.calibration_seed, "timesteps": data.timesteps, "shift": data.shift} | cached,
         }
 
     @property

@@ -79,7 +79,7 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
         "width": {key: getattr(width, key) for key in ("ridge", "num_batches", "steps", "lr", "linear_weight")},
         "distill": distill,
         "precision": run.config.trainer.precision,
-        "data": asdict(run.config.data),
+        "data": run.data_identity,
     }
     return Header("ppcl.projector", made_from)
 

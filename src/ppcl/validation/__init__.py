@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ppcl.config import STAGE_ORDER, VARIANTS, Config
 from ppcl.errors import UsageError
-from ppcl.validation.model import check_model, check_pretrain
+from ppcl.validation.model import check_data, check_model, check_pretrain
 from ppcl.validation.outputs import (
     check_adapter,
     check_export,
@@ -51,7 +51,7 @@ def check(config: Config) -> None:
     one_of("distill.mode", distill.mode, ("parallel", "sequential"))
     one_of("distill.init", distill.init, ("first", "middle", "average"))
     one_of("probe.init", config.probe.init, ("closed_form", "zero"))
-    one_of("data.name", config.data.name, ("shapes",))
+    one_of("data.name", config.data.name, ("shapes", "webdataset", "folder"))
     one_of("width.source", config.width.source, ("none", "given", "plan", "auto"))
     one_of("width.text_output", config.width.text_output, ("last", "each"))
     one_of("budget.cost", config.budget.cost, ("velocity", "loss"))
@@ -94,6 +94,7 @@ def check(config: Config) -> None:
             "finetune.flow_weight": (config.finetune.flow_weight, 0),
             "finetune.feature_weight": (config.finetune.feature_weight, 0),
             "generate.batch_size": (config.generate.batch_size, 1),
+            "data.encode_batch_size": (config.data.encode_batch_size, 1),
             "generate.num_images": (config.generate.num_images, 1),
             "benchmark.prompts_per_category": (config.benchmark.prompts_per_category, 1),
         }
@@ -131,6 +132,7 @@ def check(config: Config) -> None:
         check_pretrain(config)
         return
     check_model(config)
+    check_data(config)
     check_generate(config)
     if "finetune" in config.stages:
         check_adapter(config)

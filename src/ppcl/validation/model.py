@@ -9,11 +9,11 @@ from ppcl.artifacts import check_safetensors
 from ppcl.config import BUILDERS, Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families import FAMILIES, family_of_pipeline
-from ppcl.validation.values import one_of
+from ppcl.validation.values import aspect_ratio, one_of
 
 EMBEDDED = "embedded:"
 ASSETS = Path(__file__).parents[1] / "assets"
-WEIGHT_STAGES = {"probe", "detect", "depth", "width", "finetune", "export", "generate", "evaluate"}
+WEIGHT_STAGES = {"cache", "probe", "detect", "depth", "width", "finetune", "export", "generate", "evaluate"}
 
 
 def model_folder(model: ModelConfig) -> Path | None:
@@ -76,3 +76,37 @@ def check_pretrain(config: Config) -> None:
             f"stages=[pretrain] trains the embedded teachers only; model={config.model.name} has no model.builder."
         )
     one_of("model.builder", config.model.builder, BUILDERS)
+
+
+def check_data(config: Config) -> None:
+    """Cached data: what is named, and that something was."""
+    data = config.data
+    if data.name == "shapes":
+        if "cache" in config.stages:
+            raise UsageError(
+                "stages=[cache] has nothing to encode with data=shapes; choose data=webdataset or data=folder."
+            )
+        return
+    if "pretrain" in config.stages:
+        raise UsageError(f"data={data.name} does not go with stages=[pretrain], which draws the shapes world.")
+    if (data.path is None) == (data.cache is None):
+        raise UsageError(f"data={data.name} needs data.path, pictures to encode, or data.cache, a folder of such.")
+    if data.cache is not None:
+        if "cache" in config.stages:
+            raise UsageError(f"data.cache={data.cache} is made already: give data.path to make one, or drop the stage.")
+        if not (Path(data.cache) / "cache.json").exists():
+            raise UsageError(f"data.cache={data.cache} holds no cache.json; name a folder that stages=[cache] made.")
+    if FAMILIES[config.model.family].num_references:
+        raise UsageError(
+            f"data={data.name} has no given pictures, which model.family={config.model.family} needs: use data=shapes."
+        )
+    if not 0 < data.held_out < 1:
+        raise UsageError(f"data.held_out={data.held_out} must lie between 0 and 1.")
+    if not data.captions:
+        raise UsageError("data.captions=[] names no key that a caption stands under.")
+    if not data.aspects:
+        raise UsageError("data.aspects=[] leaves no shape to cut pictures to; write some, such as 1:1.")
+    for aspect in data.aspects:
+        aspect_ratio(aspect)
+    if not 1 <= data.samples_per_file <= 1000:
+        raise UsageError(f"data.samples_per_file={data.samples_per_file} must lie between 1 and 1000.")

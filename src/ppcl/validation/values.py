@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ppcl.errors import UsageError
 
 
@@ -14,3 +16,15 @@ def at_least(bounds: dict[str, tuple[float, float]]) -> None:
     for key, (value, least) in bounds.items():
         if value < least:
             raise UsageError(f"{key}={value} must be at least {least:g}.")
+
+
+def aspect_ratio(aspect: str) -> float:
+    """Width over height of "w:h"."""
+    try:
+        across, down = (float(part) for part in aspect.split(":"))
+        ratio = across / down
+    except (ValueError, ZeroDivisionError):
+        ratio = 0.0
+    if not 0 < ratio < math.inf:
+        raise UsageError(f"data.aspects={aspect} is no aspect; write width:height, such as 4:3.")
+    return ratio

@@ -1,0 +1,133 @@
+"""Latents and prompt embeddings on disk, and the stream of batches made of them: no encoder is loaded any more.
+
+A folder of parts, `UNIT-NNN.safetensors` with `NNN.<name>` tensors per sample and a JSON that lists them; per unit of
+the source a `UNIT.json`, written last, with what was skipped; and `empty.safetensors`, the empty prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from ppcl.artifacts import check_safetensors, read_json, read_tensors
+from ppcl.config import DataConfig
+from ppcl.data.streams import Stream
+from ppcl.errors import UsageError
+from ppcl.families.base import Conditions, Family
+
+MASK = "prompt_embeds_mask"
+LATENTS = "latents"
+EMPTY = "empty.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cached sample: where it lies, and its latents' height and width in tokens."""
+
+    key: str
+    part: Path
+    number: int
+    size: tuple[int, int]
+
+
+def unit_record(name: str) -> str:
+    """The file that says a unit is cached to its end."""
+    return f"{name}.json"
+
+
+def trimmed(conditions: Conditions) -> Conditions:
+    """One sample's conditions `[L, ...]` without padding."""
+    mask = conditions.get(MASK)
+    if mask is None:
+        return conditions
+    length = int(mask.sum())
+    return {name: value[:length] if len(value) == len(mask) else value for name, value in conditions.items()}
+
+
+def stacked(samples: Sequence[Conditions]) -> Conditions:
+    """Conditions of several samples `[B, ...]`, those of unequal length padded with zeros to the longest."""
+    batch: Conditions = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        longest = max((len(value) for value in values if value.ndim), default=0)
+        padded = [F.pad(v, (0, 0) * (v.ndim - 1) + (0, longest - len(v))) if v.ndim else v for v in values]
+        batch[name] = torch.stack(padded)
+    return batch
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a sample is one of the `share` that is kept from training, by its key alone."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < share * 0x1_0000_0000
+
+
+def read_entries(folder: Path) -> list[Entry]:
+    """Every cached sample, in a fixed order."""
+    entries = []
+    for record in sorted(folder.glob("*-[0-9][0-9][0-9].json")):
+        part = record.with_suffix(".safetensors")
+        check_safetensors(part)
+        for number, item in enumerate(read_json(record, "A cache's part")["samples"]):
+            entries.append(Entry(item["key"], part, number, tuple(item["size"])))
+    return entries
+
+
+@lru_cache(maxsize=64)
+def _opened(part: Path) -> Any:
+    return safe_open(part, framework="pt")
+
+
+class CachedStream(Stream):
+    """Batches of one bucket each, every sample once an epoch but for those that fill no batch; shuffled anew each."""
+
+    def __init__(
+        self, family: Family, folder: Path, config: DataConfig, seed: int, batch_size: int, *, held_out: bool
+    ) -> None:
+        super().__init__(family, config, seed, batch_size)
+        self.empty, _ = read_tensors(folder / EMPTY)
+        self.buckets: dict[tuple[int, int], list[Entry]] = {}
+        for entry in read_entries(folder):
+            if is_held_out(entry.key, config.held_out) == held_out:
+                self.buckets.setdefault(entry.size, []).append(entry)
+        self.steps_per_epoch = sum(len(entries) // batch_size for entries in self.buckets.values())
+        if not self.steps_per_epoch:
+            kind = "held-out" if held_out else "training"
+            most = max((len(entries) for entries in self.buckets.values()), default=0)
+            raise UsageError(
+                f"{folder} holds at most {most} {kind} samples of one size, and a batch takes {batch_size}: cache "
+                "more, or lower the batch size."
+            )
+
+    def entries(self, step: int) -> list[Entry]:
+        """What batch number `step` is made of."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[number]
+
+    @lru_cache(maxsize=2)  # noqa: B019 - streams live as long as a stage
+    def _epoch(self, epoch: int) -> list[list[Entry]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        batches = []
+        for size in sorted(self.buckets):
+            found = [self.buckets[size][index] for index in rng.permutation(len(self.buckets[size]))]
+            whole = len(found) // self.batch_size * self.batch_size
+            batches += [found[start : start + self.batch_size] for start in range(0, whole, self.batch_size)]
+        return [batches[index] for index in rng.permutation(len(batches))]
+
+    def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
+        entries = self.entries(step)[: len(dropped)]
+        latents, conditions = [], []
+        for entry, drop in zip(entries, dropped, strict=True):
+            part, prefix = _opened(entry.part), f"{entry.number:03d}."
+            names = [key for key in self.empty if key != LATENTS]
+            latents.append(part.get_tensor(prefix + LATENTS))
+            conditions.append(self.empty if drop else {name: part.get_tensor(prefix + name) for name in names})
+        return torch.stack(latents), entries[0].size, stacked(conditions)

@@ -1,0 +1,183 @@
+"""Pictures with captions on disk: webdataset shards, or a folder with a CSV or JSONL; read unit by unit.
+
+A unit is what is cached, or found cached, as a whole: a shard, or a thousand rows of a table. What is no good in
+one comes out as a `Skipped` with its reason; a shard that is cut short yields what lies before the cut.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+from PIL import Image
+
+from ppcl.config import DataConfig
+from ppcl.errors import UsageError
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+ROWS = 1000
+
+
+@dataclass
+class Sample:
+    key: str
+    caption: str
+    image: bytes
+
+    def open(self) -> Image.Image:
+        """The decoded picture; raises what PIL raises."""
+        picture = Image.open(io.BytesIO(self.image))
+        picture.load()
+        return picture.convert("RGB")
+
+
+@dataclass
+class Skipped:
+    key: str
+    why: str
+
+
+@dataclass
+class Unit:
+    """Samples that are read in one go; `size` and `changed` tell it from another of its name."""
+
+    name: str
+    size: int
+    changed: int
+
+    def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
+        raise NotImplementedError
+
+    def count(self) -> int:
+        """How many pictures it has, at a glance."""
+        raise NotImplementedError
+
+
+@dataclass
+class Shard(Unit):
+    path: Path
+
+    def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
+        broken: list[Exception] = []
+
+        def note(error: Exception) -> bool:
+            broken.append(error)
+            return True
+
+        members = wds.DataPipeline(wds.SimpleShardList([str(self.path)]), wds.tarfile_to_samples(handler=note))
+        for member in members:
+            key = str(member["__key__"])
+            found = next((member[name] for name in IMAGES if name in member), None)
+            try:
+                facts = json.loads(member["json"]) if "json" in member else {}
+            except ValueError:
+                yield Skipped(key, "its .json is none")
+                continue
+            if "txt" in member:
+                facts = {config.captions[0]: member["txt"].decode("utf-8", "replace")} | facts
+            yield _sample(key, facts, found, config)
+        if broken:
+            yield Skipped(self.path.name, f"cut short or damaged: {type(broken[0]).__name__}")
+
+    def count(self) -> int:
+        found = 0
+        try:
+            with tarfile.open(self.path) as archive:
+                for member in archive:
+                    found += member.name.rpartition(".")[2].lower() in IMAGES
+        except tarfile.TarError:
+            pass  # reading it says so
+        return found
+
+
+@dataclass
+class Rows(Unit):
+    table: Path
+    start: int
+    rows: Sequence[Mapping[str, Any]]
+
+    def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
+        for number, row in enumerate(self.rows, start=self.start):
+            name = next((str(row[key]) for key in ("image", "file_name", "path") if row.get(key)), None)
+            key = name or f"row {number}"
+            if name is None:
+                yield Skipped(key, "no image, file_name or path")
+                continue
+            try:
+                content = (self.table.parent / name).read_bytes()
+            except OSError as error:
+                yield Skipped(key, f"its file cannot be read: {error.strerror}")
+                continue
+            yield _sample(key, row, content, config)
+
+    def count(self) -> int:
+        return len(self.rows)
+
+
+def _sample(key: str, facts: Any, image: bytes | None, config: DataConfig) -> Sample | Skipped:
+    if image is None:
+        return Skipped(key, "no picture")
+    if not isinstance(facts, Mapping):
+        return Skipped(key, "its .json is none")
+    caption = next((str(facts[name]).strip() for name in config.captions if facts.get(name)), "")
+    if not caption:
+        return Skipped(key, f"no caption: none of {', '.join(config.captions)}")
+    accuracy = facts.get("text_accuracy")
+    if config.min_text_accuracy is not None and accuracy is not None:
+        try:
+            low = float(accuracy) < config.min_text_accuracy
+        except (TypeError, ValueError):
+            return Skipped(key, f"text_accuracy={accuracy} is no number")
+        if low:
+            return Skipped(key, f"text_accuracy={accuracy} is below data.min_text_accuracy={config.min_text_accuracy}")
+    return Sample(key, caption, image)
+
+
+def find_units(config: DataConfig) -> list[Unit]:
+    """Every unit of `data.path`, in a fixed order; `UsageError` where there is none."""
+    return _tables(config) if config.name == "folder" else _shards(config)
+
+
+def _shards(config: DataConfig) -> list[Unit]:
+    pattern = str(config.path)
+    names = [f"{pattern}/*.tar"] if Path(pattern).is_dir() else wds.SimpleShardList(pattern).urls
+    paths = sorted(Path(found) for name in names for found in glob.glob(name))
+    if not paths:
+        raise UsageError(
+            f"data.path={pattern} names no shard; give a folder of .tar files, or shards-{{000..099}}.tar."
+        )
+    return [Shard(path.name, path.stat().st_size, path.stat().st_mtime_ns, path) for path in paths]
+
+
+def _tables(config: DataConfig) -> list[Unit]:
+    path = Path(str(config.path))
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.name in ("metadata.csv", "metadata.jsonl"))
+        if not found:
+            raise UsageError(f"data.path={path} holds no metadata.csv or metadata.jsonl; name the table.")
+        path = found[0]
+    if not path.is_file():
+        raise UsageError(f"data.path={path} does not exist; name a folder, a CSV or a JSONL.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (UnicodeDecodeError, ValueError, csv.Error):
+        raise UsageError(f"data.path={path} does not read as {path.suffix or 'a table'}; mend it first.") from None
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise UsageError(f"data.path={path} holds no rows with named columns.")
+    stat = path.stat()
+    return [
+        Rows(f"{path.name}-{start}", stat.st_size, stat.st_mtime_ns, path, start, rows[start : start + ROWS])
+        for start in range(0, len(rows), ROWS)
+    ]
