@@ -82,6 +82,8 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path):
         overrides = [f"model={model_of(content['family'])}", f"intervals={choice}"]
     if file == "model/auto":
         overrides = auto[1:]
+    if "path" in content and group == "data":
+        overrides = [*overrides, "data.path=/pictures"]
     if group and group != "hydra/help":
         overrides = [f"{group}={choice}", *overrides]
     raw = compose("config", overrides, return_hydra_config=group == "hydra/help")
@@ -93,7 +95,7 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path):
     # What the file says is what the run sees: no default or other group silently wins.
     sections = dict.fromkeys(("", "experiment"), config) | {"sampling": config.model.sampling}
     section = sections[group] if group in sections else getattr(config, group)
-    found_in_the_folder = {"family", "path"} if file == "model/auto" else set()
+    found_in_the_folder = {"model/auto": {"family", "path"}}.get(file, {"path"} if group == "data" else set())
     for key, value in content.items():
         if key not in {"defaults", *found_in_the_folder} and not isinstance(value, dict) and "${" not in str(value):
             assert getattr(section, key) == value, key
