@@ -21,6 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 import ppcl as package
+from ppcl.families.tiny_dit import build_pipeline as build_dit
 from ppcl.surgery.remap import map_blocks
 
 PROMPT = "generate.prompt=a red circle"
@@ -197,3 +198,24 @@ def test_a_controlnet_that_does_not_fit_draws_nothing(command, teacher, tmp_path
     assert outcome.err.count("\n") == 1
     assert said in outcome.err
     assert pictures(command, tmp_path.name, "teacher") == []
+
+
+def test_the_model_as_it_is_needs_no_intervals(settings, tmp_path) -> None:
+    command = [*settings, f"paths.runs_dir={tmp_path}", "stages=[generate]", PROMPT]
+    succeed(*command, "name=alone", "generate.variants=[teacher]")
+    assert len(pictures(command, "alone", "teacher")) == 1
+    outcome = ppcl(*command, "name=pruned", "generate.variants=[teacher,removed]")
+    assert outcome.code == 2
+    assert "intervals are not given" in outcome.err
+
+
+def test_a_class_that_there_is_not_is_named_before_anything_is_written(settings, tmp_path) -> None:
+    build_dit(0, 3).save_pretrained(tmp_path / "dit")
+    command = [*settings, f"model.path={tmp_path / 'dit'}", f"paths.runs_dir={tmp_path}", "stages=[generate]"]
+    command += ["generate.variants=[teacher]"]
+    outcome = ppcl(*command, "name=dragon", "generate.prompt=a dragon")
+    assert outcome.code == 2
+    assert "'a dragon' is no class of this model" in outcome.err
+    assert not (tmp_path / "dragon" / "images").exists()
+    succeed(*command, "name=circle", PROMPT)
+    assert len(pictures(command, "circle", "teacher")) == 1

@@ -132,6 +132,9 @@ class Family(ABC):
         """Forwards per denoising step: two with classifier-free guidance."""
         return 2 if sampling.true_cfg_scale > 1 else 1
 
+    def check_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:  # noqa: B027 - most take any
+        """`UsageError` for a prompt that this model cannot be given."""
+
     prompts_per_call: int | None = None  # the most that a pipeline takes at once
 
     def prompt_arguments(

@@ -87,6 +87,9 @@ class DiT(Family):
         # diffusers reads the labels from model_index.json and does not write them again.
         pipeline.register_to_config(id2label={str(number): name for name, number in pipeline.labels.items()})
 
+    def check_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:
+        self._labels(pipeline, prompts)
+
     def num_passes(self, sampling: Any) -> int:
         return 2 if sampling.guidance_scale > 1 else 1
 

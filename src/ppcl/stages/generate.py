@@ -186,6 +186,7 @@ def run(run: Run) -> None:
     if not missing:
         return
     missing = [item for item in missing if not _reuse_teacher(run, *item)]
+    run.family.check_prompts(run.pipeline, prompts)
     switch = Switch(run, plugs)
     with Progress(console=run.console, transient=True) as progress:
         for variant, folder, header in missing:

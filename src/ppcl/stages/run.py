@@ -215,13 +215,18 @@ class Run:
     def plugs_folder(self) -> Path:
         return self.base / "plugs"
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether intervals are given, or this run has detected some."""
+        return resolve_intervals(self.config) is not None or self.plan_path.exists()
+
     @cached_property
     def intervals(self) -> Intervals:
         """The intervals given, or else those this run detected."""
         given = resolve_intervals(self.config)
         if given is not None:
             return given
-        if not self.plan_path.exists():
+        if not self.has_intervals:
             raise UsageError(
                 "intervals are not given and this run has detected none: add stages=[probe,detect] or intervals=."
             )

@@ -136,9 +136,9 @@ def variants_of(run: Run, names: list[str] | None = None) -> tuple[list[Variant]
 
 
 def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
-    every = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     if name == "teacher":
         return Variant(name)
+    every = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     if name == "removed":
         return Variant(name, removed=every)
     if name == "ppcl-depth":
@@ -171,7 +171,8 @@ class Switch:
         self.run = run
         self.teacher = transformer = run.pipeline.transformer
         students = {name: load_student(run.family, transformer, plug) for name, plug in plugs.students.items()}
-        self.board = Plugboard(run.family, transformer, run.intervals, students, plugs.projectors, run.layout)
+        intervals = run.intervals if run.has_intervals else {}  # a teacher can be drawn without any
+        self.board = Plugboard(run.family, transformer, intervals, students, plugs.projectors, run.layout)
         self._finetuned: Any = None
         self.teacher_size = sum(parameter.numel() for parameter in transformer.parameters())
 
