@@ -12,6 +12,7 @@ STAGE_ORDER = (
     "cache",
     "probe",
     "detect",
+    "boundaries",
     "depth",
     "import_published",
     "width",
@@ -202,10 +203,18 @@ class TrainingConfig:
 
 @dataclass
 class DistillConfig(TrainingConfig):
+    """`from_boundaries`: students learn from what `stages=[boundaries]` wrote, in `boundaries` or the cache.
+
+    `replay`: how many steps learn from one pass of the teacher then.
+    """
+
     mode: str = "parallel"
     init: str = "first"
     magnitude_weight: float = 0.0
     intervals: list[str] | None = None
+    from_boundaries: bool = False
+    boundaries: str | None = None
+    replay: int = 1
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -13,11 +14,13 @@ from rich.progress import track
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ppcl.artifacts import Header, Interval, Intervals, Plug, fingerprint, is_current, plug_name
+from ppcl.artifacts import Header, Interval, Intervals, Plug, fingerprint, is_current, plug_name, read_tensors
 from ppcl.config import DistillConfig
 from ppcl.data.batches import StepLoader, TrainingBatch
+from ppcl.data.boundaries import HELD_OUT, TRAIN, read_batch
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.stages.boundaries import HELD_OUT_STEPS, boundaries_folder, num_stored, read_record
 from ppcl.stages.local import LocalDistillation, Terms
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit
@@ -133,11 +136,53 @@ class DepthDistillation(LocalDistillation):
         return [{key: value.detach() for key, value in terms.items()} for terms in logged]
 
 
+class DepthFromBoundaries(DepthDistillation):
+    """The same from activations on disk: no teacher is held, and each interval's file is read only for it."""
+
+    def __init__(
+        self, family: Family, intervals: Intervals, students: dict[str, nn.Module], config: DistillConfig
+    ) -> None:
+        self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]
+        LocalDistillation.__init__(self, family, nn.Identity(), students, config)
+
+    def each_loss(self, batch: Any, visit: Callable[[int, Terms], None]) -> None:
+        for number, part in enumerate(batch.parts):
+            student = self._call_student(*self.pairs[number], part.kwargs)
+            visit(number, self.with_sum(self.output_terms(student, part.outputs, part.masks)))
+
+
+def initial_students(run: Run, intervals: Intervals, folder: Path) -> dict[str, nn.Module]:
+    """The students that boundaries were written for, in their first state; the teacher stays on the meta device."""
+    with torch.device("meta"):
+        teacher = run.family.transformer_class.from_config(run.config.model.arch)
+    students = {}
+    for stack, pairs in intervals.items():
+        for pair in pairs:
+            name = plug_name(stack, pair)
+            student = copy.deepcopy(getattr(teacher, stack)[pair[0]])
+            state, _ = read_tensors(folder / name / "init.safetensors")
+            student.load_state_dict(state, assign=True)
+            students[name] = student.requires_grad_(True)
+    return students
+
+
 def plug_header(run: Run, stack: str, pair: Interval) -> Header:
     """What one student is made from; parallel students do not depend on one another."""
     settings = asdict(run.config.distill)
-    for key in ("intervals", "checkpoint_every", "gradient_checkpointing"):
-        del settings[key]  # none of them changes the weights
+    for key in ("intervals", "checkpoint_every", "gradient_checkpointing", "from_boundaries", "boundaries", "replay"):
+        del settings[key]  # none of them changes the weights, or it is said below
+    if run.config.distill.from_boundaries:
+        record = read_record(run)
+        made_from = {
+            "model": record["made_from"]["model"],
+            "stack": stack,
+            "interval": list(pair),
+            "distill": settings,
+            "precision": run.config.trainer.precision,
+            "boundaries": record["fingerprint"],
+            "stored": num_stored(run),
+        }
+        return Header("ppcl.plug", made_from)
     made_from = {
         "model": run.model_identity,
         "stack": stack,
@@ -156,6 +201,28 @@ def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
     names = [plug_name(stack, pair) for stack, pairs in intervals.items() for pair in pairs]
     header = Header("ppcl.depth", plug_header(run, "", (0, 0)).made_from | {"intervals": names})
     return run.plugs_folder / f"checkpoint-{fingerprint({'intervals': names})}", header
+
+
+def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
+    """The module, its batches by step, held-out batches by step, and the teacher's blocks."""
+    config, transformer = run.config.distill, run.pipeline.transformer
+    module = DepthDistillation(run.family, transformer, intervals, config)
+    stream = run.stream(run.config.data.train_seed, config.batch_size)
+    heldout = run.stream(run.config.data.calibration_seed, max(config.batch_size, 16))
+    return module, stream, heldout, list(run.family.blocks(transformer).values())
+
+
+def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
+    """The same without a teacher; a step beyond those on disk begins them again."""
+    folder, stored = boundaries_folder(run), num_stored(run)
+    module = DepthFromBoundaries(run.family, intervals, initial_students(run, intervals, folder), run.config.distill)
+    folders = [folder / plug_name(stack, pair) for stack, pair in module.pairs]
+    return (
+        module,
+        lambda step: read_batch(folders, TRAIN, step % stored),
+        lambda step: read_batch(folders, HELD_OUT, step),
+        [],
+    )
 
 
 def run(run: Run) -> None:
@@ -177,18 +244,16 @@ def run(run: Run) -> None:
     else:
         checkpoints, header = _checkpoint_of(run, missing)
         check_resumable(checkpoints, header)
-    stream = run.stream(run.config.data.train_seed, config.batch_size)
-    module = DepthDistillation(run.family, run.pipeline.transformer, missing, config)
-    heldout = run.stream(run.config.data.calibration_seed, max(config.batch_size, 16))
+    module, stream, heldout, blocks = (_from_boundaries if config.from_boundaries else _from_teacher)(run, missing)
 
     def measure(description: str) -> list[dict[str, float]]:
-        steps = track(range(4), description, console=run.console, transient=True)
+        steps = track(range(HELD_OUT_STEPS), description, console=run.console, transient=True)
         module.to(run.device).setup("fit")
         return module.heldout(run.to_device(heldout(step)) for step in steps)
 
     before = measure("before distillation")
     loader = StepLoader(stream, config.steps)
-    blocks = [*run.family.blocks(run.pipeline.transformer).values(), *module.parts.values()]
+    blocks = [*blocks, *module.parts.values()]
     fit(run, "depth", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     after = measure("after distillation")
     for number, (stack, pair) in enumerate(module.pairs):

@@ -69,6 +69,7 @@ def check(config: Config) -> None:
         {
             "distill.steps": (distill.steps, 1),
             "distill.batch_size": (distill.batch_size, 1),
+            "distill.replay": (distill.replay, 1),
             "distill.checkpoint_every": (distill.checkpoint_every, 1),
             "distill.lr": (distill.lr, 0),
             "probe.num_batches": (config.probe.num_batches, 1),
@@ -128,6 +129,11 @@ def check(config: Config) -> None:
         raise UsageError(
             f"distill.intervals={distill.intervals} needs distill.mode=parallel: a sequential chain trains as one."
         )
+    if distill.from_boundaries and distill.mode == "sequential":
+        raise UsageError("distill.from_boundaries=true needs distill.mode=parallel: a chain has no boundaries on disk.")
+    if (distill.replay > 1 or distill.boundaries) and not distill.from_boundaries and "boundaries" not in config.stages:
+        key = f"replay={distill.replay}" if distill.replay > 1 else f"boundaries={distill.boundaries}"
+        raise UsageError(f"distill.{key} means nothing without distill.from_boundaries=true.")
     if "pretrain" in config.stages:
         check_pretrain(config)
         return

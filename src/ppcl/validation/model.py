@@ -13,7 +13,18 @@ from ppcl.validation.values import aspect_ratio, one_of
 
 EMBEDDED = "embedded:"
 ASSETS = Path(__file__).parents[1] / "assets"
-WEIGHT_STAGES = {"cache", "probe", "detect", "depth", "width", "finetune", "export", "generate", "evaluate"}
+WEIGHT_STAGES = {
+    "cache",
+    "probe",
+    "detect",
+    "boundaries",
+    "depth",
+    "width",
+    "finetune",
+    "export",
+    "generate",
+    "evaluate",
+}
 
 
 def model_folder(model: ModelConfig) -> Path | None:
@@ -58,10 +69,16 @@ def check_model(config: Config) -> None:
             check_safetensors(file, "model.path: ")
     elif model.family == "auto":
         raise UsageError("model=auto needs model.path, the folder of a diffusers pipeline.")
-    elif model.path is None and WEIGHT_STAGES & set(config.stages):
-        needs = ", ".join(stage for stage in config.stages if stage in WEIGHT_STAGES)
+    elif model.path is None and (needing := [stage for stage in config.stages if _needs_weights(config, stage)]):
+        needs = ", ".join(needing)
         raise UsageError(f"stages=[{needs}] need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
+
+
+def _needs_weights(config: Config, stage: str) -> bool:
+    if stage == "depth" and config.distill.from_boundaries and config.distill.boundaries is not None:
+        return False  # what the teacher said is on disk
+    return stage in WEIGHT_STAGES
 
 
 def check_pretrain(config: Config) -> None:

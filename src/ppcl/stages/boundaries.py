@@ -1,0 +1,147 @@
+"""Writes the teacher's activations where intervals begin and end; students then learn without the teacher.
+
+One pass of the teacher serves every interval and every training from them, on any machine
+(`distill.boundaries=FOLDER`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from ppcl.artifacts import Header, is_current, plug_name, read_json, write_json, write_tensors
+from ppcl.data.batches import TrainingBatch
+from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
+from ppcl.errors import UsageError
+from ppcl.stages.run import Run
+from ppcl.surgery.depth import student_block
+from ppcl.taps import BlockCall, observe
+
+HELD_OUT_STEPS = 4
+MARGIN = 1.05  # of the estimate, that must be free
+
+
+def boundaries_header(run: Run) -> Header:
+    """What they are made from: the teacher, the data in its order, and the intervals."""
+    distill = run.config.distill
+    return Header(
+        "ppcl.boundaries",
+        {
+            "model": run.model_identity,
+            "arch": run.config.model.arch,
+            "data": run.data_identity,
+            "batch_size": distill.batch_size,
+            "steps": num_stored(run),
+            "init": distill.init,
+            "intervals": {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items()},
+        },
+    )
+
+
+def num_stored(run: Run) -> int:
+    """Steps on disk; with `distill.replay` each is learned from so many times."""
+    return -(-run.config.distill.steps // run.config.distill.replay)
+
+
+def boundaries_folder(run: Run) -> Path:
+    if run.config.distill.boundaries is not None:
+        return Path(run.config.distill.boundaries)
+    return Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run).fingerprint
+
+
+def read_record(run: Run) -> dict[str, Any]:
+    """The record of finished boundaries that fit this configuration; `UsageError` where they do not."""
+    folder = boundaries_folder(run)
+    record = folder / "boundaries.json"
+    if not record.exists():
+        raise UsageError(f"{folder} holds no boundaries that were written to their end: run stages=[boundaries] first.")
+    found = read_json(record, "The record of boundaries")
+    made_from = found["made_from"]
+    wanted = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items() if pairs}
+    for key, value in {"batch_size": run.config.distill.batch_size, "init": run.config.distill.init}.items():
+        if made_from[key] != value:
+            raise UsageError(f"{folder} was written with distill.{key}={made_from[key]}, not {value}: use that.")
+    for stack, pairs in wanted.items():
+        missing = [pair for pair in pairs if pair not in made_from["intervals"].get(stack, [])]
+        if missing:
+            raise UsageError(f"{folder} has no boundaries of {stack} {missing[0]}: run stages=[boundaries] for it.")
+    if made_from["steps"] < num_stored(run):
+        raise UsageError(
+            f"{folder} holds {made_from['steps']} steps, and distill.steps={run.config.distill.steps} with "
+            f"distill.replay={run.config.distill.replay} takes {num_stored(run)}: raise distill.replay, or write more."
+        )
+    return found
+
+
+def run(run: Run) -> None:
+    folder, header = boundaries_folder(run), boundaries_header(run)
+    if is_current(folder / "boundaries.json", header):
+        run.say("bounds", f"reused {folder}")
+        return
+    pairs = [(stack, pair) for stack in run.family.stacks for pair in run.intervals.get(stack, [])]
+    names = [plug_name(stack, pair) for stack, pair in pairs]
+    transformer = run.pipeline.transformer
+    for name, (stack, pair) in zip(names, pairs, strict=True):
+        student = student_block(list(getattr(transformer, stack)), pair, run.config.distill.init)
+        state = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
+        write_tensors(folder / name / "init.safetensors", state, {})
+        for leftover in (folder / name).glob(".*.tmp"):  # of a killed try
+            leftover.unlink()
+    config = run.config
+    kinds = {
+        HELD_OUT: (run.stream(config.data.calibration_seed, max(config.distill.batch_size, 16)), HELD_OUT_STEPS),
+        TRAIN: (run.stream(config.data.train_seed, config.distill.batch_size), num_stored(run)),
+    }
+    for kind, (stream, steps) in kinds.items():
+        writers = {key: BoundaryWriter(folder / name, kind) for key, name in zip(pairs_keys(pairs), names, strict=True)}
+        done = min(whole_shards(folder / name, kind) for name in names)
+        for writer in writers.values():
+            writer.shard = done
+        start = done * STEPS_PER_SHARD
+        for step in track(range(start, steps), f"{kind} boundaries", console=run.console, transient=True):
+            batch = run.to_device(stream(step))
+            with torch.no_grad():
+                _write_step(run, batch, writers, pairs)
+            if kind == TRAIN and step == start:
+                _check_space(run, folder, writers, steps - start)
+        for writer in writers.values():
+            writer.flush()
+    write_json(folder / "boundaries.json", header.to_json())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    run.say("bounds", f"wrote {num_stored(run)} steps of {len(names)} intervals to {folder} ({size / 1e9:.2f} GB)")
+
+
+def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
+    """An interval by the block it ends with."""
+    return [(stack, pair[1]) for stack, pair in pairs]
+
+
+def _write_step(run: Run, batch: TrainingBatch, writers: dict[Any, BoundaryWriter], pairs: list[Any]) -> None:
+    """One pass of the teacher, to the last interval's end."""
+    starts = {(stack, pair[0]): (stack, pair[1]) for stack, pair in pairs}
+    masks = run.family.masks(batch.inputs)
+    waiting: dict[Any, dict[str, Any]] = {}
+
+    def on_block(call: BlockCall) -> None:
+        if call.key in starts:
+            waiting[starts[call.key]] = call.kwargs
+        if call.key in writers:
+            writers[call.key].add(Boundary(waiting.pop(call.key), call.outputs, masks), batch.sigmas)
+
+    observe(run.family, run.pipeline.transformer, batch.inputs, on_block, last=pairs_keys(pairs)[-1])
+
+
+def _check_space(run: Run, folder: Path, writers: dict[Any, BoundaryWriter], steps: int) -> None:
+    """The first step's bytes times how many there are, against what is free."""
+    needed = steps * sum(writer.pending_bytes for writer in writers.values())
+    free = shutil.disk_usage(folder).free
+    run.say("bounds", f"about {needed / 1e9:.2f} GB for {steps} steps; {free / 1e9:.1f} GB are free")
+    if needed * MARGIN > free:
+        raise UsageError(
+            f"paths.cache_dir={run.config.paths.cache_dir} has {free / 1e9:.1f} GB free, and {steps} steps take about "
+            f"{needed / 1e9:.1f} GB: name another folder, raise distill.replay, or lower distill.steps."
+        )
