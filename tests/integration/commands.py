@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def start_until(folder: Path, pattern: str, arguments: list[str]) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Tests in the background of a shell inherit that Ctrl-C is ignored, and so would Python.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not list(folder.glob(pattern)):
         assert process.poll() is None, process.communicate()
