@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-STAGES := pretrain cache probe detect boundaries depth width plan finetune export remap_lora import_published generate evaluate report
+STAGES := pretrain cache probe detect boundaries depth width plan finetune export quantize remap_lora import_published generate evaluate report
 
 .DEFAULT_GOAL := help
 

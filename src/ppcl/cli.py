@@ -27,11 +27,13 @@ def _quiet_libraries() -> None:
     import logging
     import warnings
 
+    # Before diffusers, which imports torchao where it is installed: that names each kernel it has no build of.
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "wandb", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
     import diffusers
     import transformers
 
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "wandb"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

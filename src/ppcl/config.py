@@ -19,6 +19,7 @@ STAGE_ORDER = (
     "plan",
     "finetune",
     "export",
+    "quantize",
     "remap_lora",
     "generate",
     "evaluate",
@@ -26,6 +27,7 @@ STAGE_ORDER = (
 )
 BUILDERS = ("tiny_qwen_image", "tiny_qwen_image_edit", "tiny_qwen_image_edit_2509", "tiny_flux", "tiny_dit")
 VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
+STORED_VARIANTS = (*VARIANTS, "ppcl-quantized")  # the last needs a folder of a stage that few runs have
 
 
 @dataclass
@@ -358,6 +360,26 @@ class PathsConfig:
 
 
 @dataclass
+class QuantizeConfig:
+    """Few bits a weight for `stages=[quantize]`: `scheme` is `int8` or `int4` by torchao, or `nf4` by bitsandbytes.
+
+    `group_size`: how many neighbouring weights of a row share an int4's scale and zero point; of int8 a row does.
+    `rounding`: to the `nearest`, or by `least_squares` on `num_batches` of calibration data, to what gives most nearly
+    the outputs that a layer had; then `damping` is relative to the mean square of its inputs.
+    `skip`: patterns of the names of layers that stay as they are. `variant` as in `export.variant`, or the teacher.
+    """
+
+    scheme: str = "none"
+    group_size: int | None = None
+    rounding: str = "nearest"
+    skip: list[str] = field(default_factory=list)
+    num_batches: int = 8
+    batch_size: int = 32
+    damping: float = 1e-3
+    variant: str | None = None
+
+
+@dataclass
 class Config:
     """The root of `conf/config.yaml`."""
 
@@ -382,6 +404,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
 def register_schema() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,3 +87,28 @@ def observe(
             return transformer(**inputs)[0]
         except _StopForward:
             return None
+
+
+def inputs_of(block: nn.Module, names: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """What goes into those submodules of a block that is called with `kwargs`, in order of execution.
+
+    The call ends when all of them have been reached; those that a block does not call are left out.
+    """
+    wanted, found = set(names), dict[str, Tensor]()
+
+    def tap(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name] = args[0]
+            if found.keys() == wanted:
+                raise _StopForward
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(tap(name)) for name in wanted]
+    try:
+        with suppress(_StopForward):
+            block(**kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

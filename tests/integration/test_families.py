@@ -21,8 +21,9 @@ from ppcl.config import SamplingConfig
 from ppcl.families import get_family
 
 NEAREST = Image.Resampling.NEAREST
-STAGES = "stages=[probe,detect,depth,width,plan,finetune,export,generate,evaluate,report]"
-VARIANTS = "generate.variants=[teacher,removed,ppcl-depth,ppcl-width,ppcl-planned,ppcl-finetuned]"
+STAGES = "stages=[probe,detect,depth,width,plan,finetune,export,quantize,generate,evaluate,report]"
+VARIANTS = "generate.variants=[teacher,removed,ppcl-depth,ppcl-width,ppcl-planned,ppcl-finetuned,ppcl-quantized]"
+INT4 = ["quantize=int4", "quantize.group_size=32", "quantize.rounding=nearest"]
 QWEN = [
     "intervals.transformer_blocks=[[1,2]]",
     "width.transformer_blocks.text=[4]",
@@ -56,6 +57,7 @@ EVIDENCE = {
     "plan": "pruned/plan/choice.json",
     "finetune": "pruned/finetuned/ppcl.json",
     "export": "pruned/export/ppcl.json",
+    "quantize": "pruned/quantized/ppcl.json",
     "generate": "pruned/images/shapes/ppcl-finetuned/manifest.json",
     "evaluate": "pruned/scores/ppcl-finetuned.json",
     "report": "pruned/report/report.html",
@@ -79,7 +81,7 @@ def chain(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory:
     intervals = [override for override in pruned if override.startswith("intervals.")]
     succeed(*common, "name=selected", *intervals, *selected, "stages=[depth,width]")
     tuned = ["finetune=tiny", "finetune.steps=2", "finetune.batch_size=4", "width.steps=2", "width.num_batches=2"]
-    given = [*pruned, "width.source=given", "budget.params=0.8", *tuned, VARIANTS]
+    given = [*pruned, "width.source=given", "budget.params=0.8", *tuned, *INT4, VARIANTS]
     succeed(*common, "name=pruned", *given, STAGES.replace("probe,detect,", ""))
     pipeline_class = json.loads((folder / "teacher" / "model_index.json").read_text())["_class_name"]
     RAN[pipeline_class] = {stage: any(folder.glob(pattern)) for stage, pattern in EVIDENCE.items()}
@@ -104,15 +106,16 @@ def test_what_loses_its_text_has_one_and_ffns_are_chosen_from_all_blocks(chain: 
     assert {(stack, str(index)) for stack, sets in chosen.items() for index in sets["ffn"]} == set(least)
 
 
-def test_the_export_draws_what_the_run_drew(chain: Path) -> None:
+@pytest.mark.parametrize(("name", "variant"), [("export", "ppcl-finetuned"), ("quantized", "ppcl-quantized")])
+def test_the_folder_draws_what_the_run_drew(chain: Path, name: str, variant: str) -> None:
     run = chain / "pruned"
     config = OmegaConf.load(run / "config.yaml")
-    pipeline = DiffusionPipeline.from_pretrained(run / "export")
+    pipeline = DiffusionPipeline.from_pretrained(run / name, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     rows = {row["name"]: row for row in json.loads((run / "report" / "report.json").read_text())["variants"]}
-    assert rows["ppcl-finetuned"]["params"] == sum(p.numel() for p in pipeline.transformer.parameters())
+    assert rows[variant]["params"] == sum(p.numel() for p in pipeline.transformer.parameters())
     assert rows["teacher"]["params"] > rows["ppcl-depth"]["params"] > rows["ppcl-width"]["params"]
-    folder = run / "images" / "shapes" / "ppcl-finetuned"
+    folder = run / "images" / "shapes" / variant
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()][:BATCH]
     sampling = SamplingConfig(**config.model.sampling)
     family = get_family(config.model.family)

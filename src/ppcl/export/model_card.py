@@ -30,6 +30,9 @@ image = pipeline(
 ).images[0]
 ```
 
+<!-- quantized -->
+<!-- end of quantized -->
+
 <!-- single file -->
 <!-- end of single file -->
 
@@ -165,6 +168,18 @@ def single_file_section(family: str, student_layers: int) -> str:
     """How the single file is used; musubi-tuner knows Qwen-Image."""
     counted = _COUNTED.format(student_layers=student_layers) if family.startswith("qwen_image") else ""
     return _SINGLE_FILE + counted
+
+
+def quantized_section(scheme: str, dtype: str, size: int, before: int) -> str:
+    """How the weights are kept; `size` and `before` are the transformer's bytes with and without that."""
+    if scheme == "nf4":
+        package = "bitsandbytes and a GPU"
+    else:
+        package = f"torchao; without `torch_dtype=torch.{dtype}` diffusers would load the rest in bfloat16"
+    return (
+        f"The transformer's weights are quantised ({scheme}), {size / 1e6:,.1f} MB in place of {before / 1e6:,.1f} MB. "
+        f"Loading them takes {package}."
+    )
 
 
 def evaluation_section(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -121,6 +121,10 @@ class Family(ABC):
     def masks(self, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
         """Valid tokens `[B, tokens]` per stream of a forward's inputs; None where all are."""
 
+    def stream_of(self, linear: str) -> str:
+        """The stream whose tokens a linear layer reads, by its name within a block."""
+        return "image"
+
     @abstractmethod
     def sampling_arguments(self, sampling: Any, batch_size: int) -> dict[str, Any]:
         """`SamplingConfig` as keyword arguments of the pipeline for `batch_size` prompts."""

@@ -73,6 +73,10 @@ class QwenImage(DualStreamFamily):
     def masks(self, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
         return {"image": None, "text": inputs["encoder_hidden_states_mask"]}
 
+    def stream_of(self, linear: str) -> str:
+        text = ("txt_", "ehs_proj", "attn.add_", "attn.to_add_out")
+        return "text" if linear.startswith(text) else "image"
+
     def sampling_arguments(self, sampling: Any, batch_size: int) -> dict[str, Any]:
         return {
             "height": sampling.height,

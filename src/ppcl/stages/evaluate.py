@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -13,6 +13,7 @@ from ppcl.artifacts import Header, is_current, read_json, write_json
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.benchmarks.shapes import score, to_pixels
 from ppcl.errors import UsageError
+from ppcl.export.quantized import weight_bytes
 from ppcl.stages.generate import image_folder, prompts_of, variant_header
 from ppcl.stages.plan import billions
 from ppcl.stages.run import Run
@@ -50,8 +51,8 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
     measured = {}
     for variant in variants:
         name, transformer = variant.name, switch(variant)
-        params = sum(parameter.numel() for parameter in transformer.parameters())
-        resident = sum(p.numel() * p.element_size() for p in transformer.parameters())
+        params = cast(Any, transformer).num_parameters()  # of quantised weights too
+        resident = weight_bytes(transformer)
         measured[name] = {
             "num_layers": sum(len(kept) for kept in switch.board.kept.values()),
             "params": params,

@@ -78,7 +78,7 @@ def _self_contained(module: ModuleType) -> str:
     return re.sub(r"^from (ppcl\S*) import .+\n", definitions, source_of(module), flags=re.MULTILINE)
 
 
-def _provenance(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:
+def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:
     config = run.config
     board = switch.board
     return {
@@ -140,13 +140,13 @@ def _write_folder(run: Run, folder: Path, variant: Variant, plugs: Plugs, header
     switch = Switch(run, plugs)
     switch(variant)
     model = switch.finetuned if variant.finetuned else switch.board.standalone()
-    provenance = _provenance(run, variant, switch, header)
+    provenance = provenance_of(run, variant, switch, header)
     model.register_to_config(ppcl=provenance)
     with atomic_folder(folder) as temporary:
         try:
             pipeline.transformer = model
             pipeline.save_pretrained(temporary, max_shard_size=run.config.export.max_shard_size)
-            card = _card(run, switch, variant.name, sum(parameter.numel() for parameter in model.parameters()))
+            card = model_card_of(run, switch, variant.name, sum(parameter.numel() for parameter in model.parameters()))
         finally:
             switch.restore()
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -253,7 +253,7 @@ def _scores(run: Run, variant: str) -> list[dict[str, Any]]:
     return compare([read_json(record, "The scores") for record in records])
 
 
-def _card(run: Run, switch: Switch, variant: str, params: int) -> str:
+def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
     config, sampling, board = run.config, run.config.model.sampling, switch.board
     ours = any(type(part).__module__ == "ppcl" for part in run.pipeline.components.values())
     base = _Base.of(run)

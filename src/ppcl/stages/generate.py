@@ -112,6 +112,7 @@ def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str])
             "removed": variant.removed,
             "layout": asdict(run.layout) if variant.projectors else None,
             "finetuned": variant.finetuned,
+            **({"quantized": variant.quantized} if variant.quantized else {}),
             "sampling": {key: value for key, value in asdict(run.config.model.sampling).items() if value != {}},
             "seed": run.config.seed,
             "batch_size": run.config.generate.batch_size,

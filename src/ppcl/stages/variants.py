@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from ppcl.artifacts import Plug, Projector, load_plugs, load_projectors, plug_name, projector_name, read_json
 from ppcl.errors import UsageError
+from ppcl.export.quantized import require_bitsandbytes, require_torchao
 from ppcl.stages.run import Run
 from ppcl.surgery.plugboard import Plugboard, load_student
 from ppcl.validation.pruning import budget_of
@@ -19,7 +20,8 @@ from ppcl.validation.pruning import budget_of
 class Variant:
     """What is plugged in, and intervals that are cut to their first block; the rest is teacher.
 
-    `finetuned` is the fingerprint of a tuned model that takes the place of all that; None where there is none.
+    `finetuned` is the fingerprint of a tuned model that takes the place of all that, `quantized` that of a quantised
+    one that takes the place of either; None where there is none.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Variant:
     projectors: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     finetuned: str | None = None
+    quantized: str | None = None
 
 
 @dataclass
@@ -87,6 +90,18 @@ def finetuned_folder(run: Run) -> Path:
     return run.folder / "finetuned"
 
 
+def quantized_folder(run: Run) -> Path:
+    return run.folder / "quantized"
+
+
+def _quantized_base(run: Run) -> str:
+    """The variant that this run's quantised model was made from."""
+    record = quantized_folder(run) / "ppcl.json"
+    if not record.exists():
+        raise UsageError(f"{record} does not exist: run stages=[quantize] first.")
+    return read_json(record, "The record of the quantised model")["made_from"]["variant"]
+
+
 def planned(run: Run, plugs: Plugs) -> Variant:
     """What the budget's plan plugs in; everything where no budget is set."""
     budget = budget_of(run.config)
@@ -128,9 +143,10 @@ def variants_of(run: Run, names: list[str] | None = None) -> tuple[list[Variant]
     """The configured variants, and the plugs they use; reads no model."""
     names = run.config.generate.variants if names is None else names
     plugs = Plugs()
-    if any(name.startswith("ppcl") for name in names):
+    used = {_quantized_base(run) if name == "ppcl-quantized" else name for name in names}
+    if any(name.startswith("ppcl") for name in used):
         plugs.students = required_students(run)
-    if {"ppcl-width", "ppcl-planned", "ppcl-finetuned"} & set(names):
+    if {"ppcl-width", "ppcl-planned", "ppcl-finetuned"} & used:
         plugs.projectors = required_projectors(run)
     return [_variant(run, name, plugs) for name in names], plugs
 
@@ -149,6 +165,8 @@ def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
         return Variant(name, sorted(cheapest[:share], key=every.index))
     if name == "ppcl-width":
         return Variant(name, list(plugs.students), list(plugs.projectors))
+    if name == "ppcl-quantized":
+        return _quantized(run, plugs)
     plan = planned(run, plugs)
     if name == "ppcl-planned":
         return plan
@@ -164,6 +182,27 @@ def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
     return Variant(name, plan.students, plan.projectors, finetuned=tuned["fingerprint"])
 
 
+def _quantized(run: Run, plugs: Plugs) -> Variant:
+    path = quantized_folder(run) / "ppcl.json"
+    record = read_json(path, "The record of the quantised model")
+    base = _variant(run, record["made_from"]["variant"], plugs)
+    made_from = {
+        "model": run.model_identity,
+        "plugs": plugs.fingerprints([*base.students, *base.projectors]),
+        "finetuned": base.finetuned,
+    }
+    if any(record["made_from"][key] != value for key, value in made_from.items()):
+        raise UsageError(
+            f"{path} was quantised from another {base.name} than this configuration makes: run stages=[quantize] under "
+            "another name=, or delete that folder to make it anew."
+        )
+    if record["made_from"]["quantize"]["scheme"] == "nf4":
+        require_bitsandbytes()
+    else:
+        require_torchao(f"variant ppcl-quantized in {path.parent}")
+    return replace(base, name="ppcl-quantized", quantized=record["fingerprint"])
+
+
 class Switch:
     """Makes the run's pipeline any of its variants. Leave it with `restore`."""
 
@@ -174,24 +213,37 @@ class Switch:
         intervals = run.intervals if run.has_intervals else {}  # a teacher can be drawn without any
         self.board = Plugboard(run.family, transformer, intervals, students, plugs.projectors, run.layout)
         self._finetuned: Any = None
+        self._quantized: Any = None
         self.teacher_size = sum(parameter.numel() for parameter in transformer.parameters())
 
     def __call__(self, variant: Variant) -> nn.Module:
         """Arrange the pipeline's transformer as `variant` and return it."""
         self.board.arrange(students=variant.students, removed=variant.removed, projectors=variant.projectors)
-        self.run.pipeline.transformer = self.finetuned if variant.finetuned else self.teacher
+        if variant.quantized:
+            self.run.pipeline.transformer = self.quantized
+        else:
+            self.run.pipeline.transformer = self.finetuned if variant.finetuned else self.teacher
         return self.run.pipeline.transformer
 
     @property
     def finetuned(self) -> Any:
         if self._finetuned is None:
-            import torch
-
-            model_class = type(self.board.standalone())
-            folder, dtype = finetuned_folder(self.run), getattr(torch, self.run.config.model.dtype)
-            self._finetuned = model_class.from_pretrained(folder / "transformer", torch_dtype=dtype)
-            self._finetuned.to(self.run.device).eval().requires_grad_(False)
+            self._finetuned = self._load(finetuned_folder(self.run))
         return self._finetuned
+
+    @property
+    def quantized(self) -> Any:
+        if self._quantized is None:
+            self._quantized = self._load(quantized_folder(self.run))
+        return self._quantized
+
+    def _load(self, folder: Path) -> Any:
+        """The transformer in `folder`, of the class of the present arrangement."""
+        import torch
+
+        model_class, dtype = type(self.board.standalone()), getattr(torch, self.run.config.model.dtype)
+        model = model_class.from_pretrained(folder / "transformer", torch_dtype=dtype)
+        return model.to(self.run.device).eval().requires_grad_(False)
 
     def restore(self) -> None:
         self.board()

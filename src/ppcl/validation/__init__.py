@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppcl.config import STAGE_ORDER, VARIANTS, Config
+from ppcl.config import STAGE_ORDER, STORED_VARIANTS, VARIANTS, Config
 from ppcl.errors import UsageError
 from ppcl.validation.model import check_data, check_model, check_pretrain
 from ppcl.validation.outputs import (
@@ -19,6 +19,7 @@ from ppcl.validation.outputs import (
     check_generate,
     check_import,
     check_lora,
+    check_quantize,
     has_own_prompts,
     read_prompts,
 )
@@ -64,7 +65,7 @@ def check(config: Config) -> None:
     if config.export.variant is not None:
         one_of("export.variant", config.export.variant, VARIANTS[1:])
     for variant in config.generate.variants:
-        one_of("generate.variants", variant, VARIANTS)
+        one_of("generate.variants", variant, STORED_VARIANTS)
     at_least(
         {
             "distill.steps": (distill.steps, 1),
@@ -151,6 +152,7 @@ def check(config: Config) -> None:
     check_budget(config)
     if "export" in config.stages:
         check_export(config)
+    check_quantize(config)
     if "remap_lora" in config.stages:
         check_lora(config)
     if "import_published" in config.stages:

@@ -22,6 +22,7 @@ WEIGHT_STAGES = {
     "width",
     "finetune",
     "export",
+    "quantize",
     "generate",
     "evaluate",
 }

@@ -10,12 +10,12 @@ from typing import NoReturn
 from PIL import Image
 
 from ppcl.artifacts import check_safetensors
-from ppcl.config import Config
+from ppcl.config import VARIANTS, Config
 from ppcl.errors import UsageError
 from ppcl.export.single_file import DTYPES, LAYOUTS
 from ppcl.families import FAMILIES
 from ppcl.validation.pruning import budget_of, resolve_width
-from ppcl.validation.values import one_of
+from ppcl.validation.values import at_least, one_of
 
 
 def has_own_prompts(config: Config) -> bool:
@@ -177,3 +177,30 @@ def check_import(config: Config) -> None:
     from ppcl.stages.import_published import open_source  # loads diffusers, which only this stage's check needs
 
     open_source(config)
+
+
+def check_quantize(config: Config) -> None:
+    """A scheme, and settings that mean something to it."""
+    quantize = config.quantize
+    one_of("quantize.scheme", quantize.scheme, ("none", "int8", "int4", "nf4"))
+    one_of("quantize.rounding", quantize.rounding, ("nearest", "least_squares"))
+    at_least(
+        {
+            "quantize.num_batches": (quantize.num_batches, 1),
+            "quantize.batch_size": (quantize.batch_size, 1),
+            "quantize.damping": (quantize.damping, 0),
+        }
+    )
+    if quantize.variant is not None:
+        one_of("quantize.variant", quantize.variant, VARIANTS)
+    if "quantize" in config.stages and quantize.scheme == "none":
+        raise UsageError("stages=[quantize] needs a scheme: quantize=int8, quantize=int4 or quantize=nf4.")
+    if quantize.scheme == "int4":
+        if quantize.group_size is None or quantize.group_size < 2:
+            raise UsageError(f"quantize.group_size={quantize.group_size} is no group: give 32, 64 or 128 for int4.")
+    elif quantize.group_size is not None:
+        raise UsageError(
+            f"quantize.group_size={quantize.group_size} means nothing to quantize.scheme={quantize.scheme}."
+        )
+    if quantize.scheme == "nf4" and quantize.rounding != "nearest":
+        raise UsageError(f"quantize.rounding={quantize.rounding}: bitsandbytes rounds nf4 to the nearest by itself.")

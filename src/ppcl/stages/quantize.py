@@ -1,0 +1,143 @@
+"""Writes the pruned pipeline with few bits a weight, as diffusers' own quantisation configs have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from ppcl.artifacts import Header, atomic_folder, is_current, write_json
+from ppcl.errors import UsageError
+from ppcl.export.model_card import quantized_section, with_section
+from ppcl.export.quantized import (
+    declare,
+    nf4_settings,
+    require_bitsandbytes,
+    require_torchao,
+    round_to_nearest,
+    split_linears,
+    torchao_config,
+    unambiguous,
+    weight_bytes,
+)
+from ppcl.stages.export import add_code, furthest, model_card_of, provenance_of
+from ppcl.stages.rounding import round_blocks, round_linear
+from ppcl.stages.run import Run
+from ppcl.stages.variants import Switch, quantized_folder, variants_of
+
+Fit = Callable[..., None]
+
+
+def quantized_header(run: Run, name: str, plugs: dict[str, str], finetuned: str | None) -> Header:
+    """What a quantised model is made from; calibration data only where it has any say."""
+    config, data = run.config.quantize, run.config.data
+    settings: dict[str, Any] = {"scheme": config.scheme, "skip": sorted(config.skip)}
+    if config.scheme != "nf4":
+        settings |= {"group_size": config.group_size, "rounding": config.rounding}
+    if config.rounding == "least_squares":
+        settings["with"] = {key: getattr(config, key) for key in ("num_batches", "batch_size", "damping")}
+        settings["with"]["data"] = {
+            "name": data.name,
+            "seed": data.calibration_seed,
+            "timesteps": data.timesteps,
+            "shift": data.shift,
+        }
+    made_from = {"model": run.model_identity, "variant": name, "plugs": plugs, "finetuned": finetuned}
+    return Header("ppcl.quantized", made_from | {"quantize": settings})
+
+
+def run(run: Run) -> None:
+    config, folder = run.config.quantize, quantized_folder(run)
+    if config.scheme == "nf4":
+        require_bitsandbytes()
+    else:
+        require_torchao(f"quantize.scheme={config.scheme}")
+    name = config.variant or furthest(run)
+    (variant,), plugs = variants_of(run, [name])
+    fingerprints = plugs.fingerprints([*variant.students, *variant.projectors])
+    header = quantized_header(run, name, fingerprints, variant.finetuned)
+    if is_current(folder / "ppcl.json", header):
+        run.say("quantize", f"reused {folder}")
+        return
+    switch = Switch(run, plugs)
+    switch(variant)
+    model = switch.finetuned if variant.finetuned else switch.board.standalone()
+    model.register_to_config(ppcl=provenance_of(run, variant, switch, header))
+    before, params = weight_bytes(model), model.num_parameters()
+    chosen, skipped, undivided = split_linears(model, config.skip, config.group_size)
+    if not chosen:
+        raise UsageError(
+            f"quantize.group_size={config.group_size} divides the width of no layer that quantize.skip leaves: "
+            f"{'their widths are ' + _widths(model, undivided) if undivided else 'it leaves none'}."
+        )
+    if undivided:
+        run.say("quantize", f"group_size={config.group_size} does not divide {', '.join(undivided)}: left as they are")
+    kept = unambiguous([*skipped, *undivided], chosen)
+    try:
+        if config.scheme == "nf4":
+            model = _to_nf4(run, model, kept)
+        else:
+            quantize(run, model, chosen, torchao_config(config.scheme, config.group_size, kept))
+        with atomic_folder(folder) as temporary:
+            run.pipeline.transformer = model
+            run.pipeline.save_pretrained(temporary)
+            add_code(temporary)
+            facts = {"params": params, "weight_bytes": weight_bytes(model), "unquantized_bytes": before}
+            card = model_card_of(run, switch, name, params)
+            section = quantized_section(config.scheme, run.config.model.dtype, facts["weight_bytes"], before)
+            (temporary / "README.md").write_text(with_section(card, "quantized", section), encoding="utf-8")
+            write_json(temporary / "ppcl.json", header.to_json() | facts | {"quantized": chosen})
+    finally:
+        switch.restore()
+    run.say(
+        "quantize",
+        f"wrote {name} to {folder}: {len(chosen)} layers in {config.scheme}, {len(skipped) + len(undivided)} as they "
+        f"were; weights {before / 1e6:.2f} to {facts['weight_bytes'] / 1e6:.2f} MB",
+    )
+
+
+def _widths(model: Any, names: Iterable[str]) -> str:
+    return ", ".join(map(str, sorted({model.get_submodule(name).in_features for name in names})))
+
+
+def quantize(run: Run, model: Any, chosen: list[str], config: Any, fit: Fit = round_linear) -> None:
+    """Give the layers `chosen` torchao's weights, and `model` what diffusers says of a model that it quantised.
+
+    `fit` rounds one layer to the moments of its inputs, where rounding is by least squares.
+    """
+    settings = run.config.quantize
+    if settings.rounding == "nearest":
+        _to_nearest(model, chosen, config)
+    else:
+        blocks = tuple(f"{stack}." for stack in run.family.stacks)
+        outside = [name for name in chosen if not name.startswith(blocks)]
+        stream = run.stream(run.config.data.calibration_seed, settings.batch_size)
+        batches = [run.to_device(stream(step)) for step in range(settings.num_batches)]
+        how = {"scheme": settings.scheme, "group_size": settings.group_size, "damping": settings.damping}
+        show = partial(track, description="rounding", console=run.console, transient=True)
+        nearest = partial(_to_nearest, model, outside, config)
+        round_blocks(run.family, model, batches, chosen, partial(fit, **how), prepare=nearest, each_block=show)
+    declare(model, config)
+
+
+def _to_nearest(model: Any, names: Iterable[str], config: Any) -> None:
+    for name in names:
+        round_to_nearest(model.get_submodule(name), config)
+
+
+def _to_nf4(run: Run, model: Any, kept: list[str]) -> Any:
+    """bitsandbytes replaces layers while a model is loaded: from a folder that is gone afterwards."""
+    from diffusers import BitsAndBytesConfig
+
+    dtype = getattr(torch, run.config.model.dtype)
+    config = BitsAndBytesConfig(**nf4_settings(dtype, kept))
+    with TemporaryDirectory(dir=run.folder) as folder:
+        model.save_pretrained(folder)
+        quantized = type(model).from_pretrained(
+            folder, quantization_config=config, torch_dtype=dtype, device_map={"": run.device}
+        )
+    return quantized.eval().requires_grad_(False)
