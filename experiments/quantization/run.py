@@ -22,7 +22,7 @@ from ppcl.benchmarks.shapes import to_pixels  # noqa: E402
 from ppcl.export.quantized import split_linears, torchao_config, weight_bytes  # noqa: E402
 from ppcl.stages.drawing import draw  # noqa: E402
 from ppcl.stages.quantize import quantize  # noqa: E402
-from ppcl.stages.rounding import round_linear  # noqa: E402
+from ppcl.stages.rounding import round_linears  # noqa: E402
 from ppcl.stages.run import Run  # noqa: E402
 from ppcl.stages.variants import Switch, variants_of  # noqa: E402
 
@@ -48,11 +48,11 @@ VARIANTS: dict[str, tuple[tuple[str, ...], bool]] = {
 TEACHER = ("int8 nearest", "int4 nearest", "int4 least squares")
 
 
-def to_own_inputs(linear: Any, moments: Any, **settings: Any) -> None:
-    """Plain GPTQ: a layer shall do to the inputs it has now what it did to them, not what it did to those it had."""
+def to_own_inputs(layers: Any, moments: Any, **settings: Any) -> None:
+    """GPTQ's objective: a layer shall do to the inputs it has now what it did to them, and not to those it had."""
     own = copy.copy(moments)
     own.cross, own.sum_given = own.gram, own.sum_rounded
-    round_linear(linear, own, **settings)
+    round_linears(layers, own, **settings)
 
 
 def velocities(run: Run, model: Any) -> torch.Tensor:
@@ -82,7 +82,7 @@ def measure(base: str, seed: int, names: tuple[str, ...]) -> list[dict[str, Any]
     before = read_json(run.folder / "scores" / f"{base}.json", "The scores")["scores"]["overall"]
     facts = {"model": "teacher" if base == "teacher" else "half size", "seed": seed}
     size = weight_bytes(whole)
-    rows = [facts | row("unquantised", size, 0.0, 0.0, before, before, 0.0)]
+    rows = [facts | row("unquantised", size, 0.0, np.zeros(1), before, before, 0.0)]
     for name in names:
         overrides, scored = VARIANTS[name]
         run.config.quantize = make_run(
@@ -91,27 +91,28 @@ def measure(base: str, seed: int, names: tuple[str, ...]) -> list[dict[str, Any]
         settings, model, start = run.config.quantize, copy.deepcopy(whole), time.process_time()
         chosen, skipped, undivided = split_linears(model, settings.skip, settings.group_size)
         config = torchao_config(settings.scheme, settings.group_size, [*skipped, *undivided])
-        quantize(run, model, chosen, config, to_own_inputs if OWN in overrides else round_linear)
+        quantize(run, model, chosen, config, to_own_inputs if OWN in overrides else round_linears)
         seconds = time.process_time() - start
         run.pipeline.transformer = model
         found = velocities(run, model)
         velocity = ((found - wanted).square().sum() / wanted.square().sum()).item()
-        distance = float(np.square(pictures(run) - drawn).mean())
+        distances = np.square(pictures(run) - drawn).mean(axis=(1, 2, 3))
         overall = score_pipeline(run, PER_CATEGORY)["overall"] if scored else None
-        rows.append(facts | row(name, weight_bytes(model), velocity, distance, overall, before, seconds))
+        rows.append(facts | row(name, weight_bytes(model), velocity, distances, overall, before, seconds))
         print(rows[-1], flush=True)
     return rows
 
 
 def row(
-    name: str, size: int, velocity: float, distance: float, overall: float | None, before: float, seconds: float
+    name: str, size: int, velocity: float, distances: np.ndarray, overall: float | None, before: float, seconds: float
 ) -> dict[str, Any]:
     drop = "" if overall is None else 100 * (1 - overall / before)
     return {
         "quantised": name,
         "bytes": size,
         "velocity_error": velocity,
-        "picture_distance": distance,
+        "picture_distance": float(distances.mean()),
+        "median_distance": float(np.median(distances)),
         "overall": "" if overall is None else overall,
         "drop_percent": drop,
         "seconds": seconds,
@@ -122,7 +123,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     labels = [*VARIANTS]
     _, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     styles = {"half size": {"color": "tab:blue", "marker": "o"}, "teacher": {"color": "tab:orange", "marker": "^"}}
-    for axis, key in zip(axes, ("velocity_error", "picture_distance"), strict=True):
+    for axis, key in zip(axes, ("velocity_error", "median_distance"), strict=True):
         for model, style in styles.items():
             own = [item for item in rows if item["model"] == model and item["quantised"] in VARIANTS]
             places = [labels.index(item["quantised"]) for item in own]
@@ -150,7 +151,7 @@ def main() -> None:
             if not own:
                 continue
             parts = [f"{model:9} {name:33} {own[0]['bytes'] / 1e6:.2f} MB"]
-            for key in ("velocity_error", "picture_distance", "drop_percent"):
+            for key in ("velocity_error", "picture_distance", "median_distance", "drop_percent"):
                 values = [item[key] for item in own if item[key] != ""]
                 if values:
                     mean, spread = mean_and_spread(values)

@@ -18,6 +18,7 @@ from ppcl.errors import UsageError
 from ppcl.ops.rounding import Grid
 
 BITS = {"int8": 8, "int4": 4}
+INT4: Any = getattr(torch, "int4")  # torch's stubs do not have it  # noqa: B009
 
 
 def require_torchao(what: str) -> None:
@@ -47,7 +48,7 @@ def torchao_config(scheme: str, group_size: int | None, kept: list[str]) -> Any:
         # Its inductor settings are for the whole process, among them less exact float32 products.
         return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), kept)
     assert group_size is not None, "checked in the configuration"
-    return TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(group_size), MappingType.ASYMMETRIC), kept)
+    return TorchAoConfig(IntxWeightOnlyConfig(INT4, PerGroup(group_size), MappingType.ASYMMETRIC), kept)
 
 
 def nf4_settings(dtype: torch.dtype, kept: list[str]) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def torchao_tensor(ints: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
         assert grid.symmetric
         return Int8Tensor(ints, scale, block, dtype, zero_point=torch.zeros_like(scale, dtype=torch.int8))
     zero = grid.zero.to(grid.dtype)
-    return IntxUnpackedToInt8Tensor(ints, scale, zero, torch.int4, tuple(block), dtype, None)
+    return IntxUnpackedToInt8Tensor(ints, scale, zero, INT4, tuple(block), dtype, None)
 
 
 def declare(model: Any, config: Any) -> None:

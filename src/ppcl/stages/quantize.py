@@ -25,7 +25,7 @@ from ppcl.export.quantized import (
     weight_bytes,
 )
 from ppcl.stages.export import add_code, furthest, model_card_of, provenance_of
-from ppcl.stages.rounding import round_blocks, round_linear
+from ppcl.stages.rounding import round_blocks, round_linears
 from ppcl.stages.run import Run
 from ppcl.stages.variants import Switch, quantized_folder, variants_of
 
@@ -104,10 +104,10 @@ def _widths(model: Any, names: Iterable[str]) -> str:
     return ", ".join(map(str, sorted({model.get_submodule(name).in_features for name in names})))
 
 
-def quantize(run: Run, model: Any, chosen: list[str], config: Any, fit: Fit = round_linear) -> None:
+def quantize(run: Run, model: Any, chosen: list[str], config: Any, fit: Fit = round_linears) -> None:
     """Give the layers `chosen` torchao's weights, and `model` what diffusers says of a model that it quantised.
 
-    `fit` rounds one layer to the moments of its inputs, where rounding is by least squares.
+    `fit` rounds layers to the moments of their inputs, where rounding is by least squares.
     """
     settings = run.config.quantize
     if settings.rounding == "nearest":

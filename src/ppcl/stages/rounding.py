@@ -16,6 +16,8 @@ from ppcl.families.base import Family
 from ppcl.ops.rounding import InputMoments, best_weight, damped, round_least_squares, spanning_grid
 from ppcl.taps import BlockCall, BlockKey, Streams, inputs_of, observe
 
+Blocks = Iterable[tuple[BlockKey, nn.Module]]
+
 
 @dataclass
 class _Flow:
@@ -68,46 +70,42 @@ def _sharing_inputs(inputs: dict[str, Tensor]) -> list[list[str]]:
 @torch.no_grad()
 def round_blocks(
     family: Family,
-    given: nn.Module,
+    model: nn.Module,
     batches: Sequence[TrainingBatch],
     chosen: Iterable[str],
-    round_layer: Callable[[nn.Linear, InputMoments], None],
+    round_layers: Callable[[list[nn.Linear], InputMoments], None],
     *,
     prepare: Callable[[], None] = lambda: None,
-    each_block: Callable[[Iterable[tuple[BlockKey, nn.Module]]], Iterable[tuple[BlockKey, nn.Module]]] = lambda it: it,
+    each_block: Callable[[Blocks], Blocks] = lambda blocks: blocks,
 ) -> None:
-    """Call `round_layer` with every layer of the blocks of `given` that `chosen` names, in order of execution.
+    """Call `round_layers` with the layers of the blocks of `model` that `chosen` names, in order of execution.
 
-    With it go the moments of its inputs in the model as it was and in the model as far as it is rounded. Layers that
-    read the same tensor share them; a layer that no block calls is handed empty ones. `prepare` is called in between,
-    to round what lies outside of the blocks: only one block is held twice at a time.
+    Layers that read the same tensor come together, with the moments of it in the model as it was and in the model as
+    far as it is rounded; a layer that no block calls comes alone, with empty ones. `prepare` is called before the
+    blocks run rounded, to round what lies outside of them. One block at a time is held twice.
     """
-    flows = [_Flow.into(family, given, batch) for batch in batches]
+    given = [_Flow.into(family, model, batch) for batch in batches]
     prepare()
-    rounded = [_Flow.into(family, given, batch) for batch in batches]
-    for key, block in each_block(list(family.blocks(given).items())):
+    rounded = [_Flow.into(family, model, batch) for batch in batches]
+    for key, block in each_block(list(family.blocks(model).items())):
         prefix = f"{key[0]}.{key[1]}."
         names = [name.removeprefix(prefix) for name in chosen if name.startswith(prefix)]
         original = copy.deepcopy(block)
-        reached = inputs_of(original, names, flows[0].arguments(key)) if names else {}
+        reached = inputs_of(original, names, given[0].arguments(key)) if names else {}
         for group in _sharing_inputs(reached):
-            moments: InputMoments | None = None
-            for flow, now in zip(flows, rounded, strict=True):
+            layers = [_linear(block, name) for name in group]
+            moments = InputMoments(layers[0].in_features, layers[0].weight.device)
+            for before, now in zip(given, rounded, strict=True):
                 x, x_rounded = (
-                    found.rows(family, group[0], inputs_of(part, group[:1], found.arguments(key))[group[0]])
-                    for found, part in ((flow, original), (now, block))
+                    flow.rows(family, group[0], inputs_of(part, group[:1], flow.arguments(key))[group[0]])
+                    for flow, part in ((before, original), (now, block))
                 )
-                moments = moments or InputMoments(x.shape[1], x.device)
                 moments.add(x_rounded, x)
-            assert moments is not None, "there is at least one batch"
-            for name in group:
-                round_layer(_linear(block, name), moments)
-        for name in names:
-            if name not in reached:
-                linear = _linear(block, name)
-                round_layer(linear, InputMoments(linear.in_features, linear.weight.device))
-        for flow, now in zip(flows, rounded, strict=True):
-            flow.advance(family, key, original)
+            round_layers(layers, moments)
+        for layer in (_linear(block, name) for name in names if name not in reached):
+            round_layers([layer], InputMoments(layer.in_features, layer.weight.device))
+        for before, now in zip(given, rounded, strict=True):
+            before.advance(family, key, original)
             now.advance(family, key, block)
 
 
@@ -118,18 +116,28 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 
 
 @torch.no_grad()
-def round_linear(linear: nn.Linear, moments: InputMoments, scheme: str, group_size: int | None, damping: float) -> None:
-    """Round a layer to what gives most nearly the outputs it had, with a bias, where it has one, that fits."""
-    dtype, weight = linear.weight.dtype, linear.weight.double()
-    own_bias = linear.bias is not None and moments.count > 0
-    gram, cross = moments.centred() if own_bias else (moments.gram, moments.cross)
+def round_linears(
+    layers: Sequence[nn.Linear], moments: InputMoments, *, scheme: str, group_size: int | None, damping: float
+) -> None:
+    """Round layers that read the same inputs to what gives most nearly the outputs they had.
+
+    Where all of them have a bias, these change too: they take over what the integers cannot give of the mean.
+    """
+    dtype = layers[0].weight.dtype
+    weight = torch.cat([layer.weight.double() for layer in layers])
+    biased = moments.count > 0 and all(layer.bias is not None for layer in layers)
+    gram, cross = moments.centred() if biased else (moments.gram, moments.cross)
     target = best_weight(weight, gram, cross, damping)
     int8 = scheme == "int8"  # torchao keeps its scales in float32 whatever the model's dtype
-    grid = spanning_grid(
-        target, group_size or linear.in_features, BITS[scheme], torch.float32 if int8 else dtype, symmetric=int8
-    )
+    stored, size = torch.float32 if int8 else dtype, group_size or weight.shape[1]
+    grid = spanning_grid(target, size, BITS[scheme], stored, symmetric=int8)
     ints, grid = round_least_squares(target, damped(gram, damping), grid)
-    if own_bias:
-        lost = weight @ moments.sum_given - grid.values(ints) @ moments.sum_rounded
-        linear.bias = nn.Parameter((linear.bias.double() + lost / moments.count).to(dtype), requires_grad=False)
-    linear.weight = nn.Parameter(torchao_tensor(ints, grid, dtype), requires_grad=False)
+    lost = (weight @ moments.sum_given - grid.values(ints) @ moments.sum_rounded) / max(1, moments.count)
+    start = 0
+    for layer in layers:
+        rows = slice(start, start + layer.out_features)
+        start = rows.stop
+        part = grid.with_values(grid.scale[rows], grid.zero[rows])
+        if biased:
+            layer.bias = nn.Parameter((layer.bias.double() + lost[rows]).to(dtype), requires_grad=False)
+        layer.weight = nn.Parameter(torchao_tensor(ints[rows], part, dtype), requires_grad=False)

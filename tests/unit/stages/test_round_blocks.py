@@ -13,7 +13,7 @@ from ppcl.families import get_family
 from ppcl.layers import Layout
 from ppcl.ops.losses import relative_error
 from ppcl.ops.rounding import InputMoments
-from ppcl.stages.rounding import round_blocks, round_linear
+from ppcl.stages.rounding import round_blocks, round_linears
 from ppcl.surgery.width import prune_blocks
 from ppcl.taps import inputs_of, observe
 
@@ -22,10 +22,6 @@ BUILDERS = {"tiny_qwen_image": "qwen_image", "tiny_flux": "flux", "tiny_dit": "d
 
 def names_in(model):
     return split_linears(model, [], None)[0]
-
-
-def no_rounding(linear, moments):
-    pass
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -44,9 +40,9 @@ def test_blocks_one_by_one_see_what_they_see_in_the_whole_model(tiny):
     seen = {}
     modules = {module: name for name, module in model.named_modules()}
 
-    def check(linear, moments):
+    def check(layers, moments):
         assert torch.equal(moments.gram, moments.cross)
-        seen[modules[linear]] = moments.gram
+        seen.update({modules[layer]: moments.gram for layer in layers})
 
     before = copy.deepcopy(model.state_dict())
     round_blocks(family, model, batches, names_in(model), check)
@@ -81,11 +77,13 @@ def test_rounded_models_stay_nearer_than_with_the_nearest(tiny):
         with torch.no_grad():
             return torch.cat([model(**batch.inputs)[0].flatten() for batch in batches])
 
-    def nearest(linear, moments):
-        round_linear(linear, InputMoments(linear.in_features), "int4", 32, 1e-3)  # of inputs never seen
+    settings = {"scheme": "int4", "group_size": 32, "damping": 1e-3}
 
-    def least_squares(linear, moments):
-        round_linear(linear, moments, "int4", 32, 1e-3)
+    def nearest(layers, moments):
+        round_linears(layers, InputMoments(layers[0].in_features), **settings)  # of inputs never seen
+
+    def least_squares(layers, moments):
+        round_linears(layers, moments, **settings)
 
     errors = []
     for fit in (nearest, least_squares):
@@ -111,8 +109,8 @@ def test_padding_has_no_say(family, make_transformer, make_batch):
         batch.inputs["encoder_hidden_states"] = torch.where(mask[..., None], text, noise)
         modules = {module: name for name, module in model.named_modules()}
 
-        def keep(linear, moments):
-            found[modules[linear]] = moments
+        def keep(layers, moments):
+            found.update({modules[layer]: moments for layer in layers})
 
         round_blocks(family, model, [batch], names_in(model), keep)
         return found
@@ -142,7 +140,7 @@ def test_a_layer_that_nothing_calls_is_rounded_all_the_same(family, make_transfo
         model,
         [make_batch()],
         names_in(model),
-        lambda linear, moments: counts.setdefault(modules[linear], moments.count),
+        lambda layers, moments: counts.update({modules[layer]: moments.count for layer in layers}),
     )
     assert [name for name, count in counts.items() if not count] == ["transformer_blocks.1.attn.add_q_proj"]
     inside = [name for name in names_in(model) if name.startswith("transformer_blocks.")]
@@ -176,11 +174,17 @@ def test_the_bias_makes_up_for_the_mean(scheme):
     moments.add(x_rounded, x)
     before = linear(x)
     rounded = copy.deepcopy(linear)
-    round_linear(rounded, moments, scheme, 4 if scheme == "int4" else None, 1e-6)
+    settings = {"scheme": scheme, "group_size": 4 if scheme == "int4" else None, "damping": 1e-6}
+    round_linears([rounded], moments, **settings)
     after = rounded(x_rounded)
     torch.testing.assert_close(after.mean(0), before.mean(0), rtol=1e-4, atol=1e-4)
     assert relative_error(after, before) < 0.02
     assert not rounded.weight.requires_grad
     without = torch.nn.Linear(8, 6, bias=False)
-    round_linear(without, moments, scheme, 4 if scheme == "int4" else None, 1e-6)
+    round_linears([without], moments, **settings)
     assert without.bias is None
+    others = [copy.deepcopy(linear), torch.nn.Linear(8, 3)]
+    expected = others[1](x)
+    round_linears(others, moments, **settings)
+    torch.testing.assert_close(others[0](x_rounded), after)
+    assert relative_error(others[1](x_rounded), expected) < 0.02
