@@ -73,7 +73,7 @@ def main() -> None:
     rows = [row for label in LABELS for row in rows_of(runs, label)]
     write_csv(HERE / "results.csv", rows)
 
-    figure, axis = plt.subplots(figsize=(7.2, 3.8))
+    figure, axis = plt.subplots(figsize=(7.2, 3.6))
     budgets = sorted({row["finetune_steps"] for row in rows})
     for number, budget in enumerate(budgets):
         found = {
@@ -84,17 +84,17 @@ def main() -> None:
         for label, (mean, spread) in found.items():
             print(f"{LABELS[label]:<28} {budget:>5} fine-tuning steps: {mean:.3f} +- {spread:.3f}")
         axis.errorbar(
-            [LABELS[label] for label in found],
             [mean for mean, _ in found.values()],
-            [spread for _, spread in found.values()],
+            [LABELS[label] for label in found],
+            xerr=[spread for _, spread in found.values()],
             fmt="o",
             color=plots.PALETTE[number],
             capsize=3,
-            label=f"{budget} fine-tuning steps" if budget else "before fine-tuning",
+            label=f"tuned for {budget} steps" if budget else "as distilled",
         )
-    axis.set(ylabel="overall score", ylim=(0, 1))
-    axis.tick_params(axis="x", labelrotation=20)
-    axis.legend()
+    axis.set(xlabel="overall score", xlim=(0, 0.9))
+    axis.invert_yaxis()  # the paper's order, from the top
+    axis.legend(loc="lower center", bbox_to_anchor=(0.35, 1.0), ncols=len(budgets))
     plots.save_figure(figure, HERE / "table2.png")
 
 
