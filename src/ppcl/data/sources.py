@@ -11,6 +11,7 @@ import glob
 import io
 import json
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,19 +47,20 @@ class Skipped:
 
 
 @dataclass
-class Unit:
+class Unit(ABC):
     """Samples that are read in one go; `size` and `changed` tell it from another of its name."""
 
     name: str
     size: int
     changed: int
 
+    @abstractmethod
     def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
-        raise NotImplementedError
+        """Its samples, good and bad, in order."""
 
+    @abstractmethod
     def count(self) -> int:
         """How many pictures it has, at a glance."""
-        raise NotImplementedError
 
 
 @dataclass
