@@ -22,7 +22,8 @@ from commands import (
     ppcl_process,
     succeed,
 )
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from ppcl.export.quantized import num_bytes, torchao_config, weight_bytes
@@ -207,12 +208,31 @@ def test_asked_again_it_is_reused_and_asked_otherwise_refused(command: list[str]
     assert modified(run / "quantized") == before
 
 
-def test_the_teacher_itself_can_be_quantised(again: list[str], tmp_path: Path) -> None:
-    stages = ["stages=[quantize,generate]", "generate.variants=[ppcl-quantized]"]
-    succeed(*again[:-1], "quantize=int8", "quantize.variant=teacher", *stages)
-    index = json.loads((tmp_path / "few" / "quantized" / "model_index.json").read_text())
+def test_the_teacher_itself_can_be_quantised_without_any_intervals(settings: list[str], tmp_path: Path) -> None:
+    stages = ["stages=[quantize,generate]", "generate.variants=[ppcl-quantized]", "quantize.variant=teacher"]
+    succeed(*settings, f"paths.runs_dir={tmp_path}", "name=whole", "model.dtype=bfloat16", *INT4, *stages)
+    index = json.loads((tmp_path / "whole" / "quantized" / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "QwenImageTransformer2DModel"]
-    assert len(list((tmp_path / "few" / "images" / "shapes" / "ppcl-quantized").glob("0*.png"))) == NUM_PROMPTS
+    assert len(list((tmp_path / "whole" / "images" / "shapes" / "ppcl-quantized").glob("0*.png"))) == NUM_PROMPTS
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "whole" / "quantized", torch_dtype=torch.bfloat16)
+    weight = pipeline.transformer.transformer_blocks[0].attn.to_q.weight
+    assert weight.dtype == weight.scale.dtype == weight.zero_point.dtype == torch.bfloat16
+
+
+def test_a_lora_goes_onto_quantised_weights(again: list[str], run: Path, teacher: Path, tmp_path: Path) -> None:
+    transformer = load(teacher).transformer
+    torch.manual_seed(0)
+    transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q", "img_mlp.net.2"], init_lora_weights=False))
+    QwenImagePipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(transformer))
+    shutil.copytree(run / "quantized", tmp_path / "few" / "quantized")
+    own = ["stages=[generate]", "generate.variants=[ppcl-quantized]", "generate.prompt=a red circle"]
+    picture = tmp_path / "few" / "images" / "prompts" / "ppcl-quantized" / "00000.png"
+    drawn = []
+    for loras in ("[]", f"[{tmp_path / 'lora' / 'pytorch_lora_weights.safetensors'}]"):
+        succeed(*again[:-1], *own, f"generate.loras={loras}")
+        drawn.append(np.asarray(Image.open(picture).convert("RGB")))
+        shutil.rmtree(picture.parent)
+    assert not np.array_equal(*drawn)
 
 
 def test_death_before_the_folder_is_named_leaves_none(again: list[str], run: Path, tmp_path: Path) -> None:

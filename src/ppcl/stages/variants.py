@@ -154,6 +154,8 @@ def variants_of(run: Run, names: list[str] | None = None) -> tuple[list[Variant]
 def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
     if name == "teacher":
         return Variant(name)
+    if name == "ppcl-quantized":
+        return _quantized(run, plugs)
     every = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     if name == "removed":
         return Variant(name, removed=every)
@@ -165,8 +167,6 @@ def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
         return Variant(name, sorted(cheapest[:share], key=every.index))
     if name == "ppcl-width":
         return Variant(name, list(plugs.students), list(plugs.projectors))
-    if name == "ppcl-quantized":
-        return _quantized(run, plugs)
     plan = planned(run, plugs)
     if name == "ppcl-planned":
         return plan
