@@ -166,31 +166,64 @@ class Probes:
     """
 
     header: Header
-    weights: dict[str, Tensor]
-    biases: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
     residuals: dict[str, float]
 
     @staticmethod
     def header_for(made_from: dict[str, Any]) -> Header:
-        return Header("ppcl.probes", made_from)
+        return Header("ppcl.probes", made_from, version=2)
 
     def save(self, folder: Path) -> None:
-        tensors = {f"{key}.weight": value for key, value in self.weights.items()}
-        tensors |= {f"{key}.bias": value for key, value in self.biases.items()}
-        (folder / "probes.json").unlink(missing_ok=True)
-        write_tensors(folder / "probes.safetensors", tensors, {"fingerprint": self.header.fingerprint})
-        write_json(folder / "probes.json", self.header.to_json() | {"residuals": self.residuals})
+        for key, weight in self.weights.items():
+            write_probe(folder, self.header, key, weight, self.biases[key])
+        finish_probes(folder, self.header, self.residuals)
 
     @classmethod
     def load(cls, folder: Path) -> Probes:
+        """The probes in `folder`; each is read when it is asked for, as those of a large model are many."""
         content = read_json(folder / "probes.json", "Probes")
         header = Header(content["format"], content["made_from"], content["version"])
-        tensors, metadata = read_tensors(folder / "probes.safetensors")
-        if metadata.get("fingerprint") != header.fingerprint:
-            raise UsageError(f"{folder} holds probes of two different runs; delete it and run stages=[probe] again.")
-        pick = {kind: {k[: -len(kind) - 1]: v for k, v in tensors.items() if k.endswith(kind)}
-                for kind in ("weight", "bias")}  # fmt: skip
-        return cls(header, pick["weight"], pick["bias"], content["residuals"])
+        for key in content["residuals"]:
+            check_safetensors(folder / f"{key}.safetensors")
+            with safe_open(folder / f"{key}.safetensors", framework="pt") as handle:
+                if (handle.metadata() or {}).get("fingerprint") != header.fingerprint:
+                    raise UsageError(
+                        f"{folder} holds probes of two different runs; delete it and run stages=[probe] again."
+                    )
+        names = list(content["residuals"])
+        weights, biases = _StoredProbes(folder, names, "weight"), _StoredProbes(folder, names, "bias")
+        return cls(header, weights, biases, content["residuals"])
+
+
+class _StoredProbes(Mapping[str, Tensor]):
+    """One tensor of every probe in a folder."""
+
+    def __init__(self, folder: Path, names: list[str], part: str) -> None:
+        self.folder, self.names, self.part = folder, names, part
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.names:
+            raise KeyError(key)
+        with safe_open(self.folder / f"{key}.safetensors", framework="pt") as handle:
+            return handle.get_tensor(self.part)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def write_probe(folder: Path, header: Header, key: str, weight: Tensor, bias: Tensor) -> None:
+    """One probe's file; `finish_probes` comes after the last."""
+    (folder / "probes.json").unlink(missing_ok=True)
+    tensors = {"weight": weight, "bias": bias}
+    write_tensors(folder / f"{key}.safetensors", tensors, {"fingerprint": header.fingerprint})
+
+
+def finish_probes(folder: Path, header: Header, residuals: dict[str, float]) -> None:
+    write_json(folder / "probes.json", header.to_json() | {"residuals": residuals})
 
 
 @dataclass

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from threading import Semaphore, Thread, current_thread
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -87,6 +89,83 @@ def observe(
             return transformer(**inputs)[0]
         except _StopForward:
             return None
+
+
+class _Strand(Thread):
+    """One forward that rests after every block; it runs while its owner waits in `advance`, and never else."""
+
+    def __init__(self, transformer: nn.Module, inputs: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self.transformer, self.inputs = transformer, inputs
+        self.gradients = torch.is_grad_enabled()  # a thread has its own
+        self.call: BlockCall | None = None
+        self.error: BaseException | None = None
+        self.stopped = False
+        self._go, self._rested = Semaphore(0), Semaphore(0)
+        self.start()
+
+    def run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self.stopped:
+                with torch.set_grad_enabled(self.gradients), suppress(_StopForward):
+                    self.transformer(**self.inputs)
+        except BaseException as error:
+            self.error = error
+        self.stopped = True
+        self._rested.release()
+
+    def rest(self, call: BlockCall) -> None:
+        self.call = call
+        self._rested.release()
+        self._go.acquire()
+        if self.stopped:
+            raise _StopForward
+
+    def advance(self) -> BlockCall | None:
+        """Run to the end of the next block; None if there is none any more."""
+        self.call = None
+        self._go.release()
+        self._rested.acquire()
+        if self.error is not None:
+            raise self.error
+        return self.call
+
+    def stop(self) -> None:
+        alive, self.stopped = not self.stopped, True
+        if alive:
+            self._go.release()
+        self.join()
+
+
+def observe_abreast(
+    family: Family, transformer: nn.Module, inputs: Sequence[dict[str, Any]], *, last: BlockKey | None = None
+) -> Iterator[tuple[int, BlockCall]]:
+    """Run the transformer on several inputs at once: every block sees all of them before the next block runs.
+
+    Yields the number of the input and the call, after each. A streamed block is read once for all inputs, and what
+    is gathered of a block can be finished with when the next one comes; the price is that one block's streams of
+    all inputs are held. Each forward is the stock one, in a thread of its own, and one runs at a time.
+    """
+    strands = [_Strand(transformer, each) for each in inputs]
+
+    def rest(call: BlockCall) -> None:
+        cast(_Strand, current_thread()).rest(call)
+
+    with _hooked(family, transformer, rest):
+        try:
+            alive = list(enumerate(strands))
+            while alive:
+                for number, strand in alive:
+                    call = strand.advance()
+                    if call is not None:
+                        yield number, call
+                        if call.key == last:
+                            strand.stop()
+                alive = [(number, strand) for number, strand in alive if not strand.stopped]
+        finally:
+            for strand in strands:
+                strand.stop()
 
 
 def inputs_of(block: nn.Module, names: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Tensor]:

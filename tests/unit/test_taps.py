@@ -1,9 +1,10 @@
 import itertools
+import threading
 
 import pytest
 import torch
 
-from ppcl.taps import observe
+from ppcl.taps import observe, observe_abreast
 
 
 def hook_count(transformer):
@@ -87,3 +88,64 @@ def test_hooks_go_away_however_the_forward_ends(family, transformer, make_batch)
     with pytest.raises(RuntimeError, match="block broke"):
         observe(family, transformer, inputs, lambda call: None)
     assert hook_count(transformer) == 0
+
+
+# Several inputs abreast
+
+
+def strands():
+    return [thread for thread in threading.enumerate() if type(thread).__name__ == "_Strand"]
+
+
+def abreast(family, transformer, batches, **kwargs):
+    return observe_abreast(family, transformer, [batch.inputs for batch in batches], **kwargs)
+
+
+@torch.no_grad()
+def test_abreast_every_block_sees_all_inputs_before_the_next_one(family, transformer, make_batch):
+    batches = [make_batch(seed, text_lengths=lengths) for seed, lengths in enumerate([(3, 9), (5, 5), (8, 2)])]
+    expected = [[] for _ in batches]
+    for batch, calls in zip(batches, expected, strict=True):
+        observe(family, transformer, batch.inputs, calls.append)
+    order = []
+    for number, call in abreast(family, transformer, batches):
+        order.append((call.index, number))
+        for stream in ("image", "text"):
+            assert torch.equal(call.outputs[stream], expected[number][call.index].outputs[stream])
+            assert torch.equal(call.inputs[stream], expected[number][call.index].inputs[stream])
+    assert order == [(index, number) for index in range(4) for number in range(3)]
+    assert hook_count(transformer) == 0
+    assert not strands()
+
+
+@torch.no_grad()
+def test_abreast_ends_after_the_last_block_asked_for_or_when_nobody_asks_on(family, transformer, make_batch):
+    batches = [make_batch(0), make_batch(1)]
+    ran = []
+    handle = transformer.transformer_blocks[2].register_forward_pre_hook(lambda *_: ran.append(1))
+    last = ("transformer_blocks", 1)
+    assert [call.index for _, call in abreast(family, transformer, batches, last=last)] == [0, 0, 1, 1]
+    calls = abreast(family, transformer, batches)
+    next(calls)
+    calls.close()
+    handle.remove()
+    assert not ran
+    assert hook_count(transformer) == 0
+    assert not strands()
+
+
+def test_abreast_an_error_inside_is_the_callers(family, transformer, make_batch):
+    good, bad = make_batch(0), make_batch(1)
+    bad.inputs["hidden_states"] = bad.inputs["hidden_states"][..., :3]
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(abreast(family, transformer, [good, bad]))
+    assert hook_count(transformer) == 0
+    assert not strands()
+
+
+def test_abreast_gradients_are_the_callers(family, transformer, make_batch):
+    _, call = next(abreast(family, transformer, [make_batch()]))
+    assert call.outputs["image"].requires_grad
+    with torch.no_grad():
+        _, call = next(abreast(family, transformer, [make_batch()]))
+    assert not call.outputs["image"].requires_grad

@@ -20,12 +20,13 @@ Curves = dict[str, dict[str, list[list[float | None]]]]
 
 @dataclass
 class Teacher:
-    """What a method may look at. `calibration` starts a fresh pass over the calibration set."""
+    """What a method may look at. `calibration` starts a fresh pass over the calibration set; `progress` shows one."""
 
     family: Family
     transformer: nn.Module
     calibration: Callable[[], Iterable[TrainingBatch]]
     probes: Callable[[], Probes]
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items
 
 
 @dataclass

@@ -40,7 +40,8 @@ class CkaSensitivity(Method):
     def detect(self, teacher: Teacher) -> Detection:
         sums: dict[BlockKey, float] = {}
         count = 0
-        for batch in teacher.calibration():
+        batches = list(teacher.calibration())
+        for batch in teacher.progress(batches, len(batches)):
             full = centre(_tokens(batch, teacher.transformer(**batch.inputs)[0]))
             count += len(full)
             for stack in teacher.family.stacks:

@@ -17,7 +17,9 @@ from ppcl.config import MethodConfig
 from ppcl.errors import UsageError
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
-from ppcl.taps import BlockCall, observe
+from ppcl.taps import observe_abreast
+
+_HELD_MAPS = 256 << 20  # bytes of probes that are kept as float64; more are read again for every batch
 
 # cka[u][k] for u <= k; cka[u][u] = 1, where nothing is replaced yet.
 Curve = Callable[[int, int], float]
@@ -99,50 +101,54 @@ class SurrogateCurves:
 
     def __init__(self, probes: Probes, num_layers: dict[str, int], *, debiased: bool) -> None:
         self.num_layers, self.debiased = num_layers, debiased
-        self.maps = {key: self._map(weight) for key, weight in probes.weights.items()}
+        self.weights = probes.weights
         self.sums: dict[tuple[str, str], Tensor] = {}
-        self.count = 0
+        self.counts: dict[tuple[str, str], Tensor] = {}
+        self._maps: dict[str, Tensor] = {}
 
-    @staticmethod
-    def _map(weight: Tensor) -> Tensor:
+    def _map(self, key: str) -> Tensor:
         """A probe as x -> x A with A = I + W^T; its bias is the same for all tokens, so centring drops it."""
-        return torch.eye(len(weight), dtype=torch.float64) + weight.T.double()
+        if key in self._maps:
+            return self._maps[key]
+        weight = self.weights[key]
+        found = torch.eye(len(weight), dtype=torch.float64) + weight.T.double()
+        if len(self.weights) * found.nbytes <= _HELD_MAPS:
+            self._maps[key] = found
+        return found
 
     @torch.no_grad()
-    def add(self, outputs: dict[tuple[str, int], dict[str, Tensor]], masks: dict[str, Tensor | None]) -> None:
-        """Block outputs `[B, tokens, D]` of one batch, by (stack, index) and stream."""
-        for (stack, u), streams in outputs.items():
-            for stream, features in streams.items():
-                mask = masks[stream]
-                row = self._row(stack, u, stream, features, mask)
-                total = self.sums.setdefault(
-                    (stack, stream), torch.full((self.num_layers[stack],) * 2, torch.nan, dtype=torch.float64)
-                )
-                total[u, u:] = torch.nan_to_num(total[u, u:]) + row
-        self.count += len(next(iter(next(iter(outputs.values())).values())))
+    def add(self, stack: str, u: int, streams: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
+        """What block u gave `[B, tokens, D]` per stream, of one batch."""
+        for stream, features in streams.items():
+            row = self._row(stack, u, stream, features, masks[stream])
+            layers = self.num_layers[stack]
+            sums = self.sums.setdefault((stack, stream), torch.full((layers, layers), torch.nan, dtype=torch.float64))
+            sums[u, u:] = torch.nan_to_num(sums[u, u:]) + row
+            self.counts.setdefault((stack, stream), torch.zeros(layers, 1))[u] += len(features)
 
     def _row(self, stack: str, u: int, stream: str, features: Tensor, mask: Tensor | None) -> Tensor:
         centred = centre(features.double(), mask)  # [B, T, D]
         tokens = None if mask is None else mask.sum(dim=1)
         # Covariances D x D where tokens outnumber features, else the tokens themselves.
-        covariance = None
-        if not self.debiased and centred.shape[1] >= centred.shape[2]:
-            covariance = centred.mT @ centred
-        chain = torch.eye(centred.shape[2], dtype=torch.float64, device=centred.device)
+        by_covariance = not self.debiased and centred.shape[1] >= centred.shape[2]
+        covariance = centred.mT @ centred if by_covariance else None
+        # What the chain of probes made: of the identity, or of the tokens.
+        moved = torch.eye(centred.shape[2], dtype=torch.float64, device=centred.device) if by_covariance else centred
         values = [float(len(features))]
         for k in range(u + 1, self.num_layers[stack]):
-            chain = chain @ self.maps[f"{stack}.{k}.{stream}"].to(centred.device)
+            moved = moved @ self._map(f"{stack}.{k}.{stream}").to(centred.device)
             if covariance is not None:
-                similarity = cka_of_linear_map(covariance, chain)
+                similarity = cka_of_linear_map(covariance, moved)
             else:
-                similarity = cka(centred, centred @ chain, tokens, debiased=self.debiased)
+                similarity = cka(centred, moved, tokens, debiased=self.debiased)
             values.append(similarity.sum().item())
         return torch.tensor(values, dtype=torch.float64)
 
     def mean(self, stack: str, stream: str) -> Tensor:
         """cka `[M, M]` of a stream, or the mean of all streams; NaN below the diagonal."""
-        chosen = [total for (s, name), total in self.sums.items() if s == stack and stream in (name, "mean")]
-        return torch.stack(chosen).mean(dim=0) / self.count
+        chosen = [total / self.counts[s, name] for (s, name), total in self.sums.items() if s == stack and
+                  stream in (name, "mean")]  # fmt: skip
+        return torch.stack(chosen).mean(dim=0)
 
 
 class Ppcl(Method):
@@ -151,15 +157,12 @@ class Ppcl(Method):
     def detect(self, teacher: Teacher) -> Detection:
         layers = {stack: len(getattr(teacher.transformer, stack)) for stack in teacher.family.stacks}
         curves = SurrogateCurves(teacher.probes(), layers, debiased=self.config.debiased)
-        for batch in teacher.calibration():
-            outputs: dict[tuple[str, int], dict[str, Tensor]] = {}
-
-            def keep(call: BlockCall, outputs: dict = outputs) -> None:
-                outputs[call.key] = call.outputs
-
-            with torch.no_grad():
-                observe(teacher.family, teacher.transformer, batch.inputs, keep)
-            curves.add(outputs, teacher.family.masks(batch.inputs))
+        batches = list(teacher.calibration())
+        masks = [teacher.family.masks(batch.inputs) for batch in batches]
+        with torch.no_grad():
+            calls = observe_abreast(teacher.family, teacher.transformer, [batch.inputs for batch in batches])
+            for number, call in teacher.progress(calls, len(batches) * sum(layers.values())):
+                curves.add(call.stack, call.index, call.outputs, masks[number])
         intervals: Intervals = {}
         scores: dict[str, dict[str, float]] = {}
         settings = replace(self.config, start=max(self.config.start, teacher.family.first_block))

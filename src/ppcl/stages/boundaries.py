@@ -7,6 +7,7 @@ One pass of the teacher serves every interval and every training from them, on a
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, Bou
 from ppcl.errors import UsageError
 from ppcl.stages.run import Run
 from ppcl.surgery.depth import student_block
-from ppcl.taps import BlockCall, observe
+from ppcl.taps import observe_abreast
 
 HELD_OUT_STEPS = 4
 MARGIN = 1.05  # of the estimate, that must be free
@@ -102,12 +103,12 @@ def run(run: Run) -> None:
         for writer in writers.values():
             writer.shard = done
         start = done * STEPS_PER_SHARD
-        for step in track(range(start, steps), f"{kind} boundaries", console=run.console, transient=True):
-            batch = run.to_device(stream(step))
-            with torch.no_grad():
-                _write_step(run, batch, writers, pairs)
-            if kind == TRAIN and step == start:
-                _check_space(run, folder, writers, steps - start)
+        if kind == TRAIN and start < steps:
+            _check_space(run, stream, folder, pairs, steps - start)
+        shards = range(start, steps, STEPS_PER_SHARD)
+        for first in track(shards, f"{kind} boundaries", console=run.console, transient=True):
+            batches = [run.to_device(stream(step)) for step in range(first, min(first + STEPS_PER_SHARD, steps))]
+            _write_steps(run, batches, writers, pairs)
         for writer in writers.values():
             writer.flush()
     write_json(folder / "boundaries.json", header.to_json())
@@ -120,24 +121,30 @@ def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
     return [(stack, pair[1]) for stack, pair in pairs]
 
 
-def _write_step(run: Run, batch: TrainingBatch, writers: dict[Any, BoundaryWriter], pairs: list[Any]) -> None:
-    """One pass of the teacher, to the last interval's end."""
+@torch.no_grad()
+def _write_steps(
+    run: Run, batches: list[TrainingBatch], writers: Mapping[Any, BoundaryWriter], pairs: list[Any]
+) -> None:
+    """One pass of the teacher, to the last interval's end, for a few steps at once."""
     starts = {(stack, pair[0]): (stack, pair[1]) for stack, pair in pairs}
-    masks = run.family.masks(batch.inputs)
+    masks = [run.family.masks(batch.inputs) for batch in batches]
     waiting: dict[Any, dict[str, Any]] = {}
-
-    def on_block(call: BlockCall) -> None:
+    calls = observe_abreast(
+        run.family, run.pipeline.transformer, [batch.inputs for batch in batches], last=pairs_keys(pairs)[-1]
+    )
+    for number, call in calls:
         if call.key in starts:
-            waiting[starts[call.key]] = call.kwargs
+            waiting[number, starts[call.key]] = call.kwargs
         if call.key in writers:
-            writers[call.key].add(Boundary(waiting.pop(call.key), call.outputs, masks), batch.sigmas)
+            boundary = Boundary(waiting.pop((number, call.key)), call.outputs, masks[number])
+            writers[call.key].add(boundary, batches[number].sigmas)
 
-    observe(run.family, run.pipeline.transformer, batch.inputs, on_block, last=pairs_keys(pairs)[-1])
 
-
-def _check_space(run: Run, folder: Path, writers: dict[Any, BoundaryWriter], steps: int) -> None:
-    """The first step's bytes times how many there are, against what is free."""
-    needed = steps * sum(writer.pending_bytes for writer in writers.values())
+def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: int) -> None:
+    """One step's bytes times how many there are, against what is free."""
+    trial = {key: BoundaryWriter(folder, TRAIN) for key in pairs_keys(pairs)}
+    _write_steps(run, [run.to_device(stream(0))], trial, pairs)
+    needed = steps * sum(writer.pending_bytes for writer in trial.values())
     free = shutil.disk_usage(folder).free
     run.say("bounds", f"about {needed / 1e9:.2f} GB for {steps} steps; {free / 1e9:.1f} GB are free")
     if needed * MARGIN > free:

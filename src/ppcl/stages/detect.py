@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -22,6 +23,8 @@ from ppcl.stages.run import Run
 from ppcl.surgery.count import count_parameters
 from ppcl.taps import BlockCall, observe
 
+MAP_TOKENS = 256
+
 
 @torch.no_grad()
 def similarity_maps(
@@ -29,6 +32,7 @@ def similarity_maps(
 ) -> dict[str, list[list[float]]]:
     """CKA between every two blocks' outputs, per stream (paper Fig. 5), averaged over the batch.
 
+    Of at most `MAP_TOKENS` tokens, evenly spaced: the similarities of every block are held at once.
     `top_channels` leaves out that many channels of most variance per block: a few massive ones can make
     blocks look alike that are not.
     """
@@ -37,13 +41,15 @@ def similarity_maps(
 
     def on_block(call: BlockCall) -> None:
         for stream, features in call.outputs.items():
-            centred = centre(features.double(), masks[stream])
+            every = -(-features.shape[1] // MAP_TOKENS)
+            mask = masks[stream]
+            centred = centre(features[:, ::every].double(), None if mask is None else mask[:, ::every])
             if top_channels:
                 variance = centred.square().sum(dim=(0, 1))
                 centred = centred[..., variance.argsort()[: len(variance) - top_channels]]
             gram = centred @ centred.mT  # [B, N, N]
             unit = gram / gram.square().sum(dim=(1, 2), keepdim=True).sqrt()
-            grams.setdefault(stream, []).append(unit.flatten(1))
+            grams.setdefault(stream, []).append(unit.flatten(1).float())
 
     observe(family, transformer, batch.inputs, on_block)
     maps = {}
@@ -75,12 +81,15 @@ def run(run: Run) -> None:
     stream = run.stream(run.config.data.calibration_seed, method.batch_size)
 
     def calibration() -> Iterator[TrainingBatch]:
-        passes = -(-method.num_samples // method.batch_size) * method.num_timesteps
-        batches = stream.calibration(method.num_samples, method.num_timesteps)
-        for batch in track(batches, "simulation", passes, console=run.console, transient=True):
+        for batch in stream.calibration(method.num_samples, method.num_timesteps):
             yield run.to_device(batch)
 
-    teacher = Teacher(run.family, run.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder))
+    def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
+        return track(items, "simulation", total, console=run.console, transient=True)
+
+    teacher = Teacher(
+        run.family, run.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
+    )
     found = get_method(method).detect(teacher)
     middle = list(stream.calibration(min(method.num_samples, method.batch_size), 2))[-1]
     maps = similarity_maps(run.family, run.pipeline.transformer, run.to_device(middle))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from ppcl.artifacts import Probes, is_current
+from ppcl.artifacts import Probes, finish_probes, is_current, write_probe
 from ppcl.data.batches import TrainingBatch
 from ppcl.families.base import Family
 from ppcl.ops.least_squares import NormalEquations
 from ppcl.stages.run import Run
-from ppcl.taps import BlockCall, observe
+from ppcl.taps import observe_abreast
 
 
 def valid(features: Tensor, mask: Tensor | None) -> Tensor:
@@ -22,41 +22,77 @@ def valid(features: Tensor, mask: Tensor | None) -> Tensor:
     return (features.flatten(0, 1) if mask is None else features[mask]).float()
 
 
-Pair = Callable[[str, Tensor, Tensor], None]
+Pair = tuple[int, str, Tensor, Tensor]
 
 
 @torch.no_grad()
-def each_pair(family: Family, transformer: nn.Module, batch: TrainingBatch, visit: Pair) -> None:
-    """Call `visit(key, x, dx)` with every block's input rows and what it adds to them, per stream."""
-    masks = family.masks(batch.inputs)
+def pairs(family: Family, transformer: nn.Module, batches: Sequence[TrainingBatch]) -> Iterator[Pair]:
+    """Every block's input rows x and what it adds to them dx, per stream: `(batch's number, key, x, dx)`.
 
-    def on_block(call: BlockCall) -> None:
+    Block by block, and all batches of a block one after another.
+    """
+    masks = [family.masks(batch.inputs) for batch in batches]
+    for number, call in observe_abreast(family, transformer, [batch.inputs for batch in batches]):
         for stream, before in call.inputs.items():
-            x = valid(before, masks[stream])
-            dx = valid(call.outputs[stream], masks[stream]) - x
-            visit(f"{call.stack}.{call.index}.{stream}", x, dx)
+            x = valid(before, masks[number][stream])
+            dx = valid(call.outputs[stream], masks[number][stream]) - x
+            yield number, f"{call.stack}.{call.index}.{stream}", x.cpu(), dx.cpu()
 
-    observe(family, transformer, batch.inputs, on_block)
+
+@dataclass
+class Residual:
+    """||l_i(x) - T_i||^2 / ||T_i - T_{i-1}||^2 of all rows added; 1 means no better than identity."""
+
+    error: float = 0.0
+    size: float = 0.0
+
+    def add(self, probe: tuple[Tensor, Tensor], x: Tensor, dx: Tensor) -> None:
+        weight, bias = probe
+        self.error += (x @ weight.T + bias - dx).double().square().sum().item()
+        self.size += dx.double().square().sum().item()
+
+    @property
+    def value(self) -> float:
+        return self.error / self.size if self.size else 0.0
+
+
+@dataclass
+class Fit:
+    """The probe of `key`, and its residual on held-out batches."""
+
+    key: str
+    weight: Tensor
+    bias: Tensor
+    residual: Residual
 
 
 def fit_probes(
-    family: Family, transformer: nn.Module, batches: Iterable[TrainingBatch], *, ridge: float, bias: bool
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Least-squares W `[D, D]`, b `[D]` of x -> x + x W^T + b for every block and stream (Eq. 1).
+    family: Family,
+    transformer: nn.Module,
+    batches: Sequence[TrainingBatch],
+    heldout: Sequence[TrainingBatch] = (),
+    *,
+    ridge: float,
+    bias: bool,
+) -> Iterator[Fit]:
+    """Least-squares W `[D, D]`, b `[D]` of x -> x + x W^T + b for every block and stream (Eq. 1), as they are found.
 
-    The input of probe i is always the teacher's own T_{i-1}; one pass serves all probes.
+    The input of probe i is always the teacher's own T_{i-1}; one pass serves all probes, and one block's statistics
+    are held at a time.
     """
     equations: dict[str, NormalEquations] = {}
-
-    def add(key: str, x: Tensor, dx: Tensor) -> None:
-        if key not in equations:
-            equations[key] = NormalEquations(x.shape[1], dx.shape[1])
-        equations[key].add(x.cpu(), dx.cpu())
-
-    for batch in batches:
-        each_pair(family, transformer, batch, add)
-    solved = {key: system.solve(ridge=ridge, bias=bias) for key, system in equations.items()}
-    return {key: (weight.float(), offset.float()) for key, (weight, offset) in solved.items()}
+    fits: dict[str, Fit] = {}
+    final = len(batches) + len(heldout) - 1
+    for number, key, x, dx in pairs(family, transformer, [*batches, *heldout]):
+        if number < len(batches):
+            equations.setdefault(key, NormalEquations(x.shape[1], dx.shape[1])).add(x, dx)
+        else:
+            fits[key].residual.add((fits[key].weight, fits[key].bias), x, dx)
+        if number == len(batches) - 1:
+            weight, offset = equations.pop(key).solve(ridge=ridge, bias=bias)
+            fits[key] = Fit(key, weight.float(), offset.float(), Residual())
+        if number == final:
+            yield fits.pop(key)
 
 
 def train_probes(
@@ -73,13 +109,10 @@ def train_probes(
         maps[key].load_state_dict({"weight": weight, "bias": bias})
     optimizer = torch.optim.Adam([p for linear in maps.values() for p in linear.parameters()], lr=lr)
 
-    def descend(key: str, x: Tensor, dx: Tensor) -> None:
-        with torch.enable_grad():
-            (maps[key](x.cpu()) - dx.cpu()).square().sum(dim=-1).mean().backward()
-
     for batch in batches:
         optimizer.zero_grad()
-        each_pair(family, transformer, batch, descend)
+        for _, key, x, dx in pairs(family, transformer, [batch]):
+            (maps[key](x) - dx).square().sum(dim=-1).mean().backward()
         optimizer.step()
     return {key: (linear.weight.detach(), linear.bias.detach()) for key, linear in maps.items()}
 
@@ -87,22 +120,14 @@ def train_probes(
 def relative_residuals(
     family: Family,
     transformer: nn.Module,
-    batches: Iterable[TrainingBatch],
-    probes: dict[str, tuple[Tensor, Tensor]],
+    batches: Sequence[TrainingBatch],
+    probes: Mapping[str, tuple[Tensor, Tensor]],
 ) -> dict[str, float]:
-    """||l_i(x) - T_i||^2 / ||T_i - T_{i-1}||^2 per block and stream; 1 means no better than identity."""
-    sums: dict[str, list[float]] = {}
-
-    def add(key: str, x: Tensor, dx: Tensor) -> None:
-        weight, bias = probes[key]
-        error = x.cpu() @ weight.T + bias - dx.cpu()
-        total = sums.setdefault(key, [0.0, 0.0])
-        total[0] += error.double().square().sum().item()
-        total[1] += dx.double().square().sum().item()
-
-    for batch in batches:
-        each_pair(family, transformer, batch, add)
-    return {key: error / size if size else 0.0 for key, (error, size) in sums.items()}
+    """The residual of every probe on `batches`."""
+    residuals: dict[str, Residual] = {}
+    for _, key, x, dx in pairs(family, transformer, batches):
+        residuals.setdefault(key, Residual()).add(probes[key], x, dx)
+    return {key: residual.value for key, residual in residuals.items()}
 
 
 def run(run: Run) -> None:
@@ -112,24 +137,32 @@ def run(run: Run) -> None:
         run.say("probe", f"reused {folder}")
         return
     stream = run.stream(run.config.data.calibration_seed, settings.batch_size)
+    family, transformer = run.family, run.pipeline.transformer
     # Fitted on the first batches, judged on later ones, trained on those after both.
-    heldout = settings.num_batches + settings.num_heldout_batches
-
-    def batches(start: int, stop: int, description: str) -> Iterable[TrainingBatch]:
-        for step in track(range(start, stop), description, console=run.console, transient=True):
-            yield run.to_device(stream(step))
-
-    parts: tuple[Any, Any] = run.family, run.pipeline.transformer
-    probes = fit_probes(*parts, batches(0, settings.num_batches, "probes"), ridge=settings.ridge, bias=settings.bias)
-    if settings.init == "zero":
-        probes = {key: (torch.zeros_like(w), torch.zeros_like(b)) for key, (w, b) in probes.items()}
+    judged = settings.num_batches + settings.num_heldout_batches
+    batches = [run.to_device(stream(step)) for step in range(judged)]
+    heldout = batches[settings.num_batches :]
+    fits = fit_probes(
+        family, transformer, batches[: settings.num_batches], heldout, ridge=settings.ridge, bias=settings.bias
+    )
+    count = len(family.blocks(transformer)) * len(family.masks(batches[0].inputs))
+    residuals: dict[str, float] = {}
+    trained: dict[str, tuple[Tensor, Tensor]] = {}  # training takes all at once
+    for fit in track(fits, "probes", count, console=run.console, transient=True):
+        if settings.train_steps:
+            zero = settings.init == "zero"
+            trained[fit.key] = (fit.weight * 0, fit.bias * 0) if zero else (fit.weight, fit.bias)
+        else:
+            write_probe(folder, header, fit.key, fit.weight, fit.bias)
+            residuals[fit.key] = fit.residual.value
     if settings.train_steps:
-        training = batches(heldout, heldout + settings.train_steps, "probe training")
-        probes = train_probes(*parts, training, probes, lr=settings.lr)
-    residuals = relative_residuals(*parts, batches(settings.num_batches, heldout, "held-out residuals"), probes)
-    weights = {key: weight for key, (weight, _) in probes.items()}
-    biases = {key: bias for key, (_, bias) in probes.items()}
-    Probes(header, weights, biases, residuals).save(folder)
+        steps = track(range(settings.train_steps), "probe training", console=run.console, transient=True)
+        training = (run.to_device(stream(judged + step)) for step in steps)
+        trained = train_probes(family, transformer, training, trained, lr=settings.lr)
+        residuals = relative_residuals(family, transformer, heldout, trained)
+        for key, (weight, bias) in trained.items():
+            write_probe(folder, header, key, weight, bias)
+    finish_probes(folder, header, residuals)
     for stream_name in sorted({key.rpartition(".")[2] for key in residuals}):
         values = [value for key, value in residuals.items() if key.endswith(stream_name)]
         run.say(

@@ -152,6 +152,12 @@ def planted(runs):
     return [size for length in runs for size in (0.8, *(0.4 * 0.7**step for step in range(length - 1)))]
 
 
+def fitted_probes(family, transformer, batches, ridge):
+    fits = list(fit_probes(family, transformer, batches, ridge=ridge, bias=True))
+    weights, biases = {fit.key: fit.weight for fit in fits}, {fit.key: fit.bias for fit in fits}
+    return Probes(Probes.header_for({}), weights, biases, {})
+
+
 PLANTED_RUNS = [[4, 2, 3, 5, 3], [2, 2, 2, 6], [3, 7, 4], [5, 5, 2, 4]]
 
 
@@ -161,9 +167,7 @@ PLANTED_RUNS = [[4, 2, 3, 5, 3], [2, 2, 2, 6], [3, 7, 4], [5, 5, 2, 4]]
 def test_detection_recovers_the_runs_of_a_planted_teacher(make_linear_teacher, runs, seed, debiased):
     """Fit, simulation and walk together find the runs a linear teacher was built from, each block of them."""
     family, transformer, batches = make_linear_teacher(planted(runs), seed)
-    fitted = fit_probes(family, transformer, batches, ridge=1e-9, bias=True)
-    weights, biases = ({key: pair[part] for key, pair in fitted.items()} for part in (0, 1))
-    probes = Probes(Probes.header_for({}), weights, biases, {})
+    probes = fitted_probes(family, transformer, batches, ridge=1e-9)
     teacher = Teacher(family, transformer, lambda: batches, lambda: probes)
     found = Ppcl(MethodConfig(debiased=debiased)).detect(teacher)
     starts = [sum(runs[:number]) for number in range(len(runs))]
@@ -194,8 +198,7 @@ def test_algebraic_similarity_equals_a_surrogate_forward(family, make_transforme
     count, lengths = 4, (70, 50, 66)
     transformer = make_transformer(count)
     batches = [make_batch(seed, lengths, size, padded_to=72) for seed in (0, 1)]
-    fitted = fit_probes(family, transformer, batches, ridge=1e-2, bias=True)
-    probes = Probes(Probes.header_for({}), *({key: pair[part] for key, pair in fitted.items()} for part in (0, 1)), {})
+    probes = fitted_probes(family, transformer, batches, ridge=1e-2)
 
     def outputs(batch):
         found = {}
@@ -205,14 +208,16 @@ def test_algebraic_similarity_equals_a_surrogate_forward(family, make_transforme
     curves = SurrogateCurves(probes, {"transformer_blocks": count}, debiased=debiased)
     real = [outputs(batch) for batch in batches]
     for batch, found in zip(batches, real, strict=True):
-        curves.add(found, family.masks(batch.inputs))
+        for key, streams in found.items():
+            curves.add(*key, streams, family.masks(batch.inputs))
     tables = {stream: curves.mean("transformer_blocks", stream) for stream in ("image", "text", "mean")}
 
     blocks = list(transformer.transformer_blocks)
+    maps = {key: (weight, probes.biases[key]) for key, weight in probes.weights.items()}
     for u in range(count):
         for k in range(u, count):
             stand_ins = {
-                i: ProbeBlock(*(fitted[f"transformer_blocks.{i}.{stream}"] for stream in ("image", "text")))
+                i: ProbeBlock(*(maps[f"transformer_blocks.{i}.{stream}"] for stream in ("image", "text")))
                 for i in range(u + 1, k + 1)
             }
             transformer.transformer_blocks = nn.ModuleList([stand_ins.get(i, blocks[i]) for i in range(count)])

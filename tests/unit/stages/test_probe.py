@@ -49,13 +49,17 @@ def captured(transformer, batches):
     return {key: tuple(torch.cat(part).double() for part in parts) for key, parts in rows.items()}
 
 
+def fit(*arguments, **settings):
+    return {probe.key: (probe.weight, probe.bias) for probe in fit_probes(*arguments, **settings)}
+
+
 def zeros_like(probes):
     return {key: (torch.zeros_like(weight), torch.zeros_like(bias)) for key, (weight, bias) in probes.items()}
 
 
 def test_probes_are_the_least_squares_maps_of_the_blocks(family, transformer, batches):
     """Block by block equal to lstsq on activations captured without any of this package's code."""
-    probes = fit_probes(family, transformer, batches, ridge=0.0, bias=True)
+    probes = fit(family, transformer, batches, ridge=0.0, bias=True)
     rows = captured(transformer, batches)
     assert len(probes) == 2 * COUNT
     for (index, stream), (before, after) in rows.items():
@@ -71,7 +75,7 @@ def test_padded_text_tokens_do_not_reach_the_probes(family, transformer, batches
     for batch in changed:
         mask = batch.inputs["encoder_hidden_states_mask"]
         batch.inputs["encoder_hidden_states"][~mask] *= -7
-    plain, other = (fit_probes(family, transformer, each, ridge=1e-4, bias=True) for each in (batches, changed))
+    plain, other = (fit(family, transformer, each, ridge=1e-4, bias=True) for each in (batches, changed))
     for key, (weight, bias) in plain.items():
         torch.testing.assert_close(other[key][0], weight, rtol=0, atol=1e-4)
         torch.testing.assert_close(other[key][1], bias, rtol=0, atol=1e-4)
@@ -86,12 +90,12 @@ def test_valid_keeps_rows_in_order():
 
 
 def test_without_bias_the_bias_is_zero(family, transformer, batches):
-    probes = fit_probes(family, transformer, batches[:1], ridge=1e-4, bias=False)
+    probes = fit(family, transformer, batches[:1], ridge=1e-4, bias=False)
     assert all(bias.abs().max() == 0 and weight.abs().max() > 0 for weight, bias in probes.values())
 
 
 def test_residuals_equal_a_plain_reference(family, transformer, batches):
-    probes = fit_probes(family, transformer, batches[:2], ridge=1e-3, bias=True)
+    probes = fit(family, transformer, batches[:2], ridge=1e-3, bias=True)
     residuals = relative_residuals(family, transformer, batches[2:], probes)
     for (index, stream), (before, after) in captured(transformer, batches[2:]).items():
         key = f"transformer_blocks.{index}.{stream}"
@@ -101,15 +105,22 @@ def test_residuals_equal_a_plain_reference(family, transformer, batches):
         assert residuals[key] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_residuals_come_out_of_the_fitting_pass_too(family, transformer, batches):
+    fits = list(fit_probes(family, transformer, batches[:2], batches[2:], ridge=1e-3, bias=True))
+    probes = {found.key: (found.weight, found.bias) for found in fits}
+    apart = relative_residuals(family, transformer, batches[2:], probes)
+    assert {found.key: found.residual.value for found in fits} == apart
+
+
 def test_zero_probes_have_residual_one(family, transformer, batches):
     """A probe that adds nothing is no better than the identity, and no worse."""
-    probes = fit_probes(family, transformer, batches[:1], ridge=1e-3, bias=True)
+    probes = fit(family, transformer, batches[:1], ridge=1e-3, bias=True)
     assert relative_residuals(family, transformer, batches, zeros_like(probes)) == dict.fromkeys(probes, 1.0)
 
 
 def test_exactly_linear_blocks_leave_no_residual(make_linear_teacher):
     family, transformer, batches = make_linear_teacher([0.5, 0.3, 0.6, 0.2])
-    probes = fit_probes(family, transformer, batches[:1], ridge=0.0, bias=True)
+    probes = fit(family, transformer, batches[:1], ridge=0.0, bias=True)
     residuals = relative_residuals(family, transformer, batches[1:], probes)
     assert list(residuals) == [f"blocks.{index}.image" for index in range(4)]
     assert max(residuals.values()) < 1e-10
@@ -128,7 +139,7 @@ def test_training_lowers_the_fit_from_zero(make_linear_teacher):
 
 
 def test_training_moves_every_probe_of_a_real_model_down(family, transformer, batches):
-    zero = zeros_like(fit_probes(family, transformer, batches[:1], ridge=1e-3, bias=True))
+    zero = zeros_like(fit(family, transformer, batches[:1], ridge=1e-3, bias=True))
     trained = train_probes(family, transformer, batches * 4, zero, lr=1e-3)
     residuals = relative_residuals(family, transformer, batches, trained)
     assert all(value < 1 for value in residuals.values())
