@@ -49,6 +49,7 @@ class ModelConfig:
     """`path` is a pipeline folder, `embedded:<name>` or a hub id; `arch` its transformer's config.
 
     `family=auto` reads the family from `path/model_index.json`; an empty `arch` is read from there.
+    `streaming`: the teacher's blocks stay in their files and come one ahead of use, two at a time in memory.
     """
 
     name: str = MISSING
@@ -56,6 +57,7 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None
     dtype: str = "float32"
+    streaming: bool = False
     builder: str | None = None
     arch: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

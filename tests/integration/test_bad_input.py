@@ -49,6 +49,10 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["stages=[probe,distil]"], ["stages=distil", "depth"]),
         (["stages=[]"], ["stages=[]"]),
+        (["stages=[depth,export]", "model.streaming=true"], ["stages=[export]", "model.streaming=true", "of its own"]),
+        (["stages=[plan]", "budget.params=0.6", "model.streaming=true"], ["stages=[plan]", "model.streaming=true"]),
+        (["stages=[depth]", "distill.mode=sequential", "model.streaming=true"], ["sequential", "model.streaming=true"]),
+        (["stages=[probe]", "probe.init=zero"], ["probe.init=zero", "probe.train_steps"]),
         (["paths.base_run=runs/nowhere"], ["paths.base_run=runs/nowhere", "no folder"]),
         (["model=flux"], ["model=flux", "qwen_image"]),
         (["method=ppcl,nonesuch", "stages=[probe,detect]"], ["method=nonesuch", "ppcl_lp_a"]),

@@ -20,6 +20,7 @@ from ppcl.ops.losses import relative_error
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit, split_for_muon
 from ppcl.stages.variants import Switch, finetuned_folder, planned, required_plugs
+from ppcl.streaming import still
 from ppcl.surgery.adapter import add_lora, merge_lora
 from ppcl.taps import BlockCall, BlockKey, observe
 
@@ -175,9 +176,11 @@ def run(run: Run) -> None:
         return
     checkpoints = run.folder / "finetune-checkpoint"
     check_resumable(checkpoints, header)
+    teacher = run.family.blocks(run.pipeline.transformer)
     switch = Switch(run, plugs)
     switch(plan)
-    student = copy.deepcopy(switch.board.standalone())
+    with still(*(teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept)):
+        student = copy.deepcopy(switch.board.standalone())
     stands_for = switch.board.stands_for
     switch.restore()
     module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for)

@@ -131,14 +131,15 @@ class Run:
         source = model_folder(model) or model.path
         assert source is not None, "checked in config.check"
         try:
-            left_out = {}
+            left_out: dict[str, Any] = {}
             if self.config.data.name != "shapes" and not ENCODER_STAGES & {*self.config.stages}:
                 index = DiffusionPipeline.load_config(source, revision=model.revision)
                 components = {name for name, entry in index.items() if isinstance(entry, list)}
                 left_out = dict.fromkeys(components - {"transformer", "scheduler"})
-            pipeline = DiffusionPipeline.from_pretrained(
-                source, revision=model.revision, torch_dtype=getattr(torch, model.dtype), **left_out
-            )
+            dtype = getattr(torch, model.dtype)
+            if model.streaming:
+                left_out["transformer"] = self._streamed_transformer(source, dtype)
+            pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, torch_dtype=dtype, **left_out)
         except OSError:
             raise UsageError(
                 f"model.path={model.path} could not be loaded; give a pipeline folder, or a hub id in reach."
@@ -152,6 +153,16 @@ class Run:
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
         return pipeline
+
+    def _streamed_transformer(self, source: Path | str, dtype: Any) -> Any:
+        from ppcl.streaming import load_streamed
+
+        if isinstance(source, str):
+            from huggingface_hub import snapshot_download
+
+            revision = self.config.model.revision
+            source = Path(snapshot_download(source, revision=revision, allow_patterns="transformer/*"))
+        return load_streamed(self.family, source / "transformer", self.device, dtype)
 
     def _arrange_scheduler(self, pipeline: Any) -> None:
         """`model.sampling.scheduler` over the scheduler's own settings."""

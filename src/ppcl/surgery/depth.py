@@ -8,14 +8,17 @@ import torch
 from torch import nn
 
 from ppcl.artifacts import Interval
+from ppcl.streaming import still
 
 
 def student_block(blocks: list[nn.Module], interval: Interval, init: str) -> nn.Module:
     """A trainable block for `interval`: a copy of block u (`first`), of the middle one, or the mean of all."""
     u, v = interval
     source = {"first": u, "middle": (u + v) // 2, "average": u}[init]
-    student = copy.deepcopy(blocks[source])
+    with still(blocks[source]):
+        student = copy.deepcopy(blocks[source])
     if init == "average":
-        states = [blocks[index].state_dict() for index in range(u, v + 1)]
-        student.load_state_dict({k: torch.stack([s[k] for s in states]).mean(dim=0) for k in states[0]})
+        with still(*blocks[u : v + 1]):
+            states = [blocks[index].state_dict() for index in range(u, v + 1)]
+            student.load_state_dict({k: torch.stack([s[k] for s in states]).mean(dim=0) for k in states[0]})
     return student.requires_grad_(True)

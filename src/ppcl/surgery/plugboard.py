@@ -18,6 +18,7 @@ from ppcl.artifacts import Intervals, Plug, Projector, load_plugs, load_projecto
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.layers import Layout, check_width_sets, kept_layers, references
+from ppcl.streaming import still
 from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.share import load_shared
 from ppcl.surgery.width import prune_blocks
@@ -187,7 +188,8 @@ def load_student(family: Family, transformer: nn.Module, plug: Plug) -> nn.Modul
     blocks = list(getattr(transformer, plug.stack))
     if plug.interval[1] >= len(blocks):
         raise UsageError(f"plug {plug.name} does not fit a model with {len(blocks)} blocks in {plug.stack}.")
-    student = copy.deepcopy(blocks[plug.interval[0]])
+    with still(blocks[plug.interval[0]]):
+        student = copy.deepcopy(blocks[plug.interval[0]])
     try:
         student.load_state_dict(plug.state_dict)
     except RuntimeError:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.errors import UsageError
+from ppcl.streaming import still
 
 
 def load_shared(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -35,7 +36,8 @@ def share_pruned(pruned: nn.Module, block: nn.Module, projectors: Mapping[str, T
         if key in own:
             state[key] = own[key]
             if own[key].shape != empty.shape:
-                cut = own[key].detach()[tuple(map(slice, empty.shape))].contiguous()
+                with still(block):
+                    cut = own[key].detach()[tuple(map(slice, empty.shape))].contiguous()
                 state[key] = cut.requires_grad_(own[key].requires_grad)
         elif key in projectors:
             if projectors[key].shape != empty.shape:

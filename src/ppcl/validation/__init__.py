@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ppcl.config import STAGE_ORDER, STORED_VARIANTS, VARIANTS, Config
 from ppcl.errors import UsageError
-from ppcl.validation.model import check_data, check_model, check_pretrain
+from ppcl.validation.model import check_data, check_model, check_pretrain, check_streaming
 from ppcl.validation.outputs import (
     check_adapter,
     check_export,
@@ -74,6 +74,7 @@ def check(config: Config) -> None:
             "distill.checkpoint_every": (distill.checkpoint_every, 1),
             "distill.lr": (distill.lr, 0),
             "probe.num_batches": (config.probe.num_batches, 1),
+            "probe.train_steps": (config.probe.train_steps, 0),
             "probe.num_heldout_batches": (config.probe.num_heldout_batches, 1),
             "probe.ridge": (config.probe.ridge, 0),
             "method.min_length": (method.min_length, 2),
@@ -101,6 +102,8 @@ def check(config: Config) -> None:
             "benchmark.prompts_per_category": (config.benchmark.prompts_per_category, 1),
         }
     )
+    if config.probe.init == "zero" and not config.probe.train_steps:
+        raise UsageError("probe.init=zero needs probe.train_steps: probes that start from nothing have to learn.")
     if method.rule == "cka_sensitivity" and not method.num_remove:
         raise UsageError("method.rule=cka_sensitivity needs method.num_remove, the number of blocks to remove.")
     if method.extend is not None and method.rule != "lp_b":
@@ -139,6 +142,7 @@ def check(config: Config) -> None:
         check_pretrain(config)
         return
     check_model(config)
+    check_streaming(config)
     check_data(config)
     check_generate(config)
     if "finetune" in config.stages:

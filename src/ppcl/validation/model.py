@@ -96,6 +96,40 @@ def check_pretrain(config: Config) -> None:
     one_of("model.builder", config.model.builder, BUILDERS)
 
 
+STREAMED_STAGES = {
+    "cache",
+    "probe",
+    "detect",
+    "boundaries",
+    "depth",
+    "width",
+    "plan",
+    "finetune",
+    "remap_lora",
+    "report",
+}
+
+
+def check_streaming(config: Config) -> None:
+    """A streamed teacher is read block by block: what wants all of it, or its speed, runs without."""
+    if not config.model.streaming:
+        return
+    whole = [stage for stage in config.stages if stage not in STREAMED_STAGES]
+    budget = config.budget
+    if "plan" in config.stages and (budget.params or budget.memory_gb or budget.latency_ratio):
+        whole.append("plan")
+    if whole:
+        raise UsageError(
+            f"stages=[{whole[0]}] takes the whole teacher, and model.streaming=true never holds it: run that stage in "
+            "a command of its own, without model.streaming."
+        )
+    if config.distill.mode == "sequential" and "depth" in config.stages:
+        raise UsageError(
+            "distill.mode=sequential back-propagates through the teacher's blocks, which model.streaming=true does not "
+            "hold: use distill.mode=parallel, or model.streaming=false."
+        )
+
+
 def check_data(config: Config) -> None:
     """Cached data: what is named, and that something was."""
     data = config.data

@@ -1,0 +1,174 @@
+"""A teacher larger than memory: its blocks stay in their safetensors files and come one ahead of use.
+
+diffusers' group offloading needs the whole model in host memory first, or a second copy of it on disk. Here a block
+is read from the file that is there anyway, by another thread while the block before it computes; two are held at a
+time, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ppcl.artifacts import check_safetensors, read_json
+from ppcl.errors import UsageError
+from ppcl.families.base import Family
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file of a saved model's `folder` each of its tensors lies in."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        weight_map = read_json(indices[0], "A model's index")["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise UsageError(f"{folder} holds no safetensors: model.streaming=true reads no other files.")
+    files: dict[str, Path] = {}
+    for path in found:
+        check_safetensors(path)
+        with safe_open(path, framework="pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    return files
+
+
+class BlockStream:
+    """Gives each block its weights when it is called, and takes them again when another one is.
+
+    A block whose weights are elsewhere holds NaN in their place, which costs a number each: used past this class
+    it would be seen at once. The order of the blocks is learned from the calls, as a pass may end early.
+    """
+
+    def __init__(
+        self, blocks: dict[str, nn.Module], files: dict[str, Path], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.names, self.blocks = list(blocks), list(blocks.values())
+        self.files, self.device, self.dtype = files, device, dtype
+        self._current: int | None = None
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._follows: dict[int, int] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="blocks")
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._handles: list[Any] = []
+        for number, block in enumerate(self.blocks):
+            for name, parameter in list(block.named_parameters()):
+                nothing = torch.full((), torch.nan, dtype=dtype, device=device).expand(parameter.shape)
+                set_module_tensor_to_device(block, name, device, nothing, dtype)
+            self._handles.append(self._watch(number))
+
+    def _watch(self, number: int) -> Any:
+        return self.blocks[number].register_forward_pre_hook(_Arrival(self, number), prepend=True)
+
+    def arrive(self, number: int) -> None:
+        """Hold block `number` and begin to read the one that is likely to be next."""
+        if number == self._current:
+            return
+        before, self._current = self._current, None
+        if before is not None:
+            self._follows[before] = number
+            self._empty(before)
+        self._fill(number, self._take(number))
+        self._current = number
+        following = self._follows.get(number, (number + 1) % len(self.blocks))
+        if following != number:
+            self._ahead = following, self._reader.submit(self._read, following)
+
+    def _take(self, number: int) -> dict[str, Tensor]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == number:
+            return ahead[1].result()
+        return self._reader.submit(self._read, number).result()
+
+    def _read(self, number: int) -> dict[str, Tensor]:
+        """A block's weights, by name; on a GPU the copy may be under way still, on a stream of its own."""
+        prefix = self.names[number] + "."
+        names = [name for name, _ in self.blocks[number].named_parameters()]
+        with ExitStack() as opened:
+            files = {path: opened.enter_context(safe_open(path, framework="pt")) for path in
+                     {self.files[prefix + name] for name in names}}  # fmt: skip
+            if self._copies is not None:
+                opened.enter_context(torch.cuda.stream(self._copies))
+            return {name: self._bring(files[self.files[prefix + name]].get_tensor(prefix + name)) for name in names}
+
+    def _bring(self, stored: Tensor) -> Tensor:
+        if self._copies is None:
+            return stored.to(self.dtype, copy=True)  # out of the mapped file, whose pages then go
+        return stored.to(self.dtype).pin_memory().to(self.device, non_blocking=True)
+
+    def _fill(self, number: int, weights: dict[str, Tensor]) -> None:
+        if self._copies is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._copies)
+            for weight in weights.values():
+                weight.record_stream(current)  # or its memory could be written to while it is still read
+        for name, parameter in self.blocks[number].named_parameters():
+            parameter.data = weights[name]
+
+    def _empty(self, number: int) -> None:
+        for parameter in self.blocks[number].parameters():
+            parameter.data = parameter.data.new_full((), torch.nan).expand(parameter.shape)
+
+    @contextmanager
+    def still(self, number: int) -> Iterator[None]:
+        """The block as any other: with its weights, and copied without being streamed."""
+        self._handles[number].remove()
+        if number != self._current:
+            self._fill(number, self._read(number))
+        try:
+            yield
+        finally:
+            if number != self._current:
+                self._empty(number)
+            self._handles[number] = self._watch(number)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """The hook of a streamed block."""
+
+    stream: BlockStream
+    number: int
+
+    def __call__(self, block: nn.Module, args: Any) -> None:
+        self.stream.arrive(self.number)
+
+
+@contextmanager
+def still(*blocks: nn.Module) -> Iterator[None]:
+    """Those `blocks` that are streamed are held, with their weights, to be read or copied."""
+    with ExitStack() as held:
+        for block in blocks:
+            for hook in list(block._forward_pre_hooks.values()):
+                if isinstance(hook, _Arrival):
+                    held.enter_context(hook.stream.still(hook.number))
+        yield
+
+
+def load_streamed(family: Family, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The transformer in `folder` with all but its blocks in memory; those come from the files when called."""
+    config = family.transformer_class.load_config(folder)
+    files = tensor_files(folder)
+    with init_empty_weights(include_buffers=False):
+        transformer = family.transformer_class.from_config(config)
+    missing = [name for name in transformer.state_dict() if name not in files]
+    if missing:
+        raise UsageError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors of this model.")
+    blocks = {f"{stack}.{index}": block for (stack, index), block in family.blocks(transformer).items()}
+    inside = tuple(f"{name}." for name in blocks)
+    for name in transformer.state_dict():
+        if not name.startswith(inside):
+            with safe_open(files[name], framework="pt") as file:
+                value = file.get_tensor(name).to(dtype, copy=True)
+            set_module_tensor_to_device(transformer, name, device, value, dtype)
+    BlockStream(blocks, files, device, dtype)
+    return transformer.eval()

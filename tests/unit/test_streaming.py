@@ -1,0 +1,126 @@
+import copy
+import json
+
+import pytest
+import torch
+
+from ppcl.errors import UsageError
+from ppcl.streaming import load_streamed, still
+from ppcl.surgery.depth import student_block
+from ppcl.taps import observe
+
+NUM_BLOCKS = 5
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def resident(make_transformer):
+    return make_transformer(NUM_BLOCKS)
+
+
+@pytest.fixture(scope="module", params=[None, "200KB"], ids=["one file", "sharded"])
+def folder(request, resident, tmp_path_factory):
+    found = tmp_path_factory.mktemp("saved") / "transformer"
+    resident.save_pretrained(found, **({"max_shard_size": request.param} if request.param else {}))
+    assert (len(list(found.glob("*.safetensors"))) > 1) == bool(request.param)
+    return found
+
+
+@pytest.fixture
+def streamed(family, folder):
+    return load_streamed(family, folder, CPU, torch.float32)
+
+
+def held(transformer):
+    """The blocks that hold weights."""
+    return [
+        index
+        for index, block in enumerate(transformer.transformer_blocks)
+        if all(parameter.untyped_storage().nbytes() >= parameter.nbytes for parameter in block.parameters())
+    ]
+
+
+@torch.no_grad()
+def test_outputs_are_those_of_the_resident_model_bit_for_bit(family, resident, streamed, make_batch):
+    for seed in range(2):
+        batch = make_batch(seed)
+        expected, found = [], []
+        whole = observe(family, resident, batch.inputs, expected.append)
+        assert torch.equal(observe(family, streamed, batch.inputs, found.append), whole)
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.outputs["image"], other.outputs["image"])
+            assert torch.equal(one.outputs["text"], other.outputs["text"])
+
+
+@torch.no_grad()
+def test_it_is_cast_as_diffusers_would(family, folder, make_batch):
+    streamed = load_streamed(family, folder, CPU, torch.bfloat16)
+    resident = family.transformer_class.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    batch = make_batch()
+    inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+              for k, v in batch.inputs.items()}  # fmt: skip
+    assert torch.equal(streamed(**inputs)[0], resident(**inputs)[0])
+
+
+@torch.no_grad()
+def test_one_block_holds_its_weights_at_a_time(family, streamed, make_batch):
+    """The next one's are read by then, but wait outside the model."""
+    seen = []
+    observe(family, streamed, make_batch().inputs, lambda call: seen.append((call.index, held(streamed))))
+    assert seen == [(index, [index]) for index in range(NUM_BLOCKS)]
+
+
+@torch.no_grad()
+def test_a_pass_that_ends_early_teaches_what_to_read_next(family, streamed, make_batch):
+    stream = next(iter(streamed.transformer_blocks[0]._forward_pre_hooks.values())).stream
+    last = ("transformer_blocks", 2)
+    for _ in range(2):
+        observe(family, streamed, make_batch().inputs, lambda call: None, last=last)
+    assert stream._ahead[0] == 0
+
+
+def test_a_block_that_is_elsewhere_is_seen_at_once(streamed):
+    weight = streamed.transformer_blocks[3].attn.to_q.weight
+    assert weight.isnan().all()
+    assert weight.untyped_storage().nbytes() == weight.element_size()
+
+
+@pytest.mark.parametrize("init", ["first", "middle", "average"])
+def test_students_start_from_the_real_weights_and_are_not_streamed(resident, streamed, init):
+    student = student_block(list(streamed.transformer_blocks), (1, 3), init)
+    expected = student_block(list(resident.transformer_blocks), (1, 3), init).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in student.state_dict().items())
+    assert not student._forward_pre_hooks
+    assert held(streamed) == []
+    assert streamed.transformer_blocks[1]._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_a_block_in_use_stays_so_when_it_was_held(family, streamed, make_batch):
+    def copy_it(call):
+        block = streamed.transformer_blocks[call.index]
+        with still(block):
+            copied = copy.deepcopy(block)
+        assert torch.equal(copied.attn.to_q.weight, block.attn.to_q.weight)
+
+    first = observe(family, streamed, make_batch().inputs, copy_it)
+    assert torch.equal(first, streamed(**make_batch().inputs)[0])
+
+
+def test_a_folder_without_all_tensors_is_refused(family, folder, tmp_path):
+    broken = tmp_path / "transformer"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).symlink_to(file)
+    index = broken / "diffusion_pytorch_model.safetensors.index.json"
+    if not index.exists():
+        (broken / "diffusion_pytorch_model.safetensors").unlink()
+        expected = "no safetensors"
+    else:
+        content = json.loads(index.read_text())
+        content["weight_map"].pop("transformer_blocks.0.attn.to_q.weight")
+        index.unlink()
+        index.write_text(json.dumps(content))
+        expected = r"lacks transformer_blocks\.0\.attn\.to_q\.weight"
+    with pytest.raises(UsageError, match=expected):
+        load_streamed(family, broken, CPU, torch.float32)
