@@ -24,6 +24,8 @@ from ppcl.artifacts import check_safetensors, read_json
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 
+Weights = dict[str, Tensor]
+
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Which file of a saved model's `folder` each of its tensors lies in."""
@@ -45,8 +47,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 class BlockStream:
     """Gives each block its weights when it is called, and takes them again when another one is.
 
-    A block whose weights are elsewhere holds NaN in their place, which costs a number each: used past this class
-    it would be seen at once. The order of the blocks is learned from the calls, as a pass may end early.
+    They lie in one of two buffers that are made once: the memory of blocks that come and go would not all go back to
+    the system. A block whose weights are elsewhere holds NaN in their place, which costs a number each: used past
+    this class it would be seen at once. The order of the blocks is learned from the calls, as a pass may end early.
     """
 
     def __init__(
@@ -55,10 +58,16 @@ class BlockStream:
         self.names, self.blocks = list(blocks), list(blocks.values())
         self.files, self.device, self.dtype = files, device, dtype
         self._current: int | None = None
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._ahead: tuple[int, Future[Weights]] | None = None
         self._follows: dict[int, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="blocks")
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        size = max(sum(_aligned(p.numel()) for p in block.parameters()) for block in self.blocks)
+        self._buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
+        self._next_buffer = 0
+        if device.type == "cuda":
+            self._staging = torch.empty(size, dtype=dtype, pin_memory=True)
+            self._copies = torch.cuda.Stream(device)
+            self._copied = torch.cuda.Event()
         self._handles: list[Any] = []
         for number, block in enumerate(self.blocks):
             for name, parameter in list(block.named_parameters()):
@@ -77,40 +86,53 @@ class BlockStream:
         if before is not None:
             self._follows[before] = number
             self._empty(before)
-        self._fill(number, self._take(number))
+        ahead, self._ahead = self._ahead, None
+        weights = ahead[1].result() if ahead is not None else {}
+        if ahead is None or ahead[0] != number:
+            weights = self._submit(number).result()
+        self._fill(number, weights)
         self._current = number
         following = self._follows.get(number, (number + 1) % len(self.blocks))
         if following != number:
-            self._ahead = following, self._reader.submit(self._read, following)
+            self._ahead = following, self._submit(following)
 
-    def _take(self, number: int) -> dict[str, Tensor]:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == number:
-            return ahead[1].result()
-        return self._reader.submit(self._read, number).result()
+    def _submit(self, number: int) -> Future[Weights]:
+        """Read a block into the buffer whose block is done with."""
+        buffer = self._buffers[self._next_buffer]
+        self._next_buffer = 1 - self._next_buffer
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.current_stream(self.device).record_event()
+        return self._reader.submit(self._read, number, buffer, done)
 
-    def _read(self, number: int) -> dict[str, Tensor]:
-        """A block's weights, by name; on a GPU the copy may be under way still, on a stream of its own."""
-        prefix = self.names[number] + "."
-        names = [name for name, _ in self.blocks[number].named_parameters()]
+    def _read(self, number: int, buffer: Tensor, done: Any = None) -> Weights:
+        """A block's weights by name, in `buffer`; on a GPU they may still be on their way when this returns."""
+        prefix, weights, start = self.names[number] + ".", Weights(), 0
         with ExitStack() as opened:
-            files = {path: opened.enter_context(safe_open(path, framework="pt")) for path in
-                     {self.files[prefix + name] for name in names}}  # fmt: skip
-            if self._copies is not None:
+            files: dict[Path, Any] = {}
+            target = buffer
+            if self.device.type == "cuda":
+                self._copied.synchronize()  # the staging buffer has been read
+                self._copies.wait_event(done)
                 opened.enter_context(torch.cuda.stream(self._copies))
-            return {name: self._bring(files[self.files[prefix + name]].get_tensor(prefix + name)) for name in names}
+                target = self._staging
+            for name, parameter in self.blocks[number].named_parameters():
+                path = self.files[prefix + name]
+                if path not in files:
+                    files[path] = opened.enter_context(safe_open(path, framework="pt"))
+                part = slice(start, start + parameter.numel())
+                target[part].view(parameter.shape).copy_(files[path].get_tensor(prefix + name))
+                weights[name] = buffer[part].view(parameter.shape)
+                if target is not buffer:
+                    buffer[part].copy_(target[part], non_blocking=True)
+                start += _aligned(parameter.numel())
+            if self.device.type == "cuda":
+                self._copied.record(self._copies)
+        return weights
 
-    def _bring(self, stored: Tensor) -> Tensor:
-        if self._copies is None:
-            return stored.to(self.dtype, copy=True)  # out of the mapped file, whose pages then go
-        return stored.to(self.dtype).pin_memory().to(self.device, non_blocking=True)
-
-    def _fill(self, number: int, weights: dict[str, Tensor]) -> None:
-        if self._copies is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self._copies)
-            for weight in weights.values():
-                weight.record_stream(current)  # or its memory could be written to while it is still read
+    def _fill(self, number: int, weights: Weights) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
         for name, parameter in self.blocks[number].named_parameters():
             parameter.data = weights[name]
 
@@ -120,16 +142,25 @@ class BlockStream:
 
     @contextmanager
     def still(self, number: int) -> Iterator[None]:
-        """The block as any other: with its weights, and copied without being streamed."""
+        """The block as any other: with its weights, in memory of its own, and copied without being streamed."""
         self._handles[number].remove()
         if number != self._current:
-            self._fill(number, self._read(number))
+            if self._ahead is not None:
+                self._ahead[1].result()  # one reads at a time
+            size = sum(_aligned(parameter.numel()) for parameter in self.blocks[number].parameters())
+            done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+            self._fill(number, self._read(number, self._buffers[0].new_empty(size), done))
         try:
             yield
         finally:
             if number != self._current:
                 self._empty(number)
             self._handles[number] = self._watch(number)
+
+
+def _aligned(count: int) -> int:
+    """So many numbers that the next tensor starts where torch would let one start."""
+    return -(-count // 64) * 64
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,173 @@
+"""Peak resident memory of stages whose teacher is streamed: against the number of blocks, and of 20 billion parameters.
+
+python experiments/scale/streaming.py growth
+python experiments/scale/streaming.py full FOLDER    # writes 41 GB there
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+
+from ppcl.artifacts import Header, write_json, write_tensors
+from ppcl.cli import conf_dir
+from ppcl.data.cached import EMPTY, unit_record
+from ppcl.families.tiny_qwen_image import build_pipeline
+
+HERE = Path(__file__).parent
+QUIET = ["trainer=cpu", "trainer.progress=false", "logger=none"]
+STEPS = ["distill.steps=3", "distill.batch_size=2"]
+
+
+# Not what the parent is told of its child: that counts memory that the parent had when it forked.
+CHILD = """
+import sys
+from pathlib import Path
+
+target = Path(sys.argv.pop())
+from ppcl.cli import main
+try:
+    main()
+finally:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    target.write_text(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+
+
+def peak(*arguments: str) -> dict[str, float]:
+    """Gigabytes of resident memory at most, and seconds, of `ppcl` with these arguments."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "peak"
+        subprocess.run([sys.executable, "-c", CHILD, *arguments, str(target)], check=True)
+        kilobytes = int(target.read_text())
+    return {"peak_gb": kilobytes * 1024 / 1e9, "seconds": time.perf_counter() - start}
+
+
+def growth(counts: Sequence[int] = (20, 60), width: int = 512) -> dict[str, Any]:
+    """Peaks of probe and depth with a teacher of so many blocks, streamed and resident."""
+    found: dict[str, Any] = {"blocks": list(counts), "width": width}
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            pipeline = build_pipeline(0, 1)
+            config = {k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
+            config |= {
+                "num_layers": count,
+                "attention_head_dim": 64,
+                "num_attention_heads": width // 64,
+                "axes_dims_rope": (16, 24, 24),
+            }
+            pipeline.transformer = QwenImageTransformer2DModel(**config)
+            pipeline.save_pretrained(f"{folder}/teacher")
+            del pipeline
+            for streaming in ("true", "false"):
+                common = [
+                    *QUIET, *STEPS, "model=auto", f"model.path={folder}/teacher", f"model.streaming={streaming}",
+                    f"paths.runs_dir={folder}/{streaming}", "probe.num_batches=2", "probe.num_heldout_batches=1",
+                    "probe.batch_size=8", f"intervals.transformer_blocks=[[{count - 3},{count - 2}]]",
+                ]  # fmt: skip
+                for stage in ("probe", "depth"):
+                    kind = "streamed" if streaming == "true" else "resident"
+                    found.setdefault(f"{stage}_{kind}_gb", []).append(peak(*common, f"stages=[{stage}]")["peak_gb"])
+    for stage in ("probe", "depth"):
+        least, most = found[f"{stage}_streamed_gb"]
+        found[f"{stage}_growth"] = most / least - 1
+    found["stream_memory_growth"] = max(found["probe_growth"], found["depth_growth"])
+    return found
+
+
+def _random(shapes: dict[str, tuple[int, ...]], pool: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """Tensors of those shapes, cut from one pool of random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel()
+        start = int(torch.randint(len(pool) - size, (), generator=generator))
+        tensors[name] = pool[start : start + size].view(shape).clone()
+    return tensors
+
+
+def write_teacher(folder: Path) -> None:
+    """A pipeline folder with Qwen-Image's transformer at full size, random, in bfloat16; a block a file."""
+    arch = yaml.safe_load((conf_dir() / "model" / "qwen_image.yaml").read_text())["arch"]
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(**arch)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    pool = (torch.randn(1 << 28) * 0.02).to(torch.bfloat16)
+    files: dict[str, str] = {}
+    rest = [name for name in shapes if not name.startswith("transformer_blocks.")]
+    groups = [rest] + [
+        [n for n in shapes if n.startswith(f"transformer_blocks.{i}.")] for i in range(arch["num_layers"])
+    ]
+    for number, names in enumerate(groups):
+        file = f"diffusion_pytorch_model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        if not (folder / "transformer" / file).exists():
+            tensors = _random({name: shapes[name] for name in names}, pool, number)
+            write_tensors(folder / "transformer" / file, tensors, {"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": files}
+    write_json(folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json", index)
+    write_json(folder / "transformer" / "config.json", {"_class_name": "QwenImageTransformer2DModel", **arch})
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    entries = {part: [None, None] for part in ("vae", "text_encoder", "tokenizer")}
+    entries |= {
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    write_json(
+        folder / "model_index.json", {"_class_name": "QwenImagePipeline", "_diffusers_version": "0.36.0", **entries}
+    )
+
+
+def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) -> None:
+    """What stages=[cache] leaves, with random latents and prompts."""
+
+    def sample() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "latents", torch.randn(size[0] * size[1], 64).to(torch.bfloat16)
+        yield "prompt_embeds", torch.randn(tokens, 3584).to(torch.bfloat16)
+        yield "prompt_embeds_mask", torch.ones(tokens, dtype=torch.bool)
+
+    header = Header("ppcl.cache", {"units": {"random": [0, 0]}})
+    samples = [{"key": f"{number:06d}", "caption": "", "size": list(size)} for number in range(count)]
+    tensors = {f"{number:03d}.{name}": value for number in range(count) for name, value in sample()}
+    write_tensors(folder / EMPTY, {name: value for name, value in sample() if name != "latents"}, {})
+    write_tensors(folder / "random-000.safetensors", tensors, {"unit": "random"})
+    write_json(folder / "random-000.json", {"samples": samples, "skipped": []})
+    write_json(folder / unit_record("random"), {"unit": "random", "samples": count, "skipped": []})
+    write_json(folder / "cache.json", header.to_json())
+
+
+def full(folder: Path) -> dict[str, Any]:
+    """Probe and a few depth steps of one interval on the full-size model, on this machine's CPU."""
+    write_teacher(folder / "teacher")
+    torch.manual_seed(0)
+    write_cache(folder / "cache", size=(8, 8), tokens=16, count=64)
+    common = [
+        *QUIET, *STEPS, "model=auto", f"model.path={folder}/teacher", "model.streaming=true", "model.dtype=bfloat16",
+        f"paths.runs_dir={folder}/runs", "data=folder", f"data.cache={folder}/cache", "data.held_out=0.5",
+        "probe.num_batches=2", "probe.num_heldout_batches=1", "probe.batch_size=8",
+    ]  # fmt: skip
+    return {
+        "probe": peak(*common, "stages=[probe]"),
+        "depth": peak(*common, "stages=[depth]", "intervals.transformer_blocks=[[28,30]]"),
+    }
+
+
+if __name__ == "__main__":
+    kind = sys.argv[1] if len(sys.argv) > 1 else ""
+    if kind not in ("growth", "full") or (kind == "full") != (len(sys.argv) > 2):
+        raise SystemExit(__doc__)
+    result = growth() if kind == "growth" else full(Path(sys.argv[2]))
+    print(json.dumps(result, indent=2))
+    write_json(HERE / f"streaming_{kind}.json", result)
