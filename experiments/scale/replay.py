@@ -23,7 +23,7 @@ from ppcl.artifacts import load_plugs
 from ppcl.stages import depth
 
 ROUNDS = 2
-STEPS, BATCH = 120, 32
+STEPS, BATCH = 160, 32
 # As detected with `method.min_cka=0.9945` in experiments/figure3_simulation.
 PAIRS = [(0, 1), (3, 5), (6, 7), (9, 11), (13, 14), (15, 16)]
 REPLAYS = (1, 4, 8)
