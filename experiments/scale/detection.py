@@ -1,0 +1,159 @@
+"""Detection from captured activations against forwards of the surrogate (Eq. 3): same probes, same batches.
+
+Three rivals, each of which finds the same intervals:
+- `forwards`: for every u < k the model with blocks u + 1..k replaced by their probes, run up to k.
+- `forwards, walk`: the same for those pairs alone that Algorithm 1 comes to; no curves are left to draw.
+- `chain`: the teacher runs once; from its output at u the probes u + 1, u + 2.. one after another, for every u.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from common import make_run, run_stages
+from scale.measure import in_turns, speedup
+from scale.models import STACK
+from torch import Tensor, nn
+
+from ppcl.artifacts import Interval, Probes
+from ppcl.data.batches import TrainingBatch
+from ppcl.methods.base import Teacher
+from ppcl.methods.ppcl import Ppcl, find_intervals
+from ppcl.ops.cka import centre, cka
+from ppcl.stages.run import Run
+from ppcl.taps import BlockCall, Streams, observe
+
+ROUNDS = 3
+TIMESTEPS = 4  # half of the default; every way takes time in proportion
+
+
+class ProbeBlock(nn.Module):
+    """A block replaced by its probes, one a stream."""
+
+    def __init__(self, probes: Probes, index: int) -> None:
+        super().__init__()
+        for stream in ("image", "text"):
+            key = f"{STACK}.{index}.{stream}"
+            self.register_buffer(f"{stream}_map", torch.eye(len(probes.weights[key])) + probes.weights[key].T)
+            self.register_buffer(f"{stream}_bias", probes.biases[key])
+
+    def forward(self, *, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        return (
+            encoder_hidden_states @ self.text_map + self.text_bias,
+            hidden_states @ self.image_map + self.image_bias,
+        )
+
+
+class Surrogates:
+    """cka(u, k), the mean over streams, samples and noise levels, by running surrogates."""
+
+    def __init__(self, run: Run, probes: Probes, batches: list[TrainingBatch]) -> None:
+        self.family, self.batches = run.family, batches
+        self.model: Any = run.pipeline.transformer
+        self.blocks = list(getattr(self.model, STACK))
+        self.probes = [ProbeBlock(probes, index) for index in range(len(self.blocks))]
+
+    def similarity(self, batch: TrainingBatch, before: Streams, after: Streams) -> Tensor:
+        """CKA `[B]`."""
+        masks = self.family.masks(batch.inputs)
+        pairs = (
+            (centre(before[name].double(), mask), centre(after[name].double(), mask)) for name, mask in masks.items()
+        )
+        return torch.stack([cka(x, y) for x, y in pairs]).mean(dim=0)
+
+    @torch.no_grad()
+    def by_forward(self, u: int, k: int) -> float:
+        arranged = [*self.blocks[: u + 1], *self.probes[u + 1 : k + 1], *self.blocks[k + 1 :]]
+        found = []
+        self.model.transformer_blocks = nn.ModuleList(arranged)
+        for batch in self.batches:
+            outputs: dict[int, Streams] = {}
+
+            def keep(call: BlockCall, outputs: dict[int, Streams] = outputs) -> None:
+                if call.index in (u, k):
+                    outputs[call.index] = call.outputs
+
+            observe(self.family, self.model, batch.inputs, keep, last=(STACK, k))
+            found.append(self.similarity(batch, outputs[u], outputs[k]))
+        self.model.transformer_blocks = nn.ModuleList(self.blocks)
+        return torch.cat(found).mean().item()
+
+    @torch.no_grad()
+    def by_chain(self) -> dict[Interval, float]:
+        found: dict[Interval, list[Tensor]] = {}
+        for batch in self.batches:
+            outputs: dict[int, Streams] = {}
+            observe(self.family, self.model, batch.inputs, lambda call, o=outputs: o.update({call.index: call.outputs}))
+            for u, before in outputs.items():
+                text, image = before["text"], before["image"]
+                for k in range(u + 1, len(self.blocks)):
+                    text, image = self.probes[k](hidden_states=image, encoder_hidden_states=text)
+                    found.setdefault((u, k), []).append(self.similarity(batch, before, {"image": image, "text": text}))
+        return {pair: torch.cat(values).mean().item() for pair, values in found.items()}
+
+
+def figures(tiny: bool) -> dict[str, Any]:
+    run = make_run("bench/detection", "method.min_cka=0.9945", "trainer=cpu", "trainer.progress=false")
+    run_stages(run, "probe")
+    config, probes = run.config.method, Probes.load(run.probe_folder)
+    samples, timesteps = (2, 2) if tiny else (config.num_samples, TIMESTEPS)
+    batches = list(run.stream(run.config.data.calibration_seed, config.batch_size).calibration(samples, timesteps))
+    surrogates, count = Surrogates(run, probes, batches), len(run.pipeline.transformer.transformer_blocks)
+    intervals: dict[str, list[Interval]] = {}
+
+    def walk(curve: Callable[[int, int], float]) -> list[Interval]:
+        return find_intervals(lambda u, k: 1.0 if u == k else curve(u, k), count, config)
+
+    def ours() -> list[Interval]:
+        teacher = Teacher(run.family, run.pipeline.transformer, lambda: batches, lambda: probes)
+        return Ppcl(config).detect(teacher).intervals[STACK]
+
+    def forwards() -> list[Interval]:
+        table = {(u, k): surrogates.by_forward(u, k) for u, k in every_pair(count)}
+        return walk(lambda u, k: table[u, k])
+
+    def forwards_of_walk() -> list[Interval]:
+        table: dict[Interval, float] = {}
+
+        def curve(u: int, k: int) -> float:
+            if (u, k) not in table:
+                table[u, k] = surrogates.by_forward(u, k)
+            return table[u, k]
+
+        return walk(curve)
+
+    def chain() -> list[Interval]:
+        table = surrogates.by_chain()
+        return walk(lambda u, k: table[u, k])
+
+    def timed(name: str, way: Callable[[], list[Interval]]) -> list[float]:
+        start = time.perf_counter()
+        intervals[name] = way()
+        return [time.perf_counter() - start]
+
+    ways = {"ours": ours, "forwards": forwards, "forwards, walk": forwards_of_walk, "chain": chain}
+    turns = {name: lambda name=name, way=way: timed(name, way) for name, way in ways.items()}
+    seconds = in_turns(turns, 1 if tiny else ROUNDS)
+    for name, found in intervals.items():
+        assert found == intervals["ours"], f"{name} finds {found}, ours {intervals['ours']}"
+    unit = "seconds"
+    return {
+        "detect_speedup": speedup(seconds, "forwards", "ours", unit),
+        "detect_speedup_of_walk": speedup(seconds, "forwards, walk", "ours", unit),
+        "detect_speedup_of_chain": speedup(seconds, "chain", "ours", unit),
+        "detect": {
+            "model": "embedded:tiny_qwen_image",
+            "blocks": count,
+            "batches": len(batches),
+            "samples_a_batch": len(batches[0].sigmas),
+            "intervals": intervals["ours"],
+            "seconds": seconds,
+        },
+    }
+
+
+def every_pair(count: int) -> Iterator[Interval]:
+    return ((u, k) for u in range(count) for k in range(u + 1, count))

@@ -1,0 +1,229 @@
+"""Full-size models with random weights on one GPU: a distillation step, and what the paper's sets save in drawing.
+
+python experiments/scale/gpu.py [--only PHASE ..] [--output gpu.json]; without a path to $OUT/gpu.json.
+A phase that fails says so in the file and leaves the others. `--tiny` runs all of it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import statistics
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from common import make_run  # noqa: E402
+from scale.measure import StepTimes, fit, weight_bytes  # noqa: E402
+
+from ppcl.artifacts import Intervals, read_json, write_json  # noqa: E402
+from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb  # noqa: E402
+from ppcl.config import DistillConfig  # noqa: E402
+from ppcl.data.batches import TrainingBatch  # noqa: E402
+from ppcl.layers import kept_layers  # noqa: E402
+from ppcl.stages.depth import DepthDistillation  # noqa: E402
+from ppcl.stages.run import Run  # noqa: E402
+from ppcl.stages.training import compiled  # noqa: E402
+
+CAP = 24 * 2**30
+REPEATS = 20
+QWEN = ("model=qwen_image", "intervals=qwen_image_paper", "width=qwen_image_paper")
+FLUX = ("model=flux_dev", "intervals=flux_dev_paper")
+TEXT = {"qwen_image": 128, "flux": 512}  # tokens of a prompt; FLUX's are always so many
+# With the same numbers of blocks; heads of 16 channels and pictures of 64 x 64.
+TINY = ("model.arch.attention_head_dim=16", "model.arch.num_attention_heads=2", "model.arch.joint_attention_dim=32")
+TINY += (
+    "model.arch.axes_dims_rope=[4,6,6]",
+    "model.sampling.height=64",
+    "model.sampling.width=64",
+    "model.dtype=float32",
+)
+
+Figures = dict[str, Any]
+
+
+class Bench:
+    """The device, and models and inputs for it."""
+
+    def __init__(self, tiny: bool) -> None:
+        self.tiny = tiny
+        self.device = torch.device("cpu" if tiny else "cuda")
+        self.repeats = 2 if tiny else REPEATS
+
+    def run(self, *overrides: str) -> Run:
+        return make_run("bench/gpu", *overrides, *(TINY if self.tiny else ()))
+
+    def model(self, run: Run, model_class: Any, config: dict[str, Any]) -> Any:
+        """Random weights, made where and as they are used: no float32 copy, none in host memory."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, run.config.model.dtype))
+        try:
+            with self.device:
+                return model_class.from_config(config).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
+
+    def teacher(self, run: Run) -> Any:
+        return self.model(run, run.family.transformer_class, run.config.model.arch)
+
+    def pruned(self, run: Run, intervals: Intervals, width: bool = False) -> Any:
+        """What these intervals, and the run's width sets, leave of it."""
+        family, arch = run.family, run.config.model.arch
+        kept = {stack: kept_layers(arch[key], intervals.get(stack, [])) for stack, key in family.stacks.items()}
+        config = arch | {key: len(kept[stack]) for stack, key in family.stacks.items()}
+        if not width:
+            return self.model(run, family.transformer_class, config)
+        places = {
+            stack: {kind: sorted(kept[stack].index(index) for index in sets[kind]) for kind in ("text", "ffn")}
+            for stack, sets in run.width.items()
+        }
+        return self.model(run, family.pruned_transformer_class, config | family.pruned_config(places, run.layout))
+
+    def batch(self, run: Run) -> TrainingBatch:
+        """One picture and prompt; no token is padding."""
+        arch, sampling, tokens = run.config.model.arch, run.config.model.sampling, TEXT[run.family.name]
+        size = (sampling.height // 16, sampling.width // 16)
+        options: Any = {"device": self.device, "dtype": getattr(torch, run.config.model.dtype)}
+        latents, noise = torch.randn(2, 1, size[0] * size[1], arch["in_channels"], **options)
+        conditions = {
+            "prompt_embeds": torch.randn(1, tokens, arch["joint_attention_dim"], **options),
+            "prompt_embeds_mask": torch.ones(1, tokens, dtype=torch.bool, device=self.device),
+            "pooled_prompt_embeds": torch.randn(1, arch.get("pooled_projection_dim", 1), **options),
+        }
+        return run.family.training_batch(latents, conditions, noise, torch.full((1,), 0.5, **options), size)
+
+    @property
+    def allocated(self) -> int:
+        return 0 if self.tiny else torch.cuda.memory_allocated()
+
+
+def distill(bench: Bench, capped: bool) -> Figures:
+    """Steps of the last interval alone, so that the teacher runs 58 of its 60 blocks.
+
+    `capped`: in 24 GB, the teacher in host memory and a block at a time on the card.
+    """
+    run = bench.run(*QWEN)
+    teacher, batch = bench.teacher(run), bench.batch(run)
+    if capped:
+        teacher.to("cpu")
+    pair = run.intervals["transformer_blocks"][-1]
+    module = DepthDistillation(run.family, teacher, {"transformer_blocks": [pair]}, DistillConfig())
+    if not bench.tiny:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total) if capped else 1.0)
+    if capped:  # behind the student, which is a plain copy
+        teacher.enable_group_offload(bench.device, offload_type="block_level", num_blocks_per_group=1)
+    times = StepTimes(skip=1)
+    try:
+        fit(module, batch, 4, "32-true", times, "cpu" if bench.tiny else "gpu")
+        peak = 0 if bench.tiny else torch.cuda.max_memory_reserved()
+    finally:
+        if not bench.tiny:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    return {
+        "interval": list(pair),
+        "image_tokens": batch.target.shape[1],
+        "teacher_gb": weight_bytes(teacher) / 1e9,
+        "seconds_a_step": statistics.median(times.seconds),
+        "peak_reserved_gb": peak / 1e9,
+    }
+
+
+def denoise(bench: Bench, run: Run, models: dict[str, nn.Module], compile: bool) -> Figures:
+    """Latency and peak memory of a denoising step, guidance included, and their ratios to the first model's."""
+    inputs = bench.batch(run).inputs
+    if "encoder_hidden_states_mask" in inputs:
+        inputs["encoder_hidden_states_mask"] = None  # as the pipeline does where nothing is padded
+    passes = run.family.num_passes(run.config.model.sampling)
+
+    def step(model: nn.Module) -> None:
+        with torch.inference_mode():
+            for _ in range(passes):
+                model(**inputs)
+
+    def peak(model: nn.Module) -> float:
+        """Of this model alone: the others are there too."""
+        others = max(0, bench.allocated - weight_bytes(model)) / 1e6
+        return peak_memory_mb(lambda: step(model), weight_bytes(model), bench.device) - others
+
+    blocks = [block for model in models.values() for block in run.family.blocks(model).values()]
+    with compiled(blocks if compile else ()):
+        steps = {name: lambda model=model: step(model) for name, model in models.items()}
+        latency = interleaved_latency_ms(steps, bench.repeats)
+        memory = {} if compile and bench.tiny else {name: peak(model) for name, model in models.items()}
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    found: Figures = {"passes": passes, "text_tokens": TEXT[run.family.name], "repeats": bench.repeats}
+    for name, values in {"parameters": parameters, "latency_ms": latency, "peak_mb": memory}.items():
+        first = next(iter(values.values()), None)
+        found[name] = values
+        found[f"{name}_ratio"] = {key: value / first for key, value in values.items()}
+    return found
+
+
+def qwen(bench: Bench, compile: bool) -> Figures:
+    """The paper's 12B (0.577 of the latency) and 10B (0.557)."""
+    run = bench.run(*QWEN)
+    models = {
+        "base": bench.teacher(run),
+        "12B": bench.pruned(run, run.intervals),
+        "10B": bench.pruned(run, run.intervals, width=True),
+    }
+    return denoise(bench, run, models, compile)
+
+
+def flux(bench: Bench, compile: bool) -> Figures:
+    """The paper's 8B (0.748), which names no set: every dual-stream interval and four single-stream ones leave 7.9B."""
+    run = bench.run(*FLUX)
+    intervals = run.intervals | {"single_transformer_blocks": run.intervals["single_transformer_blocks"][:4]}
+    return denoise(bench, run, {"base": bench.teacher(run), "8B": bench.pruned(run, intervals)}, compile)
+
+
+PHASES: dict[str, Callable[[Bench], Figures]] = {
+    "distill_resident": lambda bench: distill(bench, capped=False),
+    "distill_in_24_gb": lambda bench: distill(bench, capped=True),
+    "qwen_image": lambda bench: qwen(bench, compile=False),
+    "flux": lambda bench: flux(bench, compile=False),
+    "qwen_image_compiled": lambda bench: qwen(bench, compile=True),
+    "flux_compiled": lambda bench: flux(bench, compile=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--tiny", action="store_true", help="whether it runs; on a CPU")
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "runs/bench")) / "gpu.json")
+    chosen = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    bench = Bench(chosen.tiny)
+    content = read_json(chosen.output, "The bench") if chosen.output.exists() else {}
+    for name in chosen.only:
+        try:
+            content[name] = PHASES[name](bench)
+        except Exception as error:
+            traceback.print_exc()
+            content[name] = {"failed": f"{type(error).__name__}: {error}"}
+        gc.collect()
+        if not chosen.tiny:
+            torch.cuda.empty_cache()
+            content["device"] = torch.cuda.get_device_name()
+        print(name, content[name], flush=True)
+        write_json(chosen.output, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Turns, ratios and their spread; the time and the memory of a trainer's steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from ppcl.benchmarks.efficiency import LiveBytes
+from ppcl.data.batches import StepLoader, TrainingBatch
+
+
+def in_turns(ways: Mapping[str, Callable[[], Iterable[float]]], rounds: int) -> dict[str, list[float]]:
+    """The seconds that each way gives, from `rounds` turns: A B C A B C, so that a noisy moment hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            seconds[name] += way()
+    return seconds
+
+
+def speedup(seconds: Mapping[str, Sequence[float]], slow: str, fast: str, unit: str) -> dict[str, Any]:
+    """How many times as fast `fast` is, by medians; `lowest` and `highest` are those of single turns."""
+    ratios = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+    medians = {name: statistics.median(seconds[name]) for name in (slow, fast)}
+    return {
+        "ratio": medians[slow] / medians[fast],
+        "of": medians,
+        "unit": unit,
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "turns": len(ratios),
+    }
+
+
+def fit(
+    module: L.LightningModule,
+    batch: TrainingBatch,
+    steps: int,
+    precision: Any,
+    callback: L.Callback,
+    accelerator: str = "cpu",
+) -> None:
+    """Lightning's own loop over `steps` steps on one batch, without anything written."""
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, StepLoader(lambda step: batch, steps))
+
+
+class StepTimes(L.Callback):
+    """Seconds of each step but the first `skip`, which allocate."""
+
+    def __init__(self, skip: int) -> None:
+        self.skip = skip
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.start = self.now()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx >= self.skip:
+            self.seconds.append(self.now() - self.start)
+
+    @staticmethod
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class StepMemory(L.Callback):
+    """The peak of what is made during the second step and lives: gradients, and what they are computed from.
+
+    With `given_gradients` they are there before, and the peak is that of activations and temporaries alone.
+    """
+
+    def __init__(self, given_gradients: bool) -> None:
+        self.given_gradients = given_gradients
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.recorder = LiveBytes() if batch_idx == 1 else None
+        if self.recorder is not None:
+            if self.given_gradients:
+                for parameter in pl_module.parts.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+            self.recorder.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.recorder is not None:
+            self.recorder.__exit__(None, None, None)
+            self.peak = self.recorder.peak
+
+
+def step_memory_mb(module: Any, batch: TrainingBatch, precision: Any = "32-true") -> dict[str, float]:
+    """Peaks of a step above the teacher's weights, in MB (1e6 bytes).
+
+    `activations`: nothing of the students counts. `with_students`: their weights, gradients and AdamW's two states do.
+    """
+    peaks = {}
+    for name, given in (("activations", True), ("with_students", False)):
+        meter = StepMemory(given)
+        fit(module, batch, 2, precision, meter)
+        peaks[name] = meter.peak / 1e6
+    peaks["with_students"] += 3 * weight_bytes(module.parts) / 1e6
+    return peaks
+
+
+def weight_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

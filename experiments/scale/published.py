@@ -1,0 +1,70 @@
+"""The published training loop of depth distillation, made anew from what it computes: the rival of our step.
+
+What the script does in a step, in its default setting (OPPO-Mente-Lab/Qwen-Image-Pruning, commit 4d054b3):
+- The teacher's blocks run without gradient, up to the last interval's end and no further.
+- When block u of an interval has run, its student is called with block u's inputs, under gradient checkpointing.
+- Then the student is called a second time, also checkpointed, on what the student before it gave when it was called
+  that way: a chain of students. The first interval's output begins the chain. No loss reads any of it.
+- When block v has run, the loss of the first call is added to a sum, with all that its gradient needs.
+- One backward over the sum, behind the pass; then the optimiser.
+
+Left out, in the rival's favour: the final norm and projection of an output that nothing reads. Left out, as not of
+the loop: DeepSpeed, 8-bit optimiser states in host memory, bf16 (which is a variant of the bench). Left as ours: padded
+text stays out of the loss, of which the script, whose batch is one prompt, knows nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from ppcl.data.batches import TrainingBatch
+from ppcl.stages.depth import DepthDistillation
+from ppcl.stages.local import Terms
+from ppcl.taps import BlockCall, Streams, observe
+
+
+class PublishedDistillation(DepthDistillation):
+    """`DepthDistillation` with that loop in the place of its own: students, optimiser and trainer are the same."""
+
+    def learn(self, batch: TrainingBatch) -> list[Terms]:
+        logged = self.forward_losses(batch)  # the pass's own tensors are gone before the backward, as there
+        self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
+        return [{key: value.detach() for key, value in terms.items()} for terms in logged]
+
+    def forward_losses(self, batch: TrainingBatch) -> list[Terms]:
+        """Every interval's loss, with its graph."""
+        starts = {(stack, pair[0]): number for number, (stack, pair) in enumerate(self.pairs)}
+        ends = {(stack, pair[1]): number for number, (stack, pair) in enumerate(self.pairs)}
+        masks = self.family.masks(batch.inputs)
+        direct: Streams = {}
+        chained: Streams = {}
+        logged: list[Terms] = []
+
+        def on_block(call: BlockCall) -> None:
+            nonlocal direct, chained
+            with torch.enable_grad():
+                if call.key in starts:
+                    pair = self.pairs[starts[call.key]]
+                    direct = self._call_student(*pair, call.kwargs)
+                    if not chained:
+                        chained = direct
+                    else:
+                        streams = {"hidden_states": chained["image"], "encoder_hidden_states": chained["text"]}
+                        chained = self._call_student(*pair, call.kwargs | streams)
+                if call.key in ends:
+                    terms = {name: plain_loss(direct[name], t, masks[name]) for name, t in call.outputs.items()}
+                    logged.append(terms | {"loss": terms["text"] + terms["image"]})
+
+        with torch.no_grad():
+            observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
+        return logged
+
+
+def plain_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """Eq. 6 of one stream `[B, tokens, D]`: the mean squared distance of unit vectors over valid tokens."""
+    teacher_unit = teacher.float() / teacher.float().norm(dim=-1, keepdim=True)
+    student_unit = student.float() / student.float().norm(dim=-1, keepdim=True)
+    distances = mse_loss(student_unit, teacher_unit, reduction="none").sum(dim=-1)  # [B, tokens]
+    return (distances if mask is None else distances[mask]).mean()

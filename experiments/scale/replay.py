@@ -1,0 +1,94 @@
+"""A whole training of depth by the published loop, beside the teacher, and from boundaries on disk, with replay.
+
+On the embedded teacher and its pictures, so that a final loss means something; every way is the real stage, timed from
+its call to its plugs: making batches, the teacher's passes, writing, reading, held-out losses before and after.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from common import make_run, run_stages
+from scale.measure import in_turns, speedup
+from scale.models import STACK
+from scale.published import PublishedDistillation
+
+from ppcl.artifacts import load_plugs
+from ppcl.stages import depth
+
+ROUNDS = 2
+STEPS, BATCH = 160, 32
+# As detected with `method.min_cka=0.9945` in experiments/figure3_simulation.
+PAIRS = [(0, 1), (3, 5), (6, 7), (9, 11), (13, 14), (15, 16)]
+REPLAYS = (1, 4, 8)
+FOLDER = Path("runs/bench/boundaries")
+
+
+def prepare(way: str, overrides: tuple[str, ...], steps: int) -> Any:
+    """A run in an empty folder, its teacher loaded."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    given = f"intervals.{STACK}={[list(pair) for pair in PAIRS]}".replace(" ", "")
+    settings = ("distill=tiny", f"distill.steps={steps}", f"distill.batch_size={BATCH}", "trainer=cpu", given)
+    quiet = ("trainer.progress=false", "logger=none", f"paths.cache_dir={FOLDER}/cache")
+    run = make_run(f"bench/boundaries/{way}", *settings, *quiet, *overrides)
+    run.console.quiet = True
+    assert run.pipeline
+    return run
+
+
+def figures(tiny: bool) -> dict[str, Any]:
+    steps = 8 if tiny else STEPS
+    losses: dict[str, list[float]] = {}
+
+    def way(name: str, stages: tuple[str, ...], *overrides: str) -> Callable[[], list[float]]:
+        def train() -> list[float]:
+            run = prepare(name, overrides, steps)
+            start = time.perf_counter()
+            run_stages(run, *stages)
+            seconds = time.perf_counter() - start
+            losses.setdefault(name, []).append(
+                sum(plug.losses["heldout_loss"] for plug in load_plugs(run.plugs_folder).values())
+            )
+            return [seconds]
+
+        return train
+
+    online = way("published", ("depth",), "distill.gradient_checkpointing=true")
+
+    def published() -> list[float]:
+        with mock.patch.object(depth, "DepthDistillation", PublishedDistillation):  # the same stage, its step
+            return online()
+
+    ways = {"published": published, "beside the teacher": way("beside", ("depth",))}
+    for replay in REPLAYS:
+        settings = ("distill.from_boundaries=true", f"distill.replay={replay}")
+        ways[f"replay {replay}"] = way(f"replay-{replay}", ("boundaries", "depth"), *settings)
+    seconds = in_turns(ways, 1 if tiny else ROUNDS)
+    shutil.rmtree(FOLDER)
+    heldout = dict(zip(ways, (statistics.fmean(values) for values in losses.values()), strict=True))
+    unit = f"seconds for {steps} steps"
+
+    def figure(slow: str, fast: str) -> dict[str, Any]:
+        return speedup(seconds, slow, fast, unit) | {"heldout_loss": {name: heldout[name] for name in (slow, fast)}}
+
+    last = f"replay {REPLAYS[-1]}"
+    return {
+        "boundary_cache_speedup": figure("published", "replay 1"),
+        "boundary_cache_speedup_of_ours": figure("beside the teacher", "replay 1"),
+        "replay_speedup": figure("published", last),
+        "replay_speedup_of_ours": figure("beside the teacher", last),
+        "boundaries": {
+            "model": "embedded:tiny_qwen_image",
+            "intervals": PAIRS,
+            "steps": steps,
+            "batch_size": BATCH,
+            "seconds": seconds,
+            "heldout_loss": heldout,
+        },
+    }

@@ -1,0 +1,126 @@
+"""One training step of depth distillation against the published loop's: time, memory, losses."""
+
+from __future__ import annotations
+
+import copy
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scale.measure import StepTimes, fit, in_turns, speedup, step_memory_mb, weight_bytes
+from scale.models import INTERVALS, STACK, TINY, TINY_INTERVALS, Size, make_batch, make_teacher
+from scale.published import PublishedDistillation
+
+from ppcl.artifacts import Interval
+from ppcl.config import DistillConfig
+from ppcl.data.batches import TrainingBatch
+from ppcl.families import get_family
+from ppcl.stages.depth import DepthDistillation
+from ppcl.stages.training import compiled
+
+ROUNDS, STEPS = 3, 2  # turns of each way, and timed steps of a turn
+UNIT = "seconds a step"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to take a step, as a run's settings would have it."""
+
+    module: type[DepthDistillation] = DepthDistillation
+    gradient_checkpointing: bool = False
+    precision: str = "32-true"  # trainer.precision
+    compile: bool = False  # trainer.compile
+
+
+# The first two are compared like for like; the best of ours is the fastest.
+WAYS = {
+    "published": Way(PublishedDistillation, gradient_checkpointing=True),
+    "ours": Way(gradient_checkpointing=True),
+    "ours, no checkpointing": Way(),
+    "ours, no checkpointing, compiled": Way(compile=True),
+    "ours, no checkpointing, bf16": Way(precision="bf16-mixed"),
+    "ours, no checkpointing, bf16, compiled": Way(precision="bf16-mixed", compile=True),
+    "published, bf16": Way(PublishedDistillation, gradient_checkpointing=True, precision="bf16-mixed"),
+}
+
+
+def make_module(way: Way, teacher: Any, pairs: list[Interval]) -> Any:
+    settings = DistillConfig(gradient_checkpointing=way.gradient_checkpointing)
+    return way.module(get_family("qwen_image"), teacher, {STACK: pairs}, settings)
+
+
+def losses(module: Any, batch: TrainingBatch) -> list[float]:
+    """Each interval's loss as a step computes it, which is not taken."""
+    module.manual_backward = lambda loss: loss.backward()  # no trainer
+    found = [terms["loss"].item() for terms in module.learn(batch)]
+    module.zero_grad()
+    del module.manual_backward
+    return found
+
+
+def block_passes(pairs: list[Interval]) -> dict[str, int]:
+    """Forwards of a block that a step takes; a backward counts as two."""
+    teacher, count = pairs[-1][1] + 1, len(pairs)
+    return {
+        "published": teacher + 4 * count + (count - 1),  # forward, again for the backward, backward; the chain
+        "ours": teacher + 4 * count,
+        "ours, no checkpointing": teacher + 3 * count,
+    }
+
+
+def figures(tiny: bool) -> dict[str, Any]:
+    size, pairs = (TINY, TINY_INTERVALS) if tiny else (Size(), INTERVALS)
+    teacher, batch = make_teacher(size), make_batch(size)
+    with ExitStack() as stack:
+        modules, first_seconds = {}, {}
+        for name, way in WAYS.items():
+            # A shell of its own where blocks are compiled, with the same weights.
+            own = copy.deepcopy(teacher, {id(p): p for p in teacher.parameters()}) if way.compile else teacher
+            modules[name] = make_module(way, own, pairs)
+            if way.compile:
+                blocks = [*getattr(own, STACK), *modules[name].parts.values()]
+                stack.enter_context(compiled(blocks))
+                start = time.perf_counter()
+                fit(modules[name], batch, 1, way.precision, StepTimes(0))
+                first_seconds[name] = time.perf_counter() - start
+        fresh = {name: losses(make_module(WAYS[name], teacher, pairs), batch) for name in ("published", "ours")}
+        difference = max(abs(a - b) for a, b in zip(fresh["published"], fresh["ours"], strict=True))
+
+        def turn(name: str) -> list[float]:
+            times = StepTimes(skip=1)
+            fit(modules[name], batch, 1 + STEPS, WAYS[name].precision, times)
+            return times.seconds
+
+        seconds = in_turns({name: lambda name=name: turn(name) for name in WAYS}, 2 if tiny else ROUNDS)
+    found = {name: speedup(seconds, "published", name, UNIT) for name in WAYS if name != "published"}
+    best = max((name for name in WAYS if name.startswith("ours")), key=lambda name: found[name]["ratio"])
+    memory = {
+        name: step_memory_mb(make_module(way, teacher, pairs), batch, way.precision)
+        for name, way in WAYS.items()
+        if not way.compile
+    }
+    return {
+        "step_speedup": found["ours"] | {"largest_difference_of_losses": difference, "losses": fresh["ours"]},
+        "step_speedup_best": found[best],
+        "step_speedup_best_of_bf16": speedup(seconds, "published, bf16", best, UNIT),
+        "step_memory_ratio": _memory(memory, "activations"),
+        "step_memory_ratio_with_students": _memory(memory, "with_students"),
+        "step": {
+            "size": asdict(size) | {"width": size.width, "tokens": size.tokens},
+            "intervals": pairs,
+            "block_passes": block_passes(pairs),
+            "teacher_mb": weight_bytes(teacher) / 1e6,
+            "students_mb": weight_bytes(modules["ours"].parts) / 1e6,
+            "speedups": found,
+            "seconds": seconds,
+            "first_step_seconds_compiled": first_seconds,
+            "memory_mb": memory,
+        },
+    }
+
+
+def _memory(memory: dict[str, dict[str, float]], kind: str) -> dict[str, Any]:
+    """Below 1 where ours takes less. The count is exact: it has no spread."""
+    of = {name: memory[name][kind] for name in ("published", "ours")}
+    return {"ratio": of["ours"] / of["published"], "of": of, "unit": f"MB above the teacher's weights, {kind}"}
