@@ -29,7 +29,8 @@ def by_blocks(counts: Sequence[int] = BLOCKS, **size: Any) -> list[dict[str, flo
         chosen = Size(num_layers=count, **({"heads": 1, "side": 8, "text": 16} | size))
         family, teacher, batch = get_family("qwen_image"), make_teacher(chosen), make_batch(chosen)
         with LiveBytes() as recorder:
-            fit_probes(family, teacher, [batch, batch], ridge=1e-6, bias=True)
+            for _ in fit_probes(family, teacher, [batch, batch], ridge=1e-6, bias=True):
+                pass  # the stage writes each to its file
         pairs = [(u, u + 1) for u in range(0, count - 1, 3)]
 
         def step(pairs: list, way: str, teacher: Any = teacher, batch: Any = batch) -> dict[str, float]:

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import write_csv  # noqa: E402
-from scale import detection, memory, replay, steps  # noqa: E402
+from scale import detection, memory, replay, steps, streaming  # noqa: E402
 
 from ppcl.artifacts import read_json, write_json  # noqa: E402
 
@@ -31,7 +31,7 @@ FIGURES: dict[str, Callable[[bool], dict[str, Any]]] = {
     "boundaries": replay.figures,
     "detect": detection.figures,
     "memory": memory.figures,
-    # Streamed blocks: "stream" belongs here, with stream_memory_growth.
+    "stream": streaming.figures,
 }
 
 

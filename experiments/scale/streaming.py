@@ -26,6 +26,7 @@ from ppcl.families.tiny_qwen_image import build_pipeline
 
 HERE = Path(__file__).parent
 QUIET = ["trainer=cpu", "trainer.progress=false", "logger=none"]
+STAGES = ("probe", "depth")
 STEPS = ["distill.steps=3", "distill.batch_size=2"]
 
 
@@ -77,13 +78,9 @@ def growth(counts: Sequence[int] = (20, 60), width: int = 512) -> dict[str, Any]
                     f"paths.runs_dir={folder}/{streaming}", "probe.num_batches=2", "probe.num_heldout_batches=1",
                     "probe.batch_size=8", f"intervals.transformer_blocks=[[{count - 3},{count - 2}]]",
                 ]  # fmt: skip
-                for stage in ("probe", "depth"):
+                for stage in STAGES:
                     kind = "streamed" if streaming == "true" else "resident"
                     found.setdefault(f"{stage}_{kind}_gb", []).append(peak(*common, f"stages=[{stage}]")["peak_gb"])
-    for stage in ("probe", "depth"):
-        least, most = found[f"{stage}_streamed_gb"]
-        found[f"{stage}_growth"] = most / least - 1
-    found["stream_memory_growth"] = max(found["probe_growth"], found["depth_growth"])
     return found
 
 
@@ -164,10 +161,19 @@ def full(folder: Path) -> dict[str, Any]:
     }
 
 
+def figures(tiny: bool) -> dict[str, Any]:
+    found = growth((4, 8), 64) if tiny else growth()
+    peaks = {stage: dict(zip(found["blocks"], found[f"{stage}_streamed_gb"], strict=True)) for stage in STAGES}
+    ratios = {stage: max(of.values()) / min(of.values()) for stage, of in peaks.items()}
+    stage = max(ratios, key=lambda name: ratios[name])
+    of = {f"{stage}, {count} blocks": value for count, value in reversed(peaks[stage].items())}
+    figure = {"ratio": ratios[stage], "of": of, "unit": "GB resident at most"}
+    return {"stream_memory_growth": figure, "stream": found}
+
+
 if __name__ == "__main__":
-    kind = sys.argv[1] if len(sys.argv) > 1 else ""
-    if kind not in ("growth", "full") or (kind == "full") != (len(sys.argv) > 2):
+    if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    result = growth() if kind == "growth" else full(Path(sys.argv[2]))
+    result = full(Path(sys.argv[1]))
     print(json.dumps(result, indent=2))
-    write_json(HERE / f"streaming_{kind}.json", result)
+    write_json(HERE / "full_size.json", result)

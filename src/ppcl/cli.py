@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -88,6 +89,19 @@ def _sentence(error: Exception) -> str:
     return text
 
 
+def _failed_write(error: Exception) -> str | None:
+    """What the system said, where it would not read or write; None for any other error.
+
+    safetensors and torch say it in words of their own.
+    """
+    if isinstance(error, OSError) and (error.filename or error.errno):
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found:
+        return f"writing: {os.strerror(int(found[1]))}"
+    return "writing a checkpoint failed: is the disk full?" if "PytorchStreamWriter failed" in str(error) else None
+
+
 def _unknown_choice(overrides: list[str]) -> str | None:
     """A sentence about the first `group=choice` whose file does not exist, before Hydra prints a page."""
     for override in overrides:
@@ -139,10 +153,11 @@ def main() -> None:
         app()
     except (HydraException, OmegaConfBaseException) as error:
         complain(error)
-    except OSError as error:
-        if error.filename is None and error.errno is None:
+    except Exception as error:
+        reason = _failed_write(error)
+        if reason is None:
             raise
-        complain(UsageError(f"{error.filename or 'writing'}: {error.strerror}; nothing that was whole is lost."))
+        complain(UsageError(f"{reason}; nothing that was whole is lost, and the same command goes on from there."))
     except KeyboardInterrupt:
         print("ppcl: interrupted; the same command resumes.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

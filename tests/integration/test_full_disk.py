@@ -1,0 +1,45 @@
+"""A disk that is full when a file of any kind is written: a sentence, and all that was whole is still there.
+
+The kernel's limit on the size of a file stands for the disk: what is written beyond it fails in the same call.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import INTERVALS, assert_same_tensors, digests, plug_tensors, ppcl_process, succeed
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv.pop())
+import ppcl.stages.depth  # what imports leave on disk is not at issue
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+from ppcl.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "limit"),
+    [
+        (["stages=[depth]"], 100_000),  # a plug
+        (["stages=[depth]", "distill.checkpoint_every=3"], 100_000),  # a checkpoint
+        (["stages=[boundaries]"], 50_000),  # a shard
+    ],
+)
+def test_a_full_disk(settings: list[str], trained: Path, tmp_path: Path, extra: list[str], limit: int) -> None:
+    command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "name=full"]
+    succeed(*command, "stages=[depth]", "distill.intervals=[1-2]")
+    before = digests(tmp_path / "full" / "plugs")
+    failed = ppcl_process(*command, *extra, str(limit), python=FULL)
+    assert failed.returncode == 2, failed.stderr
+    sentence = failed.stderr.strip().splitlines()[-1]
+    assert "File too large" in sentence or "is the disk full?" in sentence
+    assert "nothing that was whole is lost" in sentence
+    after = digests(tmp_path / "full" / "plugs")
+    assert {name: after.get(name) for name in before} == before
+    assert not list(tmp_path.rglob(".*.tmp"))
+    succeed(*command, "stages=[depth]")
+    assert_same_tensors(plug_tensors(tmp_path / "full"), plug_tensors(trained))
