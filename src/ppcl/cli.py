@@ -135,6 +135,7 @@ def main() -> None:
     register_schema()
 
     mistakes: list[str] = []
+    here = os.getpid()
 
     def complain(error: Exception) -> None:
         if wants_traceback:
@@ -147,11 +148,13 @@ def main() -> None:
         try:  # here, since Hydra prints a line of its own about what leaves a job
             execute(raw, Path(HydraConfig.get().runtime.output_dir))
         except (UsageError, OmegaConfBaseException) as error:
+            if os.getpid() != here:  # a launcher's process: it hands the error on
+                raise
             complain(error)
 
     try:
         app()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (UsageError, HydraException, OmegaConfBaseException) as error:
         complain(error)
     except Exception as error:
         reason = _failed_write(error)

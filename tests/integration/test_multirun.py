@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import Outcome, succeed
+from commands import INTERVALS, Outcome, assert_same_tensors, plug_tensors, ppcl_process, succeed
 from omegaconf import OmegaConf
 
 
@@ -35,3 +35,17 @@ def test_probes_are_made_once(sweep: tuple[Path, Outcome]) -> None:
     lines = [line.strip() for line in outcome.out.splitlines() if line.strip().startswith("probe ")]
     assert sum("wrote" in line for line in lines) == 1
     assert sum("reused" in line for line in lines) == 1
+
+
+def test_intervals_train_in_processes_of_their_own_and_meet(settings: list[str], trained: Path, tmp_path: Path) -> None:
+    """One run has the boundaries and the plugs, the jobs of a sweep a folder each."""
+    command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}"]
+    succeed(*command, "name=all", "stages=[boundaries]")
+    jobs = ["name=jobs", f"paths.base_run={tmp_path / 'all'}", "stages=[depth]", "distill.from_boundaries=true"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = ppcl_process("--multirun", *command, *jobs, "distill.intervals=[1-2],[3-4]", *launcher)
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(plug_tensors(tmp_path / "all"), plug_tensors(trained))
+    failed = ppcl_process("--multirun", *command, *jobs, "distill.intervals=[1-2],[9-10]", *launcher)
+    assert failed.returncode == 2
+    assert "distill.intervals=9-10 is not one of this run's intervals" in failed.stderr
