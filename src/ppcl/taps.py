@@ -32,7 +32,7 @@ class BlockCall:
         return self.stack, self.index
 
 
-class _StopForward(Exception):  # noqa: N818 - control flow, not an error
+class StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Leaves the transformer's forward from inside a hook."""
 
 
@@ -80,12 +80,12 @@ def observe(
     def watch(call: BlockCall) -> None:
         on_block(call)
         if call.key == last:
-            raise _StopForward
+            raise StopForward
 
     with _hooked(family, transformer, watch):
         try:
             return transformer(**inputs)[0]
-        except _StopForward:
+        except StopForward:
             return None
 
 
@@ -100,13 +100,13 @@ def inputs_of(block: nn.Module, names: Iterable[str], kwargs: dict[str, Any]) ->
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             found[name] = args[0]
             if found.keys() == wanted:
-                raise _StopForward
+                raise StopForward
 
         return hook
 
     handles = [block.get_submodule(name).register_forward_pre_hook(tap(name)) for name in wanted]
     try:
-        with suppress(_StopForward):
+        with suppress(StopForward):
             block(**kwargs)
     finally:
         for handle in handles:

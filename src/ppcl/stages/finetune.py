@@ -17,6 +17,7 @@ from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.ops.losses import relative_error
+from ppcl.parallel import average_gradients, mean_terms
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit, split_for_muon
 from ppcl.stages.variants import Switch, finetuned_folder, planned, required_plugs
@@ -82,7 +83,10 @@ class FineTune(L.LightningModule):
         if config.flow_weight:
             terms["flow"] = (velocity.float() - batch.target.float()).square().mean()
         if config.feature_weight:
-            errors = [relative_error(features[own], wanted[its]) for own, its in self.stands_for.items()]
+            errors = [
+                relative_error(features[here], wanted[its], average=batch.average)
+                for here, its in self.stands_for.items()
+            ]
             terms["feature"] = torch.stack(errors).mean()
         return terms | {"loss": torch.stack([weights[key] * value for key, value in terms.items()]).sum()}
 
@@ -101,13 +105,15 @@ class FineTune(L.LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         terms = self.losses(batch)
-        loss = terms["loss"]
+        (logged,) = mean_terms([terms], batch.average)
+        loss = logged["loss"].detach()
         if not torch.isfinite(loss):
             raise UsageError(
                 f"finetune.lr={self.config.lr} made the loss {loss.item()} at step {self.global_step}; lower it. "
                 "The last checkpoint is intact."
             )
-        self.manual_backward(loss)
+        self.manual_backward(terms["loss"])
+        average_gradients(self.student.parameters())
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
         optimizers: Any = self.optimizers()
@@ -121,8 +127,9 @@ class FineTune(L.LightningModule):
             scheduler.step()
         if self.ema is not None:
             self._average()
-        self.log_dict({f"finetune/{key}": value.detach() for key, value in terms.items()}, batch_size=len(batch.sigmas))
-        return loss.detach()
+        logged = {f"finetune/{key}": value.detach() for key, value in logged.items()}
+        self.log_dict(logged, batch_size=len(batch.sigmas))
+        return loss
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -174,7 +181,7 @@ def run(run: Run) -> None:
         run.say("finetune", f"reused {folder}")
         return
     checkpoints = run.folder / "finetune-checkpoint"
-    check_resumable(checkpoints, header)
+    check_resumable(checkpoints, header, sharded=run.sharded)
     switch = Switch(run, plugs)
     switch(plan)
     student = copy.deepcopy(switch.board.standalone())
@@ -182,7 +189,7 @@ def run(run: Run) -> None:
     switch.restore()
     module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for)
     # Behind the batches that depth and width learned from.
-    stream = run.stream(run.config.data.train_seed, config.batch_size)
+    stream = run.training_stream(config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps)
     blocks = [b for model in (run.pipeline.transformer, student) for b in run.family.blocks(model).values()]
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
@@ -192,7 +199,7 @@ def run(run: Run) -> None:
             merge_lora(result, run.pipeline, temporary)
         result.save_pretrained(temporary / "transformer")
         write_json(temporary / "ppcl.json", header.to_json() | {"plugged": [*plan.students, *plan.projectors]})
-    discard_checkpoint(checkpoints)
+    discard_checkpoint(run, checkpoints)
     run.say("finetune", f"wrote {folder}")
 
 
