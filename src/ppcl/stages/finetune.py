@@ -16,9 +16,11 @@ from ppcl.config import FinetuneConfig
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.launch import is_first
 from ppcl.ops.losses import relative_error
 from ppcl.parallel import average_gradients, mean_terms
 from ppcl.stages.run import Run
+from ppcl.stages.sharding import Sharding, skeleton, whole_state
 from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit, split_for_muon
 from ppcl.stages.variants import Switch, finetuned_folder, planned, required_plugs
 from ppcl.surgery.adapter import add_lora, merge_lora
@@ -33,6 +35,7 @@ class FineTune(L.LightningModule):
     the student is given a LoRA and just that is trained.
     The teacher is held outside the module tree: neither saved nor trained. `ema` is an exponential mean
     of the student's parameters, kept where `ema_decay` is above 0; `result` is what to keep.
+    With `sharding` all three are sharded, and a student may share parameters with the teacher.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class FineTune(L.LightningModule):
         student: nn.Module,
         config: FinetuneConfig,
         stands_for: dict[BlockKey, BlockKey] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
         self.family, self.stands_for = family, stands_for or {}
@@ -51,8 +55,13 @@ class FineTune(L.LightningModule):
         else:
             student.requires_grad_(True)
         self.student: Any = student
-        self.ema: Any = copy.deepcopy(student).requires_grad_(False) if config.ema_decay else None
         self.config = config
+        self._skeleton: tuple[Any, ...] = ()
+        if sharding is not None:
+            self._skeleton = (skeleton(student),)
+            sharding.model(family, student, learns=True)
+            sharding.model(family, teacher)
+        self.ema: Any = self._copy().requires_grad_(False) if config.ema_decay else None
         # Muon and AdamW take turns on one step, which Lightning leaves to manual optimisation.
         self.automatic_optimization = False
         if config.gradient_checkpointing:
@@ -63,8 +72,27 @@ class FineTune(L.LightningModule):
     def result(self) -> nn.Module:
         return self.ema if self.ema is not None else self.student
 
+    def whole_result(self) -> nn.Module:
+        """What to keep, put together where it is sharded; then only the first rank may use it."""
+        if not self._skeleton:
+            return self.result
+        self._skeleton[0].load_state_dict(whole_state(self.result), assign=True, strict=is_first())
+        return self._skeleton[0]
+
+    def _copy(self) -> nn.Module:
+        if not self._skeleton:
+            return copy.deepcopy(self.student)
+        copied = copy.deepcopy(self._skeleton[0])
+        copied.load_state_dict({key: value.clone() for key, value in self.student.state_dict().items()}, assign=True)
+        return copied
+
+    def configure_model(self) -> None:
+        """Lightning asks for this where a model is sharded, which has been done when it does."""
+
     def setup(self, stage: str) -> None:
-        self._teacher[0].to(self.device).eval()
+        self._teacher[0].eval()
+        if not self._skeleton:
+            self._teacher[0].to(self.device)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """`output` and `flow`, mean squared errors, and `feature`, the mean relative error of image streams.
@@ -184,21 +212,25 @@ def run(run: Run) -> None:
     check_resumable(checkpoints, header, sharded=run.sharded)
     switch = Switch(run, plugs)
     switch(plan)
-    student = copy.deepcopy(switch.board.standalone())
+    student = switch.board.standalone()
+    if not run.sharded:  # sharding copies what is shared
+        student = copy.deepcopy(student)
     stands_for = switch.board.stands_for
     switch.restore()
-    module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for)
+    sharding = Sharding.of(run) if run.sharded else None
+    module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for, sharding)
     # Behind the batches that depth and width learned from.
     stream = run.training_stream(config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps)
     blocks = [b for model in (run.pipeline.transformer, student) for b in run.family.blocks(model).values()]
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
-    result = cast(Any, module.result)
-    with atomic_folder(folder) as temporary:
-        if config.lora_rank:
-            merge_lora(result, run.pipeline, temporary)
-        result.save_pretrained(temporary / "transformer")
-        write_json(temporary / "ppcl.json", header.to_json() | {"plugged": [*plan.students, *plan.projectors]})
+    result = cast(Any, module.whole_result())
+    if run.writes:
+        with atomic_folder(folder) as temporary:
+            if config.lora_rank:
+                merge_lora(result, run.pipeline, temporary)
+            result.save_pretrained(temporary / "transformer")
+            write_json(temporary / "ppcl.json", header.to_json() | {"plugged": [*plan.students, *plan.projectors]})
     discard_checkpoint(run, checkpoints)
     run.say("finetune", f"wrote {folder}")
 

@@ -7,6 +7,7 @@ teacher's own, are sharded for each.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,12 @@ def _own_parameters(module: nn.Module, device: torch.device, learns: bool) -> No
             if not isinstance(parameter, DTensor):
                 copied = parameter.detach().to(device, copy=True)
                 setattr(child, name, nn.Parameter(copied, requires_grad=learns and parameter.requires_grad))
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """A copy of `module` as it is before it is sharded, its parameters on the meta device."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, dict(empty))
 
 
 def place(run: Run, module: Any) -> None:
