@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.errors import UsageError
+from ppcl.errors import SaidElsewhere, UsageError
+from ppcl.launch import is_first, launched
 
 if TYPE_CHECKING:
     from ppcl.stages.run import Run
@@ -44,29 +48,48 @@ def _quiet_libraries() -> None:
 def execute(raw: Any, folder: Path) -> None:
     """Check the composed configuration, then run its stages in `folder`, in order."""
     from omegaconf import OmegaConf
+    from rich.console import Console
 
     from ppcl.artifacts import atomic_path
     from ppcl.stages.run import Run
     from ppcl.validation import parse
 
-    config = parse(raw)
-    run = Run(config, folder)
+    shared = _meet(raw)
+    with shared():
+        config = parse(raw)
+    silent = config.strategy.kind != "single" and not is_first()
+    run = Run(config, folder, Console(quiet=True) if silent else None)
+    if silent:
+        _run_stages(run, shared)
+        return
     records = (folder / "config.yaml", folder / "versions.json")
     before = {path: path.read_bytes() for path in records if path.exists()}
     with atomic_path(folder / "config.yaml") as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
     run.record_versions()
     try:
-        _run_stages(run)
+        _run_stages(run, shared)
     except UsageError:
         for path, content in before.items():  # a refused command leaves the folder's record as it was
             path.write_bytes(content)
         raise
 
 
-def _run_stages(run: Run) -> None:
+def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
+    """Meet the other ranks, if there are any; what then has to succeed on all of them or on none."""
+    if raw.strategy.kind not in ("ddp", "fsdp") or not launched():
+        return nullcontext
+    from ppcl import parallel
+
+    parallel.start(raw.trainer.accelerator, timedelta(minutes=raw.strategy.timeout_minutes))
+    return parallel.together
+
+
+def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
+    """One after the other; what is neither a training nor divides by itself the first rank does for all."""
     from ppcl.config import STAGE_ORDER
     from ppcl.validation.pruning import budget_of
+    from ppcl.validation.strategy import TRAINED
 
     config = run.config
     if set(config.stages) != {"plan"} or budget_of(config):  # counting needs neither library's pipelines
@@ -76,7 +99,10 @@ def _run_stages(run: Run) -> None:
 
         torch.set_num_threads(config.trainer.num_threads)
     for stage in sorted(set(config.stages), key=STAGE_ORDER.index):
-        import_module(f"ppcl.stages.{stage}").run(run)
+        run.enter(stage)
+        with shared():
+            if config.strategy.kind == "single" or stage in (*TRAINED, "cache") or is_first():
+                import_module(f"ppcl.stages.{stage}").run(run)
 
 
 def _sentence(error: Exception) -> str:
@@ -122,7 +148,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, not printed and swallowed
     unknown = _unknown_choice([argument for argument in sys.argv[1:] if not argument.startswith("-")])
     if unknown:
-        print(f"ppcl: {unknown}", file=sys.stderr)
+        if is_first():
+            print(f"ppcl: {unknown}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
     import hydra
@@ -141,7 +168,8 @@ def main() -> None:
         if wants_traceback:
             raise error
         mistakes.append(_sentence(error))
-        print(f"ppcl: {mistakes[-1]}", file=sys.stderr)
+        if not isinstance(error, SaidElsewhere):
+            print(f"ppcl: {mistakes[-1]}", file=sys.stderr)
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def app(raw: Any) -> None:
@@ -154,8 +182,8 @@ def main() -> None:
 
     try:
         app()
-    except (UsageError, HydraException, OmegaConfBaseException) as error:
-        complain(error)
+    except (UsageError, HydraException, OmegaConfBaseException) as error:  # of composing, which every rank does alike
+        complain(error if is_first() else SaidElsewhere())
     except Exception as error:
         reason = _failed_write(error)
         if reason is None:

@@ -346,6 +346,21 @@ class TrainerConfig:
 
 
 @dataclass
+class StrategyConfig:
+    """How the ranks that torchrun or srun started share the training stages: `kind` is `single` (there is one),
+    `ddp` (each holds everything and learns from its rows of a batch), or `fsdp` (teacher, students and optimiser
+    states are sharded as well).
+
+    `cpu_offload` keeps an fsdp's shards in host memory but while a block runs. A rank that has waited
+    `timeout_minutes` for another within a training gives up.
+    """
+
+    kind: str = "single"
+    cpu_offload: bool = False
+    timeout_minutes: float = 10.0
+
+
+@dataclass
 class LoggerConfig:
     kind: str = "csv"
     project: str = "ppcl"
@@ -404,6 +419,7 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises."""
+"""What a user's mistake raises."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UsageError(ValueError):
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+class SaidElsewhere(UsageError):  # noqa: N818 - of that one
+    """A mistake that another rank of this run prints."""

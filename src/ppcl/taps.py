@@ -34,7 +34,7 @@ class BlockCall:
         return self.stack, self.index
 
 
-class _StopForward(Exception):  # noqa: N818 - control flow, not an error
+class StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Leaves the transformer's forward from inside a hook."""
 
 
@@ -82,12 +82,12 @@ def observe(
     def watch(call: BlockCall) -> None:
         on_block(call)
         if call.key == last:
-            raise _StopForward
+            raise StopForward
 
     with _hooked(family, transformer, watch):
         try:
             return transformer(**inputs)[0]
-        except _StopForward:
+        except StopForward:
             return None
 
 
@@ -108,7 +108,7 @@ class _Strand(Thread):
         self._go.acquire()
         try:
             if not self.stopped:
-                with torch.set_grad_enabled(self.gradients), suppress(_StopForward):
+                with torch.set_grad_enabled(self.gradients), suppress(StopForward):
                     self.transformer(**self.inputs)
         except BaseException as error:
             self.error = error
@@ -120,7 +120,7 @@ class _Strand(Thread):
         self._rested.release()
         self._go.acquire()
         if self.stopped:
-            raise _StopForward
+            raise StopForward
 
     def advance(self) -> BlockCall | None:
         """Run to the end of the next block; None if there is none any more."""
@@ -179,13 +179,13 @@ def inputs_of(block: nn.Module, names: Iterable[str], kwargs: dict[str, Any]) ->
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             found[name] = args[0]
             if found.keys() == wanted:
-                raise _StopForward
+                raise StopForward
 
         return hook
 
     handles = [block.get_submodule(name).register_forward_pre_hook(tap(name)) for name in wanted]
     try:
-        with suppress(_StopForward):
+        with suppress(StopForward):
             block(**kwargs)
     finally:
         for handle in handles:

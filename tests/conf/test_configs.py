@@ -65,13 +65,21 @@ def model_of(family):
     raise AssertionError(f"no model under conf/ counts {family} without weights")
 
 
+def started(monkeypatch, count):
+    """As one of `count` processes of torchrun."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+
+
 # Every file
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_yaml_composes_and_parses(file, auto, tmp_path):
+def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
     """Chosen on its own, over the defaults, with the model it needs."""
     group, _, choice = file.rpartition("/")
+    if group == "strategy" and choice != "single":
+        started(monkeypatch, 2)
     content = yaml.safe_load((CONF / file).with_suffix(".yaml").read_text())
     overrides = auto if group not in ("model", "experiment") else []
     if group == "intervals" and content.get("family"):
@@ -394,3 +402,48 @@ def test_a_value_of_the_wrong_type_names_its_key():
     with pytest.raises(UsageError, match=r"distill\.steps: .*many") as caught:
         parse(raw)
     assert len(str(caught.value).splitlines()) == 1
+
+
+# Several processes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["strategy=fsdp", "stages=[plan]"], "torchrun --nproc-per-node 2 -m ppcl ... strategy=fsdp"),
+        (["strategy.cpu_offload=true"], "strategy.cpu_offload=true means nothing to strategy=single"),
+        (["strategy.timeout_minutes=0"], "strategy.timeout_minutes=0 must be above 0"),
+        (["strategy.kind=tp"], "strategy.kind=tp is not one of single, ddp, fsdp"),
+    ],
+)
+def test_a_strategy_that_means_nothing_is_refused(auto, overrides, sentence):
+    assert sentence in refused([*auto, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["stages=[depth]"], "strategy=single trains depth in one process, and 3 were started"),
+        (["stages=[cache,width,finetune]"], "strategy=single trains width, finetune in one process"),
+        (["stages=[depth]", "strategy=ddp"], "distill.batch_size=2 does not divide among 3 ranks: make it 3"),
+        (["stages=[finetune]", "strategy=fsdp"], "finetune.batch_size=4 does not divide among 3 ranks: make it 6"),
+        (["stages=[pretrain]", "strategy=ddp"], "strategy=ddp does not go with stages=[pretrain]"),
+        (["stages=[width]", "strategy=ddp", "distill.batch_size=3", "trainer.precision=16-mixed"], "trainer.precision"),
+        (["stages=[depth]", "strategy=fsdp", "distill.batch_size=3", "distill.mode=sequential"], "use strategy=ddp"),
+        (
+            ["stages=[depth]", "strategy=ddp", "distill.batch_size=3", "distill.from_boundaries=true"],
+            "distill.from_boundaries=true does not go with strategy=ddp",
+        ),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(auto, monkeypatch, overrides, sentence):
+    started(monkeypatch, 3)
+    assert sentence in refused([*auto, *overrides])
+
+
+def test_what_ranks_can_share_is_not(auto, monkeypatch):
+    started(monkeypatch, 2)
+    assert parsed("data=folder", "data.path=/pictures", "stages=[cache]", *auto).strategy.kind == "single"
+    sequential = ["distill.mode=sequential", "stages=[depth]"]
+    assert parsed(*auto, "strategy=ddp", *sequential).strategy.kind == "ddp"
+    assert parsed(*auto, "strategy=fsdp", "strategy.cpu_offload=true").strategy.cpu_offload

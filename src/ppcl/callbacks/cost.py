@@ -18,7 +18,8 @@ _MEASURED_STEP = 2  # of this process: gradients and optimiser states are there 
 class TrainingCost(L.Callback):
     """Writes `{"steps", "seconds", "seconds_per_step", "peak_memory_mb"}` of this process's steps to `path`.
 
-    Memory is the allocator's peak on a GPU; on a CPU the tensors that live during one step, weights included.
+    Memory is the allocator's peak on a GPU; on a CPU the tensors that live during one step, weights included. Of
+    several ranks the first one is measured.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,7 +32,7 @@ class TrainingCost(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if pl_module.device.type == "cpu" and self.steps == _MEASURED_STEP:
+        if trainer.strategy.root_device.type == "cpu" and self.steps == _MEASURED_STEP:
             self._recorder = LiveBytes()
             self._recorder.__enter__()
         self._start = time.perf_counter()
@@ -52,9 +53,12 @@ class TrainingCost(L.Callback):
             self._recorder = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if pl_module.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(pl_module.device)
-        counted = max(1, self.steps - (1 if pl_module.device.type == "cpu" and self.steps > _MEASURED_STEP else 0))
+        if not trainer.is_global_zero:
+            return
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(device)
+        counted = max(1, self.steps - (1 if device.type == "cpu" and self.steps > _MEASURED_STEP else 0))
         content = {
             "steps": self.steps,
             "seconds": self.seconds,

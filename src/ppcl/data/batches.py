@@ -12,18 +12,38 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from ppcl.ops.losses import Average, own
+from ppcl.parallel import mean
+
 
 @dataclass
 class TrainingBatch:
-    """`inputs` go to the transformer's forward as they are; `target` is what `prediction` of its output should be."""
+    """`inputs` go to the transformer's forward as they are; `target` is what `prediction` of its output should be.
+
+    `divided`: whether other ranks have more rows of it.
+    """
 
     inputs: dict[str, Any]
     target: Tensor  # [B, tokens, C], or [B, C, H, W] of a model that takes pictures
     sigmas: Float[Tensor, " batch"]
+    divided: bool = False
+
+    @property
+    def average(self) -> Average:
+        """What makes a number of these rows one of the whole batch."""
+        return mean if self.divided else own
 
     def prediction(self, output: Tensor) -> Tensor:
         """What comes first in an output: behind it stand tokens of a given picture, or predicted variances."""
         return output[:, : self.target.shape[1]]
+
+
+def own_rows(batch_size: int, share: tuple[int, int]) -> slice:
+    """The rows of rank `share[0]` of `share[1]`, neighbours; they divide `batch_size`."""
+    number, count = share
+    assert batch_size % count == 0, "checked in validation"
+    each = batch_size // count
+    return slice(number * each, (number + 1) * each)
 
 
 class StepLoader:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ppcl.artifacts import check_safetensors, read_json, write_json, write_tensors
+from ppcl.ops.losses import Average, own
 from ppcl.taps import Streams
 
 STEPS_PER_SHARD = 8
@@ -40,6 +41,11 @@ class BoundaryBatch:
 
     parts: list[Boundary]
     sigmas: Tensor
+
+    @property
+    def average(self) -> Average:
+        """As of a `TrainingBatch`; this one no rank shares."""
+        return own
 
 
 def _describe(value: Any, tensors: dict[str, Tensor]) -> Any:

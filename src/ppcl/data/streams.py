@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ppcl.config import DataConfig
 from ppcl.data import shapes
-from ppcl.data.batches import TrainingBatch
+from ppcl.data.batches import TrainingBatch, own_rows
 from ppcl.families.base import Conditions, Family
 from ppcl.ops import flow_matching
 
@@ -20,7 +21,12 @@ _STREAM_STRIDE = 1_000_003
 
 
 class Stream(ABC):
-    """Batches of one seed: a source's latents and conditions, noised."""
+    """Batches of one seed: a source's latents and conditions, noised.
+
+    Of each batch rank `share[0]` of `share[1]` is given its rows; all numbers are drawn for the whole batch.
+    """
+
+    share = (0, 1)
 
     def __init__(self, family: Family, config: DataConfig, seed: int, batch_size: int) -> None:
         self.family, self.config = family, config
@@ -45,7 +51,10 @@ class Stream(ABC):
         sigmas = flow_matching.sample_sigmas(
             self.batch_size, generator, scheme=self.config.timesteps, shift=self.config.shift
         ).to(latents)
-        return self.family.training_batch(latents, conditions, noise, sigmas, size)
+        rows = own_rows(self.batch_size, self.share)
+        conditions = {name: value[rows] for name, value in conditions.items()}
+        batch = self.family.training_batch(latents[rows], conditions, noise[rows], sigmas[rows], size)
+        return replace(batch, divided=self.share[1] > 1)
 
     def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
         """Every one of `num_samples` samples at every one of `num_timesteps` noise levels.

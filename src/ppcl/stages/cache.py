@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -20,6 +19,7 @@ from ppcl.data.cached import EMPTY, LATENTS, trimmed, unit_record
 from ppcl.data.sources import Sample, Skipped, Unit, find_units
 from ppcl.errors import UsageError
 from ppcl.families.base import Conditions
+from ppcl.launch import rank
 from ppcl.stages.run import Run
 
 MARGIN = 1.05  # of the estimate, that must be free
@@ -45,14 +45,6 @@ def source_header(config: Config, units: list[Unit], model: dict[str, Any]) -> H
             "versions": [diffusers.__version__, transformers.__version__],
         },
     )
-
-
-def rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun or SLURM say."""
-    for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if number in os.environ and count in os.environ:
-            return int(os.environ[number]), int(os.environ[count])
-    return 0, 1
 
 
 class Encoder:

@@ -23,6 +23,7 @@ from ppcl.families.base import Family
 from ppcl.stages.boundaries import HELD_OUT_STEPS, boundaries_folder, num_stored, read_record
 from ppcl.stages.local import LocalDistillation, Terms
 from ppcl.stages.run import Run
+from ppcl.stages.sharding import Sharding, place, whole_state
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit
 from ppcl.surgery.depth import student_block
 from ppcl.surgery.plugboard import Plugboard
@@ -75,6 +76,11 @@ class DepthDistillation(LocalDistillation):
         stack, (_, v) = self.pairs[-1]
         return stack, v
 
+    def shard(self, sharding: Sharding) -> None:
+        for student in self.parts.values():
+            sharding.unit(student, learns=True)
+        super().shard(sharding)
+
     def _call_student(self, stack: str, pair: Interval, kwargs: dict[str, Any]) -> Streams:
         block = self.student(stack, pair)
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
@@ -97,7 +103,7 @@ class DepthDistillation(LocalDistillation):
                 number = ends[call.key]
                 with torch.set_grad_enabled(gradients):
                     student = self._call_student(*self.pairs[number], waiting.pop(number))
-                    visit(number, self.with_sum(self.output_terms(student, call.outputs, masks)))
+                    visit(number, self.with_sum(self.output_terms(student, call.outputs, masks, batch.average)))
 
         with torch.no_grad():
             observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
@@ -129,7 +135,7 @@ class DepthDistillation(LocalDistillation):
         observe(self.family, board.transformer, batch.inputs, keep_output, last=starts[-1])
         board()
         logged = [
-            self.with_sum(self.output_terms(student, target, masks))
+            self.with_sum(self.output_terms(student, target, masks, batch.average))
             for student, target in zip(outputs, targets, strict=True)
         ]
         self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
@@ -148,7 +154,7 @@ class DepthFromBoundaries(DepthDistillation):
     def each_loss(self, batch: Any, visit: Callable[[int, Terms], None]) -> None:
         for number, part in enumerate(batch.parts):
             student = self._call_student(*self.pairs[number], part.kwargs)
-            visit(number, self.with_sum(self.output_terms(student, part.outputs, part.masks)))
+            visit(number, self.with_sum(self.output_terms(student, part.outputs, part.masks, batch.average)))
 
 
 def initial_students(run: Run, intervals: Intervals, folder: Path) -> dict[str, nn.Module]:
@@ -207,7 +213,7 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
     """The module, its batches by step, held-out batches by step, and the teacher's blocks."""
     config, transformer = run.config.distill, run.pipeline.transformer
     module = DepthDistillation(run.family, transformer, intervals, config)
-    stream = run.stream(run.config.data.train_seed, config.batch_size)
+    stream = run.training_stream(config.batch_size)
     heldout = run.stream(run.config.data.calibration_seed, max(config.batch_size, 16))
     return module, stream, heldout, list(run.family.blocks(transformer).values())
 
@@ -235,20 +241,20 @@ def run(run: Run) -> None:
             if not is_current(record, plug_header(run, stack, pair)):
                 missing.setdefault(stack, []).append(pair)
     if not missing:
-        discard_checkpoint(_checkpoint_of(run, chosen)[0])
+        discard_checkpoint(run, _checkpoint_of(run, chosen)[0])
         run.say("depth", f"reused {folder}")
         return
     checkpoints, header = _checkpoint_of(run, chosen)
-    if config.mode == "sequential" or check_resumable(checkpoints, header):
+    if config.mode == "sequential" or check_resumable(checkpoints, header, sharded=run.sharded):
         missing = chosen  # a chain trains as one; a run killed between two plugs has only to write them
     else:
         checkpoints, header = _checkpoint_of(run, missing)
-        check_resumable(checkpoints, header)
+        check_resumable(checkpoints, header, sharded=run.sharded)
     module, stream, heldout, blocks = (_from_boundaries if config.from_boundaries else _from_teacher)(run, missing)
 
     def measure(description: str) -> list[dict[str, float]]:
         steps = track(range(HELD_OUT_STEPS), description, console=run.console, transient=True)
-        module.to(run.device).setup("fit")
+        place(run, module)
         return module.heldout(run.to_device(heldout(step)) for step in steps)
 
     before = measure("before distillation")
@@ -262,13 +268,13 @@ def run(run: Run) -> None:
             "heldout_before": before[number]["loss"],
             **{f"heldout_{key}": value for key, value in after[number].items()},
         }
-        state = {key: value.detach().cpu() for key, value in module.student(stack, pair).state_dict().items()}
-        plug = Plug(plug_header(run, stack, pair), stack, state, losses, pair)
-        plug.save(folder)
+        plug = Plug(plug_header(run, stack, pair), stack, whole_state(module.student(stack, pair)), losses, pair)
+        if run.writes:
+            plug.save(folder)
         run.say(
             "depth",
             f"{plug.name}: held-out loss {losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}",
         )
     for finished in (checkpoints, _checkpoint_of(run, chosen)[0]):
-        discard_checkpoint(finished)
+        discard_checkpoint(run, finished)
     run.say("depth", f"wrote {len(module.pairs)} plugs to {folder}")

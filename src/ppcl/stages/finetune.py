@@ -16,8 +16,11 @@ from ppcl.config import FinetuneConfig
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.launch import is_first
 from ppcl.ops.losses import relative_error
+from ppcl.parallel import average_gradients, mean_terms
 from ppcl.stages.run import Run
+from ppcl.stages.sharding import Sharding, skeleton, whole_state
 from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit, split_for_muon
 from ppcl.stages.variants import Switch, finetuned_folder, planned, required_plugs
 from ppcl.streaming import still
@@ -33,6 +36,7 @@ class FineTune(L.LightningModule):
     the student is given a LoRA and just that is trained.
     The teacher is held outside the module tree: neither saved nor trained. `ema` is an exponential mean
     of the student's parameters, kept where `ema_decay` is above 0; `result` is what to keep.
+    With `sharding` all three are sharded, and a student may share parameters with the teacher.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class FineTune(L.LightningModule):
         student: nn.Module,
         config: FinetuneConfig,
         stands_for: dict[BlockKey, BlockKey] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
         self.family, self.stands_for = family, stands_for or {}
@@ -51,8 +56,13 @@ class FineTune(L.LightningModule):
         else:
             student.requires_grad_(True)
         self.student: Any = student
-        self.ema: Any = copy.deepcopy(student).requires_grad_(False) if config.ema_decay else None
         self.config = config
+        self._skeleton: tuple[Any, ...] = ()
+        if sharding is not None:
+            self._skeleton = (skeleton(student),)
+            sharding.model(family, student, learns=True)
+            sharding.model(family, teacher)
+        self.ema: Any = self._copy().requires_grad_(False) if config.ema_decay else None
         # Muon and AdamW take turns on one step, which Lightning leaves to manual optimisation.
         self.automatic_optimization = False
         if config.gradient_checkpointing:
@@ -63,8 +73,27 @@ class FineTune(L.LightningModule):
     def result(self) -> nn.Module:
         return self.ema if self.ema is not None else self.student
 
+    def whole_result(self) -> nn.Module:
+        """What to keep, put together where it is sharded; then only the first rank may use it."""
+        if not self._skeleton:
+            return self.result
+        self._skeleton[0].load_state_dict(whole_state(self.result), assign=True, strict=is_first())
+        return self._skeleton[0]
+
+    def _copy(self) -> nn.Module:
+        if not self._skeleton:
+            return copy.deepcopy(self.student)
+        copied = copy.deepcopy(self._skeleton[0])
+        copied.load_state_dict({key: value.clone() for key, value in self.student.state_dict().items()}, assign=True)
+        return copied
+
+    def configure_model(self) -> None:
+        """Lightning asks for this where a model is sharded, which has been done when it does."""
+
     def setup(self, stage: str) -> None:
-        self._teacher[0].to(self.device).eval()
+        self._teacher[0].eval()
+        if not self._skeleton:
+            self._teacher[0].to(self.device)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """`output` and `flow`, mean squared errors, and `feature`, the mean relative error of image streams.
@@ -83,7 +112,10 @@ class FineTune(L.LightningModule):
         if config.flow_weight:
             terms["flow"] = (velocity.float() - batch.target.float()).square().mean()
         if config.feature_weight:
-            errors = [relative_error(features[own], wanted[its]) for own, its in self.stands_for.items()]
+            errors = [
+                relative_error(features[here], wanted[its], average=batch.average)
+                for here, its in self.stands_for.items()
+            ]
             terms["feature"] = torch.stack(errors).mean()
         return terms | {"loss": torch.stack([weights[key] * value for key, value in terms.items()]).sum()}
 
@@ -102,13 +134,15 @@ class FineTune(L.LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         terms = self.losses(batch)
-        loss = terms["loss"]
+        (logged,) = mean_terms([terms], batch.average)
+        loss = logged["loss"].detach()
         if not torch.isfinite(loss):
             raise UsageError(
                 f"finetune.lr={self.config.lr} made the loss {loss.item()} at step {self.global_step}; lower it. "
                 "The last checkpoint is intact."
             )
-        self.manual_backward(loss)
+        self.manual_backward(terms["loss"])
+        average_gradients(self.student.parameters())
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
         optimizers: Any = self.optimizers()
@@ -122,8 +156,9 @@ class FineTune(L.LightningModule):
             scheduler.step()
         if self.ema is not None:
             self._average()
-        self.log_dict({f"finetune/{key}": value.detach() for key, value in terms.items()}, batch_size=len(batch.sigmas))
-        return loss.detach()
+        logged = {f"finetune/{key}": value.detach() for key, value in logged.items()}
+        self.log_dict(logged, batch_size=len(batch.sigmas))
+        return loss
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -175,27 +210,31 @@ def run(run: Run) -> None:
         run.say("finetune", f"reused {folder}")
         return
     checkpoints = run.folder / "finetune-checkpoint"
-    check_resumable(checkpoints, header)
+    check_resumable(checkpoints, header, sharded=run.sharded)
     teacher = run.family.blocks(run.pipeline.transformer)
     switch = Switch(run, plugs)
     switch(plan)
     with still(*(teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept)):
-        student = copy.deepcopy(switch.board.standalone())
+        student = switch.board.standalone()
+        if not run.sharded:  # sharding copies what is shared
+            student = copy.deepcopy(student)
     stands_for = switch.board.stands_for
     switch.restore()
-    module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for)
+    sharding = Sharding.of(run) if run.sharded else None
+    module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for, sharding)
     # Behind the batches that depth and width learned from.
-    stream = run.stream(run.config.data.train_seed, config.batch_size)
+    stream = run.training_stream(config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps)
     blocks = [b for model in (run.pipeline.transformer, student) for b in run.family.blocks(model).values()]
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
-    result = cast(Any, module.result)
-    with atomic_folder(folder) as temporary:
-        if config.lora_rank:
-            merge_lora(result, run.pipeline, temporary)
-        result.save_pretrained(temporary / "transformer")
-        write_json(temporary / "ppcl.json", header.to_json() | {"plugged": [*plan.students, *plan.projectors]})
-    discard_checkpoint(checkpoints)
+    result = cast(Any, module.whole_result())
+    if run.writes:
+        with atomic_folder(folder) as temporary:
+            if config.lora_rank:
+                merge_lora(result, run.pipeline, temporary)
+            result.save_pretrained(temporary / "transformer")
+            write_json(temporary / "ppcl.json", header.to_json() | {"plugged": [*plan.students, *plan.projectors]})
+    discard_checkpoint(run, checkpoints)
     run.say("finetune", f"wrote {folder}")
 
 

@@ -15,7 +15,9 @@ from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
-from ppcl.ops.losses import direction_loss, magnitude_loss, norm_ratio
+from ppcl.ops.losses import Average, direction_loss, magnitude_loss, norm_ratio
+from ppcl.parallel import average_gradients, mean_terms
+from ppcl.stages.sharding import Sharding
 from ppcl.stages.training import cosine_with_warmup
 from ppcl.taps import Streams
 
@@ -42,6 +44,7 @@ class LocalDistillation(L.LightningModule):
         self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
         self.family, self.config = family, config
         self.automatic_optimization = False
+        self.is_sharded = False
         self.names = list(parts)
         self.parts = nn.ModuleDict({self.key(name): part for name, part in parts.items()})
         self.average_losses: Tensor
@@ -53,8 +56,21 @@ class LocalDistillation(L.LightningModule):
     def key(name: str) -> str:
         return name.replace(".", ":")  # ModuleDict keys hold no dot
 
+    def shard(self, sharding: Sharding) -> None:
+        """Leave of the teacher and of the parts this rank's shards."""
+        self.is_sharded = True
+        sharding.model(self.family, self._teacher[0])
+        self.average_losses, self.average_steps = (
+            buffer.to(sharding.device) for buffer in (self.average_losses, self.average_steps)
+        )
+
+    def configure_model(self) -> None:
+        """Lightning asks for this where a model is sharded, which has been done when it does."""
+
     def setup(self, stage: str) -> None:
-        self._teacher[0].to(self.device).eval()
+        self._teacher[0].eval()
+        if not self.is_sharded:
+            self._teacher[0].to(self.device)
 
     @abstractmethod
     def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
@@ -63,11 +79,13 @@ class LocalDistillation(L.LightningModule):
         `terms["loss"]` is what the part descends; the rest is logged.
         """
 
-    def output_terms(self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None]) -> Terms:
+    def output_terms(
+        self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None], average: Average
+    ) -> Terms:
         """Eq. 6 per stream, the magnitude term if it is on, and the norm ratio, which is only logged."""
         terms: Terms = {}
         for stream, target in teacher.items():
-            arguments = student[stream], target, masks[stream]
+            arguments = student[stream], target, masks[stream], average
             terms[stream] = direction_loss(*arguments)
             if self.config.magnitude_weight:
                 terms[f"{stream}_magnitude"] = self.config.magnitude_weight * magnitude_loss(*arguments)
@@ -92,7 +110,8 @@ class LocalDistillation(L.LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         optimizer: Any = self.optimizers()
-        logged = self.learn(batch)
+        logged = mean_terms(self.learn(batch), batch.average)
+        average_gradients(self.parts.parameters())
         if self.config.max_grad_norm is not None:
             for part in self.parts.values():  # each its own, or the parts would be coupled
                 nn.utils.clip_grad_norm_(part.parameters(), self.config.max_grad_norm)

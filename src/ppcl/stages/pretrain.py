@@ -116,5 +116,5 @@ def run(run: Run) -> None:
     with atomic_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)
         write_json(temporary / "ppcl.json", header.to_json())
-    discard_checkpoint(checkpoints)
+    discard_checkpoint(run, checkpoints)
     run.say("pretrain", f"wrote {folder}")

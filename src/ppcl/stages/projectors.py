@@ -17,9 +17,10 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.families.base import Family
 from ppcl.layers import Layout, kept_layers, references
 from ppcl.ops.least_squares import NormalEquations
-from ppcl.ops.losses import relative_error
+from ppcl.ops.losses import Average, relative_error
 from ppcl.stages.local import LocalDistillation, Terms
 from ppcl.stages.probe import valid
+from ppcl.stages.sharding import Sharding, assign, whole_call
 from ppcl.taps import BlockCall, BlockKey, Streams, observe
 
 
@@ -105,7 +106,18 @@ class WidthDistillation(LocalDistillation):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         for item in self.pruned:
-            item.block.to(self.device).eval()
+            item.block.eval()
+            if not self.is_sharded:
+                item.block.to(self.device)
+
+    def shard(self, sharding: Sharding) -> None:
+        for part in self.parts.values():
+            for projector in part.children():
+                sharding.unit(projector, learns=True)
+        read = [place for item in self.pruned for place in (item.place, item.reference) if place is not None]
+        for block in [item.block for item in self.pruned] + [place.module for place in read if place.student]:
+            sharding.unit(block)
+        super().shard(sharding)
 
     @property
     def last(self) -> BlockKey:
@@ -131,7 +143,7 @@ class WidthDistillation(LocalDistillation):
 
         def on_block(call: BlockCall) -> None:
             if call.key in read:
-                z_of[call.key] = self.family.text_qkv_input(read[call.key].module, call.kwargs)
+                z_of[call.key] = self._text_qkv_input(read[call.key], call.kwargs)
             if call.key in text_of:
                 h_of[text_of[call.key]] = call.outputs["text"]
             for number in starts.get(call.key, []):
@@ -140,7 +152,7 @@ class WidthDistillation(LocalDistillation):
                     key = (reference.stack, reference.index)
                     text = call.inputs["text"] if self.layout.text_output == "each" else h_of[key]
                     waiting[number] = self.family.with_text(call.kwargs, text, z_of[key]) | {
-                        "z": self.family.text_qkv_input(self.pruned[number].place.module, call.kwargs),
+                        "z": self._text_qkv_input(self.pruned[number].place, call.kwargs),
                         "z_reference": z_of[key],
                         "text": text,
                     }
@@ -149,6 +161,9 @@ class WidthDistillation(LocalDistillation):
 
         with torch.no_grad():
             observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
+
+    def _text_qkv_input(self, place: Place, kwargs: dict[str, Any]) -> Tensor:
+        return whole_call(place.module, self.family.text_qkv_input, kwargs)
 
     def _call(self, number: int, arguments: dict[str, Any]) -> Streams:
         item = self.pruned[number]
@@ -160,18 +175,26 @@ class WidthDistillation(LocalDistillation):
         return self.family.streams_out(item.place.stack, output)
 
     def terms(
-        self, number: int, arguments: dict[str, Any], student: Streams, teacher: Streams, masks: dict[str, Any]
+        self,
+        number: int,
+        arguments: dict[str, Any],
+        student: Streams,
+        teacher: Streams,
+        masks: dict[str, Any],
+        average: Average,
     ) -> Terms:
         """Eq. 11 and Eq. 12 of one place."""
         linear: Terms = {}
         for key, projector in self.projectors(number).items():
             if key == "text_in":
-                linear["linear_z"] = relative_error(projector(arguments["z_reference"]), arguments["z"], masks["text"])
+                guess, mask = projector(arguments["z_reference"]), masks["text"]
+                linear["linear_z"] = relative_error(guess, arguments["z"], mask, average)
             else:
                 stream = "image" if key == "image_ffn" else "text"
-                linear[f"linear_{stream}"] = relative_error(student[stream], teacher[stream], masks[stream])
+                sides = student[stream], teacher[stream], masks[stream]
+                linear[f"linear_{stream}"] = relative_error(*sides, average)
         weighted = {key: self.linear_weight * value for key, value in linear.items()}
-        return self.with_sum(self.output_terms(student, teacher, masks) | weighted)
+        return self.with_sum(self.output_terms(student, teacher, masks, average) | weighted)
 
     def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
         masks = self.family.masks(batch.inputs)
@@ -180,7 +203,7 @@ class WidthDistillation(LocalDistillation):
         def learn(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
             with torch.set_grad_enabled(gradients):
                 student = self._call(number, arguments)
-                visit(number, self.terms(number, arguments, student, teacher, masks))
+                visit(number, self.terms(number, arguments, student, teacher, masks, batch.average))
 
         self.each_call(batch, learn)
 
@@ -203,8 +226,8 @@ class WidthDistillation(LocalDistillation):
         for (number, key), system in equations.items():
             weight, bias = system.solve(ridge=ridge)
             projector: Any = self.projectors(number)[key]
-            projector.weight.copy_(weight)
-            projector.bias.copy_(bias)
+            assign(projector.weight, weight)
+            assign(projector.bias, bias)
 
     def _pair(
         self, number: int, key: str, arguments: dict[str, Any], teacher: Streams, masks: dict[str, Any]

@@ -18,9 +18,11 @@ from ppcl import __version__
 from ppcl.artifacts import Header, Intervals, Probes, PruningPlan, Width, read_json, write_json
 from ppcl.config import Config
 from ppcl.errors import UsageError
+from ppcl.launch import is_first, rank
 from ppcl.layers import Layout
 from ppcl.validation.model import model_folder, num_layers
 from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width
+from ppcl.validation.strategy import TRAINED
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "safetensors", "numpy")
 ENCODER_STAGES = {"cache", "generate", "evaluate", "export"}
@@ -45,6 +47,23 @@ class Run:
         self.config = config
         self.folder = folder
         self.console = console or Console()
+        self.sharded = False
+
+    def enter(self, stage: str) -> None:
+        """Begin a stage: one that shards the teacher loads it for itself, and what comes after loads it whole."""
+        sharded = self.config.strategy.kind == "fsdp" and stage in TRAINED
+        if sharded or self.sharded:
+            self.forget_pipeline()
+        self.sharded = sharded
+
+    def forget_pipeline(self) -> None:
+        """Let the next one who asks load it."""
+        vars(self).pop("pipeline", None)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what all ranks have made together."""
+        return self.config.strategy.kind == "single" or is_first()
 
     def say(self, stage: str, text: str) -> None:
         self.console.print(f"[bold cyan]{stage:>9}[/]  {escape(text)}", highlight=False, soft_wrap=True)
@@ -145,7 +164,7 @@ class Run:
                 f"model.path={model.path} could not be loaded; give a pipeline folder, or a hub id in reach."
             ) from None
         pipeline.set_progress_bar_config(disable=True)
-        if self.config.generate.offload == "none":
+        if self.config.generate.offload == "none" and not self.sharded:
             pipeline.to(self.device)
         self._arrange_scheduler(pipeline)
         self.family.complete(pipeline)
@@ -184,6 +203,13 @@ class Run:
 
         config = self.config
         return evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, self.family)
+
+    def training_stream(self, batch_size: int) -> Any:
+        """What trainings learn from: of each batch the rows that are this rank's."""
+        stream = self.stream(self.config.data.train_seed, batch_size)
+        if self.config.strategy.kind != "single":
+            stream.share = rank()
+        return stream
 
     def stream(self, seed: int, batch_size: int) -> Any:
         """Batches of the configured data; those of the calibration seed are of samples kept from training."""

@@ -9,21 +9,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from torch import nn
 
-from ppcl.artifacts import Header, atomic_path, fingerprint, is_current, write_json
+from ppcl.artifacts import Header, fingerprint, is_current, write_json
 from ppcl.callbacks.cost import TrainingCost
 from ppcl.callbacks.progress import StepProgress
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
+from ppcl.parallel import barrier
 from ppcl.stages.run import Run
+from ppcl.stages.strategies import SHARDED, processes
 
 
 def make_logger(run: Run, stage: str) -> Logger | bool:
@@ -51,22 +51,28 @@ def finish_logger(logger: Logger | bool) -> None:
         logger.experiment.finish()
 
 
-def check_resumable(folder: Path, header: Header) -> bool:
-    """Whether `folder` holds a checkpoint of just this training; `UsageError` if of another one."""
+def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> bool:
+    """Whether `folder` holds a checkpoint of just this training; `UsageError` if of another one.
+
+    `sharded`: of a training that shards, which no other can read, nor it theirs.
+    """
     record = folder / "checkpoint.json"
-    if not is_current(record, header) or not (folder / "last.ckpt").exists():
+    if not is_current(record, header):
         return False
+    mine, other = (SHARDED, "last.ckpt") if sharded else ("last.ckpt", SHARDED)
+    if not (folder / mine).exists():
+        if (folder / other).exists():
+            written, asked = ("single or ddp", "fsdp") if sharded else ("fsdp", "single and ddp")
+            raise UsageError(
+                f"{folder} holds a checkpoint of strategy={written}, which {asked} cannot read: go on as it was begun, "
+                f"with any number of ranks, or delete {folder} to train anew."
+            )
+        return False
+    if sharded:
+        return True
     if not zipfile.is_zipfile(folder / "last.ckpt"):
         raise UsageError(f"{folder / 'last.ckpt'} is truncated or no checkpoint: delete {folder} to train anew.")
     return True
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints as all else here: beside their final name, then renamed."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(Path(path)) as temporary:
-            super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
 def fit(
@@ -85,10 +91,13 @@ def fit(
     batches depend on the step alone, and model, optimisers and the step are restored together.
     `blocks` are those that a step runs: `trainer.compile` compiles them for as long as the training lasts.
     """
-    resumable = check_resumable(folder, header)
-    if not resumable:
-        shutil.rmtree(folder, ignore_errors=True)  # a checkpoint nobody vouches for is not resumed
-    write_json(folder / "checkpoint.json", header.to_json())
+    resumable = check_resumable(folder, header, sharded=run.sharded)
+    barrier()  # before the first rank changes what others look at
+    if run.writes:
+        if not resumable:
+            shutil.rmtree(folder, ignore_errors=True)  # a checkpoint nobody vouches for is not resumed
+        write_json(folder / "checkpoint.json", header.to_json())
+    barrier()
     if resumable:
         run.say(stage, f"resuming from {folder / 'last.ckpt'}")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hardware notes and tips
@@ -104,19 +113,18 @@ def fit(
     callbacks.append(TrainingCost(run.folder / "training" / f"{stage}.json"))
     if run.config.trainer.progress:
         callbacks.append(StepProgress(stage, run.console))
-    logger = make_logger(run, stage)
+    logger = make_logger(run, stage) if run.writes else False
     trainer = L.Trainer(
         max_steps=loader.num_steps,
         accelerator=run.config.trainer.accelerator,
-        devices=1,
         precision=run.config.trainer.precision,  # type: ignore[arg-type]
         logger=logger,
-        plugins=[AtomicCheckpointIO()],
         callbacks=callbacks,
         enable_progress_bar=False,  # ours counts steps
         enable_model_summary=False,
         log_every_n_steps=min(25, loader.num_steps),
         default_root_dir=run.folder,
+        **processes(run.config.strategy),
     )
     checkpoint = str(folder / "last.ckpt") if resumable else None
     try:
@@ -148,9 +156,10 @@ def compiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
                 block.forward = own
 
 
-def discard_checkpoint(folder: Path) -> None:
+def discard_checkpoint(run: Run, folder: Path) -> None:
     """Remove a finished training's checkpoint: its result is on disk as an artifact by now."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if run.writes:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

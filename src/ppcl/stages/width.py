@@ -24,6 +24,7 @@ from ppcl.stages.detect import similarity_maps
 from ppcl.stages.plan import show
 from ppcl.stages.projectors import Place, PrunedPlace, WidthDistillation, places
 from ppcl.stages.run import Run
+from ppcl.stages.sharding import place, whole_state
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit
 from ppcl.stages.variants import required_students
 from ppcl.surgery.count import count_parameters
@@ -102,7 +103,7 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
 
     every: Width = {stack: {"text": [], "ffn": list(blocks)} for stack, blocks in here.items()}
     linear = WidthDistillation(family, teacher, kept, every, run.layout, run.config.distill)
-    linear.to(run.device).setup("fit")
+    place(run, linear)
     linear.fit_linear(_batches(run, seed, 0, stop, "linear FFNs"), ridge=config.ridge)
     errors = ffn_errors(linear, _batches(run, seed, stop, stop + 2, "held-out FFN errors"))
     chosen = select_ffn(errors, config.num_ffn)
@@ -147,7 +148,8 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
     else:
         plan.width = run.width
     plan.parameters = count_parameters(run.family, run.config.model.arch, run.intervals, plan.width, run.layout)
-    plan.save(run.width_path)
+    if run.writes:
+        plan.save(run.width_path)
     run.say("width", f"wrote {run.width_path}")
     return plan
 
@@ -156,10 +158,17 @@ def run(run: Run) -> None:
     config, folder = run.config.width, run.plugs_folder
     plugs = required_students(run)
     students = {name: plug.header.fingerprint for name, plug in plugs.items()}
-    teacher = run.pipeline.transformer
-    modules = {name: load_student(run.family, teacher, plug) for name, plug in plugs.items()}
-    kept = places(run.family, teacher, run.intervals, modules)
+
+    def parts() -> tuple[Any, list[Place]]:
+        teacher = run.pipeline.transformer
+        modules = {name: load_student(run.family, teacher, plug) for name, plug in plugs.items()}
+        return teacher, places(run.family, teacher, run.intervals, modules)
+
+    teacher, kept = parts()
     plan = _plan(run, kept, students)
+    if run.sharded:  # whatever selecting has made shards of is needed whole again
+        run.forget_pipeline()
+        teacher, kept = parts()
     show(run, plan)
     distill = replace(run.config.distill, steps=max(config.steps, 1), lr=config.lr, mode="parallel")
 
@@ -175,9 +184,9 @@ def run(run: Run) -> None:
     if not stale:
         run.say("width", f"reused {folder}")
         return
-    check_resumable(checkpoints, header)
+    check_resumable(checkpoints, header, sharded=run.sharded)
     module = distillation(stale)
-    module.to(run.device).setup("fit")
+    place(run, module)
     calibration = run.config.data.calibration_seed
     module.fit_linear(_batches(run, calibration, 0, config.num_batches, "least squares"), ridge=config.ridge)
 
@@ -187,28 +196,30 @@ def run(run: Run) -> None:
 
     before = measure()
     if config.steps:
-        stream = run.stream(run.config.data.train_seed, distill.batch_size)
+        stream = run.training_stream(distill.batch_size)
         loader = StepLoader(stream, config.steps)
-        blocks = run.family.blocks(run.pipeline.transformer).values()
+        blocks = run.family.blocks(teacher).values()
         fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every, blocks)
-        module.to(run.device).setup("fit")
+        place(run, module)
     after = measure()
     for number, item in enumerate(module.pruned):
         losses = {"heldout_before": before[number]["loss"]}
         losses |= {f"heldout_{key}": value for key, value in after[number].items()}
-        _projector(run, module, number, headers[item.name], losses).save(folder)
+        projector = _projector(run, module, number, headers[item.name], losses)
+        if run.writes:
+            projector.save(folder)
         change = f"{losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}"
         run.say("width", f"{item.name}: held-out loss {change}")
-    discard_checkpoint(checkpoints)
+    discard_checkpoint(run, checkpoints)
     run.say("width", f"wrote {len(stale)} projectors to {folder}")
 
 
 def _projector(run: Run, module: WidthDistillation, number: int, header: Header, losses: dict[str, float]) -> Projector:
     item = module.pruned[number]
     state = {
-        f"{run.family.projectors[key]}.{name}": value.detach().cpu().clone()
+        f"{run.family.projectors[key]}.{name}": value.clone()
         for key, projector in module.projectors(number).items()
-        for name, value in projector.state_dict().items()
+        for name, value in whole_state(projector).items()
     }
     return Projector(
         header,

@@ -24,6 +24,7 @@ from ppcl.validation.outputs import (
     read_prompts,
 )
 from ppcl.validation.pruning import check_budget, check_width_group, resolve_intervals
+from ppcl.validation.strategy import check_strategy
 from ppcl.validation.values import at_least, one_of
 
 
@@ -46,6 +47,7 @@ def check(config: Config) -> None:
         raise UsageError(f"stages=[] asks for nothing: name some of {', '.join(STAGE_ORDER)}.")
     for stage in config.stages:
         one_of("stages", stage, STAGE_ORDER)
+    check_strategy(config)
     method, distill = config.method, config.distill
     one_of("method.rule", method.rule, ("lp", "lp_a", "lp_b", "cka_sensitivity"))
     one_of("method.stream", method.stream, ("image", "text", "mean"))

@@ -92,3 +92,26 @@ def test_calibration_levels_are_shifted(family, pipeline):
     stream = ShapesStream(family, pipeline, DataConfig(shift=3.0), seed=1, batch_size=2)
     levels = [batch.sigmas[0].item() for batch in stream.calibration(2, 4)]
     assert levels == pytest.approx([1.0, 3 * 0.75 / 2.5, 3 * 0.5 / 2, 3 * 0.25 / 1.5])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_ranks_divide_a_batch_among_them(family, pipeline, stream, count):
+    """Their rows, one after the other, are the batch that one process has: noise, levels and dropped captions too."""
+    whole, shares = stream(5), []
+    for number in range(count):
+        own = ShapesStream(family, pipeline, DataConfig(caption_dropout=0.3), seed=4, batch_size=8)
+        own.share = (number, count)
+        shares.append(own(5))
+    assert not whole.divided
+    assert all(share.divided == (count > 1) and len(share.sigmas) == 8 // count for share in shares)
+    for key in ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep"):
+        assert torch.equal(torch.cat([share.inputs[key] for share in shares]), whole.inputs[key])
+    assert torch.equal(torch.cat([share.target for share in shares]), whole.target)
+
+
+def test_calibration_is_not_divided(family, pipeline):
+    streams = [ShapesStream(family, pipeline, DataConfig(), seed=4, batch_size=4) for _ in range(2)]
+    streams[1].share = (1, 2)
+    first, second = (next(iter(stream.calibration(4, 2))) for stream in streams)
+    assert equal(first, second)
+    assert not second.divided

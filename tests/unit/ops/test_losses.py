@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ppcl.ops.losses import direction_loss, magnitude_loss, norm_ratio
+from ppcl.ops.losses import direction_loss, magnitude_loss, norm_ratio, relative_error
 
 
 def features(seed=0):
@@ -86,3 +86,27 @@ def test_the_loss_reaches_the_student_and_only_valid_tokens():
     direction_loss(student, teacher, MASKS[1]).backward()
     assert student.grad[~MASKS[1]].abs().max() == 0
     assert (student.grad[MASKS[1]].norm(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("loss", [direction_loss, magnitude_loss, norm_ratio, relative_error])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch(loss, mask):
+    """Each rank has a row, with 5 and 2 valid tokens; `average` is what all ranks would agree on."""
+    student, teacher = features()
+    student.requires_grad_(True)
+    whole = loss(student, teacher, mask)
+    rows = [
+        (student[row : row + 1], teacher[row : row + 1], None if mask is None else mask[row : row + 1])
+        for row in (0, 1)
+    ]
+    denominators = []
+    for each in rows:
+        loss(*each, lambda number: denominators.append(number) or number)
+    agreed = torch.stack(denominators).float().mean() if denominators else None
+    shared = torch.stack([loss(*each, lambda number: agreed) for each in rows]).mean()
+    torch.testing.assert_close(shared, whole)
+    if loss is not norm_ratio:  # which is only logged
+        expected, found = (torch.autograd.grad(value, student)[0] for value in (whole, shared))
+        torch.testing.assert_close(found, expected)
+    if mask is not None:  # each its own denominator would be another loss
+        assert torch.stack([loss(*each) for each in rows]).mean().item() != pytest.approx(whole.item(), rel=1e-3)
