@@ -15,6 +15,8 @@ text stays out of the loss, of which the script, whose batch is one prompt, know
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -28,7 +30,7 @@ from ppcl.taps import BlockCall, Streams, observe
 class PublishedDistillation(DepthDistillation):
     """`DepthDistillation` with that loop in the place of its own: students, optimiser and trainer are the same."""
 
-    def learn(self, batch: TrainingBatch) -> list[Terms]:
+    def learn(self, batch: TrainingBatch, done: Any = None) -> list[Terms]:
         logged = self.forward_losses(batch)  # the pass's own tensors are gone before the backward, as there
         self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
         return [{key: value.detach() for key, value in terms.items()} for terms in logged]

@@ -428,6 +428,7 @@ def test_a_strategy_that_means_nothing_is_refused(auto, overrides, sentence):
         (["stages=[depth]", "strategy=ddp"], "distill.batch_size=2 does not divide among 3 ranks: make it 3"),
         (["stages=[finetune]", "strategy=fsdp"], "finetune.batch_size=4 does not divide among 3 ranks: make it 6"),
         (["stages=[pretrain]", "strategy=ddp"], "strategy=ddp does not go with stages=[pretrain]"),
+        (["stages=[probe]", "strategy=fsdp", "model.streaming=true"], "model.streaming=true reads a teacher"),
         (["stages=[width]", "strategy=ddp", "distill.batch_size=3", "trainer.precision=16-mixed"], "trainer.precision"),
         (["stages=[depth]", "strategy=fsdp", "distill.batch_size=3", "distill.mode=sequential"], "use strategy=ddp"),
         (

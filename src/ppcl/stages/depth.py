@@ -108,8 +108,8 @@ class DepthDistillation(LocalDistillation):
         with torch.no_grad():
             observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
 
-    def learn(self, batch: TrainingBatch) -> list[Terms]:
-        return super().learn(batch) if self.config.mode == "parallel" else self._sequential_step(batch)
+    def learn(self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None) -> list[Terms]:
+        return super().learn(batch, done) if self.config.mode == "parallel" else self._sequential_step(batch)
 
     def _sequential_step(self, batch: TrainingBatch) -> list[Terms]:
         board = self._board[0]

@@ -97,26 +97,25 @@ class LocalDistillation(L.LightningModule):
         """`terms` with their `loss`, the sum of all that is not a ratio."""
         return terms | {"loss": torch.stack([v for k, v in terms.items() if not k.endswith("ratio")]).sum()}
 
-    def learn(self, batch: TrainingBatch) -> list[Terms]:
-        """Back-propagate every part's loss; returns what is logged."""
+    def learn(self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None) -> list[Terms]:
+        """Back-propagate every part's loss, `done` with each as soon as it has its gradient; returns what is logged."""
         logged: list[Terms] = [{} for _ in self.names]
 
         def descend(number: int, terms: Terms) -> None:
             self.manual_backward(terms["loss"])
             logged[number] = {key: value.detach() for key, value in terms.items()}
+            if done is not None:
+                done(self.parts[self.key(self.names[number])])
 
         self.each_loss(batch, descend)
         return logged
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         optimizer: Any = self.optimizers()
-        logged = mean_terms(self.learn(batch), batch.average)
-        average_gradients(self.parts.parameters())
-        if self.config.max_grad_norm is not None:
-            for part in self.parts.values():  # each its own, or the parts would be coupled
-                nn.utils.clip_grad_norm_(part.parameters(), self.config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        logged = mean_terms(self.learn(batch, self._descend), batch.average)
+        for part in self.parts.values():
+            self._descend(part)  # of a chain, which has its gradients at once
+        optimizer.step()  # no gradient is left: it is what Lightning counts
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
         losses = torch.stack([terms["loss"] for terms in logged])
@@ -133,6 +132,17 @@ class LocalDistillation(L.LightningModule):
                 "The last checkpoint is intact."
             )
         return total
+
+    def _descend(self, part: nn.Module) -> None:
+        """Take one part's step with its gradient, which then goes: one lives at a time."""
+        if all(parameter.grad is None for parameter in part.parameters()):
+            return
+        average_gradients(part.parameters())
+        if self.config.max_grad_norm is not None:  # each its own, or the parts would be coupled
+            nn.utils.clip_grad_norm_(part.parameters(), self.config.max_grad_norm)
+        optimizer: Any = self.optimizers()
+        optimizer.optimizer.step()
+        part.zero_grad()
 
     @torch.no_grad()
     def heldout(self, batches: Iterable[TrainingBatch]) -> list[dict[str, float]]:
