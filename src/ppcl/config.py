@@ -357,7 +357,7 @@ class StrategyConfig:
 
     kind: str = "single"
     cpu_offload: bool = False
-    timeout_minutes: float = 10.0
+    timeout_minutes: float = 30.0
 
 
 @dataclass

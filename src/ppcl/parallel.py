@@ -38,10 +38,6 @@ class _Ranks:
 _ranks: _Ranks | None = None
 
 
-def active() -> bool:
-    return _ranks is not None
-
-
 def start(accelerator: str, timeout: timedelta) -> None:
     """Meet the other ranks; a second job of a sweep finds them met.
 
@@ -56,7 +52,10 @@ def start(accelerator: str, timeout: timedelta) -> None:
     if gpu:
         local, there = local_rank()[0], torch.cuda.device_count()
         if local >= there:
-            raise UsageError(f"this machine has {there} GPUs and more ranks: start one rank a GPU.")
+            raise UsageError(
+                f"rank {number} is number {local} of its machine and sees {there} GPUs: start one rank a GPU, and let "
+                "each see all of them (srun --gpus-per-node, not --gpus-per-task)."
+            )
         torch.cuda.set_device(local)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     dist.init_process_group(

@@ -45,17 +45,17 @@ class Sharding:
         mesh = init_device_mesh(run.device.type, (rank()[1],))
         return cls(mesh, run.device, run.config.trainer.precision, run.config.strategy.cpu_offload)
 
-    def unit(self, module: nn.Module, *, learns: bool = False) -> None:
-        """Shard what of `module` is not sharded yet; what does not learn is frozen."""
+    def unit(self, module: nn.Module, *, learns: bool = False, whole_dtype: torch.dtype | None = None) -> None:
+        """Shard what of `module` is not sharded yet; what does not learn is frozen.
+
+        `whole_dtype`: what its parameters are cast to before they are put together; None leaves them.
+        """
         if isinstance(module, FSDPModule):
             return
         _own_parameters(module, self.device, learns)
         # Autocast sees to the inputs; gradients are added up in float32 whatever they come in.
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if learns and self.precision == "bf16-mixed" else None,
-            reduce_dtype=torch.float32 if learns else None,
-            cast_forward_inputs=False,
-        )
+        reduce_dtype = torch.float32 if learns else None
+        policy = MixedPrecisionPolicy(whole_dtype, reduce_dtype, cast_forward_inputs=False)
         fully_shard(
             module,
             mesh=self.mesh,
@@ -72,12 +72,14 @@ class Sharding:
 
     def model(self, family: Family, model: nn.Module, *, learns: bool = False) -> None:
         """Shard a transformer, block by block and then the rest."""
+        # As autocast would cast them; parts that are also measured outside of a training stay as they are.
+        whole_dtype = torch.bfloat16 if learns and self.precision == "bf16-mixed" else None
         for block in family.blocks(model).values():
-            self.unit(block, learns=learns)
+            self.unit(block, learns=learns, whole_dtype=whole_dtype)
         # A forward that a tap ends early has to come back to FSDP's hooks, which tidy up behind it.
         forward: Callable[..., Any] = model.forward
         model.forward = lambda *args, **kwargs: _until_stopped(forward, *args, **kwargs)
-        self.unit(model, learns=learns)
+        self.unit(model, learns=learns, whole_dtype=whole_dtype)
 
 
 def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -57,6 +57,8 @@ class Sharded(ModelParallelStrategy):
         """A folder of its own, then its name in `sharded.json`, then the folder before goes."""
         parent = Path(filepath).parent
         folder = parent / f"sharded-{checkpoint['global_step']:08d}"
+        if self.broadcast(_last(parent) == folder):
+            return  # the state of this step is there, and whole
         if self.is_global_zero:
             shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed
         self.barrier()
@@ -65,13 +67,17 @@ class Sharded(ModelParallelStrategy):
         if self.is_global_zero:
             write_json(parent / SHARDED, {"folder": folder.name})
             for other in parent.glob("sharded-*"):
-                if other.name not in (folder.name, SHARDED):
+                if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        parent = Path(checkpoint_path).parent
-        folder = read_json(parent / SHARDED, "The record of the last checkpoint")["folder"]
-        return super().load_checkpoint(parent / folder, weights_only)
+        return super().load_checkpoint(cast(Path, _last(Path(checkpoint_path).parent)), weights_only)
+
+
+def _last(parent: Path) -> Path | None:
+    """The last sharded checkpoint that is whole."""
+    record = parent / SHARDED
+    return parent / read_json(record, "The record of the last checkpoint")["folder"] if record.exists() else None
 
 
 def processes(strategy: StrategyConfig) -> dict[str, Any]:
