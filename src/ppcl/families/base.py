@@ -181,6 +181,10 @@ class Family(ABC):
             (stack, index): block for stack in self.stacks for index, block in enumerate(getattr(transformer, stack))
         }
 
+    def called_apart(self, transformer: Any) -> list[nn.Module]:
+        """Modules within blocks that the transformer also calls by itself: where it is sharded, units of their own."""
+        return []
+
     def training_batch(
         self,
         latents: Tensor,

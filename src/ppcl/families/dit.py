@@ -52,6 +52,9 @@ class DiT(Family):
             "return_dict": False,
         }
 
+    def called_apart(self, transformer: Any) -> list[nn.Module]:
+        return [transformer.transformer_blocks[0].norm1.emb]  # for the last layer's modulation
+
     def training_batch(
         self,
         latents: Tensor,

@@ -74,8 +74,8 @@ class Sharding:
         """Shard a transformer, block by block and then the rest."""
         # As autocast would cast them; parts that are also measured outside of a training stay as they are.
         whole_dtype = torch.bfloat16 if learns and self.precision == "bf16-mixed" else None
-        for block in family.blocks(model).values():
-            self.unit(block, learns=learns, whole_dtype=whole_dtype)
+        for part in (*family.called_apart(model), *family.blocks(model).values()):
+            self.unit(part, learns=learns, whole_dtype=whole_dtype)
         # A forward that a tap ends early has to come back to FSDP's hooks, which tidy up behind it.
         forward: Callable[..., Any] = model.forward
         model.forward = lambda *args, **kwargs: _until_stopped(forward, *args, **kwargs)
