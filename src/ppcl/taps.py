@@ -97,7 +97,8 @@ class _Strand(Thread):
     def __init__(self, transformer: nn.Module, inputs: dict[str, Any]) -> None:
         super().__init__(daemon=True)
         self.transformer, self.inputs = transformer, inputs
-        self.gradients = torch.is_grad_enabled()  # a thread has its own
+        self.gradients = torch.is_grad_enabled()  # a thread has its own of both, and sums depend on the second
+        self.num_threads = torch.get_num_threads()
         self.call: BlockCall | None = None
         self.error: BaseException | None = None
         self.stopped = False
@@ -108,6 +109,7 @@ class _Strand(Thread):
         self._go.acquire()
         try:
             if not self.stopped:
+                torch.set_num_threads(self.num_threads)
                 with torch.set_grad_enabled(self.gradients), suppress(StopForward):
                     self.transformer(**self.inputs)
         except BaseException as error:

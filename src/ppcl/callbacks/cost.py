@@ -33,8 +33,9 @@ class TrainingCost(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if trainer.strategy.root_device.type == "cpu" and self.steps == _MEASURED_STEP:
-            self._recorder = LiveBytes()
-            self._recorder.__enter__()
+            recorder = LiveBytes()
+            recorder.__enter__()
+            self._recorder = recorder  # now: Ctrl-C in between leaves nothing to end
         self._start = time.perf_counter()
 
     def on_train_batch_end(

@@ -113,8 +113,7 @@ class LocalDistillation(L.LightningModule):
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         optimizer: Any = self.optimizers()
         logged = mean_terms(self.learn(batch, self._descend), batch.average)
-        for part in self.parts.values():
-            self._descend(part)  # of a chain, which has its gradients at once
+        self._descend(*self.parts.values())  # of a chain, which has its gradients at once
         optimizer.step()  # no gradient is left: it is what Lightning counts
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
@@ -133,16 +132,19 @@ class LocalDistillation(L.LightningModule):
             )
         return total
 
-    def _descend(self, part: nn.Module) -> None:
-        """Take one part's step with its gradient, which then goes: one lives at a time."""
-        if all(parameter.grad is None for parameter in part.parameters()):
+    def _descend(self, *parts: nn.Module) -> None:
+        """Take the step of those parts that have gradients, which then go."""
+        ready = [part for part in parts if any(parameter.grad is not None for parameter in part.parameters())]
+        if not ready:
             return
-        average_gradients(part.parameters())
-        if self.config.max_grad_norm is not None:  # each its own, or the parts would be coupled
-            nn.utils.clip_grad_norm_(part.parameters(), self.config.max_grad_norm)
+        for part in ready:
+            average_gradients(part.parameters())
+            if self.config.max_grad_norm is not None:  # each its own, or the parts would be coupled
+                nn.utils.clip_grad_norm_(part.parameters(), self.config.max_grad_norm)
         optimizer: Any = self.optimizers()
         optimizer.optimizer.step()
-        part.zero_grad()
+        for part in ready:
+            part.zero_grad()
 
     @torch.no_grad()
     def heldout(self, batches: Iterable[TrainingBatch]) -> list[dict[str, float]]:
