@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from ppcl.artifacts import load_plugs, load_projectors
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-LONG = [INTERVALS, "stages=[depth]", "distill.steps=30", "distill.checkpoint_every=2"]
+LONG = [INTERVALS, "stages=[depth]", "distill.steps=30", "distill.checkpoint_every=5"]
 STAGES = "stages=[depth,width,finetune,export]"
 LR = 1e-3
 TOLERANCE = {"plugs": 0.02 * LR, "finetuned": 0.1 * LR}
