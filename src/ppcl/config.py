@@ -169,12 +169,14 @@ class DataConfig:
 
     The three seeds must differ, so that no stage sees another's samples. `held_out` is the share of a cache that
     calibration and held-out losses have to themselves. `cache` names the folder of one, where its source is not.
+    `given` names, for an edit model, where a sample's given pictures stand.
     """
 
     name: str = "shapes"
     path: str | None = None
     cache: str | None = None
     captions: list[str] = field(default_factory=lambda: ["prompt_en", "caption_en", "prompt_zh"])
+    given: list[str] | None = None
     min_text_accuracy: float | None = None
     aspects: list[str] = field(default_factory=lambda: ["1:1"])
     held_out: float = 0.02

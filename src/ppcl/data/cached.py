@@ -1,7 +1,8 @@
 """Latents and prompt embeddings on disk, and the stream of batches made of them: no encoder is loaded any more.
 
 A folder of parts, `UNIT-NNN.safetensors` with `NNN.<name>` tensors per sample and a JSON that lists them; per unit of
-the source a `UNIT.json`, written last, with what was skipped; and `empty.safetensors`, the empty prompt.
+the source a `UNIT.json`, written last, with what was skipped; and `empty.safetensors`, the empty prompt. A sample of an
+edit has an empty prompt of its own, `NNN.empty.<name>`, since prompts speak of the given pictures.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ from ppcl.families.base import Conditions, Family
 
 MASK = "prompt_embeds_mask"
 LATENTS = "latents"
+SIZES = "image_sizes"  # of given pictures
 EMPTY = "empty.safetensors"
+OWN, SHARED = "empty.", "shared"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cached sample: where it lies, and its latents' height and width in tokens."""
+    """One cached sample: where it lies, and the height and width in tokens of its latents, and of given pictures."""
 
     key: str
     part: Path
     number: int
     size: tuple[int, int]
+    given: tuple[tuple[int, int], ...] = ()
 
 
 def unit_record(name: str) -> str:
@@ -52,6 +56,24 @@ def trimmed(conditions: Conditions) -> Conditions:
         return conditions
     length = int(mask.sum())
     return {name: value[:length] if len(value) == len(mask) else value for name, value in conditions.items()}
+
+
+def difference(empty: Conditions, prompt: Conditions) -> Conditions:
+    """A sample's own empty prompt without the rows at its start that its `prompt` has too; `emptied` adds them.
+
+    A causal text encoder says the same of given pictures whatever instruction follows, and they are most of both.
+    """
+    length = min(map(len, (*empty.values(), *prompt.values())))
+    same = [(value[:length] == prompt[name][:length]).reshape(length, -1).all(dim=1) for name, value in empty.items()]
+    shared = int(torch.stack(same).all(dim=0).int().cumprod(dim=0).sum())
+    return {OWN + SHARED: torch.tensor(shared)} | {OWN + name: value[shared:] for name, value in empty.items()}
+
+
+def emptied(tensors: Conditions) -> Conditions:
+    """A sample's conditions with its own empty prompt in place of its prompt."""
+    shared = int(tensors[OWN + SHARED])
+    found = {name: value for name, value in tensors.items() if not name.startswith(OWN)}
+    return {n: torch.cat([v[:shared], tensors[OWN + n]]) if OWN + n in tensors else v for n, v in found.items()}
 
 
 def stacked(samples: Sequence[Conditions]) -> Conditions:
@@ -77,13 +99,20 @@ def read_entries(folder: Path) -> list[Entry]:
         part = record.with_suffix(".safetensors")
         check_safetensors(part)
         for number, item in enumerate(read_json(record, "A cache's part")["samples"]):
-            entries.append(Entry(item["key"], part, number, tuple(item["size"])))
+            given = tuple((height, width) for height, width in item.get("given", ()))
+            entries.append(Entry(item["key"], part, number, tuple(item["size"]), given))
     return entries
 
 
 @lru_cache(maxsize=64)
-def _opened(part: Path) -> Any:
-    return safe_open(part, framework="pt")
+def _opened(part: Path) -> tuple[Any, dict[int, list[str]]]:
+    """A part, and what tensors each of its samples has there."""
+    file = safe_open(part, framework="pt")
+    names: dict[int, list[str]] = {}
+    for key in file.keys():  # noqa: SIM118 - a file, not a mapping
+        number, _, name = key.partition(".")
+        names.setdefault(int(number), []).append(name)
+    return file, names
 
 
 class CachedStream(Stream):
@@ -94,10 +123,10 @@ class CachedStream(Stream):
     ) -> None:
         super().__init__(family, config, seed, batch_size)
         self.empty, _ = read_tensors(folder / EMPTY)
-        self.buckets: dict[tuple[int, int], list[Entry]] = {}
+        self.buckets: dict[tuple[tuple[int, int], ...], list[Entry]] = {}
         for entry in read_entries(folder):
             if is_held_out(entry.key, config.held_out) == held_out:
-                self.buckets.setdefault(entry.size, []).append(entry)
+                self.buckets.setdefault((entry.size, *entry.given), []).append(entry)
         self.steps_per_epoch = sum(len(entries) // batch_size for entries in self.buckets.values())
         if not self.steps_per_epoch:
             kind = "held-out" if held_out else "training"
@@ -126,8 +155,11 @@ class CachedStream(Stream):
         entries = self.entries(step)[: len(dropped)]
         latents, conditions = [], []
         for entry, drop in zip(entries, dropped, strict=True):
-            part, prefix = _opened(entry.part), f"{entry.number:03d}."
-            names = [key for key in self.empty if key != LATENTS]
-            latents.append(part.get_tensor(prefix + LATENTS))
-            conditions.append(self.empty if drop else {name: part.get_tensor(prefix + name) for name in names})
+            (part, names), prefix = _opened(entry.part), f"{entry.number:03d}."
+            wanted = [name for name in names[entry.number] if drop or not name.startswith(OWN)]
+            tensors = {name: part.get_tensor(prefix + name) for name in wanted}
+            latents.append(tensors.pop(LATENTS))
+            if drop:
+                tensors = emptied(tensors) if OWN + SHARED in tensors else self.empty
+            conditions.append(tensors)
         return torch.stack(latents), entries[0].size, stacked(conditions)

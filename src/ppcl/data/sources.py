@@ -13,6 +13,7 @@ import json
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,17 @@ ROWS = 1000
 
 @dataclass
 class Sample:
+    """A picture with its caption; of an edit the outcome, its instruction and the pictures `given`."""
+
     key: str
     caption: str
     image: bytes
+    given: Sequence[bytes] = ()
 
-    def open(self) -> Image.Image:
-        """The decoded picture; raises what PIL raises."""
-        picture = Image.open(io.BytesIO(self.image))
-        picture.load()
-        return picture.convert("RGB")
+    def open(self) -> list[Image.Image]:
+        """The decoded pictures, `image` and those given; raises what PIL raises."""
+        pictures = [Image.open(io.BytesIO(content)) for content in (self.image, *self.given)]
+        return [picture.convert("RGB") for picture in pictures]
 
 
 @dataclass
@@ -77,7 +80,8 @@ class Shard(Unit):
         members = wds.DataPipeline(wds.SimpleShardList([str(self.path)]), wds.tarfile_to_samples(handler=note))
         for member in members:
             key = str(member["__key__"])
-            found = next((member[name] for name in IMAGES if name in member), None)
+            found = _picture(member, "")
+            given = [picture for name in config.given or () if (picture := _picture(member, f"{name}."))]
             try:
                 facts = json.loads(member["json"]) if "json" in member else {}
             except ValueError:
@@ -85,7 +89,7 @@ class Shard(Unit):
                 continue
             if "txt" in member:
                 facts = {config.captions[0]: member["txt"].decode("utf-8", "replace")} | facts
-            yield _sample(key, facts, found, config)
+            yield _sample(key, facts, found, given, config)
         if broken:
             yield Skipped(self.path.name, f"cut short or damaged: {type(broken[0]).__name__}")
 
@@ -94,7 +98,7 @@ class Shard(Unit):
         try:
             with tarfile.open(self.path) as archive:
                 for member in archive:
-                    found += member.name.rpartition(".")[2].lower() in IMAGES
+                    found += Path(member.name).name.partition(".")[2].lower() in IMAGES
         except tarfile.TarError:
             pass  # reading it says so
         return found
@@ -114,19 +118,34 @@ class Rows(Unit):
                 yield Skipped(key, "no image, file_name or path")
                 continue
             try:
-                content = (self.table.parent / name).read_bytes()
+                given = [file for column in config.given or () for file in _files(row.get(column))]
+                content, *others = [(self.table.parent / file).read_bytes() for file in (name, *given)]
             except OSError as error:
                 yield Skipped(key, f"its file cannot be read: {error.strerror}")
                 continue
-            yield _sample(key, row, content, config)
+            yield _sample(key, row, content, others, config)
 
     def count(self) -> int:
         return len(self.rows)
 
 
-def _sample(key: str, facts: Any, image: bytes | None, config: DataConfig) -> Sample | Skipped:
+def _picture(member: Mapping[str, Any], prefix: str) -> bytes | None:
+    return next((member[prefix + name] for name in IMAGES if prefix + name in member), None)
+
+
+def _files(cell: Any) -> list[str]:
+    """The files that a cell of a table names: none, one, or a list, in a CSV as JSON."""
+    if isinstance(cell, str) and cell.startswith("["):
+        with suppress(ValueError):  # a strange name of a file, which is then not found
+            cell = json.loads(cell)
+    return [str(file) for file in cell] if isinstance(cell, list) else [str(cell)] if cell else []
+
+
+def _sample(key: str, facts: Any, image: bytes | None, given: Sequence[bytes], config: DataConfig) -> Sample | Skipped:
     if image is None:
         return Skipped(key, "no picture")
+    if config.given and not given:
+        return Skipped(key, f"no given picture: none of {', '.join(config.given)}")
     if not isinstance(facts, Mapping):
         return Skipped(key, "its .json is none")
     caption = next((str(facts[name]).strip() for name in config.captions if facts.get(name)), "")
@@ -140,7 +159,7 @@ def _sample(key: str, facts: Any, image: bytes | None, config: DataConfig) -> Sa
             return Skipped(key, f"text_accuracy={accuracy} is no number")
         if low:
             return Skipped(key, f"text_accuracy={accuracy} is below data.min_text_accuracy={config.min_text_accuracy}")
-    return Sample(key, caption, image)
+    return Sample(key, caption, image, given)
 
 
 def find_units(config: DataConfig) -> list[Unit]:

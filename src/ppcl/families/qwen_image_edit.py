@@ -4,7 +4,8 @@ What is odd about it:
 - The latents of the given pictures stand behind the noisy ones as further image tokens, each picture with a
   frame number of its own in `img_shapes`; what the model says of them is cut off.
 - The pipelines bring every given picture to a megapixel for the VAE, whatever the output's size.
-- The text encoder sees the given pictures too: prompts are encoded with them, the empty one for guidance as well.
+- The text encoder sees the given pictures too, 2509's smaller ones: prompts are encoded with them, the empty one for
+  guidance as well.
 - 2509's pipeline takes one prompt a call. One with `zero_cond_t` (2511) modulates given pictures as if
   they were free of noise, which they are.
 """
@@ -15,6 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+    CONDITION_IMAGE_SIZE,
+    VAE_IMAGE_SIZE,
+    calculate_dimensions,
+)
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,8 +32,14 @@ from ppcl.families.qwen_image import QwenImage
 _BLANK = Image.new("RGB", (1024, 1024), (BACKGROUND,) * 3)
 
 
+def _resized(pipeline: Any, picture: Image.Image, area: int) -> Image.Image:
+    width, height = calculate_dimensions(area, picture.width / picture.height)
+    return pipeline.image_processor.resize(picture, height, width)
+
+
 class QwenImageEdit(QwenImage):
     name = "qwen_image_edit"
+    seen_area = VAE_IMAGE_SIZE  # of a given picture before the text encoder, in pixels
 
     def forward_inputs(
         self,
@@ -43,6 +55,11 @@ class QwenImageEdit(QwenImage):
             for sizes in conditions["image_sizes"].tolist()
         ]
         return inputs
+
+    def fit_references(self, pipeline: Any, pictures: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
+        seen = [_resized(pipeline, picture, self.seen_area) for picture in pictures]
+        large = [_resized(pipeline, picture, VAE_IMAGE_SIZE) for picture in pictures]
+        return seen, [pipeline.image_processor.preprocess(picture) for picture in large]
 
     def encode_references(self, pipeline: Any, pictures: Sequence[Tensor]) -> Conditions:
         """`image_latents` `[B, tokens, C]` of all pictures, and `image_sizes` `[B, pictures, 2]` in tokens."""
@@ -72,6 +89,7 @@ class QwenImageEdit(QwenImage):
 
 class QwenImageEditPlus(QwenImageEdit):
     name = "qwen_image_edit_2509"
+    seen_area = CONDITION_IMAGE_SIZE
     prompts_per_call = 1
 
     def prompt_arguments(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
 from ppcl.artifacts import Header, is_current, read_json, write_json, write_tensors
 from ppcl.config import Config
 from ppcl.data.buckets import bucket_sizes, fit, nearest
-from ppcl.data.cached import EMPTY, LATENTS, trimmed, unit_record
+from ppcl.data.cached import EMPTY, LATENTS, SIZES, difference, trimmed, unit_record
 from ppcl.data.sources import Sample, Skipped, Unit, find_units
 from ppcl.errors import UsageError
+from ppcl.families import FAMILIES
 from ppcl.families.base import Conditions
 from ppcl.launch import rank
 from ppcl.stages.run import Run
@@ -37,6 +39,7 @@ def source_header(config: Config, units: list[Unit], model: dict[str, Any]) -> H
             "model": model,
             "units": {unit.name: [unit.size, unit.changed] for unit in units},
             "captions": data.captions,
+            **({"given": data.given} if data.given else {}),
             "min_text_accuracy": data.min_text_accuracy,
             "aspects": data.aspects,
             "size": [sampling.height, sampling.width],
@@ -55,12 +58,20 @@ class Encoder:
         sampling = run.config.model.sampling
         multiple = 2 * getattr(self.pipeline, "vae_scale_factor", 8)
         self.sizes = bucket_sizes(run.config.data.aspects, sampling.height, sampling.width, multiple)
+        self.most_given = FAMILIES[self.family.name].max_references
 
-    def prompts(self, captions: list[str]) -> list[Conditions]:
-        """A sample's conditions each, without padding."""
+    def prompts(self, captions: list[str], references: Sequence[Any] = ()) -> list[Conditions]:
+        """A prompt's conditions each, without padding."""
         unique = list(dict.fromkeys(captions))
-        encoded = self.family.encode_prompts(self.pipeline, unique)(captions)
+        encoded = self.family.encode_prompts(self.pipeline, unique, references)(captions)
         return [trimmed({name: value[row].cpu() for name, value in encoded.items()}) for row in range(len(captions))]
+
+    def edit(self, caption: str, given: list[Image.Image]) -> Conditions:
+        """An edit's conditions, and as `empty.*` those of the empty prompt, which speaks of its pictures too."""
+        seen, encoded = self.family.fit_references(self.pipeline, given)
+        prompt, empty = self.prompts([caption, ""], seen)
+        pictures = self.family.encode_references(self.pipeline, encoded)
+        return prompt | {name: value[0].cpu() for name, value in pictures.items()} | difference(empty, prompt)
 
     def pictures(self, images: list[Tensor]) -> list[tuple[Tensor, tuple[int, int]]]:
         """Latents `[N, C]` and size in tokens of each picture `[3, H, W]`; those of one size go together."""
@@ -110,13 +121,10 @@ def _check_space(run: Run, encoder: Encoder, units: list[Unit], folder: Path) ->
     first = next((item for unit in units for item in unit.read(run.config.data) if isinstance(item, Sample)), None)
     if first is None:
         return
-    try:
-        picture = first.open()
-    except (OSError, SyntaxError, ValueError):
+    (found, _), _ = _encode(encoder, [first], run)
+    if not found:
         return  # it is left out below, with its reason
-    ((latents, _),) = encoder.pictures([fit(picture, nearest(picture, encoder.sizes))])
-    tensors = [latents, *encoder.prompts([first.caption])[0].values()]
-    each = sum(tensor.nbytes for tensor in tensors)
+    each = sum(tensor.nbytes for tensor in found.values())
     samples = sum(unit.count() for unit in units)
     needed, free = each * samples, shutil.disk_usage(folder).free
     run.say("cache", f"about {needed / 1e9:.2f} GB for {samples} samples; {free / 1e9:.1f} GB are free")
@@ -159,21 +167,31 @@ def _encode(encoder: Encoder, samples: list[Sample], run: Run) -> tuple[tuple[di
     images, kept, bad = [], [], []
     for sample in samples:
         try:
-            picture = sample.open()
-            images.append(fit(picture, nearest(picture, encoder.sizes)))
-            kept.append(sample)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            picture, *given = sample.open()
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             bad.append({"key": sample.key, "why": f"its picture does not decode: {type(error).__name__}"})
+            continue
+        if len(given) > encoder.most_given:
+            bad.append({"key": sample.key, "why": f"{len(given)} given pictures; the model takes {encoder.most_given}"})
+            continue
+        images.append(fit(picture, nearest(picture, encoder.sizes)))
+        kept.append((sample, given))
     tensors: dict[str, Tensor] = {}
     records = []
     step = run.config.data.encode_batch_size
     for start in range(0, len(kept), step):
         part = slice(start, start + step)
         pictures = encoder.pictures(images[part])
-        prompts = encoder.prompts([sample.caption for sample in kept[part]])
-        for offset, (sample, (latents, size), conditions) in enumerate(zip(kept[part], pictures, prompts, strict=True)):
+        if run.config.data.given:
+            prompts = [encoder.edit(sample.caption, given) for sample, given in kept[part]]
+        else:
+            prompts = encoder.prompts([sample.caption for sample, _ in kept[part]])
+        for offset, ((sample, _), (latents, size), conditions) in enumerate(
+            zip(kept[part], pictures, prompts, strict=True)
+        ):
             prefix = f"{start + offset:03d}."
             tensors |= {prefix + LATENTS: latents}
             tensors |= {prefix + name: value.contiguous() for name, value in conditions.items()}
-            records.append({"key": sample.key, "caption": sample.caption, "size": list(size)})
+            record = {"key": sample.key, "caption": sample.caption, "size": list(size)}
+            records.append(record | ({"given": conditions[SIZES].tolist()} if SIZES in conditions else {}))
     return (tensors, records), bad

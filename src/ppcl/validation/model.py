@@ -148,10 +148,15 @@ def check_data(config: Config) -> None:
             raise UsageError(f"data.cache={data.cache} is made already: give data.path to make one, or drop the stage.")
         if not (Path(data.cache) / "cache.json").exists():
             raise UsageError(f"data.cache={data.cache} holds no cache.json; name a folder that stages=[cache] made.")
-    if FAMILIES[config.model.family].num_references:
+    edits = FAMILIES[config.model.family].max_references > 0
+    if edits and data.cache is None and not data.given:
         raise UsageError(
-            f"data={data.name} has no given pictures, which model.family={config.model.family} needs: use data=shapes."
+            f"data.given={data.given} names no given pictures, which model.family={config.model.family} needs: write "
+            "data.given=[edit_image] for KEY.edit_image.jpg in a shard, or for that column of a table."
         )
+    if data.given and (data.cache is not None or not edits):
+        why = "data.cache has them" if edits else f"model.family={config.model.family} is given no pictures"
+        raise UsageError(f"data.given={data.given}: {why}; drop it.")
     if not 0 < data.held_out < 1:
         raise UsageError(f"data.held_out={data.held_out} must lie between 0 and 1.")
     if not data.captions:
