@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -131,6 +133,23 @@ def test_the_folder_draws_what_the_run_drew(chain: Path, name: str, variant: str
         images += pipeline(generator=generators, **arguments).images
     for image, line in zip(images, lines, strict=True):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(folder / line["image"]).convert("RGB")))
+
+
+WITHOUT_PPCL = """
+import sys
+sys.modules["ppcl"] = None
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(pipeline.transformer).__module__, sum(p.numel() for p in pipeline.transformer.parameters()))
+"""
+
+
+def test_the_export_loads_where_ppcl_is_not_installed(chain: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_PPCL, str(chain / "pruned" / "export")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    scores = json.loads((chain / "pruned" / "scores" / "ppcl-finetuned.json").read_text())
+    assert found[0].startswith("diffusers_modules.local.transformer_")
+    assert int(found[1]) == scores["params"]
 
 
 def test_plugs_go_into_the_pipeline_and_out_again(chain: Path) -> None:
