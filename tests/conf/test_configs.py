@@ -13,6 +13,7 @@ from ppcl.errors import UsageError
 from ppcl.families import get_family
 from ppcl.families.tiny_qwen_image import build_pipeline
 from ppcl.layers import Layout
+from ppcl.planner import Unit, choose
 from ppcl.surgery.count import count_parameters
 from ppcl.validation import parse
 from ppcl.validation.model import model_folder, num_layers
@@ -206,6 +207,39 @@ def test_the_papers_interval_sets_remove_what_it_says(choice, removed, student):
     assert counts["teacher"] == 20_430_401_088
     assert counts["student"] == student
     assert (counts["teacher_layers"], counts["student_layers"]) == (60, 60 - removed)
+
+
+@pytest.mark.parametrize(
+    ("model", "choice", "removed", "student"),
+    [
+        ("flux_dev", "flux_dev_paper", {"transformer_blocks": 10, "single_transformer_blocks": 14}, 6.52),
+        ("flux_lite", "flux_lite", {"single_transformer_blocks": 12}, 6.46),
+    ],
+)
+def test_flux_sets_leave_what_they_say(model, choice, removed, student):
+    config = parsed(f"model={model}", f"intervals={choice}")
+    intervals = resolve_intervals(config)
+    assert {stack: sum(v - u for u, v in pairs) for stack, pairs in intervals.items() if pairs} == removed
+    counts = count_parameters(get_family("flux"), config.model.arch, intervals)
+    assert counts["student"] / 1e9 == pytest.approx(student, abs=5e-3)
+
+
+def test_the_planner_finds_an_8b_flux_within_the_papers_sets():
+    """At the least cost, which is here the number of blocks removed; on real weights it is measured."""
+    config = parsed("model=flux_dev", "intervals=flux_dev_paper")
+    family, arch, intervals = get_family("flux"), config.model.arch, resolve_intervals(config)
+    whole = count_parameters(family, arch, {})["teacher"]
+    units, sizes = [], {}
+    for stack, pairs in intervals.items():
+        for u, v in pairs:
+            if (stack, v - u) not in sizes:
+                sizes[stack, v - u] = whole - count_parameters(family, arch, {stack: [(u, v)]})["student"]
+            saved, cost = {"params": sizes[stack, v - u]}, {"velocity": float(v - u)}
+            units.append(Unit(f"{stack}.{u}-{v}", [], saved, cost))
+    chosen = choose(units, "params", whole - 8e9, "velocity")
+    assert 0 < len(chosen) < len(units)
+    left = {stack: [p for p in pairs if f"{stack}.{p[0]}-{p[1]}" in chosen] for stack, pairs in intervals.items()}
+    assert 7.7e9 < count_parameters(family, arch, left)["student"] <= 8e9
 
 
 def test_the_papers_headline_sizes():
