@@ -248,7 +248,10 @@ class FinetuneConfig(TrainingConfig):
 
 @dataclass
 class PretrainConfig:
-    """`init` continues from a teacher folder of an earlier pretraining in place of fresh weights."""
+    """`init` continues from the folder of a pretrained teacher, or `embedded:<name>`, in place of fresh weights.
+
+    Of another family's only the transformer is taken, which must be of the same shape.
+    """
 
     init: str | None = None
     num_layers: int | None = None

@@ -9,6 +9,10 @@ import pytest
 from commands import DIE_AT_RENAME, INTERVALS, NUM_LAYERS, assert_same_tensors, modified, ppcl, ppcl_process, succeed
 from safetensors.torch import load_file
 
+from ppcl.validation.model import ASSETS
+
+WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
+
 TINY = [
     "stages=[pretrain]",
     f"pretrain.num_layers={NUM_LAYERS}",
@@ -24,7 +28,7 @@ TINY = [
 
 
 def weights(run: Path) -> dict:
-    return load_file(run / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors")
+    return load_file(run / "teacher" / WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +83,29 @@ def test_dead_pretraining_resumes_exactly(pretrained: Path, tmp_path: Path) -> N
     assert "resuming from" in succeed(*command).out
     assert_same_tensors(weights(run), weights(pretrained))
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_one_family_goes_on_from_another(tmp_path: Path) -> None:
+    """Qwen-Image-Edit's transformer is Qwen-Image's, under a text encoder of its own."""
+    edit = [*TINY, "model=tiny_qwen_image_edit", "pretrain.init=embedded:tiny_qwen_image", "pretrain.num_layers=20"]
+    # Too small a step to leave the bits of bfloat16 in most weights.
+    succeed(*edit, "pretrain.muon_lr=1e-9", "pretrain.adam_lr=1e-9", "pretrain.steps=1", f"paths.runs_dir={tmp_path}")
+    folder = tmp_path / "pretrained" / "teacher"
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "QwenImageEditPipeline"
+    found, start = weights(tmp_path / "pretrained"), load_file(ASSETS / "tiny_qwen_image" / WEIGHTS)
+    assert found.keys() == start.keys()
+    assert all(value.float().sub(start[key].float()).abs().max() < 1e-3 for key, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["pretrain.init=/no/teacher"], "pretrain.init=/no/teacher is no teacher"),
+        (["pretrain.init=embedded:tiny_qwen_image"], "has num_layers=20, and model=tiny_qwen_image 6"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+    refused = ppcl(*TINY, *overrides, f"paths.runs_dir={tmp_path}")
+    assert refused.code == 2
+    assert said in refused.err
+    assert not (tmp_path / "pretrained" / "teacher").exists()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from importlib import import_module
-from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -17,6 +16,7 @@ from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.data.streams import ShapesStream
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit, split_for_muon
+from ppcl.validation.model import local_folder
 
 
 class Pretrain(L.LightningModule):
@@ -74,7 +74,7 @@ def teacher_header(run: Run) -> Header:
     config = run.config.pretrain
     settings = {k: v for k, v in asdict(config).items() if k != "checkpoint_every"}
     if config.init is not None:
-        settings["init"] = read_json(Path(config.init) / "ppcl.json", "pretrain.init:")["fingerprint"]
+        settings["init"] = read_json(local_folder(config.init) / "ppcl.json", "pretrain.init:")["fingerprint"]
     made_from = {
         "builder": run.config.model.builder,
         "seed": run.config.data.train_seed,
@@ -82,6 +82,21 @@ def teacher_header(run: Run) -> Header:
         "data": run.data_identity,
     }
     return Header("ppcl.teacher", made_from)
+
+
+def _start(run: Run) -> Any:
+    """A pipeline whose transformer is to be trained: untrained, an earlier one, or another family's in its place."""
+    config = run.config.pretrain
+    build = import_module(f"ppcl.families.{run.config.model.builder}").build_pipeline
+    layers = {} if config.num_layers is None else {"num_layers": config.num_layers}
+    pipeline = build(run.config.data.train_seed, **layers)
+    if config.init is None:
+        return pipeline
+    earlier = DiffusionPipeline.from_pretrained(local_folder(config.init), torch_dtype=torch.float32)
+    if type(earlier) is type(pipeline):
+        return earlier  # with the text encoder that it has learned to read
+    pipeline.transformer.load_state_dict(earlier.transformer.state_dict())
+    return pipeline
 
 
 def run(run: Run) -> None:
@@ -92,12 +107,7 @@ def run(run: Run) -> None:
         return
     checkpoints = run.folder / "pretrain-checkpoint"
     check_resumable(checkpoints, header)
-    if config.init is None:
-        build = import_module(f"ppcl.families.{run.config.model.builder}").build_pipeline
-        layers = {} if config.num_layers is None else {"num_layers": config.num_layers}
-        pipeline = build(run.config.data.train_seed, **layers)
-    else:
-        pipeline = DiffusionPipeline.from_pretrained(config.init, torch_dtype=torch.float32)
+    pipeline = _start(run)
     stream = ShapesStream(run.family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)
     module = Pretrain(
         pipeline.transformer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ppcl.artifacts import check_safetensors
+from ppcl.artifacts import check_safetensors, read_json
 from ppcl.config import BUILDERS, Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families import FAMILIES, family_of_pipeline
@@ -28,13 +28,16 @@ WEIGHT_STAGES = {
 }
 
 
+def local_folder(path: str) -> Path:
+    """A path, or the folder of what `embedded:<name>` names."""
+    return ASSETS / path.removeprefix(EMBEDDED) if path.startswith(EMBEDDED) else Path(path)
+
+
 def model_folder(model: ModelConfig) -> Path | None:
     """The local folder of the model's pipeline; None for a hub id or a model without weights."""
     if model.path is None:
         return None
-    if model.path.startswith(EMBEDDED):
-        return ASSETS / model.path.removeprefix(EMBEDDED)
-    path = Path(model.path)
+    path = local_folder(model.path)
     # `owner/name` that is no folder here is a hub id; anything else was meant as a path.
     looks_like_hub_id = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~"))
     return None if looks_like_hub_id and not path.exists() else path
@@ -94,6 +97,21 @@ def check_pretrain(config: Config) -> None:
             f"stages=[pretrain] trains the embedded teachers only; model={config.model.name} has no model.builder."
         )
     one_of("model.builder", config.model.builder, BUILDERS)
+    init = config.pretrain.init
+    if init is None:
+        return
+    if not (local_folder(init) / "ppcl.json").is_file():
+        raise UsageError(f"pretrain.init={init} is no teacher of an earlier pretraining; give its folder.")
+    arch = read_json(local_folder(init) / "transformer" / "config.json", "pretrain.init:")
+    layers = config.pretrain.num_layers
+    wanted = config.model.arch | ({} if layers is None else {"num_layers": layers})
+    other = [key for key, value in wanted.items() if key in arch and arch[key] != value]
+    if other:
+        key = other[0]
+        raise UsageError(
+            f"pretrain.init={init} has {key}={arch[key]}, and model={config.model.name} {wanted[key]}: continue one of "
+            "the same shape, or start without."
+        )
 
 
 STREAMED_STAGES = {
