@@ -19,7 +19,7 @@ from common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv  
 from ppcl.report import plots  # noqa: E402
 from ppcl.stages.budget import velocity_error  # noqa: E402
 
-PER_CATEGORY = 10
+PER_CATEGORY = 5  # 90 pictures a removal over the seeds, thousands a curve
 STACK = "transformer_blocks"
 KINDS = ("1", "2 contiguous", "2 apart", "3 contiguous", "3 apart")
 
