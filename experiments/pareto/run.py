@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv  # noqa: E402
+from common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv  # noqa: E402
 
 from ppcl.report import plots  # noqa: E402
 from ppcl.stages.budget import compare_costs, measure  # noqa: E402
@@ -45,22 +45,28 @@ def points_of(seed: int) -> list[dict]:
 def main() -> None:
     rows = [row for seed in SEEDS for row in points_of(seed)]
     write_csv(HERE / "results.csv", rows)
+
+
+def plot() -> None:
+    rows = read_csv(HERE / "results.csv")
     figure, axis = plt.subplots(figsize=(6.4, 3.8))
     for number, (cost, label) in enumerate(LABELS.items()):
         line = [row for row in rows if row["cost"] == cost]
         steps: dict[int, list[dict]] = {}
         for seed in SEEDS:  # the k-th point of each seed saves the same share of what can be saved
-            for k, row in enumerate(row for row in line if row["seed"] == seed):
+            for k, row in enumerate(row for row in line if row["seed"] == str(seed)):
                 steps.setdefault(k, []).append(row)
-        x = [mean_and_spread(100 * row["params_ratio"] for row in found)[0] for found in steps.values()]
-        y = [mean_and_spread(row["overall"] for row in found) for found in steps.values()]
+        x = [mean_and_spread(100 * float(row["params_ratio"]) for row in found)[0] for found in steps.values()]
+        y = [mean_and_spread(float(row["overall"]) for row in found) for found in steps.values()]
         axis.errorbar(
             x, [m for m, _ in y], [s for _, s in y], fmt="o-", color=plots.PALETTE[number], label=label, capsize=3
         )
     axis.set(xlabel="parameters, % of the teacher", ylabel="overall score", ylim=(-0.05, 1.05))
-    axis.legend()
+    axis.legend(loc="lower right")
     plots.save_figure(figure, HERE / "pareto.png")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] != ["--plot"]:
+        main()
+    plot()
