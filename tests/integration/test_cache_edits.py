@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import webdataset as wds
-from commands import ppcl, succeed
+from commands import INTERVALS, ppcl, succeed
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -164,6 +165,19 @@ def test_stages_run_from_it(command: list[str], cached: Path) -> None:
     given = [a for a in command if not a.startswith(("data.path", "data.given"))]
     held = ["data.held_out=0.8", "distill.batch_size=1", f"data.cache={cached}"]
     succeed(*given, *held, *small, "name=trained", intervals, "stages=[probe,depth]")
+
+
+def test_a_cache_of_another_family_is_refused(cached: Path, teacher: Path, settings: list[str], tmp_path: Path) -> None:
+    """Even by a folder without encoders, which could not tell by those."""
+    bare = tmp_path / "bare"
+    shutil.copytree(teacher, bare)
+    for name in ("text_encoder", "tokenizer", "vae"):
+        shutil.rmtree(bare / name)
+    arguments = [a for a in settings if not a.startswith("model.path")]
+    arguments += [f"model.path={bare}", "data=webdataset", f"data.cache={cached}", "name=other", INTERVALS]
+    outcome = ppcl(*arguments, "stages=[depth]")
+    assert outcome.code == 2
+    assert "was made by other encoders" in outcome.err
 
 
 @pytest.mark.parametrize(

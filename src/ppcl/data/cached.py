@@ -156,10 +156,12 @@ class CachedStream(Stream):
         latents, conditions = [], []
         for entry, drop in zip(entries, dropped, strict=True):
             (part, names), prefix = _opened(entry.part), f"{entry.number:03d}."
-            wanted = [name for name in names[entry.number] if drop or not name.startswith(OWN)]
+            own_empty = OWN + SHARED in names[entry.number]
+            latents.append(part.get_tensor(prefix + LATENTS))
+            if drop and not own_empty:
+                conditions.append(self.empty)
+                continue
+            wanted = [name for name in names[entry.number] if name != LATENTS and (drop or not name.startswith(OWN))]
             tensors = {name: part.get_tensor(prefix + name) for name in wanted}
-            latents.append(tensors.pop(LATENTS))
-            if drop:
-                tensors = emptied(tensors) if OWN + SHARED in tensors else self.empty
-            conditions.append(tensors)
+            conditions.append(emptied(tensors) if drop else tensors)
         return torch.stack(latents), entries[0].size, stacked(conditions)

@@ -107,7 +107,7 @@ class Family(ABC):
 
     def fit_references(self, pipeline: Any, pictures: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
         """Given PIL pictures as the pipeline shows them to the text encoder, and `[1, 3, H, W]` each for the VAE."""
-        raise NotImplementedError(f"{self.name} takes no given pictures")
+        return [], []
 
     def encode_references(self, pipeline: Any, pictures: Sequence[Tensor]) -> Conditions:
         """What given pictures in [-1, 1], `[B, 3, H, W]` each and as large as the VAE shall see them, condition on."""

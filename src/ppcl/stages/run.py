@@ -120,8 +120,12 @@ class Run:
         content = read_json(self.cache_folder / "cache.json", "data.cache:")
         header = Header(content["format"], content["made_from"], content["version"])
         there = self.encoder_identity
-        if "encoders" in there and there != header.made_from["model"]:
-            raise UsageError(f"data.cache={self.config.data.cache} was made by other encoders than model.path has.")
+        made_by = header.made_from["model"]
+        if there["family"] != made_by["family"] or ("encoders" in there and there != made_by):
+            raise UsageError(
+                f"data.cache={self.config.data.cache} was made by other encoders than model.path has, of a "
+                f"{made_by['family']}: make one with this model."
+            )
         return header
 
     @property
