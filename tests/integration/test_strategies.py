@@ -1,8 +1,9 @@
 """Trainings shared by two processes on gloo end where one process ends, also killed and taken up by another number.
 
 What may differ: a matrix product of half the rows adds up in another order, which changes a gradient by some 1e-7 of
-its size. AdamW divides by that size, so that a weight whose gradient nearly vanishes can be moved by a share of the
-learning rate. Ten times what was seen is still a tenth of what each rank's own denominators would give.
+its size. AdamW divides by that size, so that a single weight whose gradient nearly vanishes can be moved by a share of
+the learning rate (0.004 of it was seen), which says little; a tensor's root mean square difference says more. It is at
+most 1.5e-4 of the learning rate in any tensor; were denominators each rank's own, it would be 0.3 to 0.97.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 LONG = [INTERVALS, "stages=[depth]", "distill.steps=30", "distill.checkpoint_every=5"]
 STAGES = "stages=[depth,width,finetune,export]"
 LR = 1e-3
-TOLERANCE = {"plugs": 0.02 * LR, "finetuned": 0.1 * LR}
+TOLERANCE = 1e-3 * LR
 
 
 def start(count: int, arguments: list[str]) -> subprocess.Popen[str]:
@@ -79,12 +80,10 @@ def tensors(run: Path) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(
-            found[key], value, rtol=0, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    distances = {key: float((found[key] - value).square().mean().sqrt()) for key, value in expected.items()}
+    assert {key: distance for key, distance in distances.items() if not distance <= TOLERANCE} == {}
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +130,8 @@ def shared(request: pytest.FixtureRequest, options: list[str], tmp_path_factory:
 
 def test_two_ranks_train_what_one_does(single: Path, shared: Path) -> None:
     found, expected = tensors(shared), tensors(single)
-    for kind, tolerance in TOLERANCE.items():
-        assert_close(found[kind], expected[kind], tolerance)
+    for kind in expected:
+        assert_close(found[kind], expected[kind])
 
 
 def test_two_ranks_measure_what_one_does(single: Path, shared: Path) -> None:
@@ -200,7 +199,7 @@ def test_one_rank_takes_up_what_two_began(settings: list[str], killed: Path, lon
     assert refused.code == 2
     assert "holds a checkpoint of strategy=fsdp" in refused.err
     assert "resuming from" in launch(1, *command, "strategy=fsdp")
-    assert_close(plug_tensors(tmp_path / "long"), plug_tensors(long), TOLERANCE["finetuned"])
+    assert_close(plug_tensors(tmp_path / "long"), plug_tensors(long))
 
 
 def test_two_ranks_take_up_what_one_began(settings: list[str], long: Path, tmp_path: Path) -> None:
@@ -209,7 +208,7 @@ def test_two_ranks_take_up_what_one_began(settings: list[str], long: Path, tmp_p
     wait_for(tmp_path / "long", "plugs/checkpoint-*/sharded.json", process)
     kill_rank(process, 0)
     assert "resuming from" in launch(2, *command)
-    assert_close(plug_tensors(tmp_path / "long"), plug_tensors(long), TOLERANCE["finetuned"])
+    assert_close(plug_tensors(tmp_path / "long"), plug_tensors(long))
 
 
 def test_one_process_takes_up_a_ddp(settings: list[str], long: Path, tmp_path: Path) -> None:
@@ -218,7 +217,7 @@ def test_one_process_takes_up_a_ddp(settings: list[str], long: Path, tmp_path: P
     wait_for(tmp_path / "long", "plugs/checkpoint-*/last.ckpt", process)
     kill_rank(process, 0)
     assert "resuming from" in succeed(*command).out
-    assert_close(plug_tensors(tmp_path / "long"), plug_tensors(long), TOLERANCE["finetuned"])
+    assert_close(plug_tensors(tmp_path / "long"), plug_tensors(long))
 
 
 # Bad input
