@@ -6,11 +6,14 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Semaphore, Thread, current_thread
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from ppcl.errors import UsageError
 
 if TYPE_CHECKING:
     from ppcl.families.base import Family
@@ -140,16 +143,46 @@ class _Strand(Thread):
         self.join()
 
 
+def _free_bytes(device: torch.device) -> float:
+    """What can still be had of a device's memory; infinite where nobody says."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    facts = Path("/proc/meminfo")
+    lines = facts.read_text().splitlines() if device.type == "cpu" and facts.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else float("inf")
+
+
+def _check_room(call: BlockCall, more: int, size_keys: str) -> None:
+    """`UsageError` where the streams of `more` inputs like the one of `call` do not fit beside it."""
+    streams = list(call.outputs.values())
+    needed, free = more * sum(stream.nbytes for stream in streams), _free_bytes(streams[0].device)
+    if needed > free:
+        raise UsageError(
+            f"{more + 1} batches of {len(streams[0])} samples hold {needed / 1e9:.1f} GB of activations at once, and "
+            f"{free / 1e9:.1f} GB are free on {streams[0].device}: lower {size_keys}."
+        )
+
+
 def observe_abreast(
-    family: Family, transformer: nn.Module, inputs: Sequence[dict[str, Any]], *, last: BlockKey | None = None
+    family: Family,
+    transformer: nn.Module,
+    inputs: Sequence[dict[str, Any]],
+    *,
+    last: BlockKey | None = None,
+    size_keys: str = "the number of samples",
 ) -> Iterator[tuple[int, BlockCall]]:
     """Run the transformer on several inputs at once: every block sees all of them before the next block runs.
 
     Yields the number of the input and the call, after each. A streamed block is read once for all inputs, and what
     is gathered of a block can be finished with when the next one comes; the price is that one block's streams of
     all inputs are held. Each forward is the stock one, in a thread of its own, and one runs at a time.
+
+    `UsageError`, which tells to lower `size_keys`, if what is held will not fit; known after the first block.
     """
     strands = [_Strand(transformer, each) for each in inputs]
+    first = True
 
     def rest(call: BlockCall) -> None:
         cast(_Strand, current_thread()).rest(call)
@@ -161,6 +194,9 @@ def observe_abreast(
                 for number, strand in alive:
                     call = strand.advance()
                     if call is not None:
+                        if first:
+                            _check_room(call, len(inputs) - 1, size_keys)
+                        first = False
                         yield number, call
                         if call.key == last:
                             strand.stop()

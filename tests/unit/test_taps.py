@@ -4,6 +4,8 @@ import threading
 import pytest
 import torch
 
+from ppcl import taps
+from ppcl.errors import UsageError
 from ppcl.taps import observe, observe_abreast
 
 
@@ -141,6 +143,25 @@ def test_abreast_an_error_inside_is_the_callers(family, transformer, make_batch)
         list(abreast(family, transformer, [good, bad]))
     assert hook_count(transformer) == 0
     assert not strands()
+
+
+@torch.no_grad()
+def test_abreast_what_does_not_fit_is_said_after_one_block(family, transformer, make_batch, monkeypatch):
+    batches = [make_batch(seed) for seed in range(3)]
+    _, call = next(abreast(family, transformer, batches))
+    streams = sum(stream.nbytes for stream in call.outputs.values())
+    monkeypatch.setattr(taps, "_free_bytes", lambda device: 2 * streams - 1)
+    with pytest.raises(UsageError, match=r"3 batches of 2 samples hold .* GB .* free on cpu: lower probe.num_batches"):
+        next(abreast(family, transformer, batches, size_keys="probe.num_batches"))
+    assert hook_count(transformer) == 0
+    assert not strands()
+    monkeypatch.setattr(taps, "_free_bytes", lambda device: 2 * streams)
+    assert len(list(abreast(family, transformer, batches))) == 12
+
+
+def test_free_memory_is_what_this_machine_says():
+    assert 1e6 < taps._free_bytes(torch.device("cpu")) < 1e15
+    assert taps._free_bytes(torch.device("meta")) == float("inf")
 
 
 def test_abreast_gradients_are_the_callers(family, transformer, make_batch):

@@ -38,6 +38,16 @@ class TrainingBatch:
         return output[:, : self.target.shape[1]]
 
 
+def batch_numbers(batch_size: int, start: int, stop: int) -> range:
+    """Which batches hold the samples of those numbered `start` to `stop` if a batch had at least 16.
+
+    Fewer say little of a held-out loss; but what measures takes no more at once than a training step does, or it
+    would set a run's peak of memory.
+    """
+    parts = -(-16 // batch_size)
+    return range(start * parts, stop * parts)
+
+
 def own_rows(batch_size: int, share: tuple[int, int]) -> slice:
     """The rows of rank `share[0]` of `share[1]`, neighbours; they divide `batch_size`."""
     number, count = share

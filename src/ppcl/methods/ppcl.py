@@ -19,7 +19,7 @@ from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
 from ppcl.taps import observe_abreast
 
-_HELD_MAPS = 256 << 20  # bytes of probes that are kept as float64; more are read again for every batch
+_HELD_MAPS = 256 << 20  # bytes of probes that are kept; more are read again for every batch
 
 # cka[u][k] for u <= k; cka[u][u] = 1, where nothing is replaced yet.
 Curve = Callable[[int, int], float]
@@ -97,10 +97,15 @@ def extend_ends(intervals: Sequence[Interval], last: int, which: Sequence[int] |
 
 
 class SurrogateCurves:
-    """Means over samples and noise levels of cka(u, k) (Eq. 3), for every stack, stream and u <= k."""
+    """Means over samples and noise levels of cka(u, k) (Eq. 3), for every stack, stream and u <= k.
+
+    In float32: similarities are then right to 1e-6, also where single channels are a thousand times as large as
+    others, and on most GPUs float64 is a sixtieth as fast.
+    """
 
     def __init__(self, probes: Probes, num_layers: dict[str, int], *, debiased: bool) -> None:
         self.num_layers, self.debiased = num_layers, debiased
+        self.precision = torch.float64 if debiased else torch.float32
         self.weights = probes.weights
         self.sums: dict[tuple[str, str], Tensor] = {}
         self.counts: dict[tuple[str, str], Tensor] = {}
@@ -111,7 +116,7 @@ class SurrogateCurves:
         if key in self._maps:
             return self._maps[key]
         weight = self.weights[key]
-        found = torch.eye(len(weight), dtype=torch.float64) + weight.T.double()
+        found = torch.eye(len(weight), dtype=self.precision) + weight.T.to(self.precision)
         if len(self.weights) * found.nbytes <= _HELD_MAPS:
             self._maps[key] = found
         return found
@@ -127,13 +132,13 @@ class SurrogateCurves:
             self.counts.setdefault((stack, stream), torch.zeros(layers, 1))[u] += len(features)
 
     def _row(self, stack: str, u: int, stream: str, features: Tensor, mask: Tensor | None) -> Tensor:
-        centred = centre(features.double(), mask)  # [B, T, D]
+        centred = centre(features.to(self.precision), mask)  # [B, T, D]
         tokens = None if mask is None else mask.sum(dim=1)
         # Covariances D x D where tokens outnumber features, else the tokens themselves.
         by_covariance = not self.debiased and centred.shape[1] >= centred.shape[2]
         covariance = centred.mT @ centred if by_covariance else None
         # What the chain of probes made: of the identity, or of the tokens.
-        moved = torch.eye(centred.shape[2], dtype=torch.float64, device=centred.device) if by_covariance else centred
+        moved = torch.eye(centred.shape[2]).to(centred) if by_covariance else centred
         values = [float(len(features))]
         for k in range(u + 1, self.num_layers[stack]):
             moved = moved @ self._map(f"{stack}.{k}.{stream}").to(centred.device)
@@ -160,7 +165,8 @@ class Ppcl(Method):
         batches = list(teacher.calibration())
         masks = [teacher.family.masks(batch.inputs) for batch in batches]
         with torch.no_grad():
-            calls = observe_abreast(teacher.family, teacher.transformer, [batch.inputs for batch in batches])
+            inputs = [batch.inputs for batch in batches]
+            calls = observe_abreast(teacher.family, teacher.transformer, inputs, size_keys="method.num_samples")
             for number, call in teacher.progress(calls, len(batches) * sum(layers.values())):
                 curves.add(call.stack, call.index, call.outputs, masks[number])
         intervals: Intervals = {}

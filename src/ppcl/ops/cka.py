@@ -1,11 +1,13 @@
 """Linear CKA (Kornblith et al., 1905.00414), from token Grams or from feature covariances, equally.
 
 Every function is batched over leading dimensions and takes padded tokens as zero rows: centre first
-with `centre`, which also zeroes them. Work happens in float32 or more; reductions in float64.
+with `centre`, which also zeroes them. Products are in the features' own precision, at least float32; their sums in
+float64, and so is all of the debiased form, which is a difference of large numbers.
 """
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,6 +21,15 @@ def centre(
     weight = mask.unsqueeze(-1).to(features.dtype)
     mean = (features * weight).sum(dim=-2, keepdim=True) / weight.sum(dim=-2, keepdim=True)
     return (features - mean) * weight
+
+
+def _working(features: Tensor, debiased: bool = False) -> Tensor:
+    return features.double() if debiased else features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _square(products: Tensor) -> Tensor:
+    """The squared Frobenius norm."""
+    return products.square().sum(dim=(-2, -1), dtype=torch.float64)
 
 
 def _debias(product: Tensor, rows_x: Tensor, rows_y: Tensor, tokens: Tensor) -> Tensor:
@@ -48,12 +59,13 @@ def cka(
     `tokens` counts valid tokens where some rows are padding. `debiased` uses HSIC_1 (Song et al.,
     2012) for all three terms, and needs four tokens or more.
     """
-    x, y = x.double(), y.double()
+    x, y = _working(x, debiased), _working(y, debiased)
     if x.shape[-2] < max(x.shape[-1], y.shape[-1]):
         gram_x, gram_y = x @ x.mT, y @ y.mT  # [*, N, N]
-        terms = [(a * b).sum(dim=(-2, -1)) for a, b in ((gram_x, gram_y), (gram_x, gram_x), (gram_y, gram_y))]
+        pairs = ((gram_x, gram_y), (gram_x, gram_x), (gram_y, gram_y))
+        terms = [(a * b).sum(dim=(-2, -1), dtype=torch.float64) for a, b in pairs]
     else:
-        terms = [(a.mT @ b).square().sum(dim=(-2, -1)) for a, b in ((x, y), (x, x), (y, y))]
+        terms = [_square(a.mT @ b) for a, b in ((x, y), (x, x), (y, y))]
     if debiased:
         count = terms[0].new_tensor(x.shape[-2]) if tokens is None else tokens.double()
         rows_x, rows_y = x.square().sum(dim=-1), y.square().sum(dim=-1)
@@ -69,10 +81,6 @@ def cka_of_linear_map(
 
     No token is touched, so any chain of probes A = A_{u+1} ... A_k costs two D^3 products.
     """
-    covariance, linear_map = covariance.double(), linear_map.double()
+    covariance, linear_map = _working(covariance), _working(linear_map)
     product = covariance @ linear_map
-    return _ratio(
-        product.square().sum(dim=(-2, -1)),
-        covariance.square().sum(dim=(-2, -1)),
-        (linear_map.mT @ product).square().sum(dim=(-2, -1)),
-    )
+    return _ratio(_square(product), _square(covariance), _square(linear_map.mT @ product))

@@ -10,7 +10,8 @@ from torch import Tensor
 class NormalEquations:
     """X^T X and X^T Y of everything added, with a column of ones for the bias.
 
-    Holds (D + 1) x (D + 1) and (D + 1) x E numbers, however many samples pass through.
+    Holds (D + 1) x (D + 1) and (D + 1) x E numbers in host memory, however many samples pass through; their products
+    are computed where the samples are.
     """
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
@@ -19,8 +20,8 @@ class NormalEquations:
 
     def add(self, x: Float[Tensor, "samples dim_in"], y: Float[Tensor, "samples dim_out"]) -> None:
         x = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], dim=1)
-        self.gram += x.T @ x
-        self.cross += x.T @ y.double()
+        self.gram += (x.T @ x).to(self.gram.device)
+        self.cross += (x.T @ y.double()).to(self.cross.device)
 
     def solve(
         self, *, ridge: float, bias: bool = True

@@ -15,14 +15,13 @@ import torch
 from rich.progress import track
 
 from ppcl.artifacts import Header, is_current, plug_name, read_json, write_json, write_tensors
-from ppcl.data.batches import TrainingBatch
+from ppcl.data.batches import TrainingBatch, batch_numbers
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
 from ppcl.errors import UsageError
 from ppcl.stages.run import Run
 from ppcl.surgery.depth import student_block
 from ppcl.taps import observe_abreast
 
-HELD_OUT_STEPS = 4
 MARGIN = 1.05  # of the estimate, that must be free
 
 
@@ -37,6 +36,7 @@ def boundaries_header(run: Run) -> Header:
             "data": run.data_identity,
             "batch_size": distill.batch_size,
             "steps": num_stored(run),
+            "heldout_steps": len(held_out_steps(run)),
             "init": distill.init,
             "intervals": {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items()},
         },
@@ -46,6 +46,11 @@ def boundaries_header(run: Run) -> Header:
 def num_stored(run: Run) -> int:
     """Steps on disk; with `distill.replay` each is learned from so many times."""
     return -(-run.config.distill.steps // run.config.distill.replay)
+
+
+def held_out_steps(run: Run) -> range:
+    """The batches of the calibration stream that say how good a student is."""
+    return batch_numbers(run.config.distill.batch_size, 0, 4)
 
 
 def boundaries_folder(run: Run) -> Path:
@@ -94,7 +99,7 @@ def run(run: Run) -> None:
             leftover.unlink()
     config = run.config
     kinds = {
-        HELD_OUT: (run.stream(config.data.calibration_seed, max(config.distill.batch_size, 16)), HELD_OUT_STEPS),
+        HELD_OUT: (run.stream(config.data.calibration_seed, config.distill.batch_size), len(held_out_steps(run))),
         TRAIN: (run.stream(config.data.train_seed, config.distill.batch_size), num_stored(run)),
     }
     for kind, (stream, steps) in kinds.items():
@@ -130,7 +135,11 @@ def _write_steps(
     masks = [run.family.masks(batch.inputs) for batch in batches]
     waiting: dict[Any, dict[str, Any]] = {}
     calls = observe_abreast(
-        run.family, run.pipeline.transformer, [batch.inputs for batch in batches], last=pairs_keys(pairs)[-1]
+        run.family,
+        run.pipeline.transformer,
+        [batch.inputs for batch in batches],
+        last=pairs_keys(pairs)[-1],
+        size_keys="distill.batch_size",
     )
     for number, call in calls:
         if call.key in starts:

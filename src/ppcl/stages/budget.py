@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppcl.artifacts import Header, is_current, projector_name, read_json, write_json
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
-from ppcl.data.batches import TrainingBatch
+from ppcl.data.batches import TrainingBatch, batch_numbers
 from ppcl.errors import UsageError
 from ppcl.planner import Overlap, Unit, choose, closure, frontier, greatest_saving, total_saving
 from ppcl.report import plots
@@ -71,8 +71,9 @@ class _Meter:
 
     def __init__(self, run: Run, board: Plugboard) -> None:
         self.run, self.board = run, board
-        stream = run.stream(run.config.data.calibration_seed, max(16, run.config.distill.batch_size))
-        numbers = range(_FIRST_BATCH, _FIRST_BATCH + run.config.budget.num_batches)
+        size = run.config.distill.batch_size
+        stream = run.stream(run.config.data.calibration_seed, size)
+        numbers = batch_numbers(size, _FIRST_BATCH, _FIRST_BATCH + run.config.budget.num_batches)
         board()
         with torch.no_grad():
             self.batches = [run.to_device(stream(number)) for number in numbers]

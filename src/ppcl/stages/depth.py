@@ -20,7 +20,7 @@ from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, TRAIN, read_batch
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
-from ppcl.stages.boundaries import HELD_OUT_STEPS, boundaries_folder, num_stored, read_record
+from ppcl.stages.boundaries import boundaries_folder, held_out_steps, num_stored, read_record
 from ppcl.stages.local import LocalDistillation, Terms
 from ppcl.stages.run import Run
 from ppcl.stages.sharding import Sharding, place, whole_state
@@ -213,8 +213,8 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
     """The module, its batches by step, held-out batches by step, and the teacher's blocks."""
     config, transformer = run.config.distill, run.pipeline.transformer
     module = DepthDistillation(run.family, transformer, intervals, config)
-    stream = run.training_stream(config.batch_size)
-    heldout = run.stream(run.config.data.calibration_seed, max(config.batch_size, 16))
+    stream = run.shared_stream(run.config.data.train_seed, config.batch_size)
+    heldout = run.shared_stream(run.config.data.calibration_seed, config.batch_size)
     return module, stream, heldout, list(run.family.blocks(transformer).values())
 
 
@@ -253,7 +253,7 @@ def run(run: Run) -> None:
     module, stream, heldout, blocks = (_from_boundaries if config.from_boundaries else _from_teacher)(run, missing)
 
     def measure(description: str) -> list[dict[str, float]]:
-        steps = track(range(HELD_OUT_STEPS), description, console=run.console, transient=True)
+        steps = track(held_out_steps(run), description, console=run.console, transient=True)
         place(run, module)
         return module.heldout(run.to_device(heldout(step)) for step in steps)
 

@@ -223,7 +223,7 @@ def run(run: Run) -> None:
     sharding = Sharding.of(run) if run.sharded else None
     module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for, sharding)
     # Behind the batches that depth and width learned from.
-    stream = run.training_stream(config.batch_size)
+    stream = run.shared_stream(run.config.data.train_seed, config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps)
     blocks = [b for model in (run.pipeline.transformer, student) for b in run.family.blocks(model).values()]
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)

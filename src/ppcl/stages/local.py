@@ -151,13 +151,12 @@ class LocalDistillation(L.LightningModule):
         """Mean terms per part, with the teacher's inputs, without training."""
         sums: list[dict[str, float]] = [{} for _ in self.names]
         count = 0
-
-        def add(number: int, terms: Terms) -> None:
-            for key, value in terms.items():
-                sums[number][key] = sums[number].get(key, 0.0) + value.item()
-
         for batch in batches:
-            self.each_loss(batch, add)
+            found: list[Terms] = [{} for _ in self.names]
+            self.each_loss(batch, found.__setitem__)
+            for total, terms in zip(sums, mean_terms(found, batch.average), strict=True):
+                for key, value in terms.items():
+                    total[key] = total.get(key, 0.0) + value.item()
             count += 1
         return [{key: value / count for key, value in terms.items()} for terms in sums]
 

@@ -32,11 +32,12 @@ def pairs(family: Family, transformer: nn.Module, batches: Sequence[TrainingBatc
     Block by block, and all batches of a block one after another.
     """
     masks = [family.masks(batch.inputs) for batch in batches]
-    for number, call in observe_abreast(family, transformer, [batch.inputs for batch in batches]):
+    inputs = [batch.inputs for batch in batches]
+    for number, call in observe_abreast(family, transformer, inputs, size_keys="probe.batch_size or probe.num_batches"):
         for stream, before in call.inputs.items():
             x = valid(before, masks[number][stream])
             dx = valid(call.outputs[stream], masks[number][stream]) - x
-            yield number, f"{call.stack}.{call.index}.{stream}", x.cpu(), dx.cpu()
+            yield number, f"{call.stack}.{call.index}.{stream}", x, dx
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Residual:
     size: float = 0.0
 
     def add(self, probe: tuple[Tensor, Tensor], x: Tensor, dx: Tensor) -> None:
-        weight, bias = probe
+        weight, bias = (tensor.to(x.device) for tensor in probe)
         self.error += (x @ weight.T + bias - dx).double().square().sum().item()
         self.size += dx.double().square().sum().item()
 
@@ -112,7 +113,7 @@ def train_probes(
     for batch in batches:
         optimizer.zero_grad()
         for _, key, x, dx in pairs(family, transformer, [batch]):
-            (maps[key](x) - dx).square().sum(dim=-1).mean().backward()
+            (maps[key](x.cpu()) - dx.cpu()).square().sum(dim=-1).mean().backward()
         optimizer.step()
     return {key: (linear.weight.detach(), linear.bias.detach()) for key, linear in maps.items()}
 

@@ -218,7 +218,7 @@ class WidthDistillation(LocalDistillation):
                 x, y, mask = self._pair(number, key, arguments, teacher, masks)
                 rows = valid(x, mask)
                 system = equations.setdefault((number, key), NormalEquations(x.shape[-1], y.shape[-1]))
-                system.add(rows.cpu(), (valid(y, mask) - rows).cpu())
+                system.add(rows, valid(y, mask) - rows)
 
         for batch in batches:
             masks.update(self.family.masks(batch.inputs))

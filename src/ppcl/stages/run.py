@@ -208,9 +208,9 @@ class Run:
         config = self.config
         return evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, self.family)
 
-    def training_stream(self, batch_size: int) -> Any:
-        """What trainings learn from: of each batch the rows that are this rank's."""
-        stream = self.stream(self.config.data.train_seed, batch_size)
+    def shared_stream(self, seed: int, batch_size: int) -> Any:
+        """As trainings take it: of each batch the rows that are this rank's."""
+        stream = self.stream(seed, batch_size)
         if self.config.strategy.kind != "single":
             stream.share = rank()
         return stream

@@ -17,7 +17,7 @@ from ppcl.artifacts import (
     fingerprint,
     is_current,
 )
-from ppcl.data.batches import StepLoader, TrainingBatch
+from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.errors import UsageError
 from ppcl.layers import references
 from ppcl.stages.detect import similarity_maps
@@ -85,9 +85,11 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
     return Header("ppcl.projector", made_from)
 
 
-def _batches(run: Run, seed: int, start: int, stop: int, description: str) -> Iterator[TrainingBatch]:
-    stream = run.stream(seed, max(run.config.distill.batch_size, 16))
-    for step in track(range(start, stop), description, console=run.console, transient=True):
+def _calibration(run: Run, start: int, stop: int, description: str, *, shared: bool = False) -> Iterator[TrainingBatch]:
+    """Held-out batches; `shared` ones are divided among ranks, of the others each rank sees all rows."""
+    size = run.config.distill.batch_size
+    stream = (run.shared_stream if shared else run.stream)(run.config.data.calibration_seed, size)
+    for step in track(batch_numbers(size, start, stop), description, console=run.console, transient=True):
         yield run.to_device(stream(step))
 
 
@@ -99,16 +101,16 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     if config.num_ffn > len(kept):
         raise UsageError(f"width.num_ffn={config.num_ffn} exceeds the {len(kept)} blocks that are kept.")
     here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
-    seed, stop = run.config.data.calibration_seed, config.num_batches
+    stop = config.num_batches
 
     every: Width = {stack: {"text": [], "ffn": list(blocks)} for stack, blocks in here.items()}
     linear = WidthDistillation(family, teacher, kept, every, run.layout, run.config.distill)
     place(run, linear)
-    linear.fit_linear(_batches(run, seed, 0, stop, "linear FFNs"), ridge=config.ridge)
-    errors = ffn_errors(linear, _batches(run, seed, stop, stop + 2, "held-out FFN errors"))
+    linear.fit_linear(_calibration(run, 0, stop, "linear FFNs"), ridge=config.ridge)
+    errors = ffn_errors(linear, _calibration(run, stop, stop + 2, "held-out FFN errors", shared=True))
     chosen = select_ffn(errors, config.num_ffn)
 
-    batches = _batches(run, seed, 0, min(4, stop), "text similarity") if family.text_stacks else ()
+    batches = _calibration(run, 0, min(4, stop), "text similarity") if family.text_stacks else ()
     maps = [torch.tensor(similarity_maps(family, teacher, batch)["text"]) for batch in batches]
     table = torch.stack(maps).mean(dim=0) if maps else torch.empty(0)  # over the blocks of all stacks
     rows = {key: row for row, key in enumerate(family.blocks(teacher))}
@@ -187,16 +189,15 @@ def run(run: Run) -> None:
     check_resumable(checkpoints, header, sharded=run.sharded)
     module = distillation(stale)
     place(run, module)
-    calibration = run.config.data.calibration_seed
-    module.fit_linear(_batches(run, calibration, 0, config.num_batches, "least squares"), ridge=config.ridge)
+    module.fit_linear(_calibration(run, 0, config.num_batches, "least squares"), ridge=config.ridge)
 
     def measure() -> list[dict[str, float]]:
         first = config.num_batches
-        return module.heldout(_batches(run, calibration, first, first + 4, "held-out losses"))
+        return module.heldout(_calibration(run, first, first + 4, "held-out losses", shared=True))
 
     before = measure()
     if config.steps:
-        stream = run.training_stream(distill.batch_size)
+        stream = run.shared_stream(run.config.data.train_seed, distill.batch_size)
         loader = StepLoader(stream, config.steps)
         blocks = run.family.blocks(teacher).values()
         fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every, blocks)

@@ -3,7 +3,7 @@ import torch
 
 from ppcl.config import DataConfig
 from ppcl.data import shapes
-from ppcl.data.batches import StepLoader
+from ppcl.data.batches import StepLoader, batch_numbers
 from ppcl.data.streams import ShapesStream
 
 
@@ -92,6 +92,14 @@ def test_calibration_levels_are_shifted(family, pipeline):
     stream = ShapesStream(family, pipeline, DataConfig(shift=3.0), seed=1, batch_size=2)
     levels = [batch.sigmas[0].item() for batch in stream.calibration(2, 4)]
     assert levels == pytest.approx([1.0, 3 * 0.75 / 2.5, 3 * 0.5 / 2, 3 * 0.25 / 1.5])
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 16, 60])
+def test_measuring_takes_no_more_at_once_than_training_and_16_samples_a_batch_or_more(size):
+    numbers = [batch_numbers(size, start, start + 1) for start in range(3)]
+    assert [number for each in numbers for number in each] == list(batch_numbers(size, 0, 3))  # one after the other
+    for each in numbers:
+        assert 16 <= len(each) * size < 16 + size or (len(each) == 1 and size > 16)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -158,6 +158,30 @@ def fitted_probes(family, transformer, batches, ridge):
     return Probes(Probes.header_for({}), weights, biases, {})
 
 
+@pytest.mark.parametrize("tokens", [48, 200])  # by tokens, and by covariances
+@pytest.mark.parametrize("size", [1.0, 3000.0])  # of single channels, in the others'
+def test_float32_is_precise_enough(tokens, size):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    dim, layers = 96, 12
+    features = random(3, tokens, dim) @ random(dim, dim) / dim**0.5
+    features[..., 5] *= size
+    features[..., 60] *= size / 3
+    weights = {f"blocks.{index}.image": 0.3 * random(dim, dim) / dim**0.5 for index in range(layers)}
+    probes = Probes(Probes.header_for({}), weights, {}, {})
+    rows = []
+    for precision in (torch.float32, torch.float64):
+        curves = SurrogateCurves(probes, {"blocks": layers}, debiased=False)
+        curves.precision = precision
+        curves.add("blocks", 0, {"image": features}, {"image": None})
+        rows.append(curves.mean("blocks", "image")[0])
+    assert rows[1].min() < 0.999
+    torch.testing.assert_close(*rows, rtol=0, atol=2e-6)
+
+
 PLANTED_RUNS = [[4, 2, 3, 5, 3], [2, 2, 2, 6], [3, 7, 4], [5, 5, 2, 4]]
 
 
