@@ -54,25 +54,33 @@ def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
     return score(scenes, images)
 
 
-def collect(name: str, target: Path, variants: Sequence[str]) -> None:
-    """The runs of the sweep `name` as a table, a row per variant and seed; prints the mean drops."""
+def read_rows(name: str, variants: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The runs of the sweep `name` as a table, a row per variant and seed; `variants` says how each is called."""
     rows = []
     for config in sorted((Path("runs") / name).glob("*/config.yaml")):
         settings = yaml.safe_load(config.read_text())
         scores = {path.stem: json.loads(path.read_text()) for path in (config.parent / "scores").glob("*.json")}
         teacher = scores["teacher"]
-        for variant in variants:
+        for variant, label in variants.items():
             row = scores[variant]
             drop = 100 * (1 - row["scores"]["overall"] / teacher["scores"]["overall"])
-            facts = {"variant": variant, "seed": settings["data"]["train_seed"], "num_layers": row["num_layers"]}
+            facts = {"variant": label, "seed": settings["data"]["train_seed"], "num_layers": row["num_layers"]}
             ratios = {"params_ratio": row["params"] / teacher["params"]}
             ratios |= {"latency_ratio": row["latency_ms"] / teacher["latency_ms"]}
             rows.append(facts | ratios | row["scores"] | {"drop_percent": drop})
+    return rows
+
+
+def collect(target: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the table and prints each variant's mean over the seeds."""
     write_csv(target, rows)
-    for variant in variants:
-        found = [row["drop_percent"] for row in rows if row["variant"] == variant]
-        mean, spread = mean_and_spread(found)
-        print(f"{variant}: drop {mean:.1f} +- {spread:.1f} percent over {len(found)} seeds")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        chosen = [row for row in rows if row["variant"] == variant]
+        scores, drops = (mean_and_spread(row[key] for row in chosen) for key in ("overall", "drop_percent"))
+        print(
+            f"{variant}: {chosen[0]['num_layers']} blocks, {100 * chosen[0]['params_ratio']:.1f}%, score "
+            f"{scores[0]:.3f} +- {scores[1]:.3f}, drop {drops[0]:.1f} +- {drops[1]:.1f}% over {len(chosen)} seeds"
+        )
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import collect  # noqa: E402
+from common import collect, read_rows  # noqa: E402
 
 if __name__ == "__main__":
-    collect("half_size", HERE / "results.csv", ["ppcl-planned", "ppcl-finetuned"])
+    collect(HERE / "results.csv", read_rows("half_size", {name: name for name in ("ppcl-planned", "ppcl-finetuned")}))

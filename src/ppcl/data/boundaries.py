@@ -1,20 +1,20 @@
 """A teacher's activations at the boundaries of intervals, on disk: all that a student needs of its teacher.
 
 Per interval a folder with `init.safetensors`, what the student starts from, and shards of a few steps: a JSON that says
-what block u was called with and what block v returned, and a safetensors file of the tensors it names. Those
-are named by their content, so what is the same in every step (rotations) lies in a shard once.
+what block u was called with and what block v returned, and a safetensors file of the tensors it names. What is the
+same in every step (rotations) lies in a shard once.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from safetensors import safe_open
 from torch import Tensor
 
@@ -34,6 +34,9 @@ class Boundary:
     outputs: Streams
     masks: dict[str, Tensor | None]
 
+    def to(self, device: torch.device) -> Boundary:
+        return Boundary(**move_data_to_device(vars(self), device))
+
 
 @dataclass
 class BoundaryBatch:
@@ -47,20 +50,22 @@ class BoundaryBatch:
         """As of a `TrainingBatch`; this one no rank shares."""
         return own
 
+    def to(self, device: torch.device) -> BoundaryBatch:
+        """Lightning would copy the whole, field by field."""
+        if self.sigmas.device == device:
+            return self
+        return BoundaryBatch([part.to(device) for part in self.parts], self.sigmas.to(device))
 
-def _describe(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors put into `tensors` and named by their content."""
+
+def _describe(value: Any, keep: Callable[[str, Tensor], str], path: str = "") -> Any:
+    """`value` as JSON, its tensors named by `keep(path, tensor)`."""
     if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous()
-        facts = f"{plain.dtype}{tuple(plain.shape)}".encode()
-        content = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-        name = hashlib.blake2b(facts + content, digest_size=12).hexdigest()
-        tensors[name] = plain
-        return {"tensor": name}
+        return {"tensor": keep(path, value)}
     if isinstance(value, Mapping):
-        return {"dict": {str(key): _describe(item, tensors) for key, item in value.items()}}
+        return {"dict": {str(key): _describe(item, keep, f"{path}/{key}") for key, item in value.items()}}
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [_describe(item, tensors) for item in value]}
+        items = [_describe(item, keep, f"{path}/{number}") for number, item in enumerate(value)]
+        return {type(value).__name__: items}
     if value is None or isinstance(value, bool | int | float | str):
         return {"plain": value}
     raise TypeError(f"a block was called with a {type(value).__name__}, which is not kept")
@@ -89,6 +94,7 @@ class BoundaryWriter:
     def _clear(self) -> None:
         self._steps: list[Any] = []
         self._tensors: dict[str, Tensor] = {}
+        self._latest: dict[str, str] = {}  # by path, the name of its tensor in the last step
 
     @property
     def pending_bytes(self) -> int:
@@ -96,9 +102,29 @@ class BoundaryWriter:
 
     def add(self, boundary: Boundary, sigmas: Tensor) -> None:
         content = {**vars(boundary), "sigmas": sigmas}
-        self._steps.append(_describe(content, self._tensors))
+        names: dict[tuple, str] = {}  # a mask is both an argument and one of the masks
+
+        def keep(path: str, tensor: Tensor) -> str:
+            place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            if place not in names:
+                names[place] = self._keep(path, tensor)
+            return names[place]
+
+        self._steps.append(_describe(content, keep))
         if len(self._steps) == STEPS_PER_SHARD:
             self.flush()
+
+    def _keep(self, path: str, tensor: Tensor) -> str:
+        plain, latest = tensor.detach().cpu().contiguous(), self._latest.get(path)
+        if plain.untyped_storage().nbytes() > plain.nbytes:
+            plain = plain.clone()  # of a view, not what it is a view of
+        if latest is not None:
+            before = self._tensors[latest]
+            if before.dtype == plain.dtype and torch.equal(before, plain):  # seldom looks further than at a few numbers
+                return latest
+        name = self._latest[path] = f"{len(self._steps)}{path}"
+        self._tensors[name] = plain
+        return name
 
     def flush(self) -> None:
         if self._steps:
@@ -136,7 +162,3 @@ def read_batch(folders: list[Path], kind: str, step: int) -> BoundaryBatch:
     """That step of each interval."""
     found = [read_step(folder, kind, step) for folder in folders]
     return BoundaryBatch([boundary for boundary, _ in found], found[0][1])
-
-
-def heldout_batches(folders: list[Path], count: int) -> Iterator[BoundaryBatch]:
-    return (read_batch(folders, HELD_OUT, step) for step in range(count))
