@@ -33,7 +33,7 @@ class FineTune(L.LightningModule):
 
     `stands_for` says which of the teacher's blocks each of the student's gives the output of: with
     `feature_weight` their image streams are compared too, which is ours and not the paper's. With `lora_rank`
-    the student is given a LoRA and just that is trained.
+    the student is given a LoRA, which `seed` starts, and just that is trained.
     The teacher is held outside the module tree: neither saved nor trained. `ema` is an exponential mean
     of the student's parameters, kept where `ema_decay` is above 0; `result` is what to keep.
     With `sharding` all three are sharded, and a student may share parameters with the teacher.
@@ -47,12 +47,13 @@ class FineTune(L.LightningModule):
         config: FinetuneConfig,
         stands_for: dict[BlockKey, BlockKey] | None = None,
         sharding: Sharding | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.family, self.stands_for = family, stands_for or {}
         self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
         if config.lora_rank:
-            add_lora(family, student, config.lora_rank)
+            add_lora(family, student, config.lora_rank, seed=seed)
         else:
             student.requires_grad_(True)
         self.student: Any = student
@@ -221,9 +222,10 @@ def run(run: Run) -> None:
     stands_for = switch.board.stands_for
     switch.restore()
     sharding = Sharding.of(run) if run.sharded else None
-    module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for, sharding)
+    seed = run.config.data.train_seed
+    module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for, sharding, seed)
     # Behind the batches that depth and width learned from.
-    stream = run.shared_stream(run.config.data.train_seed, config.batch_size)
+    stream = run.shared_stream(seed, config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps)
     blocks = [b for model in (run.pipeline.transformer, student) for b in run.family.blocks(model).values()]
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)

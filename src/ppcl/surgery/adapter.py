@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ppcl.families.base import Family
 
 
-def add_lora(family: Family, model: nn.Module, rank: int) -> None:
-    """Give every linear layer inside `model`'s blocks a LoRA of that rank, zero at first; nothing else is trained."""
+def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
+    """Give every linear layer inside `model`'s blocks a LoRA of that rank, zero at first; nothing else is trained.
+
+    `seed`: of the random numbers in the half that is not zero.
+    """
     from peft import LoraConfig
 
     targets = [
@@ -20,7 +24,9 @@ def add_lora(family: Family, model: nn.Module, rank: int) -> None:
         if isinstance(module, nn.Linear) and name.split(".")[0] in family.stacks
     ]
     adapted: Any = model.requires_grad_(False)
-    adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 
 
 def merge_lora(model: Any, pipeline: Any, folder: Path) -> None:

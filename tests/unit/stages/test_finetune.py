@@ -207,6 +207,20 @@ def test_features_are_those_of_the_blocks_that_stand_for_one_another(family, tea
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_a_lora_starts_from_its_seed_alone(family, teacher, student):
+    def start(seed):
+        before = torch.get_rng_state()
+        module = FineTune(family, teacher, copy.deepcopy(student), settings(lora_rank=2), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(1)
+        return {name: value for name, value in module.student.named_parameters() if "lora_A" in name}
+
+    first, again, other = start(0), start(0), start(1)
+    assert first
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert not any(torch.equal(other[name], value) for name, value in first.items())
+
+
 def test_a_lora_is_all_that_is_trained(family, teacher, student, batch, make_batch):
     before = {name: value.clone() for name, value in student.named_parameters()}
     with torch.no_grad():
