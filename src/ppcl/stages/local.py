@@ -122,7 +122,8 @@ class LocalDistillation(L.LightningModule):
         # A plain mean at first, then an exponential one.
         self.average_losses.lerp_(losses, max(1 / self.average_steps.item(), 1 - _AVERAGE_DECAY))
         self.log(f"{self.stage_name}/loss", losses.sum(), prog_bar=True, batch_size=len(batch.sigmas))
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # many values, which cost a tenth of a tiny step
+        trainer: Any = self.trainer
+        if self.global_step % trainer.log_every_n_steps == 0:  # many values, which cost a tenth of a tiny step
             for name, terms in zip(self.names, logged, strict=True):
                 values = {f"{self.stage_name}/{name}/{key}": value for key, value in terms.items()}
                 self.log_dict(values, batch_size=len(batch.sigmas))
