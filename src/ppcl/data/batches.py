@@ -6,6 +6,7 @@ Batch number `step` is a pure function of the seed and `step`, so resuming needs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,20 +58,41 @@ def own_rows(batch_size: int, share: tuple[int, int]) -> slice:
 
 
 class StepLoader:
-    """Yields `make_batch(step)` for the steps that are left; Lightning saves and restores `step`."""
+    """Yields `make_batch(step)` for the steps that are left; Lightning saves and restores `step`.
 
-    def __init__(self, make_batch: Callable[[int], TrainingBatch], num_steps: int) -> None:
+    `ahead`: the next batch is read, in a thread of its own, while one is learned from. For batches that come from
+    disk: what computes would share the cores with the training.
+    """
+
+    def __init__(self, make_batch: Callable[[int], TrainingBatch], num_steps: int, *, ahead: bool = False) -> None:
         self.make_batch = make_batch
         self.num_steps = num_steps
+        self.ahead = ahead
         self.step = 0
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __iter__(self) -> Iterator[TrainingBatch]:
+        return self._iterate_ahead() if self.ahead else self._iterate()
+
+    def _iterate(self) -> Iterator[TrainingBatch]:
         while self.step < self.num_steps:
             self.step += 1
             yield self.make_batch(self.step - 1)
+
+    def _iterate_ahead(self) -> Iterator[TrainingBatch]:
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
+
+            def read(step: int) -> Future[TrainingBatch] | None:
+                return reader.submit(self.make_batch, step) if step < self.num_steps else None
+
+            following = read(self.step)
+            while following is not None:
+                batch = following.result()
+                self.step += 1
+                following = read(self.step)
+                yield batch
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}

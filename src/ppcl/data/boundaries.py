@@ -158,7 +158,15 @@ def read_step(folder: Path, kind: str, step: int) -> tuple[Boundary, Tensor]:
     return Boundary(**content), sigmas
 
 
-def read_batch(folders: list[Path], kind: str, step: int) -> BoundaryBatch:
-    """That step of each interval."""
-    found = [read_step(folder, kind, step) for folder in folders]
-    return BoundaryBatch([boundary for boundary, _ in found], found[0][1])
+@dataclass
+class BoundaryStream:
+    """The batches of several intervals by step; those beyond the `stored` ones begin them again."""
+
+    folders: list[Path]
+    kind: str
+    stored: int
+    from_disk = True
+
+    def __call__(self, step: int) -> BoundaryBatch:
+        found = [read_step(folder, self.kind, step % self.stored) for folder in self.folders]
+        return BoundaryBatch([boundary for boundary, _ in found], found[0][1])

@@ -118,6 +118,8 @@ def _opened(part: Path) -> tuple[Any, dict[int, list[str]]]:
 class CachedStream(Stream):
     """Batches of one bucket each, every sample once an epoch but for those that fill no batch; shuffled anew each."""
 
+    from_disk = True
+
     def __init__(
         self, family: Family, folder: Path, config: DataConfig, seed: int, batch_size: int, *, held_out: bool
     ) -> None:

@@ -27,6 +27,7 @@ class Stream(ABC):
     """
 
     share = (0, 1)
+    from_disk = False
 
     def __init__(self, family: Family, config: DataConfig, seed: int, batch_size: int) -> None:
         self.family, self.config = family, config

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ppcl.artifacts import Header, Interval, Intervals, Plug, fingerprint, is_current, plug_name, read_tensors
 from ppcl.config import DistillConfig
 from ppcl.data.batches import StepLoader, TrainingBatch
-from ppcl.data.boundaries import HELD_OUT, TRAIN, read_batch
+from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.stages.boundaries import boundaries_folder, held_out_steps, num_stored, read_record
@@ -219,16 +219,12 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
 
 
 def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
-    """The same without a teacher; a step beyond those on disk begins them again."""
-    folder, stored = boundaries_folder(run), num_stored(run)
+    """The same without a teacher."""
+    folder = boundaries_folder(run)
     module = DepthFromBoundaries(run.family, intervals, initial_students(run, intervals, folder), run.config.distill)
     folders = [folder / plug_name(stack, pair) for stack, pair in module.pairs]
-    return (
-        module,
-        lambda step: read_batch(folders, TRAIN, step % stored),
-        lambda step: read_batch(folders, HELD_OUT, step),
-        [],
-    )
+    stream = BoundaryStream(folders, TRAIN, num_stored(run))
+    return module, stream, BoundaryStream(folders, HELD_OUT, len(held_out_steps(run))), []
 
 
 def run(run: Run) -> None:
@@ -258,7 +254,7 @@ def run(run: Run) -> None:
         return module.heldout(run.to_device(heldout(step)) for step in steps)
 
     before = measure("before distillation")
-    loader = StepLoader(stream, config.steps)
+    loader = StepLoader(stream, config.steps, ahead=stream.from_disk)
     blocks = [*blocks, *module.parts.values()]
     fit(run, "depth", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     after = measure("after distillation")

@@ -226,7 +226,7 @@ def run(run: Run) -> None:
     module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for, sharding, seed)
     # Behind the batches that depth and width learned from.
     stream = run.shared_stream(seed, config.batch_size)
-    loader = StepLoader(partial(_later, stream), config.steps)
+    loader = StepLoader(partial(_later, stream), config.steps, ahead=stream.from_disk)
     blocks = [b for model in (run.pipeline.transformer, student) for b in run.family.blocks(model).values()]
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     result = cast(Any, module.whole_result())

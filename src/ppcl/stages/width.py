@@ -198,7 +198,7 @@ def run(run: Run) -> None:
     before = measure()
     if config.steps:
         stream = run.shared_stream(run.config.data.train_seed, distill.batch_size)
-        loader = StepLoader(stream, config.steps)
+        loader = StepLoader(stream, config.steps, ahead=stream.from_disk)
         blocks = run.family.blocks(teacher).values()
         fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every, blocks)
         place(run, module)

@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -7,16 +9,43 @@ from ppcl.data.batches import StepLoader, batch_numbers
 from ppcl.data.streams import ShapesStream
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("taken", [0, 1, 4, 6])
-def test_a_resumed_loader_yields_exactly_the_steps_that_are_left(taken):
-    first = StepLoader(lambda step: step, 6)
+def test_a_resumed_loader_yields_exactly_the_steps_that_are_left(taken, ahead):
+    first = StepLoader(lambda step: step, 6, ahead=ahead)
     batches = iter(first)
     seen = [next(batches) for _ in range(taken)]
-    second = StepLoader(lambda step: step, 6)
+    second = StepLoader(lambda step: step, 6, ahead=ahead)
     second.load_state_dict(first.state_dict())
     assert seen + list(second) == [0, 1, 2, 3, 4, 5]
     assert len(second) == 6
     assert list(second) == []
+
+
+def test_a_loader_that_reads_ahead_makes_one_batch_more_in_a_thread_that_ends():
+    made = []
+
+    def make(step):
+        made.append((step, threading.current_thread() is threading.main_thread()))
+        return step
+
+    batches = iter(StepLoader(make, 100, ahead=True))
+    assert [next(batches) for _ in range(3)] == [0, 1, 2]
+    batches.close()
+    assert made == [(step, False) for step in range(4)]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_what_fails_ahead_fails_at_its_own_step():
+    def make(step):
+        if step == 2:
+            raise OSError("gone")
+        return step
+
+    batches = iter(StepLoader(make, 6, ahead=True))
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(OSError, match="gone"):
+        next(batches)
 
 
 def test_a_loader_makes_no_batch_that_is_not_asked_for():
