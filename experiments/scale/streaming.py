@@ -1,7 +1,8 @@
 """Peak resident memory of stages whose teacher is streamed: against the number of blocks, and of 20 billion parameters.
 
-python experiments/scale/streaming.py growth
-python experiments/scale/streaming.py full FOLDER    # writes 41 GB there
+`run.py --only stream` measures the growth. The full size is a command of its own, which writes 41 GB:
+
+python experiments/scale/streaming.py FOLDER
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Semaphore, Thread, current_thread
 from typing import TYPE_CHECKING, Any, cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -148,10 +148,7 @@ def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    facts = Path("/proc/meminfo")
-    lines = facts.read_text().splitlines() if device.type == "cpu" and facts.exists() else []
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else float("inf")
+    return psutil.virtual_memory().available if device.type == "cpu" else float("inf")
 
 
 def _check_room(call: BlockCall, more: int, size_keys: str) -> None:
@@ -182,7 +179,7 @@ def observe_abreast(
     `UsageError`, which tells to lower `size_keys`, if what is held will not fit; known after the first block.
     """
     strands = [_Strand(transformer, each) for each in inputs]
-    first = True
+    checked = False
 
     def rest(call: BlockCall) -> None:
         cast(_Strand, current_thread()).rest(call)
@@ -194,9 +191,9 @@ def observe_abreast(
                 for number, strand in alive:
                     call = strand.advance()
                     if call is not None:
-                        if first:
+                        if not checked:
                             _check_room(call, len(inputs) - 1, size_keys)
-                        first = False
+                            checked = True
                         yield number, call
                         if call.key == last:
                             strand.stop()
