@@ -1,5 +1,5 @@
 #!/bin/sh
-# against_removal.sh edit [SEED..]: both ways, three seeds; interrupted, it goes on where it was.
+# against_removal.sh flux|edit [SEED..]: both ways, three seeds; interrupted, it goes on where it was.
 set -e
 cd "$(dirname "$0")/.."
 name=$1
