@@ -134,7 +134,7 @@ class Family(ABC):
         """`SamplingConfig` as keyword arguments of the pipeline for `batch_size` prompts."""
 
     def complete(self, pipeline: Any) -> None:  # noqa: B027 - most have nothing to add
-        """Make a loaded pipeline save all that it was loaded with."""
+        """Take from a loaded pipeline what the family goes by, and make it save all that it was loaded with."""
 
     def num_passes(self, sampling: Any) -> int:
         """Forwards per denoising step: two with classifier-free guidance."""

@@ -6,13 +6,15 @@ What is odd about it:
   interval starts there.
 - Every block embeds time and label anew, and in training mode drops labels on its own: models stay in
   evaluation mode, and labels are dropped with the data.
-- It predicts the noise of a DDPM at one of 1,000 timesteps, and behind it a variance that sampling leaves out.
+- It predicts what its scheduler says, of a DDPM at one of 1,000 timesteps: DiT-XL/2 the noise. Behind it comes a variance,
+  which sampling leaves out.
 - Latents are pictures `[B, C, H, W]`, cut into patches inside the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +39,11 @@ class DiT(Family):
     transformer_class = DiTTransformer2DModel
     pruned_transformer_class = PrunedDiTTransformer2DModel
     projectors = {"image_ffn": "img_ffn_proj"}
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The noise that the model knows: DiT-XL/2's, or that of the pipeline which `complete` was given."""
+        return DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS)
 
     def forward_inputs(
         self,
@@ -65,9 +72,11 @@ class DiT(Family):
     ) -> TrainingBatch:
         """Noise by DDPM's schedule; `sigmas` are shares of its 1,000 timesteps."""
         inputs = self.forward_inputs(latents, conditions, sigmas, size)
-        scheduler: Any = DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS)  # the betas of DiT's own
-        inputs["hidden_states"] = scheduler.add_noise(latents, noise, inputs["timestep"])
-        return TrainingBatch(inputs, noise, sigmas)
+        steps = inputs["timestep"]
+        inputs["hidden_states"] = self.scheduler.add_noise(latents, noise, steps)
+        velocity = self.scheduler.get_velocity(latents, noise, steps)
+        targets = {"epsilon": noise, "v_prediction": velocity, "sample": latents}
+        return TrainingBatch(inputs, targets[self.scheduler.config.prediction_type], sigmas)
 
     @torch.no_grad()
     def encode_images(self, pipeline: Any, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -87,6 +96,7 @@ class DiT(Family):
         return [pipeline.labels[prompt] if prompt else NO_LABEL for prompt in prompts]
 
     def complete(self, pipeline: Any) -> None:
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         # diffusers reads the labels from model_index.json and does not write them again.
         pipeline.register_to_config(id2label={str(number): name for name, number in pipeline.labels.items()})
 

@@ -90,6 +90,7 @@ def _start(run: Run) -> Any:
     build = import_module(f"ppcl.families.{run.config.model.builder}").build_pipeline
     layers = {} if config.num_layers is None else {"num_layers": config.num_layers}
     pipeline = build(run.config.data.train_seed, **layers)
+    run.family.complete(pipeline)
     if config.init is None:
         return pipeline
     earlier = DiffusionPipeline.from_pretrained(local_folder(config.init), torch_dtype=torch.float32)

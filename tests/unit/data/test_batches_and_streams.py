@@ -2,11 +2,14 @@ import threading
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from ppcl.config import DataConfig
 from ppcl.data import shapes
 from ppcl.data.batches import StepLoader, batch_numbers
 from ppcl.data.streams import ShapesStream
+from ppcl.families import get_family
+from ppcl.families.tiny_dit import build_pipeline as build_dit
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -152,3 +155,19 @@ def test_calibration_is_not_divided(family, pipeline):
     first, second = (next(iter(stream.calibration(4, 2))) for stream in streams)
     assert equal(first, second)
     assert not second.divided
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_dit_learns_what_its_scheduler_takes(prediction_type):
+    """Who gives the target leads the pipeline's own scheduler to the picture, from any timestep."""
+    pipeline, dit = build_dit(0, num_layers=1), get_family("dit")
+    config = pipeline.scheduler.config
+    pipeline.scheduler = DDIMScheduler.from_config(config, prediction_type=prediction_type)
+    pipeline.scheduler.set_timesteps(10)
+    dit.complete(pipeline)
+    latents, labels = torch.randn(1, 12, 16, 16), {"class_labels": torch.tensor([0])}
+    for sigma in (0.1, 0.5, 0.9):
+        batch = dit.training_batch(latents, labels, torch.randn_like(latents), torch.tensor([sigma]), (16, 16))
+        timestep, noisy = batch.inputs["timestep"].item(), batch.inputs["hidden_states"]
+        step = pipeline.scheduler.step(batch.target, timestep, noisy)
+        torch.testing.assert_close(step.pred_original_sample, latents, rtol=0, atol=1e-3)
