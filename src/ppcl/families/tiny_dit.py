@@ -32,8 +32,8 @@ def build_pipeline(seed: int, num_layers: int = 20) -> Any:
     pipeline = DiTPipeline(
         transformer=transformer.eval(),
         vae=AutoencoderPixelUnshuffle(),
-        # By the noise it would have to carry all 48 numbers of a patch through 64 channels; DiT-XL/2: 16 through 1152.
-        scheduler=DDIMScheduler(clip_sample=False, prediction_type="v_prediction"),
+        # For the noise it would have to carry all 48 numbers of a patch through 64 channels; DiT-XL/2: 16 through 1152.
+        scheduler=DDIMScheduler(clip_sample=False, prediction_type="sample"),
         id2label={str(number): name for number, name in enumerate(names)},
     )
     DiT().complete(pipeline)

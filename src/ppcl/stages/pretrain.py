@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ppcl.artifacts import Header, atomic_folder, is_current, read_json, write_json
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.data.streams import ShapesStream
+from ppcl.errors import UsageError
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit, split_for_muon
 from ppcl.validation.model import local_folder
@@ -45,6 +46,11 @@ class Pretrain(L.LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         loss = (batch.prediction(self.transformer(**batch.inputs)[0]) - batch.target).square().mean()
+        if not torch.isfinite(loss):
+            raise UsageError(
+                f"pretrain.muon_lr={self.hparams['muon_lr']} and pretrain.adam_lr={self.hparams['adam_lr']} made the loss "
+                f"{loss.item()} at step {self.global_step}; lower them. The last checkpoint is intact."
+            )
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.transformer.parameters(), self.hparams["max_grad_norm"])
         muon, adam = cast(list, self.optimizers())
