@@ -6,8 +6,8 @@ What is odd about it:
   interval starts there.
 - Every block embeds time and label anew, and in training mode drops labels on its own: models stay in
   evaluation mode, and labels are dropped with the data.
-- It predicts what its scheduler says, of a DDPM at one of 1,000 timesteps: DiT-XL/2 the noise. Behind it comes a variance,
-  which sampling leaves out.
+- It predicts what its scheduler says, DiT-XL/2 the noise, of a DDPM at one of 1,000 timesteps, and behind it a variance
+  that sampling leaves out.
 - Latents are pictures `[B, C, H, W]`, cut into patches inside the model.
 """
 

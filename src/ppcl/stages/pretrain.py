@@ -48,8 +48,8 @@ class Pretrain(L.LightningModule):
         loss = (batch.prediction(self.transformer(**batch.inputs)[0]) - batch.target).square().mean()
         if not torch.isfinite(loss):
             raise UsageError(
-                f"pretrain.muon_lr={self.hparams['muon_lr']} and pretrain.adam_lr={self.hparams['adam_lr']} made the loss "
-                f"{loss.item()} at step {self.global_step}; lower them. The last checkpoint is intact."
+                f"pretrain.muon_lr={self.hparams['muon_lr']} and pretrain.adam_lr={self.hparams['adam_lr']} made the "
+                f"loss {loss.item()} at step {self.global_step}; lower them. The last checkpoint is intact."
             )
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.transformer.parameters(), self.hparams["max_grad_norm"])
