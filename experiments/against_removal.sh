@@ -8,6 +8,6 @@ for seed in ${@:-10 11 12}; do
     .venv/bin/ppcl --multirun "experiment=$name" "data.train_seed=$seed" $ARGS
     # A student that learns nothing is the first block of its interval: plain removal. It is tuned for the steps of both.
     .venv/bin/ppcl --multirun "experiment=$name" "name=${name}_removed" "data.train_seed=$seed" \
-        distill.steps=1 distill.lr=0 finetune.steps=500 "generate.variants=[teacher,ppcl-finetuned]" $ARGS
+        distill.steps=1 distill.lr=0 finetune.steps=400 "generate.variants=[teacher,ppcl-finetuned]" $ARGS
 done
 .venv/bin/python experiments/against_removal.py "$name"
