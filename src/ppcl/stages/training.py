@@ -163,13 +163,18 @@ def discard_checkpoint(run: Run, folder: Path) -> None:
 
 
 def split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices inside blocks but for modulations, which Muon is made for, and all others that are trained."""
+    """The matrices of attention and FFNs, which Muon is made for, and all others that are trained.
+
+    Modulations and what embeds for them (DiT: in every block) are of the others: a label's row gets a step only now and
+    then, and Muon would make it as large as a whole matrix's.
+    """
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        matrix = parameter.ndim == 2 and "_blocks." in name and "_mod." not in name
+        modulation = "_mod." in name or ".norm" in name
+        matrix = parameter.ndim == 2 and "_blocks." in name and not modulation
         (hidden if matrix else rest).append(parameter)
     return hidden, rest
 
