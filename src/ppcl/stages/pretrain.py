@@ -96,7 +96,6 @@ def _start(run: Run) -> Any:
     build = import_module(f"ppcl.families.{run.config.model.builder}").build_pipeline
     layers = {} if config.num_layers is None else {"num_layers": config.num_layers}
     pipeline = build(run.config.data.train_seed, **layers)
-    run.family.complete(pipeline)
     if config.init is None:
         return pipeline
     earlier = DiffusionPipeline.from_pretrained(local_folder(config.init), torch_dtype=torch.float32)
@@ -115,6 +114,7 @@ def run(run: Run) -> None:
     checkpoints = run.folder / "pretrain-checkpoint"
     check_resumable(checkpoints, header)
     pipeline = _start(run)
+    run.family.complete(pipeline)
     stream = ShapesStream(run.family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)
     module = Pretrain(
         pipeline.transformer,
