@@ -97,6 +97,14 @@ def test_one_family_goes_on_from_another(tmp_path: Path) -> None:
     assert all(value.float().sub(start[key].float()).abs().max() < 1e-3 for key, value in found.items())
 
 
+def test_an_untrained_dit_starts_as_the_identity(tmp_path: Path) -> None:
+    smallest = ["pretrain.muon_lr=1e-9", "pretrain.adam_lr=1e-9", "pretrain.steps=1"]
+    succeed(*TINY, "model=tiny_dit", *smallest, f"paths.runs_dir={tmp_path}")
+    modulations = {k: v for k, v in weights(tmp_path / "pretrained").items() if "norm1.linear" in k}
+    assert len(modulations) == 2 * NUM_LAYERS
+    assert all(value.abs().max() <= 1e-8 for value in modulations.values())
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -136,6 +136,9 @@ class Family(ABC):
     def complete(self, pipeline: Any) -> None:  # noqa: B027 - most have nothing to add
         """Take from a loaded pipeline what the family goes by, and make it save all that it was loaded with."""
 
+    def initialize(self, transformer: Any) -> None:  # noqa: B027 - most train as diffusers draws them
+        """Ready an untrained transformer for its training."""
+
     def num_passes(self, sampling: Any) -> int:
         """Forwards per denoising step: two with classifier-free guidance."""
         return 2 if sampling.true_cfg_scale > 1 else 1

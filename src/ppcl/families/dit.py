@@ -100,6 +100,12 @@ class DiT(Family):
         # diffusers reads the labels from model_index.json and does not write them again.
         pipeline.register_to_config(id2label={str(number): name for name, number in pipeline.labels.items()})
 
+    def initialize(self, transformer: Any) -> None:
+        """adaLN-Zero (DiT, section 3.2): every block starts as the identity, which diffusers leaves to who trains."""
+        for block in transformer.transformer_blocks:
+            nn.init.zeros_(block.norm1.linear.weight)
+            nn.init.zeros_(block.norm1.linear.bias)
+
     def check_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:
         self._labels(pipeline, prompts)
 

@@ -97,6 +97,7 @@ def _start(run: Run) -> Any:
     layers = {} if config.num_layers is None else {"num_layers": config.num_layers}
     pipeline = build(run.config.data.train_seed, **layers)
     if config.init is None:
+        run.family.initialize(pipeline.transformer)
         return pipeline
     earlier = DiffusionPipeline.from_pretrained(local_folder(config.init), torch_dtype=torch.float32)
     if type(earlier) is type(pipeline):
