@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -72,6 +72,9 @@ def execute(raw: Any, folder: Path) -> None:
     except UsageError:
         for path, content in before.items():  # a refused command leaves the folder's record as it was
             path.write_bytes(content)
+        if not before and set(folder.iterdir()) <= set(records):  # and none of nothing
+            for path in records:
+                path.unlink(missing_ok=True)
         raise
 
 
@@ -173,9 +176,12 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def app(raw: Any) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
         try:  # here, since Hydra prints a line of its own about what leaves a job
-            execute(raw, Path(HydraConfig.get().runtime.output_dir))
+            execute(raw, folder)
         except (UsageError, OmegaConfBaseException) as error:
+            with suppress(OSError):  # Hydra made it; what has something in it stays
+                folder.rmdir()
             if os.getpid() != here:  # a launcher's process: it hands the error on
                 raise
             complain(error)

@@ -82,9 +82,8 @@ def _pruned(run: Run, intervals: dict[str, list[list[int]]]) -> list[str]:
 
 
 def run(run: Run) -> None:
-    folder = run.folder / "report"
+    rows, folder = _rows(run), run.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = _rows(run)
     names = [row["name"] for row in rows]
     _samples(run, names, folder / "samples.png")
     plots.quality_against_size(folder / "quality.png", rows)
