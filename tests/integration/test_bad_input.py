@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppcl, succeed
+from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppcl, ppcl_process, succeed
 
 from ppcl.artifacts import Header, fingerprint
 
@@ -256,6 +256,15 @@ def test_pipeline_of_another_family_is_named(command: list[str], teacher: Path, 
     index = copy / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionPipeline"}))
     assert_one_sentence(ppcl(*command, f"model.path={copy}", "stages=[probe]"), str(copy), "StableDiffusionPipeline")
+
+
+def test_a_hub_out_of_reach_is_said(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # read when huggingface_hub is imported
+    outcome = ppcl_process(*command, "model=qwen_image", "model.path=owner/none", "stages=[probe]")
+    assert outcome.returncode == 2, outcome.stderr
+    error = next(line for line in outcome.stderr.splitlines() if line.startswith("ppcl: "))
+    assert "model.path=owner/none could not be loaded ([Errno 111] Connection refused); give a pipeline folder" in error
+    assert not [*(tmp_path / "runs").rglob("*")]
 
 
 @pytest.mark.usefixtures("no_model")

@@ -163,9 +163,10 @@ class Run:
             if model.streaming:
                 left_out["transformer"] = self._streamed_transformer(source, dtype)
             pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, torch_dtype=dtype, **left_out)
-        except OSError:
+        except OSError as error:
+            reason = str(error.__cause__ or error).split("\n")[0]
             raise UsageError(
-                f"model.path={model.path} could not be loaded; give a pipeline folder, or a hub id in reach."
+                f"model.path={model.path} could not be loaded ({reason}); give a pipeline folder, or a hub id in reach."
             ) from None
         pipeline.set_progress_bar_config(disable=True)
         if self.config.generate.offload == "none" and not self.sharded:
