@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import Semaphore, Thread, current_thread
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from ppcl.errors import UsageError
@@ -94,55 +95,6 @@ def observe(
             return None
 
 
-class _Strand(Thread):
-    """One forward that rests after every block; it runs while its owner waits in `advance`, and never else."""
-
-    def __init__(self, transformer: nn.Module, inputs: dict[str, Any]) -> None:
-        super().__init__(daemon=True)
-        self.transformer, self.inputs = transformer, inputs
-        self.gradients = torch.is_grad_enabled()  # a thread has its own of both, and sums depend on the second
-        self.num_threads = torch.get_num_threads()
-        self.call: BlockCall | None = None
-        self.error: BaseException | None = None
-        self.stopped = False
-        self._go, self._rested = Semaphore(0), Semaphore(0)
-        self.start()
-
-    def run(self) -> None:
-        self._go.acquire()
-        try:
-            if not self.stopped:
-                torch.set_num_threads(self.num_threads)
-                with torch.set_grad_enabled(self.gradients), suppress(StopForward):
-                    self.transformer(**self.inputs)
-        except BaseException as error:
-            self.error = error
-        self.stopped = True
-        self._rested.release()
-
-    def rest(self, call: BlockCall) -> None:
-        self.call = call
-        self._rested.release()
-        self._go.acquire()
-        if self.stopped:
-            raise StopForward
-
-    def advance(self) -> BlockCall | None:
-        """Run to the end of the next block; None if there is none any more."""
-        self.call = None
-        self._go.release()
-        self._rested.acquire()
-        if self.error is not None:
-            raise self.error
-        return self.call
-
-    def stop(self) -> None:
-        alive, self.stopped = not self.stopped, True
-        if alive:
-            self._go.release()
-        self.join()
-
-
 def _free_bytes(device: torch.device) -> float:
     """What can still be had of a device's memory; infinite where nobody says."""
     if device.type == "cuda":
@@ -174,33 +126,37 @@ def observe_abreast(
 
     Yields the number of the input and the call, after each. A streamed block is read once for all inputs, and what
     is gathered of a block can be finished with when the next one comes; the price is that one block's streams of
-    all inputs are held. Each forward is the stock one, in a thread of its own, and one runs at a time.
+    all inputs are held. Each forward is the stock one, which rests after every block while the others take theirs: a
+    greenlet, since threads would each have OpenMP's workers wait beside those of the one that runs.
 
     `UsageError`, which tells to lower `size_keys`, if what is held will not fit; known after the first block.
     """
-    strands = [_Strand(transformer, each) for each in inputs]
     checked = False
 
-    def rest(call: BlockCall) -> None:
-        cast(_Strand, current_thread()).rest(call)
+    def forward(number: int) -> None:
+        with suppress(StopForward):
+            transformer(**inputs[number])
 
+    def rest(call: BlockCall) -> None:
+        getcurrent().parent.switch(call)
+
+    strands = [greenlet(partial(forward, number)) for number in range(len(inputs))]
     with _hooked(family, transformer, rest):
         try:
-            alive = list(enumerate(strands))
-            while alive:
-                for number, strand in alive:
-                    call = strand.advance()
-                    if call is not None:
-                        if not checked:
-                            _check_room(call, len(inputs) - 1, size_keys)
-                            checked = True
-                        yield number, call
-                        if call.key == last:
-                            strand.stop()
-                alive = [(number, strand) for number, strand in alive if not strand.stopped]
+            while not all(strand.dead for strand in strands):
+                for number, strand in enumerate(strands):
+                    call = None if strand.dead else strand.switch()
+                    if call is None:
+                        continue
+                    if not checked:
+                        _check_room(call, len(inputs) - 1, size_keys)
+                        checked = True
+                    yield number, call
+                    if call.key == last:
+                        strand.throw(StopForward)
         finally:
-            for strand in strands:
-                strand.stop()
+            for strand in filter(bool, strands):  # those that have begun and not ended
+                strand.throw(StopForward)
 
 
 def inputs_of(block: nn.Module, names: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Tensor]:
