@@ -6,20 +6,22 @@ matrix: one teacher pass gives every cka(u, k), and no surrogate is ever run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ppcl.artifacts import Interval, Intervals, Probes
 from ppcl.config import MethodConfig
 from ppcl.errors import UsageError
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
-from ppcl.taps import observe_abreast
+from ppcl.taps import Streams, observe_abreast
 
-_HELD_MAPS = 256 << 20  # bytes of probes that are kept; more are read again for every batch
+_HELD_MAPS = 256 << 20  # bytes of probes that are kept; more are read again for every block
+_PRODUCTS = 256 << 20  # bytes of covariances that are multiplied at once
 
 # cka[u][k] for u <= k; cka[u][u] = 1, where nothing is replaced yet.
 Curve = Callable[[int, int], float]
@@ -122,38 +124,62 @@ class SurrogateCurves:
         return found
 
     @torch.no_grad()
-    def add(self, stack: str, u: int, streams: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
-        """What block u gave `[B, tokens, D]` per stream, of one batch."""
-        for stream, features in streams.items():
-            row = self._row(stack, u, stream, features, masks[stream])
+    def add(
+        self, stack: str, u: int, outputs: Sequence[dict[str, Tensor]], masks: Sequence[dict[str, Tensor | None]]
+    ) -> None:
+        """What block u gave `[B, tokens, D]` per stream, of every batch."""
+        for stream in outputs[0]:
+            features, valid = [each[stream] for each in outputs], [each[stream] for each in masks]
             layers = self.num_layers[stack]
             sums = self.sums.setdefault((stack, stream), torch.full((layers, layers), torch.nan, dtype=torch.float64))
-            sums[u, u:] = torch.nan_to_num(sums[u, u:]) + row
-            self.counts.setdefault((stack, stream), torch.zeros(layers, 1))[u] += len(features)
+            sums[u, u:] = torch.nan_to_num(sums[u, u:]) + self._row(stack, u, stream, features, valid)
+            self.counts.setdefault((stack, stream), torch.zeros(layers, 1))[u] += sum(map(len, features))
 
-    def _row(self, stack: str, u: int, stream: str, features: Tensor, mask: Tensor | None) -> Tensor:
-        centred = centre(features.to(self.precision), mask)  # [B, T, D]
-        tokens = None if mask is None else mask.sum(dim=1)
-        # Covariances D x D where tokens outnumber features, else the tokens themselves.
-        by_covariance = not self.debiased and centred.shape[1] >= centred.shape[2]
-        covariance = centred.mT @ centred if by_covariance else None
-        # What the chain of probes made: of the identity, or of the tokens.
-        moved = torch.eye(centred.shape[2]).to(centred) if by_covariance else centred
-        values = [float(len(features))]
+    def _row(
+        self, stack: str, u: int, stream: str, features: Sequence[Tensor], masks: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Sums over all samples of cka(u, k), for k from u on."""
+        pairs = list(zip(features, masks, strict=True))
+        centred = (centre(each.to(self.precision), mask) for each, mask in pairs)
+        of_chain: Callable[[Tensor], Tensor]
+        if not self.debiased and max(each.shape[1] for each in features) >= features[0].shape[2]:
+            of_chain = _by_covariance(centred)
+        else:
+            valid = [each.new_full(each.shape[:1], each.shape[1]) if m is None else m.sum(dim=1) for each, m in pairs]
+            of_chain = _by_tokens(centred, torch.cat(valid), self.debiased)
+        values = [torch.tensor(float(sum(map(len, features))), dtype=torch.float64)]
+        chain: Tensor | None = None
         for k in range(u + 1, self.num_layers[stack]):
-            moved = moved @ self._map(f"{stack}.{k}.{stream}").to(centred.device)
-            if covariance is not None:
-                similarity = cka_of_linear_map(covariance, moved)
-            else:
-                similarity = cka(centred, moved, tokens, debiased=self.debiased)
-            values.append(similarity.sum().item())
-        return torch.tensor(values, dtype=torch.float64)
+            step = self._map(f"{stack}.{k}.{stream}").to(features[0].device)
+            chain = step if chain is None else chain @ step
+            values.append(of_chain(chain).sum().cpu())
+        return torch.stack(values)
 
     def mean(self, stack: str, stream: str) -> Tensor:
         """cka `[M, M]` of a stream, or the mean of all streams; NaN below the diagonal."""
         chosen = [total / self.counts[s, name] for (s, name), total in self.sums.items() if s == stack and
                   stream in (name, "mean")]  # fmt: skip
         return torch.stack(chosen).mean(dim=0)
+
+
+def _by_covariance(centred: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """cka `[samples]` of batches `[B, T, D]` with their products with a matrix: by D x D a sample, a few at a time."""
+    covariances = torch.cat([each.mT @ each for each in centred])
+    parts = covariances.split(max(1, _PRODUCTS // covariances[0].nbytes))
+
+    def of_chain(chain: Tensor) -> Tensor:
+        kernel = chain @ chain.T
+        return torch.cat([cka_of_linear_map(part, kernel) for part in parts])
+
+    return of_chain
+
+
+def _by_tokens(centred: Iterable[Tensor], valid: Tensor, debiased: bool) -> Callable[[Tensor], Tensor]:
+    """The same by tokens, of which `valid` `[samples]` are no padding; what is added to the shorter ones is zero."""
+    batches = list(centred)
+    longest = max(each.shape[1] for each in batches)
+    features = torch.cat([pad(each, (0, 0, 0, longest - each.shape[1])) for each in batches])
+    return lambda chain: cka(features, features @ chain, valid, debiased=debiased)
 
 
 class Ppcl(Method):
@@ -167,8 +193,12 @@ class Ppcl(Method):
         with torch.no_grad():
             inputs = [batch.inputs for batch in batches]
             calls = observe_abreast(teacher.family, teacher.transformer, inputs, size_keys="method.num_samples")
-            for number, call in teacher.progress(calls, len(batches) * sum(layers.values())):
-                curves.add(call.stack, call.index, call.outputs, masks[number])
+            outputs: list[Streams] = []
+            for _, call in teacher.progress(calls, len(batches) * sum(layers.values())):
+                outputs.append(call.outputs)
+                if len(outputs) == len(batches):  # all that this block gave
+                    curves.add(call.stack, call.index, outputs, masks)
+                    outputs = []
         intervals: Intervals = {}
         scores: dict[str, dict[str, float]] = {}
         settings = replace(self.config, start=max(self.config.start, teacher.family.first_block))

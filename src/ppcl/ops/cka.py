@@ -27,9 +27,9 @@ def _working(features: Tensor, debiased: bool = False) -> Tensor:
     return features.double() if debiased else features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def _square(products: Tensor) -> Tensor:
-    """The squared Frobenius norm."""
-    return products.square().sum(dim=(-2, -1), dtype=torch.float64)
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The Frobenius inner product."""
+    return (a * b).sum(dim=-1).sum(dim=-1, dtype=torch.float64)
 
 
 def _debias(product: Tensor, rows_x: Tensor, rows_y: Tensor, tokens: Tensor) -> Tensor:
@@ -61,26 +61,42 @@ def cka(
     """
     x, y = _working(x, debiased), _working(y, debiased)
     if x.shape[-2] < max(x.shape[-1], y.shape[-1]):
-        gram_x, gram_y = x @ x.mT, y @ y.mT  # [*, N, N]
-        pairs = ((gram_x, gram_y), (gram_x, gram_x), (gram_y, gram_y))
-        terms = [(a * b).sum(dim=(-2, -1), dtype=torch.float64) for a, b in pairs]
-    else:
-        terms = [_square(a.mT @ b) for a, b in ((x, y), (x, x), (y, y))]
+        return cka_of_grams(x @ x.mT, y @ y.mT, tokens, debiased=debiased)
+    products = [a.mT @ b for a, b in ((x, y), (x, x), (y, y))]
+    terms = [_inner(product, product) for product in products]
     if debiased:
         count = terms[0].new_tensor(x.shape[-2]) if tokens is None else tokens.double()
-        rows_x, rows_y = x.square().sum(dim=-1), y.square().sum(dim=-1)
-        pairs = ((rows_x, rows_y), (rows_x, rows_x), (rows_y, rows_y))
-        terms = [_debias(term, *rows, count) for term, rows in zip(terms, pairs, strict=True)]
+        terms = _debiased(terms, x.square().sum(dim=-1), y.square().sum(dim=-1), count)
+    return _ratio(*terms)
+
+
+def _debiased(terms: list[Tensor], rows_x: Tensor, rows_y: Tensor, tokens: Tensor) -> list[Tensor]:
+    pairs = ((rows_x, rows_y), (rows_x, rows_x), (rows_y, rows_y))
+    return [_debias(term, *rows, tokens) for term, rows in zip(terms, pairs, strict=True)]
+
+
+def cka_of_grams(
+    gram_x: Float[Tensor, "*batch tokens tokens"],
+    gram_y: Float[Tensor, "*batch tokens tokens"],
+    tokens: Float[Tensor, "*batch"] | None = None,
+    *,
+    debiased: bool = False,
+) -> Float[Tensor, "*batch"]:
+    """`cka` of centred features, from X X^T and Y Y^T."""
+    terms = [_inner(a, b) for a, b in ((gram_x, gram_y), (gram_x, gram_x), (gram_y, gram_y))]
+    if debiased:
+        count = terms[0].new_tensor(gram_x.shape[-1]) if tokens is None else tokens.double()
+        terms = _debiased(terms, gram_x.diagonal(dim1=-2, dim2=-1), gram_y.diagonal(dim1=-2, dim2=-1), count)
     return _ratio(*terms)
 
 
 def cka_of_linear_map(
-    covariance: Float[Tensor, "*batch dim dim"], linear_map: Float[Tensor, "dim dim"]
+    covariance: Float[Tensor, "*batch dim dim"], kernel: Float[Tensor, "dim dim"]
 ) -> Float[Tensor, "*batch"]:
-    """CKA(X, X A) of centred X from C = X^T X alone: ||C A||_F^2 / (||C||_F ||A^T C A||_F).
+    """CKA(X, X A) of centred X from C = X^T X and S = A A^T alone: tr(C S C) / (||C||_F tr(C S C S)^(1/2)).
 
-    No token is touched, so any chain of probes A = A_{u+1} ... A_k costs two D^3 products.
+    No token is touched, so any chain of probes A = A_{u+1} ... A_k costs one D^3 product a sample.
     """
-    covariance, linear_map = _working(covariance), _working(linear_map)
-    product = covariance @ linear_map
-    return _ratio(_square(product), _square(covariance), _square(linear_map.mT @ product))
+    covariance, kernel = _working(covariance), _working(kernel)
+    product = covariance @ kernel
+    return _ratio(_inner(covariance, product), _inner(covariance, covariance), _inner(product, product.mT))

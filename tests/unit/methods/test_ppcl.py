@@ -176,7 +176,7 @@ def test_float32_is_precise_enough(tokens, size):
     for precision in (torch.float32, torch.float64):
         curves = SurrogateCurves(probes, {"blocks": layers}, debiased=False)
         curves.precision = precision
-        curves.add("blocks", 0, {"image": features}, {"image": None})
+        curves.add("blocks", 0, [{"image": features}], [{"image": None}])
         rows.append(curves.mean("blocks", "image")[0])
     assert rows[1].min() < 0.999
     torch.testing.assert_close(*rows, rtol=0, atol=2e-6)
@@ -231,9 +231,8 @@ def test_algebraic_similarity_equals_a_surrogate_forward(family, make_transforme
 
     curves = SurrogateCurves(probes, {"transformer_blocks": count}, debiased=debiased)
     real = [outputs(batch) for batch in batches]
-    for batch, found in zip(batches, real, strict=True):
-        for key, streams in found.items():
-            curves.add(*key, streams, family.masks(batch.inputs))
+    for key in real[0]:
+        curves.add(*key, [found[key] for found in real], [family.masks(batch.inputs) for batch in batches])
     tables = {stream: curves.mean("transformer_blocks", stream) for stream in ("image", "text", "mean")}
 
     blocks = list(transformer.transformer_blocks)

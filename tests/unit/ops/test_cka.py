@@ -65,7 +65,8 @@ def test_cka_of_linear_map_needs_only_the_covariance(tokens, dim):
     x, _ = random_pair(tokens, dim, dim, samples=(3,))
     x = centre(x)
     linear_map = torch.randn(dim, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(cka_of_linear_map(x.mT @ x, linear_map), cka(x, x @ linear_map), rtol=0, atol=1e-10)
+    found = cka_of_linear_map(x.mT @ x, linear_map @ linear_map.mT)
+    torch.testing.assert_close(found, cka(x, x @ linear_map), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("debiased", [False, True])
