@@ -1,7 +1,8 @@
 """Full-size models with random weights on one GPU: a distillation step, and what the paper's sets save in drawing.
 
 python experiments/scale/gpu.py [--only PHASE ..] [--output gpu.json]; without a path to $OUT/gpu.json.
-A phase that fails says so in the file and leaves the others. `--tiny` runs all of it on a CPU.
+A phase that fails says so in the file and leaves the others. `--tiny` runs all of it on a CPU. `distill_streamed`
+writes the teacher's 41 GB to --folder first, and reads them from there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import statistics
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -26,6 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from common import make_run  # noqa: E402
 from scale.measure import StepTimes, fit, weight_bytes  # noqa: E402
+from scale.streaming import write_teacher  # noqa: E402
 
 from ppcl.artifacts import Intervals, read_json, write_json  # noqa: E402
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb  # noqa: E402
@@ -35,6 +38,7 @@ from ppcl.layers import kept_layers  # noqa: E402
 from ppcl.stages.depth import DepthDistillation  # noqa: E402
 from ppcl.stages.run import Run  # noqa: E402
 from ppcl.stages.training import compiled  # noqa: E402
+from ppcl.streaming import load_streamed  # noqa: E402
 
 CAP = 24 * 2**30
 REPEATS = 20
@@ -56,8 +60,8 @@ Figures = dict[str, Any]
 class Bench:
     """The device, and models and inputs for it."""
 
-    def __init__(self, tiny: bool) -> None:
-        self.tiny = tiny
+    def __init__(self, tiny: bool, folder: Path | None = None) -> None:
+        self.tiny, self.folder = tiny, folder
         self.device = torch.device("cpu" if tiny else "cuda")
         self.repeats = 2 if tiny else REPEATS
 
@@ -76,6 +80,12 @@ class Bench:
 
     def teacher(self, run: Run) -> Any:
         return self.model(run, run.family.transformer_class, run.config.model.arch)
+
+    def streamed_teacher(self, run: Run) -> Any:
+        """The same in files of which two blocks at a time are on the device; they stay for the next call."""
+        assert self.folder is not None
+        write_teacher(self.folder, run.config.model.arch)
+        return load_streamed(run.family, self.folder / "transformer", self.device, run.dtype)
 
     def pruned(self, run: Run, intervals: Intervals, width: bool = False) -> Any:
         """What these intervals, and the run's width sets, leave of it."""
@@ -108,27 +118,30 @@ class Bench:
         return 0 if self.tiny else torch.cuda.memory_allocated()
 
 
-def distill(bench: Bench, capped: bool) -> Figures:
-    """Steps of the last interval alone, so that the teacher runs 58 of its 60 blocks.
+def distill(bench: Bench, teacher: str) -> Figures:
+    """Steps with the last interval, so that the teacher runs 58 of its 60 blocks.
 
-    `capped`: in 24 GB, the teacher in host memory and a block at a time on the card.
+    `teacher`: `resident` on the whole card; `streamed` from its files, or `offloaded` to host memory by diffusers, a
+    block at a time and within 24 GB.
     """
     run = bench.run(*QWEN)
-    teacher, batch = bench.teacher(run), bench.batch(run)
-    if capped:
-        teacher.to("cpu")
     pair = run.intervals["transformer_blocks"][-1]
-    module = DepthDistillation(run.family, teacher, {"transformer_blocks": [pair]}, DistillConfig())
+    model = bench.streamed_teacher(run) if teacher == "streamed" else bench.teacher(run)
+    batch = bench.batch(run)
+    if teacher == "offloaded":
+        model.to("cpu")
+    module = DepthDistillation(run.family, model, {"transformer_blocks": [pair]}, DistillConfig(), run.precision)
+    capped = teacher != "resident"
     if not bench.tiny:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total) if capped else 1.0)
-    if capped:  # behind the student, which is a plain copy
-        teacher.enable_group_offload(bench.device, offload_type="block_level", num_blocks_per_group=1)
+    if teacher == "offloaded":  # behind the student, which is a plain copy
+        model.enable_group_offload(bench.device, offload_type="block_level", num_blocks_per_group=1, use_stream=True)
     times = StepTimes(skip=1)
     try:
-        fit(module, batch, 4, "32-true", times, "cpu" if bench.tiny else "gpu")
+        fit(module, batch, 6, times, "cpu" if bench.tiny else "gpu")
         peak = 0 if bench.tiny else torch.cuda.max_memory_reserved()
     finally:
         if not bench.tiny:
@@ -136,9 +149,10 @@ def distill(bench: Bench, capped: bool) -> Figures:
     return {
         "interval": list(pair),
         "image_tokens": batch.target.shape[1],
-        "teacher_gb": weight_bytes(teacher) / 1e9,
+        "teacher_gb": weight_bytes(model) / 1e9,
         "seconds_a_step": statistics.median(times.seconds),
         "peak_reserved_gb": peak / 1e9,
+        "cap_gb": CAP / 1e9 if capped else None,
     }
 
 
@@ -192,8 +206,9 @@ def flux(bench: Bench, compile: bool) -> Figures:
 
 
 PHASES: dict[str, Callable[[Bench], Figures]] = {
-    "distill_resident": lambda bench: distill(bench, capped=False),
-    "distill_in_24_gb": lambda bench: distill(bench, capped=True),
+    "distill_resident": lambda bench: distill(bench, "resident"),
+    "distill_streamed": lambda bench: distill(bench, "streamed"),
+    "distill_offloaded": lambda bench: distill(bench, "offloaded"),
     "qwen_image": lambda bench: qwen(bench, compile=False),
     "flux": lambda bench: flux(bench, compile=False),
     "qwen_image_compiled": lambda bench: qwen(bench, compile=True),
@@ -206,10 +221,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--tiny", action="store_true", help="whether it runs; on a CPU")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "runs/bench")) / "gpu.json")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ppcl-gpu-bench")
     chosen = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    bench = Bench(chosen.tiny)
+    bench = Bench(chosen.tiny, chosen.folder / ("tiny" if chosen.tiny else "full"))
     content = read_json(chosen.output, "The bench") if chosen.output.exists() else {}
     for name in chosen.only:
         try:

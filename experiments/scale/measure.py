@@ -42,7 +42,6 @@ def fit(
     module: L.LightningModule,
     batch: TrainingBatch,
     steps: int,
-    precision: Any,
     callback: L.Callback,
     accelerator: str = "cpu",
 ) -> None:
@@ -51,7 +50,6 @@ def fit(
         max_steps=steps,
         accelerator=accelerator,
         devices=1,
-        precision=precision,
         logger=False,
         callbacks=[callback],
         enable_checkpointing=False,
@@ -105,7 +103,7 @@ class StepMemory(L.Callback):
             self.peak = self.recorder.peak
 
 
-def step_memory_mb(module: Any, batch: TrainingBatch, precision: Any = "32-true") -> dict[str, float]:
+def step_memory_mb(module: Any, batch: TrainingBatch) -> dict[str, float]:
     """Peaks of a step above the teacher's weights, in MB (1e6 bytes).
 
     `activations`: nothing of the students counts. `with_students`: their weights, gradients and AdamW's two states do.
@@ -113,7 +111,7 @@ def step_memory_mb(module: Any, batch: TrainingBatch, precision: Any = "32-true"
     peaks = {}
     for name, given in (("activations", True), ("with_students", False)):
         meter = StepMemory(given)
-        fit(module, batch, 2, precision, meter)
+        fit(module, batch, 2, meter)
         peaks[name] = meter.peak / 1e6
     peaks["with_students"] += 3 * weight_bytes(module.parts) / 1e6
     return peaks

@@ -41,7 +41,7 @@ TINY = Size(num_layers=9, heads=1, side=6, text=8)
 TINY_INTERVALS: list[Interval] = [(0, 1), (3, 5), (6, 7)]
 
 
-def make_teacher(size: Size, seed: int = 0) -> Any:
+def make_teacher(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = QwenImageTransformer2DModel(
         patch_size=2,
@@ -53,16 +53,16 @@ def make_teacher(size: Size, seed: int = 0) -> Any:
         joint_attention_dim=TEXT_WIDTH,
         axes_dims_rope=(16, 24, 24),
     )
-    return model.eval().requires_grad_(False)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
-def make_batch(size: Size, seed: int = 0) -> TrainingBatch:
+def make_batch(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> TrainingBatch:
     """Prompts of one length: no token is padding."""
     generator = torch.Generator().manual_seed(seed)
-    latents, noise = torch.randn(2, size.batch, size.side**2, CHANNELS, generator=generator)
+    latents, noise = torch.randn(2, size.batch, size.side**2, CHANNELS, generator=generator).to(dtype)
     conditions = {
-        "prompt_embeds": torch.randn(size.batch, size.text, TEXT_WIDTH, generator=generator),
+        "prompt_embeds": torch.randn(size.batch, size.text, TEXT_WIDTH, generator=generator).to(dtype),
         "prompt_embeds_mask": torch.ones(size.batch, size.text, dtype=torch.bool),
     }
-    sigmas = torch.rand(size.batch, generator=generator)
+    sigmas = torch.rand(size.batch, generator=generator).to(dtype)
     return get_family("qwen_image").training_batch(latents, conditions, noise, sigmas, (size.side, size.side))

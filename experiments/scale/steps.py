@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from scale.measure import StepTimes, fit, in_turns, speedup, step_memory_mb, weight_bytes
 from scale.models import INTERVALS, STACK, TINY, TINY_INTERVALS, Size, make_batch, make_teacher
 from scale.published import PublishedDistillation
@@ -30,7 +31,7 @@ class Way:
 
     module: type[DepthDistillation] = DepthDistillation
     gradient_checkpointing: bool = False
-    precision: str = "32-true"  # trainer.precision
+    dtype: torch.dtype = torch.float32  # model.dtype: the teacher's; students then learn in mixed precision
     compile: bool = False  # trainer.compile
 
 
@@ -41,15 +42,16 @@ WAYS = {
     "ours": Way(gradient_checkpointing=True),
     "ours, no checkpointing": Way(),
     "ours, no checkpointing, compiled": Way(compile=True),
-    "ours, no checkpointing, bf16": Way(precision="bf16-mixed"),
-    "ours, no checkpointing, bf16, compiled": Way(precision="bf16-mixed", compile=True),
-    "published, bf16": Way(PublishedDistillation, gradient_checkpointing=True, precision="bf16-mixed"),
+    "ours, no checkpointing, bf16": Way(dtype=torch.bfloat16),
+    "ours, no checkpointing, bf16, compiled": Way(dtype=torch.bfloat16, compile=True),
+    "published, bf16": Way(PublishedDistillation, gradient_checkpointing=True, dtype=torch.bfloat16),
 }
 
 
 def make_module(way: Way, teacher: Any, pairs: list[Interval]) -> Any:
     settings = DistillConfig(gradient_checkpointing=way.gradient_checkpointing)
-    return way.module(get_family("qwen_image"), teacher, {STACK: pairs}, settings)
+    precision = "32-true" if way.dtype == torch.float32 else "bf16-mixed"
+    return way.module(get_family("qwen_image"), teacher, {STACK: pairs}, settings, precision)
 
 
 def losses(module: Any, batch: TrainingBatch) -> list[float]:
@@ -73,32 +75,36 @@ def block_passes(pairs: list[Interval]) -> dict[str, int]:
 
 def figures(tiny: bool) -> dict[str, Any]:
     size, pairs = (TINY, TINY_INTERVALS) if tiny else (Size(), INTERVALS)
-    teacher, batch = make_teacher(size), make_batch(size)
+    dtypes = {way.dtype for way in WAYS.values()}
+    teachers, batches = ({dtype: make(size, dtype) for dtype in dtypes} for make in (make_teacher, make_batch))
+    teacher, batch = teachers[torch.float32], batches[torch.float32]
     with ExitStack() as stack:
         modules, first_seconds = {}, {}
         for name, way in WAYS.items():
             # A shell of its own where blocks are compiled, with the same weights.
-            own = copy.deepcopy(teacher, {id(p): p for p in teacher.parameters()}) if way.compile else teacher
+            own = teachers[way.dtype]
+            if way.compile:
+                own = copy.deepcopy(own, {id(p): p for p in own.parameters()})
             modules[name] = make_module(way, own, pairs)
             if way.compile:
                 blocks = [*getattr(own, STACK), *modules[name].parts.values()]
                 stack.enter_context(compiled(blocks))
                 start = time.perf_counter()
-                fit(modules[name], batch, 1, way.precision, StepTimes(0))
+                fit(modules[name], batches[way.dtype], 1, StepTimes(0))
                 first_seconds[name] = time.perf_counter() - start
         fresh = {name: losses(make_module(WAYS[name], teacher, pairs), batch) for name in ("published", "ours")}
         difference = max(abs(a - b) for a, b in zip(fresh["published"], fresh["ours"], strict=True))
 
         def turn(name: str) -> list[float]:
             times = StepTimes(skip=1)
-            fit(modules[name], batch, 1 + STEPS, WAYS[name].precision, times)
+            fit(modules[name], batches[WAYS[name].dtype], 1 + STEPS, times)
             return times.seconds
 
         seconds = in_turns({name: lambda name=name: turn(name) for name in WAYS}, 2 if tiny else ROUNDS)
     found = {name: speedup(seconds, "published", name, UNIT) for name in WAYS if name != "published"}
     best = max((name for name in WAYS if name.startswith("ours")), key=lambda name: found[name]["ratio"])
     memory = {
-        name: step_memory_mb(make_module(way, teacher, pairs), batch, way.precision)
+        name: step_memory_mb(make_module(way, teachers[way.dtype], pairs), batches[way.dtype])
         for name, way in WAYS.items()
         if not way.compile
     }

@@ -96,13 +96,12 @@ def _random(shapes: dict[str, tuple[int, ...]], pool: torch.Tensor, seed: int) -
     return tensors
 
 
-def write_teacher(folder: Path) -> None:
-    """A pipeline folder with Qwen-Image's transformer at full size, random, in bfloat16; a block a file."""
-    arch = yaml.safe_load((conf_dir() / "model" / "qwen_image.yaml").read_text())["arch"]
+def write_teacher(folder: Path, arch: dict[str, Any]) -> None:
+    """A pipeline folder with a Qwen-Image transformer of that `arch`, random, in bfloat16; a block a file."""
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(**arch)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    pool = (torch.randn(1 << 28) * 0.02).to(torch.bfloat16)
+    pool = (torch.randn(1 << 28, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
     files: dict[str, str] = {}
     rest = [name for name in shapes if not name.startswith("transformer_blocks.")]
     groups = [rest] + [
@@ -148,7 +147,8 @@ def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) ->
 
 def full(folder: Path) -> dict[str, Any]:
     """Probe and a few depth steps of one interval on the full-size model, on this machine's CPU."""
-    write_teacher(folder / "teacher")
+    arch = yaml.safe_load((conf_dir() / "model" / "qwen_image.yaml").read_text())["arch"]
+    write_teacher(folder / "teacher", arch)
     torch.manual_seed(0)
     write_cache(folder / "cache", size=(8, 8), tokens=16, count=64)
     common = [

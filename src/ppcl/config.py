@@ -341,10 +341,12 @@ class BenchmarkConfig:
 
 @dataclass
 class TrainerConfig:
-    """`compile`: blocks that trainings run, each on its own; worth its minute or two from a thousand steps on."""
+    """`precision` is of what learns, held in float32: `32-true` or `bf16-mixed`; the teacher's is `model.dtype`.
+    `compile`: blocks that trainings run, each on its own; worth its minute or two from a thousand steps on.
+    """
 
     accelerator: str = "auto"
-    precision: str = "32-true"
+    precision: str | None = None
     num_threads: int | None = None
     compile: bool = False
     progress: bool = True

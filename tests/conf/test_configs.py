@@ -19,6 +19,7 @@ from ppcl.validation import parse
 from ppcl.validation.model import model_folder, num_layers
 from ppcl.validation.outputs import read_prompts
 from ppcl.validation.pruning import resolve_intervals, resolve_width
+from ppcl.validation.strategy import resolve_precision
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
@@ -465,7 +466,6 @@ def test_a_strategy_that_means_nothing_is_refused(auto, overrides, sentence):
         (["stages=[finetune]", "strategy=fsdp"], "finetune.batch_size=4 does not divide among 3 ranks: make it 6"),
         (["stages=[pretrain]", "strategy=ddp"], "strategy=ddp does not go with stages=[pretrain]"),
         (["stages=[probe]", "strategy=fsdp", "model.streaming=true"], "model.streaming=true reads a teacher"),
-        (["stages=[width]", "strategy=ddp", "distill.batch_size=3", "trainer.precision=16-mixed"], "trainer.precision"),
         (["stages=[depth]", "strategy=fsdp", "distill.batch_size=3", "distill.mode=sequential"], "use strategy=ddp"),
         (
             ["stages=[depth]", "strategy=ddp", "distill.batch_size=3", "distill.from_boundaries=true"],
@@ -476,6 +476,31 @@ def test_a_strategy_that_means_nothing_is_refused(auto, overrides, sentence):
 def test_what_ranks_cannot_share_is_refused(auto, monkeypatch, overrides, sentence):
     started(monkeypatch, 3)
     assert sentence in refused([*auto, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["trainer.precision=16-mixed"], "trainer.precision=16-mixed is not one of 32-true, bf16-mixed"),
+        (["trainer.precision=bf16-true"], "what learns is held in float32"),
+        (["trainer.precision=32-true", "model.dtype=bfloat16"], "does not go with model.dtype=bfloat16"),
+    ],
+)
+def test_a_precision_that_does_not_fit_is_refused(auto, overrides, sentence):
+    assert sentence in refused([*auto, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "precision"),
+    [
+        ([], "32-true"),
+        (["model.dtype=bfloat16"], "bf16-mixed"),
+        (["model.dtype=float16"], "bf16-mixed"),
+        (["trainer.precision=bf16-mixed"], "bf16-mixed"),
+    ],
+)
+def test_precision_goes_with_the_teacher(auto, overrides, precision):
+    assert resolve_precision(parsed(*auto, *overrides)) == precision
 
 
 def test_what_ranks_can_share_is_not(auto, monkeypatch):

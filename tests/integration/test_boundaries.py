@@ -28,14 +28,18 @@ def command(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> li
     return [*settings, INTERVALS, "distill.steps=10", f"paths.runs_dir={tmp_path_factory.mktemp('boundaries')}"]
 
 
-@pytest.fixture(scope="module")
-def runs(command: list[str]) -> Path:
+def both_ways(command: list[str]) -> Path:
     """With an online training, boundaries, and a training from them."""
     succeed(*command, "name=online", "stages=[depth]")
     outcome = succeed(*command, "name=written", "stages=[boundaries]")
     assert "GB for 10 steps" in outcome.out
     succeed(*command, "name=offline", "stages=[depth]", FROM)
-    return Path(next(a for a in command if a.startswith("paths.runs_dir=")).partition("=")[2])
+    return Path(next(a for a in reversed(command) if a.startswith("paths.runs_dir=")).partition("=")[2])
+
+
+@pytest.fixture(scope="module")
+def runs(command: list[str]) -> Path:
+    return both_ways(command)
 
 
 def folder_of(runs: Path) -> Path:
@@ -54,6 +58,15 @@ def test_both_ways_give_the_same_students(runs: Path) -> None:
     for online, offline in zip(losses[:2], losses[2:], strict=True):
         assert online.keys() == offline.keys()
         assert offline == pytest.approx(online, rel=1e-5)
+
+
+def test_both_ways_give_the_same_students_of_a_teacher_in_half_precision(command: list[str], tmp_path: Path) -> None:
+    """It computes beside a training as it does alone, though students learn in mixed precision."""
+    runs = both_ways([*command, "model.dtype=bfloat16", f"paths.runs_dir={tmp_path}"])
+    assert_same_tensors(plug_tensors(runs / "offline"), plug_tensors(runs / "online"))
+    outcome = ppcl(*command, FROM, f"distill.boundaries={folder_of(runs)}", "name=bad", "stages=[depth]")
+    assert outcome.code == 2
+    assert "was written with model.dtype=bfloat16, not float32: use that" in outcome.err
 
 
 def test_intervals_train_one_by_one_without_the_teacher_and_meet(

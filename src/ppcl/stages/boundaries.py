@@ -68,9 +68,14 @@ def read_record(run: Run) -> dict[str, Any]:
     found = read_json(record, "The record of boundaries")
     made_from = found["made_from"]
     wanted = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items() if pairs}
-    for key, value in {"batch_size": run.config.distill.batch_size, "init": run.config.distill.init}.items():
-        if made_from[key] != value:
-            raise UsageError(f"{folder} was written with distill.{key}={made_from[key]}, not {value}: use that.")
+    given = {
+        "model.dtype": (made_from["model"]["dtype"], run.config.model.dtype),
+        "distill.batch_size": (made_from["batch_size"], run.config.distill.batch_size),
+        "distill.init": (made_from["init"], run.config.distill.init),
+    }
+    for key, (written, asked) in given.items():
+        if written != asked:
+            raise UsageError(f"{folder} was written with {key}={written}, not {asked}: use that.")
     for stack, pairs in wanted.items():
         missing = [pair for pair in pairs if pair not in made_from["intervals"].get(stack, [])]
         if missing:

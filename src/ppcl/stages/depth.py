@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ppcl.artifacts import Header, Interval, Intervals, Plug, fingerprint, is_current, plug_name, read_tensors
 from ppcl.config import DistillConfig
@@ -20,6 +18,7 @@ from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.precision import computing
 from ppcl.stages.boundaries import boundaries_folder, held_out_steps, num_stored, read_record
 from ppcl.stages.local import LocalDistillation, Terms
 from ppcl.stages.run import Run
@@ -57,13 +56,20 @@ class DepthDistillation(LocalDistillation):
 
     stage_name, lr_key = "depth", "distill.lr"
 
-    def __init__(self, family: Family, teacher: nn.Module, intervals: Intervals, config: DistillConfig) -> None:
+    def __init__(
+        self,
+        family: Family,
+        teacher: nn.Module,
+        intervals: Intervals,
+        config: DistillConfig,
+        precision: str = "32-true",
+    ) -> None:
         self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]
         students = {
             plug_name(stack, pair): student_block(list(getattr(teacher, stack)), pair, config.init)
             for stack, pair in self.pairs
         }
-        super().__init__(family, teacher, students, config)
+        super().__init__(family, teacher, students, config, precision)
         if config.mode == "sequential":
             self._board = (Plugboard(family, teacher, intervals, students),)
 
@@ -82,12 +88,7 @@ class DepthDistillation(LocalDistillation):
         super().shard(sharding)
 
     def _call_student(self, stack: str, pair: Interval, kwargs: dict[str, Any]) -> Streams:
-        block = self.student(stack, pair)
-        if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            output = checkpoint(partial(block, **kwargs), use_reentrant=False)
-        else:
-            output = block(**kwargs)
-        return self.family.streams_out(stack, output)
+        return self.call(stack, self.student(stack, pair), kwargs)
 
     def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
         starts = {(stack, pair[0]): number for number, (stack, pair) in enumerate(self.pairs)}
@@ -132,7 +133,8 @@ class DepthDistillation(LocalDistillation):
             if call.key in starts:
                 outputs.append(call.outputs)
 
-        observe(self.family, board.transformer, batch.inputs, keep_output, last=starts[-1])
+        with computing(self.precision, batch.sigmas.device):
+            observe(self.family, board.transformer, batch.inputs, keep_output, last=starts[-1])
         board()
         logged = [
             self.with_sum(self.output_terms(student, target, masks, batch.average))
@@ -146,10 +148,15 @@ class DepthFromBoundaries(DepthDistillation):
     """The same from activations on disk: no teacher is held, and each interval's file is read only for it."""
 
     def __init__(
-        self, family: Family, intervals: Intervals, students: dict[str, nn.Module], config: DistillConfig
+        self,
+        family: Family,
+        intervals: Intervals,
+        students: dict[str, nn.Module],
+        config: DistillConfig,
+        precision: str = "32-true",
     ) -> None:
         self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]
-        LocalDistillation.__init__(self, family, nn.Identity(), students, config)
+        LocalDistillation.__init__(self, family, nn.Identity(), students, config, precision)
 
     def each_loss(self, batch: Any, visit: Callable[[int, Terms], None]) -> None:
         for number, part in enumerate(batch.parts):
@@ -184,7 +191,7 @@ def plug_header(run: Run, stack: str, pair: Interval) -> Header:
             "stack": stack,
             "interval": list(pair),
             "distill": settings,
-            "precision": run.config.trainer.precision,
+            "precision": run.precision,
             "boundaries": record["fingerprint"],
             "stored": num_stored(run),
         }
@@ -194,7 +201,7 @@ def plug_header(run: Run, stack: str, pair: Interval) -> Header:
         "stack": stack,
         "interval": list(pair),
         "distill": settings,
-        "precision": run.config.trainer.precision,
+        "precision": run.precision,
         "data": run.data_identity,
     }
     if run.config.distill.mode == "sequential":
@@ -212,7 +219,7 @@ def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
 def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
     """The module, its batches by step, held-out batches by step, and the teacher's blocks."""
     config, transformer = run.config.distill, run.pipeline.transformer
-    module = DepthDistillation(run.family, transformer, intervals, config)
+    module = DepthDistillation(run.family, transformer, intervals, config, run.precision)
     stream = run.shared_stream(run.config.data.train_seed, config.batch_size)
     heldout = run.shared_stream(run.config.data.calibration_seed, config.batch_size)
     return module, stream, heldout, list(run.family.blocks(transformer).values())
@@ -221,7 +228,8 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
 def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
     """The same without a teacher."""
     folder = boundaries_folder(run)
-    module = DepthFromBoundaries(run.family, intervals, initial_students(run, intervals, folder), run.config.distill)
+    students = initial_students(run, intervals, folder)
+    module = DepthFromBoundaries(run.family, intervals, students, run.config.distill, run.precision)
     folders = [folder / plug_name(stack, pair) for stack, pair in module.pairs]
     stream = BoundaryStream(folders, TRAIN, num_stored(run))
     return module, stream, BoundaryStream(folders, HELD_OUT, len(held_out_steps(run))), []
@@ -264,7 +272,8 @@ def run(run: Run) -> None:
             "heldout_before": before[number]["loss"],
             **{f"heldout_{key}": value for key, value in after[number].items()},
         }
-        plug = Plug(plug_header(run, stack, pair), stack, whole_state(module.student(stack, pair)), losses, pair)
+        state = whole_state(module.student(stack, pair), run.dtype)
+        plug = Plug(plug_header(run, stack, pair), stack, state, losses, pair)
         if run.writes:
             plug.save(folder)
         run.say(

@@ -107,9 +107,8 @@ def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
 
     config, known = run.config.generate, FAMILIES[run.family.name]
     model_class, pipeline_class = (getattr(diffusers, name) for name in known.controlnet_classes)
-    dtype = getattr(torch, run.config.model.dtype)
     try:
-        controlnet = model_class.from_pretrained(config.controlnet, torch_dtype=dtype)
+        controlnet = model_class.from_pretrained(config.controlnet, torch_dtype=run.dtype)
     except (OSError, ValueError):
         raise UsageError(
             f"generate.controlnet={config.controlnet} could not be loaded as {model_class.__name__}; give a folder, or "

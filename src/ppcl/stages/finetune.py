@@ -19,6 +19,7 @@ from ppcl.families.base import Family
 from ppcl.launch import is_first
 from ppcl.ops.losses import relative_error
 from ppcl.parallel import average_gradients, mean_terms
+from ppcl.precision import computing, hold_in_float32
 from ppcl.stages.run import Run
 from ppcl.stages.sharding import Sharding, skeleton, whole_state
 from ppcl.stages.training import check_resumable, cosine_with_warmup, discard_checkpoint, fit, split_for_muon
@@ -36,6 +37,7 @@ class FineTune(L.LightningModule):
     the student is given a LoRA, which `seed` starts, and just that is trained.
     The teacher is held outside the module tree: neither saved nor trained. `ema` is an exponential mean
     of the student's parameters, kept where `ema_decay` is above 0; `result` is what to keep.
+    What is trained is held in float32 whatever the teacher is in, and computes in `precision`.
     With `sharding` all three are sharded, and a student may share parameters with the teacher.
     """
 
@@ -48,9 +50,10 @@ class FineTune(L.LightningModule):
         stands_for: dict[BlockKey, BlockKey] | None = None,
         sharding: Sharding | None = None,
         seed: int = 0,
+        precision: str = "32-true",
     ) -> None:
         super().__init__()
-        self.family, self.stands_for = family, stands_for or {}
+        self.family, self.stands_for, self.precision = family, stands_for or {}, precision
         self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
         if config.lora_rank:
             add_lora(family, student, config.lora_rank, seed=seed)
@@ -63,6 +66,8 @@ class FineTune(L.LightningModule):
             self._skeleton = (skeleton(student),)
             sharding.model(family, student, learns=True)
             sharding.model(family, teacher)
+        else:
+            hold_in_float32(student)
         self.ema: Any = self._copy().requires_grad_(False) if config.ema_decay else None
         # Muon and AdamW take turns on one step, which Lightning leaves to manual optimisation.
         self.automatic_optimization = False
@@ -103,7 +108,8 @@ class FineTune(L.LightningModule):
         """
         config = self.config
         weights = {"output": config.output_weight, "flow": config.flow_weight, "feature": config.feature_weight}
-        velocity, features = self._run(self.student, batch)
+        with computing(self.precision, batch.sigmas.device):
+            velocity, features = self._run(self.student, batch)
         terms: dict[str, Tensor] = {}
         if config.output_weight or config.feature_weight:
             with torch.no_grad():
@@ -179,7 +185,8 @@ class FineTune(L.LightningModule):
             decay = config.weight_decay
             muon = torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
             optimizers.append(muon)
-        optimizers.append(torch.optim.AdamW(rest, lr=config.lr, betas=betas, weight_decay=config.weight_decay))
+        adamw = torch.optim.AdamW(rest, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+        optimizers.append(adamw)
         factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
 
@@ -196,7 +203,7 @@ def finetune_header(run: Run, plugged: dict[str, str]) -> Header:
         "plugs": plugged,
         "layout": asdict(run.layout),
         "finetune": settings,
-        "precision": run.config.trainer.precision,
+        "precision": run.precision,
         "data": run.data_identity,
     }
     return Header("ppcl.finetuned", made_from)
@@ -223,7 +230,7 @@ def run(run: Run) -> None:
     switch.restore()
     sharding = Sharding.of(run) if run.sharded else None
     seed = run.config.data.train_seed
-    module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for, sharding, seed)
+    module = FineTune(run.family, run.pipeline.transformer, student, config, stands_for, sharding, seed, run.precision)
     # Behind the batches that depth and width learned from.
     stream = run.shared_stream(seed, config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps, ahead=stream.from_disk)
@@ -234,7 +241,7 @@ def run(run: Run) -> None:
         with atomic_folder(folder) as temporary:
             if config.lora_rank:
                 merge_lora(result, run.pipeline, temporary)
-            result.save_pretrained(temporary / "transformer")
+            result.to(run.dtype).save_pretrained(temporary / "transformer")
             write_json(temporary / "ppcl.json", header.to_json() | {"plugged": [*plan.students, *plan.projectors]})
     discard_checkpoint(run, checkpoints)
     run.say("finetune", f"wrote {folder}")

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
@@ -17,6 +18,7 @@ from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.ops.losses import Average, direction_loss, magnitude_loss, norm_ratio
 from ppcl.parallel import average_gradients, mean_terms
+from ppcl.precision import computing, hold_in_float32
 from ppcl.stages.sharding import Sharding
 from ppcl.stages.training import cosine_with_warmup
 from ppcl.taps import Streams
@@ -32,21 +34,28 @@ class LocalDistillation(L.LightningModule):
     at a time; parts share no gradient, so any subset of them trains to the same weights.
 
     The teacher is held outside the module tree: it is neither saved, moved by Lightning, nor trained.
+    Parts are held in float32 whatever it is in, and compute in `precision`.
     """
 
     stage_name: str
     lr_key: str  # what to lower where the loss explodes
 
     def __init__(
-        self, family: Family, teacher: nn.Module, parts: Mapping[str, nn.Module], config: DistillConfig
+        self,
+        family: Family,
+        teacher: nn.Module,
+        parts: Mapping[str, nn.Module],
+        config: DistillConfig,
+        precision: str = "32-true",
     ) -> None:
         super().__init__()
         self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
-        self.family, self.config = family, config
+        self.family, self.config, self.precision = family, config, precision
         self.automatic_optimization = False
         self.is_sharded = False
         self.names = list(parts)
-        self.parts = nn.ModuleDict({self.key(name): part for name, part in parts.items()})
+        self.parts = nn.ModuleDict({self.key(name): part for name, part in parts.items()}).requires_grad_(True)
+        hold_in_float32(self.parts)
         self.average_losses: Tensor
         self.average_steps: Tensor
         self.register_buffer("average_losses", torch.zeros(len(parts)))
@@ -78,6 +87,15 @@ class LocalDistillation(L.LightningModule):
 
         `terms["loss"]` is what the part descends; the rest is logged.
         """
+
+    def call(self, stack: str, block: nn.Module, kwargs: dict[str, Any]) -> Streams:
+        """What a block that learns, or has parts that do, makes of `kwargs`."""
+        with computing(self.precision, kwargs["hidden_states"].device):
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                output = checkpoint(partial(block, **kwargs), use_reentrant=False)
+            else:
+                output = block(**kwargs)
+        return self.family.streams_out(stack, output)
 
     def output_terms(
         self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None], average: Average
@@ -170,6 +188,7 @@ class LocalDistillation(L.LightningModule):
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            fused=True,  # no temporaries the size of a part
         )
         factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]

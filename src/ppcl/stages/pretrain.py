@@ -15,6 +15,7 @@ from ppcl.artifacts import Header, atomic_folder, is_current, read_json, write_j
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.data.streams import ShapesStream
 from ppcl.errors import UsageError
+from ppcl.precision import computing
 from ppcl.stages.run import Run
 from ppcl.stages.training import check_resumable, discard_checkpoint, fit, split_for_muon
 from ppcl.validation.model import local_folder
@@ -37,6 +38,7 @@ class Pretrain(L.LightningModule):
         warmup_steps: int = 50,
         decay: float = 0.4,
         max_grad_norm: float = 1.0,
+        precision: str = "32-true",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["transformer"])
@@ -45,7 +47,9 @@ class Pretrain(L.LightningModule):
         self.automatic_optimization = False
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        loss = (batch.prediction(self.transformer(**batch.inputs)[0]) - batch.target).square().mean()
+        with computing(self.hparams["precision"], batch.sigmas.device):
+            output = self.transformer(**batch.inputs)[0]
+        loss = (batch.prediction(output) - batch.target).square().mean()
         if not torch.isfinite(loss):
             raise UsageError(
                 f"pretrain.muon_lr={self.hparams['muon_lr']} and pretrain.adam_lr={self.hparams['adam_lr']} made the "
@@ -124,6 +128,7 @@ def run(run: Run) -> None:
         adam_lr=config.adam_lr,
         warmup_steps=config.warmup_steps,
         decay=config.decay,
+        precision=run.precision,
     )
     loader = StepLoader(stream, config.steps)
     blocks = run.family.blocks(pipeline.transformer).values()

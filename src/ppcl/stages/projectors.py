@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ppcl.artifacts import Intervals, Width, plug_name, projector_name
 from ppcl.config import DistillConfig
@@ -18,6 +16,7 @@ from ppcl.families.base import Family
 from ppcl.layers import Layout, kept_layers, references
 from ppcl.ops.least_squares import NormalEquations
 from ppcl.ops.losses import Average, relative_error
+from ppcl.precision import computing
 from ppcl.stages.local import LocalDistillation, Terms
 from ppcl.stages.probe import valid
 from ppcl.stages.sharding import Sharding, assign, whole_call
@@ -84,12 +83,13 @@ class WidthDistillation(LocalDistillation):
         *,
         linear_weight: float = 1.0,
         only: Collection[str] | None = None,
+        precision: str = "32-true",
     ) -> None:
         self.layout, self.linear_weight = layout, linear_weight
         pruned = [item for stack in family.stacks for item in _prune(family, stack, kept, width)]
         self.pruned = [item for item in pruned if only is None or item.name in only]
         projectors = {item.name: nn.ModuleDict(self._projectors(family, item)) for item in self.pruned}
-        super().__init__(family, teacher, projectors, distill)
+        super().__init__(family, teacher, projectors, distill, precision)
         for item in self.pruned:
             item.block.requires_grad_(False)
         self.parts.requires_grad_(True)
@@ -168,11 +168,7 @@ class WidthDistillation(LocalDistillation):
     def _call(self, number: int, arguments: dict[str, Any]) -> Streams:
         item = self.pruned[number]
         arguments = {key: value for key, value in arguments.items() if key not in ("z", "z_reference", "text")}
-        if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            output = checkpoint(partial(item.block, **arguments), use_reentrant=False)
-        else:
-            output = item.block(**arguments)
-        return self.family.streams_out(item.place.stack, output)
+        return self.call(item.place.stack, item.block, arguments)
 
     def terms(
         self,
@@ -187,8 +183,9 @@ class WidthDistillation(LocalDistillation):
         linear: Terms = {}
         for key, projector in self.projectors(number).items():
             if key == "text_in":
-                guess, mask = projector(arguments["z_reference"]), masks["text"]
-                linear["linear_z"] = relative_error(guess, arguments["z"], mask, average)
+                with computing(self.precision, arguments["z"].device):
+                    guess = projector(arguments["z_reference"])
+                linear["linear_z"] = relative_error(guess, arguments["z"], masks["text"], average)
             else:
                 stream = "image" if key == "image_ffn" else "text"
                 sides = student[stream], teacher[stream], masks[stream]

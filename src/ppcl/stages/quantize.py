@@ -7,7 +7,6 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from rich.progress import track
 
 from ppcl.artifacts import Header, atomic_folder, is_current, write_json
@@ -133,11 +132,10 @@ def _to_nf4(run: Run, model: Any, kept: list[str]) -> Any:
     """bitsandbytes replaces layers while a model is loaded: from a folder that is gone afterwards."""
     from diffusers import BitsAndBytesConfig
 
-    dtype = getattr(torch, run.config.model.dtype)
-    config = BitsAndBytesConfig(**nf4_settings(dtype, kept))
+    config = BitsAndBytesConfig(**nf4_settings(run.dtype, kept))
     with TemporaryDirectory(dir=run.folder) as folder:
         model.save_pretrained(folder)
         quantized = type(model).from_pretrained(
-            folder, quantization_config=config, torch_dtype=dtype, device_map={"": run.device}
+            folder, quantization_config=config, torch_dtype=run.dtype, device_map={"": run.device}
         )
     return quantized.eval().requires_grad_(False)

@@ -22,7 +22,7 @@ from ppcl.launch import is_first, rank
 from ppcl.layers import Layout
 from ppcl.validation.model import model_folder, num_layers
 from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width
-from ppcl.validation.strategy import TRAINED
+from ppcl.validation.strategy import TRAINED, resolve_precision
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "safetensors", "numpy")
 ENCODER_STAGES = {"cache", "generate", "evaluate", "export"}
@@ -90,6 +90,18 @@ class Run:
 
         wants_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda")
         return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+
+    @property
+    def dtype(self) -> Any:
+        """Torch's name for what the teacher, plugs and results are in."""
+        import torch
+
+        return getattr(torch, self.config.model.dtype)
+
+    @property
+    def precision(self) -> str:
+        """In which what learns computes."""
+        return resolve_precision(self.config)
 
     @cached_property
     def model_identity(self) -> dict[str, Any]:
@@ -159,10 +171,11 @@ class Run:
                 index = DiffusionPipeline.load_config(source, revision=model.revision)
                 components = {name for name, entry in index.items() if isinstance(entry, list)}
                 left_out = dict.fromkeys(components - {"transformer", "scheduler"})
-            dtype = getattr(torch, model.dtype)
             if model.streaming:
-                left_out["transformer"] = self._streamed_transformer(source, dtype)
-            pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, torch_dtype=dtype, **left_out)
+                left_out["transformer"] = self._streamed_transformer(source)
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, revision=model.revision, torch_dtype=self.dtype, **left_out
+            )
         except OSError as error:
             reason = str(error.__cause__ or error).split("\n")[0]
             raise UsageError(
@@ -178,7 +191,7 @@ class Run:
                 part.eval().requires_grad_(False)
         return pipeline
 
-    def _streamed_transformer(self, source: Path | str, dtype: Any) -> Any:
+    def _streamed_transformer(self, source: Path | str) -> Any:
         from ppcl.streaming import load_streamed
 
         if isinstance(source, str):
@@ -186,7 +199,7 @@ class Run:
 
             revision = self.config.model.revision
             source = Path(snapshot_download(source, revision=revision, allow_patterns="transformer/*"))
-        return load_streamed(self.family, source / "transformer", self.device, dtype)
+        return load_streamed(self.family, source / "transformer", self.device, self.dtype)
 
     def _arrange_scheduler(self, pipeline: Any) -> None:
         """`model.sampling.scheduler` over the scheduler's own settings."""

@@ -43,7 +43,7 @@ class Sharding:
     @classmethod
     def of(cls, run: Run) -> Sharding:
         mesh = init_device_mesh(run.device.type, (rank()[1],))
-        return cls(mesh, run.device, run.config.trainer.precision, run.config.strategy.cpu_offload)
+        return cls(mesh, run.device, run.precision, run.config.strategy.cpu_offload)
 
     def unit(self, module: nn.Module, *, learns: bool = False, whole_dtype: torch.dtype | None = None) -> None:
         """Shard what of `module` is not sharded yet; what does not learn is frozen.
@@ -90,12 +90,16 @@ def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def _own_parameters(module: nn.Module, device: torch.device, learns: bool) -> None:
-    """Give `module` copies on `device` of the parameters it shares, and of those that wait in a file's pages."""
+    """Give `module` copies on `device` of the parameters it shares, and of those that wait in a file's pages.
+
+    What learns is copied as float32.
+    """
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):
             if not isinstance(parameter, DTensor):
-                copied = parameter.detach().to(device, copy=True)
-                setattr(child, name, nn.Parameter(copied, requires_grad=learns and parameter.requires_grad))
+                learning = learns and parameter.requires_grad
+                copied = parameter.detach().to(device, torch.float32 if learning else None, copy=True)
+                setattr(child, name, nn.Parameter(copied, requires_grad=learning))
 
 
 def skeleton(module: nn.Module) -> nn.Module:
@@ -131,15 +135,18 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict on the CPU; of what is sharded the first rank has it, put together, and others nothing."""
+def whole_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A module's state dict on the CPU; of what is sharded the first rank has it, put together, and others nothing.
+
+    `dtype`: what it is cast to; None leaves it.
+    """
     state: dict[str, Tensor] = {}
     for key, value in module.state_dict().items():
         if isinstance(value, DTensor):
             sharded: Any = value.to(value.device_mesh.device_type)  # from where offloading has it
             whole = sharded.full_tensor()
             if is_first():
-                state[key] = whole.cpu()
+                state[key] = whole.to("cpu", dtype)
         else:
-            state[key] = value.detach().cpu()
+            state[key] = value.detach().to("cpu", dtype)
     return state

@@ -117,7 +117,6 @@ def fit(
     trainer = L.Trainer(
         max_steps=loader.num_steps,
         accelerator=run.config.trainer.accelerator,
-        precision=run.config.trainer.precision,  # type: ignore[arg-type]
         logger=logger,
         callbacks=callbacks,
         enable_progress_bar=False,  # ours counts steps

@@ -239,10 +239,8 @@ class Switch:
 
     def _load(self, folder: Path) -> Any:
         """The transformer in `folder`, of the class of the present arrangement."""
-        import torch
-
-        model_class, dtype = type(self.board.standalone()), getattr(torch, self.run.config.model.dtype)
-        model = model_class.from_pretrained(folder / "transformer", torch_dtype=dtype)
+        model_class: Any = type(self.board.standalone())
+        model = model_class.from_pretrained(folder / "transformer", torch_dtype=self.run.dtype)
         return model.to(self.run.device).eval().requires_grad_(False)
 
     def restore(self) -> None:

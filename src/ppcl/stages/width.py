@@ -79,7 +79,7 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
         "text_output": width.text_output,
         "width": {key: getattr(width, key) for key in ("ridge", "num_batches", "steps", "lr", "linear_weight")},
         "distill": distill,
-        "precision": run.config.trainer.precision,
+        "precision": run.precision,
         "data": run.data_identity,
     }
     return Header("ppcl.projector", made_from)
@@ -104,7 +104,7 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     stop = config.num_batches
 
     every: Width = {stack: {"text": [], "ffn": list(blocks)} for stack, blocks in here.items()}
-    linear = WidthDistillation(family, teacher, kept, every, run.layout, run.config.distill)
+    linear = WidthDistillation(family, teacher, kept, every, run.layout, run.config.distill, precision=run.precision)
     place(run, linear)
     linear.fit_linear(_calibration(run, 0, stop, "linear FFNs"), ridge=config.ridge)
     errors = ffn_errors(linear, _calibration(run, stop, stop + 2, "held-out FFN errors", shared=True))
@@ -176,7 +176,7 @@ def run(run: Run) -> None:
 
     def distillation(only: Collection[str] | None = None) -> WidthDistillation:
         arguments = run.family, teacher, kept, plan.width, run.layout, distill
-        return WidthDistillation(*arguments, linear_weight=config.linear_weight, only=only)
+        return WidthDistillation(*arguments, linear_weight=config.linear_weight, only=only, precision=run.precision)
 
     headers = {item.name: projector_header(run, item, students) for item in distillation().pruned}
     stale = [name for name, header in headers.items() if not is_current(folder / f"{name}.json", header)]
@@ -220,7 +220,7 @@ def _projector(run: Run, module: WidthDistillation, number: int, header: Header,
     state = {
         f"{run.family.projectors[key]}.{name}": value.clone()
         for key, projector in module.projectors(number).items()
-        for name, value in whole_state(projector).items()
+        for name, value in whole_state(projector, run.dtype).items()
     }
     return Projector(
         header,

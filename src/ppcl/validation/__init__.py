@@ -24,7 +24,7 @@ from ppcl.validation.outputs import (
     read_prompts,
 )
 from ppcl.validation.pruning import check_budget, check_width_group, resolve_intervals
-from ppcl.validation.strategy import check_strategy
+from ppcl.validation.strategy import check_strategy, resolve_precision
 from ppcl.validation.values import at_least, one_of
 
 
@@ -64,6 +64,7 @@ def check(config: Config) -> None:
     one_of("logger.kind", config.logger.kind, ("wandb", "csv", "none"))
     one_of("logger.mode", config.logger.mode, ("online", "offline", "disabled"))
     one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    resolve_precision(config)
     if config.export.variant is not None:
         one_of("export.variant", config.export.variant, VARIANTS[1:])
     for variant in config.generate.variants:

@@ -1,4 +1,4 @@
-"""How many processes there are, and whether what is asked for can be shared among them."""
+"""In how many processes and in which precision things are trained, and whether what is asked for goes together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,25 @@ from ppcl.launch import is_first, launched, rank
 from ppcl.validation.values import one_of
 
 TRAINED = ("depth", "width", "finetune")  # what ddp and fsdp share among ranks
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def resolve_precision(config: Config) -> str:
+    """`trainer.precision`, by default what goes with the teacher's dtype; `UsageError` for what does not."""
+    asked, dtype = config.trainer.precision, config.model.dtype
+    fitting = "32-true" if dtype == "float32" else "bf16-mixed"
+    if asked is None:
+        return fitting
+    if asked not in PRECISIONS:
+        raise UsageError(
+            f"trainer.precision={asked} is not one of {', '.join(PRECISIONS)}: what learns is held in float32."
+        )
+    if asked == "32-true" and fitting != asked:
+        raise UsageError(
+            f"trainer.precision=32-true does not go with model.dtype={dtype}, in which the teacher's activations are: "
+            "leave it out, or set model.dtype=float32."
+        )
+    return asked
 
 
 def check_strategy(config: Config) -> None:
@@ -49,11 +67,6 @@ def check_strategy(config: Config) -> None:
             )
     if not set(TRAINED) & set(stages):
         return
-    if config.trainer.precision not in PRECISIONS:
-        raise UsageError(
-            f"trainer.precision={config.trainer.precision} does not go with strategy={strategy.kind}: use one of "
-            f"{', '.join(PRECISIONS)}."
-        )
     if "depth" not in stages:
         return
     if config.distill.from_boundaries:
