@@ -19,10 +19,10 @@ from scale.measure import in_turns, speedup
 from scale.models import STACK
 from scale.published import PublishedDistillation
 
-from ppcl.artifacts import load_plugs
+from ppcl.artifacts import load_plugs, read_json
 from ppcl.stages import depth
 
-ROUNDS = 2
+ROUNDS = 3
 STEPS, BATCH = 160, 32
 # As dense as the paper's Qwen-Image set, which has 13 intervals in 58 blocks and takes two blocks from each.
 PAIRS = [(1, 3), (6, 8), (11, 13), (16, 18)]
@@ -45,6 +45,7 @@ def prepare(way: str, overrides: tuple[str, ...], steps: int) -> Any:
 def figures(tiny: bool) -> dict[str, Any]:
     steps = 8 if tiny else STEPS
     losses: dict[str, list[float]] = {}
+    costs: dict[str, dict[str, float]] = {}
 
     def way(name: str, stages: tuple[str, ...], *overrides: str) -> Callable[[], list[float]]:
         def train() -> list[float]:
@@ -55,6 +56,9 @@ def figures(tiny: bool) -> dict[str, Any]:
             losses.setdefault(name, []).append(
                 sum(plug.losses["heldout_loss"] for plug in load_plugs(run.plugs_folder).values())
             )
+            cost = read_json(run.folder / "training" / "depth.json", "What the training took")
+            stored = sum(file.stat().st_size for file in (FOLDER / "cache" / "boundaries").rglob("*.safetensors"))
+            costs[name] = {"peak_mb_of_a_step": cost["peak_memory_mb"], "disk_mb": stored / 1e6}
             return [seconds]
 
         return train
@@ -72,6 +76,10 @@ def figures(tiny: bool) -> dict[str, Any]:
     seconds = in_turns(ways, 1 if tiny else ROUNDS)
     shutil.rmtree(FOLDER)
     heldout = dict(zip(ways, (statistics.fmean(values) for values in losses.values()), strict=True))
+    table = {
+        way: {"seconds": statistics.median(seconds[way]), **cost, "heldout_loss": heldout[way]}
+        for way, cost in zip(ways, costs.values(), strict=True)
+    }
     unit = f"seconds for {steps} steps"
 
     def figure(slow: str, fast: str) -> dict[str, Any]:
@@ -89,6 +97,6 @@ def figures(tiny: bool) -> dict[str, Any]:
             "steps": steps,
             "batch_size": BATCH,
             "seconds": seconds,
-            "heldout_loss": heldout,
+            "costs": table,
         },
     }

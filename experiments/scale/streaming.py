@@ -28,7 +28,7 @@ from ppcl.families.tiny_qwen_image import build_pipeline
 HERE = Path(__file__).parent
 QUIET = ["trainer=cpu", "trainer.progress=false", "logger=none"]
 STAGES = ("probe", "depth")
-STEPS = ["distill.steps=3", "distill.batch_size=2"]
+STEPS = ["distill.steps=3", "distill.batch_size=16"]
 
 
 # Not what the parent is told of its child: that counts memory that the parent had when it forked.
@@ -135,7 +135,7 @@ def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) ->
         yield "prompt_embeds", torch.randn(tokens, 3584).to(torch.bfloat16)
         yield "prompt_embeds_mask", torch.ones(tokens, dtype=torch.bool)
 
-    header = Header("ppcl.cache", {"units": {"random": [0, 0]}})
+    header = Header("ppcl.cache", {"model": {"family": "qwen_image"}, "units": {"random": [0, 0]}})
     samples = [{"key": f"{number:06d}", "caption": "", "size": list(size)} for number in range(count)]
     tensors = {f"{number:03d}.{name}": value for number in range(count) for name, value in sample()}
     write_tensors(folder / EMPTY, {name: value for name, value in sample() if name != "latents"}, {})
