@@ -8,6 +8,8 @@ time, however many there are.
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,21 +30,50 @@ from ppcl.families.base import Family
 Weights = dict[str, Tensor]
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file of a saved model's `folder` each of its tensors lies in."""
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its bytes from `start` on in a file, and of which type they are (safetensors' name)."""
+
+    path: Path
+    dtype: str
+    start: int
+
+    def read_into(self, handle: Any, target: Tensor) -> None:
+        """Fill the flat `target`, in host memory, from the open file: past it no page of the file is held."""
+        dtype = _DTYPES[self.dtype]
+        raw = target if target.dtype == dtype else torch.empty(len(target), dtype=dtype)
+        buffer: Any = raw.view(torch.uint8).numpy()
+        left, place = memoryview(buffer), self.start
+        while left:
+            count = os.preadv(handle.fileno(), [left], place)
+            if not count:
+                raise UsageError(f"{self.path} ended while it was read: it was changed or cut short.")
+            left, place = left[count:], place + count
+        if raw is not target:
+            target.copy_(raw)
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Where each tensor of a saved model's `folder` lies."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        weight_map = read_json(indices[0], "A model's index")["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
+    named: dict[str, str] | None = read_json(indices[0], "A model's index")["weight_map"] if indices else None
+    paths = sorted({folder / file for file in named.values()} if named else folder.glob("*.safetensors"))
+    if not paths:
         raise UsageError(f"{folder} holds no safetensors: model.streaming=true reads no other files.")
-    files: dict[str, Path] = {}
-    for path in found:
+    found: dict[str, Stored] = {}
+    for path in paths:
         check_safetensors(path)
-        with safe_open(path, framework="pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    return files
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            if named is None or named.get(name) == path.name:
+                found[name] = Stored(path, entry["dtype"], 8 + length + entry["data_offsets"][0])
+    return found
 
 
 class BlockStream:
@@ -54,10 +85,10 @@ class BlockStream:
     """
 
     def __init__(
-        self, blocks: dict[str, nn.Module], files: dict[str, Path], device: torch.device, dtype: torch.dtype
+        self, blocks: dict[str, nn.Module], stored: dict[str, Stored], device: torch.device, dtype: torch.dtype
     ) -> None:
         self.names, self.blocks = list(blocks), list(blocks.values())
-        self.files, self.device, self.dtype = files, device, dtype
+        self.stored, self.device, self.dtype = stored, device, dtype
         self._current: int | None = None
         self._ahead: tuple[int, Future[Weights]] | None = None
         self._follows: dict[int, int] = {}
@@ -118,11 +149,11 @@ class BlockStream:
                 opened.enter_context(torch.cuda.stream(self._copies))
                 target = self._staging
             for name, parameter in self.blocks[number].named_parameters():
-                path = self.files[prefix + name]
-                if path not in files:
-                    files[path] = opened.enter_context(safe_open(path, framework="pt"))
+                stored = self.stored[prefix + name]
+                if stored.path not in files:
+                    files[stored.path] = opened.enter_context(stored.path.open("rb", buffering=0))
                 part = slice(start, start + parameter.numel())
-                target[part].view(parameter.shape).copy_(files[path].get_tensor(prefix + name))
+                stored.read_into(files[stored.path], target[part])
                 weights[name] = buffer[part].view(parameter.shape)
                 if target is not buffer:
                     buffer[part].copy_(target[part], non_blocking=True)
@@ -201,18 +232,24 @@ def load_streamed(family: Family, folder: Path, device: torch.device, dtype: tor
     """The transformer in `folder` with all but its blocks in memory; those come from the files when called."""
     _give_freed_memory_back()
     config = family.transformer_class.load_config(folder)
-    files = tensor_files(folder)
+    stored = stored_tensors(folder)
     with init_empty_weights(include_buffers=False):
         transformer = family.transformer_class.from_config(config)
-    missing = [name for name in transformer.state_dict() if name not in files]
+    missing = [name for name in transformer.state_dict() if name not in stored]
     if missing:
         raise UsageError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors of this model.")
+    other = [name for name in transformer.state_dict() if stored[name].dtype not in _DTYPES]
+    if other:
+        raise UsageError(
+            f"{folder} has {other[0]} as {stored[other[0]].dtype}, which model.streaming=true does not read: give a "
+            "model that is not quantised."
+        )
     blocks = {f"{stack}.{index}": block for (stack, index), block in family.blocks(transformer).items()}
     inside = tuple(f"{name}." for name in blocks)
     for name in transformer.state_dict():
         if not name.startswith(inside):
-            with safe_open(files[name], framework="pt") as file:
+            with safe_open(stored[name].path, framework="pt") as file:
                 value = file.get_tensor(name).to(dtype, copy=True)
             set_module_tensor_to_device(transformer, name, device, value, dtype)
-    BlockStream(blocks, files, device, dtype)
+    BlockStream(blocks, stored, device, dtype)
     return transformer.eval()

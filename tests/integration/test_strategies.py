@@ -163,16 +163,21 @@ def test_what_ranks_have_trained_one_process_reuses(options: list[str], shared: 
 def test_sharded_in_host_memory_beside_a_teacher_in_half_precision(
     options: list[str], tmp_path: Path, tuning: str
 ) -> None:
-    """What learns is float32 in shards too, among bfloat16 that does not. Products of half the rows round apart."""
-    stages = "stages=[depth,width,finetune]" if "ema" in tuning else "stages=[depth,finetune]"
-    width = [] if "ema" in tuning else ["width=none"]
-    command = [*options, *width, "model.dtype=bfloat16", tuning, stages, f"paths.runs_dir={tmp_path}"]
+    """What learns is float32 in shards too, among bfloat16 that does not.
+
+    Products of half the rows round apart, in what is tuned through all blocks by a fourth of the learning rate.
+    """
+    # Least squares of so few tokens of text would make much of the last bits that students differ in.
+    width = "width.transformer_blocks.text=[]"
+    command = [*options, width, "model.dtype=bfloat16", tuning, f"paths.runs_dir={tmp_path}"]
+    command.append("stages=[depth,width,finetune]")
     succeed(*command, "name=single")
     launch(2, *command, "name=shared", "strategy=fsdp", "strategy.cpu_offload=true")
     found, expected = tensors(tmp_path / "shared"), tensors(tmp_path / "single")
     for kind in expected:
         assert {value.dtype for value in found[kind].values()} == {torch.bfloat16}
-        assert_close(found[kind], expected[kind], 0.1 * LR)
+        matrices = [{key: value for key, value in each[kind].items() if value.ndim > 1} for each in (found, expected)]
+        assert_close(*matrices, {"plugs": 0.1, "finetuned": 0.5}[kind] * LR)  # a norm's are near 1: coarse in bfloat16
 
 
 # Interruptions

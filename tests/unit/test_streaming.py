@@ -1,8 +1,11 @@
 import copy
 import json
+import os
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ppcl.errors import UsageError
 from ppcl.streaming import load_streamed, still
@@ -105,6 +108,25 @@ def test_a_block_in_use_stays_so_when_it_was_held(family, streamed, make_batch):
 
     first = observe(family, streamed, make_batch().inputs, copy_it)
     assert torch.equal(first, streamed(**make_batch().inputs)[0])
+
+
+def test_a_quantised_model_is_refused(family, resident, tmp_path):
+    resident.save_pretrained(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    state = load_file(path)
+    name = "transformer_blocks.2.attn.to_q.weight"
+    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(UsageError, match=rf"has {name} as F8_E4M3, .* that is not quantised"):
+        load_streamed(family, tmp_path, CPU, torch.float32)
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_said(folder, family, make_batch, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "transformer")
+    streamed = load_streamed(family, copied, CPU, torch.float32)
+    for path in copied.glob("*.safetensors"):
+        os.truncate(path, 10_000)
+    with pytest.raises(UsageError, match="cut short"):
+        streamed(**make_batch().inputs)
 
 
 def test_a_folder_without_all_tensors_is_refused(family, folder, tmp_path):

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -24,11 +25,14 @@ SHARDED = "sharded.json"  # beside the folders of sharded checkpoints: which of 
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints as all else here: beside their final name, then renamed."""
+    """Writes checkpoints as all else here: beside their final name, then renamed; and never whole in memory first."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(Path(path)) as temporary:
-            super().save_checkpoint(checkpoint, temporary, storage_options)
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as handle:
+            try:
+                torch.save(checkpoint, handle)
+            except RuntimeError as error:  # torch's own end of a file that could not be written
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 class Replicated(DDPStrategy):
