@@ -218,12 +218,13 @@ def still(*blocks: nn.Module) -> Iterator[None]:
 
 
 def _give_freed_memory_back() -> None:
-    """Have glibc return the memory of every large tensor when it goes.
+    """Have glibc return the memory of every tensor of some size when it goes.
 
     By itself it raises the size from which it does so to that of what was freed: activations then lie in pieces between
-    smaller things, and a stage's peak was seen to be half as much again, differently in every run.
+    smaller things, and a stage's peak was seen to be half as much again, differently in every run. The size it starts
+    with stays, once it is set.
     """
-    m_mmap_threshold, size = -3, 1 << 20
+    m_mmap_threshold, size = -3, 128 << 10
     with suppress(AttributeError, OSError):  # not glibc's
         ctypes.CDLL(None).mallopt(m_mmap_threshold, size)
 
