@@ -14,8 +14,8 @@ import yaml
 from ppcl.benchmarks.shapes import evaluation_scenes, score, to_pixels
 from ppcl.cli import conf_dir
 from ppcl.config import register_schema
-from ppcl.stages.drawing import draw, given_pictures
-from ppcl.stages.run import Run
+from ppcl.context import Run
+from ppcl.pictures.drawing import draw, given_pictures
 from ppcl.validation import parse
 
 SEEDS = (10, 11, 12)
@@ -50,7 +50,7 @@ def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
         numbers = range(start, min(start + size, len(scenes)))
         prompts = [scenes[number].caption for number in numbers]
         given = [given_pictures(run, scenes[number]) for number in numbers]
-        images += [to_pixels(image) for image in draw(run, run.pipeline, prompts, numbers, given)]
+        images += [to_pixels(image) for image in draw(run, run.teacher.pipeline, prompts, numbers, given)]
     return score(scenes, images)
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 from common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv  # noqa: E402
 
 from ppcl.report import plots  # noqa: E402
-from ppcl.stages.budget import velocity_error  # noqa: E402
+from ppcl.variants.costs import velocity_error  # noqa: E402
 
 PER_CATEGORY = 5  # 90 pictures a removal over the seeds, thousands a curve
 STACK = "transformer_blocks"
@@ -46,9 +46,9 @@ def main() -> None:
     rows = []
     for seed in SEEDS:
         run = make_run(f"figure2/{seed}", "trainer=cpu", f"seed={seed}", "generate.batch_size=60")
-        transformer = run.pipeline.transformer
+        transformer = run.teacher.pipeline.transformer
         blocks = list(getattr(transformer, STACK))
-        stream = run.stream(seed, 64)
+        stream = run.data.stream(seed, 64)
         batches = [stream(step) for step in range(2)]
         with torch.no_grad():
             targets = [transformer(**batch.inputs)[0] for batch in batches]

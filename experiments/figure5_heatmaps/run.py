@@ -13,8 +13,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from common import SEEDS, make_run, write_csv  # noqa: E402
 
+from ppcl.methods.similarity import similarity_maps  # noqa: E402
 from ppcl.report import plots  # noqa: E402
-from ppcl.stages.detect import similarity_maps  # noqa: E402
 
 TOP_CHANNELS = 2  # of 64: what massive activations would hide in
 
@@ -26,11 +26,11 @@ def main() -> None:
         run = make_run(
             f"figure5/{seed}", "trainer=cpu", f"data.calibration_seed={seed}", "model.path=embedded:tiny_qwen_image"
         )
-        stream = run.stream(seed, 16)
+        stream = run.data.stream(seed, 16)
         for top in (0, TOP_CHANNELS):
             tables: dict[str, list[torch.Tensor]] = {}
             for batch in stream.calibration(16, 8):
-                found = similarity_maps(run.family, run.pipeline.transformer, batch, top_channels=top)
+                found = similarity_maps(run.family, run.teacher.pipeline.transformer, batch, top_channels=top)
                 for name, table in found.items():
                     tables.setdefault(name, []).append(torch.tensor(table))
             for name, parts in tables.items():

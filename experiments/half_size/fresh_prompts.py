@@ -10,7 +10,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv  # noqa: E402
 
-from ppcl.stages.variants import Switch, variants_of  # noqa: E402
+from ppcl.variants.switch import Switch  # noqa: E402
+from ppcl.variants.variants import variants_of  # noqa: E402
 
 EVAL_SEEDS = tuple(int(seed) for seed in sys.argv[1:]) or (5, 6, 7)
 PER_CATEGORY = 60

@@ -21,12 +21,13 @@ from peft import LoraConfig  # noqa: E402
 from peft.utils import get_peft_model_state_dict  # noqa: E402
 
 from ppcl.benchmarks.shapes import evaluation_scenes, to_pixels  # noqa: E402
-from ppcl.data import shapes  # noqa: E402
 from ppcl.data.streams import ShapesStream  # noqa: E402
+from ppcl.data.worlds import shapes  # noqa: E402
 from ppcl.ops import flow_matching  # noqa: E402
-from ppcl.stages.drawing import draw  # noqa: E402
-from ppcl.stages.variants import Switch, variants_of  # noqa: E402
+from ppcl.pictures.drawing import draw  # noqa: E402
 from ppcl.surgery.remap import SOURCES, map_blocks  # noqa: E402
+from ppcl.variants.switch import Switch  # noqa: E402
+from ppcl.variants.variants import variants_of  # noqa: E402
 
 RANK, STEPS, BATCH, LR = 8, 300, 32, 2e-3
 DARK = 60  # in place of shapes.BACKGROUND, 235
@@ -52,13 +53,13 @@ class DarkStream(ShapesStream):
 
 def train_lora(run: Any) -> dict[str, torch.Tensor]:
     """A LoRA of all attention and MLP layers of the teacher, by flow matching on dark pictures."""
-    transformer = run.pipeline.transformer
+    transformer = run.teacher.pipeline.transformer
     torch.manual_seed(0)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2"]
     transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR)
-    stream = DarkStream(run.family, run.pipeline, run.config.data, 100, BATCH)
+    stream = DarkStream(run.family, run.teacher.pipeline, run.config.data, 100, BATCH)
     for step in range(STEPS):
         batch = stream(step)
         loss = (transformer(**batch.inputs)[0] - batch.target).square().mean()
@@ -77,11 +78,11 @@ def look(
     run: Any, held_out: list[Any], target: list[torch.Tensor] | None
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
     """Error of the velocity against `target`, and brightness of the background; the detector is blind at night."""
-    transformer = run.pipeline.transformer
+    transformer = run.teacher.pipeline.transformer
     with torch.no_grad():
         velocity = [transformer(**batch.inputs)[0] for batch in held_out]
     scenes = evaluation_scenes(run.config.data.eval_seed, PER_CATEGORY)
-    pictures = [to_pixels(p) for p in draw(run, run.pipeline, [s.caption for s in scenes], range(len(scenes)))]
+    pictures = [to_pixels(p) for p in draw(run, run.teacher.pipeline, [s.caption for s in scenes], range(len(scenes)))]
     found = {"background": float(np.mean([np.median(picture) for picture in pictures]))}
     if target is not None:
         error = sum((a - b).square().sum().item() for a, b in zip(velocity, target, strict=True))
@@ -96,12 +97,12 @@ def main() -> None:
     for seed in SEEDS:
         run = make_run(f"half_size/{seed}", "experiment=half_size", f"data.train_seed={seed}", "trainer.compile=false")
         state = state or train_lora(run)
-        stream = DarkStream(run.family, run.pipeline, run.config.data, 101, 64)
+        stream = DarkStream(run.family, run.teacher.pipeline, run.config.data, 101, 64)
         held_out = [stream(step) for step in range(3)]
         plain, _ = look(run, held_out, None)
-        run.pipeline.load_lora_weights(dict(state))
+        run.teacher.pipeline.load_lora_weights(dict(state))
         whole, target = look(run, held_out, None)
-        run.pipeline.unload_lora_weights()
+        run.teacher.pipeline.unload_lora_weights()
         if seed == SEEDS[0]:
             rows.append({"model": "teacher", "seed": seed, "source": "none", "velocity_error": "", **plain})
             rows.append({"model": "teacher", "seed": seed, "source": "its own", "velocity_error": 0.0, **whole})
@@ -113,10 +114,10 @@ def main() -> None:
                 if source != "none":
                     modules, board = dict(transformer.named_modules()), switch.board
                     mapped = map_blocks(state, modules, board.kept, board.removed_intervals, source=source)
-                    run.pipeline.load_lora_weights(mapped.state)
+                    run.teacher.pipeline.load_lora_weights(mapped.state)
                 found, _ = look(run, held_out, target)
                 if source != "none":
-                    run.pipeline.unload_lora_weights()
+                    run.teacher.pipeline.unload_lora_weights()
                 rows.append({"model": variant.name, "seed": seed, "source": source, **found})
                 print(rows[-1], flush=True)
         switch.restore()

@@ -17,14 +17,15 @@ sys.path.insert(0, str(HERE.parent))
 
 from common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv  # noqa: E402
 
-from ppcl.artifacts import read_json  # noqa: E402
+from ppcl.artifacts.files import read_json  # noqa: E402
 from ppcl.benchmarks.shapes import to_pixels  # noqa: E402
+from ppcl.context import Run  # noqa: E402
 from ppcl.export.quantized import split_linears, torchao_config, weight_bytes  # noqa: E402
-from ppcl.stages.drawing import draw  # noqa: E402
+from ppcl.export.rounding import round_linears  # noqa: E402
+from ppcl.pictures.drawing import draw  # noqa: E402
 from ppcl.stages.quantize import quantize  # noqa: E402
-from ppcl.stages.rounding import round_linears  # noqa: E402
-from ppcl.stages.run import Run  # noqa: E402
-from ppcl.stages.variants import Switch, variants_of  # noqa: E402
+from ppcl.variants.switch import Switch  # noqa: E402
+from ppcl.variants.variants import variants_of  # noqa: E402
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -56,7 +57,7 @@ def to_own_inputs(layers: Any, moments: Any, **settings: Any) -> None:
 
 
 def velocities(run: Run, model: Any) -> torch.Tensor:
-    stream = run.stream(run.config.data.calibration_seed, 32)
+    stream = run.data.stream(run.config.data.calibration_seed, 32)
     with torch.no_grad():
         return torch.cat([model(**stream(1000 + step).inputs)[0] for step in range(HELD_OUT)]).double()
 
@@ -64,7 +65,7 @@ def velocities(run: Run, model: Any) -> torch.Tensor:
 def pictures(run: Run) -> np.ndarray:
     """60 pictures `[60, H, W, 3]` in [0, 1] of the pipeline as it is, with the same noise whatever the model."""
     scenes = run.scenes[:: len(run.scenes) // 60][:60]
-    images = draw(run, run.pipeline, [scene.caption for scene in scenes], range(60))
+    images = draw(run, run.teacher.pipeline, [scene.caption for scene in scenes], range(60))
     return np.stack([np.asarray(to_pixels(image), dtype=float) / 255 for image in images])
 
 
@@ -77,7 +78,7 @@ def measure(base: str, seed: int, names: tuple[str, ...]) -> list[dict[str, Any]
     switch = Switch(run, plugs)
     switch(variant)
     whole = switch.finetuned if variant.finetuned else switch.board.standalone()
-    run.pipeline.transformer = whole
+    run.teacher.pipeline.transformer = whole
     wanted, drawn = velocities(run, whole), pictures(run)
     before = read_json(run.folder / "scores" / f"{base}.json", "The scores")["scores"]["overall"]
     facts = {"model": "teacher" if base == "teacher" else "half size", "seed": seed}
@@ -93,7 +94,7 @@ def measure(base: str, seed: int, names: tuple[str, ...]) -> list[dict[str, Any]
         config = torchao_config(settings.scheme, settings.group_size, [*skipped, *undivided])
         quantize(run, model, chosen, config, to_own_inputs if OWN in overrides else round_linears)
         seconds = time.process_time() - start
-        run.pipeline.transformer = model
+        run.teacher.pipeline.transformer = model
         found = velocities(run, model)
         velocity = ((found - wanted).square().sum() / wanted.square().sum()).item()
         distances = np.square(pictures(run) - drawn).mean(axis=(1, 2, 3))

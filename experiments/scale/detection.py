@@ -18,12 +18,13 @@ from scale.measure import in_turns, speedup
 from scale.models import STACK
 from torch import Tensor, nn
 
-from ppcl.artifacts import Interval, Probes
+from ppcl.artifacts.plan import Interval
+from ppcl.artifacts.probes import Probes
+from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.methods.base import Teacher
 from ppcl.methods.ppcl import Ppcl, find_intervals
 from ppcl.ops.cka import centre, cka
-from ppcl.stages.run import Run
 from ppcl.taps import BlockCall, Streams, observe
 
 ROUNDS = 3
@@ -52,7 +53,7 @@ class Surrogates:
 
     def __init__(self, run: Run, probes: Probes, batches: list[TrainingBatch]) -> None:
         self.family, self.batches = run.family, batches
-        self.model: Any = run.pipeline.transformer
+        self.model: Any = run.teacher.pipeline.transformer
         self.blocks = list(getattr(self.model, STACK))
         self.probes = [ProbeBlock(probes, index) for index in range(len(self.blocks))]
 
@@ -100,15 +101,15 @@ def figures(tiny: bool) -> dict[str, Any]:
     run_stages(run, "probe")
     config, probes = run.config.method, Probes.load(run.probe_folder)
     samples, timesteps = (2, 2) if tiny else (config.num_samples, TIMESTEPS)
-    batches = list(run.stream(run.config.data.calibration_seed, config.batch_size).calibration(samples, timesteps))
-    surrogates, count = Surrogates(run, probes, batches), len(run.pipeline.transformer.transformer_blocks)
+    batches = list(run.data.stream(run.config.data.calibration_seed, config.batch_size).calibration(samples, timesteps))
+    surrogates, count = Surrogates(run, probes, batches), len(run.teacher.pipeline.transformer.transformer_blocks)
     intervals: dict[str, list[Interval]] = {}
 
     def walk(curve: Callable[[int, int], float]) -> list[Interval]:
         return find_intervals(lambda u, k: 1.0 if u == k else curve(u, k), count, config)
 
     def ours() -> list[Interval]:
-        teacher = Teacher(run.family, run.pipeline.transformer, lambda: batches, lambda: probes)
+        teacher = Teacher(run.family, run.teacher.pipeline.transformer, lambda: batches, lambda: probes)
         return Ppcl(config).detect(teacher).intervals[STACK]
 
     def forwards() -> list[Interval]:

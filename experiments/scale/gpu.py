@@ -30,15 +30,16 @@ from common import make_run  # noqa: E402
 from scale.measure import StepTimes, fit, weight_bytes  # noqa: E402
 from scale.streaming import write_teacher  # noqa: E402
 
-from ppcl.artifacts import Intervals, read_json, write_json  # noqa: E402
+from ppcl.artifacts.files import read_json, write_json  # noqa: E402
+from ppcl.artifacts.plan import Intervals  # noqa: E402
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb  # noqa: E402
 from ppcl.config import DistillConfig  # noqa: E402
+from ppcl.context import Run  # noqa: E402
 from ppcl.data.batches import TrainingBatch  # noqa: E402
+from ppcl.distill.depth import DepthDistillation  # noqa: E402
 from ppcl.layers import kept_layers  # noqa: E402
-from ppcl.stages.depth import DepthDistillation  # noqa: E402
-from ppcl.stages.run import Run  # noqa: E402
-from ppcl.stages.training import compiled  # noqa: E402
 from ppcl.streaming import load_streamed  # noqa: E402
+from ppcl.training.loop import compiled  # noqa: E402
 
 CAP = 24 * 2**30
 REPEATS = 20
@@ -85,7 +86,7 @@ class Bench:
         """The same in files of which two blocks at a time are on the device; they stay for the next call."""
         assert self.folder is not None
         write_teacher(self.folder, run.config.model.arch)
-        return load_streamed(run.family, self.folder / "transformer", self.device, run.dtype)
+        return load_streamed(run.family, self.folder / "transformer", self.device, run.teacher.dtype)
 
     def pruned(self, run: Run, intervals: Intervals, width: bool = False) -> Any:
         """What these intervals, and the run's width sets, leave of it."""
@@ -98,7 +99,7 @@ class Bench:
             stack: {kind: sorted(kept[stack].index(index) for index in sets[kind]) for kind in ("text", "ffn")}
             for stack, sets in run.width.items()
         }
-        return self.model(run, family.pruned_transformer_class, config | family.pruned_config(places, run.layout))
+        return self.model(run, family.width.transformer_class, config | family.width.config(places, run.layout))
 
     def batch(self, run: Run) -> TrainingBatch:
         """One picture and prompt; no token is padding."""

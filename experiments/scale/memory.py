@@ -11,8 +11,8 @@ from scale.models import STACK, Size, make_batch, make_teacher
 from scale.steps import WAYS, make_module
 
 from ppcl.benchmarks.efficiency import LiveBytes
-from ppcl.families import get_family
-from ppcl.stages.probe import fit_probes
+from ppcl.families.registry import get_family
+from ppcl.methods.probes import fit_probes
 
 BLOCKS = (20, 40, 60)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from ppcl.artifacts import Interval
+from ppcl.artifacts.plan import Interval
 from ppcl.data.batches import TrainingBatch
-from ppcl.families import get_family
+from ppcl.families.registry import get_family
 
 STACK = "transformer_blocks"
 CHANNELS, TEXT_WIDTH, HEAD = 64, 256, 64

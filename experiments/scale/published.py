@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from ppcl.data.batches import TrainingBatch
-from ppcl.stages.depth import DepthDistillation
-from ppcl.stages.local import Terms
+from ppcl.distill.depth import DepthDistillation
+from ppcl.distill.local import Terms
 from ppcl.taps import BlockCall, Streams, observe
 
 
@@ -49,12 +49,12 @@ class PublishedDistillation(DepthDistillation):
             with torch.enable_grad():
                 if call.key in starts:
                     pair = self.pairs[starts[call.key]]
-                    direct = self._call_student(*pair, call.kwargs)
+                    direct = self._call_student(*pair, call.kwargs, batch.inputs)
                     if not chained:
                         chained = direct
                     else:
                         streams = {"hidden_states": chained["image"], "encoder_hidden_states": chained["text"]}
-                        chained = self._call_student(*pair, call.kwargs | streams)
+                        chained = self._call_student(*pair, call.kwargs | streams, batch.inputs)
                 if call.key in ends:
                     terms = {name: plain_loss(direct[name], t, masks[name]) for name, t in call.outputs.items()}
                     logged.append(terms | {"loss": terms["text"] + terms["image"]})

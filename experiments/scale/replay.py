@@ -19,7 +19,8 @@ from scale.measure import in_turns, speedup
 from scale.models import STACK
 from scale.published import PublishedDistillation
 
-from ppcl.artifacts import load_plugs, read_json
+from ppcl.artifacts.files import read_json
+from ppcl.artifacts.plugs import load_plugs
 from ppcl.stages import depth
 
 ROUNDS = 3
@@ -38,7 +39,7 @@ def prepare(way: str, overrides: tuple[str, ...], steps: int) -> Any:
     quiet = ("trainer.progress=false", "logger=none", f"paths.cache_dir={FOLDER}/cache")
     run = make_run(f"bench/boundaries/{way}", *settings, *quiet, *overrides)
     run.console.quiet = True
-    assert run.pipeline
+    assert run.teacher.pipeline
     return run
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parent))
 from common import write_csv  # noqa: E402
 from scale import detection, memory, replay, steps, streaming  # noqa: E402
 
-from ppcl.artifacts import read_json, write_json  # noqa: E402
+from ppcl.artifacts.files import read_json, write_json  # noqa: E402
 
 OUTPUT = Path("runs/bench/bench.json")
 # By what `--only` calls it: a function of `tiny` that returns figures by name.

@@ -13,12 +13,12 @@ from scale.measure import StepTimes, fit, in_turns, speedup, step_memory_mb, wei
 from scale.models import INTERVALS, STACK, TINY, TINY_INTERVALS, Size, make_batch, make_teacher
 from scale.published import PublishedDistillation
 
-from ppcl.artifacts import Interval
+from ppcl.artifacts.plan import Interval
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
-from ppcl.families import get_family
-from ppcl.stages.depth import DepthDistillation
-from ppcl.stages.training import compiled
+from ppcl.distill.depth import DepthDistillation
+from ppcl.families.registry import get_family
+from ppcl.training.loop import compiled
 
 ROUNDS, STEPS = 3, 2  # turns of each way, and timed steps of a turn
 UNIT = "seconds a step"

@@ -20,10 +20,12 @@ import torch
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
-from ppcl.artifacts import Header, write_json, write_tensors
+from ppcl.artifacts.files import write_json
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.tensors import write_tensors
 from ppcl.cli import conf_dir
 from ppcl.data.cached import EMPTY, unit_record
-from ppcl.families.tiny_qwen_image import build_pipeline
+from ppcl.families.qwen_image.tiny import build_pipeline
 
 HERE = Path(__file__).parent
 QUIET = ["trainer=cpu", "trainer.progress=false", "logger=none"]

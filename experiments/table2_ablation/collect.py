@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from common import mean_and_spread, write_csv  # noqa: E402
 
-from ppcl.data.shapes import CATEGORIES  # noqa: E402
+from ppcl.data.worlds.shapes import CATEGORIES  # noqa: E402
 from ppcl.report import plots  # noqa: E402
 
 # The paper's order; each row adds to the one before it, from `dp` on.

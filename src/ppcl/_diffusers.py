@@ -14,28 +14,22 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from typing import Any
 
-MODELS = (
-    "autoencoder_pixel_unshuffle",
-    "processing_pictures",
-    "transformer_dit_pruned",
-    "transformer_flux_pruned",
-    "transformer_qwen_image_pruned",
-)
+from ppcl.families.registry import component_classes
 
 
-class _Model:
-    """A module of `ppcl.models` that is imported when something is asked of it."""
+class _Module:
+    """A module that is imported when something is asked of it."""
 
     def __init__(self, name: str) -> None:
-        self._name = f"ppcl.models.{name}"
+        self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(import_module(self._name), attribute)
 
 
 def _register() -> None:
-    for name in MODELS:
-        setattr(sys.modules["diffusers.pipelines"], name, _Model(name))
+    for module in component_classes().values():
+        setattr(sys.modules["diffusers.pipelines"], module.rpartition(".")[2], _Module(module))
     _guard_loras()
 
 

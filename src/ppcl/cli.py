@@ -16,7 +16,7 @@ from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import is_first, launched
 
 if TYPE_CHECKING:
-    from ppcl.stages.run import Run
+    from ppcl.context import Run
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -50,13 +50,14 @@ def execute(raw: Any, folder: Path) -> None:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from ppcl.artifacts import atomic_path
-    from ppcl.stages.run import Run
+    from ppcl.artifacts.files import atomic_path
     from ppcl.validation import parse
 
     shared = _meet(raw)
     with shared():
         config = parse(raw)
+    from ppcl.context import Run  # loads torch, which a refused command is spared
+
     silent = config.strategy.kind != "single" and not is_first()
     run = Run(config, folder, Console(quiet=True) if silent else None)
     if silent:
@@ -90,9 +91,8 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
 
 def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
     """One after the other; what is neither a training nor divides by itself the first rank does for all."""
-    from ppcl.config import STAGE_ORDER
+    from ppcl.stages import STAGES
     from ppcl.validation.pruning import budget_of
-    from ppcl.validation.strategy import TRAINED
 
     config = run.config
     if set(config.stages) != {"plan"} or budget_of(config):  # counting needs neither library's pipelines
@@ -101,10 +101,10 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
         import torch
 
         torch.set_num_threads(config.trainer.num_threads)
-    for stage in sorted(set(config.stages), key=STAGE_ORDER.index):
-        run.enter(stage)
+    for stage in sorted(set(config.stages), key=list(STAGES).index):
+        run.teacher.enter(stage)
         with shared():
-            if config.strategy.kind == "single" or stage in (*TRAINED, "cache") or is_first():
+            if config.strategy.kind == "single" or STAGES[stage].ranks != "first" or is_first():
                 import_module(f"ppcl.stages.{stage}").run(run)
 
 

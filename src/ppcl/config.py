@@ -7,25 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGE_ORDER = (
-    "pretrain",
-    "cache",
-    "probe",
-    "detect",
-    "boundaries",
-    "depth",
-    "import_published",
-    "width",
-    "plan",
-    "finetune",
-    "export",
-    "quantize",
-    "remap_lora",
-    "generate",
-    "evaluate",
-    "report",
-)
-BUILDERS = ("tiny_qwen_image", "tiny_qwen_image_edit", "tiny_qwen_image_edit_2509", "tiny_flux", "tiny_dit")
+from ppcl.stages import help_lines
+
 VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
 STORED_VARIANTS = (*VARIANTS, "ppcl-quantized")  # the last needs a folder of a stage that few runs have
 
@@ -433,7 +416,9 @@ class Config:
 
 
 def register_schema() -> None:
-    """Make `Config` the root that `conf/config.yaml` fills, so that Hydra knows every key and type."""
+    """Make `Config` the root that `conf/config.yaml` fills, and the table of stages known to the help text."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("ppcl_stages", help_lines, replace=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ppcl.artifacts import Interval
+from ppcl.artifacts.plan import Interval
 from ppcl.errors import UsageError
 
 

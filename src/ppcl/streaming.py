@@ -23,7 +23,7 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ppcl.artifacts import check_safetensors, read_json
+from ppcl.artifacts.files import check_safetensors, read_json
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 

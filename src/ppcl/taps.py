@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -16,11 +16,34 @@ from torch import Tensor, nn
 
 from ppcl.errors import UsageError
 
-if TYPE_CHECKING:
-    from ppcl.families.base import Family
-
 Streams = dict[str, Tensor]
 BlockKey = tuple[str, int]
+
+
+class Tapped(Protocol):
+    """The part of a family that taps need: where the blocks are, and which tensors of a call are streams."""
+
+    @property
+    def stacks(self) -> Mapping[str, str]: ...
+
+    def blocks(self, transformer: nn.Module) -> dict[BlockKey, nn.Module]: ...
+
+    def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams: ...
+
+    def streams_out(self, stack: str, output: Any, inputs: Mapping[str, Any]) -> Streams: ...
+
+
+def stack_of(transformer: nn.Module, stack: str) -> nn.ModuleList:
+    """The block list at the path `stack`, such as `transformer_blocks` or `encoder.blocks`."""
+    blocks = transformer.get_submodule(stack)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def replace_stack(transformer: nn.Module, stack: str, blocks: nn.ModuleList) -> None:
+    """Put `blocks` in the place of the block list at the path `stack`."""
+    owner, _, name = stack.rpartition(".")
+    setattr(transformer.get_submodule(owner), name, blocks)
 
 
 @dataclass
@@ -43,25 +66,29 @@ class StopForward(Exception):  # noqa: N818 - control flow, not an error
 
 
 @contextmanager
-def _hooked(family: Family, transformer: nn.Module, on_block: Callable[[BlockCall], None]) -> Iterator[None]:
-    def tap(stack: str, index: int) -> Callable:
+def _hooked(
+    family: Tapped,
+    transformer: nn.Module,
+    inputs_now: Callable[[], Mapping[str, Any]],
+    on_block: Callable[[BlockCall], None],
+) -> Iterator[None]:
+    """Call `on_block` after each block; `inputs_now` gives the inputs of the forward that is running."""
+
+    def tap(stack: str, index: int, block: nn.Module) -> Callable:
+        signature = inspect.signature(block.forward)
+
         def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if args:  # gradient checkpointing passes positions
-                kwargs = {**signatures[stack, index].bind(*args, **kwargs).arguments}
-            inputs = family.streams_in(stack, kwargs)
-            on_block(BlockCall(stack, index, kwargs, inputs, family.streams_out(stack, output)))
+            if args:  # many models pass arguments by position, and so does gradient checkpointing
+                kwargs = {**signature.bind(*args, **kwargs).arguments}
+            inputs = inputs_now()
+            before = family.streams_in(stack, kwargs, inputs)
+            on_block(BlockCall(stack, index, kwargs, before, family.streams_out(stack, output, inputs)))
 
         return hook
 
-    signatures = {
-        (stack, index): inspect.signature(block.forward)
-        for stack in family.stacks
-        for index, block in enumerate(getattr(transformer, stack))
-    }
     handles = [
-        block.register_forward_hook(tap(stack, index), with_kwargs=True)
-        for stack in family.stacks
-        for index, block in enumerate(getattr(transformer, stack))
+        block.register_forward_hook(tap(stack, index, block), with_kwargs=True)
+        for (stack, index), block in family.blocks(transformer).items()
     ]
     try:
         yield
@@ -71,7 +98,7 @@ def _hooked(family: Family, transformer: nn.Module, on_block: Callable[[BlockCal
 
 
 def observe(
-    family: Family,
+    family: Tapped,
     transformer: nn.Module,
     inputs: dict[str, Any],
     on_block: Callable[[BlockCall], None],
@@ -88,7 +115,7 @@ def observe(
         if call.key == last:
             raise StopForward
 
-    with _hooked(family, transformer, watch):
+    with _hooked(family, transformer, lambda: inputs, watch):
         try:
             return transformer(**inputs)[0]
         except StopForward:
@@ -115,7 +142,7 @@ def _check_room(call: BlockCall, more: int, size_keys: str) -> None:
 
 
 def observe_abreast(
-    family: Family,
+    family: Tapped,
     transformer: nn.Module,
     inputs: Sequence[dict[str, Any]],
     *,
@@ -141,7 +168,8 @@ def observe_abreast(
         getcurrent().parent.switch(call)
 
     strands = [greenlet(partial(forward, number)) for number in range(len(inputs))]
-    with _hooked(family, transformer, rest):
+    running = dict(zip(strands, inputs, strict=True))
+    with _hooked(family, transformer, lambda: running[getcurrent()], rest):
         try:
             while not all(strand.dead for strand in strands):
                 for number, strand in enumerate(strands):

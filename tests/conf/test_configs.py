@@ -8,18 +8,19 @@ import yaml
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from ppcl.config import STAGE_ORDER, register_schema
+from ppcl.config import register_schema
 from ppcl.errors import UsageError
-from ppcl.families import get_family
-from ppcl.families.tiny_qwen_image import build_pipeline
+from ppcl.families.qwen_image.tiny import build_pipeline
+from ppcl.families.registry import get_family
 from ppcl.layers import Layout
-from ppcl.planner import Unit, choose
+from ppcl.stages import STAGES
 from ppcl.surgery.count import count_parameters
 from ppcl.validation import parse
 from ppcl.validation.model import model_folder, num_layers
 from ppcl.validation.outputs import read_prompts
 from ppcl.validation.pruning import resolve_intervals, resolve_width
 from ppcl.validation.strategy import resolve_precision
+from ppcl.variants.planner import Unit, choose
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
@@ -101,7 +102,7 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
     raw = compose("config", overrides, return_hydra_config=group == "hydra/help")
     if group == "hydra/help":
         assert raw.hydra.help.app_name == content["app_name"]
-        assert all(f"{stage:9} " in raw.hydra.help.template for stage in STAGE_ORDER)
+        assert all(f"{stage:9} " in raw.hydra.help.template for stage in STAGES)
         return
     config = parse(raw)
     # What the file says is what the run sees: no default or other group silently wins.
@@ -111,7 +112,7 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
     for key, value in content.items():
         if key not in {"defaults", *found_in_the_folder} and not isinstance(value, dict) and "${" not in str(value):
             assert getattr(section, key) == value, key
-    assert set(config.stages) <= set(STAGE_ORDER)
+    assert set(config.stages) <= set(STAGES)
 
 
 def test_the_demo_distils_small_and_goes_all_the_way(auto):

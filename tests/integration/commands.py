@@ -126,7 +126,7 @@ def modified(*folders: Path) -> dict[str, int]:
 
 def plug_tensors(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's plugs."""
-    from ppcl.artifacts import load_plugs
+    from ppcl.artifacts.plugs import load_plugs
 
     plugs = load_plugs(run / "plugs")
     return {f"{name}/{key}": value for name, plug in plugs.items() for key, value in plug.state_dict.items()}

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder with an untrained transformer: every stage is as real as on a trained one."""
-    from ppcl.families.tiny_qwen_image import build_pipeline
+    from ppcl.families.qwen_image.tiny import build_pipeline
 
     folder = tmp_path_factory.mktemp("teacher") / "pipeline"
     build_pipeline(0, NUM_LAYERS).save_pretrained(folder)

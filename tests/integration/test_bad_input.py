@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppcl, ppcl_process, succeed
 
-from ppcl.artifacts import Header, fingerprint
+from ppcl.artifacts.headers import Header, fingerprint
 
 GIVEN = "width.source=given"
 TEXT, FFN = "width.transformer_blocks.text=[{}]", "width.transformer_blocks.ffn=[{}]"

@@ -18,9 +18,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ppcl.config import DataConfig
-from ppcl.data import shapes
 from ppcl.data.cached import CachedStream, read_entries
-from ppcl.families import get_family
+from ppcl.data.worlds import shapes
+from ppcl.families.registry import get_family
 
 SHARDS, PER_SHARD = 3, 20
 BAD = ("no caption", "no picture", "does not decode", "below data.min_text_accuracy", "its .json is none")
@@ -255,7 +255,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
 
 
 def test_a_cache_of_other_encoders_is_refused(command: list[str], cached: Path, tmp_path: Path) -> None:
-    from ppcl.families.tiny_qwen_image import build_pipeline
+    from ppcl.families.qwen_image.tiny import build_pipeline
 
     build_pipeline(5, 6).save_pretrained(tmp_path / "other")
     settings = [a for a in command if not a.startswith(("data.path", "model.path"))]

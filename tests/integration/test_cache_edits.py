@@ -16,11 +16,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ppcl.config import DataConfig, SamplingConfig
-from ppcl.data import edits, shapes
 from ppcl.data.cached import CachedStream, emptied, read_entries
-from ppcl.families import FAMILIES, get_family
-from ppcl.families import tiny_qwen_image_edit as one_picture
-from ppcl.families import tiny_qwen_image_edit_2509 as two_pictures
+from ppcl.data.worlds import edits, shapes
+from ppcl.families.qwen_image_edit import tiny as one_picture
+from ppcl.families.qwen_image_edit import tiny_2509 as two_pictures
+from ppcl.families.registry import FAMILIES, get_family
 
 BUILDERS = {"qwen_image_edit": one_picture, "qwen_image_edit_2509": two_pictures}
 SIDE, SAMPLES = 1024, 24

@@ -10,7 +10,7 @@ import pytest
 from commands import NUM_LAYERS, NUM_PROMPTS, digests, modified, ppcl, succeed
 from PIL import Image
 
-from ppcl.data.shapes import CATEGORIES
+from ppcl.data.worlds.shapes import CATEGORIES
 
 KEYS = {"name", "num_layers", "params", "params_ratio", "scores", "drop_percent", "latency_ms", "peak_memory_mb"}
 

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from ppcl.export.single_file import read_metadata
+from ppcl.families.registry import builders
 
 SINGLE = "export.single_file=true"
 TEXT, FFN = "transformer_blocks.3.text", "transformer_blocks.1.ffn"
@@ -128,7 +129,7 @@ def other(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory:
     """The export command of a run with plugs of another family."""
     builder: str = request.param
     folder = tmp_path_factory.mktemp(builder)
-    import_module(f"ppcl.families.{builder}").build_pipeline(0, 3).save_pretrained(folder / "teacher")
+    import_module(builders()[builder]).build_pipeline(0, 3).save_pretrained(folder / "teacher")
     intervals = ["intervals.transformer_blocks=[[1,2]]"]
     if builder == "tiny_flux":
         intervals.append("intervals.single_transformer_blocks=[[0,1],[3,4]]")

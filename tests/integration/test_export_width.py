@@ -16,7 +16,8 @@ import torch
 from commands import INTERVALS, NUM_LAYERS, digests, ppcl, succeed
 
 import ppcl as package
-from ppcl.artifacts import load_projectors, read_tensors, write_tensors
+from ppcl.artifacts.plugs import load_projectors
+from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.errors import UsageError
 
 PROMPTS = ["a red circle", "two squares", "a blue cross left of a circle"]

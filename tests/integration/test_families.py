@@ -20,7 +20,7 @@ from PIL import Image
 import ppcl
 from ppcl.benchmarks.shapes import evaluation_scenes
 from ppcl.config import SamplingConfig
-from ppcl.families import get_family
+from ppcl.families.registry import builders, get_family
 
 NEAREST = Image.Resampling.NEAREST
 STAGES = "stages=[probe,detect,depth,width,plan,finetune,export,quantize,generate,evaluate,report]"
@@ -74,7 +74,7 @@ def chain(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory:
     builder: str = request.param
     layers, pruned = FAMILIES[builder]
     folder = tmp_path_factory.mktemp(builder)
-    import_module(f"ppcl.families.{builder}").build_pipeline(0, layers).save_pretrained(folder / "teacher")
+    import_module(builders()[builder]).build_pipeline(0, layers).save_pretrained(folder / "teacher")
     common = [*settings, f"model.path={folder / 'teacher'}", f"paths.runs_dir={folder}"]
     common.append("model.sampling.max_sequence_length=16")
     common += [override for override in pruned if override.startswith("model.")]
@@ -102,7 +102,7 @@ def test_what_loses_its_text_has_one_and_ffns_are_chosen_from_all_blocks(chain: 
     chosen = width["width"]
     family = get_family(width["family"])
     assert sum(len(sets["ffn"]) for sets in chosen.values()) == 2
-    assert {stack for stack, sets in chosen.items() if sets["text"]} == set(family.text_stacks)
+    assert {stack for stack, sets in chosen.items() if sets["text"]} == set(family.facts.text_stacks)
     errors = {(s, i): e for s, found in width["scores"].items() for i, e in found["ffn_error"].items()}
     least = sorted(errors, key=lambda key: errors[key])[:2]
     assert {(stack, str(index)) for stack, sets in chosen.items() for index in sets["ffn"]} == set(least)

@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 import ppcl as package
-from ppcl.families.tiny_dit import build_pipeline as build_dit
+from ppcl.families.dit.tiny import build_pipeline as build_dit
 from ppcl.surgery.remap import map_blocks
 
 PROMPT = "generate.prompt=a red circle"

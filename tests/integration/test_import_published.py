@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
 import ppcl as package
-from ppcl.artifacts import load_plugs, load_projectors
-from ppcl.families.tiny_qwen_image import build_pipeline
-from ppcl.models.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel
+from ppcl.artifacts.plugs import load_plugs, load_projectors
+from ppcl.families.qwen_image.tiny import build_pipeline
+from ppcl.families.qwen_image.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel
 
 STACK, WIDTH = "transformer_blocks", 64
 KEPT = [0, 1, 3, 5]  # what INTERVALS leave

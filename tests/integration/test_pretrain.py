@@ -47,7 +47,7 @@ def test_teacher_is_a_pipeline_folder(pretrained: Path) -> None:
 
 
 def test_weights_were_trained(pretrained: Path) -> None:
-    from ppcl.families.tiny_qwen_image import build_pipeline
+    from ppcl.families.qwen_image.tiny import build_pipeline
 
     drawn = build_pipeline(0, NUM_LAYERS).transformer.state_dict()
     trained = weights(pretrained)

@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from ppcl.export.quantized import num_bytes, torchao_config, weight_bytes
-from ppcl.families import get_family
+from ppcl.families.registry import get_family
 from ppcl.ops.losses import relative_error
 
 SETS = ["width.source=given", "width.transformer_blocks.text=[3,5]", "width.transformer_blocks.ffn=[1,3]"]

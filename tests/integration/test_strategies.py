@@ -23,7 +23,7 @@ import torch
 from commands import INTERVALS, REPOSITORY, assert_same_tensors, plug_tensors, ppcl, succeed
 from safetensors.torch import load_file
 
-from ppcl.artifacts import load_plugs, load_projectors
+from ppcl.artifacts.plugs import load_plugs, load_projectors
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 LONG = [INTERVALS, "stages=[depth]", "distill.steps=30", "distill.checkpoint_every=5"]

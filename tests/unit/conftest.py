@@ -6,9 +6,10 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from ppcl.data.batches import TrainingBatch
-from ppcl.families import get_family
 from ppcl.families.base import Family
-from ppcl.families.tiny_qwen_image import build_pipeline
+from ppcl.families.facts import FamilyFacts
+from ppcl.families.qwen_image.tiny import build_pipeline
+from ppcl.families.registry import get_family
 
 WIDTH = 64
 
@@ -89,48 +90,23 @@ class LinearTransformer(nn.Module):
 class LinearFamily(Family):
     """One stack, one stream, no padding."""
 
-    name = "linear"
     transformer_class = LinearTransformer
-    stacks = {"blocks": "num_layers"}
-    text_stacks = ()
-    first_block = 0
-    categories = ()
+
+    def __init__(self):
+        stacks = {"blocks": "num_layers"}
+        super().__init__(FamilyFacts("linear", "", "LinearTransformer", stacks, (), categories=()))
 
     def forward_inputs(self, latents, conditions, sigmas, size):
         return {"hidden_states": latents}
 
-    def encode_images(self, pipeline, images):
-        raise NotImplementedError
-
-    def encode_prompts(self, pipeline, prompts):
-        raise NotImplementedError
-
-    def streams_in(self, stack, kwargs):
+    def streams_in(self, stack, kwargs, inputs):
         return {"image": kwargs["hidden_states"]}
 
-    def streams_out(self, stack, output):
+    def streams_out(self, stack, output, inputs):
         return {"image": output}
 
     def masks(self, inputs):
         return {"image": None}
-
-    def sampling_arguments(self, sampling, batch_size):
-        return {}
-
-    def pruned_config(self, places, layout):
-        raise NotImplementedError
-
-    def width_roles(self, stack, text, ffn, num_layers, layout):
-        raise NotImplementedError
-
-    def prune_block(self, block, role, projectors):
-        raise NotImplementedError
-
-    def text_qkv_input(self, block, kwargs):
-        raise NotImplementedError
-
-    def with_text(self, kwargs, text, reference):
-        raise NotImplementedError
 
 
 @pytest.fixture(scope="session")

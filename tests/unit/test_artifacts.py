@@ -4,23 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppcl.artifacts import (
-    Header,
-    Plug,
-    Probes,
-    PruningPlan,
-    atomic_folder,
-    atomic_path,
-    check_safetensors,
-    fingerprint,
-    first_difference,
-    is_current,
-    load_plugs,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from ppcl.artifacts.files import atomic_folder, atomic_path, check_safetensors, read_json, write_json
+from ppcl.artifacts.headers import Header, fingerprint, first_difference, is_current
+from ppcl.artifacts.plan import PruningPlan
+from ppcl.artifacts.plugs import Plug, load_plugs
+from ppcl.artifacts.probes import Probes
+from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.errors import UsageError
 
 MADE_FROM = {"model": {"family": "qwen_image", "dtype": "float32"}, "probe": {"ridge": 1e-6, "num_batches": 4}}

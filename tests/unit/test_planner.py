@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from ppcl.planner import Overlap, Unit, choose, closure, frontier, total_saving
+from ppcl.variants.planner import Overlap, Unit, choose, closure, frontier, total_saving
 
 
 def instance(seed, most=8):

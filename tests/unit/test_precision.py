@@ -8,10 +8,10 @@ from trainers import train
 
 from ppcl.config import DistillConfig, FinetuneConfig
 from ppcl.data.batches import TrainingBatch
+from ppcl.distill.depth import DepthDistillation
+from ppcl.distill.finetune import FineTune
+from ppcl.distill.width import WidthDistillation, places
 from ppcl.layers import Layout
-from ppcl.stages.depth import DepthDistillation
-from ppcl.stages.finetune import FineTune
-from ppcl.stages.projectors import WidthDistillation, places
 
 STACK = "transformer_blocks"
 PAIRS = {STACK: [(0, 1), (2, 4)]}

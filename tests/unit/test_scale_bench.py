@@ -14,7 +14,7 @@ from scale.steps import block_passes, losses
 from trainers import train
 
 from ppcl.config import DistillConfig
-from ppcl.stages.depth import DepthDistillation
+from ppcl.distill.depth import DepthDistillation
 
 PAIRS = {STACK: TINY_INTERVALS}
 

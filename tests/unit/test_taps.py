@@ -37,7 +37,7 @@ def test_a_block_called_with_the_recorded_arguments_answers_alike(family, transf
     """This is what distillation relies on: `kwargs` are the whole input of a block."""
 
     def check(call):
-        again = family.streams_out(call.stack, transformer.transformer_blocks[call.index].forward(**call.kwargs))
+        again = family.streams_out(call.stack, transformer.transformer_blocks[call.index].forward(**call.kwargs), {})
         for stream, features in call.outputs.items():
             assert torch.equal(again[stream], features)
 

@@ -16,8 +16,17 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage, signal
 
-from ppcl.data.edits import Edit
-from ppcl.data.shapes import CATEGORIES, COLORS, IMAGE_SIZE, OBJECT_SIZE, TEMPLATES, Scene, SceneObject, make_scene
+from ppcl.data.worlds.edits import Edit
+from ppcl.data.worlds.shapes import (
+    CATEGORIES,
+    COLORS,
+    IMAGE_SIZE,
+    OBJECT_SIZE,
+    TEMPLATES,
+    Scene,
+    SceneObject,
+    make_scene,
+)
 
 if TYPE_CHECKING:
     from ppcl.families.base import Family

@@ -18,7 +18,8 @@ from lightning.fabric.utilities import move_data_to_device
 from safetensors import safe_open
 from torch import Tensor
 
-from ppcl.artifacts import check_safetensors, read_json, write_json, write_tensors
+from ppcl.artifacts.files import check_safetensors, read_json, write_json
+from ppcl.artifacts.tensors import write_tensors
 from ppcl.ops.losses import Average, own
 from ppcl.taps import Streams
 

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppcl.artifacts import check_safetensors, read_json, read_tensors
+from ppcl.artifacts.files import check_safetensors, read_json
+from ppcl.artifacts.tensors import read_tensors
 from ppcl.config import DataConfig
 from ppcl.data.streams import Stream
 from ppcl.errors import UsageError

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ppcl.config import DataConfig
-from ppcl.data import shapes
 from ppcl.data.batches import TrainingBatch, own_rows
+from ppcl.data.worlds import shapes
 from ppcl.families.base import Conditions, Family
 from ppcl.ops import flow_matching
 

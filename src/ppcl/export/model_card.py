@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts import read_json
+from ppcl.artifacts.files import read_json
+from ppcl.families.facts import APACHE
+from ppcl.families.registry import FAMILIES
 
 _CARD = """---
 {metadata}
@@ -62,21 +64,6 @@ _SINGLE_FILE = """ComfyUI loads the single `.safetensors` file that comes with t
 `models/diffusion_models`; text encoders and VAE are the base model's."""
 _COUNTED = "\nmusubi-tuner loads it too and must be told the number of blocks: `--num_layers {student_layers}`."
 
-_FLUX_DEV = {
-    "license": "other",
-    "license_name": "flux-1-dev-non-commercial-license",
-    "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
-}
-_APACHE = {"license": "apache-2.0"}
-# Of the models that a family is known by, FLUX.1 Lite included.
-_LICENSES = {
-    "qwen_image": _APACHE,
-    "qwen_image_edit": _APACHE,
-    "qwen_image_edit_2509": _APACHE,
-    "flux": _FLUX_DEV,
-    "dit": {"license": "cc-by-nc-4.0"},
-}
-
 
 class Code(str):
     """An argument that stands in a call as it is, without quotes."""
@@ -104,10 +91,10 @@ def license_of(family: str, base: str | None, folder: Path | None) -> dict[str, 
             return own
     record = None if folder is None else folder / "ppcl.json"
     if record is not None and record.is_file() and read_json(record, "The teacher").get("format") == "ppcl.teacher":
-        return dict(_APACHE)
+        return dict(APACHE)
     if base is not None and "schnell" in base.lower():
-        return dict(_APACHE)
-    return dict(_LICENSES.get(family, {}))
+        return dict(APACHE)
+    return dict(FAMILIES[family].licence)
 
 
 def _licence_in(card: Path, base: str | None) -> dict[str, str]:
@@ -132,7 +119,7 @@ def card_metadata(family: str, base: str | None, licence: Mapping[str, str]) -> 
 
     data: dict[str, Any] = {
         "library_name": "diffusers",
-        "pipeline_tag": "image-to-image" if "edit" in family else "text-to-image",
+        "pipeline_tag": "image-to-image" if FAMILIES[family].max_references else "text-to-image",
         **licence,
     }
     if base is not None:
@@ -166,7 +153,7 @@ def with_section(card: str, name: str, text: str) -> str:
 
 def single_file_section(family: str, student_layers: int) -> str:
     """How the single file is used; musubi-tuner knows Qwen-Image."""
-    counted = _COUNTED.format(student_layers=student_layers) if family.startswith("qwen_image") else ""
+    counted = _COUNTED.format(student_layers=student_layers) if FAMILIES[family].counts_blocks else ""
     return _SINGLE_FILE + counted
 
 

@@ -9,7 +9,7 @@ one. FLUX has the names of Black Forest Labs' own code, which fuses the QKV proj
 block's MLP input with them), and whose last modulation gives shift before scale, diffusers' after it.
 Both loaders skip keys they do not know, so a model that is pruned in width has no such file.
 
-Importing this loads no torch: `LAYOUTS` is asked before anything heavy is.
+Importing this loads no torch, since checks ask for layouts before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.artifacts import atomic_path, check_safetensors, read_json
+from ppcl.artifacts.files import atomic_path, check_safetensors, read_json
 from ppcl.errors import UsageError
+from ppcl.families.facts import SingleFile
+from ppcl.families.registry import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,96 +46,14 @@ class Part:
     swapped: bool = False
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a family's file is called in its metadata, the one class it can hold, and its names.
-
-    `special` is a key of the transformer's config, a value, and the architecture that this value makes it.
-    `outer` and, per stack, `blocks` map a module of the file to the diffusers modules that make it up; a name
-    that ends in `.scale` is a parameter. Without them names stay diffusers'.
-    """
-
-    architecture: str
-    implementation: str
-    transformer_class: str
-    special: tuple[str, bool, str] | None = None
-    outer: dict[str, tuple[str, ...]] | None = None
-    blocks: dict[str, tuple[str, dict[str, tuple[str, ...]]]] | None = None
-    swapped: tuple[str, ...] = ()
+def layouts() -> dict[str, SingleFile]:
+    """The layout of every family that ComfyUI knows, by the family's name."""
+    return {name: facts.single_file for name, facts in FAMILIES.items() if facts.single_file is not None}
 
 
-def _stream(name: str, query_key_value: tuple[str, str, str], norms: tuple[str, str], rest: tuple[str, ...]) -> dict:
-    """One stream of a dual-stream block; `rest` is its modulation, output projection and feed-forward."""
-    modulation, projection, feed_forward = rest
-    return {
-        f"{name}_mod.lin": (modulation,),
-        f"{name}_attn.qkv": query_key_value,
-        f"{name}_attn.norm.query_norm.scale": (norms[0],),
-        f"{name}_attn.norm.key_norm.scale": (norms[1],),
-        f"{name}_attn.proj": (projection,),
-        f"{name}_mlp.0": (f"{feed_forward}.net.0.proj",),
-        f"{name}_mlp.2": (f"{feed_forward}.net.2",),
-    }
-
-
-_FLUX = Layout(
-    "flux-1-dev",
-    "https://github.com/black-forest-labs/flux",
-    "FluxTransformer2DModel",
-    special=("guidance_embeds", False, "flux-1-schnell"),
-    outer={
-        "img_in": ("x_embedder",),
-        "txt_in": ("context_embedder",),
-        "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-        "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-        "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-        "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-        "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-        "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-        "final_layer.linear": ("proj_out",),
-        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    },
-    blocks={
-        "transformer_blocks": (
-            "double_blocks",
-            _stream(
-                "img",
-                ("attn.to_q", "attn.to_k", "attn.to_v"),
-                ("attn.norm_q.weight", "attn.norm_k.weight"),
-                ("norm1.linear", "attn.to_out.0", "ff"),
-            )
-            | _stream(
-                "txt",
-                ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-                ("attn.norm_added_q.weight", "attn.norm_added_k.weight"),
-                ("norm1_context.linear", "attn.to_add_out", "ff_context"),
-            ),
-        ),
-        "single_transformer_blocks": (
-            "single_blocks",
-            {
-                "modulation.lin": ("norm.linear",),
-                "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-                "linear2": ("proj_out",),
-                "norm.query_norm.scale": ("attn.norm_q.weight",),
-                "norm.key_norm.scale": ("attn.norm_k.weight",),
-            },
-        ),
-    },
-    swapped=("final_layer.adaLN_modulation.1",),
-)
-
-
-def _qwen(architecture: str, special: tuple[str, bool, str] | None = None) -> Layout:
-    return Layout(architecture, "https://github.com/QwenLM/Qwen-Image", "QwenImageTransformer2DModel", special)
-
-
-LAYOUTS = {
-    "qwen_image": _qwen("Qwen-Image"),
-    "qwen_image_edit": _qwen("Qwen-Image-Edit"),
-    "qwen_image_edit_2509": _qwen("Qwen-Image-Edit-Plus", ("zero_cond_t", True, "Qwen-Image-Edit-2511")),
-    "flux": _FLUX,
-}
+def layout_of(family: str) -> SingleFile:
+    """The layout of a family that ComfyUI knows; `KeyError` for others."""
+    return layouts()[family]
 
 
 def _parameters(module: str, sources: tuple[str, ...]) -> Iterable[tuple[str, tuple[str, ...]]]:
@@ -144,7 +64,7 @@ def _parameters(module: str, sources: tuple[str, ...]) -> Iterable[tuple[str, tu
             yield f"{module}.{parameter}", tuple(f"{source}.{parameter}" for source in sources)
 
 
-def parts_of(layout: Layout, names: Iterable[str]) -> list[Part]:
+def parts_of(layout: SingleFile, names: Iterable[str]) -> list[Part]:
     """The file's tensors, in order, from diffusers' parameter `names`; every name has its place in just one."""
     names = set(names)
     if layout.outer is None or layout.blocks is None:
@@ -180,7 +100,7 @@ def modelspec(family: str, config: Mapping[str, Any], facts: Mapping[str, Any]) 
     `config` is the transformer's, whose `ppcl` holds the provenance; `facts` are `title`, `description`,
     `license`, `resolution`, `base_model` and whatever else is to stand there, as `ppcl.<name>`.
     """
-    layout, provenance = LAYOUTS[family], config["ppcl"]
+    layout, provenance = layout_of(family), config["ppcl"]
     key, value, special = layout.special or ("", False, layout.architecture)
     spec = {
         "sai_model_spec": MODELSPEC_VERSION,
@@ -220,7 +140,7 @@ def write_single_file(transformer: Path, target: Path, family: str, dtype: str, 
     """
     from safetensors import safe_open
 
-    layout = LAYOUTS[family]
+    layout = layout_of(family)
     config = read_json(transformer / "config.json", "The transformer's config")
     if config["_class_name"] != layout.transformer_class:
         raise UsageError(

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ppcl.artifacts import Intervals, Probes
+from ppcl.artifacts.plan import Intervals
+from ppcl.artifacts.probes import Probes
 from ppcl.config import MethodConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.families.base import Family

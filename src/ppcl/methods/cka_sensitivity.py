@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ppcl.artifacts import Interval, Intervals
+from ppcl.artifacts.plan import Interval, Intervals
 from ppcl.data.batches import TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka
-from ppcl.taps import BlockKey
+from ppcl.taps import BlockKey, replace_stack, stack_of
 
 
 def runs_to_intervals(removed: list[int]) -> list[Interval]:
@@ -45,7 +45,7 @@ class CkaSensitivity(Method):
             full = centre(_tokens(batch, teacher.transformer(**batch.inputs)[0]))
             count += len(full)
             for stack in teacher.family.stacks:
-                blocks = getattr(teacher.transformer, stack)
+                blocks = stack_of(teacher.transformer, stack)
                 for index in range(len(blocks)):
                     similarity = self._without(teacher, stack, blocks, index, batch, full)
                     sums[stack, index] = sums.get((stack, index), 0.0) + similarity
@@ -54,7 +54,7 @@ class CkaSensitivity(Method):
         candidates = [
             (stack, index)
             for stack, index in scores
-            if max(teacher.family.first_block, self.config.start) + 1 <= index and (end is None or index <= end)
+            if max(teacher.family.facts.first_block, self.config.start) + 1 <= index and (end is None or index <= end)
         ]
         assert self.config.num_remove is not None, "checked in config.check"
         if self.config.num_remove > len(candidates):
@@ -72,9 +72,9 @@ class CkaSensitivity(Method):
         self, teacher: Teacher, stack: str, blocks: nn.ModuleList, index: int, batch: TrainingBatch, full: Tensor
     ) -> float:
         rest = nn.ModuleList([block for i, block in enumerate(blocks) if i != index])
-        setattr(teacher.transformer, stack, rest)
+        replace_stack(teacher.transformer, stack, rest)
         try:
             output = centre(_tokens(batch, teacher.transformer(**batch.inputs)[0]))
         finally:
-            setattr(teacher.transformer, stack, blocks)
+            replace_stack(teacher.transformer, stack, blocks)
         return cka(full, output, debiased=self.config.debiased).sum().item()

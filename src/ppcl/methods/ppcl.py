@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ppcl.artifacts import Interval, Intervals, Probes
+from ppcl.artifacts.plan import Interval, Intervals
+from ppcl.artifacts.probes import Probes
 from ppcl.config import MethodConfig
 from ppcl.errors import UsageError
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
-from ppcl.taps import Streams, observe_abreast
+from ppcl.taps import Streams, observe_abreast, stack_of
 
 _HELD_MAPS = 256 << 20  # bytes of probes that are kept; more are read again for every block
 _PRODUCTS = 256 << 20  # bytes of covariances that are multiplied at once
@@ -186,7 +187,7 @@ class Ppcl(Method):
     """Rules `lp`, `lp_a` and `lp_b`."""
 
     def detect(self, teacher: Teacher) -> Detection:
-        layers = {stack: len(getattr(teacher.transformer, stack)) for stack in teacher.family.stacks}
+        layers = {stack: len(stack_of(teacher.transformer, stack)) for stack in teacher.family.stacks}
         curves = SurrogateCurves(teacher.probes(), layers, debiased=self.config.debiased)
         batches = list(teacher.calibration())
         masks = [teacher.family.masks(batch.inputs) for batch in batches]
@@ -201,7 +202,7 @@ class Ppcl(Method):
                     outputs = []
         intervals: Intervals = {}
         scores: dict[str, dict[str, float]] = {}
-        settings = replace(self.config, start=max(self.config.start, teacher.family.first_block))
+        settings = replace(self.config, start=max(self.config.start, teacher.family.facts.first_block))
         for stack, count in layers.items():
             table = curves.mean(stack, self.config.stream)
 

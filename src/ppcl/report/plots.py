@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ppcl.artifacts import Interval, atomic_path
+from ppcl.artifacts.files import atomic_path
+from ppcl.artifacts.plan import Interval
 
 INK, GRID = "#22303c", "#dfe5ea"
 PALETTE = ("#0b6e99", "#d9730d", "#5a8f3d", "#a0408a", "#8a6d3b", "#6b7a89", "#c0392b", "#2f9e95")

@@ -14,78 +14,19 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from ppcl.artifacts import Header, is_current, plug_name, read_json, write_json, write_tensors
-from ppcl.data.batches import TrainingBatch, batch_numbers
+from ppcl.artifacts.files import write_json
+from ppcl.artifacts.headers import is_current
+from ppcl.artifacts.plan import plug_name
+from ppcl.artifacts.tensors import write_tensors
+from ppcl.context import Run
+from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
+from ppcl.distill.boundaries import boundaries_folder, boundaries_header, held_out_steps, num_stored
 from ppcl.errors import UsageError
-from ppcl.stages.run import Run
 from ppcl.surgery.depth import student_block
-from ppcl.taps import observe_abreast
+from ppcl.taps import observe_abreast, stack_of
 
 MARGIN = 1.05  # of the estimate, that must be free
-
-
-def boundaries_header(run: Run) -> Header:
-    """What they are made from: the teacher, the data in its order, and the intervals."""
-    distill = run.config.distill
-    return Header(
-        "ppcl.boundaries",
-        {
-            "model": run.model_identity,
-            "arch": run.config.model.arch,
-            "data": run.data_identity,
-            "batch_size": distill.batch_size,
-            "steps": num_stored(run),
-            "heldout_steps": len(held_out_steps(run)),
-            "init": distill.init,
-            "intervals": {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items()},
-        },
-    )
-
-
-def num_stored(run: Run) -> int:
-    """Steps on disk; with `distill.replay` each is learned from so many times."""
-    return -(-run.config.distill.steps // run.config.distill.replay)
-
-
-def held_out_steps(run: Run) -> range:
-    """The batches of the calibration stream that say how good a student is."""
-    return batch_numbers(run.config.distill.batch_size, 0, 4)
-
-
-def boundaries_folder(run: Run) -> Path:
-    if run.config.distill.boundaries is not None:
-        return Path(run.config.distill.boundaries)
-    return Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run).fingerprint
-
-
-def read_record(run: Run) -> dict[str, Any]:
-    """The record of finished boundaries that fit this configuration; `UsageError` where they do not."""
-    folder = boundaries_folder(run)
-    record = folder / "boundaries.json"
-    if not record.exists():
-        raise UsageError(f"{folder} holds no boundaries that were written to their end: run stages=[boundaries] first.")
-    found = read_json(record, "The record of boundaries")
-    made_from = found["made_from"]
-    wanted = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items() if pairs}
-    given = {
-        "model.dtype": (made_from["model"]["dtype"], run.config.model.dtype),
-        "distill.batch_size": (made_from["batch_size"], run.config.distill.batch_size),
-        "distill.init": (made_from["init"], run.config.distill.init),
-    }
-    for key, (written, asked) in given.items():
-        if written != asked:
-            raise UsageError(f"{folder} was written with {key}={written}, not {asked}: use that.")
-    for stack, pairs in wanted.items():
-        missing = [pair for pair in pairs if pair not in made_from["intervals"].get(stack, [])]
-        if missing:
-            raise UsageError(f"{folder} has no boundaries of {stack} {missing[0]}: run stages=[boundaries] for it.")
-    if made_from["steps"] < num_stored(run):
-        raise UsageError(
-            f"{folder} holds {made_from['steps']} steps, and distill.steps={run.config.distill.steps} with "
-            f"distill.replay={run.config.distill.replay} takes {num_stored(run)}: raise distill.replay, or write more."
-        )
-    return found
 
 
 def run(run: Run) -> None:
@@ -95,17 +36,17 @@ def run(run: Run) -> None:
         return
     pairs = [(stack, pair) for stack in run.family.stacks for pair in run.intervals.get(stack, [])]
     names = [plug_name(stack, pair) for stack, pair in pairs]
-    transformer = run.pipeline.transformer
+    transformer = run.teacher.pipeline.transformer
     for name, (stack, pair) in zip(names, pairs, strict=True):
-        student = student_block(list(getattr(transformer, stack)), pair, run.config.distill.init)
+        student = student_block(list(stack_of(transformer, stack)), pair, run.config.distill.init)
         state = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
         write_tensors(folder / name / "init.safetensors", state, {})
         for leftover in (folder / name).glob(".*.tmp"):  # of a killed try
             leftover.unlink()
     config = run.config
     kinds = {
-        HELD_OUT: (run.stream(config.data.calibration_seed, config.distill.batch_size), len(held_out_steps(run))),
-        TRAIN: (run.stream(config.data.train_seed, config.distill.batch_size), num_stored(run)),
+        HELD_OUT: (run.data.stream(config.data.calibration_seed, config.distill.batch_size), len(held_out_steps(run))),
+        TRAIN: (run.data.stream(config.data.train_seed, config.distill.batch_size), num_stored(run)),
     }
     for kind, (stream, steps) in kinds.items():
         writers = {key: BoundaryWriter(folder / name, kind) for key, name in zip(pairs_keys(pairs), names, strict=True)}
@@ -117,7 +58,7 @@ def run(run: Run) -> None:
             _check_space(run, stream, folder, pairs, steps - start)
         shards = range(start, steps, STEPS_PER_SHARD)
         for first in track(shards, f"{kind} boundaries", console=run.console, transient=True):
-            batches = [run.to_device(stream(step)) for step in range(first, min(first + STEPS_PER_SHARD, steps))]
+            batches = [run.data.to_device(stream(step)) for step in range(first, min(first + STEPS_PER_SHARD, steps))]
             _write_steps(run, batches, writers, pairs)
         for writer in writers.values():
             writer.flush()
@@ -141,7 +82,7 @@ def _write_steps(
     waiting: dict[Any, dict[str, Any]] = {}
     calls = observe_abreast(
         run.family,
-        run.pipeline.transformer,
+        run.teacher.pipeline.transformer,
         [batch.inputs for batch in batches],
         last=pairs_keys(pairs)[-1],
         size_keys="distill.batch_size",
@@ -157,7 +98,7 @@ def _write_steps(
 def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: int) -> None:
     """One step's bytes times how many there are, against what is free."""
     trial = {key: BoundaryWriter(folder, TRAIN) for key in pairs_keys(pairs)}
-    _write_steps(run, [run.to_device(stream(0))], trial, pairs)
+    _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())
     free = shutil.disk_usage(folder).free
     run.say("bounds", f"about {needed / 1e9:.2f} GB for {steps} steps; {free / 1e9:.1f} GB are free")

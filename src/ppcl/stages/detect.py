@@ -7,56 +7,20 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-import torch
 from rich.progress import track
-from torch import Tensor
 
-from ppcl.artifacts import Probes, PruningPlan, is_current, write_json
+from ppcl.artifacts.files import write_json
+from ppcl.artifacts.headers import is_current
+from ppcl.artifacts.plan import PruningPlan
+from ppcl.artifacts.probes import Probes
+from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
-from ppcl.families.base import Family
 from ppcl.methods import get_method
 from ppcl.methods.base import Curves, Teacher
-from ppcl.ops.cka import centre
+from ppcl.methods.similarity import similarity_maps
 from ppcl.report import plots
-from ppcl.stages.plan import show
-from ppcl.stages.run import Run
+from ppcl.report.text import show_plan
 from ppcl.surgery.count import count_parameters
-from ppcl.taps import BlockCall, observe
-
-MAP_TOKENS = 256
-
-
-@torch.no_grad()
-def similarity_maps(
-    family: Family, transformer: torch.nn.Module, batch: TrainingBatch, *, top_channels: int = 0
-) -> dict[str, list[list[float]]]:
-    """CKA between every two blocks' outputs, per stream (paper Fig. 5), averaged over the batch.
-
-    Of at most `MAP_TOKENS` tokens, evenly spaced: the similarities of every block are held at once.
-    `top_channels` leaves out that many channels of most variance per block: a few massive ones can make
-    blocks look alike that are not.
-    """
-    masks = family.masks(batch.inputs)
-    grams: dict[str, list[Tensor]] = {}
-
-    def on_block(call: BlockCall) -> None:
-        for stream, features in call.outputs.items():
-            every = -(-features.shape[1] // MAP_TOKENS)
-            mask = masks[stream]
-            centred = centre(features[:, ::every].double(), None if mask is None else mask[:, ::every])
-            if top_channels:
-                variance = centred.square().sum(dim=(0, 1))
-                centred = centred[..., variance.argsort()[: len(variance) - top_channels]]
-            gram = centred @ centred.mT  # [B, N, N]
-            unit = gram / gram.square().sum(dim=(1, 2), keepdim=True).sqrt()
-            grams.setdefault(stream, []).append(unit.flatten(1).float())
-
-    observe(family, transformer, batch.inputs, on_block)
-    maps = {}
-    for stream, units in grams.items():
-        stacked = torch.stack(units, dim=1)  # [B, M, N * N]
-        maps[stream] = (stacked @ stacked.mT).mean(dim=0).tolist()
-    return maps
 
 
 def _deltas(curves: Curves) -> Curves:
@@ -76,23 +40,23 @@ def run(run: Run) -> None:
     plan = PruningPlan(run.config.model.family, run.num_layers, {}, made_from)
     if is_current(run.plan_path, plan.header()):
         run.say("detect", f"reused {run.plan_path}")
-        show(run, PruningPlan.load(run.plan_path))
+        show_plan(run, PruningPlan.load(run.plan_path))
         return
-    stream = run.stream(run.config.data.calibration_seed, method.batch_size)
+    stream = run.data.stream(run.config.data.calibration_seed, method.batch_size)
 
     def calibration() -> Iterator[TrainingBatch]:
         for batch in stream.calibration(method.num_samples, method.num_timesteps):
-            yield run.to_device(batch)
+            yield run.data.to_device(batch)
 
     def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
         return track(items, "simulation", total, console=run.console, transient=True)
 
     teacher = Teacher(
-        run.family, run.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
+        run.family, run.teacher.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
     )
     found = get_method(method).detect(teacher)
     middle = list(stream.calibration(min(method.num_samples, method.batch_size), 2))[-1]
-    maps = similarity_maps(run.family, run.pipeline.transformer, run.to_device(middle))
+    maps = similarity_maps(run.family, run.teacher.pipeline.transformer, run.data.to_device(middle))
     plan.intervals = found.intervals
     plan.scores = found.scores
     plan.parameters = count_parameters(run.family, run.config.model.arch, found.intervals)
@@ -103,5 +67,5 @@ def run(run: Run) -> None:
         plots.interval_curves(folder / f"curves_{stack}.png", streams[method.stream], found.intervals[stack])
     plots.similarity_maps(folder / "similarity.png", {f"{name} stream": table for name, table in maps.items()})
     plan.save(run.plan_path)
-    show(run, plan)
+    show_plan(run, plan)
     run.say("detect", f"wrote {folder}")

@@ -7,32 +7,20 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.loggers import Logger
 from PIL import Image
-from rich.table import Table
 
-from ppcl.artifacts import Header, is_current, read_json, write_json
+from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.headers import is_current
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.benchmarks.shapes import score, to_pixels
-from ppcl.errors import UsageError
+from ppcl.context import Run
 from ppcl.export.quantized import weight_bytes
-from ppcl.stages.generate import image_folder, prompts_of, variant_header
-from ppcl.stages.plan import billions
-from ppcl.stages.run import Run
-from ppcl.stages.training import finish_logger, make_logger
-from ppcl.stages.variants import Plugs, Switch, Variant, variants_of
-
-
-def denoising_step(run: Run) -> dict[str, Any]:
-    """Inputs of one forward at batch 1 for the configured resolution; of cached data, as one sample has them."""
-    if run.config.data.name != "shapes":
-        return run.to_device(run.stream(run.config.data.calibration_seed, 1)(0).inputs)
-    sampling = run.config.model.sampling
-    images = torch.zeros(1, 3, sampling.height, sampling.width)
-    latents, size = run.family.encode_images(run.pipeline, images)
-    prompt = [run.scenes[-1].caption]
-    references = run.family.encode_references(run.pipeline, [images] * run.family.num_references)
-    conditions = run.family.encode_prompts(run.pipeline, prompt)(prompt) | references
-    sigmas = torch.full((1,), 0.5).to(latents)
-    return run.to_device(run.family.forward_inputs(latents, conditions, sigmas, size))
+from ppcl.pictures.drawing import denoising_step
+from ppcl.pictures.images import image_folder
+from ppcl.pictures.scores import compare, score_headers
+from ppcl.report.text import show_scores
+from ppcl.training.loggers import finish_logger, make_logger
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import Variant, variants_of
 
 
 def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dict[str, Any]]:
@@ -42,7 +30,7 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
     def denoise() -> None:
         with torch.inference_mode():
             for _ in range(passes):
-                run.pipeline.transformer(**inputs)
+                run.teacher.pipeline.transformer(**inputs)
 
     by_name = {variant.name: variant for variant in variants}
     latency = interleaved_latency_ms(
@@ -60,18 +48,6 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
             "peak_memory_mb": peak_memory_mb(denoise, resident, run.device),
         }
     return measured
-
-
-def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, Header]:
-    """What each variant's scores are made from: just the pictures this configuration draws."""
-    prompts, headers = prompts_of(run), {}
-    for variant in variants:
-        images = variant_header(run, variant, plugs, prompts)
-        manifest = image_folder(run, variant.name) / "manifest.json"
-        if not is_current(manifest, images):
-            raise UsageError(f"{manifest} does not exist: run stages=[generate] for variant {variant.name} first.")
-        headers[variant.name] = Header("ppcl.scores", {"images": images.fingerprint})
-    return headers
 
 
 def run(run: Run) -> None:
@@ -96,7 +72,7 @@ def run(run: Run) -> None:
             }
             write_json(records[name], header.to_json() | {"name": name} | body)
     rows = compare([read_json(record, "The scores") for record in records.values()])
-    show(run, rows)
+    show_scores(run, rows)
     logger = make_logger(run, "evaluate")
     if isinstance(logger, Logger):
         for row in rows:
@@ -104,34 +80,3 @@ def run(run: Run) -> None:
             logger.log_metrics({f"{row['name']}/{k}": v for k, v in (numbers | row["scores"]).items()})
         logger.finalize("success")
         finish_logger(logger)
-
-
-def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add `params_ratio` and `drop_percent` (R.: relative loss of overall) against the teacher's row."""
-    base = next((row for row in rows if row["name"] == "teacher"), None)
-    if base is None:
-        raise UsageError("a comparison needs the teacher: add it to generate.variants.")
-    compared = []
-    for row in rows:
-        overall = base["scores"]["overall"]
-        # A teacher that scores nothing has nothing to lose; JSON has no NaN.
-        drop = 100 * (overall - row["scores"]["overall"]) / overall if overall else 0.0
-        compared.append(row | {"params_ratio": row["params"] / base["params"], "drop_percent": drop})
-    return compared
-
-
-def show(run: Run, rows: list[dict[str, Any]]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("variant", "blocks", "params", "overall", "drop %", "ms/step", "peak MB"):
-        table.add_column(title, justify="left" if title == "variant" else "right")
-    for row in rows:
-        table.add_row(
-            row["name"],
-            str(row["num_layers"]),
-            billions(row["params"]),
-            f"{row['scores']['overall']:.3f}",
-            f"{row['drop_percent']:.1f}",
-            f"{row['latency_ms']:.1f}",
-            f"{row['peak_memory_mb']:.1f}",
-        )
-    run.console.print(table)

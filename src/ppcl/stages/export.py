@@ -5,96 +5,27 @@ On request a single file for ComfyUI is made from that folder, and both go to th
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from ppcl import __version__
-from ppcl._diffusers import MODELS
-from ppcl.artifacts import Header, atomic_folder, atomic_path, is_current, read_json, write_json
+from ppcl.artifacts.files import atomic_folder, atomic_path, read_json, write_json
+from ppcl.artifacts.headers import Header, is_current
+from ppcl.context import Run
 from ppcl.errors import UsageError
+from ppcl.export.folder import BaseModel, furthest, model_card_of, provenance_of
 from ppcl.export.model_card import (
-    Code,
-    card_metadata,
     evaluation_section,
-    hub_id,
-    license_of,
-    model_card,
     single_file_section,
     with_section,
 )
+from ppcl.export.remote_code import add_code
 from ppcl.export.single_file import modelspec, read_metadata, write_single_file
-from ppcl.stages.run import Run
-from ppcl.stages.variants import Plugs, Switch, Variant, finetuned_folder, variants_of
-from ppcl.validation.model import model_folder
 from ppcl.validation.outputs import refuse_single_file
-from ppcl.validation.pruning import budget_of
+from ppcl.variants.plugs import Plugs
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import Variant, variants_of
 
 SINGLE_FILE = "export.safetensors"  # beside the folder
-
-
-def furthest(run: Run) -> str:
-    """The variant that a run has come to: tuned, planned, pruned in width, or in depth alone."""
-    if (finetuned_folder(run) / "ppcl.json").exists():
-        return "ppcl-finetuned"
-    if budget_of(run.config) is not None:
-        return "ppcl-planned"
-    return "ppcl-depth" if run.config.width.source == "none" else "ppcl-width"
-
-
-def add_code(folder: Path) -> None:
-    """Put the source of every component class of ours beside its weights, and name it in the folder's indices.
-
-    diffusers runs it with `trust_remote_code=True`, and without where ppcl is imported.
-    """
-    files = {name: import_module(f"ppcl.models.{name}") for name in MODELS}
-    index = read_json(folder / "model_index.json", "The pipeline's index")
-    for component, entry in index.items():
-        if not isinstance(entry, list) or entry[0] != "ppcl":
-            continue
-        name = next(name for name, module in files.items() if hasattr(module, entry[1]))
-        (folder / component / f"{name}.py").write_text(_self_contained(files[name]), encoding="utf-8")
-        index[component] = [name, entry[1]]
-        path = folder / component / "config.json"
-        if path.exists():  # a processor has none
-            config = read_json(path, "The component's config")
-            write_json(path, config | {"auto_map": {"AutoModel": f"{name}.{entry[1]}"}})
-    write_json(folder / "model_index.json", index)
-
-
-def _self_contained(module: ModuleType) -> str:
-    """Its source with what it imports from ppcl put in place: diffusers fetches one file per component."""
-
-    def source_of(module: ModuleType) -> str:
-        return Path(str(module.__file__)).read_text(encoding="utf-8")
-
-    def definitions(found: re.Match) -> str:
-        return source_of(import_module(found[1])).partition("\n\n\n")[2].rstrip() + "\n"
-
-    return re.sub(r"^from (ppcl\S*) import .+\n", definitions, source_of(module), flags=re.MULTILINE)
-
-
-def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:
-    config = run.config
-    board = switch.board
-    return {
-        "version": __version__,
-        "base_model": _Base.of(run).hub_id or config.model.path,
-        "revision": config.model.revision,
-        "variant": variant.name,
-        "kept_layers": board.kept,
-        "removed_intervals": board.removed_intervals,
-        "width": board.width,
-        "method": config.method.name,
-        "distill": f"{config.distill.mode}, init {config.distill.init}, {config.distill.steps} steps",
-        "finetune": f"{config.finetune.steps} steps" if variant.finetuned else None,
-        "data": config.data.name,
-        "fingerprint": header.fingerprint,
-    }
 
 
 def run(run: Run) -> None:
@@ -104,7 +35,7 @@ def run(run: Run) -> None:
     if config.single_file and variant.projectors:
         refuse_single_file(f"which plugs in {variant.projectors[0]}")
     made_from = {
-        "model": run.model_identity,
+        "model": run.teacher.identity,
         "variant": name,
         "plugs": plugs.fingerprints([*variant.students, *variant.projectors]),
         "finetuned": variant.finetuned,
@@ -136,7 +67,7 @@ def run(run: Run) -> None:
 
 
 def _write_folder(run: Run, folder: Path, variant: Variant, plugs: Plugs, header: Header) -> None:
-    pipeline = run.pipeline
+    pipeline = run.teacher.pipeline
     switch = Switch(run, plugs)
     switch(variant)
     model = switch.finetuned if variant.finetuned else switch.board.standalone()
@@ -156,27 +87,6 @@ def _write_folder(run: Run, folder: Path, variant: Variant, plugs: Plugs, header
     run.say(
         "export", f"wrote {variant.name} to {folder} ({size / 1e6:.1f} MB); DiffusionPipeline.from_pretrained loads it"
     )
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The base model: its name on the Hub, if it has one, what to call it, and the licence that comes with it."""
-
-    hub_id: str | None
-    name: str
-    licence: dict[str, str]
-
-    @classmethod
-    def of(cls, run: Run) -> _Base:
-        config = run.config.model
-        folder = model_folder(config)
-        found = hub_id(str(config.path), folder)
-        name = found or (folder.resolve().name if folder is not None else config.name)
-        return cls(found, name, license_of(config.family, found, folder))
-
-    @property
-    def title(self) -> str:
-        return f"{self.name.rpartition('/')[2]} pruned by PPCL"
 
 
 class _SingleFile:
@@ -199,7 +109,7 @@ class _SingleFile:
         if self.exists:
             run.say("export", f"reused {self.path}")
             return
-        base, sampling = _Base.of(run), run.config.model.sampling
+        base, sampling = BaseModel.of(run), run.config.model.sampling
         config = read_json(folder / "transformer" / "config.json", "The transformer's config")
         kept = config["ppcl"]["kept_layers"]
         facts = {
@@ -240,7 +150,7 @@ def _scores(run: Run, variant: str) -> list[dict[str, Any]]:
     records = [run.folder / "scores" / f"{name}.json" for name in ("teacher", variant)]
     if not all(record.exists() for record in records):
         return []
-    from ppcl.stages.evaluate import compare, score_headers  # imports what only trainings need
+    from ppcl.pictures.scores import compare, score_headers
 
     variants, plugs = variants_of(run, ["teacher", variant])
     try:
@@ -251,36 +161,3 @@ def _scores(run: Run, variant: str) -> list[dict[str, Any]]:
         return []
     assert current
     return compare([read_json(record, "The scores") for record in records])
-
-
-def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
-    config, sampling, board = run.config, run.config.model.sampling, switch.board
-    ours = any(type(part).__module__ == "ppcl" for part in run.pipeline.components.values())
-    base = _Base.of(run)
-    labels = getattr(run.pipeline, "labels", None)  # of a class-conditional model
-    prompt = next(iter(labels)) if labels else "a red circle and a blue square"
-    given = [[Code('load_image("PATH_OR_URL")')] * run.family.num_references] if run.family.num_references else []
-    call = run.family.prompt_arguments(run.pipeline, [prompt], given)
-    return model_card(
-        {
-            "title": base.title,
-            "metadata": card_metadata(run.family.name, base.hub_id, base.licence),
-            "base": base.name,
-            "version": __version__,
-            "variant": variant,
-            "dtype": config.model.dtype,
-            "teacher_layers": sum(run.num_layers.values()),
-            "student_layers": sum(len(kept) for kept in board.kept.values()),
-            "teacher": switch.teacher_size,
-            "student": params,
-            # diffusers loads a class of another package only where that package is imported
-            "imports": "import ppcl  # or pass trust_remote_code=True below\n" if ours else "",
-            "call": call | run.family.sampling_arguments(sampling, 1),
-            "seed": config.seed,
-            "intervals": json.dumps(switch.board.removed_intervals),
-            "students": len(board.plugged),
-            "width_sets": json.dumps(board.width) if board.width else "none",
-            "method": config.method.name,
-            "kept_layers": json.dumps(board.kept),
-        }
-    )

@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from rich.progress import Progress
 
-from ppcl.artifacts import Header, atomic_folder, atomic_path, fingerprint, is_current, write_json
-from ppcl.config import Config
+from ppcl.artifacts.files import atomic_folder, atomic_path, write_json
+from ppcl.artifacts.headers import Header, is_current
+from ppcl.context import Run
+from ppcl.pictures.drawing import draw, equipped
+from ppcl.pictures.images import given_to, image_folder, prompts_of, save_image, variant_header
 from ppcl.report.plots import image_grid
-from ppcl.stages.drawing import draw, equipped, given_pictures
-from ppcl.stages.run import Run
-from ppcl.stages.variants import Plugs, Switch, Variant, variants_of
 from ppcl.surgery.plugboard import Plugboard
-from ppcl.validation.outputs import has_own_prompts, read_prompts
-
-
-def prompts_of(run: Run) -> list[str]:
-    """The prompt, the prompt file's lines, or the benchmark's prompts, each as often as it is to be drawn."""
-    config = run.config.generate
-    if config.prompt is not None:
-        prompts = [config.prompt]
-    elif config.prompt_file is not None:
-        prompts = read_prompts(Path(config.prompt_file))
-    else:
-        return [scene.caption for scene in run.scenes]
-    return [prompt for prompt in prompts for _ in range(config.num_images)]
-
-
-def image_folder(run: Run, variant: str) -> Path:
-    """Where a variant's pictures lie; prompts of a file never mix with the benchmark's."""
-    return run.folder / "images" / ("prompts" if has_own_prompts(run.config) else "shapes") / variant
-
-
-def given_to(run: Run, number: int) -> list[Image.Image]:
-    """The PIL pictures given with prompt `number`."""
-    if has_own_prompts(run.config):
-        return [Image.open(path).convert("RGB") for path in run.config.generate.images]
-    return given_pictures(run, run.scenes[number])
-
-
-def save_image(image: Any, path: Path, text: str | None = None) -> None:
-    """A PNG, with what it was made from in its chunk `ppcl`."""
-    info = PngInfo()
-    if text is not None:
-        info.add_itxt("ppcl", text)
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import Variant, variants_of
 
 
 def _draw_variant(
@@ -103,49 +68,6 @@ def _draw_missing(
     return drawn
 
 
-def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str]) -> Header:
-    return Header(
-        "ppcl.images",
-        {
-            "model": run.model_identity,
-            "plugs": plugs.fingerprints([*variant.students, *variant.projectors]),
-            "removed": variant.removed,
-            "layout": asdict(run.layout) if variant.projectors else None,
-            "finetuned": variant.finetuned,
-            **({"quantized": variant.quantized} if variant.quantized else {}),
-            "sampling": {key: value for key, value in asdict(run.config.model.sampling).items() if value != {}},
-            "seed": run.config.seed,
-            "batch_size": run.config.generate.batch_size,
-            "prompts": {"count": len(prompts), "hash": fingerprint({"prompts": prompts} | _given(run))},
-        }
-        | _put_on(run.config),
-    )
-
-
-def _put_on(config: Config) -> dict[str, Any]:
-    """What draws otherwise than the model alone; nothing where nothing is put on it."""
-    settings, made_from = config.generate, {}
-    if settings.loras:
-        files = {Path(path).name: _digest(path) for path in settings.loras}
-        made_from["loras"] = {"files": files, "scale": settings.lora_scale, "source": config.lora.source}
-    if settings.controlnet:
-        image = _digest(str(settings.control_image))
-        made_from["controlnet"] = {"path": settings.controlnet, "scale": settings.control_scale, "image": image}
-    return made_from
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def _given(run: Run) -> dict[str, Any]:
-    """What tells the given pictures from others, where there are any."""
-    if has_own_prompts(run.config):
-        files = [_digest(path) for path in run.config.generate.images]
-        return {"images": files} if files else {}
-    return {"eval_seed": run.config.data.eval_seed} if run.family.num_references else {}
-
-
 def _teacher_cache(run: Run, header: Header) -> Path:
     """The teacher's pictures are the same for all runs of a sweep."""
     return Path(run.config.paths.cache_dir) / "images" / header.fingerprint
@@ -187,7 +109,7 @@ def run(run: Run) -> None:
     if not missing:
         return
     missing = [item for item in missing if not _reuse_teacher(run, *item)]
-    run.family.check_prompts(run.pipeline, prompts)
+    run.family.check_prompts(run.teacher.pipeline, prompts)
     switch = Switch(run, plugs)
     with Progress(console=run.console, transient=True) as progress:
         for variant, folder, header in missing:

@@ -9,8 +9,11 @@ from typing import Any
 
 from rich.progress import track
 
-from ppcl.artifacts import Header, atomic_folder, is_current, write_json
+from ppcl.artifacts.files import atomic_folder, write_json
+from ppcl.artifacts.headers import Header, is_current
+from ppcl.context import Run
 from ppcl.errors import UsageError
+from ppcl.export.folder import furthest, model_card_of, provenance_of
 from ppcl.export.model_card import quantized_section, with_section
 from ppcl.export.quantized import (
     declare,
@@ -23,10 +26,10 @@ from ppcl.export.quantized import (
     unambiguous,
     weight_bytes,
 )
-from ppcl.stages.export import add_code, furthest, model_card_of, provenance_of
-from ppcl.stages.rounding import round_blocks, round_linears
-from ppcl.stages.run import Run
-from ppcl.stages.variants import Switch, quantized_folder, variants_of
+from ppcl.export.remote_code import add_code
+from ppcl.export.rounding import round_blocks, round_linears
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import quantized_folder, variants_of
 
 Fit = Callable[..., None]
 
@@ -45,7 +48,7 @@ def quantized_header(run: Run, name: str, plugs: dict[str, str], finetuned: str 
             "timesteps": data.timesteps,
             "shift": data.shift,
         }
-    made_from = {"model": run.model_identity, "variant": name, "plugs": plugs, "finetuned": finetuned}
+    made_from = {"model": run.teacher.identity, "variant": name, "plugs": plugs, "finetuned": finetuned}
     return Header("ppcl.quantized", made_from | {"quantize": settings})
 
 
@@ -82,8 +85,8 @@ def run(run: Run) -> None:
         else:
             quantize(run, model, chosen, torchao_config(config.scheme, config.group_size, kept))
         with atomic_folder(folder) as temporary:
-            run.pipeline.transformer = model
-            run.pipeline.save_pretrained(temporary)
+            run.teacher.pipeline.transformer = model
+            run.teacher.pipeline.save_pretrained(temporary)
             add_code(temporary)
             facts = {"params": params, "weight_bytes": weight_bytes(model), "unquantized_bytes": before}
             card = model_card_of(run, switch, name, params)
@@ -114,8 +117,8 @@ def quantize(run: Run, model: Any, chosen: list[str], config: Any, fit: Fit = ro
     else:
         blocks = tuple(f"{stack}." for stack in run.family.stacks)
         outside = [name for name in chosen if not name.startswith(blocks)]
-        stream = run.stream(run.config.data.calibration_seed, settings.batch_size)
-        batches = [run.to_device(stream(step)) for step in range(settings.num_batches)]
+        stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
+        batches = [run.data.to_device(stream(step)) for step in range(settings.num_batches)]
         how = {"scheme": settings.scheme, "group_size": settings.group_size, "damping": settings.damping}
         show = partial(track, description="rounding", console=run.console, transient=True)
         nearest = partial(_to_nearest, model, outside, config)
@@ -132,10 +135,10 @@ def _to_nf4(run: Run, model: Any, kept: list[str]) -> Any:
     """bitsandbytes replaces layers while a model is loaded: from a folder that is gone afterwards."""
     from diffusers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(**nf4_settings(run.dtype, kept))
+    config = BitsAndBytesConfig(**nf4_settings(run.teacher.dtype, kept))
     with TemporaryDirectory(dir=run.folder) as folder:
         model.save_pretrained(folder)
         quantized = type(model).from_pretrained(
-            folder, quantization_config=config, torch_dtype=run.dtype, device_map={"": run.device}
+            folder, quantization_config=config, torch_dtype=run.teacher.dtype, device_map={"": run.device}
         )
     return quantized.eval().requires_grad_(False)

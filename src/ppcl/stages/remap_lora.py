@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ppcl.artifacts import Header, atomic_path, is_current, read_json, write_json
+from ppcl.artifacts.files import atomic_path, read_json, write_json
+from ppcl.artifacts.headers import Header, is_current
+from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.stages.drawing import METADATA_KEY, read_lora
-from ppcl.stages.run import Run
+from ppcl.pictures.drawing import METADATA_KEY, read_lora
 from ppcl.surgery.remap import adapter_metadata, remap_lora
 
 
@@ -22,7 +23,9 @@ def _pruned_transformer(run: Run) -> Any:
     if not (folder / "config.json").exists():
         raise UsageError(f"lora.model: {folder.parent} holds no exported model; run stages=[export] first.")
     config = read_json(folder / "config.json", "The exported config")
-    classes = {kind.__name__: kind for kind in (run.family.transformer_class, run.family.pruned_transformer_class)}
+    family = run.family
+    kinds = [family.transformer_class] + ([family.width.transformer_class] if family.width else [])
+    classes = {kind.__name__: kind for kind in kinds}
     kind = config.get("_class_name")
     if kind not in classes:
         raise UsageError(f"{folder} holds a {kind}; model={run.config.model.name} is a {', '.join(classes)}.")

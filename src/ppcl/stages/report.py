@@ -12,16 +12,18 @@ import jinja2
 from PIL import Image
 
 from ppcl import __version__
-from ppcl.artifacts import atomic_path, is_current, load_plugs, load_projectors, read_json, write_json
+from ppcl.artifacts.files import atomic_path, read_json, write_json
+from ppcl.artifacts.headers import is_current
+from ppcl.artifacts.plugs import load_plugs, load_projectors
 from ppcl.benchmarks.shapes import fulfils, to_pixels
+from ppcl.context import Run
 from ppcl.errors import UsageError
+from ppcl.pictures.images import image_folder
+from ppcl.pictures.scores import compare, score_headers
 from ppcl.report import plots
-from ppcl.stages.evaluate import compare, score_headers
-from ppcl.stages.generate import image_folder
-from ppcl.stages.plan import billions
-from ppcl.stages.run import Run
-from ppcl.stages.variants import variants_of
+from ppcl.report.text import billions
 from ppcl.validation.pruning import budget_of
+from ppcl.variants.variants import variants_of
 
 SAMPLES_PER_CATEGORY = 2
 

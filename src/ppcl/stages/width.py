@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from rich.progress import track
 
-from ppcl.artifacts import (
-    Header,
-    Projector,
-    PruningPlan,
-    Width,
-    fingerprint,
-    is_current,
-)
+from ppcl.artifacts.headers import Header, fingerprint, is_current
+from ppcl.artifacts.plan import PruningPlan, Width
+from ppcl.artifacts.plugs import Projector
+from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
+from ppcl.distill.width import Place, PrunedPlace, WidthDistillation, places
 from ppcl.errors import UsageError
 from ppcl.layers import references
-from ppcl.stages.detect import similarity_maps
-from ppcl.stages.plan import show
-from ppcl.stages.projectors import Place, PrunedPlace, WidthDistillation, places
-from ppcl.stages.run import Run
-from ppcl.stages.sharding import place, whole_state
-from ppcl.stages.training import check_resumable, discard_checkpoint, fit
-from ppcl.stages.variants import required_students
+from ppcl.methods.similarity import similarity_maps
+from ppcl.methods.width import ffn_errors, select_ffn, select_text
+from ppcl.report.text import show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
-from ppcl.taps import BlockKey
-
-
-def select_text(
-    similarity: Callable[[int, int], float], kept: Sequence[int], threshold: float, most: int | None
-) -> list[int]:
-    """R_txt: blocks whose text output has a CKA of `threshold` or more with their reference's, deeper first.
-
-    A block joins only if every block of its run still passes: each one added moves the reference of those
-    behind it to an earlier block.
-    """
-    chosen: set[int] = set()
-    for index in reversed(kept[1:]):
-        if most is not None and len(chosen) >= most:
-            break
-        reads = references(kept, chosen | {index})
-        if all(similarity(reference, pruned) >= threshold for pruned, reference in reads.items()):
-            chosen.add(index)
-    return sorted(chosen)
-
-
-def select_ffn(errors: Mapping[BlockKey, float], count: int) -> list[BlockKey]:
-    """R_ffn: the `count` blocks whose output differs least with the FFN's least-squares fit in its place."""
-    return sorted(errors, key=lambda key: errors[key])[:count]
-
-
-def ffn_errors(module: WidthDistillation, batches: Iterable[TrainingBatch]) -> dict[BlockKey, float]:
-    """Relative error of every fitted place's output, the mean of its streams, by stack and block."""
-    found = module.heldout(batches)
-    errors = {}
-    for item, terms in zip(module.pruned, found, strict=True):
-        linear = [value for key, value in terms.items() if key.startswith("linear")]
-        errors[item.place.stack, item.place.index] = sum(linear) / len(linear)
-    return errors
+from ppcl.training.loop import check_resumable, discard_checkpoint, fit
+from ppcl.training.sharding import place, whole_state
+from ppcl.variants.plugs import required_students
 
 
 def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -> Header:
@@ -72,7 +34,7 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
         del distill[key]  # width's own, or without effect on the weights
     place, reference = item.place, item.reference
     made_from = {
-        "model": run.model_identity,
+        "model": run.teacher.identity,
         "projector": item.name,
         "base": students.get(place.student or ""),
         "reference": None if reference is None else [reference.index, students.get(reference.student or "")],
@@ -80,7 +42,7 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
         "width": {key: getattr(width, key) for key in ("ridge", "num_batches", "steps", "lr", "linear_weight")},
         "distill": distill,
         "precision": run.precision,
-        "data": run.data_identity,
+        "data": run.data.identity,
     }
     return Header("ppcl.projector", made_from)
 
@@ -88,14 +50,14 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
 def _calibration(run: Run, start: int, stop: int, description: str, *, shared: bool = False) -> Iterator[TrainingBatch]:
     """Held-out batches; `shared` ones are divided among ranks, of the others each rank sees all rows."""
     size = run.config.distill.batch_size
-    stream = (run.shared_stream if shared else run.stream)(run.config.data.calibration_seed, size)
+    stream = (run.data.shared_stream if shared else run.data.stream)(run.config.data.calibration_seed, size)
     for step in track(batch_numbers(size, start, stop), description, console=run.console, transient=True):
-        yield run.to_device(stream(step))
+        yield run.data.to_device(stream(step))
 
 
 def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     """The sets of `width=auto`, with the numbers they were chosen by."""
-    config, family, teacher = run.config.width, run.family, run.pipeline.transformer
+    config, family, teacher = run.config.width, run.family, run.teacher.pipeline.transformer
     if config.num_text == 0 and config.num_ffn == 0:
         raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
     if config.num_ffn > len(kept):
@@ -110,7 +72,7 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     errors = ffn_errors(linear, _calibration(run, stop, stop + 2, "held-out FFN errors", shared=True))
     chosen = select_ffn(errors, config.num_ffn)
 
-    batches = _calibration(run, 0, min(4, stop), "text similarity") if family.text_stacks else ()
+    batches = _calibration(run, 0, min(4, stop), "text similarity") if family.facts.text_stacks else ()
     maps = [torch.tensor(similarity_maps(family, teacher, batch)["text"]) for batch in batches]
     table = torch.stack(maps).mean(dim=0) if maps else torch.empty(0)  # over the blocks of all stacks
     rows = {key: row for row, key in enumerate(family.blocks(teacher))}
@@ -121,7 +83,7 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
         def similarity(reference: int, pruned: int, stack: str = stack, blocks: dict[int, Place] = blocks) -> float:
             return table[rows[stack, blocks[reference].end], rows[stack, blocks[pruned].end]].item()
 
-        prunable = list(blocks) if stack in family.text_stacks else []
+        prunable = list(blocks) if stack in family.facts.text_stacks else []
         text = select_text(similarity, prunable, config.text_threshold, config.num_text)
         width[stack] = {"text": text, "ffn": sorted(index for s, index in chosen if s == stack)}
         reads = references(prunable, text)
@@ -141,7 +103,7 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
         selection |= {key: getattr(config, key) for key in keys}
     else:
         selection["sets"] = run.width
-    made_from = {"model": run.model_identity, "intervals": run.intervals, "students": students, "width": selection}
+    made_from = {"model": run.teacher.identity, "intervals": run.intervals, "students": students, "width": selection}
     plan = PruningPlan(run.config.model.family, run.num_layers, run.intervals, made_from)
     if is_current(run.width_path, plan.header()):
         return PruningPlan.load(run.width_path)
@@ -162,16 +124,16 @@ def run(run: Run) -> None:
     students = {name: plug.header.fingerprint for name, plug in plugs.items()}
 
     def parts() -> tuple[Any, list[Place]]:
-        teacher = run.pipeline.transformer
+        teacher = run.teacher.pipeline.transformer
         modules = {name: load_student(run.family, teacher, plug) for name, plug in plugs.items()}
         return teacher, places(run.family, teacher, run.intervals, modules)
 
     teacher, kept = parts()
     plan = _plan(run, kept, students)
-    if run.sharded:  # whatever selecting has made shards of is needed whole again
-        run.forget_pipeline()
+    if run.teacher.sharded:  # whatever selecting has made shards of is needed whole again
+        run.teacher.forget_pipeline()
         teacher, kept = parts()
-    show(run, plan)
+    show_plan(run, plan)
     distill = replace(run.config.distill, steps=max(config.steps, 1), lr=config.lr, mode="parallel")
 
     def distillation(only: Collection[str] | None = None) -> WidthDistillation:
@@ -186,7 +148,7 @@ def run(run: Run) -> None:
     if not stale:
         run.say("width", f"reused {folder}")
         return
-    check_resumable(checkpoints, header, sharded=run.sharded)
+    check_resumable(checkpoints, header, sharded=run.teacher.sharded)
     module = distillation(stale)
     place(run, module)
     module.fit_linear(_calibration(run, 0, config.num_batches, "least squares"), ridge=config.ridge)
@@ -197,7 +159,7 @@ def run(run: Run) -> None:
 
     before = measure()
     if config.steps:
-        stream = run.shared_stream(run.config.data.train_seed, distill.batch_size)
+        stream = run.data.shared_stream(run.config.data.train_seed, distill.batch_size)
         loader = StepLoader(stream, config.steps, ahead=stream.from_disk)
         blocks = run.family.blocks(teacher).values()
         fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every, blocks)
@@ -218,9 +180,9 @@ def run(run: Run) -> None:
 def _projector(run: Run, module: WidthDistillation, number: int, header: Header, losses: dict[str, float]) -> Projector:
     item = module.pruned[number]
     state = {
-        f"{run.family.projectors[key]}.{name}": value.clone()
+        f"{module.surgery.projectors[key]}.{name}": value.clone()
         for key, projector in module.projectors(number).items()
-        for name, value in whole_state(projector, run.dtype).items()
+        for name, value in whole_state(projector, run.teacher.dtype).items()
     }
     return Projector(
         header,

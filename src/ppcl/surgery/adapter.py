@@ -21,7 +21,7 @@ def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[0] in family.stacks
+        if isinstance(module, nn.Linear) and name.startswith(tuple(f"{stack}." for stack in family.stacks))
     ]
     adapted: Any = model.requires_grad_(False)
     with torch.random.fork_rng():

@@ -14,13 +14,10 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ppcl.errors import UsageError
+from ppcl.families.facts import FamilyFacts
+from ppcl.families.registry import family_of_transformer
 from ppcl.surgery.remap import provenance_of
-
-# Stacks, and the argument of the transformer's forward that brings their residuals.
-_ARGUMENTS = {
-    "transformer_blocks": "controlnet_block_samples",
-    "single_transformer_blocks": "controlnet_single_block_samples",
-}
 
 
 def expand(samples: Sequence[Any], kept: Sequence[int], num_blocks: int, *, repeat: bool = False) -> list[Any]:
@@ -39,11 +36,14 @@ def place_residuals(transformer: nn.Module) -> RemovableHandle:
     removed: dict[str, list[list[int]]] = provenance["removed_intervals"]
     # A block that is gone lies in an interval.
     counts = {stack: 1 + max([*indices, *(v for _, v in removed.get(stack, []))]) for stack, indices in kept.items()}
-    return hook_residuals(transformer, kept, counts)
+    facts = family_of_transformer(type(transformer).__name__)
+    if facts is None or not facts.residuals:
+        raise UsageError(f"{type(transformer).__name__} takes no ControlNet that ppcl knows of.")
+    return hook_residuals(transformer, facts, kept, counts)
 
 
 def hook_residuals(
-    transformer: nn.Module, kept: Mapping[str, Sequence[int]], counts: Mapping[str, int]
+    transformer: nn.Module, facts: FamilyFacts, kept: Mapping[str, Sequence[int]], counts: Mapping[str, int]
 ) -> RemovableHandle:
     """Expand residuals before every forward; `kept` says which blocks, of how many, are in.
 
@@ -55,11 +55,11 @@ def hook_residuals(
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         repeat = kwargs.get("controlnet_blocks_repeat", False)
         placed = dict(kwargs)
-        for stack, indices in kept.items():
-            samples = kwargs.get(_ARGUMENTS[stack])
+        for stack, argument in facts.residuals.items():
+            samples = kwargs.get(argument)
             if samples:
-                round_and_round = repeat and stack == "transformer_blocks"
-                placed[_ARGUMENTS[stack]] = expand(samples, indices, counts[stack], repeat=round_and_round)
+                again = repeat and stack in facts.repeated_residuals
+                placed[argument] = expand(samples, kept[stack], counts[stack], repeat=again)
         if repeat:
             placed["controlnet_blocks_repeat"] = False  # expanded: one each
         return args, placed

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.artifacts import Intervals, Width
+from ppcl.artifacts.plan import Intervals, Width
 from ppcl.families.base import Family
 from ppcl.layers import Layout, kept_layers
 from ppcl.surgery.width import prune_blocks
+from ppcl.taps import stack_of
 
 
 def _size(modules: Iterable[nn.Module]) -> int:
@@ -35,7 +36,7 @@ def count_parameters(
     left = {"depth": total, "text": total, "ffn": total}
     layers = [0, 0]
     for stack in family.stacks:
-        blocks = list(getattr(transformer, stack))
+        blocks = list(stack_of(transformer, stack))
         kept = kept_layers(len(blocks), intervals.get(stack, []))
         modules = [blocks[index] for index in kept]
         layers = [layers[0] + len(blocks), layers[1] + len(kept)]

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from ppcl.artifacts import Interval
+from ppcl.artifacts.plan import Interval
 from ppcl.streaming import still
 
 

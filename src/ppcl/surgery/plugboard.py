@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.artifacts import Intervals, Plug, Projector, load_plugs, load_projectors, plug_name
+from ppcl.artifacts.plan import Intervals, plug_name
+from ppcl.artifacts.plugs import Plug, Projector, load_plugs, load_projectors
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.layers import Layout, check_width_sets, kept_layers, references
 from ppcl.streaming import still
 from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.share import load_shared
-from ppcl.surgery.width import prune_blocks
-from ppcl.taps import BlockKey
+from ppcl.surgery.width import prune_blocks, width_surgery
+from ppcl.taps import BlockKey, replace_stack, stack_of
 
 
 class Plugboard:
@@ -52,7 +53,7 @@ class Plugboard:
         self.projectors = dict(projectors or {})
         self.layout = layout or Layout()
         self._pruned: dict[tuple, nn.Module] = {}
-        self._teacher = {stack: list(getattr(transformer, stack)) for stack in family.stacks}
+        self._teacher = {stack: list(stack_of(transformer, stack)) for stack in family.stacks}
 
     @property
     def names(self) -> list[str]:
@@ -124,9 +125,9 @@ class Plugboard:
         self.kept = {stack: kept for stack, (kept, _, _) in arranged.items()}
         self.width = {stack: sets for stack, (_, _, sets) in arranged.items() if any(sets.values())}
         for stack, (_, modules, _) in arranged.items():
-            setattr(self.transformer, stack, nn.ModuleList(modules))
+            replace_stack(self.transformer, stack, nn.ModuleList(modules))
             self.transformer.register_to_config(**{self.family.stacks[stack]: len(modules)})
-        hook_residuals(self.transformer, self.kept, self.counts)
+        hook_residuals(self.transformer, self.family.facts, self.kept, self.counts)
         self.plugged = sorted(students, key=self.names.index)
         return self
 
@@ -162,13 +163,14 @@ class Plugboard:
         config.pop("ppcl", None)
         model_class = self.family.transformer_class
         if self.width:
-            model_class = self.family.pruned_transformer_class
+            surgery = width_surgery(self.family)
+            model_class = surgery.transformer_class
             places = {
                 stack: {kind: sorted(kept.index(index) for index in sets.get(kind, [])) for kind in ("text", "ffn")}
                 for stack, kept in self.kept.items()
                 for sets in [self.width.get(stack, {})]
             }
-            config |= self.family.pruned_config(places, self.layout)
+            config |= surgery.config(places, self.layout)
         with torch.device("meta"):
             model = model_class.from_config(config)
         state = self.transformer.state_dict(keep_vars=True)
@@ -185,7 +187,7 @@ class Plugboard:
 
 def load_student(family: Family, transformer: nn.Module, plug: Plug) -> nn.Module:
     """The block that `plug` holds, in the teacher's dtype and on its device."""
-    blocks = list(getattr(transformer, plug.stack))
+    blocks = list(stack_of(transformer, plug.stack))
     if plug.interval[1] >= len(blocks):
         raise UsageError(f"plug {plug.name} does not fit a model with {len(blocks)} blocks in {plug.stack}.")
     with still(blocks[plug.interval[0]]):
@@ -199,7 +201,7 @@ def load_student(family: Family, transformer: nn.Module, plug: Plug) -> nn.Modul
 
 def plug(pipeline: Any, folder: str | Path) -> Plugboard:
     """Put all that a run's `plugs/` holds into a loaded diffusers pipeline."""
-    from ppcl.families import family_of_pipeline, get_family
+    from ppcl.families.registry import family_of_pipeline, get_family
 
     name = family_of_pipeline(type(pipeline).__name__)
     if name is None:

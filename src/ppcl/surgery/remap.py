@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.artifacts import fingerprint
+from ppcl.artifacts.headers import fingerprint
 from ppcl.errors import UsageError
 
 SOURCES = ("first", "mean", "sum")
 _PREFIX = "transformer."
 _SIDES = {"lora_A.weight": "A", "lora_B.weight": "B"}
-_BLOCK = re.compile(r"(\w+)\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"([\w.]+?)\.(\d+)\.(.+)")  # stack, number, and the name within the block
 
 
 @dataclass
@@ -97,7 +97,7 @@ def map_blocks(
             last = u if source == "first" else ends.get(stack, {}).get(u, u)
             names = {module for module in pairs if (found := _BLOCK.fullmatch(module)) and found[1] == stack
                      and u <= int(found[2]) <= last}  # fmt: skip
-            for inner in sorted({name.split(".", 2)[2] for name in names}):
+            for inner in sorted({name.removeprefix(f"{stack}.").partition(".")[2] for name in names}):
                 members = [f"{stack}.{index}.{inner}" for index in range(u, last + 1)]
                 members = [name for name in members if name in pairs]
                 target = modules.get(f"{stack}.{place}.{inner}")
@@ -111,7 +111,8 @@ def map_blocks(
                 for side, value in zip(_SIDES, joined, strict=True):
                     result.state[f"{_PREFIX}{stack}.{place}.{inner}.{side}"] = value
     for name in pairs:
-        if _BLOCK.fullmatch(name) is None or name.split(".")[0] not in kept:
+        found = _BLOCK.fullmatch(name)
+        if found is None or found[1] not in kept:
             a, b = pairs[name]
             result.state[f"{_PREFIX}{name}.lora_A.weight"] = a
             result.state[f"{_PREFIX}{name}.lora_B.weight"] = b * scales[name]

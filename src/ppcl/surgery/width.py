@@ -5,13 +5,22 @@ A pruned block shares every parameter it keeps with the block it is made from; w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ppcl.artifacts import projector_name
+from ppcl.artifacts.plan import projector_name
+from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.families.width import WidthSurgery
 from ppcl.layers import Layout
+
+
+def width_surgery(family: Family) -> WidthSurgery:
+    """The width surgery of `family`; `UsageError` for one whose blocks cannot be pruned in width."""
+    if family.width is None:
+        raise UsageError(f"model.family={family.name} cannot be pruned in width: use width=none.")
+    return family.width
 
 
 def prune_blocks(
@@ -19,8 +28,8 @@ def prune_blocks(
     stack: str,
     kept: Sequence[int],
     modules: Sequence[nn.Module],
-    text: Iterable[int],
-    ffn: Iterable[int],
+    text: Collection[int],
+    ffn: Collection[int],
     layout: Layout,
     projectors: Mapping[str, Mapping[str, Tensor]],
     made: dict[tuple, nn.Module] | None = None,
@@ -30,7 +39,10 @@ def prune_blocks(
     `projectors` holds state dicts by `projector_name`; without one a projector is the identity.
     `made` keeps pruned blocks from one call to the next, for the same modules and projectors.
     """
-    roles = family.width_roles(stack, [kept.index(i) for i in text], [kept.index(i) for i in ffn], len(kept), layout)
+    if not {*text, *ffn}:
+        return list(modules)
+    surgery = width_surgery(family)
+    roles = surgery.roles(stack, [kept.index(i) for i in text], [kept.index(i) for i in ffn], len(kept), layout)
     pruned: list[nn.Module] = []
     for index, module, role in zip(kept, modules, roles, strict=True):
         if role is None:
@@ -40,7 +52,7 @@ def prune_blocks(
         block = made.get(key) if made is not None else None
         if block is None:
             states = [projectors.get(projector_name(stack, index, kind), {}) for kind in ("text", "ffn")]
-            block = family.prune_block(module, role, {**states[0], **states[1]})
+            block = surgery.prune(module, role, {**states[0], **states[1]})
         if made is not None:
             made[key] = block
         pruned.append(block)

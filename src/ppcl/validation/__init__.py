@@ -10,8 +10,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppcl.config import STAGE_ORDER, STORED_VARIANTS, VARIANTS, Config
+from ppcl.config import STORED_VARIANTS, VARIANTS, Config
 from ppcl.errors import UsageError
+from ppcl.stages import STAGES
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_streaming
 from ppcl.validation.outputs import (
     check_adapter,
@@ -44,9 +45,9 @@ def parse(raw: DictConfig) -> Config:
 def check(config: Config) -> None:
     """Every check that needs no model: values, their combinations, and the files that are named."""
     if not config.stages:
-        raise UsageError(f"stages=[] asks for nothing: name some of {', '.join(STAGE_ORDER)}.")
+        raise UsageError(f"stages=[] asks for nothing: name some of {', '.join(STAGES)}.")
     for stage in config.stages:
-        one_of("stages", stage, STAGE_ORDER)
+        one_of("stages", stage, tuple(STAGES))
     check_strategy(config)
     method, distill = config.method, config.distill
     one_of("method.rule", method.rule, ("lp", "lp_a", "lp_b", "cka_sensitivity"))

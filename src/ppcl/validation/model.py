@@ -5,27 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ppcl.artifacts import check_safetensors, read_json
-from ppcl.config import BUILDERS, Config, ModelConfig
+from ppcl.artifacts.files import check_safetensors, read_json
+from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
-from ppcl.families import FAMILIES, family_of_pipeline
+from ppcl.families.registry import FAMILIES, builders, family_of_pipeline
+from ppcl.stages import STAGES
 from ppcl.validation.values import aspect_ratio, one_of
 
 EMBEDDED = "embedded:"
 ASSETS = Path(__file__).parents[1] / "assets"
-WEIGHT_STAGES = {
-    "cache",
-    "probe",
-    "detect",
-    "boundaries",
-    "depth",
-    "width",
-    "finetune",
-    "export",
-    "quantize",
-    "generate",
-    "evaluate",
-}
 
 
 def local_folder(path: str) -> Path:
@@ -82,7 +70,7 @@ def check_model(config: Config) -> None:
 def _needs_weights(config: Config, stage: str) -> bool:
     if stage == "depth" and config.distill.from_boundaries and config.distill.boundaries is not None:
         return False  # what the teacher said is on disk
-    return stage in WEIGHT_STAGES
+    return STAGES[stage].weights
 
 
 def check_pretrain(config: Config) -> None:
@@ -96,7 +84,7 @@ def check_pretrain(config: Config) -> None:
         raise UsageError(
             f"stages=[pretrain] trains the embedded teachers only; model={config.model.name} has no model.builder."
         )
-    one_of("model.builder", config.model.builder, BUILDERS)
+    one_of("model.builder", config.model.builder, tuple(builders()))
     init = config.pretrain.init
     if init is None:
         return
@@ -114,25 +102,11 @@ def check_pretrain(config: Config) -> None:
         )
 
 
-STREAMED_STAGES = {
-    "cache",
-    "probe",
-    "detect",
-    "boundaries",
-    "depth",
-    "width",
-    "plan",
-    "finetune",
-    "remap_lora",
-    "report",
-}
-
-
 def check_streaming(config: Config) -> None:
     """A streamed teacher is read block by block: what wants all of it, or its speed, runs without."""
     if not config.model.streaming:
         return
-    whole = [stage for stage in config.stages if stage not in STREAMED_STAGES]
+    whole = [stage for stage in config.stages if STAGES[stage].whole]
     budget = config.budget
     if "plan" in config.stages and (budget.params or budget.memory_gb or budget.latency_ratio):
         whole.append("plan")

@@ -9,11 +9,11 @@ from typing import NoReturn
 
 from PIL import Image
 
-from ppcl.artifacts import check_safetensors
+from ppcl.artifacts.files import check_safetensors
 from ppcl.config import VARIANTS, Config
 from ppcl.errors import UsageError
-from ppcl.export.single_file import DTYPES, LAYOUTS
-from ppcl.families import FAMILIES
+from ppcl.export.single_file import DTYPES, layouts
+from ppcl.families.registry import FAMILIES
 from ppcl.validation.pruning import budget_of, resolve_width
 from ppcl.validation.values import at_least, one_of
 
@@ -141,9 +141,9 @@ def check_export(config: Config) -> None:
         raise UsageError(
             f"export.single_file_dtype={export.single_file_dtype} means nothing without export.single_file=true."
         )
-    if export.single_file and family not in LAYOUTS:
+    if export.single_file and family not in layouts():
         raise UsageError(
-            f"export.single_file=true: ComfyUI has no model of family {family}, only {', '.join(LAYOUTS)}; "
+            f"export.single_file=true: ComfyUI has no model of family {family}, only {', '.join(layouts())}; "
             "set export.single_file=false."
         )
     # Of a budget's choice only its plan knows what it plugs in; the stage asks it before it loads the model.
@@ -174,7 +174,7 @@ def check_import(config: Config) -> None:
         )
     if not Path(config.published.path).exists():
         raise UsageError(f"published.path={config.published.path} does not exist; fetch it first.")
-    from ppcl.stages.import_published import open_source  # loads diffusers, which only this stage's check needs
+    from ppcl.validation.published import open_source  # loads diffusers, which only this stage's check needs
 
     open_source(config)
 

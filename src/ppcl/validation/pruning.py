@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppcl.artifacts import Interval, Intervals, PruningPlan, Width
+from ppcl.artifacts.plan import Interval, Intervals, PruningPlan, Width
 from ppcl.config import Config
 from ppcl.errors import UsageError
-from ppcl.families import FAMILIES
+from ppcl.families.registry import FAMILIES
 from ppcl.layers import check_width_sets, kept_layers
 from ppcl.validation.model import num_layers
 

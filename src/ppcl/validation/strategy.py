@@ -5,9 +5,9 @@ from __future__ import annotations
 from ppcl.config import Config
 from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import is_first, launched, rank
+from ppcl.stages import TRAINED
 from ppcl.validation.values import one_of
 
-TRAINED = ("depth", "width", "finetune")  # what ddp and fsdp share among ranks
 PRECISIONS = ("32-true", "bf16-mixed")
 
 

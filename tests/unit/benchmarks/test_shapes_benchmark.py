@@ -3,7 +3,7 @@ import pytest
 from scipy import ndimage
 
 from ppcl.benchmarks.shapes import Detected, detect, evaluation_scenes, relations, satisfies, score
-from ppcl.data.shapes import CATEGORIES, COLORS, SHAPES, Scene, SceneObject, make_scene, render
+from ppcl.data.worlds.shapes import CATEGORIES, COLORS, SHAPES, Scene, SceneObject, make_scene, render
 
 SCENES = evaluation_scenes(2, 200)
 PICTURES = [render(scene.objects) for scene in SCENES]

@@ -5,11 +5,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from ppcl.config import DataConfig
-from ppcl.data import shapes
 from ppcl.data.batches import StepLoader, batch_numbers
 from ppcl.data.streams import ShapesStream
-from ppcl.families import get_family
-from ppcl.families.tiny_dit import build_pipeline as build_dit
+from ppcl.data.worlds import shapes
+from ppcl.families.dit.tiny import build_pipeline as build_dit
+from ppcl.families.registry import get_family
 
 
 @pytest.mark.parametrize("ahead", [False, True])

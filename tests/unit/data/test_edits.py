@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from ppcl.benchmarks.shapes import edited, evaluation_scenes, fulfils, score
-from ppcl.data import edits
-from ppcl.data.shapes import BACKGROUND, LATTICE, OBJECT_SIZE, SHAPES, render
-from ppcl.families import FAMILIES, get_family
+from ppcl.data.worlds import edits
+from ppcl.data.worlds.shapes import BACKGROUND, LATTICE, OBJECT_SIZE, SHAPES, render
+from ppcl.families.registry import FAMILIES, get_family
 
 EDITS = {category: [edits.make_scene(5, n, category) for n in range(60)] for category in edits.CATEGORIES}
 

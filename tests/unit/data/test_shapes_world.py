@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl.data import shapes
-from ppcl.families.tiny_qwen_image import build_tokenizer
+from ppcl.data.worlds import shapes
+from ppcl.families.qwen_image.tiny import build_tokenizer
 
 SCENES = {category: [shapes.make_scene(11, index, category) for index in range(300)] for category in shapes.CATEGORIES}
 EVERY_SCENE = [scene for scenes in SCENES.values() for scene in scenes]

@@ -21,7 +21,7 @@ from ppcl.export.model_card import (
     single_file_section,
     with_section,
 )
-from ppcl.families import FAMILIES, get_family
+from ppcl.families.registry import FAMILIES, get_family
 
 FACTS = {
     "title": "qwen_image pruned by PPCL",

@@ -14,18 +14,18 @@ import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from safetensors.torch import load_file
 
-from ppcl.artifacts import read_json
+from ppcl.artifacts.files import read_json
 from ppcl.errors import UsageError
 from ppcl.export.single_file import (
-    LAYOUTS,
     ZERO_CONDITION_MARKER,
+    layout_of,
     modelspec,
     parts_of,
     read_metadata,
     write_single_file,
 )
-from ppcl.models.transformer_flux_pruned import PrunedFluxTransformer2DModel
-from ppcl.models.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel
+from ppcl.families.flux.transformer_flux_pruned import PrunedFluxTransformer2DModel
+from ppcl.families.qwen_image.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel
 
 QWEN = {
     "patch_size": 2,
@@ -295,13 +295,13 @@ def test_a_class_that_comfyui_does_not_know_is_refused(family: str, model: Any, 
 
 def test_a_name_without_a_place_is_refused() -> None:
     names = [f"transformer_blocks.0.attn.{name}.weight" for name in ("to_q", "to_k", "to_v", "to_add_out")]
-    assert [part.key for part in parts_of(LAYOUTS["flux"], names)] == [
+    assert [part.key for part in parts_of(layout_of("flux"), names)] == [
         "double_blocks.0.img_attn.qkv.weight",
         "double_blocks.0.txt_attn.proj.weight",
     ]
     for wrong in ("transformer_blocks.0.txt_proj.weight", "transformer_blocks.0.attn.add_q_proj.weight"):
         with pytest.raises(UsageError, match=f"{wrong} has no place"):
-            parts_of(LAYOUTS["flux"], [*names, wrong])
+            parts_of(layout_of("flux"), [*names, wrong])
 
 
 def test_values_that_overflow_are_refused_and_leave_no_file(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl.artifacts import Probes
+from ppcl.artifacts.probes import Probes
 from ppcl.config import MethodConfig
 from ppcl.methods.base import Teacher
 from ppcl.methods.ppcl import (
@@ -16,8 +16,8 @@ from ppcl.methods.ppcl import (
     first_inflection,
     last_above,
 )
+from ppcl.methods.probes import fit_probes
 from ppcl.ops.cka import centre, cka
-from ppcl.stages.probe import fit_probes
 from ppcl.taps import observe
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ppcl.data import shapes
+from ppcl.data.worlds import shapes
 from ppcl.models.autoencoder_pixel_unshuffle import AutoencoderPixelUnshuffle
 
 

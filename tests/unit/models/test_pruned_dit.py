@@ -7,9 +7,9 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from ppcl.families import get_family
+from ppcl.families.dit.transformer_dit_pruned import PrunedDiTTransformer2DModel
+from ppcl.families.registry import get_family
 from ppcl.layers import Layout
-from ppcl.models.transformer_dit_pruned import PrunedDiTTransformer2DModel
 from ppcl.surgery.plugboard import Plugboard
 
 STACK = "transformer_blocks"
@@ -52,11 +52,11 @@ def inputs():
 def test_the_forward_equals_a_plain_reference(model, inputs, pruned):
     """Block 0 too, whose embedding of time and label the output head reads."""
     family = get_family("dit", model.config)
-    roles = family.width_roles(STACK, [], pruned, 4, Layout())
+    roles = family.width.roles(STACK, [], pruned, 4, Layout())
     ours, reference = [], []
     for index, (block, role) in enumerate(zip(model.transformer_blocks, roles, strict=True)):
         projector = {"img_ffn_proj.weight": 0.1 * torch.randn(32, 32), "img_ffn_proj.bias": 0.1 * torch.randn(32)}
-        ours.append(block if role is None else family.prune_block(block, role, projector))
+        ours.append(block if role is None else family.width.prune(block, role, projector))
         reference.append(block if index not in pruned else Reference(block, *projector.values()))
     outputs = []
     for blocks in (ours, reference):

@@ -9,15 +9,16 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from plain import HEAD_DIM, HEADS, WIDTH, PlainDualStream
 from torch.nn import functional as F
 
-from ppcl.artifacts import Header, Projector
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.plugs import Projector
 from ppcl.errors import UsageError
-from ppcl.families import get_family
-from ppcl.layers import Layout
-from ppcl.models.transformer_flux_pruned import (
+from ppcl.families.flux.transformer_flux_pruned import (
     PrunedFluxSingleTransformerBlock,
     PrunedFluxTransformer2DModel,
     PrunedFluxTransformerBlock,
 )
+from ppcl.families.registry import get_family
+from ppcl.layers import Layout
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.width import prune_blocks
@@ -456,14 +457,14 @@ def test_half_precision_is_clipped_as_in_stock_blocks(teacher, flux, inputs):
     )
     most, far = torch.finfo(torch.float16).max, torch.full((WIDTH,), 6e4)
     block = make_teacher().half().transformer_blocks[2]
-    role = flux.width_roles(DUAL, [2], [], LAYERS, Layout())[2]
-    pruned = flux.prune_block(block, role, {"ehs_proj.bias": far})
+    role = flux.width.roles(DUAL, [2], [], LAYERS, Layout())[2]
+    pruned = flux.width.prune(block, role, {"ehs_proj.bias": far})
     z = dual["encoder_hidden_states"]
-    text, image = pruned(**flux.with_text(dual, z + 3e4, z))
+    text, image = pruned(**flux.width.with_text(dual, z + 3e4, z))
     assert (text == most).all()
     assert image.isfinite().all()
     block = make_teacher().half().single_transformer_blocks[2]
-    pruned = flux.prune_block(block, {"project_ffn": True}, {"txt_ffn_proj.bias": far, "img_ffn_proj.bias": -far})
+    pruned = flux.width.prune(block, {"project_ffn": True}, {"txt_ffn_proj.bias": far, "img_ffn_proj.bias": -far})
     lifted = {"hidden_states": single["hidden_states"] - 3e4, "encoder_hidden_states": z + 3e4}
     text, image = pruned(**single | lifted)
     assert (text == most).all()
@@ -477,7 +478,7 @@ def test_roles_say_what_each_block_becomes(flux):
     assert set(flux.projectors.values()) == set(PROJECTORS)
     names = ("project_text", "project_text_output", "project_ffn", "carry", "keep_text_query")
     for text_output, inner in (("last", False), ("each", True)):
-        roles = flux.width_roles(DUAL, [2, 3], [1, 3], LAYERS, Layout(text_output, True))
+        roles = flux.width.roles(DUAL, [2, 3], [1, 3], LAYERS, Layout(text_output, True))
         assert roles == [
             None,
             dict(zip(names, (False, False, True, True, False), strict=True)),
@@ -485,14 +486,14 @@ def test_roles_say_what_each_block_becomes(flux):
             dict(zip(names, (True, True, True, False, True), strict=True)),
             None,
         ]
-    assert flux.width_roles(DUAL, [], [], LAYERS, Layout()) == [None] * LAYERS
+    assert flux.width.roles(DUAL, [], [], LAYERS, Layout()) == [None] * LAYERS
     only = {"project_ffn": True}
-    assert flux.width_roles(SINGLE, [], [0, 2], SINGLE_LAYERS, Layout("each", True)) == [only, None, only]
+    assert flux.width.roles(SINGLE, [], [0, 2], SINGLE_LAYERS, Layout("each", True)) == [only, None, only]
 
 
 def test_the_pruned_config_names_the_sets_of_both_stacks(teacher, flux):
     places = {DUAL: {"text": [2], "ffn": [0, 2]}, SINGLE: {"text": [], "ffn": [1]}}
-    config = flux.pruned_config(places, Layout("each", True))
+    config = flux.width.config(places, Layout("each", True))
     assert config == {
         "pruned_text": [2],
         "pruned_ffn": [0, 2],
@@ -502,9 +503,9 @@ def test_the_pruned_config_names_the_sets_of_both_stacks(teacher, flux):
     }
     model = empty(teacher, **config)
     for stack, sets in places.items():
-        roles = flux.width_roles(stack, sets["text"], sets["ffn"], len(getattr(teacher, stack)), Layout("each", True))
+        roles = flux.width.roles(stack, sets["text"], sets["ffn"], len(getattr(teacher, stack)), Layout("each", True))
         for block, source, role in zip(getattr(model, stack), getattr(teacher, stack), roles, strict=True):
-            made = source if role is None else flux.prune_block(source, role, {})
+            made = source if role is None else flux.width.prune(source, role, {})
             shapes = [{name: value.shape for name, value in item.state_dict().items()} for item in (block, made)]
             assert shapes[0] == shapes[1]
 
@@ -514,13 +515,13 @@ def test_a_pruned_block_is_given_the_references_text_and_what_goes_into_its_qkv(
     model = prune(teacher, [3, 4])
     calls, block = recorded(model, inputs), teacher.transformer_blocks[2]
     reference, given, last = (calls[DUAL, index] for index in (2, 3, 4))
-    z, read = flux.text_qkv_input(block, reference), []
+    z, read = flux.width.text_qkv_input(block, reference), []
     handle = block.attn.add_k_proj.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     text, _ = block(**reference)
     handle.remove()
     assert torch.equal(z, read[0])
-    assert torch.equal(flux.text_qkv_input(model.transformer_blocks[2], reference), z)
-    packed = flux.with_text(reference, text, z)
+    assert torch.equal(flux.width.text_qkv_input(model.transformer_blocks[2], reference), z)
+    packed = flux.width.with_text(reference, text, z)
     assert packed.keys() == reference.keys()
     assert all(packed[name] is value for name, value in reference.items() if name != "encoder_hidden_states")
     assert torch.equal(packed["encoder_hidden_states"], given["encoder_hidden_states"])
@@ -532,8 +533,8 @@ def test_a_pruned_block_is_given_the_references_text_and_what_goes_into_its_qkv(
 def test_what_goes_into_the_qkv_is_the_same_without_an_ffn(teacher, flux, inputs):
     reference = recorded(teacher, inputs)[DUAL, 2]
     block = teacher.transformer_blocks[2]
-    role = flux.width_roles(DUAL, [], [2], LAYERS, Layout())[2]
-    z, expected = (flux.text_qkv_input(item, reference) for item in (flux.prune_block(block, role, {}), block))
+    role = flux.width.roles(DUAL, [], [2], LAYERS, Layout())[2]
+    z, expected = (flux.width.text_qkv_input(item, reference) for item in (flux.width.prune(block, role, {}), block))
     torch.testing.assert_close(z, expected, rtol=0, atol=1e-6)
 
 

@@ -8,7 +8,10 @@ from plain import HEAD_DIM, HEADS, WIDTH, PlainDualStream
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from ppcl.models.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel, PrunedQwenImageTransformerBlock
+from ppcl.families.qwen_image.transformer_qwen_image_pruned import (
+    PrunedQwenImageTransformer2DModel,
+    PrunedQwenImageTransformerBlock,
+)
 
 LAYERS = 7
 # Runs of one and of two, a run at the end, references with and without FFN, FFNs gone in either kind of block.

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from ppcl.artifacts import Header, Plug, Projector
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.plugs import Plug, Projector
 from ppcl.errors import UsageError
 from ppcl.layers import Layout
-from ppcl.planner import Overlap, Unit, closure, total_saving
-from ppcl.stages.budget import compare_costs, find_units, target_of, velocity_error
-from ppcl.stages.variants import Plugs
 from ppcl.surgery.depth import student_block
 from ppcl.surgery.plugboard import Plugboard
+from ppcl.variants.costs import compare_costs, find_units, target_of, velocity_error
+from ppcl.variants.planner import Overlap, Unit, closure, total_saving
+from ppcl.variants.plugs import Plugs
 
 STACK = "transformer_blocks"
 

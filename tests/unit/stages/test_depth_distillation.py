@@ -4,9 +4,10 @@ from torch.nn import functional as F
 from trainers import train
 
 from ppcl.config import DistillConfig
+from ppcl.distill.depth import DepthDistillation
 from ppcl.errors import UsageError
 from ppcl.ops.losses import direction_loss, magnitude_loss
-from ppcl.stages.depth import DepthDistillation, select_intervals
+from ppcl.stages.depth import select_intervals
 from ppcl.surgery.plugboard import Plugboard
 
 STACK = "transformer_blocks"

@@ -8,8 +8,8 @@ import torch
 from trainers import state_of, train
 
 from ppcl.config import FinetuneConfig
+from ppcl.distill.finetune import FineTune
 from ppcl.errors import UsageError
-from ppcl.stages.finetune import FineTune
 
 LENGTHS = (5, 9, 7)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ppcl.stages.probe import fit_probes, relative_residuals, train_probes, valid
+from ppcl.methods.probes import fit_probes, relative_residuals, train_probes, valid
 
 COUNT = 3
 LENGTHS = (40, 25, 33, 38)

@@ -9,11 +9,11 @@ import torch
 from ppcl.config import DataConfig
 from ppcl.data.streams import ShapesStream
 from ppcl.export.quantized import split_linears
-from ppcl.families import get_family
+from ppcl.export.rounding import round_blocks, round_linears
+from ppcl.families.registry import builders, get_family
 from ppcl.layers import Layout
 from ppcl.ops.losses import relative_error
 from ppcl.ops.rounding import InputMoments
-from ppcl.stages.rounding import round_blocks, round_linears
 from ppcl.surgery.width import prune_blocks
 from ppcl.taps import inputs_of, observe
 
@@ -27,7 +27,7 @@ def names_in(model):
 @pytest.fixture(scope="module", params=BUILDERS)
 def tiny(request):
     """A family, an untrained transformer of it, and two batches."""
-    pipeline = import_module(f"ppcl.families.{request.param}").build_pipeline(0, 3)
+    pipeline = import_module(builders()[request.param]).build_pipeline(0, 3)
     family = get_family(BUILDERS[request.param], pipeline.transformer.config)
     family.sampling.max_sequence_length = 16
     stream = ShapesStream(family, pipeline, DataConfig(), seed=1, batch_size=3)

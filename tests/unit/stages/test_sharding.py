@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from ppcl.config import DataConfig, SamplingConfig
 from ppcl.data.streams import ShapesStream
-from ppcl.families import get_family
-from ppcl.stages.sharding import Sharding, assign, skeleton, whole_call, whole_state
+from ppcl.families.registry import builders, get_family
 from ppcl.taps import observe
+from ppcl.training.sharding import Sharding, assign, skeleton, whole_call, whole_state
 
 SAMPLING = SamplingConfig(height=32, width=32, max_sequence_length=32)
 
@@ -27,7 +27,7 @@ def sharding():
 @pytest.fixture(params=["qwen_image", "qwen_image_edit", "flux", "dit"])
 def case(request):
     """A tiny model of each family, and a batch."""
-    pipeline = import_module(f"ppcl.families.tiny_{request.param}").build_pipeline(0, num_layers=2)
+    pipeline = import_module(builders()[f"tiny_{request.param}"]).build_pipeline(0, num_layers=2)
     family = get_family(request.param, pipeline.transformer.config, SAMPLING)
     return family, pipeline.transformer, ShapesStream(family, pipeline, DataConfig(), 3, 2)(0)
 

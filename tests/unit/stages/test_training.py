@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl.stages.training import compiled, split_for_muon
+from ppcl.families.registry import builders, get_family
+from ppcl.training.loop import compiled
+from ppcl.training.optimizers import split_for_muon
 
 
 @pytest.fixture
@@ -48,8 +50,9 @@ def test_a_forward_of_its_own_comes_back_even_after_an_error(block):
 
 @pytest.mark.parametrize("builder", ["tiny_qwen_image", "tiny_flux", "tiny_dit"])
 def test_muon_takes_the_matrices_of_attention_and_ffns(builder):
-    model = import_module(f"ppcl.families.{builder}").build_pipeline(0, 2).transformer
-    hidden, rest = split_for_muon(model.requires_grad_(True))
+    model = import_module(builders()[builder]).build_pipeline(0, 2).transformer
+    family = get_family(builder.removeprefix("tiny_"))
+    hidden, rest = split_for_muon(family, model.requires_grad_(True))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert names.keys() == {id(parameter) for parameter in [*hidden, *rest]}
     parts = ("attn", "attn1", "ff", "ff_context", "img_mlp", "txt_mlp", "proj_mlp", "proj_out")

@@ -5,10 +5,10 @@ import torch
 from trainers import train
 
 from ppcl.config import DistillConfig
+from ppcl.distill.width import WidthDistillation, places
 from ppcl.errors import UsageError
 from ppcl.layers import Layout
-from ppcl.stages.projectors import WidthDistillation, places
-from ppcl.stages.width import ffn_errors, select_ffn, select_text
+from ppcl.methods.width import ffn_errors, select_ffn, select_text
 
 STACK = "transformer_blocks"
 LAYERS = 7

@@ -7,8 +7,8 @@ from diffusers import FluxTransformer2DModel, QwenImageControlNetModel, QwenImag
 from pruned_models import cut
 from torch import nn
 
-from ppcl.families import get_family
-from ppcl.families.tiny_qwen_image import build_pipeline
+from ppcl.families.qwen_image.tiny import build_pipeline
+from ppcl.families.registry import get_family
 from ppcl.surgery.controlnet import expand, place_residuals
 from ppcl.surgery.plugboard import Plugboard
 

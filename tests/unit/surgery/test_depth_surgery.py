@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ppcl.artifacts import Header, Plug
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.plugs import Plug
 from ppcl.errors import UsageError
 from ppcl.layers import kept_layers
 from ppcl.surgery.depth import student_block
@@ -173,7 +174,7 @@ def test_a_plug_that_does_not_fit_is_refused(family, transformer, students):
 
 @torch.no_grad()
 def test_plugs_on_disk_go_into_a_loaded_pipeline(tmp_path, pipeline, make_transformer, make_batch, students):
-    from ppcl.families.tiny_qwen_image import build_pipeline
+    from ppcl.families.qwen_image.tiny import build_pipeline
 
     loaded, inputs = build_pipeline(0, num_layers=6), make_batch().inputs
     loaded.transformer.eval()

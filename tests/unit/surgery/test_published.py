@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ppcl
-from ppcl.artifacts import Header, Plug, Projector, plug_name
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.plan import plug_name
+from ppcl.artifacts.plugs import Plug, Projector
 from ppcl.errors import UsageError
-from ppcl.models.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel
+from ppcl.families.qwen_image.published import check_ehs_same, lost, read_training, to_residual
+from ppcl.families.qwen_image.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel
 from ppcl.surgery.plugboard import Plugboard, load_student
-from ppcl.surgery.published import check_ehs_same, lost, read_training, to_residual
 
 STACK = "transformer_blocks"
 HEADS, HEAD_DIM = 2, 32

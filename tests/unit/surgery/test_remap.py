@@ -11,7 +11,7 @@ from pruned_models import cut
 from torch import nn
 
 from ppcl.errors import UsageError
-from ppcl.families import get_family
+from ppcl.families.registry import get_family
 from ppcl.layers import Layout
 from ppcl.surgery.remap import remap_lora
 
@@ -126,8 +126,8 @@ def test_what_a_width_pruned_block_lost_is_dropped_and_what_it_kept_is_cut(famil
     model = make_transformer(8)
     student = cut(family, model, {})
     blocks = list(student.transformer_blocks)
-    role = family.width_roles(STACK, [], [5], 8, Layout())[5]
-    blocks[5] = family.prune_block(blocks[5], role, {})
+    role = family.width.roles(STACK, [], [5], 8, Layout())[5]
+    blocks[5] = family.width.prune(blocks[5], role, {})
     student.transformer_blocks = nn.ModuleList(blocks)
     found = remap_lora(lora, student)
     assert found.dropped == [f"{STACK}.5.img_mlp.net.2"]

@@ -7,10 +7,14 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from omegaconf import OmegaConf
 
-from ppcl.artifacts import Header, Projector
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.plugs import Projector
 from ppcl.errors import UsageError
+from ppcl.families.qwen_image.transformer_qwen_image_pruned import (
+    PrunedQwenImageTransformer2DModel,
+    PrunedQwenImageTransformerBlock,
+)
 from ppcl.layers import Layout, kept_layers
-from ppcl.models.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel, PrunedQwenImageTransformerBlock
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.width import prune_blocks
@@ -89,7 +93,7 @@ def test_a_pruned_block_shares_what_it_keeps(family, transformer, keep_text_quer
         own, found = pointers(source), pointers(block)
         new = {name for name in found if name not in own}
         assert new
-        assert all(name.split(".")[0] in family.projectors.values() for name in new)
+        assert all(name.split(".")[0] in family.width.projectors.values() for name in new)
         assert all(pointer == own[name] for name, pointer in found.items() if name in own)  # the first half, where cut
         shape = block.get_parameter("img_mod.1.weight").shape
         assert shape == ((3 if index in (2, 4) else 6) * WIDTH, WIDTH)
@@ -128,7 +132,7 @@ def test_what_is_kept_learns_if_the_source_does_and_projectors_do_not(family, tr
     assert all(parameter.requires_grad == learns for parameter in transformer.parameters())
     for block in pruned:
         for name, parameter in block.named_parameters():
-            new = name.split(".")[0] in family.projectors.values()
+            new = name.split(".")[0] in family.width.projectors.values()
             assert parameter.requires_grad == (learns and not new), name
 
 

@@ -1,0 +1,81 @@
+"""Files that are written whole or not at all. Importing this loads no torch.
+
+A JSON is always the last thing written of an artifact, so its presence says that the rest is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ppcl.errors import UsageError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, flushed to disk and renamed to it when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block succeeds.
+
+    What a killed process left under such a name goes first.
+    """
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in `path`; a `UsageError` says what is wrong with a file that holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{what} {path} does not exist.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, IsADirectoryError):
+        raise UsageError(f"{what} {path} is not a JSON file.") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{what} {path} does not hold a JSON object.")
+    return content
+
+
+def check_safetensors(path: Path, key: str = "") -> None:
+    """Refuse a file that is cut short or no safetensors; reads the header only. `key` starts the sentence."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except FileNotFoundError:
+        raise UsageError(f"{key}{path} does not exist.") from None
+    except SafetensorError:
+        raise UsageError(
+            f"{key}{path} is truncated or not a safetensors file; fetch it again, or delete it and run its stage again."
+        ) from None

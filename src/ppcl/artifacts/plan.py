@@ -1,0 +1,75 @@
+"""The pruning plan: intervals and width sets, and the names of what stands for them. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.headers import Header
+from ppcl.errors import UsageError
+
+Interval = tuple[int, int]
+
+Intervals = dict[str, list[Interval]]
+
+# By stack: which blocks, by their index in the teacher, lose their `text` stream and their `ffn`.
+Width = dict[str, dict[str, list[int]]]
+
+
+@dataclass
+class PruningPlan:
+    """Which runs of adjacent blocks become one student block each, and what that was decided from.
+
+    Plain JSON: a person may write `num_layers` and `intervals` alone and pass the file back in.
+    """
+
+    family: str
+    num_layers: dict[str, int]
+    intervals: Intervals
+    made_from: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    width: Width = field(default_factory=dict)
+
+    def header(self) -> Header:
+        return Header("ppcl.plan", self.made_from)
+
+    def save(self, path: Path) -> None:
+        body = asdict(self)
+        del body["made_from"]
+        write_json(path, self.header().to_json() | body)
+
+    @classmethod
+    def load(cls, path: Path, key: str = "") -> PruningPlan:
+        content = read_json(path, f"{key}the pruning plan")
+        try:
+            intervals = {stack: [(int(u), int(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()}
+            width = {
+                stack: {kind: [int(index) for index in sets.get(kind, [])] for kind in ("text", "ffn")}
+                for stack, sets in content.get("width", {}).items()
+            }
+            return cls(
+                family=str(content["family"]),
+                num_layers={stack: int(count) for stack, count in content["num_layers"].items()},
+                intervals=intervals,
+                made_from=content.get("made_from", {}),
+                parameters=content.get("parameters", {}),
+                scores=content.get("scores", {}),
+                width=width,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UsageError(
+                f"{key}{path} is not a pruning plan: it needs family, num_layers, intervals {{stack: [[u, v], ...]}}."
+            ) from None
+
+
+def plug_name(stack: str, interval: Interval) -> str:
+    """`transformer_blocks.3-5`: how an interval is named in files, logs and calls."""
+    return f"{stack}.{interval[0]}-{interval[1]}"
+
+
+def projector_name(stack: str, index: int, kind: str) -> str:
+    """`transformer_blocks.37.text`, `transformer_blocks.2.ffn`."""
+    return f"{stack}.{index}.{kind}"

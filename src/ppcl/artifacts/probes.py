@@ -1,0 +1,84 @@
+"""Linear probes on disk, one file per block and stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ppcl.artifacts.files import check_safetensors, read_json, write_json
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.tensors import write_tensors
+from ppcl.errors import UsageError
+
+
+@dataclass
+class Probes:
+    """One linear map per block and stream, x -> x + x W^T + b, with its held-out relative residual.
+
+    `weights[f"{stack}.{index}.{stream}"]` is `[D, D]`, `biases[...]` `[D]`, both float32.
+    """
+
+    header: Header
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    residuals: dict[str, float]
+
+    @staticmethod
+    def header_for(made_from: dict[str, Any]) -> Header:
+        return Header("ppcl.probes", made_from, version=2)
+
+    def save(self, folder: Path) -> None:
+        for key, weight in self.weights.items():
+            write_probe(folder, self.header, key, weight, self.biases[key])
+        finish_probes(folder, self.header, self.residuals)
+
+    @classmethod
+    def load(cls, folder: Path) -> Probes:
+        """The probes in `folder`; each is read when it is asked for, as those of a large model are many."""
+        content = read_json(folder / "probes.json", "Probes")
+        header = Header(content["format"], content["made_from"], content["version"])
+        for key in content["residuals"]:
+            check_safetensors(folder / f"{key}.safetensors")
+            with safe_open(folder / f"{key}.safetensors", framework="pt") as handle:
+                if (handle.metadata() or {}).get("fingerprint") != header.fingerprint:
+                    raise UsageError(
+                        f"{folder} holds probes of two different runs; delete it and run stages=[probe] again."
+                    )
+        names = list(content["residuals"])
+        weights, biases = _StoredProbes(folder, names, "weight"), _StoredProbes(folder, names, "bias")
+        return cls(header, weights, biases, content["residuals"])
+
+
+class _StoredProbes(Mapping[str, Tensor]):
+    """One tensor of every probe in a folder."""
+
+    def __init__(self, folder: Path, names: list[str], part: str) -> None:
+        self.folder, self.names, self.part = folder, names, part
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.names:
+            raise KeyError(key)
+        with safe_open(self.folder / f"{key}.safetensors", framework="pt") as handle:
+            return handle.get_tensor(self.part)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def write_probe(folder: Path, header: Header, key: str, weight: Tensor, bias: Tensor) -> None:
+    """One probe's file; `finish_probes` comes after the last."""
+    (folder / "probes.json").unlink(missing_ok=True)
+    tensors = {"weight": weight, "bias": bias}
+    write_tensors(folder / f"{key}.safetensors", tensors, {"fingerprint": header.fingerprint})
+
+
+def finish_probes(folder: Path, header: Header, residuals: dict[str, float]) -> None:
+    write_json(folder / "probes.json", header.to_json() | {"residuals": residuals})

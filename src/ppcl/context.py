@@ -1,0 +1,171 @@
+"""The context of a run: its configuration, folder and console, its teacher and data, and what earlier stages left."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from ppcl import __version__
+from ppcl.artifacts.files import write_json
+from ppcl.artifacts.plan import Intervals, PruningPlan, Width
+from ppcl.artifacts.probes import Probes
+from ppcl.config import Config
+from ppcl.data.training import TrainingData
+from ppcl.errors import UsageError
+from ppcl.families.base import Family
+from ppcl.families.registry import get_family
+from ppcl.launch import is_first
+from ppcl.layers import Layout
+from ppcl.teacher import TeacherModel
+from ppcl.validation.model import num_layers
+from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width
+from ppcl.validation.strategy import resolve_precision
+
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "safetensors", "numpy")
+
+
+class Run:
+    """What every stage is given. Folders: `run.folder / "plan"` and so on, one per kind of artifact."""
+
+    def __init__(self, config: Config, folder: Path, console: Console | None = None) -> None:
+        self.config = config
+        self.folder = folder
+        self.console = console or Console()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what all ranks have made together."""
+        return self.config.strategy.kind == "single" or is_first()
+
+    def say(self, stage: str, text: str) -> None:
+        self.console.print(f"[bold cyan]{stage:>9}[/]  {escape(text)}", highlight=False, soft_wrap=True)
+
+    def record_versions(self) -> None:
+        """Write `versions.json`: what this run was made with."""
+        found = {"ppcl": __version__, "python": platform.python_version()}
+        for name in PACKAGES:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "unknown"
+        write_json(self.folder / "versions.json", found)
+
+    @cached_property
+    def family(self) -> Family:
+        return get_family(self.config.model.family, self.config.model.arch, self.config.model.sampling)
+
+    @cached_property
+    def device(self) -> torch.device:
+        wants_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda")
+        return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def teacher(self) -> TeacherModel:
+        return TeacherModel(self.config, self.family, self.device)
+
+    @cached_property
+    def data(self) -> TrainingData:
+        return TrainingData(self.config, self.teacher)
+
+    @property
+    def precision(self) -> str:
+        """Lightning precision of the trained modules."""
+        return resolve_precision(self.config)
+
+    @cached_property
+    def scenes(self) -> list[Any]:
+        """The benchmark's prompts, with what a picture of each must show."""
+        from ppcl.benchmarks.shapes import evaluation_scenes
+
+        config = self.config
+        return evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, self.family)
+
+    # What earlier stages left.
+
+    @property
+    def base(self) -> Path:
+        """Where intervals, width sets, plugs and their costs lie: in this run, or in the one it is based on."""
+        base = self.config.paths.base_run
+        return self.folder if base is None else Path(base)
+
+    @property
+    def plan_path(self) -> Path:
+        return self.base / "plan" / "plan.json"
+
+    @property
+    def costs_path(self) -> Path:
+        return self.base / "plan" / "costs.json"
+
+    @property
+    def plugs_folder(self) -> Path:
+        return self.base / "plugs"
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether intervals are given, or this run has detected some."""
+        return resolve_intervals(self.config) is not None or self.plan_path.exists()
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """The intervals given, or else those this run detected."""
+        given = resolve_intervals(self.config)
+        if given is not None:
+            return given
+        if not self.has_intervals:
+            raise UsageError(
+                "intervals are not given and this run has detected none: add stages=[probe,detect] or intervals=."
+            )
+        plan = PruningPlan.load(self.plan_path)
+        check_plan(plan, self.config, self.plan_path)
+        return plan.intervals
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.config.width.text_output, self.config.width.keep_text_query)
+
+    @property
+    def width_path(self) -> Path:
+        return self.base / "plan" / "width.json"
+
+    @property
+    def choice_path(self) -> Path:
+        return self.folder / "plan" / "choice.json"
+
+    @cached_property
+    def width(self) -> Width:
+        """The width sets given, or else those this run selected."""
+        given = resolve_width(self.config)
+        if given is None:
+            if not self.width_path.exists():
+                raise UsageError("width=auto has selected nothing in this run yet: add stages=[width].")
+            given = PruningPlan.load(self.width_path).width
+        check_width(self.config, given, self.intervals)
+        return given
+
+    @property
+    def probe_settings(self) -> dict[str, Any]:
+        """What probes are made from."""
+        data = self.config.data
+        calibration = {"seed": data.calibration_seed, "timesteps": data.timesteps, "shift": data.shift}
+        return {
+            "model": self.teacher.identity,
+            "probe": asdict(self.config.probe),
+            "data": calibration | self.data.source_identity,
+        }
+
+    @property
+    def probe_folder(self) -> Path:
+        """Probes are the teacher's, not the run's: they lie in the cache, under what they were made from."""
+        return Path(self.config.paths.cache_dir) / "probes" / Probes.header_for(self.probe_settings).fingerprint
+
+    @property
+    def num_layers(self) -> dict[str, int]:
+        return num_layers(self.config)

@@ -1,0 +1,86 @@
+"""Training and calibration data of a run: which batches there are, and what they are made from."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities import move_data_to_device
+
+from ppcl.artifacts.files import read_json
+from ppcl.artifacts.headers import Header
+from ppcl.config import Config
+from ppcl.data.cached import EMPTY, CachedStream, unit_record
+from ppcl.data.encoding import source_header
+from ppcl.data.sources import find_units
+from ppcl.data.streams import ShapesStream, Stream
+from ppcl.errors import UsageError
+from ppcl.launch import rank
+from ppcl.teacher import TeacherModel
+
+
+class TrainingData:
+    """Batches for `teacher`, from the shapes world or from a cache of encoded pictures."""
+
+    def __init__(self, config: Config, teacher: TeacherModel) -> None:
+        self.config, self.teacher = config, teacher
+
+    @cached_property
+    def cache_header(self) -> Header:
+        """Header of the cache of this data; of a cache that is given, the header it has."""
+        if self.config.data.cache is None:
+            return source_header(self.config, find_units(self.config.data), self.teacher.encoder_identity)
+        content = read_json(self.cache_folder / "cache.json", "data.cache:")
+        header = Header(content["format"], content["made_from"], content["version"])
+        there = self.teacher.encoder_identity
+        made_by = header.made_from["model"]
+        if there["family"] != made_by["family"] or ("encoders" in there and there != made_by):
+            raise UsageError(
+                f"data.cache={self.config.data.cache} was made by other encoders than model.path has, of a "
+                f"{made_by['family']}: make one with this model."
+            )
+        return header
+
+    @property
+    def cache_folder(self) -> Path:
+        if self.config.data.cache is not None:
+            return Path(self.config.data.cache)
+        return Path(self.config.paths.cache_dir) / "data" / self.cache_header.fingerprint
+
+    @property
+    def source_identity(self) -> dict[str, Any]:
+        """The cache's part of what an artifact is made from; nothing for the shapes world."""
+        if self.config.data.name == "shapes":
+            return {}
+        return {"cache": self.cache_header.fingerprint, "held_out": self.config.data.held_out}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The training data's part of what an artifact is made from."""
+        data = self.config.data
+        drawn = ("train_seed", "calibration_seed", "eval_seed", "caption_dropout", "timesteps", "shift")
+        return {"name": data.name} | {key: getattr(data, key) for key in drawn} | self.source_identity
+
+    def stream(self, seed: int, batch_size: int) -> Stream:
+        """Batches of the configured data; those of the calibration seed are of samples kept from training."""
+        data, teacher = self.config.data, self.teacher
+        if data.name == "shapes":
+            return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size)
+        folder = self.cache_folder
+        missing = [unit for unit in self.cache_header.made_from["units"] if not (folder / unit_record(unit)).exists()]
+        if missing or not (folder / EMPTY).exists():
+            raise UsageError(
+                f"{folder} lacks {missing[0] if missing else EMPTY}: run stages=[cache] first, to its end."
+            )
+        return CachedStream(teacher.family, folder, data, seed, batch_size, held_out=seed == data.calibration_seed)
+
+    def shared_stream(self, seed: int, batch_size: int) -> Stream:
+        """`stream` for trainings: with several ranks, each batch holds this rank's rows alone."""
+        stream = self.stream(seed, batch_size)
+        if self.config.strategy.kind != "single":
+            stream.share = rank()
+        return stream
+
+    def to_device(self, batch: Any) -> Any:
+        return move_data_to_device(batch, self.teacher.device)

@@ -1,0 +1,140 @@
+"""Depth distillation: one student block per interval learns from the teacher's own activations (Eq. 6-7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl.artifacts.plan import Interval, Intervals, plug_name
+from ppcl.config import DistillConfig
+from ppcl.data.batches import TrainingBatch
+from ppcl.distill.local import LocalDistillation, Terms
+from ppcl.families.base import Family
+from ppcl.precision import computing
+from ppcl.surgery.depth import student_block
+from ppcl.surgery.plugboard import Plugboard
+from ppcl.taps import BlockCall, BlockKey, Streams, observe, stack_of
+from ppcl.training.sharding import Sharding
+
+
+class DepthDistillation(LocalDistillation):
+    """Trains the students of `intervals` against a frozen teacher.
+
+    Parallel mode: the teacher runs once without gradient; as soon as it has passed block v, the
+    student of [u, v] is called with the very arguments block u was called with. The teacher stops
+    after the last v.
+
+    Sequential mode (the paper's ablation): students are fed by the chain of students instead.
+    """
+
+    stage_name, lr_key = "depth", "distill.lr"
+
+    def __init__(
+        self,
+        family: Family,
+        teacher: nn.Module,
+        intervals: Intervals,
+        config: DistillConfig,
+        precision: str = "32-true",
+    ) -> None:
+        self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]
+        students = {
+            plug_name(stack, pair): student_block(list(stack_of(teacher, stack)), pair, config.init)
+            for stack, pair in self.pairs
+        }
+        super().__init__(family, teacher, students, config, precision)
+        if config.mode == "sequential":
+            self._board = (Plugboard(family, teacher, intervals, students),)
+
+    def student(self, stack: str, pair: Interval) -> nn.Module:
+        return self.parts[self.key(plug_name(stack, pair))]
+
+    @property
+    def last(self) -> BlockKey:
+        """The block after which the teacher has nothing left to teach."""
+        stack, (_, v) = self.pairs[-1]
+        return stack, v
+
+    def shard(self, sharding: Sharding) -> None:
+        for student in self.parts.values():
+            sharding.unit(student, learns=True)
+        super().shard(sharding)
+
+    def _call_student(self, stack: str, pair: Interval, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
+        return self.call(stack, self.student(stack, pair), kwargs, inputs)
+
+    def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
+        starts = {(stack, pair[0]): number for number, (stack, pair) in enumerate(self.pairs)}
+        ends = {(stack, pair[1]): number for number, (stack, pair) in enumerate(self.pairs)}
+        masks = self.family.masks(batch.inputs)
+        waiting: dict[int, dict[str, Any]] = {}
+        gradients = torch.is_grad_enabled()
+
+        def on_block(call: BlockCall) -> None:
+            if call.key in starts:
+                waiting[starts[call.key]] = call.kwargs
+            if call.key in ends:
+                number = ends[call.key]
+                with torch.set_grad_enabled(gradients):
+                    student = self._call_student(*self.pairs[number], waiting.pop(number), batch.inputs)
+                    visit(number, self.with_sum(self.output_terms(student, call.outputs, masks, batch.average)))
+
+        with torch.no_grad():
+            observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
+
+    def learn(self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None) -> list[Terms]:
+        return super().learn(batch, done) if self.config.mode == "parallel" else self._sequential_step(batch)
+
+    def _sequential_step(self, batch: TrainingBatch) -> list[Terms]:
+        board = self._board[0]
+        masks = self.family.masks(batch.inputs)
+        ends = {(stack, pair[1]) for stack, pair in self.pairs}
+        targets: list[Streams] = []
+
+        def keep_target(call: BlockCall) -> None:
+            if call.key in ends:
+                targets.append(call.outputs)
+
+        board()
+        with torch.no_grad():
+            observe(self.family, board.transformer, batch.inputs, keep_target, last=self.last)
+        board.all()
+        starts = [(stack, board.kept[stack].index(pair[0])) for stack, pair in self.pairs]
+        outputs: list[Streams] = []
+
+        def keep_output(call: BlockCall) -> None:
+            if call.key in starts:
+                outputs.append(call.outputs)
+
+        with computing(self.precision, batch.sigmas.device):
+            observe(self.family, board.transformer, batch.inputs, keep_output, last=starts[-1])
+        board()
+        logged = [
+            self.with_sum(self.output_terms(student, target, masks, batch.average))
+            for student, target in zip(outputs, targets, strict=True)
+        ]
+        self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
+        return [{key: value.detach() for key, value in terms.items()} for terms in logged]
+
+
+class DepthFromBoundaries(DepthDistillation):
+    """The same from activations on disk: no teacher is held, and each interval's file is read only for it."""
+
+    def __init__(
+        self,
+        family: Family,
+        intervals: Intervals,
+        students: dict[str, nn.Module],
+        config: DistillConfig,
+        precision: str = "32-true",
+    ) -> None:
+        self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]
+        LocalDistillation.__init__(self, family, nn.Identity(), students, config, precision)
+
+    def each_loss(self, batch: Any, visit: Callable[[int, Terms], None]) -> None:
+        for number, part in enumerate(batch.parts):
+            student = self._call_student(*self.pairs[number], part.kwargs, {})
+            visit(number, self.with_sum(self.output_terms(student, part.outputs, part.masks, batch.average)))

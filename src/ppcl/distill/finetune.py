@@ -1,0 +1,186 @@
+"""Fine-tuning: the pruned model learns the teacher's output (paper section 4.1)."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ppcl.config import FinetuneConfig
+from ppcl.data.batches import TrainingBatch
+from ppcl.errors import UsageError
+from ppcl.families.base import Family
+from ppcl.launch import is_first
+from ppcl.ops.losses import relative_error
+from ppcl.parallel import average_gradients, mean_terms
+from ppcl.precision import computing, hold_in_float32
+from ppcl.surgery.adapter import add_lora
+from ppcl.taps import BlockCall, BlockKey, observe
+from ppcl.training.optimizers import cosine_with_warmup, split_for_muon
+from ppcl.training.sharding import Sharding, skeleton, whole_state
+
+
+class FineTune(L.LightningModule):
+    """Output distillation, ||v_S - v_T||^2, with an optional flow-matching loss, ||v_S - (n - x_0)||^2.
+
+    `stands_for` says which of the teacher's blocks each of the student's gives the output of: with
+    `feature_weight` their image streams are compared too, which is ours and not the paper's. With `lora_rank`
+    the student is given a LoRA, which `seed` starts, and just that is trained.
+    The teacher is held outside the module tree: neither saved nor trained. `ema` is an exponential mean
+    of the student's parameters, kept where `ema_decay` is above 0; `result` is what to keep.
+    What is trained is held in float32 whatever the teacher is in, and computes in `precision`.
+    With `sharding` all three are sharded, and a student may share parameters with the teacher.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        teacher: nn.Module,
+        student: nn.Module,
+        config: FinetuneConfig,
+        stands_for: dict[BlockKey, BlockKey] | None = None,
+        sharding: Sharding | None = None,
+        seed: int = 0,
+        precision: str = "32-true",
+    ) -> None:
+        super().__init__()
+        self.family, self.stands_for, self.precision = family, stands_for or {}, precision
+        self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
+        if config.lora_rank:
+            add_lora(family, student, config.lora_rank, seed=seed)
+        else:
+            student.requires_grad_(True)
+        self.student: Any = student
+        self.config = config
+        self._skeleton: tuple[Any, ...] = ()
+        if sharding is not None:
+            self._skeleton = (skeleton(student),)
+            sharding.model(family, student, learns=True)
+            sharding.model(family, teacher)
+        else:
+            hold_in_float32(student)
+        self.ema: Any = self._copy().requires_grad_(False) if config.ema_decay else None
+        # Muon and AdamW take turns on one step, which Lightning leaves to manual optimisation.
+        self.automatic_optimization = False
+        if config.gradient_checkpointing:
+            student_model: Any = student
+            student_model.enable_gradient_checkpointing()
+
+    @property
+    def result(self) -> nn.Module:
+        return self.ema if self.ema is not None else self.student
+
+    def whole_result(self) -> nn.Module:
+        """What to keep, put together where it is sharded; then only the first rank may use it."""
+        if not self._skeleton:
+            return self.result
+        self._skeleton[0].load_state_dict(whole_state(self.result), assign=True, strict=is_first())
+        return self._skeleton[0]
+
+    def _copy(self) -> nn.Module:
+        if not self._skeleton:
+            return copy.deepcopy(self.student)
+        copied = copy.deepcopy(self._skeleton[0])
+        copied.load_state_dict({key: value.clone() for key, value in self.student.state_dict().items()}, assign=True)
+        return copied
+
+    def configure_model(self) -> None:
+        """Lightning asks for this where a model is sharded, which has been done when it does."""
+
+    def setup(self, stage: str) -> None:
+        self._teacher[0].eval()
+        if not self._skeleton:
+            self._teacher[0].to(self.device)
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """`output` and `flow`, mean squared errors, and `feature`, the mean relative error of image streams.
+
+        Those that have a weight, and their weighted `loss`.
+        """
+        config = self.config
+        weights = {"output": config.output_weight, "flow": config.flow_weight, "feature": config.feature_weight}
+        with computing(self.precision, batch.sigmas.device):
+            velocity, features = self._run(self.student, batch)
+        terms: dict[str, Tensor] = {}
+        if config.output_weight or config.feature_weight:
+            with torch.no_grad():
+                target, wanted = self._run(self._teacher[0], batch)
+        if config.output_weight:
+            terms["output"] = (velocity.float() - target.float()).square().mean()
+        if config.flow_weight:
+            terms["flow"] = (velocity.float() - batch.target.float()).square().mean()
+        if config.feature_weight:
+            errors = [
+                relative_error(features[here], wanted[its], average=batch.average)
+                for here, its in self.stands_for.items()
+            ]
+            terms["feature"] = torch.stack(errors).mean()
+        return terms | {"loss": torch.stack([weights[key] * value for key, value in terms.items()]).sum()}
+
+    def _run(self, model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, dict[BlockKey, Tensor]]:
+        """A model's velocity, and its blocks' image streams where the features are compared."""
+        features: dict[BlockKey, Tensor] = {}
+        if not self.config.feature_weight:
+            return batch.prediction(model(**batch.inputs)[0]), features
+
+        def keep(call: BlockCall) -> None:
+            features[call.key] = call.outputs["image"]
+
+        velocity = observe(self.family, model, batch.inputs, keep)
+        assert velocity is not None
+        return batch.prediction(velocity), features
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        terms = self.losses(batch)
+        (logged,) = mean_terms([terms], batch.average)
+        loss = logged["loss"].detach()
+        if not torch.isfinite(loss):
+            raise UsageError(
+                f"finetune.lr={self.config.lr} made the loss {loss.item()} at step {self.global_step}; lower it. "
+                "The last checkpoint is intact."
+            )
+        self.manual_backward(terms["loss"])
+        average_gradients(self.student.parameters())
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
+        optimizers: Any = self.optimizers()
+        schedulers: Any = self.lr_schedulers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        optimizers[0].step()
+        for rest in optimizers[1:]:
+            rest.optimizer.step()  # the bare optimiser: a second counted step would halve max_steps
+        self.student.zero_grad()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()
+        if self.ema is not None:
+            self._average()
+        logged = {f"finetune/{key}": value.detach() for key, value in logged.items()}
+        self.log_dict(logged, batch_size=len(batch.sigmas))
+        return loss
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # Short at first, so that the mean is not one of the start.
+        decay = min(self.config.ema_decay, (1 + self.global_step) / (10 + self.global_step))
+        for mean, now in zip(self.ema.parameters(), self.student.parameters(), strict=True):
+            mean.lerp_(now.to(mean.dtype), 1 - decay)
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        config = self.config
+        betas = config.beta1, config.beta2
+        hidden, rest = split_for_muon(self.family, self.student)
+        if config.optimizer == "adamw":
+            hidden, rest = [], hidden + rest
+        optimizers: list[torch.optim.Optimizer] = []
+        if hidden:
+            decay = config.weight_decay
+            muon = torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            optimizers.append(muon)
+        adamw = torch.optim.AdamW(rest, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+        optimizers.append(adamw)
+        factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
+        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]

@@ -1,0 +1,267 @@
+"""Linear projectors in place of text streams and FFNs, and how they learn (paper Eq. 8-12)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.artifacts.plan import Intervals, Width, plug_name, projector_name
+from ppcl.config import DistillConfig
+from ppcl.data.batches import TrainingBatch
+from ppcl.distill.local import LocalDistillation, Terms
+from ppcl.families.base import Family
+from ppcl.layers import Layout, kept_layers, references
+from ppcl.methods.probes import valid
+from ppcl.ops.least_squares import NormalEquations
+from ppcl.ops.losses import Average, relative_error
+from ppcl.precision import computing
+from ppcl.surgery.width import width_surgery
+from ppcl.taps import BlockCall, BlockKey, Streams, observe, stack_of
+from ppcl.training.sharding import Sharding, assign, whole_call
+
+
+@dataclass
+class Place:
+    """A kept block: where it stands, what it stands for, and what it is (a student or the teacher's)."""
+
+    stack: str
+    index: int
+    end: int  # the teacher block whose output its own stands for; `index` but in a student
+    module: nn.Module
+    student: str | None
+
+
+def places(family: Family, teacher: nn.Module, intervals: Intervals, students: Mapping[str, nn.Module]) -> list[Place]:
+    """Every block that the intervals keep, in order of execution."""
+    found = []
+    for stack in family.stacks:
+        blocks, pairs = list(stack_of(teacher, stack)), intervals.get(stack, [])
+        ends = dict(pairs)
+        for index in kept_layers(len(blocks), pairs):
+            name = plug_name(stack, (index, ends[index])) if index in ends else None
+            module = students[name] if name else blocks[index]
+            found.append(Place(stack, index, ends.get(index, index), module, name))
+    return found
+
+
+@dataclass
+class PrunedPlace:
+    """A place without its `text` stream or its `ffn`: its block, and the place whose text it reads if need be."""
+
+    place: Place
+    block: nn.Module
+    kind: str
+    reference: Place | None
+
+    @property
+    def name(self) -> str:
+        return projector_name(self.place.stack, self.place.index, self.kind)
+
+
+class WidthDistillation(LocalDistillation):
+    """Trains the projectors of the blocks in `width` and nothing else, text and FFN of a block each on its own.
+
+    A pruned block is called with the teacher's T_{j-1}, and with the text that its reference block would
+    hand it were the teacher run up to there. It learns Eq. 11, the direction of its output per stream, and
+    Eq. 12, the distance of every projector's output to what it stands for, relative to that one's norm.
+    `only` names what is trained (`transformer_blocks.37.text`); what it reads is as in all of `width`.
+    """
+
+    stage_name, lr_key = "width", "width.lr"
+
+    def __init__(
+        self,
+        family: Family,
+        teacher: nn.Module,
+        kept: Sequence[Place],
+        width: Width,
+        layout: Layout,
+        distill: DistillConfig,
+        *,
+        linear_weight: float = 1.0,
+        only: Collection[str] | None = None,
+        precision: str = "32-true",
+    ) -> None:
+        self.layout, self.linear_weight = layout, linear_weight
+        self.surgery = width_surgery(family)
+        self._inputs: dict[str, Any] = {}  # of the forward that is running
+        pruned = [item for stack in family.stacks for item in _prune(family, stack, kept, width)]
+        self.pruned = [item for item in pruned if only is None or item.name in only]
+        projectors = {item.name: nn.ModuleDict(self._projectors(family, item)) for item in self.pruned}
+        super().__init__(family, teacher, projectors, distill, precision)
+        for item in self.pruned:
+            item.block.requires_grad_(False)
+        self.parts.requires_grad_(True)
+
+    @staticmethod
+    def _projectors(family: Family, item: PrunedPlace) -> dict[str, nn.Module]:
+        names = width_surgery(family).projectors
+        keys = {"text": ("text_in", "text_out"), "ffn": ("image_ffn", "text_ffn")}
+        return {key: getattr(item.block, names[key]) for key in keys[item.kind] if key in names}
+
+    def projectors(self, number: int) -> dict[str, nn.Module]:
+        """The projectors of pruned place `number`: `text_in` (l_z) and `text_out` (l_h), or `image_ffn`, `text_ffn`."""
+        return dict(self.parts[self.key(self.names[number])].named_children())
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for item in self.pruned:
+            item.block.eval()
+            if not self.is_sharded:
+                item.block.to(self.device)
+
+    def shard(self, sharding: Sharding) -> None:
+        for part in self.parts.values():
+            for projector in part.children():
+                sharding.unit(projector, learns=True)
+        read = [place for item in self.pruned for place in (item.place, item.reference) if place is not None]
+        for block in [item.block for item in self.pruned] + [place.module for place in read if place.student]:
+            sharding.unit(block)
+        super().shard(sharding)
+
+    @property
+    def last(self) -> BlockKey:
+        place = self.pruned[-1].place
+        return place.stack, place.end
+
+    def each_call(self, batch: TrainingBatch, visit: Callable[[int, dict[str, Any], Streams], None]) -> None:
+        """Run the teacher; `visit(number, arguments, teacher's output)` for each pruned place when it is due.
+
+        `arguments` are the block's own. For a text-pruned block z_r and the text it reads are packed in, and
+        three more keys hold them plain: `z_reference` and `text`, and `z`, what its projector should give.
+        """
+        starts: dict[BlockKey, list[int]] = {}
+        ends: dict[BlockKey, list[int]] = {}
+        for number, item in enumerate(self.pruned):
+            starts.setdefault((item.place.stack, item.place.index), []).append(number)
+            ends.setdefault((item.place.stack, item.place.end), []).append(number)
+        read = {(r.stack, r.index): r for item in self.pruned if (r := item.reference)}
+        text_of = {(r.stack, r.end): (r.stack, r.index) for r in read.values()}
+        z_of: dict[BlockKey, Tensor] = {}
+        h_of: dict[BlockKey, Tensor] = {}
+        waiting: dict[int, dict[str, Any]] = {}
+        self._inputs = batch.inputs
+
+        def on_block(call: BlockCall) -> None:
+            if call.key in read:
+                z_of[call.key] = self._text_qkv_input(read[call.key], call.kwargs)
+            if call.key in text_of:
+                h_of[text_of[call.key]] = call.outputs["text"]
+            for number in starts.get(call.key, []):
+                waiting[number] = call.kwargs
+                if (reference := self.pruned[number].reference) is not None:
+                    key = (reference.stack, reference.index)
+                    text = call.inputs["text"] if self.layout.text_output == "each" else h_of[key]
+                    waiting[number] = self.surgery.with_text(call.kwargs, text, z_of[key]) | {
+                        "z": self._text_qkv_input(self.pruned[number].place, call.kwargs),
+                        "z_reference": z_of[key],
+                        "text": text,
+                    }
+            for number in ends.get(call.key, []):
+                visit(number, waiting.pop(number), call.outputs)
+
+        with torch.no_grad():
+            observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
+
+    def _text_qkv_input(self, place: Place, kwargs: dict[str, Any]) -> Tensor:
+        return whole_call(place.module, self.surgery.text_qkv_input, kwargs)
+
+    def _call(self, number: int, arguments: dict[str, Any]) -> Streams:
+        item = self.pruned[number]
+        arguments = {key: value for key, value in arguments.items() if key not in ("z", "z_reference", "text")}
+        return self.call(item.place.stack, item.block, arguments, self._inputs)
+
+    def terms(
+        self,
+        number: int,
+        arguments: dict[str, Any],
+        student: Streams,
+        teacher: Streams,
+        masks: dict[str, Any],
+        average: Average,
+    ) -> Terms:
+        """Eq. 11 and Eq. 12 of one place."""
+        linear: Terms = {}
+        for key, projector in self.projectors(number).items():
+            if key == "text_in":
+                with computing(self.precision, arguments["z"].device):
+                    guess = projector(arguments["z_reference"])
+                linear["linear_z"] = relative_error(guess, arguments["z"], masks["text"], average)
+            else:
+                stream = "image" if key == "image_ffn" else "text"
+                sides = student[stream], teacher[stream], masks[stream]
+                linear[f"linear_{stream}"] = relative_error(*sides, average)
+        weighted = {key: self.linear_weight * value for key, value in linear.items()}
+        return self.with_sum(self.output_terms(student, teacher, masks, average) | weighted)
+
+    def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
+        masks = self.family.masks(batch.inputs)
+        gradients = torch.is_grad_enabled()
+
+        def learn(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
+            with torch.set_grad_enabled(gradients):
+                student = self._call(number, arguments)
+                visit(number, self.terms(number, arguments, student, teacher, masks, batch.average))
+
+        self.each_call(batch, learn)
+
+    @torch.no_grad()
+    def fit_linear(self, batches: Iterable[TrainingBatch], *, ridge: float) -> None:
+        """Set every projector to its least-squares solution."""
+        equations: dict[tuple[int, str], NormalEquations] = {}
+        masks: dict[str, Tensor | None] = {}
+
+        def add(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
+            for key in self.projectors(number):
+                x, y, mask = self._pair(number, key, arguments, teacher, masks)
+                rows = valid(x, mask)
+                system = equations.setdefault((number, key), NormalEquations(x.shape[-1], y.shape[-1]))
+                system.add(rows, valid(y, mask) - rows)
+
+        for batch in batches:
+            masks.update(self.family.masks(batch.inputs))
+            self.each_call(batch, add)
+        for (number, key), system in equations.items():
+            weight, bias = system.solve(ridge=ridge)
+            projector: Any = self.projectors(number)[key]
+            assign(projector.weight, weight)
+            assign(projector.bias, bias)
+
+    def _pair(
+        self, number: int, key: str, arguments: dict[str, Any], teacher: Streams, masks: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the projector `key` reads, what it should give, and the valid tokens."""
+        if key == "text_in":
+            return arguments["z_reference"], arguments["z"], masks["text"]
+        if key == "text_out":
+            return arguments["text"], teacher["text"], masks["text"]
+        # With its FFN projectors still the identity, the block returns the state after attention.
+        stream = "image" if key == "image_ffn" else "text"
+        return self._call(number, arguments)[stream], teacher[stream], masks[stream]
+
+
+def _prune(family: Family, stack: str, kept: Sequence[Place], width: Width) -> list[PrunedPlace]:
+    """The places of a stack that `width` names, as pruned blocks that read and write plain arguments."""
+    sets = width.get(stack, {"text": [], "ffn": []})
+    here = {place.index: place for place in kept if place.stack == stack}
+    reads = references(list(here), sets["text"])
+    pruned: list[PrunedPlace] = []
+    if not any(sets.values()):
+        return pruned
+    surgery = width_surgery(family)
+    # As the last of a run of one: with an output projector of its own and nothing to carry on.
+    roles = {
+        "text": surgery.roles(stack, [1], [], 2, Layout("each"))[1],
+        "ffn": surgery.roles(stack, [], [1], 2, Layout("each"))[1],
+    }
+    for index, place in here.items():
+        for kind, role in roles.items():
+            if index in sets[kind]:
+                assert role is not None
+                block = surgery.prune(place.module, role, {})
+                pruned.append(PrunedPlace(place, block, kind, here[reads[index]] if kind == "text" else None))
+    return pruned

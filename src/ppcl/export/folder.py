@@ -1,0 +1,104 @@
+"""What an exported folder says of itself: its variant, provenance and model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ppcl import __version__
+from ppcl.artifacts.headers import Header
+from ppcl.context import Run
+from ppcl.export.model_card import (
+    Code,
+    card_metadata,
+    hub_id,
+    license_of,
+    model_card,
+)
+from ppcl.validation.model import model_folder
+from ppcl.validation.pruning import budget_of
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import Variant, finetuned_folder
+
+
+def furthest(run: Run) -> str:
+    """The variant that a run has come to: tuned, planned, pruned in width, or in depth alone."""
+    if (finetuned_folder(run) / "ppcl.json").exists():
+        return "ppcl-finetuned"
+    if budget_of(run.config) is not None:
+        return "ppcl-planned"
+    return "ppcl-depth" if run.config.width.source == "none" else "ppcl-width"
+
+
+def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:
+    config = run.config
+    board = switch.board
+    return {
+        "version": __version__,
+        "base_model": BaseModel.of(run).hub_id or config.model.path,
+        "revision": config.model.revision,
+        "variant": variant.name,
+        "kept_layers": board.kept,
+        "removed_intervals": board.removed_intervals,
+        "width": board.width,
+        "method": config.method.name,
+        "distill": f"{config.distill.mode}, init {config.distill.init}, {config.distill.steps} steps",
+        "finetune": f"{config.finetune.steps} steps" if variant.finetuned else None,
+        "data": config.data.name,
+        "fingerprint": header.fingerprint,
+    }
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model: its name on the Hub, if it has one, what to call it, and the licence that comes with it."""
+
+    hub_id: str | None
+    name: str
+    licence: dict[str, str]
+
+    @classmethod
+    def of(cls, run: Run) -> BaseModel:
+        config = run.config.model
+        folder = model_folder(config)
+        found = hub_id(str(config.path), folder)
+        name = found or (folder.resolve().name if folder is not None else config.name)
+        return cls(found, name, license_of(config.family, found, folder))
+
+    @property
+    def title(self) -> str:
+        return f"{self.name.rpartition('/')[2]} pruned by PPCL"
+
+
+def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
+    config, sampling, board = run.config, run.config.model.sampling, switch.board
+    ours = any(type(part).__module__ == "ppcl" for part in run.teacher.pipeline.components.values())
+    base = BaseModel.of(run)
+    labels = getattr(run.teacher.pipeline, "labels", None)  # of a class-conditional model
+    prompt = next(iter(labels)) if labels else "a red circle and a blue square"
+    given = [[Code('load_image("PATH_OR_URL")')] * run.family.num_references] if run.family.num_references else []
+    call = run.family.prompt_arguments(run.teacher.pipeline, [prompt], given)
+    return model_card(
+        {
+            "title": base.title,
+            "metadata": card_metadata(run.family.name, base.hub_id, base.licence),
+            "base": base.name,
+            "version": __version__,
+            "variant": variant,
+            "dtype": config.model.dtype,
+            "teacher_layers": sum(run.num_layers.values()),
+            "student_layers": sum(len(kept) for kept in board.kept.values()),
+            "teacher": switch.teacher_size,
+            "student": params,
+            # diffusers loads a class of another package only where that package is imported
+            "imports": "import ppcl  # or pass trust_remote_code=True below\n" if ours else "",
+            "call": call | run.family.sampling_arguments(sampling, 1),
+            "seed": config.seed,
+            "intervals": json.dumps(switch.board.removed_intervals),
+            "students": len(board.plugged),
+            "width_sets": json.dumps(board.width) if board.width else "none",
+            "method": config.method.name,
+            "kept_layers": json.dumps(board.kept),
+        }
+    )

@@ -1,0 +1,144 @@
+"""Least-squares rounding of a whole model: block after block, each on what the rounded blocks before it give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.data.batches import TrainingBatch
+from ppcl.export.quantized import BITS, torchao_tensor
+from ppcl.families.base import Family
+from ppcl.ops.rounding import InputMoments, best_weight, damped, round_least_squares, spanning_grid
+from ppcl.taps import BlockCall, BlockKey, Streams, inputs_of, observe
+
+Blocks = Iterable[tuple[BlockKey, nn.Module]]
+
+
+@dataclass
+class _Flow:
+    """A batch on its way through a model, between two blocks: what the next one is called with.
+
+    `calls` and `slots` hold, for every block, its arguments but for the streams, and the names of those.
+    """
+
+    inputs: dict[str, Any]
+    masks: dict[str, Tensor | None]
+    calls: dict[BlockKey, dict[str, Any]]
+    slots: dict[BlockKey, dict[str, str]]
+    streams: Streams
+
+    @classmethod
+    def into(cls, family: Family, model: nn.Module, batch: TrainingBatch) -> _Flow:
+        """In front of the first block."""
+        flow = cls(batch.inputs, family.masks(batch.inputs), {}, {}, {})
+
+        def keep(call: BlockCall) -> None:
+            flow.streams = flow.streams or call.inputs
+            slots = {
+                name: key for name, value in call.inputs.items() for key in call.kwargs if call.kwargs[key] is value
+            }
+            flow.slots[call.key] = slots
+            flow.calls[call.key] = {key: value for key, value in call.kwargs.items() if key not in slots.values()}
+
+        observe(family, model, batch.inputs, keep)
+        return flow
+
+    def arguments(self, key: BlockKey) -> dict[str, Any]:
+        return self.calls[key] | {slot: self.streams[name] for name, slot in self.slots[key].items()}
+
+    def advance(self, family: Family, key: BlockKey, block: nn.Module) -> None:
+        self.streams = family.streams_out(key[0], block(**self.arguments(key)), self.inputs)
+
+    def rows(self, family: Family, name: str, inputs: Tensor) -> Tensor:
+        """The valid ones of a linear layer's inputs, `[samples, dim_in]`; of text no padding."""
+        mask = self.masks.get(family.stream_of(name)) if inputs.dim() == 3 else None
+        return inputs.flatten(0, -2) if mask is None else inputs[mask]
+
+
+def _sharing_inputs(inputs: dict[str, Tensor]) -> list[list[str]]:
+    """Names in order of execution, those together that read the very same tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in inputs.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def round_blocks(
+    family: Family,
+    model: nn.Module,
+    batches: Sequence[TrainingBatch],
+    chosen: Iterable[str],
+    round_layers: Callable[[list[nn.Linear], InputMoments], None],
+    *,
+    prepare: Callable[[], None] = lambda: None,
+    each_block: Callable[[Blocks], Blocks] = lambda blocks: blocks,
+) -> None:
+    """Call `round_layers` with the layers of the blocks of `model` that `chosen` names, in order of execution.
+
+    Layers that read the same tensor come together, with the moments of it in the model as it was and in the model as
+    far as it is rounded; a layer that no block calls comes alone, with empty ones. `prepare` is called before the
+    blocks run rounded, to round what lies outside of them. One block at a time is held twice.
+    """
+    given = [_Flow.into(family, model, batch) for batch in batches]
+    prepare()
+    rounded = [_Flow.into(family, model, batch) for batch in batches]
+    for key, block in each_block(list(family.blocks(model).items())):
+        prefix = f"{key[0]}.{key[1]}."
+        names = [name.removeprefix(prefix) for name in chosen if name.startswith(prefix)]
+        original = copy.deepcopy(block)
+        reached = inputs_of(original, names, given[0].arguments(key)) if names else {}
+        for group in _sharing_inputs(reached):
+            layers = [_linear(block, name) for name in group]
+            moments = InputMoments(layers[0].in_features, layers[0].weight.device)
+            for before, now in zip(given, rounded, strict=True):
+                x, x_rounded = (
+                    flow.rows(family, group[0], inputs_of(part, group[:1], flow.arguments(key))[group[0]])
+                    for flow, part in ((before, original), (now, block))
+                )
+                moments.add(x_rounded, x)
+            round_layers(layers, moments)
+        for layer in (_linear(block, name) for name in names if name not in reached):
+            round_layers([layer], InputMoments(layer.in_features, layer.weight.device))
+        for before, now in zip(given, rounded, strict=True):
+            before.advance(family, key, original)
+            now.advance(family, key, block)
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+@torch.no_grad()
+def round_linears(
+    layers: Sequence[nn.Linear], moments: InputMoments, *, scheme: str, group_size: int | None, damping: float
+) -> None:
+    """Round layers that read the same inputs to what gives most nearly the outputs they had.
+
+    Where all of them have a bias, these change too: they take over what the integers cannot give of the mean.
+    """
+    dtype = layers[0].weight.dtype
+    weight = torch.cat([layer.weight.double() for layer in layers])
+    biased = moments.count > 0 and all(layer.bias is not None for layer in layers)
+    gram, cross = moments.centred() if biased else (moments.gram, moments.cross)
+    target = best_weight(weight, gram, cross, damping)
+    int8 = scheme == "int8"  # torchao keeps its scales in float32 whatever the model's dtype
+    stored, size = torch.float32 if int8 else dtype, group_size or weight.shape[1]
+    grid = spanning_grid(target, size, BITS[scheme], stored, symmetric=int8)
+    ints, grid = round_least_squares(target, damped(gram, damping), grid)
+    lost = (weight @ moments.sum_given - grid.values(ints) @ moments.sum_rounded) / max(1, moments.count)
+    start = 0
+    for layer in layers:
+        rows = slice(start, start + layer.out_features)
+        start = rows.stop
+        part = grid.with_values(grid.scale[rows], grid.zero[rows])
+        if biased:
+            layer.bias = nn.Parameter((layer.bias.double() + lost[rows]).to(dtype), requires_grad=False)
+        layer.weight = nn.Parameter(torchao_tensor(ints[rows], part, dtype), requires_grad=False)

@@ -1,0 +1,22 @@
+"""DiT: class-conditional blocks of one stream."""
+
+from __future__ import annotations
+
+from ppcl.families.facts import FamilyFacts
+
+FACTS = (
+    FamilyFacts(
+        "dit",
+        "ppcl.families.dit.family.DiT",
+        "DiTTransformer2DModel",
+        stacks={"transformer_blocks": "num_layers"},
+        pipeline_classes=("DiTPipeline",),
+        first_block=1,
+        modulations=(".norm",),
+        pruned_models={"PrunedDiTTransformer2DModel": "ppcl.families.dit.transformer_dit_pruned"},
+        builders={"tiny_dit": "ppcl.families.dit.tiny"},
+        categories=("single_object", "colors"),
+        takes_lora=False,
+        licence={"license": "cc-by-nc-4.0"},
+    ),
+)

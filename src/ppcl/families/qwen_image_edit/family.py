@@ -1,0 +1,97 @@
+"""Qwen-Image-Edit, with one given picture, and -2509 and -2511, with several: Qwen-Image's blocks.
+
+What is odd about it:
+- The latents of the given pictures stand behind the noisy ones as further image tokens, each picture with a
+  frame number of its own in `img_shapes`; what the model says of them is cut off.
+- The pipelines bring every given picture to a megapixel for the VAE, whatever the output's size.
+- The text encoder sees the given pictures too, 2509's smaller ones: prompts are encoded with them, the empty one for
+  guidance as well.
+- 2509's pipeline takes one prompt a call. One with `zero_cond_t` (2511) modulates given pictures as if
+  they were free of noise, which they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+    CONDITION_IMAGE_SIZE,
+    VAE_IMAGE_SIZE,
+    calculate_dimensions,
+)
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ppcl.data.worlds.shapes import BACKGROUND
+from ppcl.families.base import Conditions, EncodedPrompts
+from ppcl.families.qwen_image.family import QwenImage
+
+_BLANK = Image.new("RGB", (1024, 1024), (BACKGROUND,) * 3)
+
+
+def _resized(pipeline: Any, picture: Image.Image, area: int) -> Image.Image:
+    width, height = calculate_dimensions(area, picture.width / picture.height)
+    return pipeline.image_processor.resize(picture, height, width)
+
+
+class QwenImageEdit(QwenImage):
+    seen_area = VAE_IMAGE_SIZE  # of a given picture before the text encoder, in pixels
+
+    def forward_inputs(
+        self,
+        latents: Tensor,
+        conditions: Conditions,
+        sigmas: Tensor,
+        size: tuple[int, int],
+    ) -> dict[str, Any]:
+        inputs = super().forward_inputs(latents, conditions, sigmas, size)
+        inputs["hidden_states"] = torch.cat([latents, conditions["image_latents"].to(latents)], dim=1)
+        inputs["img_shapes"] = [
+            [(1, *size), *((1, height, width) for height, width in sizes)]
+            for sizes in conditions["image_sizes"].tolist()
+        ]
+        return inputs
+
+    def fit_references(self, pipeline: Any, pictures: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
+        seen = [_resized(pipeline, picture, self.seen_area) for picture in pictures]
+        large = [_resized(pipeline, picture, VAE_IMAGE_SIZE) for picture in pictures]
+        return seen, [pipeline.image_processor.preprocess(picture) for picture in large]
+
+    def encode_references(self, pipeline: Any, pictures: Sequence[Tensor]) -> Conditions:
+        """`image_latents` `[B, tokens, C]` of all pictures, and `image_sizes` `[B, pictures, 2]` in tokens."""
+        encoded = [self.encode_images(pipeline, images) for images in pictures]
+        latents = torch.cat([latents for latents, _ in encoded], dim=1)
+        sizes = torch.tensor([size for _, size in encoded])
+        return {"image_latents": latents, "image_sizes": sizes.expand(len(latents), -1, -1)}
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
+        pictures = list(references) or [_BLANK] * self.num_references
+        length = self.sampling.max_sequence_length
+        encoded = [
+            pipeline.encode_prompt([prompt], image=pictures, max_sequence_length=length)[0] for prompt in prompts
+        ]
+        longest = max(embedding.shape[1] for embedding in encoded)
+        embeddings = torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded])
+        lengths = torch.tensor([part.shape[1] for part in encoded], device=embeddings.device)
+        mask = torch.arange(longest, device=embeddings.device) < lengths[:, None]
+        return EncodedPrompts(prompts, {"prompt_embeds": embeddings, "prompt_embeds_mask": mask})
+
+    def prompt_arguments(
+        self, pipeline: Any, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()
+    ) -> dict[str, Any]:
+        return {"prompt": list(prompts), "image": [pictures[0] for pictures in references]}
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    seen_area = CONDITION_IMAGE_SIZE
+    prompts_per_call = 1
+
+    def prompt_arguments(
+        self, pipeline: Any, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()
+    ) -> dict[str, Any]:
+        (pictures,) = references
+        return {"prompt": list(prompts), "image": list(pictures)}

@@ -1,0 +1,128 @@
+"""Residual linear probes, one per block and stream, and how well they fit (paper Eq. 1-2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.data.batches import TrainingBatch
+from ppcl.families.base import Family
+from ppcl.ops.least_squares import NormalEquations
+from ppcl.taps import observe_abreast
+
+
+def valid(features: Tensor, mask: Tensor | None) -> Tensor:
+    """The valid tokens of `[B, tokens, D]` as rows `[T, D]`, float32."""
+    return (features.flatten(0, 1) if mask is None else features[mask]).float()
+
+
+Pair = tuple[int, str, Tensor, Tensor]
+
+
+@torch.no_grad()
+def pairs(family: Family, transformer: nn.Module, batches: Sequence[TrainingBatch]) -> Iterator[Pair]:
+    """Every block's input rows x and what it adds to them dx, per stream: `(batch's number, key, x, dx)`.
+
+    Block by block, and all batches of a block one after another.
+    """
+    masks = [family.masks(batch.inputs) for batch in batches]
+    inputs = [batch.inputs for batch in batches]
+    for number, call in observe_abreast(family, transformer, inputs, size_keys="probe.batch_size or probe.num_batches"):
+        for stream, before in call.inputs.items():
+            x = valid(before, masks[number][stream])
+            dx = valid(call.outputs[stream], masks[number][stream]) - x
+            yield number, f"{call.stack}.{call.index}.{stream}", x, dx
+
+
+@dataclass
+class Residual:
+    """||l_i(x) - T_i||^2 / ||T_i - T_{i-1}||^2 of all rows added; 1 means no better than identity."""
+
+    error: float = 0.0
+    size: float = 0.0
+
+    def add(self, probe: tuple[Tensor, Tensor], x: Tensor, dx: Tensor) -> None:
+        weight, bias = (tensor.to(x.device) for tensor in probe)
+        self.error += (x @ weight.T + bias - dx).double().square().sum().item()
+        self.size += dx.double().square().sum().item()
+
+    @property
+    def value(self) -> float:
+        return self.error / self.size if self.size else 0.0
+
+
+@dataclass
+class Fit:
+    """The probe of `key`, and its residual on held-out batches."""
+
+    key: str
+    weight: Tensor
+    bias: Tensor
+    residual: Residual
+
+
+def fit_probes(
+    family: Family,
+    transformer: nn.Module,
+    batches: Sequence[TrainingBatch],
+    heldout: Sequence[TrainingBatch] = (),
+    *,
+    ridge: float,
+    bias: bool,
+) -> Iterator[Fit]:
+    """Least-squares W `[D, D]`, b `[D]` of x -> x + x W^T + b for every block and stream (Eq. 1), as they are found.
+
+    The input of probe i is always the teacher's own T_{i-1}; one pass serves all probes, and one block's statistics
+    are held at a time.
+    """
+    equations: dict[str, NormalEquations] = {}
+    fits: dict[str, Fit] = {}
+    final = len(batches) + len(heldout) - 1
+    for number, key, x, dx in pairs(family, transformer, [*batches, *heldout]):
+        if number < len(batches):
+            equations.setdefault(key, NormalEquations(x.shape[1], dx.shape[1])).add(x, dx)
+        else:
+            fits[key].residual.add((fits[key].weight, fits[key].bias), x, dx)
+        if number == len(batches) - 1:
+            weight, offset = equations.pop(key).solve(ridge=ridge, bias=bias)
+            fits[key] = Fit(key, weight.float(), offset.float(), Residual())
+        if number == final:
+            yield fits.pop(key)
+
+
+def train_probes(
+    family: Family,
+    transformer: nn.Module,
+    batches: Iterable[TrainingBatch],
+    probes: dict[str, tuple[Tensor, Tensor]],
+    *,
+    lr: float,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Descend L_fit (Eq. 2) from `probes`, a step a batch; probes share no gradient."""
+    maps = {key: nn.Linear(weight.shape[1], weight.shape[0]) for key, (weight, _) in probes.items()}
+    for key, (weight, bias) in probes.items():
+        maps[key].load_state_dict({"weight": weight, "bias": bias})
+    optimizer = torch.optim.Adam([p for linear in maps.values() for p in linear.parameters()], lr=lr)
+
+    for batch in batches:
+        optimizer.zero_grad()
+        for _, key, x, dx in pairs(family, transformer, [batch]):
+            (maps[key](x.cpu()) - dx.cpu()).square().sum(dim=-1).mean().backward()
+        optimizer.step()
+    return {key: (linear.weight.detach(), linear.bias.detach()) for key, linear in maps.items()}
+
+
+def relative_residuals(
+    family: Family,
+    transformer: nn.Module,
+    batches: Sequence[TrainingBatch],
+    probes: Mapping[str, tuple[Tensor, Tensor]],
+) -> dict[str, float]:
+    """The residual of every probe on `batches`."""
+    residuals: dict[str, Residual] = {}
+    for _, key, x, dx in pairs(family, transformer, batches):
+        residuals.setdefault(key, Residual()).add(probes[key], x, dx)
+    return {key: residual.value for key, residual in residuals.items()}

@@ -1,0 +1,46 @@
+"""Similarity of every two blocks' outputs (paper Fig. 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppcl.data.batches import TrainingBatch
+from ppcl.families.base import Family
+from ppcl.ops.cka import centre
+from ppcl.taps import BlockCall, observe
+
+MAP_TOKENS = 256
+
+
+@torch.no_grad()
+def similarity_maps(
+    family: Family, transformer: torch.nn.Module, batch: TrainingBatch, *, top_channels: int = 0
+) -> dict[str, list[list[float]]]:
+    """CKA between every two blocks' outputs, per stream (paper Fig. 5), averaged over the batch.
+
+    Of at most `MAP_TOKENS` tokens, evenly spaced: the similarities of every block are held at once.
+    `top_channels` leaves out that many channels of most variance per block: a few massive ones can make
+    blocks look alike that are not.
+    """
+    masks = family.masks(batch.inputs)
+    grams: dict[str, list[Tensor]] = {}
+
+    def on_block(call: BlockCall) -> None:
+        for stream, features in call.outputs.items():
+            every = -(-features.shape[1] // MAP_TOKENS)
+            mask = masks[stream]
+            centred = centre(features[:, ::every].double(), None if mask is None else mask[:, ::every])
+            if top_channels:
+                variance = centred.square().sum(dim=(0, 1))
+                centred = centred[..., variance.argsort()[: len(variance) - top_channels]]
+            gram = centred @ centred.mT  # [B, N, N]
+            unit = gram / gram.square().sum(dim=(1, 2), keepdim=True).sqrt()
+            grams.setdefault(stream, []).append(unit.flatten(1).float())
+
+    observe(family, transformer, batch.inputs, on_block)
+    maps = {}
+    for stream, units in grams.items():
+        stacked = torch.stack(units, dim=1)  # [B, M, N * N]
+        maps[stream] = (stacked @ stacked.mT).mean(dim=0).tolist()
+    return maps

@@ -1,0 +1,143 @@
+"""Drawing with the pipeline as it is arranged, and what goes onto it: LoRAs, a ControlNet, compiled blocks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from ppcl.context import Run
+from ppcl.errors import UsageError
+from ppcl.surgery.controlnet import hook_residuals
+from ppcl.surgery.plugboard import Plugboard
+from ppcl.surgery.remap import map_blocks
+from ppcl.training.loop import compiled
+
+
+def denoising_step(run: Run) -> dict[str, Any]:
+    """Inputs of one forward at batch 1 for the configured resolution; of cached data, as one sample has them."""
+    if run.config.data.name != "shapes":
+        return run.data.to_device(run.data.stream(run.config.data.calibration_seed, 1)(0).inputs)
+    sampling = run.config.model.sampling
+    images = torch.zeros(1, 3, sampling.height, sampling.width)
+    latents, size = run.family.encode_images(run.teacher.pipeline, images)
+    prompt = [run.scenes[-1].caption]
+    references = run.family.encode_references(run.teacher.pipeline, [images] * run.family.num_references)
+    conditions = run.family.encode_prompts(run.teacher.pipeline, prompt)(prompt) | references
+    sigmas = torch.full((1,), 0.5).to(latents)
+    return run.data.to_device(run.family.forward_inputs(latents, conditions, sigmas, size))
+
+
+METADATA_KEY = "lora_adapter_metadata"  # where PEFT's configuration lies, by diffusers' convention
+
+
+def draw(
+    run: Run,
+    pipeline: Any,
+    prompts: Sequence[str],
+    numbers: Sequence[int],
+    given: Sequence[Sequence[Image.Image]] = (),
+    **arguments: Any,
+) -> list[Any]:
+    """PIL pictures of `prompts`, each `given` some; number n starts from the noise of seed + n, however batched."""
+    drawn: list[Any] = []
+    size = run.family.prompts_per_call or len(prompts)
+    for start in range(0, len(prompts), size):
+        part = slice(start, start + size)
+        generators = [torch.Generator().manual_seed(run.config.seed + number) for number in numbers[part]]
+        call = run.family.sampling_arguments(run.config.model.sampling, len(generators))
+        call |= run.family.prompt_arguments(pipeline, prompts[part], given[part])
+        drawn += pipeline(generator=generators, **call, **arguments).images
+    return drawn
+
+
+def given_pictures(run: Run, scene: Any) -> list[Image.Image]:
+    """The PIL pictures that a scene gives, a cell for each pixel at the size that the model draws."""
+    sampling = run.config.model.sampling
+    size = sampling.width, sampling.height
+    return [Image.fromarray(image).resize(size, Image.Resampling.NEAREST) for image in scene.references]
+
+
+def read_lora(run: Run, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """A LoRA's tensors by diffusers' names, whatever its form, and PEFT's metadata where it has some."""
+    import diffusers
+
+    pipeline_class: Any = getattr(diffusers, run.family.facts.pipeline_classes[0])
+    state = pipeline_class.lora_state_dict(str(path))
+    with safe_open(path, framework="pt") as file:
+        stored = (file.metadata() or {}).get(METADATA_KEY)
+    return state, json.loads(stored) if stored else None
+
+
+@contextmanager
+def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The pipeline to draw with, and further arguments of its call; all that was put on is off again afterwards.
+
+    `board` says which blocks of the teacher the pipeline's transformer holds at present.
+    """
+    config = run.config.generate
+    with ExitStack() as stack:
+        if config.loras:
+            _put_on_loras(run, board)
+            stack.callback(run.teacher.pipeline.unload_lora_weights)
+        pipeline: Any = run.teacher.pipeline
+        arguments: dict[str, Any] = {}
+        if config.controlnet:
+            pipeline, arguments = _with_controlnet(run, board)
+        if config.compile:
+            stack.enter_context(compiled(run.family.blocks(run.teacher.pipeline.transformer).values()))
+        if config.offload == "model":
+            pipeline.enable_model_cpu_offload()
+        elif config.offload == "group":
+            pipeline.enable_group_offload(run.device, offload_type="block_level", num_blocks_per_group=1)
+        yield pipeline, arguments
+
+
+def _put_on_loras(run: Run, board: Plugboard) -> None:
+    """Every LoRA of the full model, renumbered for the blocks that are in."""
+    config, names = run.config.generate, []
+    for number, path in enumerate(config.loras):
+        state, metadata = read_lora(run, Path(path))
+        modules = dict(run.teacher.pipeline.transformer.named_modules())
+        mapped = map_blocks(
+            state, modules, board.kept, board.removed_intervals, source=run.config.lora.source, metadata=metadata
+        )
+        names.append(f"lora_{number}")
+        run.teacher.pipeline.load_lora_weights(mapped.state, adapter_name=names[-1])
+        if mapped.dropped:
+            run.say("generate", f"{Path(path).name}: {len(mapped.dropped)} modules are of blocks that are gone")
+    run.teacher.pipeline.set_adapters(names, [config.lora_scale] * len(names))
+
+
+def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
+    """The family's ControlNet pipeline around the present components."""
+    import diffusers
+
+    config, known = run.config.generate, run.family.facts
+    model_class, pipeline_class = (getattr(diffusers, name) for name in known.controlnet_classes)
+    try:
+        controlnet = model_class.from_pretrained(config.controlnet, torch_dtype=run.teacher.dtype)
+    except (OSError, ValueError):
+        raise UsageError(
+            f"generate.controlnet={config.controlnet} could not be loaded as {model_class.__name__}; give a folder, or "
+            "a hub id in reach."
+        ) from None
+    transformer = run.teacher.pipeline.transformer
+    heads, theirs = (model.config.num_attention_heads for model in (transformer, controlnet))
+    if (heads, transformer.config.attention_head_dim) != (theirs, controlnet.config.attention_head_dim):
+        raise UsageError(
+            f"generate.controlnet={config.controlnet} is of another width than model={run.config.model.name}; "
+            "give one that was trained for it."
+        )
+    hook_residuals(transformer, run.family.facts, board.kept, board.counts)
+    pipeline = pipeline_class(**run.teacher.pipeline.components, controlnet=controlnet.to(run.device))
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = run.config.model.sampling
+    image = Image.open(str(config.control_image)).convert("RGB").resize((sampling.width, sampling.height))
+    return pipeline, {"control_image": image, "controlnet_conditioning_scale": config.control_scale}

@@ -1,0 +1,38 @@
+"""Scores of drawn pictures: what they were made from, and how variants compare with the teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ppcl.artifacts.headers import Header, is_current
+from ppcl.context import Run
+from ppcl.errors import UsageError
+from ppcl.pictures.images import image_folder, prompts_of, variant_header
+from ppcl.variants.plugs import Plugs
+from ppcl.variants.variants import Variant
+
+
+def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, Header]:
+    """What each variant's scores are made from: just the pictures this configuration draws."""
+    prompts, headers = prompts_of(run), {}
+    for variant in variants:
+        images = variant_header(run, variant, plugs, prompts)
+        manifest = image_folder(run, variant.name) / "manifest.json"
+        if not is_current(manifest, images):
+            raise UsageError(f"{manifest} does not exist: run stages=[generate] for variant {variant.name} first.")
+        headers[variant.name] = Header("ppcl.scores", {"images": images.fingerprint})
+    return headers
+
+
+def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add `params_ratio` and `drop_percent` (R.: relative loss of overall) against the teacher's row."""
+    base = next((row for row in rows if row["name"] == "teacher"), None)
+    if base is None:
+        raise UsageError("a comparison needs the teacher: add it to generate.variants.")
+    compared = []
+    for row in rows:
+        overall = base["scores"]["overall"]
+        # A teacher that scores nothing has nothing to lose; JSON has no NaN.
+        drop = 100 * (overall - row["scores"]["overall"]) / overall if overall else 0.0
+        compared.append(row | {"params_ratio": row["params"] / base["params"], "drop_percent": drop})
+    return compared

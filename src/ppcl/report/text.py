@@ -1,0 +1,68 @@
+"""Tables and lines that stages print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from ppcl.artifacts.plan import PruningPlan
+from ppcl.context import Run
+
+
+def billions(count: int) -> str:
+    """20430401088 -> `20.430B`; 3029488 -> `3.029M`."""
+    return f"{count / 1e9:.3f}B" if count >= 1e8 else f"{count / 1e6:.3f}M"
+
+
+def show_plan(run: Run, plan: PruningPlan) -> None:
+    """Print a plan: its intervals, and what is left of blocks and parameters."""
+    counts = plan.parameters
+    for stack, pairs in plan.intervals.items():
+        run.say("plan", f"{stack}: {' '.join(f'[{u},{v}]' for u, v in pairs)}")
+    for stack, sets in plan.width.items():
+        for kind, indices in sets.items():
+            if indices:
+                run.say("plan", f"{stack} without {kind}: {' '.join(map(str, indices))}")
+    layers = counts["teacher_layers"], counts["student_layers"]
+    run.say("plan", f"blocks      {layers[0]} -> {layers[1]} ({layers[1] / layers[0]:.3f})")
+    before = counts["teacher"]
+    for step in ("depth", "text", "ffn") if "depth" in counts else ("student",):
+        after, name = counts[step], "parameters" if step == "student" else step
+        run.say("plan", f"{name:<11} {billions(before)} -> {billions(after)} ({after / counts['teacher']:.3f})")
+        before = after
+
+
+def show_scores(run: Run, rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("variant", "blocks", "params", "overall", "drop %", "ms/step", "peak MB"):
+        table.add_column(title, justify="left" if title == "variant" else "right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            str(row["num_layers"]),
+            billions(row["params"]),
+            f"{row['scores']['overall']:.3f}",
+            f"{row['drop_percent']:.1f}",
+            f"{row['latency_ms']:.1f}",
+            f"{row['peak_memory_mb']:.1f}",
+        )
+    run.console.print(table)
+
+
+def show_frontier(run: Run, points: list[dict[str, Any]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("params", "ratio", "blocks", "plugs", "latency", "GB", "predicted", "velocity error"):
+        table.add_column(title, justify="right")
+    for point in points:
+        table.add_row(
+            billions(point["params"]),
+            f"{point['params_ratio']:.3f}",
+            str(point["num_layers"]),
+            str(len(point["plugged"])),
+            f"{point['latency_ratio']:.3f}",
+            f"{point['memory_gb']:.3g}",
+            f"{point['predicted']:.4f}",
+            f"{point['velocity_error']:.4f}",
+        )
+    run.console.print(table)

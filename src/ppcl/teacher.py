@@ -1,0 +1,131 @@
+"""The teacher of a run: its identity, and its pipeline, which is loaded when a stage first asks for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl.config import Config
+from ppcl.errors import UsageError
+from ppcl.families.base import Family
+from ppcl.stages import STAGES
+from ppcl.validation.model import model_folder
+
+
+class TeacherModel:
+    """The configured teacher, held once.
+
+    `sharded` says that the present stage shards it: then its pipeline is loaded for that stage alone, and onto no
+    device.
+    """
+
+    def __init__(self, config: Config, family: Family, device: torch.device) -> None:
+        self.config, self.family, self.device = config, family, device
+        self.sharded = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the teacher, of plugs and of results."""
+        return getattr(torch, self.config.model.dtype)
+
+    def enter(self, stage: str) -> None:
+        """Prepare for a stage: one that shards the teacher loads it for itself, and the next loads it whole again."""
+        sharded = self.config.strategy.kind == "fsdp" and STAGES[stage].ranks == "train"
+        if sharded or self.sharded:
+            self.forget_pipeline()
+        self.sharded = sharded
+
+    def forget_pipeline(self) -> None:
+        """Drop the pipeline; it is loaded again when it is next asked for."""
+        vars(self).pop("pipeline", None)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Config and digest of the weights: the teacher's part of what an artifact is made from."""
+        model, folder = self.config.model, model_folder(self.config.model)
+        identity = {"family": model.family, "arch": model.arch, "dtype": model.dtype}
+        if folder is None:
+            return identity | {"path": model.path, "revision": model.revision}
+        return identity | {"weights": _digest((folder / "transformer").glob("*.safetensors"))}
+
+    @cached_property
+    def encoder_identity(self) -> dict[str, Any]:
+        """Digest of the VAE and text encoders, which a folder may be without."""
+        model, folder = self.config.model, model_folder(self.config.model)
+        if folder is None:
+            return {"family": model.family, "path": model.path, "revision": model.revision}
+        files = {p for kind in ("vae", "text_encoder*", "tokenizer*") for p in folder.glob(f"{kind}/*") if p.is_file()}
+        return {"family": model.family} | ({"encoders": _digest(files)} if files else {})
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The teacher's pipeline: frozen, in evaluation mode, on the run's device."""
+        from diffusers import DiffusionPipeline
+
+        model = self.config.model
+        source = model_folder(model) or model.path
+        assert source is not None, "checked in validation"
+        try:
+            left_out: dict[str, Any] = {}
+            if self.config.data.name != "shapes" and not any(STAGES[stage].encoders for stage in self.config.stages):
+                index = DiffusionPipeline.load_config(source, revision=model.revision)
+                components = {name for name, entry in index.items() if isinstance(entry, list)}
+                left_out = dict.fromkeys(components - {"transformer", "scheduler"})
+            if model.streaming:
+                left_out["transformer"] = self._streamed_transformer(source)
+            pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, dtype=self.dtype, **left_out)
+        except OSError as error:
+            reason = str(error.__cause__ or error).split("\n")[0]
+            raise UsageError(
+                f"model.path={model.path} could not be loaded ({reason}); give a pipeline folder, or a hub id in reach."
+            ) from None
+        pipeline.set_progress_bar_config(disable=True)
+        if self.config.generate.offload == "none" and not self.sharded:
+            pipeline.to(self.device)
+        self._arrange_scheduler(pipeline)
+        self.family.complete(pipeline)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+        return pipeline
+
+    def _streamed_transformer(self, source: Path | str) -> nn.Module:
+        from ppcl.streaming import load_streamed
+
+        if isinstance(source, str):
+            from huggingface_hub import snapshot_download
+
+            revision = self.config.model.revision
+            source = Path(snapshot_download(source, revision=revision, allow_patterns="transformer/*"))
+        return load_streamed(self.family, source / "transformer", self.device, self.dtype)
+
+    def _arrange_scheduler(self, pipeline: Any) -> None:
+        """Apply `model.sampling.scheduler` over the scheduler's own settings."""
+        overrides, scheduler = self.config.model.sampling.scheduler, pipeline.scheduler
+        known = {key for key in scheduler.config if not key.startswith("_")}
+        unknown = sorted(overrides.keys() - known)
+        if unknown:
+            raise UsageError(
+                f"model.sampling.scheduler.{unknown[0]} is no setting of {type(scheduler).__name__}; "
+                f"it has {', '.join(sorted(known))}."
+            )
+        if overrides:
+            pipeline.scheduler = type(scheduler).from_config(scheduler.config, **overrides)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        # The ends tell files apart; reading all of 40 GB at each start would not be worth it.
+        with file.open("rb") as handle:
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            digest.update(handle.read(1 << 20))
+            handle.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]

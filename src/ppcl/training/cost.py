@@ -1,0 +1,69 @@
+"""What a training took: seconds, and the peak memory of a step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from ppcl.artifacts.files import write_json
+from ppcl.benchmarks.efficiency import LiveBytes
+
+_MEASURED_STEP = 2  # of this process: gradients and optimiser states are there by then
+
+
+class TrainingCost(L.Callback):
+    """Writes `{"steps", "seconds", "seconds_per_step", "peak_memory_mb"}` of this process's steps to `path`.
+
+    Memory is the allocator's peak on a GPU; on a CPU the tensors that live during one step, weights included. Of
+    several ranks the first one is measured.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds = 0.0
+        self.steps = 0
+        self.peak_bytes = 0
+        self._recorder: LiveBytes | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.strategy.root_device.type == "cpu" and self.steps == _MEASURED_STEP:
+            recorder = LiveBytes()
+            recorder.__enter__()
+            self._recorder = recorder  # now: Ctrl-C in between leaves nothing to end
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder is not None:
+            self.peak_bytes = self._recorder.resident + self._recorder.peak
+            self.on_exception(trainer, pl_module, None)
+        else:  # a recorded step takes longer than others
+            self.seconds += time.perf_counter() - self._start
+        self.steps += 1
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.__exit__(None, None, None)
+            self._recorder = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(device)
+        counted = max(1, self.steps - (1 if device.type == "cpu" and self.steps > _MEASURED_STEP else 0))
+        content = {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "seconds_per_step": self.seconds / counted,
+            "peak_memory_mb": self.peak_bytes / 1e6,
+        }
+        write_json(self.path, content)

@@ -1,0 +1,136 @@
+"""The loop of every training: Lightning's trainer, and checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+
+from ppcl.artifacts.files import write_json
+from ppcl.artifacts.headers import Header, is_current
+from ppcl.context import Run
+from ppcl.data.batches import StepLoader
+from ppcl.errors import UsageError
+from ppcl.parallel import barrier
+from ppcl.training.cost import TrainingCost
+from ppcl.training.loggers import finish_logger, make_logger
+from ppcl.training.progress import StepProgress
+from ppcl.training.strategies import SHARDED, processes
+
+
+def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> bool:
+    """Whether `folder` holds a checkpoint of just this training; `UsageError` if of another one.
+
+    `sharded`: of a training that shards, which no other can read, nor it theirs.
+    """
+    record = folder / "checkpoint.json"
+    if not is_current(record, header):
+        return False
+    mine, other = (SHARDED, "last.ckpt") if sharded else ("last.ckpt", SHARDED)
+    if not (folder / mine).exists():
+        if (folder / other).exists():
+            written, asked = ("single or ddp", "fsdp") if sharded else ("fsdp", "single and ddp")
+            raise UsageError(
+                f"{folder} holds a checkpoint of strategy={written}, which {asked} cannot read: go on as it was begun, "
+                f"with any number of ranks, or delete {folder} to train anew."
+            )
+        return False
+    if sharded:
+        return True
+    if not zipfile.is_zipfile(folder / "last.ckpt"):
+        raise UsageError(f"{folder / 'last.ckpt'} is truncated or no checkpoint: delete {folder} to train anew.")
+    return True
+
+
+def fit(
+    run: Run,
+    stage: str,
+    module: L.LightningModule,
+    loader: StepLoader,
+    folder: Path,
+    header: Header,
+    checkpoint_every: int,
+    blocks: Iterable[nn.Module],
+) -> None:
+    """Train `module` for the loader's steps, from the last checkpoint in `folder` if there is one.
+
+    A run killed at any moment and started again ends with the weights of one never interrupted:
+    batches depend on the step alone, and model, optimisers and the step are restored together.
+    `blocks` are those that a step runs: `trainer.compile` compiles them for as long as the training lasts.
+    """
+    resumable = check_resumable(folder, header, sharded=run.teacher.sharded)
+    barrier()  # before the first rank changes what others look at
+    if run.writes:
+        if not resumable:
+            shutil.rmtree(folder, ignore_errors=True)  # a checkpoint nobody vouches for is not resumed
+        write_json(folder / "checkpoint.json", header.to_json())
+    barrier()
+    if resumable:
+        run.say(stage, f"resuming from {folder / 'last.ckpt'}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hardware notes and tips
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            folder,
+            save_top_k=0,
+            save_last=True,
+            every_n_train_steps=checkpoint_every,
+            enable_version_counter=False,
+        )
+    ]
+    callbacks.append(TrainingCost(run.folder / "training" / f"{stage}.json"))
+    if run.config.trainer.progress:
+        callbacks.append(StepProgress(stage, run.console))
+    logger = make_logger(run, stage) if run.writes else False
+    trainer = L.Trainer(
+        max_steps=loader.num_steps,
+        accelerator=run.config.trainer.accelerator,
+        logger=logger,
+        callbacks=callbacks,
+        enable_progress_bar=False,  # ours counts steps
+        enable_model_summary=False,
+        log_every_n_steps=min(25, loader.num_steps),
+        default_root_dir=run.folder,
+        **processes(run.config.strategy),
+    )
+    checkpoint = str(folder / "last.ckpt") if resumable else None
+    try:
+        with compiled(blocks if run.config.trainer.compile else ()):
+            trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # how Lightning passes Ctrl-C on
+        raise KeyboardInterrupt from None
+    finally:
+        finish_logger(logger)
+    if trainer.global_step < loader.num_steps:
+        raise UsageError(f"{stage} stopped at step {trainer.global_step} of {loader.num_steps}.")
+
+
+@contextmanager
+def compiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """`blocks` with compiled forwards, eager again afterwards, where batches of every size are drawn.
+
+    Only the forwards: `compile_repeated_blocks` compiles the hooks of a block too, and taps come and go.
+    """
+    eager = [(block, vars(block).get("forward")) for block in blocks]  # offloading has put its own there
+    for block, _ in eager:
+        block.forward = torch.compile(block.forward)
+    try:
+        yield
+    finally:
+        for block, own in eager:
+            del block.forward
+            if own is not None:
+                block.forward = own
+
+
+def discard_checkpoint(run: Run, folder: Path) -> None:
+    """Remove a finished training's checkpoint: its result is on disk as an artifact by now."""
+    if run.writes:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,279 @@
+"""What every plug costs and saves, measured once on one plugboard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.headers import Header, is_current
+from ppcl.artifacts.plan import projector_name
+from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
+from ppcl.context import Run
+from ppcl.data.batches import TrainingBatch, batch_numbers
+from ppcl.errors import UsageError
+from ppcl.pictures.drawing import denoising_step
+from ppcl.report.text import billions
+from ppcl.surgery.plugboard import Plugboard
+from ppcl.surgery.width import width_surgery
+from ppcl.taps import BlockCall, BlockKey, observe, stack_of
+from ppcl.variants.planner import Overlap, Unit, closure, frontier, greatest_saving, total_saving
+from ppcl.variants.plugs import Plugs
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import distillation_loss
+
+NUM_POINTS = 16
+
+COSTS = ("velocity", "loss")
+
+_FIRST_BATCH = 100_000  # of the calibration stream: far behind what anything was fitted to
+
+
+def find_units(plugs: Plugs) -> list[Unit]:
+    """Every plug as a unit: a projector needs its student, and all that lies between it and its reference."""
+    units = [Unit(name) for name in plugs.students]
+    starts = {(plug.stack, plug.interval[0]): name for name, plug in plugs.students.items()}
+    for name, item in plugs.projectors.items():
+        needs = [item.base] if item.base else []
+        if item.reference is not None:
+            between = range(item.reference, item.index)
+            needs += [starts[item.stack, index] for index in between if (item.stack, index) in starts]
+            needs += [
+                other.name
+                for other in plugs.projectors.values()
+                if other.kind == "text" and other.stack == item.stack and other.index in between
+            ]
+        units.append(Unit(name, needs))
+    return units
+
+
+@torch.no_grad()
+def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]) -> float:
+    """||v - v_T||^2 / ||v_T||^2 of the model's output against the teacher's."""
+    error = total = 0.0
+    for batch, target in zip(batches, targets, strict=True):
+        target = batch.prediction(target).double()
+        error += (batch.prediction(transformer(**batch.inputs)[0]).double() - target).square().sum().item()
+        total += target.square().sum().item()
+    return error / total
+
+
+def _loss(plugs: Plugs, name: str) -> float:
+    """The held-out distillation loss of a plug."""
+    return distillation_loss((plugs.students | plugs.projectors)[name])
+
+
+class Meter:
+    """Measures arrangements of one board: parameters, velocity error, and how long the changed blocks take."""
+
+    def __init__(self, run: Run, board: Plugboard) -> None:
+        self.run, self.board = run, board
+        size = run.config.distill.batch_size
+        stream = run.data.stream(run.config.data.calibration_seed, size)
+        numbers = batch_numbers(size, _FIRST_BATCH, _FIRST_BATCH + run.config.budget.num_batches)
+        board()
+        with torch.no_grad():
+            self.batches = [run.data.to_device(stream(number)) for number in numbers]
+            self.targets = [board.transformer(**batch.inputs)[0] for batch in self.batches]
+        self.teacher_params = self._count()
+        self.calls: dict[BlockKey, dict[str, Any]] = {}
+        self.step = denoising_step(run)
+
+        def keep(call: BlockCall) -> None:
+            self.calls[call.key] = call.kwargs
+
+        with torch.no_grad():
+            observe(run.family, board.transformer, self.step, keep)
+        self.teacher_ms = interleaved_latency_ms({"teacher": self._forward}, 10)["teacher"]
+        resident = sum(p.numel() * p.element_size() for p in board.transformer.parameters())
+        self.bytes_per_param = resident / self.teacher_params
+        self.memory_gb = peak_memory_mb(self._forward, resident, run.device) / 1e3
+        self.errors: dict[frozenset[str], float] = {frozenset(): 0.0}
+
+    @torch.inference_mode()
+    def _forward(self) -> None:
+        self.board.transformer(**self.step)
+
+    def _count(self) -> int:
+        return sum(parameter.numel() for parameter in self.board.transformer.parameters())
+
+    def params(self, names: set[str]) -> int:
+        self.board(*names)
+        return self._count()
+
+    def error(self, names: set[str]) -> float:
+        key = frozenset(names)
+        if key not in self.errors:
+            self.board(*names)
+            self.errors[key] = velocity_error(self.board.transformer, self.batches, self.targets)
+        return self.errors[key]
+
+    def _modules(self, names: set[str]) -> dict[BlockKey, tuple[nn.Module, dict[str, Any]]]:
+        """Each block that an arrangement runs, with arguments it takes."""
+        self.board(*names)
+        found = {}
+        for stack, kept in self.board.kept.items():
+            text = self.board.width.get(stack, {}).get("text", [])
+            for index, module in zip(kept, stack_of(self.board.transformer, stack), strict=True):
+                arguments = self.calls[stack, index]
+                if index in text:
+                    plain = self.run.family.streams_in(stack, arguments, self.step)["text"]
+                    arguments = width_surgery(self.run.family).with_text(arguments, plain, plain)
+                found[stack, index] = module, arguments
+        return found
+
+    def milliseconds_saved(self, before: set[str], after: set[str], changed: set[BlockKey]) -> float:
+        """What the blocks that change take less, timed in turns."""
+        sides = {"before": self._modules(before), "after": self._modules(after)}
+
+        def timed(side: str) -> Any:
+            calls = [sides[side][key] for key in changed if key in sides[side]]
+
+            @torch.inference_mode()
+            def run_blocks() -> None:
+                for module, arguments in calls:
+                    module(**arguments)
+
+            return run_blocks
+
+        times = interleaved_latency_ms({side: timed(side) for side in sides}, 10)
+        return times["before"] - times["after"]
+
+
+def _changed_blocks(plugs: Plugs, name: str) -> set[BlockKey]:
+    if name in plugs.students:
+        plug = plugs.students[name]
+        return {(plug.stack, index) for index in range(plug.interval[0], plug.interval[1] + 1)}
+    return {(plugs.projectors[name].stack, plugs.projectors[name].index)}
+
+
+def _measure_savings(meter: Meter, before: set[str], after: set[str], changed: set[BlockKey]) -> dict[str, float]:
+    saved = meter.params(before) - meter.params(after)
+    return {
+        "params": saved,
+        "memory_gb": saved * meter.bytes_per_param / 1e9,
+        "latency_ratio": meter.milliseconds_saved(before, after, changed) / meter.teacher_ms,
+    }
+
+
+def _measure_units(run: Run, plugs: Plugs, meter: Meter) -> list[Unit]:
+    units = find_units(plugs)
+    for unit in track(units, "costs of plugs", console=run.console, transient=True):
+        after = closure(units, [unit.name])
+        before = after - {unit.name}
+        unit.savings = _measure_savings(meter, before, after, _changed_blocks(plugs, unit.name))
+        unit.costs = {"velocity": meter.error(after) - meter.error(before), "loss": _loss(plugs, unit.name)}
+    return units
+
+
+def _measure_overlaps(run: Run, plugs: Plugs, units: list[Unit], meter: Meter) -> list[Overlap]:
+    """The text and the FFN projectors of one block: the text's FFN goes with either."""
+    by_name = {unit.name: unit for unit in units}
+    overlaps = []
+    for name, item in plugs.projectors.items():
+        partner = projector_name(item.stack, item.index, "ffn")
+        if item.kind != "text" or partner not in by_name:
+            continue
+        both = closure(units, [name, partner])
+        together = _measure_savings(meter, both - {name, partner}, both, _changed_blocks(plugs, name))
+        alone = by_name[name].savings, by_name[partner].savings
+        overlaps.append(Overlap((name, partner), {key: sum(s[key] for s in alone) - together[key] for key in together}))
+    return overlaps
+
+
+def _measure_frontier(
+    run: Run, units: list[Unit], overlaps: list[Overlap], meter: Meter
+) -> dict[str, list[dict[str, Any]]]:
+    points: dict[str, list[dict[str, Any]]] = {}
+    for cost in COSTS:
+        choices = frontier(units, "params", cost, NUM_POINTS, overlaps)
+        points[cost] = []
+        for names in track(choices, f"frontier by {cost}", console=run.console, transient=True):
+            points[cost].append(_point(units, overlaps, names, cost, meter))
+    return points
+
+
+def _point(units: list[Unit], overlaps: list[Overlap], names: list[str], cost: str, meter: Meter) -> dict[str, Any]:
+    chosen = [unit for unit in units if unit.name in names]
+    params = meter.params(set(names))
+    return {
+        "plugged": names,
+        "num_layers": sum(len(kept) for kept in meter.board.kept.values()),
+        "params": params,
+        "params_ratio": params / meter.teacher_params,
+        "latency_ratio": 1 - total_saving(units, overlaps, names, "latency_ratio"),
+        "memory_gb": meter.memory_gb - total_saving(units, overlaps, names, "memory_gb"),
+        "predicted": sum(unit.costs[cost] for unit in chosen),
+        "velocity_error": meter.error(set(names)),
+    }
+
+
+def measure(run: Run, plugs: Plugs) -> dict[str, Any]:
+    """What every plug costs and saves, and the frontier under both costs; measured once, then read from disk."""
+    path = run.costs_path
+    sampling = run.config.model.sampling
+    made_from = {
+        "model": run.teacher.identity,
+        "plugs": plugs.fingerprints([*plugs.students, *plugs.projectors]),
+        "layout": asdict(run.layout),
+        "num_batches": run.config.budget.num_batches,
+        "size": [sampling.height, sampling.width],
+        "data": run.data.identity,
+    }
+    header = Header("ppcl.costs", made_from)
+    if is_current(path, header):
+        run.say("plan", f"reused {path}")
+        return read_json(path, "The costs")
+    switch = Switch(run, plugs)
+    meter = Meter(run, switch.board)
+    units = _measure_units(run, plugs, meter)
+    overlaps = _measure_overlaps(run, plugs, units, meter)
+    body = {
+        "teacher": {"params": meter.teacher_params, "memory_gb": meter.memory_gb, "latency_ms": meter.teacher_ms},
+        "units": [asdict(unit) for unit in units],
+        "overlaps": [asdict(overlap) for overlap in overlaps],
+        "frontier": _measure_frontier(run, units, overlaps, meter),
+    }
+    switch.restore()
+    write_json(path, header.to_json() | body)
+    run.say("plan", f"wrote {path}")
+    return read_json(path, "The costs")
+
+
+def compare_costs(points: dict[str, list[dict[str, Any]]]) -> float:
+    """Geometric mean of the velocity cost's measured error over the loss cost's, at like sizes; below 1: better."""
+    ratios = []
+    for ours in points["velocity"]:
+        theirs = min(points["loss"], key=lambda other: abs(other["params"] - ours["params"]))
+        if ours["velocity_error"] > 0 and theirs["velocity_error"] > 0:
+            ratios.append(math.log(ours["velocity_error"] / theirs["velocity_error"]))
+    return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
+
+
+def target_of(
+    name: str, value: float, teacher: dict[str, float], units: Sequence[Unit], overlaps: Sequence[Overlap] = ()
+) -> float:
+    """What has to be saved for `budget.<name>=<value>`; `UsageError` says what is reachable where it is not."""
+    whole = {"params": teacher["params"], "memory_gb": teacher["memory_gb"], "latency_ratio": 1.0}[name]
+    allowed = value * whole if name == "params" and value <= 1 else value
+    saving = whole - allowed
+    most = greatest_saving(units, name, overlaps)
+    least = whole - most
+
+    def written(amount: float) -> str:
+        if name == "params":
+            return f"{amount / whole:.3f} ({billions(round(amount))})"
+        return f"{amount:.3g}"
+
+    if saving > most * (1 + 1e-9) or saving < 0:
+        raise UsageError(
+            f"budget.{name}={value:g} is out of reach: this run's plugs make any budget from {written(least)} to "
+            f"{written(whole)}; train more of them for less."
+        )
+    return saving

@@ -1,0 +1,65 @@
+"""The plugs that a run needs: trained students and projectors, checked against its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ppcl.artifacts.plan import plug_name, projector_name
+from ppcl.artifacts.plugs import Plug, Projector, load_plugs, load_projectors
+from ppcl.context import Run
+from ppcl.errors import UsageError
+
+
+@dataclass
+class Plugs:
+    """Every plug of a run: trained students and projectors by name."""
+
+    students: dict[str, Plug] = field(default_factory=dict)
+    projectors: dict[str, Projector] = field(default_factory=dict)
+
+    def fingerprints(self, names: list[str]) -> dict[str, str]:
+        every = self.students | self.projectors
+        return {name: every[name].header.fingerprint for name in names}
+
+
+def _check_teacher(run: Run, plugs: dict[str, Any]) -> None:
+    for name, plug in plugs.items():
+        if plug.header.made_from["model"] != run.teacher.identity:
+            raise UsageError(
+                f"plug {name} in {run.folder / 'plugs'} was distilled from another teacher than "
+                f"model.path={run.config.model.path}: give this run another name=."
+            )
+
+
+def required_students(run: Run) -> dict[str, Plug]:
+    """The trained student of every interval of this run, by name."""
+    plugs = load_plugs(run.plugs_folder)
+    names = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
+    missing = [name for name in names if name not in plugs]
+    if missing:
+        raise UsageError(f"{run.folder / 'plugs'} has no student for {', '.join(missing)}; run stages=[depth] first.")
+    found = {name: plugs[name] for name in names}
+    _check_teacher(run, found)
+    return found
+
+
+def required_projectors(run: Run) -> dict[str, Projector]:
+    """The trained projectors of this run's width sets, by name; none for `width=none`."""
+    names = [
+        projector_name(stack, index, kind)
+        for stack, sets in run.width.items()
+        for kind, indices in sets.items()
+        for index in indices
+    ]
+    found = load_projectors(run.plugs_folder) if names else {}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UsageError(f"{run.folder / 'plugs'} has no projector {', '.join(missing)}; run stages=[width] first.")
+    chosen = {name: item for name, item in found.items() if name in names}
+    _check_teacher(run, chosen)
+    return chosen
+
+
+def required_plugs(run: Run) -> Plugs:
+    return Plugs(required_students(run), required_projectors(run))

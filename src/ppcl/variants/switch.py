@@ -1,0 +1,58 @@
+"""Turns the run's pipeline into any of its variants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ppcl.context import Run
+from ppcl.surgery.plugboard import Plugboard, load_student
+from ppcl.variants.plugs import Plugs
+from ppcl.variants.variants import Variant, finetuned_folder, quantized_folder
+
+
+class Switch:
+    """Makes the run's pipeline any of its variants. Leave it with `restore`."""
+
+    def __init__(self, run: Run, plugs: Plugs) -> None:
+        self.run = run
+        self.teacher = transformer = run.teacher.pipeline.transformer
+        students = {name: load_student(run.family, transformer, plug) for name, plug in plugs.students.items()}
+        intervals = run.intervals if run.has_intervals else {}  # a teacher can be drawn without any
+        self.board = Plugboard(run.family, transformer, intervals, students, plugs.projectors, run.layout)
+        self._finetuned: Any = None
+        self._quantized: Any = None
+        self.teacher_size = sum(parameter.numel() for parameter in transformer.parameters())
+
+    def __call__(self, variant: Variant) -> nn.Module:
+        """Arrange the pipeline's transformer as `variant` and return it."""
+        self.board.arrange(students=variant.students, removed=variant.removed, projectors=variant.projectors)
+        if variant.quantized:
+            self.run.teacher.pipeline.transformer = self.quantized
+        else:
+            self.run.teacher.pipeline.transformer = self.finetuned if variant.finetuned else self.teacher
+        return self.run.teacher.pipeline.transformer
+
+    @property
+    def finetuned(self) -> Any:
+        if self._finetuned is None:
+            self._finetuned = self._load(finetuned_folder(self.run))
+        return self._finetuned
+
+    @property
+    def quantized(self) -> Any:
+        if self._quantized is None:
+            self._quantized = self._load(quantized_folder(self.run))
+        return self._quantized
+
+    def _load(self, folder: Path) -> Any:
+        """The transformer in `folder`, of the class of the present arrangement."""
+        model_class: Any = type(self.board.standalone())
+        model = model_class.from_pretrained(folder / "transformer", torch_dtype=self.run.teacher.dtype)
+        return model.to(self.run.device).eval().requires_grad_(False)
+
+    def restore(self) -> None:
+        self.board()
+        self.run.teacher.pipeline.transformer = self.teacher
