@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -11,6 +13,49 @@ from ppcl.stages import help_lines
 
 VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
 STORED_VARIANTS = (*VARIANTS, "ppcl-quantized")  # the last needs a folder of a stage that few runs have
+
+
+def option(
+    default: Any = NO_DEFAULT,
+    *,
+    factory: Any = NO_DEFAULT,
+    least: float | None = None,
+    choices: Collection[str] | None = None,
+    before: Any = NO_DEFAULT,
+    identity: bool = True,
+) -> Any:
+    """Declare a key together with all that the rest of ppcl has to know of it.
+
+    `least`: its smallest value. `choices`: its values, or those of its items. Both are checked before anything loads.
+    `identity=False`: no artifact depends on it.
+    `before`: for a key that came later, the value that does what was done before there was such a key. It never
+    changes, even when the default does. With just this value the key stays out of fingerprints, so that artifacts made
+    before the key existed are still taken.
+    """
+    metadata = {"least": least, "choices": choices, "identity": identity, "before": before}
+    if factory is not NO_DEFAULT:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def identity(settings: Any) -> dict[str, Any]:
+    """Those values of a group that an artifact made with it depends on, as they go into its fingerprint."""
+    found = asdict(settings)
+    for item in fields(settings):
+        told = item.metadata
+        if not told.get("identity", True) or found[item.name] == told.get("before", NO_DEFAULT):
+            del found[item.name]
+    return found
+
+
+def declared(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, float | None, Collection[str] | None]]:
+    """Every key of a group and the groups in it: its full name, value, smallest value and choices."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if is_dataclass(value):
+            yield from declared(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value, item.metadata.get("least"), item.metadata.get("choices")
 
 
 @dataclass
@@ -24,7 +69,7 @@ class SamplingConfig:
     negative_prompt: str = ""
     guidance_scale: float = 3.5  # the input of a guidance-distilled model
     max_sequence_length: int = 512  # prompt tokens
-    scheduler: dict[str, Any] = field(default_factory=dict)  # over the model's own, such as shift: 3.0
+    scheduler: dict[str, Any] = option(factory=dict, before={})  # over the model's own, such as shift: 3.0
 
 
 @dataclass
@@ -39,7 +84,7 @@ class ModelConfig:
     family: str = MISSING
     path: str | None = None
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: str = option("float32", choices=("float32", "bfloat16", "float16"))
     streaming: bool = False
     builder: str | None = None
     arch: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +95,7 @@ class ModelConfig:
 class IntervalsConfig:
     """A list per block stack, or `source`: `detect` (this run's detection) or `plan` (the file `path`)."""
 
-    source: str = "detect"
+    source: str = option("detect", choices=("detect", "plan"))
     path: str | None = None
     family: str | None = None
     transformer_blocks: list[list[int]] | None = None
@@ -78,21 +123,21 @@ class WidthConfig:
     run's reference; `each` one per block, which reads the text of the block before it.
     """
 
-    source: str = "none"
+    source: str = option("none", choices=("none", "given", "plan", "auto"))
     path: str | None = None
     family: str | None = None
     transformer_blocks: WidthSet = field(default_factory=WidthSet)
     single_transformer_blocks: WidthSet = field(default_factory=WidthSet)
     text_threshold: float = 0.999
-    num_text: int | None = None
-    num_ffn: int = 3
-    text_output: str = "last"
+    num_text: int | None = option(None, least=0)
+    num_ffn: int = option(3, least=0)
+    text_output: str = option("last", choices=("last", "each"))
     keep_text_query: bool = False
-    ridge: float = 1e-6
-    num_batches: int = 16
-    steps: int = 2000
-    lr: float = 1e-5
-    linear_weight: float = 1.0
+    ridge: float = option(1e-6, least=0)
+    num_batches: int = option(16, least=1)
+    steps: int = option(2000, least=0)
+    lr: float = option(1e-5, least=0)
+    linear_weight: float = option(1.0, least=0)
 
 
 @dataclass
@@ -106,19 +151,19 @@ class BudgetConfig:
     params: float | None = None
     memory_gb: float | None = None
     latency_ratio: float | None = None
-    cost: str = "velocity"
-    num_batches: int = 4
+    cost: str = option("velocity", choices=("velocity", "loss"))
+    num_batches: int = option(4, least=1)
 
 
 @dataclass
 class ProbeConfig:
-    num_batches: int = 16
-    num_heldout_batches: int = 4
+    num_batches: int = option(16, least=1)
+    num_heldout_batches: int = option(4, least=1)
     batch_size: int = 32
-    ridge: float = 1e-6
+    ridge: float = option(1e-6, least=0)
     bias: bool = True
-    init: str = "closed_form"
-    train_steps: int = 0
+    init: str = option("closed_form", choices=("closed_form", "zero"))
+    train_steps: int = option(0, least=0)
     lr: float = 1e-4
 
 
@@ -132,17 +177,17 @@ class MethodConfig:
 
     name: str = "ppcl"
     rule: str = "lp"
-    stream: str = "mean"
+    stream: str = option("mean", choices=("image", "text", "mean"))
     debiased: bool = False
     start: int = 0
     end: int | None = None
-    min_length: int = 2
+    min_length: int = option(2, least=2)
     min_cka: float = 0.0
     threshold: float = 0.98
     extend: list[int] | None = None
     num_remove: int | None = None
     num_samples: int = 16
-    num_timesteps: int = 8
+    num_timesteps: int = option(8, least=1)
     batch_size: int = 16
 
 
@@ -155,7 +200,7 @@ class DataConfig:
     `given` names, for an edit model, where a sample's given pictures stand.
     """
 
-    name: str = "shapes"
+    name: str = option("shapes", choices=("shapes", "webdataset", "folder"))
     path: str | None = None
     cache: str | None = None
     captions: list[str] = field(default_factory=lambda: ["prompt_en", "caption_en", "prompt_zh"])
@@ -164,12 +209,12 @@ class DataConfig:
     aspects: list[str] = field(default_factory=lambda: ["1:1"])
     held_out: float = 0.02
     samples_per_file: int = 256
-    encode_batch_size: int = 8
+    encode_batch_size: int = option(8, least=1)
     train_seed: int = 0
     calibration_seed: int = 1
     eval_seed: int = 2
     caption_dropout: float = 0.1
-    timesteps: str = "logit_normal"
+    timesteps: str = option("logit_normal", choices=("logit_normal", "uniform"))
     shift: float = 1.0
 
 
@@ -177,17 +222,17 @@ class DataConfig:
 class TrainingConfig:
     """AdamW under a cosine with warm-up; the values are the paper's."""
 
-    steps: int = 6000
-    batch_size: int = 2
-    lr: float = 1e-5
+    steps: int = option(6000, least=1)
+    batch_size: int = option(2, least=1)
+    lr: float = option(1e-5, least=0)
     min_lr_ratio: float = 0.0
     warmup_steps: int = 16
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.02
     max_grad_norm: float | None = None
-    gradient_checkpointing: bool = True
-    checkpoint_every: int = 500
+    gradient_checkpointing: bool = option(True, identity=False)
+    checkpoint_every: int = option(500, least=1, identity=False)
 
 
 @dataclass
@@ -197,13 +242,13 @@ class DistillConfig(TrainingConfig):
     `replay`: how many steps learn from one pass of the teacher then.
     """
 
-    mode: str = "parallel"
-    init: str = "first"
-    magnitude_weight: float = 0.0
-    intervals: list[str] | None = None
-    from_boundaries: bool = False
-    boundaries: str | None = None
-    replay: int = 1
+    mode: str = option("parallel", choices=("parallel", "sequential"))
+    init: str = option("first", choices=("first", "middle", "average"))
+    magnitude_weight: float = option(0.0, least=0)
+    intervals: list[str] | None = option(None, identity=False)
+    from_boundaries: bool = option(False, identity=False)
+    boundaries: str | None = option(None, identity=False)
+    replay: int = option(1, least=1, identity=False)
 
 
 @dataclass
@@ -216,16 +261,16 @@ class FinetuneConfig(TrainingConfig):
     trains a LoRA of all linear layers in the blocks in place of all parameters.
     """
 
-    steps: int = 1000
-    batch_size: int = 4
+    steps: int = option(1000, least=1)
+    batch_size: int = option(4, least=1)
     max_grad_norm: float | None = 1.0
-    checkpoint_every: int = 250
-    lora_rank: int = 0
-    optimizer: str = "adamw"
-    muon_lr: float = 0.01
-    output_weight: float = 1.0
-    flow_weight: float = 0.0
-    feature_weight: float = 0.0
+    checkpoint_every: int = option(250, least=1, identity=False)
+    lora_rank: int = option(0, least=0, before=0)
+    optimizer: str = option("adamw", choices=("adamw", "muon"))
+    muon_lr: float = option(0.01, least=0)
+    output_weight: float = option(1.0, least=0)
+    flow_weight: float = option(0.0, least=0)
+    feature_weight: float = option(0.0, least=0)
     ema_decay: float = 0.0
 
 
@@ -244,7 +289,7 @@ class PretrainConfig:
     adam_lr: float = 2e-3
     warmup_steps: int = 50
     decay: float = 0.4
-    checkpoint_every: int = 250
+    checkpoint_every: int = option(250, identity=False)
 
 
 @dataclass
@@ -255,7 +300,7 @@ class ExportConfig:
     a repository, `owner/name`; `private` None is the account's default for one that is made.
     """
 
-    variant: str | None = None
+    variant: str | None = option(None, choices=VARIANTS[1:])
     single_file: bool = False
     single_file_dtype: str = "bfloat16"
     max_shard_size: str | None = None
@@ -274,7 +319,7 @@ class LoraConfig:
 
     path: str | None = None
     model: str | None = None
-    source: str = "first"
+    source: str = option("first", choices=("first", "mean", "sum"))
 
 
 @dataclass
@@ -299,12 +344,12 @@ class GenerateConfig:
     edit model is given with each.
     """
 
-    variants: list[str] = field(default_factory=lambda: list(VARIANTS[:4]))
+    variants: list[str] = option(factory=lambda: list(VARIANTS[:4]), choices=STORED_VARIANTS)
     plug_fraction: float = 0.5
-    batch_size: int = 60
+    batch_size: int = option(60, least=1)
     prompt: str | None = None
     prompt_file: str | None = None
-    num_images: int = 1
+    num_images: int = option(1, least=1)
     images: list[str] = field(default_factory=list)
     loras: list[str] = field(default_factory=list)
     lora_scale: float = 1.0
@@ -312,13 +357,13 @@ class GenerateConfig:
     control_image: str | None = None
     control_scale: float = 1.0
     compile: bool = False
-    offload: str = "none"
+    offload: str = option("none", choices=("none", "model", "group"))
 
 
 @dataclass
 class BenchmarkConfig:
     name: str = "shapes"
-    prompts_per_category: int = 60
+    prompts_per_category: int = option(60, least=1)
     latency_repeats: int = 50
 
 
@@ -345,16 +390,16 @@ class StrategyConfig:
     `timeout_minutes` for another within a training gives up.
     """
 
-    kind: str = "single"
+    kind: str = option("single", choices=("single", "ddp", "fsdp"))
     cpu_offload: bool = False
     timeout_minutes: float = 30.0
 
 
 @dataclass
 class LoggerConfig:
-    kind: str = "csv"
+    kind: str = option("csv", choices=("csv", "wandb", "none"))
     project: str = "ppcl"
-    mode: str = "offline"
+    mode: str = option("offline", choices=("online", "offline", "disabled"))
 
 
 @dataclass
@@ -376,14 +421,14 @@ class QuantizeConfig:
     `skip`: patterns of the names of layers that stay as they are. `variant` as in `export.variant`, or the teacher.
     """
 
-    scheme: str = "none"
+    scheme: str = option("none", choices=("none", "int8", "int4", "nf4"))
     group_size: int | None = None
-    rounding: str = "nearest"
+    rounding: str = option("nearest", choices=("nearest", "least_squares"))
     skip: list[str] = field(default_factory=list)
-    num_batches: int = 8
-    batch_size: int = 32
-    damping: float = 1e-3
-    variant: str | None = None
+    num_batches: int = option(8, least=1)
+    batch_size: int = option(32, least=1)
+    damping: float = option(1e-3, least=0)
+    variant: str | None = option(None, choices=VARIANTS)
 
 
 @dataclass

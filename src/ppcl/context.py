@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +16,7 @@ from ppcl import __version__
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.plan import Intervals, PruningPlan, Width
 from ppcl.artifacts.probes import Probes
-from ppcl.config import Config
+from ppcl.config import Config, identity
 from ppcl.data.training import TrainingData
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
@@ -157,7 +156,7 @@ class Run:
         calibration = {"seed": data.calibration_seed, "timesteps": data.timesteps, "shift": data.shift}
         return {
             "model": self.teacher.identity,
-            "probe": asdict(self.config.probe),
+            "probe": identity(self.config.probe),
             "data": calibration | self.data.source_identity,
         }
 

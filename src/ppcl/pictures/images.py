@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ppcl.artifacts.files import atomic_path
 from ppcl.artifacts.headers import Header, fingerprint
-from ppcl.config import Config
+from ppcl.config import Config, identity
 from ppcl.context import Run
 from ppcl.pictures.drawing import given_pictures
 from ppcl.validation.outputs import has_own_prompts, read_prompts
@@ -63,7 +63,7 @@ def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str])
             "layout": asdict(run.layout) if variant.projectors else None,
             "finetuned": variant.finetuned,
             **({"quantized": variant.quantized} if variant.quantized else {}),
-            "sampling": {key: value for key, value in asdict(run.config.model.sampling).items() if value != {}},
+            "sampling": identity(run.config.model.sampling),
             "seed": run.config.seed,
             "batch_size": run.config.generate.batch_size,
             "prompts": {"count": len(prompts), "hash": fingerprint({"prompts": prompts} | _given(run))},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import Interval, Intervals, plug_name
 from ppcl.artifacts.plugs import Plug
+from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
@@ -39,9 +39,7 @@ def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals
 
 def plug_header(run: Run, stack: str, pair: Interval) -> Header:
     """What one student is made from; parallel students do not depend on one another."""
-    settings = asdict(run.config.distill)
-    for key in ("intervals", "checkpoint_every", "gradient_checkpointing", "from_boundaries", "boundaries", "replay"):
-        del settings[key]  # none of them changes the weights, or it is said below
+    settings = identity(run.config.distill)
     if run.config.distill.from_boundaries:
         record = read_record(run)
         made_from = {

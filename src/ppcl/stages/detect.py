@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +12,7 @@ from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.plan import PruningPlan
 from ppcl.artifacts.probes import Probes
+from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.methods import get_method
@@ -36,7 +36,7 @@ def _deltas(curves: Curves) -> Curves:
 
 def run(run: Run) -> None:
     method = run.config.method
-    made_from = {"detection": run.probe_settings, "method": asdict(method)}
+    made_from = {"detection": run.probe_settings, "method": identity(method)}
     plan = PruningPlan(run.config.model.family, run.num_layers, {}, made_from)
     if is_current(run.plan_path, plan.header()):
         run.say("detect", f"reused {run.plan_path}")

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
+from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.distill.finetune import FineTune
@@ -23,16 +24,11 @@ from ppcl.variants.variants import finetuned_folder, planned
 
 def finetune_header(run: Run, plugged: dict[str, str]) -> Header:
     """What a tuned model is made from."""
-    settings = asdict(run.config.finetune)
-    if not settings["lora_rank"]:
-        del settings["lora_rank"]
-    for key in ("checkpoint_every", "gradient_checkpointing"):
-        del settings[key]  # neither changes the weights
     made_from = {
         "model": run.teacher.identity,
         "plugs": plugged,
         "layout": asdict(run.layout),
-        "finetune": settings,
+        "finetune": identity(run.config.finetune),
         "precision": run.precision,
         "data": run.data.identity,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from ppcl.artifacts.files import atomic_folder, read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
+from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.data.streams import ShapesStream
@@ -23,7 +23,7 @@ from ppcl.validation.model import local_folder
 def teacher_header(run: Run) -> Header:
     """What a teacher is made from; one that it continues enters by its own fingerprint, not by its path."""
     config = run.config.pretrain
-    settings = {k: v for k, v in asdict(config).items() if k != "checkpoint_every"}
+    settings = identity(config)
     if config.init is not None:
         settings["init"] = read_json(local_folder(config.init) / "ppcl.json", "pretrain.init:")["fingerprint"]
     made_from = {

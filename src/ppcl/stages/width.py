@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from rich.progress import track
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import PruningPlan, Width
 from ppcl.artifacts.plugs import Projector
+from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.width import Place, PrunedPlace, WidthDistillation, places
@@ -29,9 +30,9 @@ from ppcl.variants.plugs import required_students
 
 def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -> Header:
     """What one projector is made from; `students` holds the fingerprints of trained students by name."""
-    width, distill = run.config.width, asdict(run.config.distill)
-    for key in ("mode", "init", "steps", "lr", "intervals", "checkpoint_every", "gradient_checkpointing"):
-        del distill[key]  # width's own, or without effect on the weights
+    width, distill = run.config.width, identity(run.config.distill)
+    for key in ("mode", "init", "steps", "lr"):
+        del distill[key]  # width has its own, or they are of students alone
     place, reference = item.place, item.reference
     made_from = {
         "model": run.teacher.identity,

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppcl.config import STORED_VARIANTS, VARIANTS, Config
+from ppcl.config import Config, declared
 from ppcl.errors import UsageError
 from ppcl.stages import STAGES
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_streaming
@@ -42,70 +42,28 @@ def parse(raw: DictConfig) -> Config:
     return config
 
 
+def check_options(config: Config) -> None:
+    """Bounds and choices that keys declare in `ppcl.config`; None always means that nothing is asked for."""
+    for key, value, least, choices in declared(config):
+        for each in value if isinstance(value, list) else [value]:
+            if choices is not None and each is not None:
+                one_of(key, each, tuple(choices))
+            if least is not None and each is not None:
+                at_least(key, each, least)
+
+
 def check(config: Config) -> None:
     """Every check that needs no model: values, their combinations, and the files that are named."""
     if not config.stages:
         raise UsageError(f"stages=[] asks for nothing: name some of {', '.join(STAGES)}.")
     for stage in config.stages:
         one_of("stages", stage, tuple(STAGES))
+    check_options(config)
     check_strategy(config)
     method, distill = config.method, config.distill
-    one_of("method.rule", method.rule, ("lp", "lp_a", "lp_b", "cka_sensitivity"))
-    one_of("method.stream", method.stream, ("image", "text", "mean"))
-    one_of("distill.mode", distill.mode, ("parallel", "sequential"))
-    one_of("distill.init", distill.init, ("first", "middle", "average"))
-    one_of("probe.init", config.probe.init, ("closed_form", "zero"))
-    one_of("data.name", config.data.name, ("shapes", "webdataset", "folder"))
-    one_of("width.source", config.width.source, ("none", "given", "plan", "auto"))
-    one_of("width.text_output", config.width.text_output, ("last", "each"))
-    one_of("budget.cost", config.budget.cost, ("velocity", "loss"))
-    one_of("finetune.optimizer", config.finetune.optimizer, ("adamw", "muon"))
     one_of("benchmark.name", config.benchmark.name, ("shapes",))
-    one_of("data.timesteps", config.data.timesteps, ("logit_normal", "uniform"))
-    one_of("logger.kind", config.logger.kind, ("wandb", "csv", "none"))
-    one_of("logger.mode", config.logger.mode, ("online", "offline", "disabled"))
-    one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    one_of("method.rule", method.rule, ("lp", "lp_a", "lp_b", "cka_sensitivity"))
     resolve_precision(config)
-    if config.export.variant is not None:
-        one_of("export.variant", config.export.variant, VARIANTS[1:])
-    for variant in config.generate.variants:
-        one_of("generate.variants", variant, STORED_VARIANTS)
-    at_least(
-        {
-            "distill.steps": (distill.steps, 1),
-            "distill.batch_size": (distill.batch_size, 1),
-            "distill.replay": (distill.replay, 1),
-            "distill.checkpoint_every": (distill.checkpoint_every, 1),
-            "distill.lr": (distill.lr, 0),
-            "probe.num_batches": (config.probe.num_batches, 1),
-            "probe.train_steps": (config.probe.train_steps, 0),
-            "probe.num_heldout_batches": (config.probe.num_heldout_batches, 1),
-            "probe.ridge": (config.probe.ridge, 0),
-            "method.min_length": (method.min_length, 2),
-            "method.num_timesteps": (method.num_timesteps, 1),
-            "width.num_ffn": (config.width.num_ffn, 0),
-            "width.num_text": (config.width.num_text or 0, 0),
-            "width.num_batches": (config.width.num_batches, 1),
-            "width.steps": (config.width.steps, 0),
-            "width.lr": (config.width.lr, 0),
-            "width.ridge": (config.width.ridge, 0),
-            "width.linear_weight": (config.width.linear_weight, 0),
-            "budget.num_batches": (config.budget.num_batches, 1),
-            "finetune.steps": (config.finetune.steps, 1),
-            "finetune.batch_size": (config.finetune.batch_size, 1),
-            "finetune.checkpoint_every": (config.finetune.checkpoint_every, 1),
-            "finetune.lora_rank": (config.finetune.lora_rank, 0),
-            "finetune.lr": (config.finetune.lr, 0),
-            "finetune.muon_lr": (config.finetune.muon_lr, 0),
-            "finetune.output_weight": (config.finetune.output_weight, 0),
-            "finetune.flow_weight": (config.finetune.flow_weight, 0),
-            "finetune.feature_weight": (config.finetune.feature_weight, 0),
-            "generate.batch_size": (config.generate.batch_size, 1),
-            "data.encode_batch_size": (config.data.encode_batch_size, 1),
-            "generate.num_images": (config.generate.num_images, 1),
-            "benchmark.prompts_per_category": (config.benchmark.prompts_per_category, 1),
-        }
-    )
     if config.probe.init == "zero" and not config.probe.train_steps:
         raise UsageError("probe.init=zero needs probe.train_steps: probes that start from nothing have to learn.")
     if method.rule == "cka_sensitivity" and not method.num_remove:
@@ -151,8 +109,6 @@ def check(config: Config) -> None:
     check_generate(config)
     if "finetune" in config.stages:
         check_adapter(config)
-    if config.intervals.source not in ("detect", "plan"):
-        raise UsageError(f"intervals.source={config.intervals.source} is not one of detect, plan.")
     intervals = resolve_intervals(config)
     if intervals is not None and "detect" in config.stages:
         raise UsageError("intervals are given, so stages=[detect] would decide nothing: drop one of them.")

@@ -10,12 +10,12 @@ from typing import NoReturn
 from PIL import Image
 
 from ppcl.artifacts.files import check_safetensors
-from ppcl.config import VARIANTS, Config
+from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.export.single_file import DTYPES, layouts
 from ppcl.families.registry import FAMILIES
 from ppcl.validation.pruning import budget_of, resolve_width
-from ppcl.validation.values import at_least, one_of
+from ppcl.validation.values import one_of
 
 
 def has_own_prompts(config: Config) -> bool:
@@ -42,7 +42,6 @@ def read_prompts(path: Path) -> list[str]:
 def check_generate(config: Config) -> None:
     """What is put on a model to draw with it."""
     generate, family = config.generate, config.model.family
-    one_of("generate.offload", generate.offload, ("none", "model", "group"))
     if generate.offload != "none":
         if {*config.stages} - {"plan", "generate"}:
             raise UsageError(f"generate.offload={generate.offload} is for stages=[generate] alone.")
@@ -110,7 +109,6 @@ def check_adapter(config: Config) -> None:
 
 
 def check_lora(config: Config) -> None:
-    one_of("lora.source", config.lora.source, ("first", "mean", "sum"))
     if config.lora.path is None:
         raise UsageError("stages=[remap_lora] needs lora.path, the safetensors file of a LoRA of the full model.")
     _check_lora_file("lora.path", config.lora.path)
@@ -182,17 +180,6 @@ def check_import(config: Config) -> None:
 def check_quantize(config: Config) -> None:
     """A scheme, and settings that mean something to it."""
     quantize = config.quantize
-    one_of("quantize.scheme", quantize.scheme, ("none", "int8", "int4", "nf4"))
-    one_of("quantize.rounding", quantize.rounding, ("nearest", "least_squares"))
-    at_least(
-        {
-            "quantize.num_batches": (quantize.num_batches, 1),
-            "quantize.batch_size": (quantize.batch_size, 1),
-            "quantize.damping": (quantize.damping, 0),
-        }
-    )
-    if quantize.variant is not None:
-        one_of("quantize.variant", quantize.variant, VARIANTS)
     if "quantize" in config.stages and quantize.scheme == "none":
         raise UsageError("stages=[quantize] needs a scheme: quantize=int8, quantize=int4 or quantize=nf4.")
     if quantize.scheme == "int4":

@@ -6,7 +6,6 @@ from ppcl.config import Config
 from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import is_first, launched, rank
 from ppcl.stages import TRAINED
-from ppcl.validation.values import one_of
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -32,7 +31,6 @@ def resolve_precision(config: Config) -> str:
 def check_strategy(config: Config) -> None:
     """`UsageError` where launcher, `strategy` and stages do not go together; all ranks find the same."""
     strategy, stages, (_, count) = config.strategy, config.stages, rank()
-    one_of("strategy.kind", strategy.kind, ("single", "ddp", "fsdp"))
     if strategy.timeout_minutes <= 0:
         raise UsageError(f"strategy.timeout_minutes={strategy.timeout_minutes:g} must be above 0.")
     if strategy.cpu_offload and strategy.kind != "fsdp":

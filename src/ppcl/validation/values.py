@@ -12,10 +12,9 @@ def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{key}={value} is not one of {', '.join(allowed)}.")
 
 
-def at_least(bounds: dict[str, tuple[float, float]]) -> None:
-    for key, (value, least) in bounds.items():
-        if value < least:
-            raise UsageError(f"{key}={value} must be at least {least:g}.")
+def at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise UsageError(f"{key}={value} must be at least {least:g}.")
 
 
 def aspect_ratio(aspect: str) -> float:
