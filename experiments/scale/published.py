@@ -23,7 +23,7 @@ from torch.nn.functional import mse_loss
 
 from ppcl.data.batches import TrainingBatch
 from ppcl.distill.depth import DepthDistillation
-from ppcl.distill.local import Terms
+from ppcl.distill.losses import Terms
 from ppcl.taps import BlockCall, Streams, observe
 
 

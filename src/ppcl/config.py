@@ -237,13 +237,15 @@ class TrainingConfig:
 
 @dataclass
 class DistillConfig(TrainingConfig):
-    """`from_boundaries`: students learn from what `stages=[boundaries]` wrote, in `boundaries` or the cache.
+    """`losses`: the weight of each loss between a block's output and the teacher's; `ppcl.distill.losses` has them.
 
+    `from_boundaries`: students learn from what `stages=[boundaries]` wrote, in `boundaries` or the cache.
     `replay`: how many steps learn from one pass of the teacher then.
     """
 
     mode: str = option("parallel", choices=("parallel", "sequential"))
     init: str = option("first", choices=("first", "middle", "average"))
+    losses: dict[str, float] = option(factory=lambda: {"direction": 1.0}, least=0, before={"direction": 1.0})
     magnitude_weight: float = option(0.0, least=0)
     intervals: list[str] | None = option(None, identity=False)
     from_boundaries: bool = option(False, identity=False)
@@ -460,10 +462,17 @@ class Config:
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
+# Groups that take keys of their own; whoever reads them checks these.
+OPEN_GROUPS = ("distill.losses", "model.sampling.scheduler")
+
+
 def register_schema() -> None:
     """Make `Config` the root that `conf/config.yaml` fills, and the table of stages known to the help text."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    schema = OmegaConf.structured(Config)
+    for key in OPEN_GROUPS:
+        OmegaConf.set_struct(OmegaConf.select(schema, key), False)
+    ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("ppcl_stages", help_lines, replace=True)

@@ -510,3 +510,11 @@ def test_what_ranks_can_share_is_not(auto, monkeypatch):
     sequential = ["distill.mode=sequential", "stages=[depth]"]
     assert parsed(*auto, "strategy=ddp", *sequential).strategy.kind == "ddp"
     assert parsed(*auto, "strategy=fsdp", "strategy.cpu_offload=true").strategy.cpu_offload
+
+
+def test_losses_are_weighed_by_name(auto):
+    assert parsed(*auto).distill.losses == {"direction": 1.0}
+    assert parsed(*auto, "distill.losses.relative=0.5").distill.losses == {"direction": 1.0, "relative": 0.5}
+    for wrong in ("distill.losses.relatve=0.5", "distill.losses.direction=-1", "distill.losses.direction=0"):
+        with pytest.raises(UsageError, match=r"distill\.losses=\S"):
+            parsed(*auto, wrong)

@@ -11,7 +11,8 @@ from torch import nn
 from ppcl.artifacts.plan import Interval, Intervals, plug_name
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
-from ppcl.distill.local import LocalDistillation, Terms
+from ppcl.distill.local import LocalDistillation
+from ppcl.distill.losses import Terms, with_loss
 from ppcl.families.base import Family
 from ppcl.precision import computing
 from ppcl.surgery.depth import student_block
@@ -80,7 +81,7 @@ class DepthDistillation(LocalDistillation):
                 number = ends[call.key]
                 with torch.set_grad_enabled(gradients):
                     student = self._call_student(*self.pairs[number], waiting.pop(number), batch.inputs)
-                    visit(number, self.with_sum(self.output_terms(student, call.outputs, masks, batch.average)))
+                    visit(number, with_loss(*self.output_terms(student, call.outputs, masks, batch.average)))
 
         with torch.no_grad():
             observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
@@ -113,7 +114,7 @@ class DepthDistillation(LocalDistillation):
             observe(self.family, board.transformer, batch.inputs, keep_output, last=starts[-1])
         board()
         logged = [
-            self.with_sum(self.output_terms(student, target, masks, batch.average))
+            with_loss(*self.output_terms(student, target, masks, batch.average))
             for student, target in zip(outputs, targets, strict=True)
         ]
         self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
@@ -137,4 +138,4 @@ class DepthFromBoundaries(DepthDistillation):
     def each_loss(self, batch: Any, visit: Callable[[int, Terms], None]) -> None:
         for number, part in enumerate(batch.parts):
             student = self._call_student(*self.pairs[number], part.kwargs, {})
-            visit(number, self.with_sum(self.output_terms(student, part.outputs, part.masks, batch.average)))
+            visit(number, with_loss(*self.output_terms(student, part.outputs, part.masks, batch.average)))

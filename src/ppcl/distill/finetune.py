@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
 from ppcl.config import FinetuneConfig
 from ppcl.data.batches import TrainingBatch
-from ppcl.errors import UsageError
+from ppcl.distill.objective import ManualOptimization
 from ppcl.families.base import Family
 from ppcl.launch import is_first
 from ppcl.ops.losses import relative_error
-from ppcl.parallel import average_gradients, mean_terms
+from ppcl.parallel import mean_terms
 from ppcl.precision import computing, hold_in_float32
 from ppcl.surgery.adapter import add_lora
 from ppcl.taps import BlockCall, BlockKey, observe
-from ppcl.training.optimizers import cosine_with_warmup, split_for_muon
+from ppcl.training.optimizers import adamw, cosine_schedule, muon, split_for_muon
 from ppcl.training.sharding import Sharding, skeleton, whole_state
 
 
-class FineTune(L.LightningModule):
+class FineTune(ManualOptimization):
     """Output distillation, ||v_S - v_T||^2, with an optional flow-matching loss, ||v_S - (n - x_0)||^2.
 
     `stands_for` says which of the teacher's blocks each of the student's gives the output of: with
@@ -64,8 +62,6 @@ class FineTune(L.LightningModule):
         else:
             hold_in_float32(student)
         self.ema: Any = self._copy().requires_grad_(False) if config.ema_decay else None
-        # Muon and AdamW take turns on one step, which Lightning leaves to manual optimisation.
-        self.automatic_optimization = False
         if config.gradient_checkpointing:
             student_model: Any = student
             student_model.enable_gradient_checkpointing()
@@ -87,9 +83,6 @@ class FineTune(L.LightningModule):
         copied = copy.deepcopy(self._skeleton[0])
         copied.load_state_dict({key: value.clone() for key, value in self.student.state_dict().items()}, assign=True)
         return copied
-
-    def configure_model(self) -> None:
-        """Lightning asks for this where a model is sharded, which has been done when it does."""
 
     def setup(self, stage: str) -> None:
         self._teacher[0].eval()
@@ -138,24 +131,9 @@ class FineTune(L.LightningModule):
         terms = self.losses(batch)
         (logged,) = mean_terms([terms], batch.average)
         loss = logged["loss"].detach()
-        if not torch.isfinite(loss):
-            raise UsageError(
-                f"finetune.lr={self.config.lr} made the loss {loss.item()} at step {self.global_step}; lower it. "
-                "The last checkpoint is intact."
-            )
+        self.refuse_infinite(loss, {"finetune.lr": self.config.lr})
         self.manual_backward(terms["loss"])
-        average_gradients(self.student.parameters())
-        if self.config.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
-        optimizers: Any = self.optimizers()
-        schedulers: Any = self.lr_schedulers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        optimizers[0].step()
-        for rest in optimizers[1:]:
-            rest.optimizer.step()  # the bare optimiser: a second counted step would halve max_steps
-        self.student.zero_grad()
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            scheduler.step()
+        self.take_step(self.student, self.config.max_grad_norm)
         if self.ema is not None:
             self._average()
         logged = {f"finetune/{key}": value.detach() for key, value in logged.items()}
@@ -171,16 +149,11 @@ class FineTune(L.LightningModule):
 
     def configure_optimizers(self) -> tuple[list, list]:
         config = self.config
-        betas = config.beta1, config.beta2
         hidden, rest = split_for_muon(self.family, self.student)
         if config.optimizer == "adamw":
             hidden, rest = [], hidden + rest
         optimizers: list[torch.optim.Optimizer] = []
         if hidden:
-            decay = config.weight_decay
-            muon = torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-            optimizers.append(muon)
-        adamw = torch.optim.AdamW(rest, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
-        optimizers.append(adamw)
-        factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
-        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+            optimizers.append(muon(hidden, config.muon_lr, config.weight_decay))
+        optimizers.append(adamw(rest, config))
+        return optimizers, [cosine_schedule(optimizer, config) for optimizer in optimizers]

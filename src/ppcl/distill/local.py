@@ -7,27 +7,26 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
-from ppcl.errors import UsageError
+from ppcl.distill.losses import Terms, distill_losses, stream_terms
+from ppcl.distill.objective import ManualOptimization
 from ppcl.families.base import Family
-from ppcl.ops.losses import Average, direction_loss, magnitude_loss, norm_ratio
-from ppcl.parallel import average_gradients, mean_terms
+from ppcl.ops.losses import Average, norm_ratio
+from ppcl.parallel import mean_terms
 from ppcl.precision import computing, hold_in_float32
 from ppcl.taps import Streams
-from ppcl.training.optimizers import cosine_with_warmup
+from ppcl.training.optimizers import adamw, cosine_schedule
 from ppcl.training.sharding import Sharding
 
-Terms = dict[str, Tensor]
 _AVERAGE_DECAY = 0.98
 
 
-class LocalDistillation(L.LightningModule):
+class LocalDistillation(ManualOptimization):
     """Trains `parts`, by name, on losses that a teacher's pass calls up one part at a time.
 
     A part's loss is back-propagated as soon as it is known and its graph freed, so that one graph exists
@@ -51,8 +50,8 @@ class LocalDistillation(L.LightningModule):
         super().__init__()
         self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
         self.family, self.config, self.precision = family, config, precision
-        self.automatic_optimization = False
         self.is_sharded = False
+        self.loss_weights = distill_losses(config)
         self.names = list(parts)
         self.parts = nn.ModuleDict({self.key(name): part for name, part in parts.items()}).requires_grad_(True)
         hold_in_float32(self.parts)
@@ -72,9 +71,6 @@ class LocalDistillation(L.LightningModule):
         self.average_losses, self.average_steps = (
             buffer.to(sharding.device) for buffer in (self.average_losses, self.average_steps)
         )
-
-    def configure_model(self) -> None:
-        """Lightning asks for this where a model is sharded, which has been done when it does."""
 
     def setup(self, stage: str) -> None:
         self._teacher[0].eval()
@@ -103,21 +99,15 @@ class LocalDistillation(L.LightningModule):
 
     def output_terms(
         self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None], average: Average
-    ) -> Terms:
-        """Eq. 6 per stream, the magnitude term if it is on, and the norm ratio, which is only logged."""
-        terms: Terms = {}
+    ) -> tuple[Terms, Terms]:
+        """The losses of a block's output per stream (Eq. 6), and beside them what is only logged: the norm ratios."""
+        descended: Terms = {}
+        logged: Terms = {}
         for stream, target in teacher.items():
             arguments = student[stream], target, masks[stream], average
-            terms[stream] = direction_loss(*arguments)
-            if self.config.magnitude_weight:
-                terms[f"{stream}_magnitude"] = self.config.magnitude_weight * magnitude_loss(*arguments)
-            terms[f"{stream}_norm_ratio"] = norm_ratio(*arguments)
-        return terms
-
-    @staticmethod
-    def with_sum(terms: Terms) -> Terms:
-        """`terms` with their `loss`, the sum of all that is not a ratio."""
-        return terms | {"loss": torch.stack([v for k, v in terms.items() if not k.endswith("ratio")]).sum()}
+            descended |= stream_terms(self.loss_weights, stream, *arguments)
+            logged[f"{stream}_norm_ratio"] = norm_ratio(*arguments)
+        return descended, logged
 
     def learn(self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None) -> list[Terms]:
         """Back-propagate every part's loss, `done` with each as soon as it has its gradient; returns what is logged."""
@@ -150,11 +140,7 @@ class LocalDistillation(L.LightningModule):
                 values = {f"{self.stage_name}/{name}/{key}": value for key, value in terms.items()}
                 self.log_dict(values, batch_size=len(batch.sigmas))
         total = losses.sum()
-        if not torch.isfinite(total):
-            raise UsageError(
-                f"{self.lr_key}={self.config.lr} made the loss {total.item()} at step {self.global_step}; lower it. "
-                "The last checkpoint is intact."
-            )
+        self.refuse_infinite(total, {self.lr_key: self.config.lr})
         return total
 
     def _descend(self, *parts: nn.Module) -> None:
@@ -163,9 +149,7 @@ class LocalDistillation(L.LightningModule):
         if not ready:
             return
         for part in ready:
-            average_gradients(part.parameters())
-            if self.config.max_grad_norm is not None:  # each its own, or the parts would be coupled
-                nn.utils.clip_grad_norm_(part.parameters(), self.config.max_grad_norm)
+            self.prepare_gradients(part.parameters(), self.config.max_grad_norm)  # each its own: parts stay uncoupled
         optimizer: Any = self.optimizers()
         optimizer.optimizer.step()
         for part in ready:
@@ -187,12 +171,5 @@ class LocalDistillation(L.LightningModule):
 
     def configure_optimizers(self) -> tuple[list, list]:
         config = self.config
-        optimizer = torch.optim.AdamW(
-            self.parts.parameters(),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=True,  # no temporaries the size of a part
-        )
-        factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+        optimizer = adamw(self.parts.parameters(), config)
+        return [optimizer], [cosine_schedule(optimizer, config)]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-import lightning as L
 import torch
 from torch import Tensor, nn
 
 from ppcl.data.batches import TrainingBatch
-from ppcl.errors import UsageError
+from ppcl.distill.objective import ManualOptimization
 from ppcl.families.base import Family
 from ppcl.precision import computing
-from ppcl.training.optimizers import split_for_muon
+from ppcl.training.optimizers import muon, split_for_muon
 
 
-class Pretrain(L.LightningModule):
+class Pretrain(ManualOptimization):
     """Flow matching with Muon on the blocks' matrices and AdamW on everything else.
 
     The learning rate warms up, stays, and falls linearly to zero over the last `decay` of the steps,
@@ -39,34 +36,22 @@ class Pretrain(L.LightningModule):
         self.save_hyperparameters(ignore=["family", "transformer"])
         self.family = family
         self.transformer = transformer
-        # Two optimisers take turns on one step, which Lightning leaves to manual optimisation.
-        self.automatic_optimization = False
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         with computing(self.hparams["precision"], batch.sigmas.device):
             output = self.transformer(**batch.inputs)[0]
         loss = (batch.prediction(output) - batch.target).square().mean()
-        if not torch.isfinite(loss):
-            raise UsageError(
-                f"pretrain.muon_lr={self.hparams['muon_lr']} and pretrain.adam_lr={self.hparams['adam_lr']} made the "
-                f"loss {loss.item()} at step {self.global_step}; lower them. The last checkpoint is intact."
-            )
+        rates = {f"pretrain.{key}": self.hparams[key] for key in ("muon_lr", "adam_lr")}
+        self.refuse_infinite(loss, rates)
         self.manual_backward(loss)
-        nn.utils.clip_grad_norm_(self.transformer.parameters(), self.hparams["max_grad_norm"])
-        muon, adam = cast(list, self.optimizers())
-        muon.step()
-        adam.optimizer.step()  # the bare optimiser: a second counted step would halve max_steps
-        self.transformer.zero_grad()
-        for scheduler in cast(list, self.lr_schedulers()):
-            scheduler.step()
+        self.take_step(self.transformer, self.hparams["max_grad_norm"])
         self.log("pretrain/loss", loss, prog_bar=True)
         return loss.detach()
 
     def configure_optimizers(self) -> tuple[list, list]:
         hidden, rest = split_for_muon(self.family, self.transformer)
-        muon = torch.optim.Muon(hidden, lr=self.hparams["muon_lr"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(rest, lr=self.hparams["adam_lr"], betas=(0.9, 0.95), fused=True)
-        optimizers = [muon, adam]
+        optimizers = [muon(hidden, self.hparams["muon_lr"], 0.01), adam]
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, self._lr_factor) for o in optimizers]
 
     def _lr_factor(self, step: int) -> float:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ppcl.artifacts.plan import Intervals, Width, plug_name, projector_name
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
-from ppcl.distill.local import LocalDistillation, Terms
+from ppcl.distill.local import LocalDistillation
+from ppcl.distill.losses import Terms, with_loss
 from ppcl.families.base import Family
 from ppcl.layers import Layout, kept_layers, references
 from ppcl.methods.probes import valid
@@ -196,7 +197,8 @@ class WidthDistillation(LocalDistillation):
                 sides = student[stream], teacher[stream], masks[stream]
                 linear[f"linear_{stream}"] = relative_error(*sides, average)
         weighted = {key: self.linear_weight * value for key, value in linear.items()}
-        return self.with_sum(self.output_terms(student, teacher, masks, average) | weighted)
+        descended, logged = self.output_terms(student, teacher, masks, average)
+        return with_loss(descended | weighted, logged)
 
     def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
         masks = self.family.masks(batch.inputs)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+
 import torch
 from torch import nn
 
+from ppcl.config import TrainingConfig
 from ppcl.families.base import Family
 
 
@@ -25,6 +29,24 @@ def split_for_muon(family: Family, model: nn.Module) -> tuple[list[nn.Parameter]
         matrix = parameter.ndim == 2 and name.startswith(stacks) and not modulation
         (hidden if matrix else rest).append(parameter)
     return hidden, rest
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW by the settings of a training; fused, which takes no temporaries the size of a part."""
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
+    )
+
+
+def muon(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Muon:
+    """Muon whose updates are as large as AdamW's."""
+    return torch.optim.Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning-rate schedule of a training, as `cosine_with_warmup` has it."""
+    factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def cosine_with_warmup(step: int, *, warmup: int, total: int, floor: float) -> float:

@@ -45,7 +45,7 @@ def parse(raw: DictConfig) -> Config:
 def check_options(config: Config) -> None:
     """Bounds and choices that keys declare in `ppcl.config`; None always means that nothing is asked for."""
     for key, value, least, choices in declared(config):
-        for each in value if isinstance(value, list) else [value]:
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if choices is not None and each is not None:
                 one_of(key, each, tuple(choices))
             if least is not None and each is not None:
@@ -91,6 +91,15 @@ def check(config: Config) -> None:
             f"generate.{key}={getattr(config.generate, key)} has no ground truth to score: "
             "drop evaluate and report from stages."
         )
+    if distill.losses != {"direction": 1.0}:
+        from ppcl.distill.losses import LOSSES  # loads torch
+
+        for name in distill.losses:
+            one_of("distill.losses", name, tuple(LOSSES))
+        if not any(distill.losses.values()) and not distill.magnitude_weight:
+            raise UsageError(
+                f"distill.losses={distill.losses} weighs nothing: give one of {', '.join(LOSSES)} a weight."
+            )
     if distill.mode == "sequential" and distill.intervals is not None:
         raise UsageError(
             f"distill.intervals={distill.intervals} needs distill.mode=parallel: a sequential chain trains as one."
