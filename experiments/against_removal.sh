@@ -6,10 +6,11 @@ name=$1
 shift
 for seed in ${@:-10 11 12}; do
     .venv/bin/ppcl --multirun "experiment=$name" "data.train_seed=$seed" $ARGS
-    # A student that learns nothing is the first block of its interval: plain removal. Tuned as long, and for the steps of both.
+    # Plain removal of the same intervals, tuned as long, and for the steps of both.
     for steps in 100 400; do
         .venv/bin/ppcl --multirun "experiment=$name" "name=${name}_removed_$steps" "data.train_seed=$seed" \
-            distill.steps=1 distill.lr=0 "finetune.steps=$steps" "generate.variants=[teacher,ppcl-finetuned]" $ARGS
+            distill.mode=none "stages=[finetune,generate,evaluate]" "paths.base_run=runs/$name/$seed" \
+            "finetune.steps=$steps" "generate.variants=[teacher,ppcl-finetuned]" $ARGS
     done
 done
 .venv/bin/python experiments/against_removal.py "$name"

@@ -27,16 +27,16 @@ def points_of(seed: int) -> list[dict]:
     run = make_run(f"pareto/{seed}", "experiment=half_size", f"data.train_seed={seed}", base)
     plugs = required_plugs(run)
     costs = measure(run, plugs)
-    print(f"seed {seed}: error of plans by velocity {compare_costs(costs['frontier']):.3f}x that of plans by loss")
+    print(f"seed {seed}: error of plans by velocity {compare_costs(costs.frontier):.3f}x that of plans by loss")
     switch = Switch(run, plugs)
     teacher = score_pipeline(run, PER_CATEGORY)["overall"]
     rows = []
-    for cost, points in costs["frontier"].items():
+    for cost, points in costs.frontier.items():
         for point in points[::2]:
-            switch.board(*point["plugged"])
+            switch.board(*point.plugged)
             scores = score_pipeline(run, PER_CATEGORY)
             keys = ("num_layers", "params_ratio", "latency_ratio", "predicted", "velocity_error")
-            row = {"seed": seed, "cost": cost, "plugs": len(point["plugged"])} | {key: point[key] for key in keys}
+            row = {"seed": seed, "cost": cost, "plugs": len(point.plugged)} | {key: getattr(point, key) for key in keys}
             rows.append(row | scores | {"drop_percent": 100 * (1 - scores["overall"] / teacher)})
             print({key: rows[-1][key] for key in ("cost", "params_ratio", "velocity_error", "overall")}, flush=True)
     switch.restore()

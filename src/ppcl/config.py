@@ -237,13 +237,17 @@ class TrainingConfig:
 
 @dataclass
 class DistillConfig(TrainingConfig):
-    """`losses`: the weight of each loss between a block's output and the teacher's; `ppcl.distill.losses` has them.
+    """Settings of students, which learn from the teacher's activations.
+
+    `mode`: students learn in `parallel`, each by itself, or in a `sequential` chain. With `none` there are no students,
+    and intervals are cut to their first block.
+    `losses`: the weight of each loss between a block's output and the teacher's; `ppcl.distill.losses` has them.
 
     `from_boundaries`: students learn from what `stages=[boundaries]` wrote, in `boundaries` or the cache.
     `replay`: how many steps learn from one pass of the teacher then.
     """
 
-    mode: str = option("parallel", choices=("parallel", "sequential"))
+    mode: str = option("parallel", choices=("parallel", "sequential", "none"))
     init: str = option("first", choices=("first", "middle", "average"))
     losses: dict[str, float] = option(factory=lambda: {"direction": 1.0}, least=0, before={"direction": 1.0})
     magnitude_weight: float = option(0.0, least=0)

@@ -101,7 +101,7 @@ class Run:
 
     @property
     def costs_path(self) -> Path:
-        return self.base / "plan" / "costs.json"
+        return self.base / "plan" / ("costs-removed.json" if self.config.distill.mode == "none" else "costs.json")
 
     @property
     def plugs_folder(self) -> Path:

@@ -8,6 +8,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from ppcl.artifacts.costs import Unit
 from ppcl.config import register_schema
 from ppcl.errors import UsageError
 from ppcl.families.qwen_image.tiny import build_pipeline
@@ -20,7 +21,7 @@ from ppcl.validation.model import model_folder, num_layers
 from ppcl.validation.outputs import read_prompts
 from ppcl.validation.pruning import resolve_intervals, resolve_width
 from ppcl.validation.strategy import resolve_precision
-from ppcl.variants.planner import Unit, choose
+from ppcl.variants.planner import choose
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))

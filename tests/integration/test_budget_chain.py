@@ -25,9 +25,10 @@ from commands import (
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from ppcl.artifacts.costs import Overlap, Unit
 from ppcl.config import VARIANTS
 from ppcl.surgery.plugboard import Plugboard, plug
-from ppcl.variants.planner import Overlap, Unit, total_saving
+from ppcl.variants.planner import total_saving
 
 TEXT, FFN = [3, 5], [0, 5]  # block 5 loses both, so that savings have to add up within a block
 PROJECTORS = [f"transformer_blocks.{name}" for name in ("0.ffn", "3.text", "5.ffn", "5.text")]

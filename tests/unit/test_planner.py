@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from ppcl.variants.planner import Overlap, Unit, choose, closure, frontier, total_saving
+from ppcl.artifacts.costs import Overlap, Unit
+from ppcl.variants.planner import choose, closure, frontier, total_saving
 
 
 def instance(seed, most=8):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,41 @@ def plug_name(stack: str, interval: Interval) -> str:
     return f"{stack}.{interval[0]}-{interval[1]}"
 
 
+def removal_name(stack: str, interval: Interval) -> str:
+    """`transformer_blocks.3-5.removed`: an interval that is cut to its first block, which stays the teacher's."""
+    return f"{plug_name(stack, interval)}.removed"
+
+
 def projector_name(stack: str, index: int, kind: str) -> str:
     """`transformer_blocks.37.text`, `transformer_blocks.2.ffn`."""
     return f"{stack}.{index}.{kind}"
+
+
+@dataclass
+class Choice:
+    """What a budget's plan plugs in, with what it saves of the teacher and the error it predicts.
+
+    `budget` is the budget's key, its value, and the cost that plugs were charged with; `plugged` are names of students,
+    removals and projectors.
+    """
+
+    budget: tuple[str, float, str]
+    plugged: list[str]
+    params: int
+    params_ratio: float
+    latency_ratio: float
+    memory_gb: float
+    predicted_error: float
+
+    def save(self, path: Path) -> None:
+        write_json(path, {"format": "ppcl.choice", **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> Choice:
+        content = read_json(path, "The plan's choice")
+        try:
+            name, value, cost = content["budget"]
+            rest = {item.name: content[item.name] for item in fields(cls) if item.name != "budget"}
+            return cls((name, value, cost), **rest)
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(f"{path} is not the choice of a plan: run stages=[plan] with a budget again.") from None

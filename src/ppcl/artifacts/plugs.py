@@ -88,8 +88,8 @@ class Plug(_Pluggable):
 class Projector(_Pluggable):
     """The linear projectors that stand for the `text` stream or the `ffn` of one block.
 
-    `base` names the student it was fitted in, None for the teacher's own block; a text projector reads the
-    text of block `reference`. In another arrangement of blocks it means nothing.
+    `base` names the student or the removal that it was fitted in, None for the teacher's own block; a text projector
+    reads the text of block `reference`. In another arrangement of blocks it means nothing.
     """
 
     index: int

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.artifacts.plan import Intervals, Width, plug_name, projector_name
+from ppcl.artifacts.plan import Intervals, Width, plug_name, projector_name, removal_name
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.distill.local import LocalDistillation
@@ -33,19 +33,27 @@ class Place:
     index: int
     end: int  # the teacher block whose output its own stands for; `index` but in a student
     module: nn.Module
-    student: str | None
+    base: str | None  # the student's name, or that of the removal which left this block of the teacher's alone
+
+    @property
+    def is_student(self) -> bool:
+        return self.base is not None and not self.base.endswith(".removed")
 
 
 def places(family: Family, teacher: nn.Module, intervals: Intervals, students: Mapping[str, nn.Module]) -> list[Place]:
-    """Every block that the intervals keep, in order of execution."""
+    """Every block that the intervals keep, in order of execution; an interval without a student is cut to its first."""
     found = []
     for stack in family.stacks:
         blocks, pairs = list(stack_of(teacher, stack)), intervals.get(stack, [])
         ends = dict(pairs)
         for index in kept_layers(len(blocks), pairs):
-            name = plug_name(stack, (index, ends[index])) if index in ends else None
-            module = students[name] if name else blocks[index]
-            found.append(Place(stack, index, ends.get(index, index), module, name))
+            end = ends.get(index, index)
+            student = students.get(plug_name(stack, (index, end)))
+            if student is not None:
+                found.append(Place(stack, index, end, student, plug_name(stack, (index, end))))
+            else:
+                base = removal_name(stack, (index, end)) if index in ends else None
+                found.append(Place(stack, index, end, blocks[index], base))
     return found
 
 
@@ -120,7 +128,7 @@ class WidthDistillation(LocalDistillation):
             for projector in part.children():
                 sharding.unit(projector, learns=True)
         read = [place for item in self.pruned for place in (item.place, item.reference) if place is not None]
-        for block in [item.block for item in self.pruned] + [place.module for place in read if place.student]:
+        for block in [item.block for item in self.pruned] + [place.module for place in read if place.is_student]:
             sharding.unit(block)
         super().shard(sharding)
 

@@ -28,7 +28,9 @@ def furthest(run: Run) -> str:
         return "ppcl-finetuned"
     if budget_of(run.config) is not None:
         return "ppcl-planned"
-    return "ppcl-depth" if run.config.width.source == "none" else "ppcl-width"
+    if run.config.width.source != "none":
+        return "ppcl-width"
+    return "removed" if run.config.distill.mode == "none" else "ppcl-depth"
 
 
 def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:
@@ -43,7 +45,9 @@ def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) ->
         "removed_intervals": board.removed_intervals,
         "width": board.width,
         "method": config.method.name,
-        "distill": f"{config.distill.mode}, init {config.distill.init}, {config.distill.steps} steps",
+        "distill": "none"
+        if config.distill.mode == "none"
+        else f"{config.distill.mode}, init {config.distill.init}, {config.distill.steps} steps",
         "finetune": f"{config.finetune.steps} steps" if variant.finetuned else None,
         "data": config.data.name,
         "fingerprint": header.fingerprint,

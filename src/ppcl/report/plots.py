@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ppcl.artifacts.costs import Frontier
 from ppcl.artifacts.files import atomic_path
 from ppcl.artifacts.plan import Interval
 
@@ -106,14 +107,14 @@ def quality_against_size(path: Path, rows: list[dict[str, Any]]) -> None:
     save_figure(figure, path)
 
 
-def frontier(path: Path, points: dict[str, list[dict[str, Any]]], chosen: float) -> None:
+def frontier(path: Path, points: Frontier, chosen: float) -> None:
     """Measured velocity error of the planner's points against parameters, a line per cost; the choice is marked."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
     names = {"velocity": "planned by velocity error", "loss": "planned by distillation loss"}
     for number, (cost, line) in enumerate(points.items()):
-        line = sorted(line, key=lambda point: point["params"])
-        x = [100 * point["params_ratio"] for point in line]
-        axis.plot(x, [point["velocity_error"] for point in line], "o-", color=PALETTE[number], label=names[cost])
+        line = sorted(line, key=lambda point: point.params)
+        x = [100 * point.params_ratio for point in line]
+        axis.plot(x, [point.velocity_error for point in line], "o-", color=PALETTE[number], label=names[cost])
     axis.axvline(100 * chosen, color=INK, linewidth=1, linestyle=":")
     axis.annotate(
         "budget", (100 * chosen, 1), xycoords=("data", "axes fraction"), xytext=(4, -10), textcoords="offset points",

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ppcl.artifacts.costs import Point
 from ppcl.artifacts.plan import PruningPlan
 from ppcl.context import Run
 
@@ -50,19 +51,19 @@ def show_scores(run: Run, rows: list[dict[str, Any]]) -> None:
     run.console.print(table)
 
 
-def show_frontier(run: Run, points: list[dict[str, Any]]) -> None:
+def show_frontier(run: Run, points: list[Point]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("params", "ratio", "blocks", "plugs", "latency", "GB", "predicted", "velocity error"):
         table.add_column(title, justify="right")
     for point in points:
         table.add_row(
-            billions(point["params"]),
-            f"{point['params_ratio']:.3f}",
-            str(point["num_layers"]),
-            str(len(point["plugged"])),
-            f"{point['latency_ratio']:.3f}",
-            f"{point['memory_gb']:.3g}",
-            f"{point['predicted']:.4f}",
-            f"{point['velocity_error']:.4f}",
+            billions(point.params),
+            f"{point.params_ratio:.3f}",
+            str(point.num_layers),
+            str(len(point.plugged)),
+            f"{point.latency_ratio:.3f}",
+            f"{point.memory_gb:.3g}",
+            f"{point.predicted:.4f}",
+            f"{point.velocity_error:.4f}",
         )
     run.console.print(table)

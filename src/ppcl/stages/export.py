@@ -23,7 +23,7 @@ from ppcl.export.single_file import modelspec, read_metadata, write_single_file
 from ppcl.validation.outputs import refuse_single_file
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import Variant, variants_of
+from ppcl.variants.variants import Variant, made_of, variants_of
 
 SINGLE_FILE = "export.safetensors"  # beside the folder
 
@@ -37,9 +37,8 @@ def run(run: Run) -> None:
     made_from = {
         "model": run.teacher.identity,
         "variant": name,
-        "plugs": plugs.fingerprints([*variant.students, *variant.projectors]),
         "finetuned": variant.finetuned,
-    }
+    } | made_of(variant, plugs)
     if config.max_shard_size is not None:
         made_from["max_shard_size"] = config.max_shard_size
     header = Header("ppcl.export", made_from)

@@ -19,27 +19,26 @@ from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import Sharding
 from ppcl.variants.plugs import required_plugs
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import finetuned_folder, planned
+from ppcl.variants.variants import finetuned_folder, made_of, planned
 
 
-def finetune_header(run: Run, plugged: dict[str, str]) -> Header:
+def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
     """What a tuned model is made from."""
     made_from = {
         "model": run.teacher.identity,
-        "plugs": plugged,
         "layout": asdict(run.layout),
         "finetune": identity(run.config.finetune),
         "precision": run.precision,
         "data": run.data.identity,
     }
-    return Header("ppcl.finetuned", made_from)
+    return Header("ppcl.finetuned", made_from | arranged)
 
 
 def run(run: Run) -> None:
     config, folder = run.config.finetune, finetuned_folder(run)
     plugs = required_plugs(run)
     plan = planned(run, plugs)
-    header = finetune_header(run, plugs.fingerprints([*plan.students, *plan.projectors]))
+    header = finetune_header(run, made_of(plan, plugs))
     if is_current(folder / "ppcl.json", header):
         run.say("finetune", f"reused {folder}")
         return
@@ -69,7 +68,10 @@ def run(run: Run) -> None:
             if config.lora_rank:
                 merge_lora(result, run.teacher.pipeline, temporary)
             result.to(run.teacher.dtype).save_pretrained(temporary / "transformer")
-            write_json(temporary / "ppcl.json", header.to_json() | {"plugged": [*plan.students, *plan.projectors]})
+            write_json(
+                temporary / "ppcl.json",
+                header.to_json() | {"plugged": [*plan.students, *plan.removed, *plan.projectors]},
+            )
     discard_checkpoint(run, checkpoints)
     run.say("finetune", f"wrote {folder}")
 

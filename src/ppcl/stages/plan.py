@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
-from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import is_current
-from ppcl.artifacts.plan import PruningPlan
+from ppcl.artifacts.plan import Choice, PruningPlan
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.report import plots
@@ -15,7 +13,7 @@ from ppcl.report.text import billions, show_frontier, show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import budget_of, resolve_intervals, resolve_width
 from ppcl.variants.costs import compare_costs, measure, target_of
-from ppcl.variants.planner import Overlap, Unit, choose, total_saving
+from ppcl.variants.planner import choose, total_saving
 from ppcl.variants.plugs import required_plugs
 
 
@@ -53,44 +51,45 @@ def run(run: Run) -> None:
 
 
 def plan_budget(run: Run) -> None:
+    """Choose what to plug in for the configured budget, by costs that are measured once."""
     budget = budget_of(run.config)
     assert budget is not None
     name, value = budget
     cost = run.config.budget.cost
-    plugs = required_plugs(run)
-    costs = measure(run, plugs)
-    units = [Unit(**unit) for unit in costs["units"]]
-    overlaps = [Overlap(tuple(pair["names"]), pair["savings"]) for pair in costs["overlaps"]]
-    points = costs["frontier"][cost]
-    show_frontier(run, points)
-    run.say(
-        "plan",
-        f"by measured velocity error the plans' error is {compare_costs(costs['frontier']):.2f}x that of plans by "
-        "distillation loss (mean over the frontier)",
-    )
-    saving = target_of(name, value, costs["teacher"], units, overlaps)
-    choice = choose(units, name, saving, cost, overlaps)
-    if choice is None:
+    costs = measure(run, required_plugs(run))
+    units, overlaps, teacher = costs.units, costs.overlaps, costs.teacher
+    if cost not in costs.frontier:
+        raise UsageError(
+            f"budget.cost={cost} is not known of every plug, since not all were distilled here: use "
+            "budget.cost=velocity."
+        )
+    show_frontier(run, costs.frontier[cost])
+    if len(costs.frontier) > 1:
+        run.say(
+            "plan",
+            f"by measured velocity error the plans' error is {compare_costs(costs.frontier):.2f}x that of plans by "
+            "distillation loss (mean over the frontier)",
+        )
+    saving = target_of(name, value, teacher, units, overlaps)
+    plugged = choose(units, name, saving, cost, overlaps)
+    if plugged is None:
         raise UsageError(f"budget.{name}={value:g}: no set of plugs saves enough; `stages=[plan]` lists what is there.")
-    chosen = [unit for unit in units if unit.name in choice]
-    params = costs["teacher"]["params"] - total_saving(units, overlaps, choice, "params")
-    body = {
-        "format": "ppcl.choice",
-        "budget": [name, value, cost],
-        "plugged": choice,
-        "params": round(params),
-        "params_ratio": params / costs["teacher"]["params"],
-        "latency_ratio": 1 - total_saving(units, overlaps, choice, "latency_ratio"),
-        "memory_gb": costs["teacher"]["memory_gb"] - total_saving(units, overlaps, choice, "memory_gb"),
-        "predicted_error": sum(unit.costs[cost] for unit in chosen),
-    }
-    write_json(run.choice_path, body)
-    folder = run.choice_path.parent
-    plots.frontier(folder / "frontier.png", costs["frontier"], body["params_ratio"])
+    params = teacher.params - total_saving(units, overlaps, plugged, "params")
+    choice = Choice(
+        budget=(name, value, cost),
+        plugged=plugged,
+        params=round(params),
+        params_ratio=params / teacher.params,
+        latency_ratio=1 - total_saving(units, overlaps, plugged, "latency_ratio"),
+        memory_gb=teacher.memory_gb - total_saving(units, overlaps, plugged, "memory_gb"),
+        predicted_error=sum(unit.costs[cost] for unit in units if unit.name in plugged),
+    )
+    choice.save(run.choice_path)
+    plots.frontier(run.choice_path.with_name("frontier.png"), costs.frontier, choice.params_ratio)
     run.say(
         "plan",
-        f"budget.{name}={value:g}: {len(choice)} of {len(units)} plugs, {billions(round(params))} "
-        f"({body['params_ratio']:.3f}), latency {body['latency_ratio']:.3f}, {body['memory_gb']:.3g} GB",
+        f"budget.{name}={value:g}: {len(plugged)} of {len(units)} plugs, {billions(choice.params)} "
+        f"({choice.params_ratio:.3f}), latency {choice.latency_ratio:.3f}, {choice.memory_gb:.3g} GB",
     )
-    run.say("plan", " ".join(choice) or "nothing to plug in: the teacher fits the budget")
-    run.say("plan", f"wrote {run.choice_path} and {Path('frontier.png')}")
+    run.say("plan", " ".join(plugged) or "nothing to plug in: the teacher fits the budget")
+    run.say("plan", f"wrote {run.choice_path} and frontier.png")

@@ -29,12 +29,12 @@ from ppcl.export.quantized import (
 from ppcl.export.remote_code import add_code
 from ppcl.export.rounding import round_blocks, round_linears
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import quantized_folder, variants_of
+from ppcl.variants.variants import made_of, quantized_folder, variants_of
 
 Fit = Callable[..., None]
 
 
-def quantized_header(run: Run, name: str, plugs: dict[str, str], finetuned: str | None) -> Header:
+def quantized_header(run: Run, name: str, arranged: dict[str, Any], finetuned: str | None) -> Header:
     """What a quantised model is made from; calibration data only where it has any say."""
     config, data = run.config.quantize, run.config.data
     settings: dict[str, Any] = {"scheme": config.scheme, "skip": sorted(config.skip)}
@@ -48,7 +48,7 @@ def quantized_header(run: Run, name: str, plugs: dict[str, str], finetuned: str 
             "timesteps": data.timesteps,
             "shift": data.shift,
         }
-    made_from = {"model": run.teacher.identity, "variant": name, "plugs": plugs, "finetuned": finetuned}
+    made_from = {"model": run.teacher.identity, "variant": name, "finetuned": finetuned} | arranged
     return Header("ppcl.quantized", made_from | {"quantize": settings})
 
 
@@ -60,8 +60,7 @@ def run(run: Run) -> None:
         require_torchao(f"quantize.scheme={config.scheme}")
     name = config.variant or furthest(run)
     (variant,), plugs = variants_of(run, [name])
-    fingerprints = plugs.fingerprints([*variant.students, *variant.projectors])
-    header = quantized_header(run, name, fingerprints, variant.finetuned)
+    header = quantized_header(run, name, made_of(variant, plugs), variant.finetuned)
     if is_current(folder / "ppcl.json", header):
         run.say("quantize", f"reused {folder}")
         return

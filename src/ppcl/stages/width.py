@@ -25,7 +25,7 @@ from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
-from ppcl.variants.plugs import required_students
+from ppcl.variants.plugs import required_removals, required_students
 
 
 def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -> Header:
@@ -37,8 +37,8 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
     made_from = {
         "model": run.teacher.identity,
         "projector": item.name,
-        "base": students.get(place.student or ""),
-        "reference": None if reference is None else [reference.index, students.get(reference.student or "")],
+        "base": students.get(place.base or ""),
+        "reference": None if reference is None else [reference.index, students.get(reference.base or "")],
         "text_output": width.text_output,
         "width": {key: getattr(width, key) for key in ("ridge", "num_batches", "steps", "lr", "linear_weight")},
         "distill": distill,
@@ -123,6 +123,7 @@ def run(run: Run) -> None:
     config, folder = run.config.width, run.plugs_folder
     plugs = required_students(run)
     students = {name: plug.header.fingerprint for name, plug in plugs.items()}
+    students |= dict.fromkeys(required_removals(run), "removed")
 
     def parts() -> tuple[Any, list[Place]]:
         teacher = run.teacher.pipeline.transformer
@@ -192,6 +193,6 @@ def _projector(run: Run, module: WidthDistillation, number: int, header: Header,
         losses,
         index=item.place.index,
         kind=item.kind,
-        base=item.place.student,
+        base=item.place.base,
         reference=item.reference.index if item.reference else None,
     )

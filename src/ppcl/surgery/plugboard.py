@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.artifacts.plan import Intervals, plug_name
+from ppcl.artifacts.plan import Intervals, plug_name, removal_name
 from ppcl.artifacts.plugs import Plug, Projector, load_plugs, load_projectors
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
@@ -33,6 +33,7 @@ class Plugboard:
 
         board = ppcl.plug(pipeline, "runs/demo/plugs")   # every student and projector in
         board("transformer_blocks.3-5")                  # this student, teacher elsewhere
+        board("transformer_blocks.3-5.removed")          # that interval cut to its first block
         board("transformer_blocks.7.text")               # block 7 without its text stream
         board()                                          # the teacher again
     """
@@ -67,9 +68,10 @@ class Plugboard:
 
     @property
     def removed_intervals(self) -> dict[str, list[list[int]]]:
-        """The intervals that are students now, by stack."""
+        """The intervals that are one block now, a student or their first, by stack."""
+        short = {*self.plugged, *self.removed}
         return {
-            stack: [[u, v] for u, v in self.intervals.get(stack, []) if plug_name(stack, (u, v)) in self.plugged]
+            stack: [[u, v] for u, v in self.intervals.get(stack, []) if plug_name(stack, (u, v)) in short]
             for stack in self._teacher
         }
 
@@ -83,9 +85,11 @@ class Plugboard:
         return found
 
     def __call__(self, *names: str) -> Plugboard:
-        """Plug in the named students and projectors; the teacher is everywhere else."""
+        """Plug in the named students, removals and projectors; the teacher is everywhere else."""
         projectors = [name for name in names if name in self.projectors]
-        return self.arrange(students=[name for name in names if name not in projectors], projectors=projectors)
+        removed = [name.removesuffix(".removed") for name in names if name.endswith(".removed")]
+        students = [name for name in names if name not in projectors and not name.endswith(".removed")]
+        return self.arrange(students=students, removed=removed, projectors=projectors)
 
     def all(self) -> Plugboard:
         """Make every interval a student and plug in every projector."""
@@ -111,11 +115,12 @@ class Plugboard:
             kept = kept_layers(len(blocks), short)
             stand_in = {u: name for (u, _), name in short.items() if name in students}
             modules = [self.students[stand_in[i]] if i in stand_in else blocks[i] for i in kept]
+            bases = stand_in | {pair[0]: removal_name(stack, pair) for pair, name in short.items() if name in removed}
             chosen = [item for name, item in self.projectors.items() if name in projectors and item.stack == stack]
             sets = {kind: [item.index for item in chosen if item.kind == kind] for kind in ("text", "ffn")}
             if chosen:
                 check_width_sets(stack, kept, sets["text"], sets["ffn"], "projectors")
-                self._check_bases(chosen, stand_in, references(kept, sets["text"]))
+                self._check_bases(chosen, bases, references(kept, sets["text"]))
                 states = {item.name: item.state_dict for item in chosen}
                 modules = prune_blocks(
                     self.family, stack, kept, modules, sets["text"], sets["ffn"], self.layout, states, self._pruned
@@ -129,9 +134,13 @@ class Plugboard:
             self.transformer.register_to_config(**{self.family.stacks[stack]: len(modules)})
         hook_residuals(self.transformer, self.family.facts, self.kept, self.counts)
         self.plugged = sorted(students, key=self.names.index)
+        self.removed = sorted(removed, key=self.names.index)
         return self
 
     def _check_names(self, students: set[str], removed: set[str], projectors: set[str]) -> None:
+        both = students & removed
+        if both:
+            raise UsageError(f"{min(both)} cannot be a student and removed at once: name one of them.")
         for name in sorted(students | removed):
             if name not in self.names:
                 known = ", ".join([*self.names, *self.projectors])
@@ -142,10 +151,10 @@ class Plugboard:
             raise UsageError(f"{name} has no trained projector; run stages=[width] for it first.")
 
     @staticmethod
-    def _check_bases(chosen: list[Projector], stand_in: dict[int, str], reads: dict[int, int]) -> None:
+    def _check_bases(chosen: list[Projector], bases: dict[int, str], reads: dict[int, int]) -> None:
         """A projector fits only the block it was fitted in, and the reference it was fitted on."""
         for item in chosen:
-            base = stand_in.get(item.index)
+            base = bases.get(item.index)
             if base != item.base:
                 raise UsageError(
                     f"projector {item.name} was fitted in {item.base or 'the teacher'}; here block {item.index} is "

@@ -100,6 +100,16 @@ def check(config: Config) -> None:
             raise UsageError(
                 f"distill.losses={distill.losses} weighs nothing: give one of {', '.join(LOSSES)} a weight."
             )
+    if distill.mode == "none":
+        for stage in ("depth", "boundaries"):
+            if stage in config.stages:
+                raise UsageError(f"stages=[{stage}] has nothing to do with distill=none, which trains no students.")
+        drawn = config.generate.variants if {"generate", "evaluate", "report"} & set(config.stages) else []
+        for variant in ("ppcl-depth", "ppcl-mixed"):
+            if variant in [*drawn, config.export.variant, config.quantize.variant]:
+                raise UsageError(
+                    f"distill=none trains no students, so that there is no variant {variant}: use removed."
+                )
     if distill.mode == "sequential" and distill.intervals is not None:
         raise UsageError(
             f"distill.intervals={distill.intervals} needs distill.mode=parallel: a sequential chain trains as one."

@@ -11,7 +11,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.costs import Costs, Frontier, Overlap, Point, TeacherCost, Unit
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import projector_name
 from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
@@ -23,7 +23,7 @@ from ppcl.report.text import billions
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.width import width_surgery
 from ppcl.taps import BlockCall, BlockKey, observe, stack_of
-from ppcl.variants.planner import Overlap, Unit, closure, frontier, greatest_saving, total_saving
+from ppcl.variants.planner import closure, frontier, greatest_saving, total_saving
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import distillation_loss
@@ -36,9 +36,10 @@ _FIRST_BATCH = 100_000  # of the calibration stream: far behind what anything wa
 
 
 def find_units(plugs: Plugs) -> list[Unit]:
-    """Every plug as a unit: a projector needs its student, and all that lies between it and its reference."""
-    units = [Unit(name) for name in plugs.students]
-    starts = {(plug.stack, plug.interval[0]): name for name, plug in plugs.students.items()}
+    """Every plug as a unit: a projector needs its base, and all that lies between it and its reference."""
+    shorter = [*plugs.students, *plugs.removals]
+    units = [Unit(name) for name in shorter]
+    starts = {(stack, interval[0]): name for name in shorter for stack, interval in [plugs.interval(name)]}
     for name, item in plugs.projectors.items():
         needs = [item.base] if item.base else []
         if item.reference is not None:
@@ -64,9 +65,11 @@ def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], tar
     return error / total
 
 
-def _loss(plugs: Plugs, name: str) -> float:
-    """The held-out distillation loss of a plug."""
-    return distillation_loss((plugs.students | plugs.projectors)[name])
+def _losses(plugs: Plugs, name: str) -> dict[str, float]:
+    """The held-out distillation loss of a plug; nothing for one that was not distilled here."""
+    trained = plugs.students | plugs.projectors
+    known = name in trained and "heldout_loss" in trained[name].losses
+    return {"loss": distillation_loss(trained[name])} if known else {}
 
 
 class Meter:
@@ -147,9 +150,9 @@ class Meter:
 
 
 def _changed_blocks(plugs: Plugs, name: str) -> set[BlockKey]:
-    if name in plugs.students:
-        plug = plugs.students[name]
-        return {(plug.stack, index) for index in range(plug.interval[0], plug.interval[1] + 1)}
+    if name not in plugs.projectors:
+        stack, (u, v) = plugs.interval(name)
+        return {(stack, index) for index in range(u, v + 1)}
     return {(plugs.projectors[name].stack, plugs.projectors[name].index)}
 
 
@@ -168,7 +171,7 @@ def _measure_units(run: Run, plugs: Plugs, meter: Meter) -> list[Unit]:
         after = closure(units, [unit.name])
         before = after - {unit.name}
         unit.savings = _measure_savings(meter, before, after, _changed_blocks(plugs, unit.name))
-        unit.costs = {"velocity": meter.error(after) - meter.error(before), "loss": _loss(plugs, unit.name)}
+        unit.costs = {"velocity": meter.error(after) - meter.error(before)} | _losses(plugs, unit.name)
     return units
 
 
@@ -187,11 +190,9 @@ def _measure_overlaps(run: Run, plugs: Plugs, units: list[Unit], meter: Meter) -
     return overlaps
 
 
-def _measure_frontier(
-    run: Run, units: list[Unit], overlaps: list[Overlap], meter: Meter
-) -> dict[str, list[dict[str, Any]]]:
-    points: dict[str, list[dict[str, Any]]] = {}
-    for cost in COSTS:
+def _measure_frontier(run: Run, units: list[Unit], overlaps: list[Overlap], meter: Meter) -> Frontier:
+    points: Frontier = {}
+    for cost in known_costs(units):
         choices = frontier(units, "params", cost, NUM_POINTS, overlaps)
         points[cost] = []
         for names in track(choices, f"frontier by {cost}", console=run.console, transient=True):
@@ -199,28 +200,34 @@ def _measure_frontier(
     return points
 
 
-def _point(units: list[Unit], overlaps: list[Overlap], names: list[str], cost: str, meter: Meter) -> dict[str, Any]:
+def known_costs(units: Sequence[Unit]) -> list[str]:
+    """The kinds of cost that are known of every unit."""
+    return [cost for cost in COSTS if all(cost in unit.costs for unit in units)]
+
+
+def _point(units: list[Unit], overlaps: list[Overlap], names: list[str], cost: str, meter: Meter) -> Point:
     chosen = [unit for unit in units if unit.name in names]
     params = meter.params(set(names))
-    return {
-        "plugged": names,
-        "num_layers": sum(len(kept) for kept in meter.board.kept.values()),
-        "params": params,
-        "params_ratio": params / meter.teacher_params,
-        "latency_ratio": 1 - total_saving(units, overlaps, names, "latency_ratio"),
-        "memory_gb": meter.memory_gb - total_saving(units, overlaps, names, "memory_gb"),
-        "predicted": sum(unit.costs[cost] for unit in chosen),
-        "velocity_error": meter.error(set(names)),
-    }
+    return Point(
+        plugged=names,
+        num_layers=sum(len(kept) for kept in meter.board.kept.values()),
+        params=params,
+        params_ratio=params / meter.teacher_params,
+        latency_ratio=1 - total_saving(units, overlaps, names, "latency_ratio"),
+        memory_gb=meter.memory_gb - total_saving(units, overlaps, names, "memory_gb"),
+        predicted=sum(unit.costs[cost] for unit in chosen),
+        velocity_error=meter.error(set(names)),
+    )
 
 
-def measure(run: Run, plugs: Plugs) -> dict[str, Any]:
-    """What every plug costs and saves, and the frontier under both costs; measured once, then read from disk."""
+def measure(run: Run, plugs: Plugs) -> Costs:
+    """Costs and savings of every plug, and the frontier under each kind of cost; measured once, then read from disk."""
     path = run.costs_path
     sampling = run.config.model.sampling
     made_from = {
         "model": run.teacher.identity,
-        "plugs": plugs.fingerprints([*plugs.students, *plugs.projectors]),
+        "plugs": plugs.fingerprints(plugs.names),
+        **({"removed": list(plugs.removals)} if plugs.removals else {}),
         "layout": asdict(run.layout),
         "num_batches": run.config.budget.num_batches,
         "size": [sampling.height, sampling.width],
@@ -229,38 +236,38 @@ def measure(run: Run, plugs: Plugs) -> dict[str, Any]:
     header = Header("ppcl.costs", made_from)
     if is_current(path, header):
         run.say("plan", f"reused {path}")
-        return read_json(path, "The costs")
+        return Costs.load(path)
     switch = Switch(run, plugs)
     meter = Meter(run, switch.board)
     units = _measure_units(run, plugs, meter)
     overlaps = _measure_overlaps(run, plugs, units, meter)
-    body = {
-        "teacher": {"params": meter.teacher_params, "memory_gb": meter.memory_gb, "latency_ms": meter.teacher_ms},
-        "units": [asdict(unit) for unit in units],
-        "overlaps": [asdict(overlap) for overlap in overlaps],
-        "frontier": _measure_frontier(run, units, overlaps, meter),
-    }
+    teacher = TeacherCost(meter.teacher_params, meter.memory_gb, meter.teacher_ms)
+    costs = Costs(header, teacher, units, overlaps, _measure_frontier(run, units, overlaps, meter))
     switch.restore()
-    write_json(path, header.to_json() | body)
+    costs.save(path)
     run.say("plan", f"wrote {path}")
-    return read_json(path, "The costs")
+    return costs
 
 
-def compare_costs(points: dict[str, list[dict[str, Any]]]) -> float:
-    """Geometric mean of the velocity cost's measured error over the loss cost's, at like sizes; below 1: better."""
+def compare_costs(points: Frontier) -> float:
+    """Compare the two kinds of cost by the frontiers they lead to.
+
+    Returns the geometric mean of the velocity cost's measured error over the loss cost's, at like sizes; below 1 plans
+    by velocity are better.
+    """
     ratios = []
     for ours in points["velocity"]:
-        theirs = min(points["loss"], key=lambda other: abs(other["params"] - ours["params"]))
-        if ours["velocity_error"] > 0 and theirs["velocity_error"] > 0:
-            ratios.append(math.log(ours["velocity_error"] / theirs["velocity_error"]))
+        theirs = min(points["loss"], key=lambda other: abs(other.params - ours.params))
+        if ours.velocity_error > 0 and theirs.velocity_error > 0:
+            ratios.append(math.log(ours.velocity_error / theirs.velocity_error))
     return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
 
 
 def target_of(
-    name: str, value: float, teacher: dict[str, float], units: Sequence[Unit], overlaps: Sequence[Overlap] = ()
+    name: str, value: float, teacher: TeacherCost, units: Sequence[Unit], overlaps: Sequence[Overlap] = ()
 ) -> float:
     """What has to be saved for `budget.<name>=<value>`; `UsageError` says what is reachable where it is not."""
-    whole = {"params": teacher["params"], "memory_gb": teacher["memory_gb"], "latency_ratio": 1.0}[name]
+    whole = {"params": teacher.params, "memory_gb": teacher.memory_gb, "latency_ratio": 1.0}[name]
     allowed = value * whole if name == "params" and value <= 1 else value
     saving = whole - allowed
     most = greatest_saving(units, name, overlaps)

@@ -8,32 +8,11 @@ afterwards, by whoever asks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-
-@dataclass
-class Unit:
-    """Something that can be plugged in or not: a student, a text projector, an FFN projector.
-
-    `savings` by measure (`params`, `memory_gb`, `latency_ratio`) and `costs` by kind (`velocity`, `loss`)
-    are those of plugging it in beside the units it `needs`, all of which a choice must hold too.
-    """
-
-    name: str
-    needs: list[str] = field(default_factory=list)
-    savings: dict[str, float] = field(default_factory=dict)
-    costs: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Overlap:
-    """What two units save less together than the sum of both: a block's text FFN goes with either of them."""
-
-    names: tuple[str, str]
-    savings: dict[str, float] = field(default_factory=dict)
+from ppcl.artifacts.costs import Overlap, Unit
 
 
 def total_saving(units: Sequence[Unit], overlaps: Sequence[Overlap], names: Iterable[str], measure: str) -> float:

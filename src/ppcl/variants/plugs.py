@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ppcl.artifacts.plan import plug_name, projector_name
+from ppcl.artifacts.plan import Interval, plug_name, projector_name, removal_name
 from ppcl.artifacts.plugs import Plug, Projector, load_plugs, load_projectors
 from ppcl.context import Run
 from ppcl.errors import UsageError
@@ -13,14 +14,29 @@ from ppcl.errors import UsageError
 
 @dataclass
 class Plugs:
-    """Every plug of a run: trained students and projectors by name."""
+    """All that can be plugged in: trained students and projectors, and removals, by name.
+
+    Removals are intervals that are cut to their first block; a run has these or students.
+    """
 
     students: dict[str, Plug] = field(default_factory=dict)
     projectors: dict[str, Projector] = field(default_factory=dict)
+    removals: dict[str, tuple[str, Interval]] = field(default_factory=dict)
 
-    def fingerprints(self, names: list[str]) -> dict[str, str]:
+    @property
+    def names(self) -> list[str]:
+        return [*self.students, *self.removals, *self.projectors]
+
+    def interval(self, name: str) -> tuple[str, Interval]:
+        """Stack and interval of a student or a removal."""
+        return (
+            self.removals[name] if name in self.removals else (self.students[name].stack, self.students[name].interval)
+        )
+
+    def fingerprints(self, names: Iterable[str]) -> dict[str, str]:
+        """Fingerprints of the trained ones among `names`."""
         every = self.students | self.projectors
-        return {name: every[name].header.fingerprint for name in names}
+        return {name: every[name].header.fingerprint for name in names if name not in self.removals}
 
 
 def _check_teacher(run: Run, plugs: dict[str, Any]) -> None:
@@ -32,8 +48,17 @@ def _check_teacher(run: Run, plugs: dict[str, Any]) -> None:
             )
 
 
+def required_removals(run: Run) -> dict[str, tuple[str, Interval]]:
+    """Every interval of this run with `distill=none`, where nothing is trained to stand for one; else nothing."""
+    if run.config.distill.mode != "none":
+        return {}
+    return {removal_name(stack, pair): (stack, pair) for stack, pairs in run.intervals.items() for pair in pairs}
+
+
 def required_students(run: Run) -> dict[str, Plug]:
-    """The trained student of every interval of this run, by name."""
+    """The trained student of every interval of this run, by name; none with `distill=none`."""
+    if run.config.distill.mode == "none":
+        return {}
     plugs = load_plugs(run.plugs_folder)
     names = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     missing = [name for name in names if name not in plugs]
@@ -62,4 +87,4 @@ def required_projectors(run: Run) -> dict[str, Projector]:
 
 
 def required_plugs(run: Run) -> Plugs:
-    return Plugs(required_students(run), required_projectors(run))
+    return Plugs(required_students(run), required_projectors(run), required_removals(run))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ppcl.artifacts.files import read_json
-from ppcl.artifacts.plan import plug_name
+from ppcl.artifacts.plan import Choice, plug_name
 from ppcl.artifacts.plugs import Plug, Projector
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.export.quantized import require_bitsandbytes, require_torchao
 from ppcl.validation.pruning import budget_of
-from ppcl.variants.plugs import Plugs, required_projectors, required_students
+from ppcl.variants.plugs import Plugs, required_projectors, required_removals, required_students
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class Variant:
     quantized: str | None = None
 
 
+def made_of(variant: Variant, plugs: Plugs) -> dict[str, Any]:
+    """Plugs that are in and intervals that are cut: an arrangement's part of what an artifact is made from."""
+    made_from: dict[str, Any] = {"plugs": plugs.fingerprints([*variant.students, *variant.projectors])}
+    return made_from | ({"removed": variant.removed} if variant.removed else {})
+
+
 def finetuned_folder(run: Run) -> Path:
     return run.folder / "finetuned"
 
@@ -47,25 +55,30 @@ def _quantized_base(run: Run) -> str:
     return read_json(record, "The record of the quantised model")["made_from"]["variant"]
 
 
+def _arranged(name: str, plugs: Plugs, names: Iterable[str]) -> Variant:
+    """The variant `name` with just these students, removals and projectors in."""
+    names = list(names)
+    removed = [plug_name(*plugs.removals[each]) for each in names if each in plugs.removals]
+    students = [each for each in names if each in plugs.students]
+    return Variant(name, students, [each for each in names if each in plugs.projectors], removed)
+
+
 def planned(run: Run, plugs: Plugs) -> Variant:
     """What the budget's plan plugs in; everything where no budget is set."""
     budget = budget_of(run.config)
     if budget is None:
-        return Variant("ppcl-planned", list(plugs.students), list(plugs.projectors))
+        return _arranged("ppcl-planned", plugs, plugs.names)
     if not run.choice_path.exists():
         raise UsageError(f"{run.choice_path} does not exist: run stages=[plan] with this budget first.")
-    choice = read_json(run.choice_path, "The plan's choice")
-    if choice["budget"] != [budget[0], budget[1], run.config.budget.cost]:
+    choice = Choice.load(run.choice_path)
+    if choice.budget != (*budget, run.config.budget.cost):
         raise UsageError(
-            f"{run.choice_path} serves budget.{choice['budget'][0]}={choice['budget'][1]}, not budget.{budget[0]}="
+            f"{run.choice_path} serves budget.{choice.budget[0]}={choice.budget[1]}, not budget.{budget[0]}="
             f"{budget[1]}: run stages=[plan] again."
         )
-    names = choice["plugged"]
-    students = [name for name in names if name in plugs.students]
-    projectors = [name for name in names if name in plugs.projectors]
-    if len(students) + len(projectors) < len(names):
+    if not {*choice.plugged} <= {*plugs.names}:
         raise UsageError(f"{run.choice_path} names plugs that are not there any more: run stages=[plan] again.")
-    return Variant("ppcl-planned", students, projectors)
+    return _arranged("ppcl-planned", plugs, choice.plugged)
 
 
 def cost(plug: Plug) -> float:
@@ -90,7 +103,7 @@ def variants_of(run: Run, names: list[str] | None = None) -> tuple[list[Variant]
     plugs = Plugs()
     used = {_quantized_base(run) if name == "ppcl-quantized" else name for name in names}
     if any(name.startswith("ppcl") for name in used):
-        plugs.students = required_students(run)
+        plugs.students, plugs.removals = required_students(run), required_removals(run)
     if {"ppcl-width", "ppcl-planned", "ppcl-finetuned"} & used:
         plugs.projectors = required_projectors(run)
     return [_variant(run, name, plugs) for name in names], plugs
@@ -111,7 +124,7 @@ def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
         share = max(1, round(len(cheapest) * run.config.generate.plug_fraction))
         return Variant(name, sorted(cheapest[:share], key=every.index))
     if name == "ppcl-width":
-        return Variant(name, list(plugs.students), list(plugs.projectors))
+        return _arranged(name, plugs, plugs.names)
     plan = planned(run, plugs)
     if name == "ppcl-planned":
         return plan
@@ -119,24 +132,21 @@ def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
     if not record.exists():
         raise UsageError(f"{record} does not exist: run stages=[finetune] first.")
     tuned = read_json(record, "The record of the tuned model")
-    if tuned["made_from"]["plugs"] != plugs.fingerprints([*plan.students, *plan.projectors]):
+    if {key: value for key, value in tuned["made_from"].items() if key in ("plugs", "removed")} != made_of(plan, plugs):
         raise UsageError(
             f"{record} was tuned from other plugs than this configuration plugs in: run stages=[finetune] under "
             "another name=, or with the budget it was tuned for."
         )
-    return Variant(name, plan.students, plan.projectors, finetuned=tuned["fingerprint"])
+    return replace(plan, name=name, finetuned=tuned["fingerprint"])
 
 
 def _quantized(run: Run, plugs: Plugs) -> Variant:
     path = quantized_folder(run) / "ppcl.json"
     record = read_json(path, "The record of the quantised model")
     base = _variant(run, record["made_from"]["variant"], plugs)
-    made_from = {
-        "model": run.teacher.identity,
-        "plugs": plugs.fingerprints([*base.students, *base.projectors]),
-        "finetuned": base.finetuned,
-    }
-    if any(record["made_from"][key] != value for key, value in made_from.items()):
+    made_from = {"model": run.teacher.identity, "finetuned": base.finetuned} | made_of(base, plugs)
+    told = ("model", "finetuned", "plugs", "removed")
+    if {key: value for key, value in record["made_from"].items() if key in told} != made_from:
         raise UsageError(
             f"{path} was quantised from another {base.name} than this configuration makes: run stages=[quantize] under "
             "another name=, or delete that folder to make it anew."

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ppcl.artifacts.costs import Overlap, Point, TeacherCost, Unit
 from ppcl.artifacts.headers import Header
 from ppcl.artifacts.plugs import Plug, Projector
 from ppcl.errors import UsageError
@@ -10,7 +11,7 @@ from ppcl.layers import Layout
 from ppcl.surgery.depth import student_block
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.variants.costs import compare_costs, find_units, target_of, velocity_error
-from ppcl.variants.planner import Overlap, Unit, closure, total_saving
+from ppcl.variants.planner import closure, total_saving
 from ppcl.variants.plugs import Plugs
 
 STACK = "transformer_blocks"
@@ -121,7 +122,7 @@ def test_velocity_error_is_relative_to_the_teacher(make_transformer, make_batch)
     assert velocity_error(other, batches, targets) == pytest.approx(expected.item(), rel=1e-5)
 
 
-TEACHER = {"params": 1000.0, "memory_gb": 4.0, "latency_ms": 10.0}
+TEACHER = TeacherCost(params=1000.0, memory_gb=4.0, latency_ms=10.0)
 UNITS = [
     Unit("a", [], {"params": 300, "memory_gb": 1.2, "latency_ratio": 0.3}),
     Unit("b", [], {"params": 200, "memory_gb": 0.8, "latency_ratio": -0.01}),
@@ -166,7 +167,7 @@ def test_a_budget_out_of_reach_says_what_is_reachable(name, value, fragments):
 
 
 def point(params, error):
-    return {"params": params, "velocity_error": error}
+    return Point([], 0, params, 0.0, 0.0, 0.0, 0.0, error)
 
 
 def test_costs_are_compared_at_like_sizes():

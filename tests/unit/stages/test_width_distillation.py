@@ -269,7 +269,7 @@ def test_losses_equal_a_plain_reference(family, teacher, student, batches, text_
 def test_a_student_as_reference_enters_the_loss(family, teacher, student, batches, text_output):
     module = randomise(distillation(family, teacher, {"text": [5, 6]}, text_output, student))
     call = Captured(teacher, batches[0])
-    assert [item.reference.student for item in module.pruned] == [f"{STACK}.2-4"] * 2
+    assert [item.reference.base for item in module.pruned] == [f"{STACK}.2-4"] * 2
     for number, terms in enumerate(all_terms(module, batches[0])):
         expected = plain_terms(module, number, call, text_output)
         assert terms["loss"].item() == pytest.approx(sum(expected.values()), rel=1e-4)
