@@ -10,9 +10,9 @@ from PIL import Image
 
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import is_current
-from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.benchmarks.shapes import score, to_pixels
 from ppcl.context import Run
+from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.export.quantized import weight_bytes
 from ppcl.pictures.drawing import denoising_step
 from ppcl.pictures.images import image_folder
