@@ -317,7 +317,10 @@ class GenerateConfig:
 
 @dataclass
 class BenchmarkConfig:
+    """`name` is a module of `ppcl.benchmarks`, `settings` what its class has of its own."""
+
     name: str = "shapes"
+    settings: dict[str, Any] = field(default_factory=dict)
     prompts_per_category: int = 60
     latency_repeats: int = 50
 

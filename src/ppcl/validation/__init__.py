@@ -10,12 +10,14 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ppcl.benchmarks.base import benchmark_names
 from ppcl.config import STORED_VARIANTS, VARIANTS, Config
 from ppcl.errors import UsageError
 from ppcl.stages import STAGES
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_streaming
 from ppcl.validation.outputs import (
     check_adapter,
+    check_benchmark,
     check_export,
     check_generate,
     check_import,
@@ -60,7 +62,7 @@ def check(config: Config) -> None:
     one_of("width.text_output", config.width.text_output, ("last", "each"))
     one_of("budget.cost", config.budget.cost, ("velocity", "loss"))
     one_of("finetune.optimizer", config.finetune.optimizer, ("adamw", "muon"))
-    one_of("benchmark.name", config.benchmark.name, ("shapes",))
+    one_of("benchmark.name", config.benchmark.name, benchmark_names())
     one_of("data.timesteps", config.data.timesteps, ("logit_normal", "uniform"))
     one_of("logger.kind", config.logger.kind, ("wandb", "csv", "none"))
     one_of("logger.mode", config.logger.mode, ("online", "offline", "disabled"))
@@ -165,3 +167,4 @@ def check(config: Config) -> None:
         check_lora(config)
     if "import_published" in config.stages:
         check_import(config)
+    check_benchmark(config)
