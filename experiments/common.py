@@ -6,12 +6,12 @@ import csv
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ppcl.benchmarks.shapes import evaluation_scenes, score, to_pixels
 from ppcl.cli import conf_dir
 from ppcl.config import register_schema
 from ppcl.context import Run
@@ -43,15 +43,16 @@ def run_stages(run: Run, *stages: str) -> None:
 
 def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
     """Draw and score the benchmark's prompts with the pipeline as it is arranged now; nothing is kept."""
-    scenes = evaluation_scenes(run.config.data.eval_seed, per_category, run.family)
+    sizes = replace(run.config.benchmark, prompts_per_category=per_category)
+    prompts = run.benchmark.prompts(run.family, replace(run.config, benchmark=sizes))
     images = []
     size = run.config.generate.batch_size
-    for start in range(0, len(scenes), size):
-        numbers = range(start, min(start + size, len(scenes)))
-        prompts = [scenes[number].caption for number in numbers]
-        given = [given_pictures(run, scenes[number]) for number in numbers]
-        images += [to_pixels(image) for image in draw(run, run.teacher.pipeline, prompts, numbers, given)]
-    return score(scenes, images)
+    for start in range(0, len(prompts), size):
+        numbers = range(start, min(start + size, len(prompts)))
+        texts = [prompts[number].text for number in numbers]
+        given = [given_pictures(run, prompts[number]) for number in numbers]
+        images += draw(run, run.teacher.pipeline, texts, numbers, given)
+    return run.benchmark.score(prompts, images).to_json()
 
 
 def read_rows(name: str, variants: Mapping[str, str]) -> list[dict[str, Any]]:

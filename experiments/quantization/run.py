@@ -64,8 +64,8 @@ def velocities(run: Run, model: Any) -> torch.Tensor:
 
 def pictures(run: Run) -> np.ndarray:
     """60 pictures `[60, H, W, 3]` in [0, 1] of the pipeline as it is, with the same noise whatever the model."""
-    scenes = run.scenes[:: len(run.scenes) // 60][:60]
-    images = draw(run, run.teacher.pipeline, [scene.caption for scene in scenes], range(60))
+    prompts = run.prompts[:: len(run.prompts) // 60][:60]
+    images = draw(run, run.teacher.pipeline, [prompt.text for prompt in prompts], range(60))
     return np.stack([np.asarray(to_pixels(image), dtype=float) / 255 for image in images])
 
 

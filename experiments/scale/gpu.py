@@ -32,11 +32,11 @@ from scale.streaming import write_teacher  # noqa: E402
 
 from ppcl.artifacts.files import read_json, write_json  # noqa: E402
 from ppcl.artifacts.plan import Intervals  # noqa: E402
-from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb  # noqa: E402
 from ppcl.config import DistillConfig  # noqa: E402
 from ppcl.context import Run  # noqa: E402
 from ppcl.data.batches import TrainingBatch  # noqa: E402
 from ppcl.distill.depth import DepthDistillation  # noqa: E402
+from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb  # noqa: E402
 from ppcl.layers import kept_layers  # noqa: E402
 from ppcl.streaming import load_streamed  # noqa: E402
 from ppcl.training.loop import compiled  # noqa: E402

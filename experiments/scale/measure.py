@@ -11,8 +11,8 @@ import lightning as L
 import torch
 from torch import nn
 
-from ppcl.benchmarks.efficiency import LiveBytes
 from ppcl.data.batches import StepLoader, TrainingBatch
+from ppcl.efficiency import LiveBytes
 
 
 def in_turns(ways: Mapping[str, Callable[[], Iterable[float]]], rounds: int) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ from scale.measure import step_memory_mb, weight_bytes
 from scale.models import STACK, Size, make_batch, make_teacher
 from scale.steps import WAYS, make_module
 
-from ppcl.benchmarks.efficiency import LiveBytes
+from ppcl.efficiency import LiveBytes
 from ppcl.families.registry import get_family
 from ppcl.methods.probes import fit_probes
 

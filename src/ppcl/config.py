@@ -368,7 +368,10 @@ class GenerateConfig:
 
 @dataclass
 class BenchmarkConfig:
+    """`name` is a module of `ppcl.benchmarks`, `settings` what its class has of its own."""
+
     name: str = "shapes"
+    settings: dict[str, Any] = field(default_factory=dict)
     prompts_per_category: int = option(60, least=1)
     latency_repeats: int = 50
 
@@ -467,7 +470,7 @@ class Config:
 
 
 # Groups that take keys of their own; whoever reads them checks these.
-OPEN_GROUPS = ("distill.losses", "model.sampling.scheduler")
+OPEN_GROUPS = ("benchmark.settings", "distill.losses", "model.sampling.scheduler")
 
 
 def register_schema() -> None:

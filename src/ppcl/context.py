@@ -16,6 +16,7 @@ from ppcl import __version__
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.plan import Intervals, PruningPlan, Width
 from ppcl.artifacts.probes import Probes
+from ppcl.benchmarks.base import Benchmark, Prompt, load_benchmark
 from ppcl.config import Config, identity
 from ppcl.data.training import TrainingData
 from ppcl.errors import UsageError
@@ -80,12 +81,24 @@ class Run:
         return resolve_precision(self.config)
 
     @cached_property
-    def scenes(self) -> list[Any]:
-        """The benchmark's prompts, with what a picture of each must show."""
-        from ppcl.benchmarks.shapes import evaluation_scenes
+    def benchmark(self) -> Benchmark:
+        return load_benchmark(self.config.benchmark.name, self.config.benchmark.settings)
 
-        config = self.config
-        return evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, self.family)
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompt of each of the benchmark's pictures, in their order."""
+        name, family = self.config.benchmark.name, self.family
+        prompts = self.benchmark.prompts(family, self.config)
+        if not prompts:
+            raise UsageError(f"benchmark.name={name} has no prompt for model.family={family.name}.")
+        most = family.facts.max_references
+        for prompt in prompts:
+            if not min(most, 1) <= len(prompt.references) <= most:
+                raise UsageError(
+                    f"benchmark.name={name} gives {len(prompt.references)} pictures with a prompt, and "
+                    f"model.family={family.name} takes {f'1 to {most}' if most > 1 else most}."
+                )
+        return [prompt for prompt in prompts for _ in range(self.benchmark.images_per_prompt)]
 
     # What earlier stages left.
 

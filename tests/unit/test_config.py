@@ -93,8 +93,9 @@ def test_defaults_lie_within_their_own_bounds():
                 check(value)
                 continue
             least, choices = item.metadata.get("least"), item.metadata.get("choices")
-            values = value if isinstance(value, list) else [value]
-            assert least is None or value is None or value >= least, item.name
-            assert choices is None or value is None or set(values) <= set(choices), item.name
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            values = [each for each in items if each is not None]
+            assert least is None or min(values, default=least) >= least, item.name
+            assert choices is None or set(values) <= set(choices), item.name
 
     check(Config(name="run", stages=["plan"]))

@@ -8,7 +8,7 @@ the same here; the detector is colour segmentation, connected components and tem
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage, signal
 
+from ppcl.artifacts.scores import Scores
+from ppcl.benchmarks.base import Benchmark, Prompt
 from ppcl.data.worlds.edits import Edit
 from ppcl.data.worlds.shapes import (
     CATEGORIES,
@@ -29,6 +31,7 @@ from ppcl.data.worlds.shapes import (
 )
 
 if TYPE_CHECKING:
+    from ppcl.config import Config
     from ppcl.families.base import Family
 
 MIN_CHROMA = 70  # half of what the palest colour has: where an edge pixel is more object than background
@@ -181,10 +184,28 @@ def evaluation_scenes(seed: int, per_category: int, family: Family | None = None
     return [make(seed, index, category) for category in categories for index in range(per_category)]
 
 
-def score(scenes: list[Any], images: list[np.ndarray]) -> dict[str, float]:
+def score(scenes: Sequence[Any], images: Iterable[np.ndarray]) -> dict[str, float]:
     """Accuracy per category, and `overall`, their mean."""
-    right: dict[str, list[bool]] = {}
-    for scene, image in zip(scenes, images, strict=True):
-        right.setdefault(scene.category, []).append(fulfils(scene, image))
-    scores = {category: float(np.mean(values)) for category, values in right.items()}
-    return scores | {"overall": float(np.mean(list(scores.values())))}
+    right = (fulfils(scene, image) for scene, image in zip(scenes, images, strict=True))
+    return Scores.by_category([scene.category for scene in scenes], right).to_json()
+
+
+@dataclass(kw_only=True)
+class Shapes(Benchmark):
+    """Scenes of the family's world, or its edits, `benchmark.prompts_per_category` of each category."""
+
+    label = "share of pictures that show what the prompt asks for"
+
+    def prompts(self, family: Family, config: Config) -> list[Prompt]:
+        scenes = evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, family)
+        return [Prompt(scene.caption, scene.category, scene.references, scene) for scene in scenes]
+
+    def score(self, prompts: Sequence[Prompt], images: Iterable[Image.Image]) -> Scores:
+        return Scores.from_json(score([prompt.fact for prompt in prompts], map(to_pixels, images)))
+
+    def fulfils(self, prompt: Prompt, image: Image.Image) -> bool:
+        return fulfils(prompt.fact, to_pixels(image))
+
+    def given(self, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+        """The seed, which all is made from."""
+        return {"eval_seed": config.data.eval_seed} if any(prompt.references for prompt in prompts) else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.artifacts.files import read_json
+from ppcl.artifacts.scores import ComparedRow
 from ppcl.families.facts import APACHE
 from ppcl.families.registry import FAMILIES
 
@@ -169,13 +170,13 @@ def quantized_section(scheme: str, dtype: str, size: int, before: int) -> str:
     )
 
 
-def evaluation_section(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of `rows`, each with `name`, `scores` by category and `overall`, and `drop_percent`; shares in [0, 1]."""
-    columns = [name for name in rows[0]["scores"] if name != "overall"] + ["overall"]
+def evaluation_section(rows: Sequence[ComparedRow], label: str) -> str:
+    """A table of the variants' scores, under a sentence that starts with the benchmark's `label`."""
+    columns = list(rows[0].scores.to_json())
     titles = ["variant", *(name.replace("_", " ") for name in columns), "drop %"]
     lines = [titles, ["---"] * len(titles)]
     for row in rows:
-        numbers = [f"{row['scores'][column]:.3f}" for column in columns]
-        lines.append([f"`{row['name']}`", *numbers, f"{row['drop_percent']:.1f}"])
+        numbers = [f"{value:.3f}" for value in row.scores.to_json().values()]
+        lines.append([f"`{row.name}`", *numbers, f"{row.drop_percent:.1f}"])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"Share of pictures that show what the prompt asks for, with equal prompts, seeds and settings:\n\n{table}"
+    return f"{label[0].upper()}{label[1:]}, with equal prompts, seeds and settings:\n\n{table}"

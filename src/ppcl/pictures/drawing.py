@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from ppcl.benchmarks.base import Prompt
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.surgery.controlnet import hook_residuals
@@ -27,7 +28,7 @@ def denoising_step(run: Run) -> dict[str, Any]:
     sampling = run.config.model.sampling
     images = torch.zeros(1, 3, sampling.height, sampling.width)
     latents, size = run.family.encode_images(run.teacher.pipeline, images)
-    prompt = [run.scenes[-1].caption]
+    prompt = [run.prompts[-1].text]
     references = run.family.encode_references(run.teacher.pipeline, [images] * run.family.num_references)
     conditions = run.family.encode_prompts(run.teacher.pipeline, prompt)(prompt) | references
     sigmas = torch.full((1,), 0.5).to(latents)
@@ -57,11 +58,14 @@ def draw(
     return drawn
 
 
-def given_pictures(run: Run, scene: Any) -> list[Image.Image]:
-    """The PIL pictures that a scene gives, a cell for each pixel at the size that the model draws."""
+def given_pictures(run: Run, prompt: Prompt) -> list[Image.Image]:
+    """The PIL pictures given with a prompt; arrays have a cell for each pixel at the size that the model draws."""
     sampling = run.config.model.sampling
     size = sampling.width, sampling.height
-    return [Image.fromarray(image).resize(size, Image.Resampling.NEAREST) for image in scene.references]
+    return [
+        item if isinstance(item, Image.Image) else Image.fromarray(item).resize(size, Image.Resampling.NEAREST)
+        for item in prompt.references
+    ]
 
 
 def read_lora(run: Run, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from ppcl.validation.outputs import has_own_prompts, read_prompts
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.variants import Variant
 
+# The benchmark that headers do not name, as they did not when there was no other.
+_UNSAID = {"name": "shapes", "settings": {"images_per_prompt": 1}}
+
 
 def prompts_of(run: Run) -> list[str]:
     """The prompt, the prompt file's lines, or the benchmark's prompts, each as often as it is to be drawn."""
@@ -28,20 +32,30 @@ def prompts_of(run: Run) -> list[str]:
     elif config.prompt_file is not None:
         prompts = read_prompts(Path(config.prompt_file))
     else:
-        return [scene.caption for scene in run.scenes]
+        return [prompt.text for prompt in run.prompts]
     return [prompt for prompt in prompts for _ in range(config.num_images)]
 
 
 def image_folder(run: Run, variant: str) -> Path:
     """Where a variant's pictures lie; prompts of a file never mix with the benchmark's."""
-    return run.folder / "images" / ("prompts" if has_own_prompts(run.config) else "shapes") / variant
+    return run.folder / "images" / ("prompts" if has_own_prompts(run.config) else run.config.benchmark.name) / variant
+
+
+def read_images(run: Run, variant: str) -> Iterator[Image.Image]:
+    """A variant's pictures of the benchmark's prompts, one by one: all at once may not fit into memory."""
+    return (read_image(run, variant, number) for number in range(len(run.prompts)))
+
+
+def read_image(run: Run, variant: str, number: int) -> Image.Image:
+    with Image.open(image_folder(run, variant) / f"{number:05d}.png") as image:
+        return image.convert("RGB")
 
 
 def given_to(run: Run, number: int) -> list[Image.Image]:
     """The PIL pictures given with prompt `number`."""
     if has_own_prompts(run.config):
         return [Image.open(path).convert("RGB") for path in run.config.generate.images]
-    return given_pictures(run, run.scenes[number])
+    return given_pictures(run, run.prompts[number])
 
 
 def save_image(image: Any, path: Path, text: str | None = None) -> None:
@@ -68,8 +82,15 @@ def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str])
             "batch_size": run.config.generate.batch_size,
             "prompts": {"count": len(prompts), "hash": fingerprint({"prompts": prompts} | _given(run))},
         }
+        | ({} if has_own_prompts(run.config) else benchmark_header(run))
         | _put_on(run.config),
     )
+
+
+def benchmark_header(run: Run) -> dict[str, Any]:
+    """What tells pictures and scores of this benchmark from those of another."""
+    made_from = run.benchmark.made_from
+    return {} if made_from == _UNSAID else {"benchmark": made_from}
 
 
 def _put_on(config: Config) -> dict[str, Any]:
@@ -93,4 +114,4 @@ def _given(run: Run) -> dict[str, Any]:
     if has_own_prompts(run.config):
         files = [_digest(path) for path in run.config.generate.images]
         return {"images": files} if files else {}
-    return {"eval_seed": run.config.data.eval_seed} if run.family.num_references else {}
+    return run.benchmark.given(run.prompts, run.config)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from ppcl.artifacts.headers import Header, is_current
+from ppcl.artifacts.scores import ComparedRow, ScoreRow
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.pictures.images import image_folder, prompts_of, variant_header
@@ -24,15 +25,9 @@ def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, 
     return headers
 
 
-def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add `params_ratio` and `drop_percent` (R.: relative loss of overall) against the teacher's row."""
-    base = next((row for row in rows if row["name"] == "teacher"), None)
-    if base is None:
+def compare(rows: Sequence[ScoreRow]) -> list[ComparedRow]:
+    """Every variant's row beside the teacher's."""
+    teacher = next((row for row in rows if row.name == "teacher"), None)
+    if teacher is None:
         raise UsageError("a comparison needs the teacher: add it to generate.variants.")
-    compared = []
-    for row in rows:
-        overall = base["scores"]["overall"]
-        # A teacher that scores nothing has nothing to lose; JSON has no NaN.
-        drop = 100 * (overall - row["scores"]["overall"]) / overall if overall else 0.0
-        compared.append(row | {"params_ratio": row["params"] / base["params"], "drop_percent": drop})
-    return compared
+    return [ComparedRow.beside(teacher, row) for row in rows]

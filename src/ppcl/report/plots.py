@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from ppcl.artifacts.costs import Frontier
 from ppcl.artifacts.files import atomic_path
 from ppcl.artifacts.plan import Interval
+from ppcl.artifacts.scores import ComparedRow
 
 INK, GRID = "#22303c", "#dfe5ea"
 PALETTE = ("#0b6e99", "#d9730d", "#5a8f3d", "#a0408a", "#8a6d3b", "#6b7a89", "#c0392b", "#2f9e95")
@@ -86,15 +88,18 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float]]]) -> None:
     save_figure(figure, path)
 
 
-def quality_against_size(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Overall score against the share of the teacher's parameters, a point per variant."""
+def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[float, float] | None) -> None:
+    """Overall score against the share of the teacher's parameters, a point per variant.
+
+    The axis reaches from the worst to the best score, `bounds`, where there are such.
+    """
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
     for number, row in enumerate(rows):
-        x, y = 100 * row["params_ratio"], row["scores"]["overall"]
+        x, y = 100 * row.params_ratio, row.scores.overall
         axis.plot(x, y, "o", color=PALETTE[number % len(PALETTE)], markersize=9)
         right = x > 85
         axis.annotate(
-            row["name"],
+            row.name,
             (x, y),
             xytext=(-10 if right else 10, 0),
             textcoords="offset points",
@@ -102,8 +107,11 @@ def quality_against_size(path: Path, rows: list[dict[str, Any]]) -> None:
             va="center",
             color=INK,
         )
-    axis.set(xlabel="parameters, % of the teacher", ylabel="overall score", ylim=(-0.05, 1.05))
+    axis.set(xlabel="parameters, % of the teacher", ylabel="overall score")
     axis.margins(x=0.12)
+    if bounds is not None:
+        margin = 0.05 * (bounds[1] - bounds[0])
+        axis.set_ylim(bounds[0] - margin, bounds[1] + margin)
     save_figure(figure, path)
 
 
@@ -141,19 +149,23 @@ def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None
 
 
 def contact_sheet(
-    path: Path, rows: dict[str, list[Image.Image]], captions: list[str], good: dict[str, list[bool]]
+    path: Path, rows: dict[str, list[Image.Image]], captions: list[str], good: dict[str, list[bool | None]]
 ) -> None:
-    """One row per variant, one column per prompt; a picture that fails its prompt has a dim red frame."""
+    """One row per variant, one column per prompt; a picture that fails its prompt has a dim red frame.
+
+    One that is not judged, None, has the frame of one that does not fail.
+    """
     figure, axes = plt.subplots(
         len(rows), len(captions), figsize=(1.12 * len(captions) + 1.6, 1.15 * len(rows) + 1.2), squeeze=False
     )
     for axis_row, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image, right in zip(axis_row, images, good[name], strict=True):
+            fails = right is not None and not right
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.grid(visible=False)
             for spine in axis.spines.values():
-                spine.set(visible=True, color="#9aa7b1" if right else "#c0392b", linewidth=0.8 if right else 2)
+                spine.set(visible=True, color="#c0392b" if fails else "#9aa7b1", linewidth=2 if fails else 0.8)
         axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=11)
     for axis, caption in zip(axes[0], captions, strict=True):
         axis.set_title(_wrap(caption), fontsize=9, color=INK)
@@ -175,10 +187,11 @@ def image_grid(path: Path, images: list[Image.Image], columns: int = 10, largest
         sheet.save(temporary, format="PNG")
 
 
-def _wrap(caption: str, width: int = 15) -> str:
+def _wrap(caption: str, width: int = 15, most: int = 6) -> str:
+    """A caption in narrow lines; those of a long prompt after the first few would leave pictures no room."""
     lines = [""]
     for word in caption.split():
         if lines[-1] and len(lines[-1]) + len(word) >= width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+    return "\n".join(lines if len(lines) <= most else [*lines[: most - 1], "..."])

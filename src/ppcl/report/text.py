@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from ppcl.artifacts.costs import Point
 from ppcl.artifacts.plan import PruningPlan
+from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 
 
@@ -34,21 +35,22 @@ def show_plan(run: Run, plan: PruningPlan) -> None:
         before = after
 
 
-def show_scores(run: Run, rows: list[dict[str, Any]]) -> None:
+def show_scores(run: Run, rows: Sequence[ComparedRow]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("variant", "blocks", "params", "overall", "drop %", "ms/step", "peak MB"):
         table.add_column(title, justify="left" if title == "variant" else "right")
     for row in rows:
         table.add_row(
-            row["name"],
-            str(row["num_layers"]),
-            billions(row["params"]),
-            f"{row['scores']['overall']:.3f}",
-            f"{row['drop_percent']:.1f}",
-            f"{row['latency_ms']:.1f}",
-            f"{row['peak_memory_mb']:.1f}",
+            row.name,
+            str(row.num_layers),
+            billions(row.params),
+            f"{row.scores.overall:.3f}",
+            f"{row.drop_percent:.1f}",
+            f"{row.latency_ms:.1f}",
+            f"{row.peak_memory_mb:.1f}",
         )
     run.console.print(table)
+    run.say("evaluate", f"overall: {run.benchmark.label}")
 
 
 def show_frontier(run: Run, points: list[Point]) -> None:

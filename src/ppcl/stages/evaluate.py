@@ -6,16 +6,14 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.loggers import Logger
-from PIL import Image
 
-from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import is_current
-from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
-from ppcl.benchmarks.shapes import score, to_pixels
+from ppcl.artifacts.scores import ScoreRow
 from ppcl.context import Run
+from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.export.quantized import weight_bytes
 from ppcl.pictures.drawing import denoising_step
-from ppcl.pictures.images import image_folder
+from ppcl.pictures.images import read_images
 from ppcl.pictures.scores import compare, score_headers
 from ppcl.report.text import show_scores
 from ppcl.training.loggers import finish_logger, make_logger
@@ -24,6 +22,7 @@ from ppcl.variants.variants import Variant, variants_of
 
 
 def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dict[str, Any]]:
+    """By variant what its row says of the model, and not of its pictures."""
     inputs = denoising_step(run)
     passes = run.family.num_passes(run.config.model.sampling)
 
@@ -46,6 +45,9 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
             "params": params,
             "latency_ms": latency[name],
             "peak_memory_mb": peak_memory_mb(denoise, resident, run.device),
+            "students": variant.students,
+            "projectors": variant.projectors,
+            "removed": variant.removed,
         }
     return measured
 
@@ -60,23 +62,15 @@ def run(run: Run) -> None:
         switch = Switch(run, plugs)
         measured = _measure(run, variants, switch)
         switch.restore()
-        for variant in variants:
-            name, header = variant.name, headers[variant.name]
-            folder = image_folder(run, name)
-            images = [to_pixels(Image.open(folder / f"{number:05d}.png")) for number in range(len(run.scenes))]
-            body = measured[name] | {
-                "scores": score(run.scenes, images),
-                "students": variant.students,
-                "projectors": variant.projectors,
-                "removed": variant.removed,
-            }
-            write_json(records[name], header.to_json() | {"name": name} | body)
-    rows = compare([read_json(record, "The scores") for record in records.values()])
+        for name, header in headers.items():
+            scores = run.benchmark.score(run.prompts, read_images(run, name))
+            ScoreRow(name=name, scores=scores, **measured[name]).save(records[name], header)
+    rows = compare([ScoreRow.load(record) for record in records.values()])
     show_scores(run, rows)
     logger = make_logger(run, "evaluate")
     if isinstance(logger, Logger):
         for row in rows:
-            numbers = {key: row[key] for key in ("num_layers", "params_ratio", "drop_percent", "latency_ms")}
-            logger.log_metrics({f"{row['name']}/{k}": v for k, v in (numbers | row["scores"]).items()})
+            numbers = {key: getattr(row, key) for key in ("num_layers", "params_ratio", "drop_percent", "latency_ms")}
+            logger.log_metrics({f"{row.name}/{k}": v for k, v in (numbers | row.scores.to_json()).items()})
         logger.finalize("success")
         finish_logger(logger)

@@ -6,10 +6,10 @@ On request a single file for ComfyUI is made from that folder, and both go to th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ppcl.artifacts.files import atomic_folder, atomic_path, read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
+from ppcl.artifacts.scores import ComparedRow, ScoreRow
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.export.folder import BaseModel, furthest, model_card_of, provenance_of
@@ -138,13 +138,13 @@ def _complete_card(run: Run, path: Path, variant: str) -> None:
     # Where this command evaluates, it does so after this; what is there now may be refused then.
     rows = [] if "evaluate" in run.config.stages else _scores(run, variant)
     if rows:
-        changed = with_section(changed, "evaluation", evaluation_section(rows))
+        changed = with_section(changed, "evaluation", evaluation_section(rows, run.benchmark.label))
     if changed != card:
         with atomic_path(path) as temporary:
             temporary.write_text(changed, encoding="utf-8")
 
 
-def _scores(run: Run, variant: str) -> list[dict[str, Any]]:
+def _scores(run: Run, variant: str) -> list[ComparedRow]:
     """What the teacher and `variant` scored in this run, where both were evaluated just as it is configured."""
     records = [run.folder / "scores" / f"{name}.json" for name in ("teacher", variant)]
     if not all(record.exists() for record in records):
@@ -159,4 +159,4 @@ def _scores(run: Run, variant: str) -> list[dict[str, Any]]:
         run.say("export", f"the scores do not go into the model card: {error}")
         return []
     assert current
-    return compare([read_json(record, "The scores") for record in records])
+    return compare([ScoreRow.load(record) for record in records])

@@ -6,19 +6,17 @@ import base64
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from PIL import Image
 
 from ppcl import __version__
 from ppcl.artifacts.files import atomic_path, read_json, write_json
 from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.plugs import load_plugs, load_projectors
-from ppcl.benchmarks.shapes import fulfils, to_pixels
+from ppcl.artifacts.scores import ComparedRow, ScoreRow
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.pictures.images import image_folder
+from ppcl.pictures.images import benchmark_header, read_image
 from ppcl.pictures.scores import compare, score_headers
 from ppcl.report import plots
 from ppcl.report.text import billions
@@ -28,31 +26,27 @@ from ppcl.variants.variants import variants_of
 SAMPLES_PER_CATEGORY = 2
 
 
-def _rows(run: Run) -> list[dict[str, Any]]:
+def _rows(run: Run) -> list[ComparedRow]:
     rows = []
     for name, header in score_headers(run, *variants_of(run)).items():
         record = run.folder / "scores" / f"{name}.json"
         if not is_current(record, header):
             raise UsageError(f"{record} does not exist: run stages=[evaluate] first.")
-        rows.append(read_json(record, "The scores"))
+        rows.append(ScoreRow.load(record))
     return compare(rows)
 
 
-def _samples(run: Run, names: list[str], path: Path) -> None:
-    per_category = run.config.benchmark.prompts_per_category
-    columns = [
-        number * per_category + offset
-        for number in range(len(run.family.categories))
-        for offset in range(min(SAMPLES_PER_CATEGORY, per_category))
-    ]
-    rows, good = {}, {}
-    for name in names:
-        folder = image_folder(run, name)
-        rows[name] = [Image.open(folder / f"{column:05d}.png").convert("RGB") for column in columns]
-        good[name] = [
-            fulfils(run.scenes[column], to_pixels(image)) for column, image in zip(columns, rows[name], strict=True)
-        ]
-    plots.contact_sheet(path, rows, [run.scenes[column].caption for column in columns], good)
+def _samples(run: Run, names: list[str], path: Path) -> bool:
+    """Draw the first picture of a few prompts of each category; return whether any is judged."""
+    by_category: dict[str | None, list[int]] = {}
+    for number in range(0, len(run.prompts), run.benchmark.images_per_prompt):
+        by_category.setdefault(run.prompts[number].category, []).append(number)
+    columns = [number for numbers in by_category.values() for number in numbers[:SAMPLES_PER_CATEGORY]]
+    prompts = [run.prompts[column] for column in columns]
+    rows = {name: [read_image(run, name, column) for column in columns] for name in names}
+    good = {name: list(map(run.benchmark.fulfils, prompts, images)) for name, images in rows.items()}
+    plots.contact_sheet(path, rows, [prompt.text for prompt in prompts], good)
+    return any(right is not None for judged in good.values() for right in judged)
 
 
 def _embedded(path: Path) -> str | None:
@@ -61,17 +55,17 @@ def _embedded(path: Path) -> str | None:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _facts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    teacher = next(row for row in rows if row["name"] == "teacher")
-    ours = [row for row in rows if row["name"].startswith("ppcl")]
+def _facts(rows: list[ComparedRow]) -> list[dict[str, str]]:
+    teacher = next(row for row in rows if row.name == "teacher")
+    ours = [row for row in rows if row.name.startswith("ppcl")]
     # What the run is for: the tuned model, or else the smallest.
-    student = min(ours, key=lambda row: (row["name"] != "ppcl-finetuned", row["params"]), default=teacher)
-    speedup = teacher["latency_ms"] / student["latency_ms"]
+    student = min(ours, key=lambda row: (row.name != "ppcl-finetuned", row.params), default=teacher)
+    speedup = teacher.latency_ms / student.latency_ms
     return [
-        {"value": f"{teacher['num_layers']} to {student['num_layers']}", "label": "blocks"},
-        {"value": f"{100 * student['params_ratio']:.0f}%", "label": "of the parameters"},
+        {"value": f"{teacher.num_layers} to {student.num_layers}", "label": "blocks"},
+        {"value": f"{100 * student.params_ratio:.0f}%", "label": "of the parameters"},
         {"value": f"{speedup:.2f}x", "label": "speed of a denoising step"},
-        {"value": f"{student['drop_percent']:.1f}%", "label": f"quality lost by {student['name']}"},
+        {"value": f"{student.drop_percent:.1f}%", "label": f"quality lost by {student.name}"},
     ]
 
 
@@ -86,9 +80,8 @@ def _pruned(run: Run, intervals: dict[str, list[list[int]]]) -> list[str]:
 def run(run: Run) -> None:
     rows, folder = _rows(run), run.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    names = [row["name"] for row in rows]
-    _samples(run, names, folder / "samples.png")
-    plots.quality_against_size(folder / "quality.png", rows)
+    judged = _samples(run, [row.name for row in rows], folder / "samples.png")
+    plots.quality_against_size(folder / "quality.png", rows, run.benchmark.bounds)
     losses = {name: plug.losses for name, plug in load_plugs(run.plugs_folder).items()}
     losses |= {name: item.losses for name, item in load_projectors(run.plugs_folder).items()}
     losses = {name: found for name, found in losses.items() if found}  # imported plugs have none
@@ -105,8 +98,8 @@ def run(run: Run) -> None:
         "method": run.config.method.name,
         "intervals": intervals,
         "prompts_per_category": run.config.benchmark.prompts_per_category,
-        "variants": [{key: row[key] for key in keys} for row in rows],
-    }
+        "variants": [{key: row.to_json()[key] for key in keys} for row in rows],
+    } | benchmark_header(run)
     if run.width:
         facts["width"] = run.width
     budget = budget_of(run.config)
@@ -122,9 +115,11 @@ def run(run: Run) -> None:
             "title": f"Pruning {run.config.model.name}",
             "version": __version__,
             "facts": _facts(rows),
-            "categories": run.family.categories,
-            "variants": [row | {"size": billions(row["params"])} for row in rows],
-            "num_prompts": len(run.scenes),
+            "label": run.benchmark.label,
+            "judged": judged,
+            "variants": [row.to_json() | {"size": billions(row.params)} for row in rows],
+            "num_prompts": len(run.prompts) // run.benchmark.images_per_prompt,
+            "images_per_prompt": run.benchmark.images_per_prompt,
             "intervals": "\n".join(_pruned(run, intervals)),
             "images": {
                 "samples": _embedded(folder / "samples.png"),

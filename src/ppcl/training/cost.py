@@ -10,7 +10,7 @@ import lightning as L
 import torch
 
 from ppcl.artifacts.files import write_json
-from ppcl.benchmarks.efficiency import LiveBytes
+from ppcl.efficiency import LiveBytes
 
 _MEASURED_STEP = 2  # of this process: gradients and optimiser states are there by then
 

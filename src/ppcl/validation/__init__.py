@@ -10,12 +10,14 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ppcl.benchmarks.base import benchmark_names
 from ppcl.config import Config, declared
 from ppcl.errors import UsageError
 from ppcl.stages import STAGES
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_streaming
 from ppcl.validation.outputs import (
     check_adapter,
+    check_benchmark,
     check_export,
     check_generate,
     check_import,
@@ -61,7 +63,7 @@ def check(config: Config) -> None:
     check_options(config)
     check_strategy(config)
     method, distill = config.method, config.distill
-    one_of("benchmark.name", config.benchmark.name, ("shapes",))
+    one_of("benchmark.name", config.benchmark.name, benchmark_names())
     one_of("method.rule", method.rule, ("lp", "lp_a", "lp_b", "cka_sensitivity"))
     resolve_precision(config)
     if config.probe.init == "zero" and not config.probe.train_steps:
@@ -140,3 +142,4 @@ def check(config: Config) -> None:
         check_lora(config)
     if "import_published" in config.stages:
         check_import(config)
+    check_benchmark(config)

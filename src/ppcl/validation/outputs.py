@@ -10,6 +10,7 @@ from typing import NoReturn
 from PIL import Image
 
 from ppcl.artifacts.files import check_safetensors
+from ppcl.benchmarks.base import load_benchmark
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.export.single_file import DTYPES, layouts
@@ -37,6 +38,13 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UsageError(f"generate.prompt_file={path} holds no prompt; write one a line.")
     return prompts
+
+
+def check_benchmark(config: Config) -> None:
+    """The benchmark's own settings, which its module knows; it is imported for nothing else yet."""
+    draws = {"generate", "evaluate", "report"} & set(config.stages) and not has_own_prompts(config)
+    if draws or config.benchmark.settings:
+        load_benchmark(config.benchmark.name, config.benchmark.settings)
 
 
 def check_generate(config: Config) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ppcl.artifacts.costs import Costs, Frontier, Overlap, Point, TeacherCost, Unit
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import projector_name
-from ppcl.benchmarks.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch, batch_numbers
+from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import denoising_step
 from ppcl.report.text import billions

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from ppcl.artifacts.scores import ComparedRow, ScoreRow, Scores
 from ppcl.config import SamplingConfig
 from ppcl.export.model_card import (
     Code,
@@ -142,14 +143,19 @@ def test_only_a_model_pruned_in_width_has_the_loud_label() -> None:
     assert text.index("COMFYUI") < text.index("```python")
 
 
-ROWS = [
-    {"name": "teacher", "scores": {"single_object": 1.0, "two_object": 0.5, "overall": 0.75}, "drop_percent": 0.0},
-    {"name": "ppcl-depth", "scores": {"single_object": 0.9, "two_object": 0.3, "overall": 0.6}, "drop_percent": 20.0},
-]
+def row(name: str, *scores: float) -> ScoreRow:
+    single, two, overall = scores
+    return ScoreRow(name, 4, 100, 1.0, 1.0, Scores({"single_object": single, "two_object": two}, overall), [], [], [])
+
+
+TEACHER = row("teacher", 1.0, 0.5, 0.75)
+ROWS = [ComparedRow.beside(TEACHER, item) for item in (TEACHER, row("ppcl-depth", 0.9, 0.3, 0.6))]
+EVALUATION = evaluation_section(ROWS, "share of pictures that show what the prompt asks for")
 
 
 def test_the_table_has_a_row_for_each() -> None:
-    lines = evaluation_section(ROWS).splitlines()
+    lines = EVALUATION.splitlines()
+    assert lines[0].startswith("Share of pictures that show what the prompt asks for, with equal prompts")
     assert lines[-4:] == [
         "| variant | single object | two object | overall | drop % |",
         "| --- | --- | --- | --- | --- |",
@@ -161,10 +167,10 @@ def test_the_table_has_a_row_for_each() -> None:
 def test_sections_are_replaced_and_the_rest_stays() -> None:
     empty = card()
     mine = empty.replace("kept layers of the base", "blocks I kept")
-    filled = with_section(with_section(mine, "evaluation", evaluation_section(ROWS)), "single file", "ONE\n")
+    filled = with_section(with_section(mine, "evaluation", EVALUATION), "single file", "ONE\n")
     assert "| `teacher` | 1.000" in filled
     assert filled.index("ONE") < filled.index("| `teacher`") < filled.index("blocks I kept")
-    assert with_section(filled, "evaluation", evaluation_section(ROWS)) == filled
+    assert with_section(filled, "evaluation", EVALUATION) == filled
     assert with_section(with_section(filled, "evaluation", ""), "single file", "") == mine
     assert with_section("# no sections\n", "evaluation", "text") == "# no sections\n"
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE_SIZE = 32
 OBJECT_SIZE = 8
@@ -156,6 +157,8 @@ def make_scene(seed: int, index: int, category: str | None = None, categories: S
 
 def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "batch 3 height width"]:
     """uint8 images `[H, W, 3]` to float32 in [-1, 1]."""
+    import torch  # here alone: checks of a configuration read this module without it
+
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return stacked.float() / 127.5 - 1.0
 

@@ -1,0 +1,112 @@
+"""What a benchmark is, and how it is found by its name. Importing this loads no torch.
+
+A benchmark takes two files: a module beside this one with one class of `Benchmark`, and `conf/benchmark/NAME.yaml`
+with `name: NAME`, the module's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from inspect import isabstract
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+
+import ppcl.benchmarks
+from ppcl.artifacts.scores import Scores
+from ppcl.errors import UsageError
+
+if TYPE_CHECKING:
+    from ppcl.config import Config
+    from ppcl.families.base import Family
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What pictures are drawn from and judged by.
+
+    `references` are what an edit model is given: PIL pictures as they are, or uint8 arrays `[H, W, 3]`, which are
+    enlarged to the size that the model draws, a cell for each pixel. `fact` is whatever the score needs to know.
+    """
+
+    text: str
+    category: str | None = None
+    references: Sequence[Image.Image | np.ndarray] = ()
+    fact: Any = None
+
+
+@dataclass(kw_only=True)
+class Benchmark(ABC):
+    """Prompts, and a score of the pictures drawn from them.
+
+    A benchmark is a dataclass of keywords: its fields are its settings, `benchmark.settings` in the configuration.
+
+    `label` says in the report, in the model card and in tables what the score is. `bounds` are the worst and the best
+    score; None where there are no such.
+    """
+
+    label: ClassVar[str] = "mean score"
+    bounds: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
+
+    images_per_prompt: int = 1
+
+    @abstractmethod
+    def prompts(self, family: Family, config: Config) -> list[Prompt]:
+        """The prompts for models of a family, each once, in an order that stays."""
+
+    @abstractmethod
+    def score(self, prompts: Sequence[Prompt], images: Iterable[Image.Image]) -> Scores:
+        """The score of RGB pictures, which are read one by one; `prompts` has the prompt of each of them."""
+
+    def fulfils(self, prompt: Prompt, image: Image.Image) -> bool | None:
+        """Whether an RGB picture shows what its prompt asks for; None where single pictures are not judged."""
+        return None
+
+    def given(self, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+        """What tells the given pictures from others, as a header holds it; nothing where none are given."""
+        pixels = [np.asarray(picture) for prompt in prompts for picture in prompt.references]
+        if not pixels:
+            return {}
+        digest = hashlib.sha256()
+        for array in pixels:
+            digest.update(f"{array.shape}{array.dtype}".encode() + array.tobytes())
+        return {"references": digest.hexdigest()[:16]}
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """Name and settings, as a header holds them."""
+        return {"name": type(self).__module__.rpartition(".")[2], "settings": asdict(self)}
+
+
+def benchmark_names() -> tuple[str, ...]:
+    """Every benchmark there is, by its file; none is imported."""
+    return tuple(sorted({found.name for found in iter_modules(ppcl.benchmarks.__path__)} - {"base"}))
+
+
+def load_benchmark(name: str, settings: Mapping[str, Any]) -> Benchmark:
+    """The benchmark of that name with `settings` for its fields; `UsageError` for those it does not have."""
+    module = import_module(f"ppcl.benchmarks.{name}")
+    own = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
+    declared = [item for item in own if issubclass(item, Benchmark) and not isabstract(item)]
+    if len(declared) != 1:
+        raise UsageError(
+            f"benchmark.name={name}: {module.__file__} must declare one Benchmark with prompts and score; it declares "
+            f"{len(declared)}."
+        )
+    try:
+        benchmark = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(declared[0]), dict(settings)))
+    except OmegaConfBaseException as error:
+        key = f".{error.full_key}" if getattr(error, "full_key", None) else ""
+        raise UsageError(f"benchmark.settings{key}: {str(error).splitlines()[0]}.") from None
+    assert isinstance(benchmark, Benchmark)
+    if benchmark.images_per_prompt < 1:  # the one setting that all benchmarks have
+        raise UsageError(f"benchmark.settings.images_per_prompt={benchmark.images_per_prompt} must be at least 1.")
+    return benchmark

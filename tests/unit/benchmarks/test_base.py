@@ -1,0 +1,164 @@
+"""Benchmarks found by the name of their file, with settings of their own; and scores as they are kept."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ppcl.benchmarks
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.scores import ComparedRow, ScoreRow, Scores
+from ppcl.benchmarks.base import Prompt, benchmark_names, load_benchmark
+from ppcl.benchmarks.shapes import Shapes
+from ppcl.config import Config
+from ppcl.errors import UsageError
+
+SOURCE = """
+from dataclasses import dataclass, field
+
+from ppcl.artifacts.scores import Scores
+from ppcl.benchmarks.base import Benchmark, Prompt
+
+
+@dataclass(kw_only=True)
+class Bright(Benchmark):
+    threshold: float
+    words: list[str] = field(default_factory=list)
+    images_per_prompt: int = 3
+
+    def prompts(self, family, config):
+        return [Prompt(word) for word in self.words]
+
+    def score(self, prompts, images):
+        return Scores({}, 0.5)
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a module where benchmarks are looked for."""
+    monkeypatch.setattr(ppcl.benchmarks, "__path__", [*ppcl.benchmarks.__path__, str(tmp_path)])
+
+    def written(source):
+        monkeypatch.delitem(sys.modules, "ppcl.benchmarks.bright", raising=False)
+        (tmp_path / "bright.py").write_text(source)
+
+    yield written
+    sys.modules.pop("ppcl.benchmarks.bright", None)
+
+
+def test_every_module_beside_base_is_one(write):
+    shipped = benchmark_names()
+    assert "shapes" in shipped
+    assert "base" not in shipped
+    write(SOURCE)
+    assert set(benchmark_names()) - set(shipped) == {"bright"}
+    assert isinstance(load_benchmark("shapes", {}), Shapes)
+
+
+def test_listing_and_refusing_import_none():
+    code = """
+import sys
+from ppcl.config import Config, ModelConfig
+from ppcl.errors import UsageError
+from ppcl.validation import check
+config = Config(name="x", stages=["generate"], model=ModelConfig(name="x", family="auto"))
+config.benchmark.name = "drawbench"
+try:
+    check(config)
+except UsageError as error:
+    print(error)
+print(sorted({"torch", "scipy", "ppcl.benchmarks.shapes"} & set(sys.modules)))
+from ppcl.benchmarks.base import load_benchmark
+load_benchmark("shapes", {})
+print("torch" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == [
+        f"benchmark.name=drawbench is not one of {', '.join(benchmark_names())}.",
+        "[]",
+        "False",
+    ]
+
+
+def test_settings_are_its_fields(write):
+    write(SOURCE)
+    benchmark = load_benchmark("bright", {"threshold": 0.25, "words": ["x"]})
+    expected = {"threshold": 0.25, "words": ["x"], "images_per_prompt": 3}
+    assert benchmark.made_from == {"name": "bright", "settings": expected}
+    assert [prompt.text for prompt in benchmark.prompts(None, Config())] == ["x"]
+    assert benchmark.fulfils(Prompt("x"), Image.new("RGB", (2, 2))) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        ({"treshold": 1.0}, ["benchmark.settings.treshold", "not in 'Bright'"]),
+        ({"threshold": "high"}, ["benchmark.settings.threshold", "'high'"]),
+        ({}, ["benchmark.settings.threshold", "mandatory"]),
+        ({"threshold": 1, "images_per_prompt": 0}, ["benchmark.settings.images_per_prompt=0", "at least 1"]),
+        ({"threshold": 1, "images_per_prompt": 1.5}, ["benchmark.settings.images_per_prompt", "1.5"]),
+    ],
+)
+def test_settings_it_does_not_have_are_refused_in_a_sentence(write, settings, fragments):
+    write(SOURCE)
+    with pytest.raises(UsageError) as caught:
+        load_benchmark("bright", settings)
+    assert [part for part in fragments if part not in str(caught.value)] == [], caught.value
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["", SOURCE.replace("def score", "def scores"), SOURCE + SOURCE.replace("Bright", "Other")]
+)
+def test_a_module_declares_one(write, source):
+    write(source)
+    with pytest.raises(UsageError, match=r"bright.py must declare one Benchmark with prompts and score; it declares"):
+        load_benchmark("bright", {"threshold": 1})
+
+
+def test_given_pictures_are_told_apart_by_their_pixels():
+    class Plain(Shapes):
+        given = Shapes.__base__.given
+
+    black, white = np.zeros((4, 4, 3), np.uint8), Image.new("RGB", (4, 4), "white")
+    assert Plain().given([Prompt("a")], Config()) == {}
+    one, other, both = (
+        Plain().given([Prompt("a", references=pictures)], Config()) for pictures in ([black], [white], [black, white])
+    )
+    assert len({one["references"], other["references"], both["references"]}) == 3
+    assert Plain().given([Prompt("b", references=[Image.fromarray(black)])], Config()) == one
+
+
+def test_the_mean_of_categories_counts_those_without_one_as_another():
+    scores = Scores.by_category(["a", "a", "b", None, None], [1, 0, 1, 0, 0])
+    assert scores == Scores({"a": 0.5, "b": 1.0}, 0.5)
+    assert Scores.by_category([None, None], [1, 0]).to_json() == {"overall": 0.5}
+
+
+def row(name="teacher", overall=0.8, params=10):
+    return ScoreRow(name, 6, params, 1.5, 2.5, Scores({"a": overall}, overall), ["blocks.1-2"], [], [])
+
+
+def test_a_row_is_read_as_it_was_written(tmp_path):
+    path, header = tmp_path / "teacher.json", Header("ppcl.scores", {"images": "0"})
+    row().save(path, header)
+    assert ScoreRow.load(path) == row()
+    content = json.loads(path.read_text())
+    assert list(content)[:5] == ["format", "version", "fingerprint", "made_from", "name"]
+    assert content["scores"] == {"a": 0.8, "overall": 0.8}
+    for key in ("scores", "params"):
+        path.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
+        with pytest.raises(UsageError, match="holds no scores"):
+            ScoreRow.load(path)
+
+
+def test_a_worse_score_is_a_drop_also_below_zero():
+    teacher = row()
+    assert ComparedRow.beside(teacher, row("ppcl-depth", 0.6, 5)).drop_percent == pytest.approx(25)
+    assert ComparedRow.beside(teacher, row("ppcl-depth", 0.6, 5)).params_ratio == 0.5
+    assert ComparedRow.beside(row(overall=-2.0), row("ppcl-depth", -3.0)).drop_percent == pytest.approx(50)
+    assert ComparedRow.beside(row(overall=0.0), row("ppcl-depth", 0.5)).drop_percent == 0
