@@ -93,11 +93,17 @@ class ModelConfig:
 
 @dataclass
 class IntervalsConfig:
-    """A list per block stack, or `source`: `detect` (this run's detection) or `plan` (the file `path`)."""
+    """Intervals by name or a list per block stack, or `source`: `detect` (this run's detection), `plan` (file `path`).
+
+    `names`: `STACK.U-V` each, such as `transformer_blocks.3-5` or `encoder.blocks.5-7`, of any stack that the model
+    has, as files, logs and `distill.intervals` name them. The two stacks that most models have can be given as keys
+    of their own instead.
+    """
 
     source: str = option("detect", choices=("detect", "plan"))
     path: str | None = None
     family: str | None = None
+    names: list[str] | None = None
     transformer_blocks: list[list[int]] | None = None
     single_transformer_blocks: list[list[int]] | None = None
     remark: str | None = None
@@ -121,11 +127,14 @@ class WidthConfig:
     `num_ffn` FFNs that are most nearly linear.
     `text_output`: `last` keeps one output projector per run of text-pruned blocks, which reads the text of the
     run's reference; `each` one per block, which reads the text of the block before it.
+    `names`: the sets of `given` by name, `STACK.N.text` and `STACK.N.ffn` each, of any stack that the model has; the
+    two stacks that most models have can be given as keys of their own instead.
     """
 
     source: str = option("none", choices=("none", "given", "plan", "auto"))
     path: str | None = None
     family: str | None = None
+    names: list[str] | None = None
     transformer_blocks: WidthSet = field(default_factory=WidthSet)
     single_transformer_blocks: WidthSet = field(default_factory=WidthSet)
     text_threshold: float = 0.999

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ppcl.artifacts.plan import Interval
@@ -13,6 +13,17 @@ def kept_layers(num_layers: int, intervals: Iterable[Interval]) -> list[int]:
     """Teacher indices that remain when each [u, v] becomes one block in the place of u."""
     removed = {index for u, v in intervals for index in range(u + 1, v + 1)}
     return [index for index in range(num_layers) if index not in removed]
+
+
+def check_counts(keys: Mapping[str, str], counts: Mapping[str, int]) -> None:
+    """Stacks whose blocks one config key counts have equally many; `keys` and `counts` are by stack."""
+    for stack, key in keys.items():
+        for other in keys:
+            if keys[other] == key and counts[other] != counts[stack]:
+                raise UsageError(
+                    f"{stack} is left with {counts[stack]} blocks and {other} with {counts[other]}, and the model's "
+                    f"config has one {key} for both: prune as many blocks of either."
+                )
 
 
 @dataclass(frozen=True)

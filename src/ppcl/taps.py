@@ -61,8 +61,40 @@ class BlockCall:
         return self.stack, self.index
 
 
+class NotedInputs(dict[str, Any]):
+    """A forward's inputs that note which of them a family asks for, to find streams by."""
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        super().__init__(inputs)
+        self._noted: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._noted.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401 - this is what `get` is
+
+    def asked_for(self) -> dict[str, Any]:
+        return {key: self[key] for key in sorted(self._noted)}
+
+
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Leaves the transformer's forward from inside a hook."""
+
+
+def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, to repeat the call with.
+
+    What a block takes as `*args` has no name and is left out: blocks take so what only others of their kind read.
+    """
+    named = {**signature.bind(*args, **kwargs).arguments}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            named.pop(name, None)
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 @contextmanager
@@ -79,7 +111,7 @@ def _hooked(
 
         def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             if args:  # many models pass arguments by position, and so does gradient checkpointing
-                kwargs = {**signature.bind(*args, **kwargs).arguments}
+                kwargs = _by_name(signature, args, kwargs)
             inputs = inputs_now()
             before = family.streams_in(stack, kwargs, inputs)
             on_block(BlockCall(stack, index, kwargs, before, family.streams_out(stack, output, inputs)))
@@ -104,7 +136,7 @@ def observe(
     on_block: Callable[[BlockCall], None],
     *,
     last: BlockKey | None = None,
-) -> Tensor | None:
+) -> Any:
     """Run the transformer and call `on_block` after each block, in order of execution.
 
     After the block `last` the forward ends early and None is returned; else the model's output.
@@ -144,7 +176,7 @@ def _check_room(call: BlockCall, more: int, size_keys: str) -> None:
 def observe_abreast(
     family: Tapped,
     transformer: nn.Module,
-    inputs: Sequence[dict[str, Any]],
+    inputs: Sequence[Mapping[str, Any]],
     *,
     last: BlockKey | None = None,
     size_keys: str = "the number of samples",

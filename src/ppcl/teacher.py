@@ -72,11 +72,12 @@ class TeacherModel:
         source = model_folder(model) or model.path
         assert source is not None, "checked in validation"
         try:
-            left_out: dict[str, Any] = {}
+            index = DiffusionPipeline.load_config(source, revision=model.revision)
+            components = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+            # diffusers wants to be told so of a folder that is without.
+            left_out: dict[str, Any] = {name: None for name, entry in components.items() if entry == [None, None]}
             if self.config.data.name != "shapes" and not any(STAGES[stage].encoders for stage in self.config.stages):
-                index = DiffusionPipeline.load_config(source, revision=model.revision)
-                components = {name for name, entry in index.items() if isinstance(entry, list)}
-                left_out = dict.fromkeys(components - {"transformer", "scheduler"})
+                left_out = dict.fromkeys(components.keys() - {"transformer", "scheduler"})
             if model.streaming:
                 left_out["transformer"] = self._streamed_transformer(source)
             pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, dtype=self.dtype, **left_out)

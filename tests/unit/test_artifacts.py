@@ -6,8 +6,8 @@ import torch
 
 from ppcl.artifacts.files import atomic_folder, atomic_path, check_safetensors, read_json, write_json
 from ppcl.artifacts.headers import Header, fingerprint, first_difference, is_current
-from ppcl.artifacts.plan import PruningPlan
-from ppcl.artifacts.plugs import Plug, load_plugs
+from ppcl.artifacts.plan import PruningPlan, plug_name, projector_name, read_plug_name, read_projector_name
+from ppcl.artifacts.plugs import Plug, Projector, load_plugs, load_projectors
 from ppcl.artifacts.probes import Probes
 from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.errors import UsageError
@@ -282,3 +282,19 @@ def test_a_plan_of_another_shape_is_refused(tmp_path, intervals):
     path.write_text(json.dumps({"family": "f", "num_layers": {}, "intervals": intervals}))
     with pytest.raises(UsageError, match=r"plan\.json is not a pruning plan"):
         PruningPlan.load(path)
+
+
+@pytest.mark.parametrize(
+    "stack", ["blocks", "encoder.blocks", "stages.0.blocks", "parts.a-b.blocks", "parts.2-1.blocks"]
+)
+def test_names_of_plugs_and_projectors_read_back_whatever_the_stack(tmp_path, stack):
+    assert read_plug_name(plug_name(stack, (3, 14))) == (stack, (3, 14))
+    assert read_projector_name(projector_name(stack, 37, "text")) == (stack, 37, "text")
+    assert read_plug_name(projector_name(stack, 37, "ffn")) is None
+    assert read_projector_name(plug_name(stack, (3, 14))) is None
+    student = replace(plug(), stack=stack)
+    projector = Projector(student.header, stack, {"weight": torch.ones(2, 2)}, {}, 2, "ffn", None, None)
+    for item in (student, projector):
+        item.save(tmp_path)
+    assert list(load_plugs(tmp_path)) == [student.name]
+    assert list(load_projectors(tmp_path)) == [projector.name]

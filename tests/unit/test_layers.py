@@ -3,7 +3,7 @@
 import pytest
 
 from ppcl.errors import UsageError
-from ppcl.layers import check_width_sets, references
+from ppcl.layers import check_counts, check_width_sets, references
 
 KEPT = [0, 1, 3, 5, 6, 8]  # 2, 4 and 7 went with intervals
 
@@ -63,3 +63,10 @@ def test_sets_that_do_not_fit_are_told_by_stack_kind_and_block(text, ffn, messag
 def test_the_message_starts_with_where_the_sets_were_given():
     with pytest.raises(UsageError, match=r"^projectors\.single_blocks\.ffn: block 2 "):
         check_width_sets("single_blocks", [0, 1], [], [2], "projectors")
+
+
+def test_stacks_that_one_config_key_counts_keep_as_many_blocks():
+    keys = {"noise_refiner": "n_refiner_layers", "context_refiner": "n_refiner_layers", "layers": "n_layers"}
+    check_counts(keys, {"noise_refiner": 1, "context_refiner": 1, "layers": 5})
+    with pytest.raises(UsageError, match="noise_refiner is left with 1 blocks and context_refiner with 2, and"):
+        check_counts(keys, {"noise_refiner": 1, "context_refiner": 2, "layers": 5})

@@ -172,3 +172,26 @@ def test_abreast_gradients_are_the_callers(family, transformer, make_batch):
     with torch.no_grad():
         _, call = next(abreast(family, transformer, [make_batch()]))
     assert not call.outputs["image"].requires_grad
+
+
+@torch.no_grad()
+def test_arguments_without_a_name_do_not_hinder_a_repeated_call(make_linear_teacher):
+    """Blocks that take `*args` and `**kwargs` beside what they read, as HunyuanVideo's do."""
+
+    class Wide(torch.nn.Module):
+        def forward(self, hidden_states, scale=1, *args, **kwargs):
+            return hidden_states * scale + kwargs.get("shift", 0)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Wide()])
+
+        def forward(self, hidden_states):
+            return (self.blocks[0](hidden_states, 2, None, 16, shift=1),)
+
+    family, _, _ = make_linear_teacher([0.1])
+    model, x, calls = Model(), torch.ones(1, 2, 2), []
+    observe(family, model, {"hidden_states": x}, calls.append)
+    assert calls[0].kwargs == {"hidden_states": x, "scale": 2, "shift": 1}
+    assert torch.equal(model.blocks[0](**calls[0].kwargs), calls[0].outputs["image"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,18 @@ def removal_name(stack: str, interval: Interval) -> str:
 def projector_name(stack: str, index: int, kind: str) -> str:
     """`transformer_blocks.37.text`, `transformer_blocks.2.ffn`."""
     return f"{stack}.{index}.{kind}"
+
+
+def read_plug_name(name: str) -> tuple[str, Interval] | None:
+    """Stack and interval of `plug_name`; None for what is no such name. A stack may have dots and numbers itself."""
+    found = re.fullmatch(r"(.+)\.(\d+)-(\d+)", name)
+    return (found[1], (int(found[2]), int(found[3]))) if found else None
+
+
+def read_projector_name(name: str) -> tuple[str, int, str] | None:
+    """Stack, block and kind of `projector_name`; None for what is no such name."""
+    found = re.fullmatch(r"(.+)\.(\d+)\.(text|ffn)", name)
+    return (found[1], int(found[2]), found[3]) if found else None
 
 
 @dataclass

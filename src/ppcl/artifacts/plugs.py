@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header
-from ppcl.artifacts.plan import Interval, plug_name, projector_name
+from ppcl.artifacts.plan import Interval, plug_name, projector_name, read_plug_name, read_projector_name
 from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.errors import UsageError
 
@@ -114,11 +114,11 @@ class Projector(_Pluggable):
 
 def load_plugs(folder: Path) -> dict[str, Plug]:
     """Every complete student in `folder`, by name, in the order of the blocks."""
-    plugs = [Plug.load(record) for record in folder.glob("*.*-*.json")]
+    plugs = [Plug.load(record) for record in folder.glob("*.*-*.json") if read_plug_name(record.stem)]
     return {plug.name: plug for plug in sorted(plugs, key=lambda plug: (plug.stack, plug.interval))}
 
 
 def load_projectors(folder: Path) -> dict[str, Projector]:
     """Every complete projector in `folder`, by name, in the order of the blocks."""
-    found = [Projector.load(record) for kind in ("text", "ffn") for record in folder.glob(f"*.*.{kind}.json")]
+    found = [Projector.load(record) for record in folder.glob("*.*.*.json") if read_projector_name(record.stem)]
     return {item.name: item for item in sorted(found, key=lambda item: (item.stack, item.index, item.kind))}

@@ -66,6 +66,9 @@ class _StoredProbes(Mapping[str, Tensor]):
         with safe_open(self.folder / f"{key}.safetensors", framework="pt") as handle:
             return handle.get_tensor(self.part)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.names  # a mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

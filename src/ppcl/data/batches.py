@@ -17,26 +17,32 @@ from ppcl.ops.losses import Average, own
 from ppcl.parallel import mean
 
 
+def unchanged(output: Any) -> Tensor:
+    """The output of a model that returns one tensor."""
+    return output
+
+
 @dataclass
 class TrainingBatch:
     """`inputs` go to the transformer's forward as they are; `target` is what `prediction` of its output should be.
 
-    `divided`: whether other ranks have more rows of it.
+    `divided`: whether other ranks have more rows of it. `as_tensor`: what makes one tensor of the output.
     """
 
     inputs: dict[str, Any]
-    target: Tensor  # [B, tokens, C], or [B, C, H, W] of a model that takes pictures
+    target: Tensor  # [B, tokens, C], or [B, C, ...] of a model that takes pictures or videos
     sigmas: Float[Tensor, " batch"]
     divided: bool = False
+    as_tensor: Callable[[Any], Tensor] = unchanged
 
     @property
     def average(self) -> Average:
         """What makes a number of these rows one of the whole batch."""
         return mean if self.divided else own
 
-    def prediction(self, output: Tensor) -> Tensor:
+    def prediction(self, output: Any) -> Tensor:
         """What comes first in an output: behind it stand tokens of a given picture, or predicted variances."""
-        return output[:, : self.target.shape[1]]
+        return self.as_tensor(output)[:, : self.target.shape[1]]
 
 
 def batch_numbers(batch_size: int, start: int, stop: int) -> range:

@@ -8,7 +8,7 @@ same in every step (rotations) lies in a shard once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,15 @@ TRAIN, HELD_OUT = "train", "heldout"
 
 @dataclass
 class Boundary:
-    """One call: block u's keyword arguments, block v's streams `[B, tokens, D]`, and which tokens count."""
+    """One call: block u's keyword arguments, block v's streams `[B, tokens, D]`, and which tokens count.
+
+    `inputs`: what of the whole forward's inputs the family finds streams by, where it needs some.
+    """
 
     kwargs: dict[str, Any]
     outputs: Streams
     masks: dict[str, Tensor | None]
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Boundary:
         return Boundary(**move_data_to_device(vars(self), device))
@@ -103,6 +107,8 @@ class BoundaryWriter:
 
     def add(self, boundary: Boundary, sigmas: Tensor) -> None:
         content = {**vars(boundary), "sigmas": sigmas}
+        if not boundary.inputs:
+            del content["inputs"]
         names: dict[tuple, str] = {}  # a mask is both an argument and one of the masks
 
         def keep(path: str, tensor: Tensor) -> str:

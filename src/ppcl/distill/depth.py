@@ -137,5 +137,5 @@ class DepthFromBoundaries(DepthDistillation):
 
     def each_loss(self, batch: Any, visit: Callable[[int, Terms], None]) -> None:
         for number, part in enumerate(batch.parts):
-            student = self._call_student(*self.pairs[number], part.kwargs, {})
+            student = self._call_student(*self.pairs[number], part.kwargs, part.inputs)
             visit(number, with_loss(*self.output_terms(student, part.outputs, part.masks, batch.average)))

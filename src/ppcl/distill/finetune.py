@@ -110,6 +110,7 @@ class FineTune(ManualOptimization):
             errors = [
                 relative_error(features[here], wanted[its], average=batch.average)
                 for here, its in self.stands_for.items()
+                if here in features and its in wanted
             ]
             terms["feature"] = torch.stack(errors).mean()
         return terms | {"loss": torch.stack([weights[key] * value for key, value in terms.items()]).sum()}
@@ -121,10 +122,10 @@ class FineTune(ManualOptimization):
             return batch.prediction(model(**batch.inputs)[0]), features
 
         def keep(call: BlockCall) -> None:
-            features[call.key] = call.outputs["image"]
+            if "image" in call.outputs:  # blocks of some stacks have text alone
+                features[call.key] = call.outputs["image"]
 
         velocity = observe(self.family, model, batch.inputs, keep)
-        assert velocity is not None
         return batch.prediction(velocity), features
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.data.batches import TrainingBatch
+from ppcl.errors import UsageError
 from ppcl.export.quantized import BITS, torchao_tensor
 from ppcl.families.base import Family
 from ppcl.ops.rounding import InputMoments, best_weight, damped, round_least_squares, spanning_grid
@@ -36,12 +37,21 @@ class _Flow:
     def into(cls, family: Family, model: nn.Module, batch: TrainingBatch) -> _Flow:
         """In front of the first block."""
         flow = cls(batch.inputs, family.masks(batch.inputs), {}, {}, {})
+        before: Streams = {}
 
         def keep(call: BlockCall) -> None:
+            nonlocal before
             flow.streams = flow.streams or call.inputs
             slots = {
                 name: key for name, value in call.inputs.items() for key in call.kwargs if call.kwargs[key] is value
             }
+            if slots.keys() != call.inputs.keys() or (flow.slots and not call.inputs.keys() <= before.keys()):
+                raise UsageError(
+                    "quantize.rounding=least_squares follows streams from block to block, and block "
+                    f"{call.stack}.{call.index} takes joined ones, or one that no block gave: use "
+                    "quantize.rounding=nearest."
+                )
+            before = call.outputs
             flow.slots[call.key] = slots
             flow.calls[call.key] = {key: value for key, value in call.kwargs.items() if key not in slots.values()}
 

@@ -71,7 +71,7 @@ def parts_of(layout: SingleFile, names: Iterable[str]) -> list[Part]:
         return [Part(name, (name,)) for name in sorted(names, key=_in_order)]
     tables = [("", "", layout.outer)]
     for stack, (renamed, modules) in layout.blocks.items():
-        indices = {int(name.split(".")[1]) for name in names if name.startswith(f"{stack}.")}
+        indices = {int(n.removeprefix(f"{stack}.").partition(".")[0]) for n in names if n.startswith(f"{stack}.")}
         tables += [(f"{renamed}.{index}.", f"{stack}.{index}.", modules) for index in sorted(indices)]
     parts = []
     for prefix, source_prefix, modules in tables:

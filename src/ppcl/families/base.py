@@ -82,7 +82,8 @@ class Family(ABC):
             (stack, index): block for stack in self.stacks for index, block in enumerate(stack_of(transformer, stack))
         }
 
-    # Taps: streams are named `image` and `text`.
+    # Taps: streams are named `image` and `text`. A stack need not have both; one that has a stream has it at the same
+    # tokens as the other stacks.
 
     @abstractmethod
     def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
@@ -133,12 +134,21 @@ class Family(ABC):
         """Noise `latents` `[B, N, C]` at levels `sigmas` `[B]`, as a forward call and its target."""
         noisy = flow_matching.interpolate(latents, noise, sigmas)
         inputs = self.forward_inputs(noisy, conditions, sigmas, size)
-        return TrainingBatch(inputs, flow_matching.velocity(latents, noise), sigmas)
+        return TrainingBatch(inputs, flow_matching.velocity(latents, noise), sigmas, as_tensor=self.as_tensor)
+
+    def as_tensor(self, output: Any) -> Tensor:
+        """What the transformer returns first, as one tensor of the latents' form; most return it so."""
+        return output
 
     def initialize(self, transformer: Any) -> None:  # noqa: B027 - most train as diffusers draws them
         """Ready an untrained transformer for its training."""
 
     # Drawing.
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws pictures: it then says how its pipeline is called."""
+        return type(self).sampling_arguments is not Family.sampling_arguments
 
     @property
     def world(self) -> ModuleType:
@@ -209,5 +219,6 @@ class DualStreamFamily(Family):
     def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
         return {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}
 
-    def streams_out(self, stack: str, output: tuple[Tensor, Tensor], inputs: Mapping[str, Any]) -> Streams:
-        return {"image": output[1], "text": output[0]}
+    def streams_out(self, stack: str, output: tuple[Tensor | None, Tensor], inputs: Mapping[str, Any]) -> Streams:
+        text, image = output  # the last block of some models returns no text
+        return {"image": image} if text is None else {"image": image, "text": text}

@@ -42,7 +42,7 @@ class FamilyFacts:
             counts its blocks.
         `text_stacks`: stacks whose blocks have a text stream of their own that can be pruned.
         `first_block`: blocks before this one stay the teacher's.
-        `last_blocks`: so many blocks at the end of each stack stay the teacher's.
+        `last_blocks`: so many blocks at the end of each stack stay the teacher's, being of another structure.
         `residuals`: argument of the forward that brings a ControlNet's residuals, per stack.
         `repeated_residuals`: stacks whose residuals start again from the first where they are too few.
         `modulations`: parts of the names of matrices in blocks that Muon is not made for.

@@ -33,7 +33,7 @@ def _tokens(batch: TrainingBatch, output: Tensor) -> Tensor:
 class CkaSensitivity(Method):
     """Rank blocks by CKA(output, output without the block) and remove the `num_remove` highest.
 
-    Block 0 of a stack stays: no block before it could stand for it.
+    Block 0 of a stack stays: no block before it could stand for it. So do those that are always the teacher's.
     """
 
     @torch.no_grad()
@@ -50,11 +50,13 @@ class CkaSensitivity(Method):
                     similarity = self._without(teacher, stack, blocks, index, batch, full)
                     sums[stack, index] = sums.get((stack, index), 0.0) + similarity
         scores = {key: total / count for key, total in sums.items()}
-        end = self.config.end
+        end, facts = self.config.end, teacher.family.facts
+        count_of = {stack: len(stack_of(teacher.transformer, stack)) for stack in teacher.family.stacks}
         candidates = [
             (stack, index)
             for stack, index in scores
-            if max(teacher.family.facts.first_block, self.config.start) + 1 <= index and (end is None or index <= end)
+            if max(facts.first_block, self.config.start) + 1 <= index < count_of[stack] - facts.last_blocks
+            and (end is None or index <= end)
         ]
         assert self.config.num_remove is not None, "checked in config.check"
         if self.config.num_remove > len(candidates):

@@ -102,6 +102,8 @@ def extend_ends(intervals: Sequence[Interval], last: int, which: Sequence[int] |
 class SurrogateCurves:
     """Means over samples and noise levels of cka(u, k) (Eq. 3), for every stack, stream and u <= k.
 
+    NaN where block u does not put the stream out, or where the stream ends before k.
+
     In float32: similarities are then right to 1e-6, also where single channels are a thousand times as large as
     others, and on most GPUs float64 is a sixtieth as fast.
     """
@@ -139,7 +141,7 @@ class SurrogateCurves:
     def _row(
         self, stack: str, u: int, stream: str, features: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> Tensor:
-        """Sums over all samples of cka(u, k), for k from u on."""
+        """Sums over all samples of cka(u, k), for k from u on; NaN from where the stream ends."""
         pairs = list(zip(features, masks, strict=True))
         centred = (centre(each.to(self.precision), mask) for each, mask in pairs)
         of_chain: Callable[[Tensor], Tensor]
@@ -151,16 +153,33 @@ class SurrogateCurves:
         values = [torch.tensor(float(sum(map(len, features))), dtype=torch.float64)]
         chain: Tensor | None = None
         for k in range(u + 1, self.num_layers[stack]):
-            step = self._map(f"{stack}.{k}.{stream}").to(features[0].device)
+            if (key := f"{stack}.{k}.{stream}") not in self.weights:
+                break
+            step = self._map(key).to(features[0].device)
             chain = step if chain is None else chain @ step
             values.append(of_chain(chain).sum().cpu())
-        return torch.stack(values)
+        return pad(torch.stack(values), (0, self.num_layers[stack] - u - len(values)), value=torch.nan)
+
+    def streams(self, stack: str) -> list[str]:
+        """The streams of a stack, by name."""
+        return sorted(name for s, name in self.sums if s == stack)
 
     def mean(self, stack: str, stream: str) -> Tensor:
-        """cka `[M, M]` of a stream, or the mean of all streams; NaN below the diagonal."""
-        chosen = [total / self.counts[s, name] for (s, name), total in self.sums.items() if s == stack and
-                  stream in (name, "mean")]  # fmt: skip
-        return torch.stack(chosen).mean(dim=0)
+        """cka `[M, M]` of a stream, or the mean of those that are there; NaN below the diagonal.
+
+        `stream` is one of the stack's, or `mean`; a stack without it is taken by its mean.
+        """
+        names = self.streams(stack)
+        chosen = [self.sums[stack, n] / self.counts[stack, n] for n in names if stream == n or stream not in names]
+        if not chosen:  # a stack without blocks
+            return torch.full((self.num_layers[stack], self.num_layers[stack]), torch.nan, dtype=torch.float64)
+        return torch.stack(chosen).nanmean(dim=0)
+
+
+def blocks_with(table: Tensor) -> range:
+    """The blocks from the first to the last that a stream, or a mean of some, goes through; it begins and ends once."""
+    found = table.diagonal().isfinite().nonzero().flatten().tolist()
+    return range(found[0], found[-1] + 1) if found else range(0)
 
 
 def _by_covariance(centred: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -202,17 +221,25 @@ class Ppcl(Method):
                     outputs = []
         intervals: Intervals = {}
         scores: dict[str, dict[str, float]] = {}
-        settings = replace(self.config, start=max(self.config.start, teacher.family.facts.first_block))
+        facts = teacher.family.facts
         for stack, count in layers.items():
             table = curves.mean(stack, self.config.stream)
+            there, stop = blocks_with(table), count - facts.last_blocks
+            if self.config.end is not None:
+                stop = min(stop, self.config.end + 1)
+            settings = replace(
+                self.config, start=max(self.config.start, facts.first_block, there.start), end=min(stop, there.stop) - 1
+            )
 
             def curve(u: int, k: int, table: Tensor = table) -> float:
                 return table[u, k].item()
 
             intervals[stack] = find_intervals(curve, count, settings)
             scores[stack] = {f"{u}-{v}": curve(u, v) for u, v in intervals[stack]}
-        streams = [*sorted({name for _, name in curves.sums}), "mean"]
-        nested = {stack: {name: _rows(curves.mean(stack, name)) for name in streams} for stack in layers}
+        nested = {
+            stack: {name: _rows(curves.mean(stack, name)) for name in [*curves.streams(stack), "mean"]}
+            for stack in layers
+        }
         return Detection(intervals, {"cka": scores}, nested)
 
 

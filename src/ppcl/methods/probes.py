@@ -26,12 +26,14 @@ Pair = tuple[int, str, Tensor, Tensor]
 def pairs(family: Family, transformer: nn.Module, batches: Sequence[TrainingBatch]) -> Iterator[Pair]:
     """Every block's input rows x and what it adds to them dx, per stream: `(batch's number, key, x, dx)`.
 
-    Block by block, and all batches of a block one after another.
+    Block by block, and all batches of a block one after another. A stream that begins or ends at a block is not its.
     """
     masks = [family.masks(batch.inputs) for batch in batches]
     inputs = [batch.inputs for batch in batches]
     for number, call in observe_abreast(family, transformer, inputs, size_keys="probe.batch_size or probe.num_batches"):
         for stream, before in call.inputs.items():
+            if stream not in call.outputs:
+                continue
             x = valid(before, masks[number][stream])
             dx = valid(call.outputs[stream], masks[number][stream]) - x
             yield number, f"{call.stack}.{call.index}.{stream}", x, dx

@@ -16,15 +16,17 @@ MAP_TOKENS = 256
 @torch.no_grad()
 def similarity_maps(
     family: Family, transformer: torch.nn.Module, batch: TrainingBatch, *, top_channels: int = 0
-) -> dict[str, list[list[float]]]:
+) -> dict[str, list[list[float | None]]]:
     """CKA between every two blocks' outputs, per stream (paper Fig. 5), averaged over the batch.
 
+    By the blocks of all stacks in order of execution; None for those that do not put the stream out.
     Of at most `MAP_TOKENS` tokens, evenly spaced: the similarities of every block are held at once.
     `top_channels` leaves out that many channels of most variance per block: a few massive ones can make
     blocks look alike that are not.
     """
     masks = family.masks(batch.inputs)
-    grams: dict[str, list[Tensor]] = {}
+    grams: dict[str, dict[int, Tensor]] = {}
+    places = {key: place for place, key in enumerate(family.blocks(transformer))}
 
     def on_block(call: BlockCall) -> None:
         for stream, features in call.outputs.items():
@@ -36,11 +38,13 @@ def similarity_maps(
                 centred = centred[..., variance.argsort()[: len(variance) - top_channels]]
             gram = centred @ centred.mT  # [B, N, N]
             unit = gram / gram.square().sum(dim=(1, 2), keepdim=True).sqrt()
-            grams.setdefault(stream, []).append(unit.flatten(1).float())
+            grams.setdefault(stream, {})[places[call.key]] = unit.flatten(1).float()
 
     observe(family, transformer, batch.inputs, on_block)
-    maps = {}
+    maps: dict[str, list[list[float | None]]] = {}
     for stream, units in grams.items():
-        stacked = torch.stack(units, dim=1)  # [B, M, N * N]
-        maps[stream] = (stacked @ stacked.mT).mean(dim=0).tolist()
+        stacked = torch.stack([*units.values()], dim=1)  # [B, M, N * N]
+        found = (stacked @ stacked.mT).mean(dim=0).tolist()
+        rows = dict(zip(units, (dict(zip(units, row, strict=True)) for row in found), strict=True))
+        maps[stream] = [[rows.get(i, {}).get(j) for j in places.values()] for i in places.values()]
     return maps

@@ -70,16 +70,16 @@ def interval_curves(path: Path, curve: list[list[float | None]], intervals: list
     save_figure(figure, path)
 
 
-def similarity_maps(path: Path, maps: dict[str, list[list[float]]]) -> None:
-    """CKA between every two blocks' outputs, a panel per map, two to a row."""
+def similarity_maps(path: Path, maps: dict[str, list[list[float | None]]]) -> None:
+    """CKA between every two blocks' outputs, a panel per map, two to a row; None is left white."""
     columns = min(2, len(maps))
     rows = -(-len(maps) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.8 + 4.2 * columns, 4.2 * rows), squeeze=False)
-    lowest = min(min(min(row) for row in table) for table in maps.values())
+    lowest = min(value for table in maps.values() for row in table for value in row if value is not None)
     for axis in axes.flat[len(maps) :]:
         axis.remove()
     for axis, (name, table) in zip(axes.flat, maps.items(), strict=False):
-        drawn = axis.imshow(table, origin="lower", cmap="viridis", vmin=lowest, vmax=1.0)
+        drawn = axis.imshow(np.array(table, dtype=float), origin="lower", cmap="viridis", vmin=lowest, vmax=1.0)
         axis.set(title=name, xlabel="block", ylabel="block")
         axis.grid(visible=False)
         for side in (axis.xaxis, axis.yaxis):

@@ -24,7 +24,7 @@ from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, Bou
 from ppcl.distill.boundaries import boundaries_folder, boundaries_header, held_out_steps, num_stored
 from ppcl.errors import UsageError
 from ppcl.surgery.depth import student_block
-from ppcl.taps import observe_abreast, stack_of
+from ppcl.taps import NotedInputs, observe_abreast, stack_of
 
 MARGIN = 1.05  # of the estimate, that must be free
 
@@ -79,11 +79,12 @@ def _write_steps(
     """One pass of the teacher, to the last interval's end, for a few steps at once."""
     starts = {(stack, pair[0]): (stack, pair[1]) for stack, pair in pairs}
     masks = [run.family.masks(batch.inputs) for batch in batches]
+    inputs = [NotedInputs(batch.inputs) for batch in batches]
     waiting: dict[Any, dict[str, Any]] = {}
     calls = observe_abreast(
         run.family,
         run.teacher.pipeline.transformer,
-        [batch.inputs for batch in batches],
+        inputs,
         last=pairs_keys(pairs)[-1],
         size_keys="distill.batch_size",
     )
@@ -91,7 +92,9 @@ def _write_steps(
         if call.key in starts:
             waiting[number, starts[call.key]] = call.kwargs
         if call.key in writers:
-            boundary = Boundary(waiting.pop((number, call.key)), call.outputs, masks[number])
+            boundary = Boundary(
+                waiting.pop((number, call.key)), call.outputs, masks[number], inputs[number].asked_for()
+            )
             writers[call.key].add(boundary, batches[number].sigmas)
 
 

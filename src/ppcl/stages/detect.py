@@ -64,7 +64,8 @@ def run(run: Run) -> None:
     curves = {"method": method.name, "cka": found.curves, "delta": _deltas(found.curves), "similarity": maps}
     write_json(folder / "curves.json", curves)
     for stack, streams in found.curves.items():
-        plots.interval_curves(folder / f"curves_{stack}.png", streams[method.stream], found.intervals[stack])
+        drawn = streams.get(method.stream, streams["mean"])
+        plots.interval_curves(folder / f"curves_{stack}.png", drawn, found.intervals[stack])
     plots.similarity_maps(folder / "similarity.png", {f"{name} stream": table for name, table in maps.items()})
     plan.save(run.plan_path)
     show_plan(run, plan)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
 
@@ -74,7 +75,9 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     chosen = select_ffn(errors, config.num_ffn)
 
     batches = _calibration(run, 0, min(4, stop), "text similarity") if family.facts.text_stacks else ()
-    maps = [torch.tensor(similarity_maps(family, teacher, batch)["text"]) for batch in batches]
+    maps = [
+        torch.from_numpy(np.array(similarity_maps(family, teacher, batch)["text"], np.float32)) for batch in batches
+    ]
     table = torch.stack(maps).mean(dim=0) if maps else torch.empty(0)  # over the blocks of all stacks
     rows = {key: row for row, key in enumerate(family.blocks(teacher))}
     width: Width = {}

@@ -18,15 +18,14 @@ def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
     """
     from peft import LoraConfig
 
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(tuple(f"{stack}." for stack in family.stacks))
-    ]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = [name for name in linear if name.startswith(tuple(f"{stack}." for stack in family.stacks))]
+    # PEFT would also take `encoder.blocks.0.ff` for the target `blocks.0.ff`.
+    others = [name for name in linear if name not in targets and name.endswith(tuple(f".{end}" for end in targets))]
     adapted: Any = model.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, exclude_modules=others or None))
 
 
 def merge_lora(model: Any, pipeline: Any, folder: Path) -> None:

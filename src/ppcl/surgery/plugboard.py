@@ -18,7 +18,7 @@ from ppcl.artifacts.plan import Intervals, plug_name, removal_name
 from ppcl.artifacts.plugs import Plug, Projector, load_plugs, load_projectors
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
-from ppcl.layers import Layout, check_width_sets, kept_layers, references
+from ppcl.layers import Layout, check_counts, check_width_sets, kept_layers, references
 from ppcl.streaming import still
 from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.share import load_shared
@@ -168,6 +168,7 @@ class Plugboard:
 
     def standalone(self) -> Any:
         """The present arrangement as a model of its own that shares every parameter, to save or to copy."""
+        check_counts(self.family.stacks, {stack: len(kept) for stack, kept in self.kept.items()})
         config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         config.pop("ppcl", None)
         model_class = self.family.transformer_class

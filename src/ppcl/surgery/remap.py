@@ -20,7 +20,6 @@ from ppcl.errors import UsageError
 SOURCES = ("first", "mean", "sum")
 _PREFIX = "transformer."
 _SIDES = {"lora_A.weight": "A", "lora_B.weight": "B"}
-_BLOCK = re.compile(r"([\w.]+?)\.(\d+)\.(.+)")  # stack, number, and the name within the block
 
 
 @dataclass
@@ -29,6 +28,15 @@ class RemappedLora:
 
     state: dict[str, Tensor]
     dropped: list[str] = field(default_factory=list)
+
+
+def _place(name: str, stacks: Iterable[str]) -> tuple[str, int, str] | None:
+    """Stack, number, and the name within the block, of a module in a block of one of the `stacks`; None for others."""
+    for stack in stacks:
+        number, _, inner = name.removeprefix(f"{stack}.").partition(".")
+        if name.startswith(f"{stack}.") and number.isdigit() and inner:
+            return stack, int(number), inner
+    return None
 
 
 def provenance_of(transformer: nn.Module) -> dict[str, Any]:
@@ -90,14 +98,14 @@ def map_blocks(
     pairs, others = _pairs(state)
     scales = scales_of(metadata, pairs)
     ends = {stack: dict(found) for stack, found in removed.items()}
-    _check_stacks(pairs, kept)
+    _check_stacks(pairs, kept, modules)
+    places = {name: _place(name, kept) for name in pairs}
     result, used = RemappedLora(dict(others)), set()
     for stack, indices in kept.items():
         for place, u in enumerate(indices):
             last = u if source == "first" else ends.get(stack, {}).get(u, u)
-            names = {module for module in pairs if (found := _BLOCK.fullmatch(module)) and found[1] == stack
-                     and u <= int(found[2]) <= last}  # fmt: skip
-            for inner in sorted({name.removeprefix(f"{stack}.").partition(".")[2] for name in names}):
+            inside = [found for found in places.values() if found and found[0] == stack and u <= found[1] <= last]
+            for inner in sorted({name for _, _, name in inside}):
                 members = [f"{stack}.{index}.{inner}" for index in range(u, last + 1)]
                 members = [name for name in members if name in pairs]
                 target = modules.get(f"{stack}.{place}.{inner}")
@@ -111,8 +119,7 @@ def map_blocks(
                 for side, value in zip(_SIDES, joined, strict=True):
                     result.state[f"{_PREFIX}{stack}.{place}.{inner}.{side}"] = value
     for name in pairs:
-        found = _BLOCK.fullmatch(name)
-        if found is None or found[1] not in kept:
+        if places[name] is None:
             a, b = pairs[name]
             result.state[f"{_PREFIX}{name}.lora_A.weight"] = a
             result.state[f"{_PREFIX}{name}.lora_B.weight"] = b * scales[name]
@@ -155,9 +162,9 @@ def refuse_unmapped(transformer: nn.Module, state: Iterable[str], metadata: Mapp
         return
     numbers: dict[str, set[int]] = {}
     for key in state:
-        found = _BLOCK.fullmatch(key.removeprefix(_PREFIX))
-        if found and found[1] in kept:
-            numbers.setdefault(found[1], set()).add(int(found[2]))
+        place = _place(key.removeprefix(_PREFIX), kept)
+        if place is not None:
+            numbers.setdefault(place[0], set()).add(place[1])
     if all(max(found) == len(kept[stack]) - 1 for stack, found in numbers.items()):
         return
     raise UsageError(
@@ -185,11 +192,12 @@ def _pairs(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]
     return {name: (found["A"], found["B"]) for name, found in halves.items()}, others
 
 
-def _check_stacks(pairs: Iterable[str], kept: Mapping[str, Sequence[int]]) -> None:
-    """A LoRA of this architecture names only block stacks that the model has."""
+def _check_stacks(pairs: Iterable[str], kept: Mapping[str, Sequence[int]], modules: Iterable[str]) -> None:
+    """A LoRA of this architecture numbers only what the model has."""
+    known = {*kept, *modules}
     for name in pairs:
-        found = _BLOCK.fullmatch(name)
-        if found and found[1].endswith("_blocks") and found[1] not in kept:
+        found = re.fullmatch(r"(.+?)\.\d+\..+", name)
+        if found and found[1] not in known:
             raise UsageError(f"this LoRA is of another architecture: it has {name}, the model has {', '.join(kept)}.")
 
 

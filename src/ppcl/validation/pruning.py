@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ppcl.artifacts.plan import Interval, Intervals, PruningPlan, Width
+from ppcl.artifacts.plan import (
+    Interval,
+    Intervals,
+    PruningPlan,
+    Width,
+    plug_name,
+    read_plug_name,
+    read_projector_name,
+)
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.families.registry import FAMILIES
-from ppcl.layers import check_width_sets, kept_layers
+from ppcl.layers import check_counts, check_width_sets, kept_layers
 from ppcl.validation.model import num_layers
 
+_KEYS = ("transformer_blocks", "single_transformer_blocks")  # stacks that are also keys of `intervals` and `width`
 
-def check_intervals(intervals: Intervals, layers: dict[str, int], where: str, first: int = 0) -> None:
-    """Each [u, v] has u < v, lies in its stack, and follows the one before it."""
+
+def check_intervals(
+    intervals: Intervals, layers: dict[str, int], where: str, first: int = 0, last: int = 0, *, named: bool = False
+) -> None:
+    """Each [u, v] has u < v, lies in its stack, and follows the one before it.
+
+    Neither blocks before `first` nor the `last` ones of a stack are touched. `named`: intervals are written as names
+    under the key `where`.
+    """
+
+    def place(stack: str, u: int, v: int) -> str:
+        return f"{where}={plug_name(stack, (u, v))}" if named else f"{where}.{stack}: [{u}, {v}]"
+
     for stack, pairs in intervals.items():
         if stack not in layers:
             raise UsageError(f"{where}: the model has no block stack {stack} (it has {', '.join(layers)}).")
@@ -22,22 +44,23 @@ def check_intervals(intervals: Intervals, layers: dict[str, int], where: str, fi
             if len(pair) != 2:
                 raise UsageError(f"{where}.{stack}: {list(pair)} is not a pair [u, v].")
             u, v = pair
+            here = place(stack, u, v)
             if u >= v:
-                raise UsageError(f"{where}.{stack}: [{u}, {v}] is reversed or empty; an interval needs u < v.")
+                raise UsageError(f"{here} is reversed or empty; an interval needs u < v.")
             if u < 0 or v >= layers[stack]:
-                raise UsageError(
-                    f"{where}.{stack}: [{u}, {v}] is out of range; the model's blocks are 0 to {layers[stack] - 1}."
-                )
+                raise UsageError(f"{here} is out of range; the model's blocks are 0 to {layers[stack] - 1}.")
             if u < first:
                 raise UsageError(
-                    f"{where}.{stack}: [{u}, {v}] has a student in the place of block {u}, but blocks before {first} "
-                    "must stay the teacher's in this family."
+                    f"{here} has a student in the place of block {u}, but blocks before {first} must stay the "
+                    "teacher's in this family."
+                )
+            if v >= layers[stack] - last:
+                raise UsageError(
+                    f"{here} takes in block {v}, but from block {layers[stack] - last} on they must stay the teacher's "
+                    "in this family."
                 )
             if u <= previous[1]:
-                raise UsageError(
-                    f"{where}.{stack}: [{u}, {v}] overlaps or precedes {list(previous)}; "
-                    "intervals are disjoint and ordered."
-                )
+                raise UsageError(f"{here} overlaps or precedes {list(previous)}; intervals are disjoint and ordered.")
             previous = (u, v)
 
 
@@ -49,19 +72,49 @@ def check_plan(plan: PruningPlan, config: Config, path: Path) -> None:
             f"{path} was made for {plan.family} with {plan.num_layers}; model={config.model.name} is "
             f"{config.model.family} with {layers}."
         )
-    check_intervals(plan.intervals, layers, str(path), FAMILIES[config.model.family].first_block)
+    facts = FAMILIES[config.model.family]
+    check_intervals(plan.intervals, layers, str(path), facts.first_block, facts.last_blocks)
+
+
+def _read_names(
+    config: Config, key: str, names: Sequence[str], read: Callable[[str], Any], form: str, ending: str
+) -> list[Any]:
+    """What `read` makes of the `names` under `key`; `UsageError` for a name that is none, or of no stack."""
+    stacks = FAMILIES[config.model.family].stacks
+    found = []
+    for name in names:
+        parts = read(name)
+        if parts is None:
+            raise UsageError(f"{key}={name} is no name: write {form}, such as {next(iter(stacks))}.{ending}.")
+        if parts[0] not in stacks:
+            raise UsageError(f"{key}={name}: the model has no block stack {parts[0]} (it has {', '.join(stacks)}).")
+        found.append(parts)
+    return sorted(found, key=lambda parts: ([*stacks].index(parts[0]), *parts[1:]))
+
+
+def _given_intervals(config: Config) -> tuple[Intervals, str | None]:
+    """The intervals in the configuration, and the key that gives them; None where none does."""
+    given: Intervals = {
+        stack: [tuple(pair) for pair in pairs]  # type: ignore[misc]
+        for stack in _KEYS
+        if (pairs := getattr(config.intervals, stack)) is not None
+    }
+    names = config.intervals.names
+    if names is None:
+        return given, next((f"intervals.{stack}" for stack in given), None)
+    if given:
+        raise UsageError(f"intervals.names and intervals.{next(iter(given))} exclude each other: give all in one way.")
+    for stack, pair in _read_names(config, "intervals.names", names, read_plug_name, "STACK.U-V", "3-4"):
+        given.setdefault(stack, []).append(pair)
+    return given, "intervals.names"
 
 
 def resolve_intervals(config: Config) -> Intervals | None:
     """The intervals the configuration gives; None where detection is to find them."""
-    given: Intervals = {
-        stack: [tuple(pair) for pair in pairs]  # type: ignore[misc]
-        for stack in ("transformer_blocks", "single_transformer_blocks")
-        if (pairs := getattr(config.intervals, stack)) is not None
-    }
+    given, key = _given_intervals(config)
     if config.intervals.source == "plan":
-        if given:
-            raise UsageError(f"intervals.{next(iter(given))} and intervals=from_plan exclude each other.")
+        if key is not None:
+            raise UsageError(f"{key} and intervals=from_plan exclude each other.")
         if config.intervals.path is None:
             raise UsageError("intervals=from_plan needs intervals.path, the JSON file of a pruning plan.")
         path = Path(config.intervals.path)
@@ -70,27 +123,45 @@ def resolve_intervals(config: Config) -> Intervals | None:
         return plan.intervals
     if config.intervals.path is not None:
         raise UsageError(f"intervals.path={config.intervals.path} is read only with intervals=from_plan.")
-    if not given:
+    if key is None:
         return None
     if config.intervals.family not in (None, config.model.family):
         raise UsageError(
             f"these intervals are of family {config.intervals.family}; model={config.model.name} is "
             f"{config.model.family}."
         )
-    check_intervals(given, num_layers(config), "intervals", FAMILIES[config.model.family].first_block)
+    facts, named = FAMILIES[config.model.family], config.intervals.names is not None
+    where = "intervals.names" if named else "intervals"
+    layers = num_layers(config)
+    check_intervals(given, layers, where, facts.first_block, facts.last_blocks, named=named)
+    check_counts(facts.stacks, {stack: len(kept_layers(n, given.get(stack, []))) for stack, n in layers.items()})
     return given
+
+
+def _given_width(config: Config) -> tuple[Width, str | None]:
+    """The width sets in the configuration, and the key that gives them; None where none does."""
+    given: Width = {
+        stack: {"text": sorted(sets.text), "ffn": sorted(sets.ffn)}
+        for stack in _KEYS
+        if (sets := getattr(config.width, stack)).text or sets.ffn
+    }
+    names = config.width.names
+    if names is None:
+        return given, next((f"width.{stack}" for stack in given), None)
+    if given:
+        raise UsageError(f"width.names and width.{next(iter(given))} exclude each other: give all sets in one way.")
+    form = "STACK.N.text or STACK.N.ffn"
+    for stack, index, kind in _read_names(config, "width.names", names, read_projector_name, form, "3.ffn"):
+        given.setdefault(stack, {"text": [], "ffn": []})[kind].append(index)
+    return given, "width.names"
 
 
 def resolve_width(config: Config) -> Width | None:
     """The width sets the configuration gives, empty for `width=none`; None where the stage is to select them."""
     settings = config.width
-    given: Width = {
-        stack: {"text": sorted(sets.text), "ffn": sorted(sets.ffn)}
-        for stack in ("transformer_blocks", "single_transformer_blocks")
-        if (sets := getattr(settings, stack)).text or sets.ffn
-    }
-    if given and settings.source != "given":
-        raise UsageError(f"width.{next(iter(given))} is read only with width.source=given; it is {settings.source}.")
+    given, key = _given_width(config)
+    if key is not None and settings.source != "given":
+        raise UsageError(f"{key} is read only with width.source=given; it is {settings.source}.")
     if settings.path is not None and settings.source != "plan":
         raise UsageError(f"width.path={settings.path} is read only with width=from_plan.")
     if settings.source == "auto":
@@ -104,7 +175,9 @@ def resolve_width(config: Config) -> Width | None:
         return plan.width
     if settings.source == "given":
         if not given:
-            raise UsageError("width.source=given needs sets: width.transformer_blocks.text=[...] or .ffn=[...].")
+            raise UsageError(
+                "width.source=given needs sets: width.names=[...], or width.transformer_blocks.text=[...] and .ffn."
+            )
         if settings.family not in (None, config.model.family):
             raise UsageError(
                 f"these width sets are of family {settings.family}; model={config.model.name} is {config.model.family}."

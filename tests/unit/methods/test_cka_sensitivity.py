@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,3 +107,9 @@ def test_the_block_list_is_put_back_when_a_forward_fails(teacher):
         CkaSensitivity(MethodConfig(rule="cka_sensitivity", num_remove=1)).detect(teacher)
     assert calls == [5, 4]
     assert teacher.transformer.transformer_blocks is blocks
+
+
+def test_the_last_blocks_that_stay_the_teachers_are_not_removed(teacher, monkeypatch):
+    monkeypatch.setattr(teacher.family, "facts", replace(teacher.family.facts, last_blocks=2))
+    found = CkaSensitivity(MethodConfig(rule="cka_sensitivity", num_remove=2)).detect(teacher)
+    assert found.intervals == {"transformer_blocks": [(0, 2)]}

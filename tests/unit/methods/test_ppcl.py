@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ppcl.methods.base import Teacher
 from ppcl.methods.ppcl import (
     Ppcl,
     SurrogateCurves,
+    blocks_with,
     delta,
     extend_ends,
     find_intervals,
@@ -260,3 +262,45 @@ def test_algebraic_similarity_equals_a_surrogate_forward(family, make_transforme
             assert tables["mean"][u, k].item() == pytest.approx((means["image"] + means["text"]) / 2, abs=1e-6)
     assert tables["image"].tril(-1).isnan().sum().item() == count * (count - 1) // 2
     assert tables["text"][0, count - 1].item() < 1 - 1e-4  # the surrogate does change something
+
+
+def test_a_chain_stops_where_its_stream_does_and_the_mean_goes_on():
+    """Blocks 0 to 2 give text and image, block 3 image alone; another stack has text alone."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    keys = [*(f"blocks.{k}.image" for k in range(4)), *(f"blocks.{k}.text" for k in range(3)), "refiner.0.text"]
+    weights = {key: 0.3 * normal(4, 4) for key in keys}
+    curves = SurrogateCurves(Probes(Probes.header_for({}), weights, weights, {}), {"blocks": 4, "refiner": 1},
+                             debiased=False)  # fmt: skip
+    for k in range(4):
+        streams = ("image", "text") if k < 3 else ("image",)
+        curves.add("blocks", k, [{s: normal(2, 9, 4) for s in streams}], [{"image": None, "text": None}])
+    curves.add("refiner", 0, [{"text": normal(2, 9, 4)}], [{"text": None}])
+    text, image, mean = (curves.mean("blocks", stream) for stream in ("text", "image", "mean"))
+    assert text[:, 3].isnan().all()
+    assert text[3].isnan().all()
+    assert not text[:3, :3].triu().isnan().any()
+    assert torch.equal(mean[:, 3], image[:, 3])
+    torch.testing.assert_close(mean[0, 1:3], (image[0, 1:3] + text[0, 1:3]) / 2)
+    assert [blocks_with(table) for table in (text, image, mean)] == [range(3), range(4), range(4)]
+    assert curves.streams("refiner") == ["text"]
+    assert torch.equal(curves.mean("refiner", "image"), curves.mean("refiner", "text"))  # by what it has
+
+
+@pytest.mark.parametrize("rule", ["lp", "lp_b"])
+def test_the_last_blocks_that_stay_the_teachers_are_as_if_detection_ended_before(make_linear_teacher, rule):
+    family, transformer, batches = make_linear_teacher([0.1] * 6)
+    probes = fitted_probes(family, transformer, batches, ridge=1e-6)
+    teacher = Teacher(family, transformer, lambda: batches, lambda: probes)
+
+    def detected(**settings):
+        return Ppcl(MethodConfig(rule=rule, min_cka=0, **settings)).detect(teacher).intervals
+
+    assert detected()["blocks"][-1][1] == 5
+    expected = detected(end=3)
+    family.facts = replace(family.facts, last_blocks=2)
+    assert detected() == expected
+    assert expected["blocks"][-1][1] == 3

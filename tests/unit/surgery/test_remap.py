@@ -13,7 +13,7 @@ from torch import nn
 from ppcl.errors import UsageError
 from ppcl.families.registry import get_family
 from ppcl.layers import Layout
-from ppcl.surgery.remap import remap_lora
+from ppcl.surgery.remap import map_blocks, remap_lora
 
 STACK = "transformer_blocks"
 INTERVALS = {STACK: [(1, 2), (4, 6)]}
@@ -178,3 +178,23 @@ def test_a_lora_of_another_architecture_or_size_is_refused(family, make_transfor
         remap_lora({f"transformer.{STACK}.0.attn.to_q.lokr_w1": torch.zeros(2)}, student)
     with pytest.raises(UsageError, match="no ppcl key"):
         remap_lora({}, make_transformer(2))
+
+
+def test_blocks_are_found_by_their_stack_whatever_its_name():
+    """A stack within a module, one within a numbered module, and one whose name ends another's."""
+    stacks = ("blocks", "encoder.blocks", "stages.0.blocks")
+    modules = {f"{stack}.{n}.ff": nn.Linear(4, 4) for stack in stacks for n in range(2)}
+    modules |= {name.rpartition(".")[0].rpartition(".")[0]: nn.Module() for name in list(modules)}
+    modules |= {"stages": nn.Module(), "head.0.ff": nn.Linear(4, 4), "head": nn.Module()}
+    names = [*(f"{stack}.{n}.ff" for stack in stacks for n in range(3)), "head.0.ff"]
+    state = {
+        f"transformer.{name}.lora_{side}.weight": torch.full(shape, float(number))
+        for number, name in enumerate(names)
+        for side, shape in (("A", (2, 4)), ("B", (4, 2)))
+    }
+    kept = {"blocks": [0, 2], "encoder.blocks": [0, 1], "stages.0.blocks": [1, 2]}
+    found = map_blocks(state, modules, kept, {}).state
+    numbers = {key.removesuffix(".lora_A.weight"): value[0, 0].item() for key, value in found.items() if "_A." in key}
+    expected = {f"{stack}.{place}.ff": 3 * row + index for row, (stack, indices) in enumerate(kept.items())
+                for place, index in enumerate(indices)} | {"head.0.ff": 9}  # fmt: skip
+    assert numbers == {f"transformer.{name}": number for name, number in expected.items()}
