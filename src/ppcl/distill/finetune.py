@@ -17,7 +17,7 @@ from ppcl.families.base import Family
 from ppcl.launch import is_first
 from ppcl.ops.losses import relative_error
 from ppcl.parallel import average_gradients, mean_terms
-from ppcl.precision import computing, hold_in_float32
+from ppcl.precision import computing
 from ppcl.surgery.adapter import add_lora
 from ppcl.taps import BlockCall, BlockKey, observe
 from ppcl.training.optimizers import cosine_with_warmup, split_for_muon
@@ -62,7 +62,9 @@ class FineTune(L.LightningModule):
             sharding.model(family, student, learns=True)
             sharding.model(family, teacher)
         else:
-            hold_in_float32(student)
+            from diffusers.training_utils import cast_training_params  # loads pipelines, which takes seconds
+
+            cast_training_params(student)
         self.ema: Any = self._copy().requires_grad_(False) if config.ema_decay else None
         # Muon and AdamW take turns on one step, which Lightning leaves to manual optimisation.
         self.automatic_optimization = False

@@ -18,7 +18,7 @@ from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.ops.losses import Average, direction_loss, magnitude_loss, norm_ratio
 from ppcl.parallel import average_gradients, mean_terms
-from ppcl.precision import computing, hold_in_float32
+from ppcl.precision import computing
 from ppcl.taps import Streams
 from ppcl.training.optimizers import cosine_with_warmup
 from ppcl.training.sharding import Sharding
@@ -55,7 +55,9 @@ class LocalDistillation(L.LightningModule):
         self.is_sharded = False
         self.names = list(parts)
         self.parts = nn.ModuleDict({self.key(name): part for name, part in parts.items()}).requires_grad_(True)
-        hold_in_float32(self.parts)
+        from diffusers.training_utils import cast_training_params  # loads pipelines, which takes seconds
+
+        cast_training_params(self.parts)
         self.average_losses: Tensor
         self.average_steps: Tensor
         self.register_buffer("average_losses", torch.zeros(len(parts)))
