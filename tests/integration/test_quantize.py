@@ -178,9 +178,7 @@ def test_to_the_nearest_it_is_what_diffusers_quantises(
     config = told(tmp_path / "few" / "quantized")
     asked = torchao_config(scheme, 32 if scheme == "int4" else None, config["modules_to_not_convert"])
     assert asked.to_dict() == config
-    theirs = type(ours).from_pretrained(
-        run / "export" / "transformer", quantization_config=asked, dtype=torch.float32
-    )
+    theirs = type(ours).from_pretrained(run / "export" / "transformer", quantization_config=asked, dtype=torch.float32)
     assert_same_tensors(parts(ours), parts(theirs))
 
 
