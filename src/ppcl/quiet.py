@@ -26,8 +26,8 @@ _MESSAGES = (
     ("diffusers.quantizers.torchao.torchao_quantizer", r"You are trying to set torch_dtype to torch\.float\d+ for int"),
     # Pictures are read by PIL: torchvision is no requirement.
     ("transformers.utils.import_utils", r"`\w+` requires torchvision \(not installed\); falling back"),
-    # A family's own VAE class, which its pipeline's annotation does not name.
-    ("diffusers.pipelines.pipeline_utils", r"Expected types for vae: "),
+    # Pipelines' annotations name neither a VAE class of ours nor the strings that a DiT's labels are stored as.
+    ("diffusers.pipelines.pipeline_utils", r"Expected types for (vae|id2label): "),
     # An empty list: there is nothing that casting could have spoilt.
     ("diffusers.models.modeling_utils", r"There are modules in \w+ that should be kept in float32: \[\]\."),
 )
@@ -35,6 +35,8 @@ _MESSAGES = (
 _WARNINGS = (
     # The teacher is, and does not learn.
     r"Found \d+ module\(s\) in eval mode at the start of training",
+    # Losses read a sharded model's output and change nothing of it in place.
+    r"FSDP2-wrapped module \(\w+\) returned a view tensor",
 )
 # Whose notes on what they are going to change are for those who call them in code.
 _LIBRARIES = r"(lightning|lightning_fabric|pytorch_lightning|torch|torchao|diffusers|transformers|peft|wandb)\b"
