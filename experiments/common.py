@@ -12,11 +12,15 @@ from typing import Any
 
 import yaml
 
-from ppcl.cli import conf_dir
-from ppcl.config import register_schema
-from ppcl.context import Run
-from ppcl.pictures.drawing import draw, given_pictures
-from ppcl.validation import parse
+from ppcl.quiet import quiet_messages, quiet_progress
+
+quiet_messages()  # before what imports torch and diffusers
+
+from ppcl.cli import conf_dir  # noqa: E402
+from ppcl.config import register_schema  # noqa: E402
+from ppcl.context import Run  # noqa: E402
+from ppcl.pictures.drawing import draw, given_pictures  # noqa: E402
+from ppcl.validation import parse  # noqa: E402
 
 SEEDS = (10, 11, 12)
 
@@ -25,6 +29,7 @@ def make_run(name: str, *overrides: str) -> Run:
     """The run that `ppcl name=<name> <overrides>` would work in, without running a stage."""
     from hydra import compose, initialize_config_dir
 
+    quiet_progress()
     register_schema()
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         config = parse(compose("config", overrides=[f"name={name}", *overrides]))

@@ -27,32 +27,16 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "conf"
 
 
-def _quiet_libraries() -> None:
-    """Silence what libraries say at start to their developers; errors still come through."""
-    import logging
-    import warnings
-
-    # Before diffusers, which imports torchao where it is installed: that names each kernel it has no build of.
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "wandb", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|diffusers|transformers|wandb)")
-
-
 def execute(raw: Any, folder: Path) -> None:
     """Check the composed configuration, then run its stages in `folder`, in order."""
     from omegaconf import OmegaConf
     from rich.console import Console
 
     from ppcl.artifacts.files import atomic_path
+    from ppcl.quiet import quiet_messages
     from ppcl.validation import parse
 
+    quiet_messages()  # before anything that imports torch or diffusers
     shared = _meet(raw)
     with shared():
         config = parse(raw)
@@ -91,12 +75,13 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
 
 def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
     """One after the other; what is neither a training nor divides by itself the first rank does for all."""
+    from ppcl.quiet import quiet_progress
     from ppcl.stages import STAGES
     from ppcl.validation.pruning import budget_of
 
     config = run.config
     if set(config.stages) != {"plan"} or budget_of(config):  # counting needs neither library's pipelines
-        _quiet_libraries()
+        quiet_progress()
     if config.trainer.num_threads is not None:
         import torch
 

@@ -7,14 +7,6 @@ taken. The teacher itself computes as it does in every stage, never under autoca
 from __future__ import annotations
 
 import torch
-from torch import nn
-
-
-def hold_in_float32(module: nn.Module) -> None:
-    """Make what learns in `module` float32, in place; it may share no parameter with a teacher."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 def computing(precision: str, device: torch.device) -> torch.autocast:

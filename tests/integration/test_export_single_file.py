@@ -66,9 +66,9 @@ def test_a_single_file_is_made_of_the_export_that_is_there(again: list[str], tmp
     outcome = succeed(*again, SINGLE)
     assert "reused" in outcome.out
     assert digests(run / "export" / "transformer") == before
-    exported = QwenImageTransformer2DModel.from_pretrained(run / "export" / "transformer", torch_dtype=torch.bfloat16)
+    exported = QwenImageTransformer2DModel.from_pretrained(run / "export" / "transformer", dtype=torch.bfloat16)
     read = QwenImageTransformer2DModel.from_single_file(
-        str(run / "export.safetensors"), config=str(run / "export" / "transformer"), torch_dtype=torch.bfloat16
+        str(run / "export.safetensors"), config=str(run / "export" / "transformer"), dtype=torch.bfloat16
     )
     expected, found = exported.state_dict(), read.state_dict()
     assert expected.keys() == found.keys()

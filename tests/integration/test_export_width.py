@@ -62,6 +62,14 @@ try:
 except Exception as error:
     facts["refusal"] = str(error)
 """
+# Bit for bit the same with a cache that reuses nothing; then with one that skips all it may.
+CACHED = """
+from diffusers.hooks import FirstBlockCacheConfig
+for name, threshold in (("none", 0), ("all", 1e6)):
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    numpy.save(target + f".{name}.npy", draw(pipeline))
+    transformer.disable_cache()
+"""
 AGAIN = """
 pipeline.save_pretrained(target + ".again")
 numpy.save(target + ".again.npy", draw(DiffusionPipeline.from_pretrained(target + ".again")))
@@ -148,8 +156,12 @@ def test_without_ppcl_its_own_code_draws_the_same_and_only_with_the_flag(
         {"trust_remote_code": True},
         prepare="sys.modules['ppcl'] = None",
         refused=REFUSED,
+        again=CACHED,
     )
     assert np.array_equal(images, plugged)
+    reused = {name: np.load(tmp_path / f"images.npy.{name}.npy") for name in ("none", "all")}
+    assert np.array_equal(reused["none"], plugged)
+    assert not np.array_equal(reused["all"], plugged)
     assert facts["class"] == "PrunedQwenImageTransformer2DModel"
     assert facts["module"].startswith("diffusers_modules.")
     assert "trust_remote_code" in facts["refusal"]

@@ -112,7 +112,7 @@ def test_what_loses_its_text_has_one_and_ffns_are_chosen_from_all_blocks(chain: 
 def test_the_folder_draws_what_the_run_drew(chain: Path, name: str, variant: str) -> None:
     run = chain / "pruned"
     config = OmegaConf.load(run / "config.yaml")
-    pipeline = DiffusionPipeline.from_pretrained(run / name, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(run / name, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     rows = {row["name"]: row for row in json.loads((run / "report" / "report.json").read_text())["variants"]}
     assert rows[variant]["params"] == sum(p.numel() for p in pipeline.transformer.parameters())

@@ -38,7 +38,7 @@ KEPT = ("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out", "txt_proj
 
 
 def load(folder: Path, **options: Any) -> Any:
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **options)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -110,7 +110,7 @@ def test_the_folder_draws_what_the_run_drew(run: Path, pipeline: Any) -> None:
 def test_saved_again_it_is_the_same_bits(pipeline: Any, tmp_path: Path) -> None:
     before = parts(pipeline.transformer)
     pipeline.transformer.save_pretrained(tmp_path)
-    again = type(pipeline.transformer).from_pretrained(tmp_path, torch_dtype=torch.float32)
+    again = type(pipeline.transformer).from_pretrained(tmp_path, dtype=torch.float32)
     assert_same_tensors(parts(again), before)
     assert quantized_names(again) == quantized_names(pipeline.transformer)
     qdata = [value for key, value in before.items() if key.endswith(".qdata")]
@@ -178,9 +178,7 @@ def test_to_the_nearest_it_is_what_diffusers_quantises(
     config = told(tmp_path / "few" / "quantized")
     asked = torchao_config(scheme, 32 if scheme == "int4" else None, config["modules_to_not_convert"])
     assert asked.to_dict() == config
-    theirs = type(ours).from_pretrained(
-        run / "export" / "transformer", quantization_config=asked, torch_dtype=torch.float32
-    )
+    theirs = type(ours).from_pretrained(run / "export" / "transformer", quantization_config=asked, dtype=torch.float32)
     assert_same_tensors(parts(ours), parts(theirs))
 
 
@@ -214,7 +212,7 @@ def test_the_teacher_itself_can_be_quantised_without_any_intervals(settings: lis
     index = json.loads((tmp_path / "whole" / "quantized" / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "QwenImageTransformer2DModel"]
     assert len(list((tmp_path / "whole" / "images" / "shapes" / "ppcl-quantized").glob("0*.png"))) == NUM_PROMPTS
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "whole" / "quantized", torch_dtype=torch.bfloat16)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "whole" / "quantized", dtype=torch.bfloat16)
     weight = pipeline.transformer.transformer_blocks[0].attn.to_q.weight
     assert weight.dtype == weight.scale.dtype == weight.zero_point.dtype == torch.bfloat16
 

@@ -58,7 +58,7 @@ def test_outputs_are_those_of_the_resident_model_bit_for_bit(family, resident, s
 @torch.no_grad()
 def test_it_is_cast_as_diffusers_would(family, folder, make_batch):
     streamed = load_streamed(family, folder, CPU, torch.bfloat16)
-    resident = family.transformer_class.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    resident = family.transformer_class.from_pretrained(folder, dtype=torch.bfloat16)
     batch = make_batch()
     inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
               for k, v in batch.inputs.items()}  # fmt: skip

@@ -15,7 +15,7 @@ from ppcl.families.base import Family
 from ppcl.launch import is_first
 from ppcl.ops.losses import relative_error
 from ppcl.parallel import mean_terms
-from ppcl.precision import computing, hold_in_float32
+from ppcl.precision import computing
 from ppcl.surgery.adapter import add_lora
 from ppcl.taps import BlockCall, BlockKey, observe
 from ppcl.training.optimizers import adamw, cosine_schedule, muon, split_for_muon
@@ -60,7 +60,9 @@ class FineTune(ManualOptimization):
             sharding.model(family, student, learns=True)
             sharding.model(family, teacher)
         else:
-            hold_in_float32(student)
+            from diffusers.training_utils import cast_training_params  # loads pipelines, which takes seconds
+
+            cast_training_params(student)
         self.ema: Any = self._copy().requires_grad_(False) if config.ema_decay else None
         if config.gradient_checkpointing:
             student_model: Any = student

@@ -18,7 +18,7 @@ from ppcl.distill.objective import ManualOptimization
 from ppcl.families.base import Family
 from ppcl.ops.losses import Average, norm_ratio
 from ppcl.parallel import mean_terms
-from ppcl.precision import computing, hold_in_float32
+from ppcl.precision import computing
 from ppcl.taps import Streams
 from ppcl.training.optimizers import adamw, cosine_schedule
 from ppcl.training.sharding import Sharding
@@ -54,7 +54,9 @@ class LocalDistillation(ManualOptimization):
         self.loss_weights = distill_losses(config)
         self.names = list(parts)
         self.parts = nn.ModuleDict({self.key(name): part for name, part in parts.items()}).requires_grad_(True)
-        hold_in_float32(self.parts)
+        from diffusers.training_utils import cast_training_params  # loads pipelines, which takes seconds
+
+        cast_training_params(self.parts)
         self.average_losses: Tensor
         self.average_steps: Tensor
         self.register_buffer("average_losses", torch.zeros(len(parts)))

@@ -26,7 +26,7 @@ _CARD = """---
 {imports}import torch
 from diffusers import DiffusionPipeline
 {loader}
-pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", torch_dtype=torch.{dtype}{without})
+pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", dtype=torch.{dtype}{without})
 {use}```
 
 <!-- quantized -->
@@ -169,7 +169,7 @@ def quantized_section(scheme: str, dtype: str, size: int, before: int) -> str:
     if scheme == "nf4":
         package = "bitsandbytes and a GPU"
     else:
-        package = f"torchao; without `torch_dtype=torch.{dtype}` diffusers would load the rest in bfloat16"
+        package = f"torchao; without `dtype=torch.{dtype}` diffusers would load the rest in bfloat16"
     return (
         f"The transformer's weights are quantised ({scheme}), {size / 1e6:,.1f} MB in place of {before / 1e6:,.1f} MB. "
         f"Loading them takes {package}."

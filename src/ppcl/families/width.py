@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ppcl.artifacts.plan import Width
+from ppcl.families.pruning import packed_text
 from ppcl.layers import Layout
 
 
@@ -43,7 +43,7 @@ class WidthSurgery(ABC):
 
     def with_text(self, kwargs: dict[str, Any], text: Tensor, reference: Tensor) -> dict[str, Any]:
         """A block's arguments with the text `[B, L, D]` and the reference's z `[B, L, D]` a pruned block reads."""
-        return kwargs | {"encoder_hidden_states": torch.cat([text, reference], dim=-1)}
+        return kwargs | {"encoder_hidden_states": packed_text(text, reference)}
 
 
 DUAL_STREAM_PROJECTORS = {

@@ -126,7 +126,7 @@ def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
     config, known = run.config.generate, run.family.facts
     model_class, pipeline_class = (getattr(diffusers, name) for name in known.controlnet_classes)
     try:
-        controlnet = model_class.from_pretrained(config.controlnet, torch_dtype=run.teacher.dtype)
+        controlnet = model_class.from_pretrained(config.controlnet, dtype=run.teacher.dtype)
     except (OSError, ValueError):
         raise UsageError(
             f"generate.controlnet={config.controlnet} could not be loaded as {model_class.__name__}; give a folder, or "

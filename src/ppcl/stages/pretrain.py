@@ -44,7 +44,7 @@ def _start(run: Run) -> Any:
     if config.init is None:
         run.family.initialize(pipeline.transformer)
         return pipeline
-    earlier = DiffusionPipeline.from_pretrained(local_folder(config.init), torch_dtype=torch.float32)
+    earlier = DiffusionPipeline.from_pretrained(local_folder(config.init), dtype=torch.float32)
     if type(earlier) is type(pipeline):
         return earlier  # with the text encoder that it has learned to read
     pipeline.transformer.load_state_dict(earlier.transformer.state_dict())

@@ -138,6 +138,6 @@ def _to_nf4(run: Run, model: Any, kept: list[str]) -> Any:
     with TemporaryDirectory(dir=run.folder) as folder:
         model.save_pretrained(folder)
         quantized = type(model).from_pretrained(
-            folder, quantization_config=config, torch_dtype=run.teacher.dtype, device_map={"": run.device}
+            folder, quantization_config=config, dtype=run.teacher.dtype, device_map={"": run.device}
         )
     return quantized.eval().requires_grad_(False)

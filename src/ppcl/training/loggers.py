@@ -25,6 +25,7 @@ def make_logger(run: Run, stage: str) -> Logger | bool:
         id=fingerprint({"folder": str(run.folder.resolve()), "stage": stage}),
         resume="allow",
     )
+    logger._wandb_init.pop("anonymous", None)  # which wandb warns of, and Lightning passes whatever it is
     logger.experiment.config.update(asdict(run.config), allow_val_change=True)
     return logger
 

@@ -75,7 +75,7 @@ def fit(
     barrier()
     if resumable:
         run.say(stage, f"resuming from {folder / 'last.ckpt'}")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hardware notes and tips
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes and tips
     callbacks: list[Callback] = [
         ModelCheckpoint(
             folder,

@@ -50,7 +50,7 @@ class Switch:
     def _load(self, folder: Path) -> Any:
         """The transformer in `folder`, of the class of the present arrangement."""
         model_class: Any = type(self.board.standalone())
-        model = model_class.from_pretrained(folder / "transformer", torch_dtype=self.run.teacher.dtype)
+        model = model_class.from_pretrained(folder / "transformer", dtype=self.run.teacher.dtype)
         return model.to(self.run.device).eval().requires_grad_(False)
 
     def restore(self) -> None:

@@ -148,7 +148,7 @@ def test_diffusers_reads_a_qwen_image_file_back(qwen: Path, tmp_path: Path, dtyp
     assert size == target.stat().st_size
     expected = QwenImageTransformer2DModel.from_pretrained(qwen).to(getattr(torch, dtype)).state_dict()
     read = QwenImageTransformer2DModel.from_single_file(
-        str(target), config=str(qwen), torch_dtype=getattr(torch, dtype), local_files_only=True
+        str(target), config=str(qwen), dtype=getattr(torch, dtype), local_files_only=True
     )
     assert read.config.num_layers == 11
     assert_equal_states(read.state_dict(), expected)
@@ -206,7 +206,7 @@ def test_diffusers_reads_a_flux_file_of_full_width_back_and_memory_stays_low(tmp
         with PeakMemory() as peak:
             size = write_single_file(folder, target, "flux", "bfloat16", {})
         read = FluxTransformer2DModel.from_single_file(
-            str(target), config=str(folder), torch_dtype=torch.bfloat16, local_files_only=True
+            str(target), config=str(folder), dtype=torch.bfloat16, local_files_only=True
         )
         assert_equal_states(read.state_dict(), model.state_dict())
     assert size > 9e8

@@ -228,9 +228,13 @@ def test_a_pipelines_folder_and_dtypes(tmp_path, inputs):
     save(tmp_path / "transformer", theirs.bfloat16(), TEN)
     (tmp_path / "model_index.json").write_text("{}")
     assert ppcl.import_published(tmp_path).dtype == torch.bfloat16
-    model = ppcl.import_published(str(tmp_path), torch_dtype=torch.float32)
+    model = ppcl.import_published(str(tmp_path), dtype=torch.float32)
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     assert torch.equal(output(model, inputs), theirs.float()(**inputs))
+    older = ppcl.import_published(tmp_path, torch_dtype=torch.float32)
+    assert torch.equal(output(older, inputs), output(model, inputs))
+    with pytest.raises(UsageError, match="two names of one argument"):
+        ppcl.import_published(tmp_path, dtype=torch.float32, torch_dtype=torch.float32)
 
 
 def test_what_is_imported_survives_saving(tmp_path, inputs):

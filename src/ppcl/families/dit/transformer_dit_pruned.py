@@ -15,7 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
-from ppcl.families.pruning import ResidualLinear
+from ppcl.families.pruning import ResidualLinear, register_blocks
 
 
 class AttentionAdaLayerNormZero(AdaLayerNormZero):
@@ -119,5 +119,6 @@ class PrunedDiTTransformer2DModel(DiTTransformer2DModel):
             )
 
 
+register_blocks({PrunedDiTBlock: BasicTransformerBlock})
 if __name__.startswith("ppcl."):  # as diffusers shall write it where such a model is saved again
     PrunedDiTTransformer2DModel.__module__ = "ppcl"

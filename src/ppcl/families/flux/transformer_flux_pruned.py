@@ -4,7 +4,7 @@ Exports carry a copy of this file, with what it imports from ppcl put in place, 
 `trust_remote_code=True` loads them where ppcl is not installed.
 
 Dual-stream blocks are as in the pruned Qwen-Image: from a reference to the last block but one of the run of
-text-pruned blocks behind it, the text stream carries `[B, L, 2D]` = (text output h, modulated text z that
+text-pruned blocks behind it, the text stream carries `[2, B, L, D]` = (text output h, modulated text z that
 went into the reference's QKV). Single-stream blocks run attention and MLP side by side on the
 concatenated streams; without the MLP they are attention, then a residual map per stream.
 """
@@ -22,7 +22,7 @@ from diffusers.models.normalization import AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from ppcl.families.pruning import ResidualLinear, width_roles
+from ppcl.families.pruning import ResidualLinear, packed_text, register_blocks, unpacked_text, width_roles
 
 
 class FluxImageQueryAttnProcessor:
@@ -92,7 +92,6 @@ class PrunedFluxTransformerBlock(FluxTransformerBlock):
         keep_text_query: bool = False,
     ) -> None:
         super().__init__(dim, num_attention_heads, attention_head_dim)
-        self.dim = dim
         self.project_text, self.project_ffn, self.carry = project_text, project_ffn, carry
         attn: Any = self.attn
         if project_text:
@@ -127,7 +126,7 @@ class PrunedFluxTransformerBlock(FluxTransformerBlock):
         }
         adapted: list[Tensor] = []  # by an IP-Adapter
         if self.project_text:
-            text, reference = encoder_hidden_states.split(self.dim, dim=-1)
+            text, reference = unpacked_text(encoder_hidden_states)
             attended = self.attn(encoder_hidden_states=self.txt_proj(reference), **attention)
             if self.ehs_proj is not None:
                 text = self.ehs_proj(text)
@@ -141,7 +140,7 @@ class PrunedFluxTransformerBlock(FluxTransformerBlock):
             hidden_states = hidden_states + addition
         if text.dtype == torch.float16:
             text = text.clip(-65504, 65504)
-        return torch.cat([text, reference], dim=-1) if self.carry else text, hidden_states
+        return packed_text(text, reference) if self.carry else text, hidden_states
 
     def _feed_forward(self, state: Tensor, modulation: list[Tensor], suffix: str, name: str) -> Tensor:
         if self.project_ffn:
@@ -234,5 +233,12 @@ class PrunedFluxTransformer2DModel(FluxTransformer2DModel):
             model.single_transformer_blocks[index] = PrunedFluxSingleTransformerBlock(*shape)
 
 
+register_blocks(
+    {
+        PrunedFluxTransformerBlock: FluxTransformerBlock,
+        PrunedFluxSingleTransformerBlock: FluxSingleTransformerBlock,
+    },
+    FluxImageQueryAttnProcessor,
+)
 if __name__.startswith("ppcl."):  # as diffusers shall write it where such a model is saved again
     PrunedFluxTransformer2DModel.__module__ = "ppcl"

@@ -239,15 +239,21 @@ def import_published(
     *,
     keep_text_query: bool = False,
     residual: bool | None = None,
+    dtype: torch.dtype | None = None,
     torch_dtype: torch.dtype | None = None,
 ) -> Any:
     """A transformer of the PPCL authors: the stock class if pruned in depth alone, else ours, with the same outputs.
 
-    `path` is a local pipeline folder or that of its transformer. `torch_dtype=None` leaves weights as they are
-    stored; for the rest see `read_config`. Weights are read a file at a time into the one model there is.
+    `path` is a local pipeline folder or that of its transformer. `dtype=None` leaves weights as they are stored,
+    and `torch_dtype` is its older name; for the rest see `read_config`. Weights are read a file at a time into the
+    one model there is.
     """
     from accelerate import init_empty_weights
 
+    if torch_dtype is not None:
+        if dtype is not None:
+            raise UsageError("dtype and torch_dtype are two names of one argument: give dtype alone.")
+        dtype = torch_dtype
     path = Path(path)
     if path.is_file():
         raise UsageError(f"{path} is a file; training checkpoints become plugs by stages=[import_published].")
@@ -255,7 +261,7 @@ def import_published(
     with init_empty_weights():
         model = found.published.model_class.from_config(found.published.arch)
     for file in found.files:
-        state = {key: value.to(torch_dtype) for key, value in convert(found.published, found.tensors(file))}
+        state = {key: value.to(dtype) for key, value in convert(found.published, found.tensors(file))}
         model.load_state_dict(state, strict=False, assign=True)
     return model.eval()
 

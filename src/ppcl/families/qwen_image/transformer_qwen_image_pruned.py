@@ -5,9 +5,9 @@ Exports carry a copy of this file, with what it imports from ppcl put in place, 
 
 What is odd about it: a text-pruned block reads the text of an earlier block, its reference, and the
 stock forward hands a block nothing but its predecessor's output. So from the reference to the last block
-but one of the run that follows it, the text stream carries two things side by side in its features:
-`[B, L, 2D]` = (text output h, modulated text z that went into the reference's QKV). The stock forward
-passes it on unread, and checkpointing, compilation and offloading see plain tensors.
+but one of the run that follows it, the text stream carries two things, one on the other:
+`[2, B, L, D]` = (text output h, modulated text z that went into the reference's QKV). The stock forward
+passes it on unread, and checkpointing, compilation, offloading and caching see plain tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
 from torch import Tensor, nn
 
-from ppcl.families.pruning import ResidualLinear, width_roles
+from ppcl.families.pruning import ResidualLinear, packed_text, register_blocks, unpacked_text, width_roles
 
 
 class ImageQueryAttnProcessor:
@@ -135,7 +135,7 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
             **(joint_attention_kwargs or {}),
         }
         if self.project_text:
-            text, reference = encoder_hidden_states.split(self.dim, dim=-1)
+            text, reference = unpacked_text(encoder_hidden_states)
             attended = self.attn(encoder_hidden_states=self.txt_proj(reference), **attention)
             if self.ehs_proj is not None:
                 text = self.ehs_proj(text)
@@ -146,7 +146,7 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
         hidden_states = self._feed_forward("img", hidden_states + gate * attended, image_mod2, modulate_index)
         if hidden_states.dtype == torch.float16:
             hidden_states, text = hidden_states.clip(-65504, 65504), text.clip(-65504, 65504)
-        return torch.cat([text, reference], dim=-1) if self.carry else text, hidden_states
+        return packed_text(text, reference) if self.carry else text, hidden_states
 
     def _feed_forward(self, stream: str, state: Tensor, modulation: list[Tensor], index: Any) -> Tensor:
         if self.project_ffn:
@@ -215,5 +215,6 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
                 )
 
 
+register_blocks({PrunedQwenImageTransformerBlock: QwenImageTransformerBlock}, ImageQueryAttnProcessor)
 if __name__.startswith("ppcl."):  # as diffusers shall write it where such a model is saved again
     PrunedQwenImageTransformer2DModel.__module__ = "ppcl"
