@@ -50,6 +50,7 @@ FAMILIES = {
     "tiny_qwen_image_edit": (5, QWEN),
     "tiny_qwen_image_edit_2509": (5, QWEN),
 }
+SIX_CATEGORIES = ("tiny_flux", "tiny_qwen_image")  # the others' worlds have fewer
 # What each stage leaves behind where it ran.
 EVIDENCE = {
     "probe": "cache/probes/*/probes.json",
@@ -76,7 +77,9 @@ def chain(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory:
     folder = tmp_path_factory.mktemp(builder)
     import_module(f"ppcl.families.{builder}").build_pipeline(0, layers).save_pretrained(folder / "teacher")
     common = [*settings, f"model.path={folder / 'teacher'}", f"paths.runs_dir={folder}"]
-    common.append("model.sampling.max_sequence_length=16")
+    common += ["model.sampling.max_sequence_length=16", "benchmark.latency_repeats=1"]
+    if builder in SIX_CATEGORIES:
+        common.append("benchmark.prompts_per_category=1")  # BATCH pictures, as many as are compared
     common += [override for override in pruned if override.startswith("model.")]
     succeed(*common, "name=detected", "stages=[probe,detect]")
     selected = ["width=auto", "width.num_ffn=2", "width.text_threshold=0.1", "width.steps=0", "distill.steps=1"]
