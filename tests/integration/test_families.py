@@ -147,9 +147,10 @@ print(type(pipeline.transformer).__module__, sum(p.numel() for p in pipeline.tra
 """
 
 
-def test_the_export_loads_where_ppcl_is_not_installed(chain: Path) -> None:
+def test_the_export_loads_where_ppcl_is_not_installed(chain: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_PPCL, str(chain / "pruned" / "export")]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    own = os.environ | {"HF_MODULES_CACHE": str(tmp_path)}  # no code that another process kept, or writes now
+    found = subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout.split()
     scores = json.loads((chain / "pruned" / "scores" / "ppcl-finetuned.json").read_text())
     assert found[0].startswith("diffusers_modules.local.transformer_")
     assert int(found[1]) == scores["params"]
