@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Files go to a worker for each core, so that tests of one file share what it made; ARGS="-n 0" is one process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 STAGES := pretrain cache probe detect boundaries depth width plan finetune export quantize remap_lora import_published generate evaluate report
 
 .DEFAULT_GOAL := help
@@ -28,8 +30,12 @@ demo: setup ## Detect, distil, export, draw and score on the embedded teacher (r
 	$(BIN)/ppcl experiment=demo $(ARGS)
 
 .PHONY: test
-test: setup ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## Run the tests, on every core
+	$(PYTEST) $(ARGS)
+
+.PHONY: test-fast
+test-fast: setup ## Run the tests of units and of the configuration alone, under three minutes
+	$(PYTEST) tests/unit tests/conf $(ARGS)
 
 .PHONY: bench
 bench: setup ## Measure steps, trainings and detection against the plain way, 20 minutes on two idle cores (runs/bench)

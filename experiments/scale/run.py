@@ -1,16 +1,25 @@
-"""`make bench`: ours against the plain way, in one run on one machine, to runs/bench/bench.json."""
+"""`make bench`: ours against the plain way, in one run on one machine, to runs/bench/bench.json.
+
+Each figure is measured in a process of its own: what it took of memory goes with it, and nothing of it is left to the
+next. That process ends with this one, however this one ends.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import logging
+import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +29,20 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import write_csv  # noqa: E402
-from scale import detection, memory, replay, steps, streaming  # noqa: E402
 
 from ppcl.artifacts.files import read_json, write_json  # noqa: E402
 
 OUTPUT = Path("runs/bench/bench.json")
-# By what `--only` calls it: a function of `tiny` that returns figures by name.
-FIGURES: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "step": steps.figures,
-    "boundaries": replay.figures,
-    "detect": detection.figures,
-    "memory": memory.figures,
-    "stream": streaming.figures,
+# By what `--only` calls it: the module whose `figures`, a function of `tiny`, returns figures by name.
+FIGURES = {
+    "step": "scale.steps",
+    "boundaries": "scale.replay",
+    "detect": "scale.detection",
+    "memory": "scale.memory",
+    "stream": "scale.streaming",
 }
+PR_SET_PDEATHSIG = 1
+GRACE = 10  # seconds that a figure has to end its own commands and to remove its temporary folders
 
 
 def machine() -> dict[str, Any]:
@@ -58,22 +68,64 @@ def as_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def stop(number: int, frame: Any) -> None:
+    """Unwinds the stack, so that every `with` and `finally` on it does its part; the code is a shell's for a signal."""
+    raise SystemExit(128 + number)
+
+
+def measure(name: str, tiny: bool, parent: int, results: Connection) -> None:
+    """Sends a figure's machine, its content and its seconds; runs in a process of its own."""
+    os.setpgid(0, 0)  # with all that it starts; Ctrl-C then reaches the parent alone, which says so once
+    signal.signal(signal.SIGTERM, stop)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before it could be watched
+        return
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hardware notes and tips
+    figures = import_module(FIGURES[name]).figures
+    start = time.perf_counter()
+    facts = machine() | {"tiny": tiny}
+    found = figures(tiny)
+    results.send((facts, found, time.perf_counter() - start))
+
+
+def measured(name: str, tiny: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """What `measure` sends. On return, or on the way out of an interruption, no process of it is left."""
+    context = multiprocessing.get_context("spawn")  # a fork would begin with all that this process holds
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(name, tiny, os.getpid(), sender))
+    process.start()
+    sender.close()  # the end of the process is then the end of the pipe
+    try:
+        found = receiver.recv()
+        process.join(GRACE)
+        return found
+    except EOFError:
+        process.join()
+        raise SystemExit(f"{name} was not measured: its process ended with {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join(GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), help="the others stay as they are")
     parser.add_argument("--tiny", action="store_true", help="whether it runs; its figures mean nothing")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     chosen = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hardware notes and tips
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
     partial = chosen.only != list(FIGURES) and chosen.output.exists()
     content = read_json(chosen.output, "The bench") if partial else {}
     for name in chosen.only:
-        start = time.perf_counter()
-        facts = machine() | {"tiny": chosen.tiny}
-        found = FIGURES[name](chosen.tiny)
+        facts, found, seconds = measured(name, chosen.tiny)
         content |= found
-        content["machine"] = content.get("machine", {}) | {name: facts | {"seconds": time.perf_counter() - start}}
+        content["machine"] = content.get("machine", {}) | {name: facts | {"seconds": seconds}}
         write_json(chosen.output, content)
         for row in as_rows(found):
             spread = f" ({row['lowest']:.2f} to {row['highest']:.2f})" if row["lowest"] else ""

@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,13 +78,45 @@ def succeed(*arguments: str) -> Outcome:
     return outcome
 
 
-def ppcl_process(
-    *arguments: str, python: str = "from ppcl.cli import main; main()"
-) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own; `python` may prepare that process first."""
+def ppcl_process(*arguments: str, python: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own; `python` may prepare that process first, and has to call `main`."""
+    if python is not None and not torch.cuda.is_available():
+        return _forked(python, arguments)
+    program = python or "from ppcl.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", python, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
+
+
+def _forked(python: str, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """`python` in a copy of this process, which has imported all that a new one would spend its time on.
+
+    Without a GPU this process has one thread that computes, which is what a copy can go on with.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+                sys.argv = ["-c", *arguments]
+                os.chdir(REPOSITORY)
+                exec(python, {"__name__": "__main__"})
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:  # nothing that pytest has yet to do may happen twice
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(["-c", *arguments], code, out.read(), err.read())
 
 
 def start_until(folder: Path, pattern: str, arguments: list[str]) -> subprocess.Popen[str]:

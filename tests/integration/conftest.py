@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from commands import BATCH, CHAIN, INTERVALS, NUM_LAYERS, NUM_PROMPTS, succeed
 
-# Numbers that change with the number of threads would make bit-identity a matter of luck.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # as ../conftest.py has it, also where torch was built without OpenMP
 
 
 @pytest.fixture(scope="session")
