@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 # Files go to a worker for each core, so that tests of one file share what it made; ARGS="-n 0" is one process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
-STAGES := pretrain cache probe detect boundaries depth width plan finetune export quantize remap_lora import_published generate evaluate report
+# The table of stages declares them; the help text and the checks read the same one.
+STAGES := $(shell sed -n 's/^    "\([a-z_]*\)": Stage.*/\1/p' src/ppcl/stages/__init__.py)
 
 .DEFAULT_GOAL := help
 

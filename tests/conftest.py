@@ -16,6 +16,9 @@ MOST_WORKERS = 8  # each takes 1.5 GB, and the longest file is as long on more
 LONGEST = [
     "test_strategies",
     "test_families",
+    "test_pins",
+    "test_foreign_families",
+    "test_removal",
     "test_interruption",
     "test_embedded_teachers",
     "test_bad_input",

@@ -23,7 +23,7 @@ from ppcl.artifacts.probes import Probes
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.methods.base import Teacher
-from ppcl.methods.ppcl import Ppcl, find_intervals
+from ppcl.methods.registry import load_method
 from ppcl.ops.cka import centre, cka
 from ppcl.taps import BlockCall, Streams, observe
 
@@ -106,11 +106,12 @@ def figures(tiny: bool) -> dict[str, Any]:
     intervals: dict[str, list[Interval]] = {}
 
     def walk(curve: Callable[[int, int], float]) -> list[Interval]:
-        return find_intervals(lambda u, k: 1.0 if u == k else curve(u, k), count, config)
+        method: Any = load_method(config)
+        return method.find_intervals(lambda u, k: 1.0 if u == k else curve(u, k), count)
 
     def ours() -> list[Interval]:
         teacher = Teacher(run.family, run.teacher.pipeline.transformer, lambda: batches, lambda: probes)
-        return Ppcl(config).detect(teacher).intervals[STACK]
+        return load_method(config).detect(teacher).intervals[STACK]
 
     def forwards() -> list[Interval]:
         table = {(u, k): surrogates.by_forward(u, k) for u, k in every_pair(count)}

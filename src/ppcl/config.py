@@ -178,10 +178,10 @@ class ProbeConfig:
 
 @dataclass
 class MethodConfig:
-    """How intervals are found: `rule` names the variant, the rest are its parameters.
+    """How intervals are found: `rule` is a module of `ppcl.methods`, the rest are its parameters.
 
     `start` and `end` bound the blocks that may lie in an interval; `min_cka` is the acceptance threshold:
-    an interval whose surrogate's cka lies below it is left out.
+    an interval whose surrogate's cka lies below it is left out. `settings` are keys that only that rule has.
     """
 
     name: str = "ppcl"
@@ -198,6 +198,7 @@ class MethodConfig:
     num_samples: int = 16
     num_timesteps: int = option(8, least=1)
     batch_size: int = 16
+    settings: dict[str, Any] = option(factory=dict, before={})
 
 
 @dataclass
@@ -479,7 +480,7 @@ class Config:
 
 
 # Groups that take keys of their own; whoever reads them checks these.
-OPEN_GROUPS = ("benchmark.settings", "distill.losses", "model.sampling.scheduler")
+OPEN_GROUPS = ("benchmark.settings", "distill.losses", "method.settings", "model.sampling.scheduler")
 
 
 def register_schema() -> None:

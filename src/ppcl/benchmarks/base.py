@@ -10,18 +10,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from inspect import isabstract
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 import ppcl.benchmarks
 from ppcl.artifacts.scores import Scores
+from ppcl.discovery import declared_class, module_names, parse_settings
 from ppcl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -88,25 +84,13 @@ class Benchmark(ABC):
 
 def benchmark_names() -> tuple[str, ...]:
     """Every benchmark there is, by its file; none is imported."""
-    return tuple(sorted({found.name for found in iter_modules(ppcl.benchmarks.__path__)} - {"base"}))
+    return module_names(ppcl.benchmarks, {"base"})
 
 
 def load_benchmark(name: str, settings: Mapping[str, Any]) -> Benchmark:
     """The benchmark of that name with `settings` for its fields; `UsageError` for those it does not have."""
-    module = import_module(f"ppcl.benchmarks.{name}")
-    own = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
-    declared = [item for item in own if issubclass(item, Benchmark) and not isabstract(item)]
-    if len(declared) != 1:
-        raise UsageError(
-            f"benchmark.name={name}: {module.__file__} must declare one Benchmark with prompts and score; it declares "
-            f"{len(declared)}."
-        )
-    try:
-        benchmark = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(declared[0]), dict(settings)))
-    except OmegaConfBaseException as error:
-        key = f".{error.full_key}" if getattr(error, "full_key", None) else ""
-        raise UsageError(f"benchmark.settings{key}: {str(error).splitlines()[0]}.") from None
-    assert isinstance(benchmark, Benchmark)
+    kind: type[Any] = declared_class(f"ppcl.benchmarks.{name}", Benchmark, f"benchmark.name={name}")
+    benchmark: Benchmark = parse_settings(kind, settings, "benchmark.settings")
     if benchmark.images_per_prompt < 1:  # the one setting that all benchmarks have
         raise UsageError(f"benchmark.settings.images_per_prompt={benchmark.images_per_prompt} must be at least 1.")
     return benchmark

@@ -1,14 +1,5 @@
-"""Methods by the name of their rule."""
+"""Methods: ways to choose the intervals. Importing this loads no torch.
 
-from __future__ import annotations
-
-from ppcl.config import MethodConfig
-from ppcl.methods.base import Method
-
-
-def get_method(config: MethodConfig) -> Method:
-    """The method that `config.rule` names."""
-    from ppcl.methods.cka_sensitivity import CkaSensitivity
-    from ppcl.methods.ppcl import Ppcl
-
-    return (CkaSensitivity if config.rule == "cka_sensitivity" else Ppcl)(config)
+A method takes two files: a module here, which declares one class of `Method`, and a YAML in `conf/method/` whose
+`rule` is the module's name.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from ppcl.artifacts.plan import Intervals
 from ppcl.artifacts.probes import Probes
 from ppcl.config import MethodConfig
 from ppcl.data.batches import TrainingBatch
+from ppcl.discovery import parse_settings
 from ppcl.families.base import Family
 
 # By stack and stream, a value per pair of blocks.
@@ -39,11 +40,26 @@ class Detection:
     curves: Curves = field(default_factory=dict)
 
 
+@dataclass
+class NoSettings:
+    """Of a method that the keys of `method` are enough for."""
+
+
 class Method(ABC):
-    """One way to choose intervals, configured by `MethodConfig`."""
+    """One way to choose intervals. It is found by the name of its file, which is `method.rule`.
+
+    `settings_class`: a dataclass of keys that only this method has, given under `method.settings`.
+    """
+
+    settings_class: ClassVar[type[Any]] = NoSettings
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
+        self.settings = parse_settings(self.settings_class, config.settings, "method.settings")
+
+    @classmethod  # noqa: B027 - most have nothing more to check
+    def check(cls, config: MethodConfig) -> None:
+        """Raise `UsageError` for a configuration that means nothing to this method."""
 
     @abstractmethod
     def detect(self, teacher: Teacher) -> Detection:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.artifacts.plan import Interval, Intervals
+from ppcl.config import MethodConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.methods.base import Detection, Method, Teacher
@@ -36,6 +37,11 @@ class CkaSensitivity(Method):
     Block 0 of a stack stays: no block before it could stand for it. So do those that are always the teacher's.
     """
 
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        if not config.num_remove:
+            raise UsageError("method.rule=cka_sensitivity needs method.num_remove, the number of blocks to remove.")
+
     @torch.no_grad()
     def detect(self, teacher: Teacher) -> Detection:
         sums: dict[BlockKey, float] = {}
@@ -58,7 +64,7 @@ class CkaSensitivity(Method):
             if max(facts.first_block, self.config.start) + 1 <= index < count_of[stack] - facts.last_blocks
             and (end is None or index <= end)
         ]
-        assert self.config.num_remove is not None, "checked in config.check"
+        assert self.config.num_remove is not None, "checked above"
         if self.config.num_remove > len(candidates):
             raise UsageError(
                 f"method.num_remove={self.config.num_remove} exceeds the {len(candidates)} blocks that may go."

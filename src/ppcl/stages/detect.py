@@ -15,8 +15,8 @@ from ppcl.artifacts.probes import Probes
 from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
-from ppcl.methods import get_method
 from ppcl.methods.base import Curves, Teacher
+from ppcl.methods.registry import load_method
 from ppcl.methods.similarity import similarity_maps
 from ppcl.report import plots
 from ppcl.report.text import show_plan
@@ -54,7 +54,7 @@ def run(run: Run) -> None:
     teacher = Teacher(
         run.family, run.teacher.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
     )
-    found = get_method(method).detect(teacher)
+    found = load_method(method).detect(teacher)
     middle = list(stream.calibration(min(method.num_samples, method.batch_size), 2))[-1]
     maps = similarity_maps(run.family, run.teacher.pipeline.transformer, run.data.to_device(middle))
     plan.intervals = found.intervals

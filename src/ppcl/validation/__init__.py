@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ppcl.benchmarks.base import benchmark_names
 from ppcl.config import Config, declared
 from ppcl.errors import UsageError
+from ppcl.methods.registry import load_method, method_names
 from ppcl.stages import STAGES
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_streaming
 from ppcl.validation.outputs import (
@@ -64,16 +65,14 @@ def check(config: Config) -> None:
     check_strategy(config)
     method, distill = config.method, config.distill
     one_of("benchmark.name", config.benchmark.name, benchmark_names())
-    one_of("method.rule", method.rule, ("lp", "lp_a", "lp_b", "cka_sensitivity"))
+    one_of("method.rule", method.rule, method_names())
+    if method.rule != "lp" or method.settings:
+        load_method(method)  # loads torch
     resolve_precision(config)
     if config.probe.init == "zero" and not config.probe.train_steps:
         raise UsageError("probe.init=zero needs probe.train_steps: probes that start from nothing have to learn.")
-    if method.rule == "cka_sensitivity" and not method.num_remove:
-        raise UsageError("method.rule=cka_sensitivity needs method.num_remove, the number of blocks to remove.")
     if method.extend is not None and method.rule != "lp_b":
         raise UsageError(f"method.extend={method.extend} means nothing to method.rule={method.rule}: use lp_b.")
-    if method.extend is not None and min(method.extend, default=0) < 0:
-        raise UsageError(f"method.extend={method.extend} numbers intervals from 0 on.")
     if not 0 < config.generate.plug_fraction < 1:
         raise UsageError(f"generate.plug_fraction={config.generate.plug_fraction} must lie between 0 and 1.")
     seeds = (config.data.train_seed, config.data.calibration_seed, config.data.eval_seed)

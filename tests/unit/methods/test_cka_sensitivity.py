@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ppcl.config import MethodConfig
-from ppcl.methods import get_method
 from ppcl.methods.base import Teacher
 from ppcl.methods.cka_sensitivity import CkaSensitivity, runs_to_intervals
+from ppcl.methods.registry import load_method
 from ppcl.ops.cka import centre, cka
 
 
@@ -73,7 +73,7 @@ def test_scores_equal_a_model_built_without_the_block(teacher, make_transformer)
 
 @pytest.mark.parametrize("num_remove", [1, 2, 3])
 def test_it_removes_as_many_blocks_as_asked_and_never_the_first(teacher, num_remove):
-    method = get_method(MethodConfig(rule="cka_sensitivity", num_remove=num_remove))
+    method = load_method(MethodConfig(rule="cka_sensitivity", num_remove=num_remove))
     pairs = method.detect(teacher).intervals["transformer_blocks"]
     assert sum(v - u for u, v in pairs) == num_remove
     assert all(0 <= u < v <= 4 for u, v in pairs)

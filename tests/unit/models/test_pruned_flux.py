@@ -475,7 +475,7 @@ def test_half_precision_is_clipped_as_in_stock_blocks(teacher, flux, inputs):
 
 
 def test_roles_say_what_each_block_becomes(flux):
-    assert set(flux.projectors.values()) == set(PROJECTORS)
+    assert set(flux.width.projectors.values()) == set(PROJECTORS)
     names = ("project_text", "project_text_output", "project_ffn", "carry", "keep_text_query")
     for text_output, inner in (("last", False), ("each", True)):
         roles = flux.width.roles(DUAL, [2, 3], [1, 3], LAYERS, Layout(text_output, True))

@@ -1,4 +1,4 @@
-"""PPCL's detection (paper Eq. 3-5, Algorithm 1 lines 4-15) and its ablations LP-a and LP-b.
+"""Similarity of a teacher with its linear surrogates (paper Eq. 3-4).
 
 A chain of linear probes is one linear map, so the surrogate's output at k is T_u's output times a
 matrix: one teacher pass gives every cka(u, k), and no surrogate is ever run.
@@ -7,19 +7,13 @@ matrix: one teacher pass gives every cka(u, k), and no surrogate is ever run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ppcl.artifacts.plan import Interval, Intervals
 from ppcl.artifacts.probes import Probes
-from ppcl.config import MethodConfig
-from ppcl.errors import UsageError
-from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
-from ppcl.taps import Streams, observe_abreast, stack_of
 
 _HELD_MAPS = 256 << 20  # bytes of probes that are kept; more are read again for every block
 _PRODUCTS = 256 << 20  # bytes of covariances that are multiplied at once
@@ -31,72 +25,6 @@ Curve = Callable[[int, int], float]
 def delta(curve: Curve, u: int, k: int) -> float:
     """Eq. 4: how much similarity the k-th replacement costs."""
     return -(curve(u, k) - curve(u, k - 1))
-
-
-def first_inflection(curve: Curve, u: int, last: int, min_length: int = 2) -> int:
-    """Eq. 5: the first k - 1 at which delta(u, k) > delta(u, k - 1), else `last`.
-
-    `min_length` L looks for it from k = u + L on; the paper's rule is L = 2.
-    """
-    for k in range(u + min_length, last + 1):
-        if delta(curve, u, k) > delta(curve, u, k - 1):
-            return k - 1
-    return last
-
-
-def last_above(curve: Curve, u: int, last: int, threshold: float) -> int:
-    """LP-a: the end of the run from u on whose cka stays at `threshold` or above; u where none does."""
-    v = u
-    while v < last and curve(u, v + 1) >= threshold:
-        v += 1
-    return v
-
-
-def find_intervals(curve: Curve, num_layers: int, config: MethodConfig) -> list[Interval]:
-    """Algorithm 1: walk from `start`, end each interval by the rule, go on behind it.
-
-    An interval whose surrogate's cka(u, v) lies below `min_cka` is left out and the walk goes on at
-    u + 1: this is where the gaps come from that Eq. 5 alone never leaves.
-    """
-    last = num_layers - 1 if config.end is None else min(config.end, num_layers - 1)
-    intervals: list[Interval] = []
-    u = config.start
-    while u < last:
-        if config.rule == "lp_a":
-            v = last_above(curve, u, last, config.threshold)
-        else:
-            v = first_inflection(curve, u, last, config.min_length)
-        if v - u + 1 < config.min_length or curve(u, v) < config.min_cka:
-            u += 1
-            continue
-        intervals.append((u, v))
-        u = v + 1
-    if config.rule == "lp_b":
-        return extend_ends(intervals, last, config.extend)
-    return intervals
-
-
-def extend_ends(intervals: Sequence[Interval], last: int, which: Sequence[int] | None) -> list[Interval]:
-    """LP-b: move v to v + 1 in the intervals numbered `which`, or in every one that has room.
-
-    Room is a block outside all intervals, or a successor of three blocks or more, which then starts
-    one later. (The paper prints overlapping sets; intervals that share a block cannot both be plugged in.)
-    """
-    result = list(intervals)
-    numbers = range(len(result)) if which is None else sorted(set(which))
-    if numbers and numbers[-1] >= len(result):
-        raise UsageError(f"method.extend={which} names interval {numbers[-1]}; detection found {len(result)}.")
-    for number in numbers:
-        u, v = result[number]
-        following = result[number + 1] if number + 1 < len(result) else None
-        if v + 1 > last:
-            continue
-        if following is not None and following[0] == v + 1:
-            if following[1] - following[0] < 2:
-                continue
-            result[number + 1] = (following[0] + 1, following[1])
-        result[number] = (u, v + 1)
-    return result
 
 
 class SurrogateCurves:
@@ -202,46 +130,6 @@ def _by_tokens(centred: Iterable[Tensor], valid: Tensor, debiased: bool) -> Call
     return lambda chain: cka(features, features @ chain, valid, debiased=debiased)
 
 
-class Ppcl(Method):
-    """Rules `lp`, `lp_a` and `lp_b`."""
-
-    def detect(self, teacher: Teacher) -> Detection:
-        layers = {stack: len(stack_of(teacher.transformer, stack)) for stack in teacher.family.stacks}
-        curves = SurrogateCurves(teacher.probes(), layers, debiased=self.config.debiased)
-        batches = list(teacher.calibration())
-        masks = [teacher.family.masks(batch.inputs) for batch in batches]
-        with torch.no_grad():
-            inputs = [batch.inputs for batch in batches]
-            calls = observe_abreast(teacher.family, teacher.transformer, inputs, size_keys="method.num_samples")
-            outputs: list[Streams] = []
-            for _, call in teacher.progress(calls, len(batches) * sum(layers.values())):
-                outputs.append(call.outputs)
-                if len(outputs) == len(batches):  # all that this block gave
-                    curves.add(call.stack, call.index, outputs, masks)
-                    outputs = []
-        intervals: Intervals = {}
-        scores: dict[str, dict[str, float]] = {}
-        facts = teacher.family.facts
-        for stack, count in layers.items():
-            table = curves.mean(stack, self.config.stream)
-            there, stop = blocks_with(table), count - facts.last_blocks
-            if self.config.end is not None:
-                stop = min(stop, self.config.end + 1)
-            settings = replace(
-                self.config, start=max(self.config.start, facts.first_block, there.start), end=min(stop, there.stop) - 1
-            )
-
-            def curve(u: int, k: int, table: Tensor = table) -> float:
-                return table[u, k].item()
-
-            intervals[stack] = find_intervals(curve, count, settings)
-            scores[stack] = {f"{u}-{v}": curve(u, v) for u, v in intervals[stack]}
-        nested = {
-            stack: {name: _rows(curves.mean(stack, name)) for name in [*curves.streams(stack), "mean"]}
-            for stack in layers
-        }
-        return Detection(intervals, {"cka": scores}, nested)
-
-
-def _rows(table: Tensor) -> list[list[float | None]]:
+def rows_of(table: Tensor) -> list[list[float | None]]:
+    """A table as nested lists, None for NaN."""
     return [[None if value != value else value for value in row] for row in table.tolist()]

@@ -8,19 +8,18 @@ from torch import nn
 from ppcl.artifacts.probes import Probes
 from ppcl.config import MethodConfig
 from ppcl.methods.base import Teacher
-from ppcl.methods.ppcl import (
-    Ppcl,
-    SurrogateCurves,
-    blocks_with,
-    delta,
-    extend_ends,
-    find_intervals,
-    first_inflection,
-    last_above,
-)
+from ppcl.methods.lp import first_inflection
+from ppcl.methods.lp_a import last_above
+from ppcl.methods.lp_b import extend_ends
 from ppcl.methods.probes import fit_probes
+from ppcl.methods.registry import load_method
+from ppcl.methods.surrogates import SurrogateCurves, blocks_with, delta
 from ppcl.ops.cka import centre, cka
 from ppcl.taps import observe
+
+
+def find_intervals(curve, num_layers, config):
+    return load_method(config).find_intervals(curve, num_layers)
 
 
 def curve_of(rows):
@@ -195,7 +194,7 @@ def test_detection_recovers_the_runs_of_a_planted_teacher(make_linear_teacher, r
     family, transformer, batches = make_linear_teacher(planted(runs), seed)
     probes = fitted_probes(family, transformer, batches, ridge=1e-9)
     teacher = Teacher(family, transformer, lambda: batches, lambda: probes)
-    found = Ppcl(MethodConfig(debiased=debiased)).detect(teacher)
+    found = load_method(MethodConfig(debiased=debiased)).detect(teacher)
     starts = [sum(runs[:number]) for number in range(len(runs))]
     expected = [(start, start + length - 1) for start, length in zip(starts, runs, strict=True)]
     assert found.intervals == {"blocks": expected}
@@ -297,7 +296,7 @@ def test_the_last_blocks_that_stay_the_teachers_are_as_if_detection_ended_before
     teacher = Teacher(family, transformer, lambda: batches, lambda: probes)
 
     def detected(**settings):
-        return Ppcl(MethodConfig(rule=rule, min_cka=0, **settings)).detect(teacher).intervals
+        return load_method(MethodConfig(rule=rule, min_cka=0, **settings)).detect(teacher).intervals
 
     assert detected()["blocks"][-1][1] == 5
     expected = detected(end=3)

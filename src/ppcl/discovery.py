@@ -1,0 +1,48 @@
+"""Methods and benchmarks are found by the names of their files, so that adding one touches no table.
+
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from inspect import isabstract
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ppcl.errors import UsageError
+
+T = TypeVar("T")
+
+
+def module_names(package: ModuleType, libraries: Collection[str]) -> tuple[str, ...]:
+    """The modules of `package` but for its `libraries`, sorted; none is imported."""
+    return tuple(sorted({found.name for found in iter_modules(package.__path__)} - {*libraries}))
+
+
+def declared_class(module_name: str, base: type[T], key: str) -> type[T]:
+    """The one class of `base` that a module declares; `UsageError` where it is not one. `key` starts the sentence."""
+    module = import_module(module_name)
+    own = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
+    declared = [item for item in own if issubclass(item, base) and not isabstract(item)]
+    if len(declared) != 1:
+        parts = " and ".join(sorted(getattr(base, "__abstractmethods__", ())))
+        raise UsageError(
+            f"{key}: {module.__file__} must declare one {base.__name__} with {parts}; it declares {len(declared)}."
+        )
+    return declared[0]
+
+
+def parse_settings(settings_class: type[T], settings: Mapping[str, Any], key: str) -> T:
+    """`settings` as a dataclass; `UsageError` for keys that it does not have and values of another type."""
+    try:
+        parsed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings_class), dict(settings)))
+    except OmegaConfBaseException as error:
+        name = f".{error.full_key}" if getattr(error, "full_key", None) else ""
+        raise UsageError(f"{key}{name}: {str(error).splitlines()[0]}.") from None
+    return parsed

@@ -1,0 +1,45 @@
+"""Ablation LP-b: PPCL's intervals with their ends moved by one block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ppcl.artifacts.plan import Interval
+from ppcl.config import MethodConfig
+from ppcl.errors import UsageError
+from ppcl.methods.lp import Lp
+
+
+def extend_ends(intervals: Sequence[Interval], last: int, which: Sequence[int] | None) -> list[Interval]:
+    """Move v to v + 1 in the intervals numbered `which`, or in every one that has room.
+
+    Room is a block outside all intervals, or a successor of three blocks or more, which then starts
+    one later. (The paper prints overlapping sets; intervals that share a block cannot both be plugged in.)
+    """
+    result = list(intervals)
+    numbers = range(len(result)) if which is None else sorted(set(which))
+    if numbers and numbers[-1] >= len(result):
+        raise UsageError(f"method.extend={which} names interval {numbers[-1]}; detection found {len(result)}.")
+    for number in numbers:
+        u, v = result[number]
+        following = result[number + 1] if number + 1 < len(result) else None
+        if v + 1 > last:
+            continue
+        if following is not None and following[0] == v + 1:
+            if following[1] - following[0] < 2:
+                continue
+            result[number + 1] = (following[0] + 1, following[1])
+        result[number] = (u, v + 1)
+    return result
+
+
+class LpB(Lp):
+    """The rule of `method.extend`."""
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        if config.extend is not None and min(config.extend, default=0) < 0:
+            raise UsageError(f"method.extend={config.extend} numbers intervals from 0 on.")
+
+    def finished(self, intervals: Sequence[Interval], last: int) -> list[Interval]:
+        return extend_ends(intervals, last, self.config.extend)

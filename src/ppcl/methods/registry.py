@@ -1,0 +1,28 @@
+"""Finds methods by the names of their files. Importing this loads no torch; `load_method` does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ppcl.methods
+from ppcl.config import MethodConfig
+from ppcl.discovery import declared_class, module_names
+
+if TYPE_CHECKING:
+    from ppcl.methods.base import Method
+
+_LIBRARIES = ("base", "probes", "registry", "similarity", "surrogates", "width")
+
+
+def method_names() -> tuple[str, ...]:
+    """Every method there is, by its file; none is imported."""
+    return module_names(ppcl.methods, _LIBRARIES)
+
+
+def load_method(config: MethodConfig) -> Method:
+    """The method that `method.rule` names, with its settings; `UsageError` for those that mean nothing to it."""
+    from ppcl.methods.base import Method
+
+    kind: type[Any] = declared_class(f"ppcl.methods.{config.rule}", Method, f"method.rule={config.rule}")
+    kind.check(config)
+    return kind(config)
