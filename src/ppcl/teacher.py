@@ -73,10 +73,13 @@ class TeacherModel:
         assert source is not None, "checked in validation"
         try:
             left_out: dict[str, Any] = {}
-            if self.config.data.name != "shapes" and not any(STAGES[stage].encoders for stage in self.config.stages):
+            needless = self.config.data.name != "shapes" and not any(STAGES[s].encoders for s in self.config.stages)
+            if needless or isinstance(source, Path):
                 index = DiffusionPipeline.load_config(source, revision=model.revision)
-                components = {name for name, entry in index.items() if isinstance(entry, list)}
-                left_out = dict.fromkeys(components - {"transformer", "scheduler"})
+                components = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+                kept = {"transformer", "scheduler"} if needless else components.keys()
+                # diffusers wants to be told, too, what a folder is without.
+                left_out = {name: None for name in components if name not in kept or components[name] == [None, None]}
             if model.streaming:
                 left_out["transformer"] = self._streamed_transformer(source)
             pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, dtype=self.dtype, **left_out)

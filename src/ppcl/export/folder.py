@@ -78,11 +78,16 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
     labels = getattr(run.teacher.pipeline, "labels", None)  # of a class-conditional model
     prompt = next(iter(labels)) if labels else "a red circle and a blue square"
     given = [[Code('load_image("PATH_OR_URL")')] * run.family.num_references] if run.family.num_references else []
-    call = run.family.prompt_arguments(run.teacher.pipeline, [prompt], given)
+    call = None
+    if run.family.draws:
+        call = run.family.prompt_arguments(run.teacher.pipeline, [prompt], given)
+        call |= run.family.sampling_arguments(sampling, 1)
+    parts = run.teacher.pipeline.components
+    missing = [name for name in parts if parts[name] is None and name not in run.teacher.pipeline._optional_components]
     return model_card(
         {
             "title": base.title,
-            "metadata": card_metadata(run.family.name, base.hub_id, base.licence),
+            "metadata": card_metadata(run.family.name, base.hub_id, base.licence, draws=run.family.draws),
             "base": base.name,
             "version": __version__,
             "variant": variant,
@@ -93,7 +98,8 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
             "student": params,
             # diffusers loads a class of another package only where that package is imported
             "imports": "import ppcl  # or pass trust_remote_code=True below\n" if ours else "",
-            "call": call | run.family.sampling_arguments(sampling, 1),
+            "without": "".join(f", {name}=None" for name in missing),
+            "call": call,
             "seed": config.seed,
             "intervals": json.dumps(switch.board.removed_intervals),
             "students": len(board.plugged),

@@ -25,12 +25,8 @@ _CARD = """---
 {imports}import torch
 from diffusers import DiffusionPipeline
 {loader}
-pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", torch_dtype=torch.{dtype})
-image = pipeline(
-{arguments}
-    generator=torch.Generator().manual_seed({seed}),
-).images[0]
-```
+pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", torch_dtype=torch.{dtype}{without})
+{use}```
 
 <!-- quantized -->
 <!-- end of quantized -->
@@ -52,6 +48,12 @@ image = pipeline(
 
 A LoRA or ControlNet of the base model counts its blocks: it does not fit this one until its indices
 are mapped through `ppcl.kept_layers` in `transformer/config.json`.
+"""
+
+_CALL = """image = pipeline(
+{arguments}
+    generator=torch.Generator().manual_seed({seed}),
+).images[0]
 """
 
 _WIDTH_LABEL = """> [!WARNING]
@@ -113,15 +115,15 @@ def _licence_in(card: Path, base: str | None) -> dict[str, str]:
     return found if "license" in found else {}
 
 
-def card_metadata(family: str, base: str | None, licence: Mapping[str, str]) -> str:
-    """The YAML that the Hub reads. `base` is left out where the Hub does not know it: it would refuse the card."""
+def card_metadata(family: str, base: str | None, licence: Mapping[str, str], *, draws: bool = True) -> str:
+    """The YAML that the Hub reads. `base` is left out where the Hub does not know it: it would refuse the card.
+
+    What a family is for is known only of one that `draws`.
+    """
     from huggingface_hub import ModelCardData
 
-    data: dict[str, Any] = {
-        "library_name": "diffusers",
-        "pipeline_tag": "image-to-image" if FAMILIES[family].max_references else "text-to-image",
-        **licence,
-    }
+    tag = "image-to-image" if FAMILIES[family].max_references else "text-to-image"
+    data: dict[str, Any] = {"library_name": "diffusers", **({"pipeline_tag": tag} if draws else {}), **licence}
     if base is not None:
         # Of what the Hub tells apart (adapter, finetune, merge, quantized) a pruned model is tuned.
         data |= {"base_model": base, "base_model_relation": "finetune"}
@@ -130,14 +132,18 @@ def card_metadata(family: str, base: str | None, licence: Mapping[str, str]) -> 
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """Markdown with the Hub's YAML header from `facts`; its sections are empty until `with_section` fills them."""
-    call: Mapping[str, Any] = facts["call"]
+    """Markdown with the Hub's YAML header from `facts`; its sections are empty until `with_section` fills them.
+
+    `call` are the pipeline's arguments, None where only loading is shown; `without` those that say what is not there.
+    """
+    call: Mapping[str, Any] = facts["call"] or {}
+    arguments = "\n".join(f"    {name}={value!r}," for name, value in call.items())
     given = any("load_image" in repr(value) for value in call.values())
     return _CARD.format(
-        **facts,
+        **({"without": ""} | dict(facts)),
         label="" if facts["width_sets"] == "none" else _WIDTH_LABEL,
         loader="from diffusers.utils import load_image\n" if given else "",
-        arguments="\n".join(f"    {name}={value!r}," for name, value in call.items()),
+        use=_CALL.format(arguments=arguments, seed=facts["seed"]) if facts["call"] else "",
     )
 
 
