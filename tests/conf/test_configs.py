@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ppcl.config import register_schema
@@ -147,6 +148,49 @@ def test_a_plan_file_gives_its_intervals(auto, tmp_path):
     path = write_plan(tmp_path / "plan.json")
     config = parsed(*auto, "intervals=from_plan", f"intervals.path={path}")
     assert resolve_intervals(config) == {"transformer_blocks": [(0, 1), (3, 5)]}
+
+
+FLUX_SETS = {
+    "intervals": {"transformer_blocks": [[3, 4], [9, 11]], "single_transformer_blocks": [[5, 7]]},
+    "width": {"transformer_blocks": {"text": [15, 12], "ffn": [2]}, "single_transformer_blocks": {"ffn": [20]}},
+}
+FLUX_NAMES = """
+intervals: {names: [transformer_blocks.9-11, single_transformer_blocks.5-7, transformer_blocks.3-4]}
+width:
+  names:
+    - transformer_blocks.15.text
+    - transformer_blocks.12.text
+    - transformer_blocks.2.ffn
+    - single_transformer_blocks.20.ffn
+"""
+
+
+def test_names_give_what_a_key_per_stack_gives():
+    """On the command line and in YAML."""
+    given = ["model=flux_dev", "width.source=given"]
+    keys = parse(OmegaConf.merge(compose("config", given), FLUX_SETS))
+    read = yaml.safe_load(FLUX_NAMES)
+    lines = [f"{group}.names=[{','.join(content['names'])}]" for group, content in read.items()]
+    for named in (
+        parsed(*given, *lines),
+        parse(OmegaConf.merge(compose("config", given), OmegaConf.create(FLUX_NAMES))),
+    ):
+        assert (
+            resolve_intervals(named)
+            == resolve_intervals(keys)
+            == {
+                "transformer_blocks": [(3, 4), (9, 11)],
+                "single_transformer_blocks": [(5, 7)],
+            }
+        )
+        assert (
+            resolve_width(named)
+            == resolve_width(keys)
+            == {
+                "transformer_blocks": {"text": [12, 15], "ffn": [2]},
+                "single_transformer_blocks": {"text": [], "ffn": [20]},
+            }
+        )
 
 
 def test_an_edit_model_is_given_pictures(tmp_path):
