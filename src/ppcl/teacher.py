@@ -72,12 +72,14 @@ class TeacherModel:
         source = model_folder(model) or model.path
         assert source is not None, "checked in validation"
         try:
-            index = DiffusionPipeline.load_config(source, revision=model.revision)
-            components = {name: entry for name, entry in index.items() if isinstance(entry, list)}
-            # diffusers wants to be told so of a folder that is without.
-            left_out: dict[str, Any] = {name: None for name, entry in components.items() if entry == [None, None]}
-            if self.config.data.name != "shapes" and not any(STAGES[stage].encoders for stage in self.config.stages):
-                left_out = dict.fromkeys(components.keys() - {"transformer", "scheduler"})
+            left_out: dict[str, Any] = {}
+            needless = self.config.data.name != "shapes" and not any(STAGES[s].encoders for s in self.config.stages)
+            if needless or isinstance(source, Path):
+                index = DiffusionPipeline.load_config(source, revision=model.revision)
+                components = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+                kept = {"transformer", "scheduler"} if needless else components.keys()
+                # diffusers wants to be told, too, what a folder is without.
+                left_out = {name: None for name in components if name not in kept or components[name] == [None, None]}
             if model.streaming:
                 left_out["transformer"] = self._streamed_transformer(source)
             pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, dtype=self.dtype, **left_out)
