@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import ppcl
+from ppcl.stages import STAGES
 
 ROOT = Path(ppcl.__file__).parent
 FILES = {
@@ -46,3 +47,11 @@ def test_ops_import_only_each_other():
     for module in FILES:
         if module.startswith("ppcl.ops"):
             assert all(name.startswith("ppcl.ops") for name in IMPORTS[module]), module
+
+
+def test_stages_are_a_table_and_a_runner_each():
+    assert {module.removeprefix("ppcl.stages.") for module in FILES if module.startswith("ppcl.stages.")} == {*STAGES}
+    for stage in STAGES:
+        tree = ast.parse(FILES[f"ppcl.stages.{stage}"].read_text(encoding="utf-8"))
+        (run,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run")
+        assert [argument.arg for argument in run.args.args] == ["run"], stage

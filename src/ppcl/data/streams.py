@@ -13,7 +13,7 @@ from torch import Tensor
 from ppcl.config import DataConfig
 from ppcl.data.batches import TrainingBatch, own_rows
 from ppcl.data.worlds import shapes
-from ppcl.families.base import Conditions, Family
+from ppcl.families.base import Conditions, EncodedPrompts, Family
 from ppcl.ops import flow_matching
 
 # Steps of two streams share no random numbers as long as a stream is shorter than this.
@@ -73,17 +73,30 @@ class Stream(ABC):
                 yield self.family.training_batch(latents, conditions, noise, sigmas, size)
 
 
+def encode_world(family: Family, pipeline: Any) -> EncodedPrompts:
+    """Every caption of the family's world, and the empty one, as the pipeline encodes them."""
+    return family.encode_prompts(pipeline, [*family.world.all_captions(family.categories), ""])
+
+
 class ShapesStream(Stream):
-    """Captions are encoded once, images when they are asked for.
+    """Captions are encoded beforehand, here or once for several streams (`prompts`), images when they are asked for.
 
     An embedded teacher's text encoder is told of given pictures no more than that they are there, so that
     instructions can be encoded beforehand too.
     """
 
-    def __init__(self, family: Family, pipeline: Any, config: DataConfig, seed: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        family: Family,
+        pipeline: Any,
+        config: DataConfig,
+        seed: int,
+        batch_size: int,
+        prompts: EncodedPrompts | None = None,
+    ) -> None:
         super().__init__(family, config, seed, batch_size)
         self.pipeline = pipeline
-        self.prompts = family.encode_prompts(pipeline, [*family.world.all_captions(family.categories), ""])
+        self.prompts = prompts or encode_world(family, pipeline)
 
     def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
         family, start = self.family, step * self.batch_size

@@ -14,8 +14,9 @@ from ppcl.config import Config
 from ppcl.data.cached import EMPTY, CachedStream, unit_record
 from ppcl.data.encoding import source_header
 from ppcl.data.sources import find_units
-from ppcl.data.streams import ShapesStream, Stream
+from ppcl.data.streams import ShapesStream, Stream, encode_world
 from ppcl.errors import UsageError
+from ppcl.families.base import EncodedPrompts
 from ppcl.launch import rank
 from ppcl.teacher import TeacherModel
 
@@ -62,11 +63,15 @@ class TrainingData:
         drawn = ("train_seed", "calibration_seed", "eval_seed", "caption_dropout", "timesteps", "shift")
         return {"name": data.name} | {key: getattr(data, key) for key in drawn} | self.source_identity
 
+    @cached_property
+    def _captions(self) -> EncodedPrompts:
+        return encode_world(self.teacher.family, self.teacher.pipeline)
+
     def stream(self, seed: int, batch_size: int) -> Stream:
         """Batches of the configured data; those of the calibration seed are of samples kept from training."""
         data, teacher = self.config.data, self.teacher
         if data.name == "shapes":
-            return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size)
+            return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size, self._captions)
         folder = self.cache_folder
         missing = [unit for unit in self.cache_header.made_from["units"] if not (folder / unit_record(unit)).exists()]
         if missing or not (folder / EMPTY).exists():
