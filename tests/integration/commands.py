@@ -78,9 +78,12 @@ def succeed(*arguments: str) -> Outcome:
     return outcome
 
 
-def ppcl_process(*arguments: str, python: str | None = None) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own; `python` may prepare that process first, and has to call `main`."""
-    if python is not None and not torch.cuda.is_available():
+def ppcl_process(*arguments: str, python: str | None = None, anew: bool = False) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own; `python` may prepare that process first, and has to call `main`.
+
+    With `python` it is a copy of this process, unless `anew` asks for one that has imported nothing.
+    """
+    if python is not None and not anew and not torch.cuda.is_available():
         return _forked(python, arguments)
     program = python or "from ppcl.cli import main; main()"
     return subprocess.run(

@@ -74,7 +74,7 @@ def test_every_stage_is_quiet(settings: list[str], lora: Path, tmp_path: Path) -
         [*common, "name=recovery", *recovery],
         [*common, "name=drawn", *drawing],
     ]
-    done = ppcl_process(json.dumps(commands), python=COMMANDS)
+    done = ppcl_process(json.dumps(commands), python=COMMANDS, anew=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "modules are of blocks that are gone" in done.stdout  # which ppcl says itself
@@ -82,7 +82,7 @@ def test_every_stage_is_quiet(settings: list[str], lora: Path, tmp_path: Path) -
 
 def test_help_and_what_is_refused_import_no_library() -> None:
     for arguments, code in ((["--help"], 0), (["stages=[nonsense]"], 2), (["model=qwen_image", "seed=x"], 2)):
-        done = ppcl_process(*arguments, python=REFUSED)
+        done = ppcl_process(*arguments, python=REFUSED, anew=True)
         assert done.returncode == code
         assert done.stdout.splitlines()[-1] == "imported:"
 

@@ -98,16 +98,16 @@ class Choice:
     """What a budget's plan plugs in, with what it saves of the teacher and the error it predicts.
 
     `budget` is the budget's key, its value, and the cost that plugs were charged with; `plugged` are names of students,
-    removals and projectors.
+    removals and projectors. A person may write these two alone and pass the file back in.
     """
 
     budget: tuple[str, float, str]
     plugged: list[str]
-    params: int
-    params_ratio: float
-    latency_ratio: float
-    memory_gb: float
-    predicted_error: float
+    params: int | None = None
+    params_ratio: float | None = None
+    latency_ratio: float | None = None
+    memory_gb: float | None = None
+    predicted_error: float | None = None
 
     def save(self, path: Path) -> None:
         write_json(path, {"format": "ppcl.choice", **asdict(self)})
@@ -117,7 +117,7 @@ class Choice:
         content = read_json(path, "The plan's choice")
         try:
             name, value, cost = content["budget"]
-            rest = {item.name: content[item.name] for item in fields(cls) if item.name != "budget"}
-            return cls((name, value, cost), **rest)
+            rest = {item.name: content.get(item.name) for item in fields(cls)[2:]}
+            return cls((name, value, cost), list(content["plugged"]), **rest)
         except (KeyError, TypeError, ValueError):
             raise UsageError(f"{path} is not the choice of a plan: run stages=[plan] with a budget again.") from None

@@ -75,21 +75,16 @@ def plan_budget(run: Run) -> None:
     if plugged is None:
         raise UsageError(f"budget.{name}={value:g}: no set of plugs saves enough; `stages=[plan]` lists what is there.")
     params = teacher.params - total_saving(units, overlaps, plugged, "params")
-    choice = Choice(
-        budget=(name, value, cost),
-        plugged=plugged,
-        params=round(params),
-        params_ratio=params / teacher.params,
-        latency_ratio=1 - total_saving(units, overlaps, plugged, "latency_ratio"),
-        memory_gb=teacher.memory_gb - total_saving(units, overlaps, plugged, "memory_gb"),
-        predicted_error=sum(unit.costs[cost] for unit in units if unit.name in plugged),
-    )
-    choice.save(run.choice_path)
-    plots.frontier(run.choice_path.with_name("frontier.png"), costs.frontier, choice.params_ratio)
+    ratio = params / teacher.params
+    latency = 1 - total_saving(units, overlaps, plugged, "latency_ratio")
+    memory = teacher.memory_gb - total_saving(units, overlaps, plugged, "memory_gb")
+    error = sum(unit.costs[cost] for unit in units if unit.name in plugged)
+    Choice((name, value, cost), plugged, round(params), ratio, latency, memory, error).save(run.choice_path)
+    plots.frontier(run.choice_path.with_name("frontier.png"), costs.frontier, ratio)
     run.say(
         "plan",
-        f"budget.{name}={value:g}: {len(plugged)} of {len(units)} plugs, {billions(choice.params)} "
-        f"({choice.params_ratio:.3f}), latency {choice.latency_ratio:.3f}, {choice.memory_gb:.3g} GB",
+        f"budget.{name}={value:g}: {len(plugged)} of {len(units)} plugs, {billions(round(params))} ({ratio:.3f}), "
+        f"latency {latency:.3f}, {memory:.3g} GB",
     )
     run.say("plan", " ".join(plugged) or "nothing to plug in: the teacher fits the budget")
     run.say("plan", f"wrote {run.choice_path} and frontier.png")
