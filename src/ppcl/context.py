@@ -17,13 +17,14 @@ from ppcl.artifacts.files import write_json
 from ppcl.artifacts.plan import Intervals, PruningPlan, Width
 from ppcl.artifacts.probes import Probes
 from ppcl.benchmarks.base import Benchmark, Prompt, load_benchmark
-from ppcl.config import Config, identity
+from ppcl.config import Config
 from ppcl.data.training import TrainingData
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.families.registry import get_family
 from ppcl.launch import is_first
 from ppcl.layers import Layout
+from ppcl.options import identity
 from ppcl.teacher import TeacherModel
 from ppcl.validation.model import num_layers
 from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width

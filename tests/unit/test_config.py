@@ -6,8 +6,9 @@ import pytest
 
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import Header, is_current
-from ppcl.config import Config, DistillConfig, declared, identity, option
+from ppcl.config import Config, DistillConfig
 from ppcl.errors import UsageError
+from ppcl.options import declared, identity, option
 
 
 @dataclass

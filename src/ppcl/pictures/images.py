@@ -13,8 +13,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from ppcl.artifacts.files import atomic_path
 from ppcl.artifacts.headers import Header, fingerprint
-from ppcl.config import Config, identity
+from ppcl.config import Config
 from ppcl.context import Run
+from ppcl.options import identity
 from ppcl.pictures.drawing import given_pictures
 from ppcl.validation.outputs import has_own_prompts, read_prompts
 from ppcl.variants.plugs import Plugs

@@ -11,13 +11,13 @@ from torch import nn
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import Interval, Intervals, plug_name
 from ppcl.artifacts.plugs import Plug
-from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
 from ppcl.distill.boundaries import boundaries_folder, held_out_steps, initial_students, num_stored, read_record
 from ppcl.distill.depth import DepthDistillation, DepthFromBoundaries
 from ppcl.errors import UsageError
+from ppcl.options import identity
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
 

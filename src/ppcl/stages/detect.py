@@ -12,12 +12,12 @@ from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.plan import PruningPlan
 from ppcl.artifacts.probes import Probes
-from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.methods.base import Curves, Teacher
 from ppcl.methods.registry import load_method
 from ppcl.methods.similarity import similarity_maps
+from ppcl.options import identity
 from ppcl.report import plots
 from ppcl.report.text import show_plan
 from ppcl.surgery.count import count_parameters

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
-from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.distill.finetune import FineTune
+from ppcl.options import identity
 from ppcl.streaming import still
 from ppcl.surgery.adapter import merge_lora
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit

@@ -10,12 +10,12 @@ from diffusers import DiffusionPipeline
 
 from ppcl.artifacts.files import atomic_folder, read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
-from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.data.streams import ShapesStream
 from ppcl.distill.pretrain import Pretrain
 from ppcl.families.registry import builders
+from ppcl.options import identity
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.validation.model import local_folder
 

@@ -13,7 +13,6 @@ from rich.progress import track
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import PruningPlan, Width
 from ppcl.artifacts.plugs import Projector
-from ppcl.config import identity
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.width import Place, PrunedPlace, WidthDistillation, places
@@ -21,6 +20,7 @@ from ppcl.errors import UsageError
 from ppcl.layers import references
 from ppcl.methods.similarity import similarity_maps
 from ppcl.methods.width import ffn_errors, select_ffn, select_text
+from ppcl.options import identity
 from ppcl.report.text import show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student

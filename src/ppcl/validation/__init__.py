@@ -11,9 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ppcl.benchmarks.base import benchmark_names
-from ppcl.config import Config, declared
+from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.methods.registry import load_method, method_names
+from ppcl.options import declared
 from ppcl.stages import STAGES
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_streaming
 from ppcl.validation.outputs import (

@@ -6,9 +6,10 @@ from textwrap import dedent
 import pytest
 
 import ppcl.methods
-from ppcl.config import MethodConfig, identity
+from ppcl.config import MethodConfig
 from ppcl.errors import UsageError
 from ppcl.methods.registry import load_method, method_names
+from ppcl.options import identity
 
 NEW = """
 from dataclasses import dataclass
