@@ -94,7 +94,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
 
 
 def _sentence(error: Exception) -> str:
-    """What went wrong in one line, also where Hydra would print several."""
+    """Return the error in one line, also where Hydra would print several."""
     text = " ".join(str(error).split())
     if text.startswith("Could not override "):
         return f"{text.split()[3].strip(chr(39) + '.')} is no configuration key; `ppcl --cfg job` prints all of them."
@@ -104,7 +104,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _failed_write(error: Exception) -> str | None:
-    """What the system said, where it would not read or write; None for any other error.
+    """Return the system's reason for a failed read or write; None for any other error.
 
     safetensors and torch say it in words of their own.
     """

@@ -76,7 +76,7 @@ class WidthSet:
 
 @dataclass
 class WidthConfig:
-    """Which blocks lose their text stream or FFN to linear projectors (Eq. 8-9), and how these are trained.
+    """Blocks whose text stream or FFN becomes linear projectors (Eq. 8-9), and how these are trained.
 
     `source`: `none`, `given` (the sets), `plan` (the file `path`), or `auto`: text streams whose output has a
     CKA of `text_threshold` or more with their reference's, deeper ones first and at most `num_text`, and the
@@ -107,7 +107,7 @@ class WidthConfig:
 
 @dataclass
 class BudgetConfig:
-    """What the pruned model may cost; at most one is set. None of them: everything that has a plug goes in.
+    """Limits on the pruned model's cost; at most one is set. None of them: everything that has a plug goes in.
 
     `params` up to 1 is a share of the teacher's parameters, above 1 a count. `cost` is what a plug is charged
     with: `velocity`, the error of the model's output with that plug alone, or `loss`, its distillation loss.
@@ -296,8 +296,9 @@ class LoraConfig:
 
 @dataclass
 class ImportConfig:
-    """What the PPCL authors published, for `stages=[import_published]`: `path` is a pipeline's folder, a
-    transformer's, or the `diffusion_pytorch_model.bin` of their training.
+    """A model or checkpoint that the PPCL authors published, for `stages=[import_published]`.
+
+    `path` is a pipeline's folder, a transformer's, or the `diffusion_pytorch_model.bin` of their training.
 
     `residual`: whether a folder's txt_proj adds to what it reads; None leaves that to its config. `ehs_same`: the
     groups [a, b] that a checkpoint's text projectors were trained in, all of them.

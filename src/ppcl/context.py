@@ -34,7 +34,7 @@ PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "sa
 
 
 class Run:
-    """What every stage is given. Folders: `run.folder / "plan"` and so on, one per kind of artifact."""
+    """The context that every stage is given. Folders: `run.folder / "plan"` and so on, one per kind of artifact."""
 
     def __init__(self, config: Config, folder: Path, console: Console | None = None) -> None:
         self.config = config
@@ -165,7 +165,7 @@ class Run:
 
     @property
     def probe_settings(self) -> dict[str, Any]:
-        """What probes are made from."""
+        """Settings that probes are made from."""
         data = self.config.data
         calibration = {"seed": data.calibration_seed, "timesteps": data.timesteps, "shift": data.shift}
         return {

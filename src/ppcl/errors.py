@@ -1,4 +1,4 @@
-"""What a user's mistake raises."""
+"""Errors raised for a user's mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of several processes this is, as torchrun or SLURM say; needs no torch, so that it can be checked first."""
+"""Rank of this process, as torchrun or SLURM say. Importing this loads no torch, so that ranks can be checked first."""
 
 from __future__ import annotations
 

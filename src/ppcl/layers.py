@@ -1,4 +1,4 @@
-"""Which blocks stay and which text they read: index arithmetic, without torch, for checks that come first."""
+"""Index arithmetic of kept blocks and of the text they read. Importing this loads no torch."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def option(
 
 
 def identity(settings: Any) -> dict[str, Any]:
-    """Those values of a group that an artifact made with it depends on, as they go into its fingerprint."""
+    """Return the values of a group that artifacts depend on, as they go into fingerprints."""
     found = asdict(settings)
     for item in fields(settings):
         told = item.metadata

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other: means over ranks, and whether all of them may go on.
+"""Communication between the ranks of one run: means over ranks, and whether all of them may go on.
 
 Everything here does nothing in a run of one process, where `start` is not called.
 """
@@ -77,7 +77,7 @@ def barrier() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What stands in here succeeds on all ranks or fails on all; the first rank that fails says why.
+    """Run the block on every rank; if one rank raises, all raise. The first rank that failed says why.
 
     A rank that has nothing to do in it waits here.
     """

@@ -1,4 +1,4 @@
-"""In which precision things learn: weights in float32, their products in what is asked for.
+"""Precision of trainable modules: weights in float32, their products in what is asked for.
 
 A teacher may be in bfloat16; what learns may not, since a bfloat16 weight of 0.02 stays as it is when a step of 1e-5 is
 taken. The teacher itself computes as it does in every stage, never under autocast.

@@ -1,4 +1,4 @@
-"""Which messages of libraries a `ppcl` command does not print: those that nobody who runs one can act on.
+"""Drops messages of libraries that nobody who runs a `ppcl` command can act on.
 
 Libraries stay at their level of warnings, so that all else comes through; above all what says that something was left
 out: weights that were not used or not found, keys of a LoRA that fit nothing, prompts that were cut.

@@ -208,7 +208,7 @@ class _Arrival:
 
 @contextmanager
 def still(*blocks: nn.Module) -> Iterator[None]:
-    """Those `blocks` that are streamed are held, with their weights, to be read or copied."""
+    """Hold those of `blocks` that are streamed, with their weights, so that these can be read or copied."""
     with ExitStack() as held:
         for block in blocks:
             for hook in list(block._forward_pre_hooks.values()):

@@ -155,7 +155,7 @@ def observe(
 
 
 def _free_bytes(device: torch.device) -> float:
-    """What can still be had of a device's memory; infinite where nobody says."""
+    """Return the free memory of a device in bytes; infinite where it is not known."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -220,7 +220,7 @@ def observe_abreast(
 
 
 def inputs_of(block: nn.Module, names: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """What goes into those submodules of a block that is called with `kwargs`, in order of execution.
+    """Return the inputs of some submodules of a block that is called with `kwargs`, in order of execution.
 
     The call ends when all of them have been reached; those that a block does not call are left out.
     """

@@ -1,4 +1,4 @@
-"""What every plug of a run costs and saves, as it was measured once. Importing this loads no torch."""
+"""Measured costs and savings of every plug of a run. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Unit:
 
 @dataclass
 class Overlap:
-    """What two units save less together than the sum of both: a block's text FFN goes with either of them."""
+    """Savings that two units have in common: a block's text FFN goes with either of them."""
 
     names: tuple[str, str]
     savings: dict[str, float] = field(default_factory=dict)

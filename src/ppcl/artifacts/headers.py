@@ -23,7 +23,7 @@ def fingerprint(made_from: Mapping[str, Any]) -> str:
 
 @dataclass
 class Header:
-    """What every artifact's JSON starts with."""
+    """The beginning of every artifact's JSON."""
 
     format: str
     made_from: dict[str, Any]

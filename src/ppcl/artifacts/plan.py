@@ -21,7 +21,7 @@ Width = dict[str, dict[str, list[int]]]
 
 @dataclass
 class PruningPlan:
-    """Which runs of adjacent blocks become one student block each, and what that was decided from.
+    """Runs of adjacent blocks that become one student block each, and the evidence for that choice.
 
     Plain JSON: a person may write `num_layers` and `intervals` alone and pass the file back in.
     """
@@ -95,7 +95,7 @@ def read_projector_name(name: str) -> tuple[str, int, str] | None:
 
 @dataclass
 class Choice:
-    """What a budget's plan plugs in, with what it saves of the teacher and the error it predicts.
+    """The plugs that a budget's plan has chosen, with their savings and the predicted error.
 
     `budget` is the budget's key, its value, and the cost that plugs were charged with; `plugged` are names of students,
     removals and projectors. A person may write these two alone and pass the file back in.

@@ -1,4 +1,4 @@
-"""What variants scored: `scores/<variant>.json`. Importing this loads no torch."""
+"""Scores of variants on disk: `scores/<variant>.json`. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Scores:
 
     @classmethod
     def from_json(cls, content: Mapping[str, float]) -> Scores:
-        """Of one table with `overall` among the categories, as files hold it."""
+        """Make scores of one table with `overall` among the categories, as files hold it."""
         return cls({name: value for name, value in content.items() if name != "overall"}, content["overall"])
 
     def to_json(self) -> dict[str, float]:
@@ -45,7 +45,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """What a variant scored, and what its parameters and a denoising step of it take."""
+    """A variant's scores, its parameters, and the cost of its denoising step."""
 
     name: str
     num_layers: int

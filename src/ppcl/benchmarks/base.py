@@ -1,4 +1,4 @@
-"""What a benchmark is, and how it is found by its name. Importing this loads no torch.
+"""The base class of benchmarks, and how one is found by its name. Importing this loads no torch.
 
 A benchmark takes two files: a module beside this one with one class of `Benchmark`, and `conf/benchmark/NAME.yaml`
 with `name: NAME`, the module's name.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What pictures are drawn from and judged by.
+    """A prompt, with all that its pictures are drawn from and judged by.
 
     `references` are what an edit model is given: PIL pictures as they are, or uint8 arrays `[H, W, 3]`, which are
     enlarged to the size that the model draws, a cell for each pixel. `fact` is whatever the score needs to know.
@@ -67,7 +67,7 @@ class Benchmark(ABC):
         return None
 
     def given(self, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
-        """What tells the given pictures from others, as a header holds it; nothing where none are given."""
+        """Return a digest of the given pictures, as a header holds it; nothing where none are given."""
         pixels = [np.asarray(picture) for prompt in prompts for picture in prompt.references]
         if not pixels:
             return {}

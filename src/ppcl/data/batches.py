@@ -37,16 +37,16 @@ class TrainingBatch:
 
     @property
     def average(self) -> Average:
-        """What makes a number of these rows one of the whole batch."""
+        """The mean over ranks that share the batch; the number itself where none do."""
         return mean if self.divided else own
 
     def prediction(self, output: Any) -> Tensor:
-        """What comes first in an output: behind it stand tokens of a given picture, or predicted variances."""
+        """Cut an output to the prediction: tokens of given pictures or predicted variances stand behind it."""
         return self.as_tensor(output)[:, : self.target.shape[1]]
 
 
 def batch_numbers(batch_size: int, start: int, stop: int) -> range:
-    """Which batches hold the samples of those numbered `start` to `stop` if a batch had at least 16.
+    """Return the numbers of batches that hold the samples of batches `start` to `stop` of at least 16.
 
     Fewer say little of a held-out loss; but what measures takes no more at once than a training step does, or it
     would set a run's peak of memory.

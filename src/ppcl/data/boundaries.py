@@ -52,7 +52,7 @@ class BoundaryBatch:
 
     @property
     def average(self) -> Average:
-        """As of a `TrainingBatch`; this one no rank shares."""
+        """The mean over ranks, as in `TrainingBatch`; boundaries are not shared among ranks."""
         return own
 
     def to(self, device: torch.device) -> BoundaryBatch:

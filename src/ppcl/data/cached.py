@@ -140,7 +140,7 @@ class CachedStream(Stream):
             )
 
     def entries(self, step: int) -> list[Entry]:
-        """What batch number `step` is made of."""
+        """Return the samples of batch number `step`."""
         epoch, number = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[number]
 

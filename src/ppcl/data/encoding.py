@@ -18,7 +18,7 @@ from ppcl.families.base import Conditions, Family
 
 
 def source_header(config: Config, units: list[Unit], model: dict[str, Any]) -> Header:
-    """What a cache is made from: the encoders by their model, the source by its units."""
+    """Header of a cache: the encoders by their model, the source by its units."""
     import diffusers
     import transformers
 

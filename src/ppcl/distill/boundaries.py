@@ -20,7 +20,7 @@ from ppcl.taps import stack_of
 
 
 def boundaries_header(run: Run) -> Header:
-    """What they are made from: the teacher, the data in its order, and the intervals."""
+    """Header of boundaries: the teacher, the data in its order, and the intervals."""
     distill = run.config.distill
     return Header(
         "ppcl.boundaries",

@@ -73,7 +73,7 @@ class FineTune(ManualOptimization):
         return self.ema if self.ema is not None else self.student
 
     def whole_result(self) -> nn.Module:
-        """What to keep, put together where it is sharded; then only the first rank may use it."""
+        """Return the result, put together where it is sharded; then only rank 0 may use it."""
         if not self._skeleton:
             return self.result
         self._skeleton[0].load_state_dict(whole_state(self.result), assign=True, strict=is_first())

@@ -1,4 +1,4 @@
-"""What depth and width distillation share: parts of a model that learn beside a frozen teacher, each on its own."""
+"""The base of depth and width distillation: parts of a model learn beside a frozen teacher, each on its own."""
 
 from __future__ import annotations
 

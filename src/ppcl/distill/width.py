@@ -244,7 +244,7 @@ class WidthDistillation(LocalDistillation):
     def _pair(
         self, number: int, key: str, arguments: dict[str, Any], teacher: Streams, masks: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the projector `key` reads, what it should give, and the valid tokens."""
+        """Return the input and the target of the projector `key`, and the valid tokens."""
         if key == "text_in":
             return arguments["z_reference"], arguments["z"], masks["text"]
         if key == "text_out":

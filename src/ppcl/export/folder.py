@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: its variant, provenance and model card."""
+"""Variant, provenance and model card of an exported folder."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def unambiguous(kept: Iterable[str], chosen: Iterable[str]) -> list[str]:
 
 
 def round_to_nearest(linear: nn.Linear, config: Any) -> None:
-    """As diffusers does it when it loads a model with `config`."""
+    """Round as diffusers does when it loads a model with `config`."""
     from torchao.quantization import quantize_
 
     quantize_(linear, config.get_apply_tensor_subclass())
@@ -119,7 +119,7 @@ def declare(model: Any, config: Any) -> None:
 
 
 def num_bytes(tensor: Tensor) -> int:
-    """What a tensor takes; torchao's own wrappers say what they would take unquantised."""
+    """Return the bytes of a tensor; torchao's wrappers themselves say what they would take unquantised."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(num_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()

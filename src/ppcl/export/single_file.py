@@ -125,7 +125,7 @@ def _prefixed(prefix: str, entries: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a single file says of itself."""
+    """Read the metadata of a single file."""
     from safetensors import safe_open
 
     check_safetensors(path)

@@ -137,7 +137,7 @@ class Family(ABC):
         return TrainingBatch(inputs, flow_matching.velocity(latents, noise), sigmas, as_tensor=self.as_tensor)
 
     def as_tensor(self, output: Any) -> Tensor:
-        """What the transformer returns first, as one tensor of the latents' form; most return it so."""
+        """Turn the transformer's first output into one tensor of the latents' form; for most it is one."""
         return output
 
     def initialize(self, transformer: Any) -> None:  # noqa: B027 - most train as diffusers draws them

@@ -1,4 +1,4 @@
-"""What the width-pruned models of all families share; an export carries it within the file of its model."""
+"""Parts that the width-pruned models of all families share; an export carries them within its model's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method is: teacher and calibration data in, intervals out. Everything after is shared."""
+"""The base class of methods: teacher and calibration data in, intervals out. Everything after is shared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Curves = dict[str, dict[str, list[list[float | None]]]]
 
 @dataclass
 class Teacher:
-    """What a method may look at. `calibration` starts a fresh pass over the calibration set; `progress` shows one."""
+    """The teacher as a method sees it. `calibration` starts a pass over the calibration set; `progress` shows one."""
 
     family: Family
     transformer: nn.Module
@@ -42,7 +42,7 @@ class Detection:
 
 @dataclass
 class NoSettings:
-    """Of a method that the keys of `method` are enough for."""
+    """Settings of a method that needs no keys of its own."""
 
 
 class Method(ABC):

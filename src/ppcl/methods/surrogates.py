@@ -58,7 +58,7 @@ class SurrogateCurves:
     def add(
         self, stack: str, u: int, outputs: Sequence[dict[str, Tensor]], masks: Sequence[dict[str, Tensor | None]]
     ) -> None:
-        """What block u gave `[B, tokens, D]` per stream, of every batch."""
+        """Add the outputs `[B, tokens, D]` of block u per stream, of every batch."""
         for stream in outputs[0]:
             features, valid = [each[stream] for each in outputs], [each[stream] for each in masks]
             layers = self.num_layers[stack]

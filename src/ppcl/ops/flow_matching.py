@@ -36,5 +36,5 @@ def interpolate(
 
 
 def velocity(clean: Float[Tensor, batch * rest], noise: Float[Tensor, batch * rest]) -> Float[Tensor, batch * rest]:
-    """What a flow-matching model predicts, at every sigma alike."""
+    """Return the target of a flow-matching model, which is the same at every sigma."""
     return noise - clean

@@ -89,13 +89,13 @@ def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str])
 
 
 def benchmark_header(run: Run) -> dict[str, Any]:
-    """What tells pictures and scores of this benchmark from those of another."""
+    """Return the benchmark's part of a header: what tells its pictures from those of another."""
     made_from = run.benchmark.made_from
     return {} if made_from == _UNSAID else {"benchmark": made_from}
 
 
 def _put_on(config: Config) -> dict[str, Any]:
-    """What draws otherwise than the model alone; nothing where nothing is put on it."""
+    """Return the LoRAs and the ControlNet, as a header holds them; nothing where there are none."""
     settings, made_from = config.generate, {}
     if settings.loras:
         files = {Path(path).name: _digest(path) for path in settings.loras}
@@ -111,7 +111,7 @@ def _digest(path: str) -> str:
 
 
 def _given(run: Run) -> dict[str, Any]:
-    """What tells the given pictures from others, where there are any."""
+    """Return digests of the given pictures, where there are any."""
     if has_own_prompts(run.config):
         files = [_digest(path) for path in run.config.generate.images]
         return {"images": files} if files else {}

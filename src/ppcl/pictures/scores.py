@@ -14,7 +14,7 @@ from ppcl.variants.variants import Variant
 
 
 def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, Header]:
-    """What each variant's scores are made from: just the pictures this configuration draws."""
+    """Return the header of each variant's scores, made from just the pictures this configuration draws."""
     prompts, headers = prompts_of(run), {}
     for variant in variants:
         images = variant_header(run, variant, plugs, prompts)

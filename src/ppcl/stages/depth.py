@@ -38,7 +38,7 @@ def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals
 
 
 def plug_header(run: Run, stack: str, pair: Interval) -> Header:
-    """What one student is made from; parallel students do not depend on one another."""
+    """Header of one student; parallel students do not depend on one another."""
     settings = identity(run.config.distill)
     if run.config.distill.from_boundaries:
         record = read_record(run)

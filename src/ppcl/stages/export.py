@@ -145,7 +145,7 @@ def _complete_card(run: Run, path: Path, variant: str) -> None:
 
 
 def _scores(run: Run, variant: str) -> list[ComparedRow]:
-    """What the teacher and `variant` scored in this run, where both were evaluated just as it is configured."""
+    """Return the scores of the teacher and of `variant` if this run has both for its present configuration."""
     records = [run.folder / "scores" / f"{name}.json" for name in ("teacher", variant)]
     if not all(record.exists() for record in records):
         return []

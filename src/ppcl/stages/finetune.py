@@ -23,7 +23,7 @@ from ppcl.variants.variants import finetuned_folder, made_of, planned
 
 
 def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
-    """What a tuned model is made from."""
+    """Header of a tuned model."""
     made_from = {
         "model": run.teacher.identity,
         "layout": asdict(run.layout),

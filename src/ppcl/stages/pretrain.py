@@ -21,7 +21,7 @@ from ppcl.validation.model import local_folder
 
 
 def teacher_header(run: Run) -> Header:
-    """What a teacher is made from; one that it continues enters by its own fingerprint, not by its path."""
+    """Header of a pretrained teacher; one that it continues enters by its own fingerprint, not by its path."""
     config = run.config.pretrain
     settings = identity(config)
     if config.init is not None:

@@ -35,7 +35,7 @@ Fit = Callable[..., None]
 
 
 def quantized_header(run: Run, name: str, arranged: dict[str, Any], finetuned: str | None) -> Header:
-    """What a quantised model is made from; calibration data only where it has any say."""
+    """Header of a quantised model; calibration data is part of it only where rounding uses some."""
     config, data = run.config.quantize, run.config.data
     settings: dict[str, Any] = {"scheme": config.scheme, "skip": sorted(config.skip)}
     if config.scheme != "nf4":

@@ -70,7 +70,7 @@ def _facts(rows: list[ComparedRow]) -> list[dict[str, str]]:
 
 
 def _pruned(run: Run, intervals: dict[str, list[list[int]]]) -> list[str]:
-    """What may be pruned, a line per stack and kind."""
+    """List the intervals and width sets, a line per stack and kind."""
     lines = [f"{stack}: " + " ".join(f"[{u}, {v}]" for u, v in pairs) for stack, pairs in intervals.items()]
     for stack, sets in run.width.items():
         lines += [f"{stack} without {kind}: " + " ".join(map(str, indices)) for kind, indices in sets.items()]

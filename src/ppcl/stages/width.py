@@ -30,7 +30,7 @@ from ppcl.variants.plugs import required_removals, required_students
 
 
 def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -> Header:
-    """What one projector is made from; `students` holds the fingerprints of trained students by name."""
+    """Header of one projector; `students` holds the fingerprints of trained students by name."""
     width, distill = run.config.width, identity(run.config.distill)
     for key in ("mode", "init", "steps", "lr"):
         del distill[key]  # width has its own, or they are of students alone

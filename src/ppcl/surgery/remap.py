@@ -40,7 +40,7 @@ def _place(name: str, stacks: Iterable[str]) -> tuple[str, int, str] | None:
 
 
 def provenance_of(transformer: nn.Module) -> dict[str, Any]:
-    """What the config of a pruned transformer says of where its blocks come from."""
+    """Read from a pruned transformer's config where its blocks come from."""
     config: Any = transformer.config
     found = config.get("ppcl")
     if not found:

@@ -1,4 +1,4 @@
-"""What a training took: seconds, and the peak memory of a step."""
+"""Cost of a training: seconds, and the peak memory of a step."""
 
 from __future__ import annotations
 

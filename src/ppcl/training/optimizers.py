@@ -1,4 +1,4 @@
-"""Which parameters Muon takes, and the learning-rate schedule."""
+"""Optimisers of all trainings, and their learning-rate schedule."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from ppcl.taps import StopForward
 
 @dataclass
 class Sharding:
-    """Which ranks shard, and how."""
+    """The ranks that shard, and how they do it."""
 
     mesh: DeviceMesh
     device: torch.device

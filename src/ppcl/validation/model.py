@@ -1,4 +1,4 @@
-"""Which model it is, and whether its weights are there."""
+"""Checks which model is configured, and that its weights are there."""
 
 from __future__ import annotations
 

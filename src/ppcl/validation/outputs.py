@@ -48,7 +48,7 @@ def check_benchmark(config: Config) -> None:
 
 
 def check_generate(config: Config) -> None:
-    """What is put on a model to draw with it."""
+    """Check prompts, LoRAs, ControlNet and given pictures of `generate`."""
     generate, family = config.generate, config.model.family
     if generate.offload != "none":
         if {*config.stages} - {"plan", "generate"}:

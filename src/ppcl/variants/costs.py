@@ -1,4 +1,4 @@
-"""What every plug costs and saves, measured once on one plugboard."""
+"""Measures what every plug costs and saves, once, on one plugboard."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Meter:
         return found
 
     def milliseconds_saved(self, before: set[str], after: set[str], changed: set[BlockKey]) -> float:
-        """What the blocks that change take less, timed in turns."""
+        """Time the changed blocks before and after, in turns, and return the difference in milliseconds."""
         sides = {"before": self._modules(before), "after": self._modules(after)}
 
         def timed(side: str) -> Any:
@@ -266,7 +266,7 @@ def compare_costs(points: Frontier) -> float:
 def target_of(
     name: str, value: float, teacher: TeacherCost, units: Sequence[Unit], overlaps: Sequence[Overlap] = ()
 ) -> float:
-    """What has to be saved for `budget.<name>=<value>`; `UsageError` says what is reachable where it is not."""
+    """Return the saving that `budget.<name>=<value>` needs; `UsageError` says what can be reached where that cannot."""
     whole = {"params": teacher.params, "memory_gb": teacher.memory_gb, "latency_ratio": 1.0}[name]
     allowed = value * whole if name == "params" and value <= 1 else value
     saving = whole - allowed

@@ -16,7 +16,7 @@ from ppcl.artifacts.costs import Overlap, Unit
 
 
 def total_saving(units: Sequence[Unit], overlaps: Sequence[Overlap], names: Iterable[str], measure: str) -> float:
-    """What `names` save together."""
+    """Return the saving of `names` together."""
     chosen = set(names)
     saved = sum(unit.savings[measure] for unit in units if unit.name in chosen)
     return saved - sum(overlap.savings[measure] for overlap in overlaps if chosen.issuperset(overlap.names))

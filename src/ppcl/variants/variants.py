@@ -19,7 +19,7 @@ from ppcl.variants.plugs import Plugs, required_projectors, required_removals, r
 
 @dataclass(frozen=True)
 class Variant:
-    """What is plugged in, and intervals that are cut to their first block; the rest is teacher.
+    """Plugs that are in, and intervals that are cut to their first block; the rest is teacher.
 
     `finetuned` is the fingerprint of a tuned model that takes the place of all that, `quantized` that of a quantised
     one that takes the place of either; None where there is none.
@@ -64,7 +64,7 @@ def _arranged(name: str, plugs: Plugs, names: Iterable[str]) -> Variant:
 
 
 def planned(run: Run, plugs: Plugs) -> Variant:
-    """What the budget's plan plugs in; everything where no budget is set."""
+    """Return the arrangement of the budget's plan; everything is in where no budget is set."""
     budget = budget_of(run.config)
     if budget is None:
         return _arranged("ppcl-planned", plugs, plugs.names)
@@ -88,7 +88,7 @@ def cost(plug: Plug) -> float:
 
 
 def distillation_loss(plug: Plug | Projector) -> float:
-    """What a plug lost on held-out data when it was trained."""
+    """Return the held-out loss of a plug after its training; `UsageError` for an imported one."""
     if "heldout_loss" not in plug.losses:
         raise UsageError(
             f"{plug.name} was imported, so its distillation loss is not known: choose by budget.cost=velocity, and "

@@ -164,7 +164,7 @@ def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "batch 3 height width"]
 
 
 def pictures(scenes: Sequence[Any]) -> Float[Tensor, "batch 3 32 32"]:
-    """What scenes, or edits, must show, in [-1, 1]."""
+    """Draw the outcome of scenes or edits, in [-1, 1]."""
     return to_tensor([render(scene.objects) for scene in scenes])
 
 
