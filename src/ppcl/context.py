@@ -104,6 +104,19 @@ class Run:
     # What earlier stages left.
 
     @property
+    def scores_folder(self) -> Path:
+        """Scores of the configured benchmark; those of others lie in folders of their own."""
+        return self._of_benchmark("scores")
+
+    @property
+    def report_folder(self) -> Path:
+        return self._of_benchmark("report")
+
+    def _of_benchmark(self, kind: str) -> Path:
+        name = self.config.benchmark.name
+        return self.folder / kind if name == "shapes" else self.folder / kind / name
+
+    @property
     def base(self) -> Path:
         """Where intervals, width sets, plugs and their costs lie: in this run, or in the one it is based on."""
         base = self.config.paths.base_run

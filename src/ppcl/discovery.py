@@ -6,6 +6,7 @@ Importing this loads no torch.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from importlib import import_module
 from inspect import isabstract
 from pkgutil import iter_modules
@@ -40,6 +41,10 @@ def declared_class(module_name: str, base: type[T], key: str) -> type[T]:
 
 def parse_settings(settings_class: type[T], settings: Mapping[str, Any], key: str) -> T:
     """`settings` as a dataclass; `UsageError` for keys that it does not have and values of another type."""
+    known = [item.name for item in fields(settings_class)]  # type: ignore[arg-type]
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"{key}.{name} is no setting here; there are {', '.join(known) or 'none'}.")
     try:
         parsed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings_class), dict(settings)))
     except OmegaConfBaseException as error:

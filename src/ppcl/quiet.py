@@ -35,6 +35,8 @@ _MESSAGES = (
 _WARNINGS = (
     # The teacher is, and does not learn.
     r"Found \d+ module\(s\) in eval mode at the start of training",
+    # Checkpoints are meant to hold the model as it is after the step that they name.
+    r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
     # Losses read a sharded model's output and change nothing of it in place.
     r"FSDP2-wrapped module \(\w+\) returned a view tensor",
 )

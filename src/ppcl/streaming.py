@@ -7,6 +7,7 @@ time, however many there are.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import os
@@ -215,6 +216,14 @@ def still(*blocks: nn.Module) -> Iterator[None]:
                 if isinstance(hook, _Arrival):
                     held.enter_context(hook.stream.still(hook.number))
         yield
+
+
+def resident(block: nn.Module) -> nn.Module:
+    """Return `block` itself, or a copy of one that is streamed, which has weights only while it runs."""
+    if not any(isinstance(hook, _Arrival) for hook in block._forward_pre_hooks.values()):
+        return block
+    with still(block):
+        return copy.deepcopy(block)
 
 
 def _give_freed_memory_back() -> None:

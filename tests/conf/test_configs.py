@@ -561,5 +561,20 @@ def test_losses_are_weighed_by_name(auto):
     assert parsed(*auto).distill.losses == {"direction": 1.0}
     assert parsed(*auto, "distill.losses.relative=0.5").distill.losses == {"direction": 1.0, "relative": 0.5}
     for wrong in ("distill.losses.relatve=0.5", "distill.losses.direction=-1", "distill.losses.direction=0"):
-        with pytest.raises(UsageError, match=r"distill\.losses=\S"):
+        with pytest.raises(UsageError, match=r"distill\.losses[.=]\S"):
             parsed(*auto, wrong)
+
+
+def test_keys_that_a_plus_brought_past_hydra_are_refused(auto):
+    with pytest.raises(UsageError, match=r"method\.typo is no configuration key"):
+        parsed(*auto, "+method.typo=1")
+    with pytest.raises(UsageError, match=r"typo is no configuration key"):
+        parsed(*auto, "+typo=1")
+    assert parsed(*auto, "+model.sampling.scheduler.shift=3").model.sampling.scheduler == {"shift": 3}
+
+
+def test_a_loss_without_weight_is_as_if_it_were_not_named(auto):
+    assert parsed(*auto, "distill.losses.relative=0").distill.losses == {"direction": 1.0}
+    for weight in ("nan", "inf"):
+        with pytest.raises(UsageError, match=r"distill\.losses=\w+ must be"):
+            parsed(*auto, f"distill.losses.relative={weight}")

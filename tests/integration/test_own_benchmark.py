@@ -87,7 +87,7 @@ def test_pictures_lie_under_its_name_each_prompt_twice(folder: Path) -> None:
 
 
 def test_rows_have_its_categories_and_scores(folder: Path) -> None:
-    report = json.loads((folder / "report" / "report.json").read_text())
+    report = json.loads((folder / "report" / "bright" / "report.json").read_text())
     assert report["benchmark"]["name"] == "bright"
     for row in report["variants"]:
         drawn = folder / "images" / "bright" / row["name"]
@@ -96,16 +96,16 @@ def test_rows_have_its_categories_and_scores(folder: Path) -> None:
         expected = {"round": first, "edged": second, "overall": (first + second) / 2}
         assert row["scores"] == pytest.approx(expected)
         assert list(row["scores"]) == list(expected)
-        assert json.loads((folder / "scores" / f"{row['name']}.json").read_text())["scores"] == row["scores"]
+        assert json.loads((folder / "scores" / "bright" / f"{row['name']}.json").read_text())["scores"] == row["scores"]
     assert report["variants"][1]["drop_percent"] != 0
 
 
 def test_the_page_and_the_sheet_speak_of_it(folder: Path) -> None:
-    page = (folder / "report" / "report.html").read_text()
+    page = (folder / "report" / "bright" / "report.html").read_text()
     assert "Mean brightness of pictures, over 2 prompts with 2 pictures" in page
     assert "<th>round</th><th>edged</th><th>overall</th>" in page
     assert "red frame" not in page  # it judges no single picture
-    sheet = np.asarray(Image.open(folder / "report" / "samples.png").convert("RGB")).astype(int)
+    sheet = np.asarray(Image.open(folder / "report" / "bright" / "samples.png").convert("RGB")).astype(int)
     assert not (np.abs(sheet - [0xC0, 0x39, 0x2B]).sum(axis=-1) == 0).any()
 
 

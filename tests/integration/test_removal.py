@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from commands import INTERVALS, NUM_LAYERS, ppcl, succeed
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 import ppcl as package
 
@@ -121,7 +123,7 @@ def test_a_board_removes_by_name(settings: list[str], trained: Path, teacher: Pa
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["stages=[depth]"], "stages=[depth] has nothing to do with distill=none"),
+        (["stages=[depth]"], "stages=[depth] has nothing to do with distill.mode=none"),
         (["stages=[generate]", "generate.variants=[teacher,ppcl-depth]"], "no variant ppcl-depth: use removed"),
         (["stages=[plan]", "budget.params=0.66", "budget.cost=loss"], "budget.cost=loss is not known of every plug"),
     ],
@@ -130,3 +132,38 @@ def test_what_needs_students_is_refused(run: Path, command: list[str], overrides
     outcome = ppcl(*command, "name=removal", *overrides)
     assert outcome.code == 2
     assert sentence in outcome.err
+
+
+def test_projectors_of_students_are_none_of_removals(
+    settings: list[str], trained: Path, tmp_path: Path, command: list[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "trained")
+    base = [*settings, f"paths.runs_dir={tmp_path}", INTERVALS, *LEAST_SQUARES]
+    succeed(*base, "name=trained", "stages=[width]")
+    removal = [*base, "name=removed", f"paths.base_run={tmp_path / 'trained'}", "distill.mode=none"]
+    outcome = ppcl(*removal, "stages=[plan]", "budget.params=0.66")
+    assert outcome.code == 2
+    assert "transformer_blocks.3.ffn" in outcome.err
+    assert "use width=none" in outcome.err
+    plain = [part for part in removal if not part.startswith("width.")]
+    succeed(*plain, "stages=[plan]", "budget.params=0.7")
+    assert (tmp_path / "trained" / "plan" / "costs-removed.json").exists()
+
+
+def test_a_board_finds_removals_by_their_projectors(run: Path, teacher: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(teacher)
+    board = package.plug(pipeline, run / "plugs")
+    assert board.removed == ["transformer_blocks.3-4"]
+    assert board.width == {"transformer_blocks": {"text": [5], "ffn": [3]}}
+    assert len(pipeline.transformer.transformer_blocks) == NUM_LAYERS - 1
+
+
+def test_a_streamed_teacher_gives_the_same_projectors(run: Path, command: list[str], tmp_path: Path) -> None:
+    streamed = [part for part in command if not part.startswith("paths.")]
+    succeed(*streamed, f"paths.runs_dir={tmp_path}", "name=streamed", "stages=[width]", "model.streaming=true")
+    for name in ("transformer_blocks.3.ffn", "transformer_blocks.5.text"):
+        expected, found = (
+            load_file(folder / "plugs" / f"{name}.safetensors") for folder in (run, tmp_path / "streamed")
+        )
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(value, found[key]) for key, value in expected.items())

@@ -63,7 +63,8 @@ def is_current(path: Path, header: Header) -> bool:
     found = read_json(path, header.format)
     if found.get("fingerprint") == header.fingerprint:
         return True
+    asked = json.loads(json.dumps(header.made_from, default=str))  # as the file has it: lists in place of tuples
     raise UsageError(
-        f"{path} was made with {first_difference(found.get('made_from', {}), header.made_from)}: "
+        f"{path} was made with {first_difference(found.get('made_from', {}), asked)}: "
         "give this run another name=, or delete that file to make it anew."
     )

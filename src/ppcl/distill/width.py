@@ -20,6 +20,7 @@ from ppcl.methods.probes import valid
 from ppcl.ops.least_squares import NormalEquations
 from ppcl.ops.losses import Average, relative_error
 from ppcl.precision import computing
+from ppcl.streaming import resident
 from ppcl.surgery.width import width_surgery
 from ppcl.taps import BlockCall, BlockKey, Streams, observe, stack_of
 from ppcl.training.sharding import Sharding, assign, whole_call
@@ -53,7 +54,8 @@ def places(family: Family, teacher: nn.Module, intervals: Intervals, students: M
                 found.append(Place(stack, index, end, student, plug_name(stack, (index, end))))
             else:
                 base = removal_name(stack, (index, end)) if index in ends else None
-                found.append(Place(stack, index, end, blocks[index], base))
+                # Of a removal the block is called after the teacher has passed the interval's end.
+                found.append(Place(stack, index, end, resident(blocks[index]) if base else blocks[index], base))
     return found
 
 

@@ -21,6 +21,7 @@ from ppcl.options import identity
 from ppcl.report import plots
 from ppcl.report.text import show_plan
 from ppcl.surgery.count import count_parameters
+from ppcl.validation.pruning import check_intervals
 
 
 def _deltas(curves: Curves) -> Curves:
@@ -55,6 +56,8 @@ def run(run: Run) -> None:
         run.family, run.teacher.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
     )
     found = load_method(method).detect(teacher)
+    facts = run.family.facts
+    check_intervals(found.intervals, run.num_layers, f"method.rule={method.rule}", facts.first_block, facts.last_blocks)
     middle = list(stream.calibration(min(method.num_samples, method.batch_size), 2))[-1]
     maps = similarity_maps(run.family, run.teacher.pipeline.transformer, run.data.to_device(middle))
     plan.intervals = found.intervals

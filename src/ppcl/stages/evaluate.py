@@ -55,7 +55,7 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
 def run(run: Run) -> None:
     variants, plugs = variants_of(run)
     headers = score_headers(run, variants, plugs)
-    records = {name: run.folder / "scores" / f"{name}.json" for name in headers}
+    records = {name: run.scores_folder / f"{name}.json" for name in headers}
     if all(is_current(records[name], header) for name, header in headers.items()):
         run.say("evaluate", f"reused {run.folder / 'scores'}")
     else:

@@ -146,7 +146,7 @@ def _complete_card(run: Run, path: Path, variant: str) -> None:
 
 def _scores(run: Run, variant: str) -> list[ComparedRow]:
     """Return the scores of the teacher and of `variant` if this run has both for its present configuration."""
-    records = [run.folder / "scores" / f"{name}.json" for name in ("teacher", variant)]
+    records = [run.scores_folder / f"{name}.json" for name in ("teacher", variant)]
     if not all(record.exists() for record in records):
         return []
     from ppcl.pictures.scores import compare, score_headers

@@ -63,6 +63,7 @@ def plan_budget(run: Run) -> None:
             f"budget.cost={cost} is not known of every plug, since not all were distilled here: use "
             "budget.cost=velocity."
         )
+    saving = target_of(name, value, teacher, units, overlaps)
     show_frontier(run, costs.frontier[cost])
     if len(costs.frontier) > 1:
         run.say(
@@ -70,7 +71,6 @@ def plan_budget(run: Run) -> None:
             f"by measured velocity error the plans' error is {compare_costs(costs.frontier):.2f}x that of plans by "
             "distillation loss (mean over the frontier)",
         )
-    saving = target_of(name, value, teacher, units, overlaps)
     plugged = choose(units, name, saving, cost, overlaps)
     if plugged is None:
         raise UsageError(f"budget.{name}={value:g}: no set of plugs saves enough; `stages=[plan]` lists what is there.")

@@ -29,7 +29,7 @@ SAMPLES_PER_CATEGORY = 2
 def _rows(run: Run) -> list[ComparedRow]:
     rows = []
     for name, header in score_headers(run, *variants_of(run)).items():
-        record = run.folder / "scores" / f"{name}.json"
+        record = run.scores_folder / f"{name}.json"
         if not is_current(record, header):
             raise UsageError(f"{record} does not exist: run stages=[evaluate] first.")
         rows.append(ScoreRow.load(record))
@@ -78,7 +78,7 @@ def _pruned(run: Run, intervals: dict[str, list[list[int]]]) -> list[str]:
 
 
 def run(run: Run) -> None:
-    rows, folder = _rows(run), run.folder / "report"
+    rows, folder = _rows(run), run.report_folder
     folder.mkdir(parents=True, exist_ok=True)
     judged = _samples(run, [row.name for row in rows], folder / "samples.png")
     plots.quality_against_size(folder / "quality.png", rows, run.benchmark.bounds)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.artifacts.plan import Intervals, plug_name, removal_name
+from ppcl.artifacts.plan import Intervals, plug_name, read_plug_name, removal_name
 from ppcl.artifacts.plugs import Plug, Projector, load_plugs, load_projectors
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
@@ -219,16 +219,24 @@ def plug(pipeline: Any, folder: str | Path) -> Plugboard:
     family = get_family(name, pipeline.transformer.config)
     plugs, projectors = load_plugs(Path(folder)), load_projectors(Path(folder))
     if not plugs and not projectors:
-        raise UsageError(f"{folder} holds no plug; run stages=[depth] first.")
+        raise UsageError(f"{folder} holds no plug; run stages=[depth] or stages=[width] first.")
     intervals: Intervals = {}
     for item in plugs.values():
         intervals.setdefault(item.stack, []).append(item.interval)
-    for item, following in pairwise(plugs.values()):
-        if item.stack == following.stack and following.interval[0] <= item.interval[1]:
-            raise UsageError(f"{folder} holds {item.name} and {following.name}, which overlap: delete one of them.")
+    removed = sorted({item.base for item in projectors.values() if item.base and item.base.endswith(".removed")})
+    for base in removed:
+        stack, interval = read_plug_name(base.removesuffix(".removed")) or ("", (0, 0))
+        intervals.setdefault(stack, []).append(interval)
+    for stack, pairs in intervals.items():
+        pairs.sort()
+        for pair, following in pairwise(pairs):
+            if following[0] <= pair[1]:
+                names = plug_name(stack, pair), plug_name(stack, following)
+                raise UsageError(f"{folder} holds {' and '.join(names)}, which overlap: delete one of them.")
     students = {name: load_student(family, pipeline.transformer, item) for name, item in plugs.items()}
     layouts = {item.header.made_from["text_output"] for item in projectors.values()}
     if len(layouts) > 1:
         raise UsageError(f"{folder} holds text projectors of two layouts ({', '.join(layouts)}): keep those of one.")
     layout = Layout(*layouts)
-    return Plugboard(family, pipeline.transformer, intervals, students, projectors, layout).all()
+    board = Plugboard(family, pipeline.transformer, intervals, students, projectors, layout)
+    return board(*students, *removed, *projectors)

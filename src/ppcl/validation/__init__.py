@@ -5,7 +5,9 @@ Below this boundary stages see plain dataclasses and never ask whether a value m
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,8 +44,20 @@ def parse(raw: DictConfig) -> Config:
         key = getattr(error, "full_key", None) or "the configuration"
         raise UsageError(f"{key}: {str(error).splitlines()[0]}.") from None
     assert isinstance(config, Config)
+    _refuse_unknown(config, raw)
     check(config)
     return config
+
+
+def _refuse_unknown(group: Any, raw: DictConfig, prefix: str = "") -> None:
+    """Raise `UsageError` for a key that the configuration does not have: `+key=value` gets past Hydra."""
+    known = {item.name for item in fields(group)}
+    for key in raw:
+        if key not in known:
+            raise UsageError(f"{prefix}{key!s} is no configuration key; `ppcl --cfg job` prints all of them.")
+        value = getattr(group, str(key))
+        if is_dataclass(value):
+            _refuse_unknown(value, raw[key], f"{prefix}{key}.")
 
 
 def check_options(config: Config) -> None:
@@ -97,20 +111,25 @@ def check(config: Config) -> None:
         from ppcl.distill.losses import LOSSES  # loads torch
 
         for name in distill.losses:
-            one_of("distill.losses", name, tuple(LOSSES))
+            if name not in LOSSES:
+                raise UsageError(f"distill.losses.{name} is no loss; there are {', '.join(LOSSES)}.")
         if not any(distill.losses.values()) and not distill.magnitude_weight:
             raise UsageError(
                 f"distill.losses={distill.losses} weighs nothing: give one of {', '.join(LOSSES)} a weight."
             )
+        # Those of no weight change nothing: an artifact is the same with and without them.
+        distill.losses = {name: weight for name, weight in distill.losses.items() if weight}
     if distill.mode == "none":
         for stage in ("depth", "boundaries"):
             if stage in config.stages:
-                raise UsageError(f"stages=[{stage}] has nothing to do with distill=none, which trains no students.")
+                raise UsageError(
+                    f"stages=[{stage}] has nothing to do with distill.mode=none, which trains no students."
+                )
         drawn = config.generate.variants if {"generate", "evaluate", "report"} & set(config.stages) else []
         for variant in ("ppcl-depth", "ppcl-mixed"):
             if variant in [*drawn, config.export.variant, config.quantize.variant]:
                 raise UsageError(
-                    f"distill=none trains no students, so that there is no variant {variant}: use removed."
+                    f"distill.mode=none trains no students, so that there is no variant {variant}: use removed."
                 )
     if distill.mode == "sequential" and distill.intervals is not None:
         raise UsageError(

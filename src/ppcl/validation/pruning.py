@@ -203,7 +203,8 @@ def check_width_group(config: Config, intervals: Intervals | None) -> None:
         check_width(config, width, intervals)
     if config.width.source == "none" and "width" in config.stages:
         raise UsageError("stages=[width] needs width sets: width=auto, width=from_plan or width.source=given.")
-    if config.width.source == "none" and "ppcl-width" in [*config.generate.variants, config.export.variant]:
+    drawn = config.generate.variants if {"generate", "evaluate", "report"} & set(config.stages) else []
+    if config.width.source == "none" and "ppcl-width" in [*drawn, config.export.variant]:
         raise UsageError("variant ppcl-width needs width sets: width=auto, width=from_plan or width.source=given.")
     if not 0 < config.width.text_threshold <= 1:
         raise UsageError(f"width.text_threshold={config.width.text_threshold} must lie between 0 and 1.")

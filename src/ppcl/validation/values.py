@@ -13,8 +13,10 @@ def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def at_least(key: str, value: float, least: float) -> None:
-    if value < least:
+    if not value >= least:
         raise UsageError(f"{key}={value} must be at least {least:g}.")
+    if value == math.inf:
+        raise UsageError(f"{key}={value} must be finite.")
 
 
 def aspect_ratio(aspect: str) -> float:

@@ -83,6 +83,14 @@ def required_projectors(run: Run) -> dict[str, Projector]:
         raise UsageError(f"{run.folder / 'plugs'} has no projector {', '.join(missing)}; run stages=[width] first.")
     chosen = {name: item for name, item in found.items() if name in names}
     _check_teacher(run, chosen)
+    for name, item in chosen.items():
+        in_removal = item.base is not None and item.base.endswith(".removed")
+        if item.base is not None and in_removal != (run.config.distill.mode == "none"):
+            mode = run.config.distill.mode
+            raise UsageError(
+                f"projector {name} in {run.plugs_folder} was fitted in {item.base}, which distill.mode={mode} does not "
+                "have: use width=none, or a run of its own, without paths.base_run, with stages=[width]."
+            )
     return chosen
 
 
