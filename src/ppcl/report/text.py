@@ -11,6 +11,18 @@ from ppcl.artifacts.plan import PruningPlan
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 
+# Names of variants are the same whatever method chose the intervals.
+MEANINGS = {
+    "teacher": "the whole model",
+    "removed": "every interval cut to its first block",
+    "ppcl-depth": "every student in, whatever method chose the intervals",
+    "ppcl-mixed": "the students in that cost least",
+    "ppcl-width": "every student, or removal, and every projector in",
+    "ppcl-planned": "the budget's choice of these, or all of them without a budget",
+    "ppcl-finetuned": "ppcl-planned, tuned",
+    "ppcl-quantized": "an export with few bits a weight",
+}
+
 
 def billions(count: int) -> str:
     """20430401088 -> `20.430B`; 3029488 -> `3.029M`."""

@@ -19,7 +19,7 @@ from ppcl.errors import UsageError
 from ppcl.pictures.images import benchmark_header, read_image
 from ppcl.pictures.scores import compare, score_headers
 from ppcl.report import plots
-from ppcl.report.text import billions
+from ppcl.report.text import MEANINGS, billions
 from ppcl.validation.pruning import budget_of
 from ppcl.variants.variants import variants_of
 
@@ -112,6 +112,7 @@ def run(run: Run) -> None:
     page = template.render(
         facts
         | {
+            "meanings": MEANINGS,
             "title": f"Pruning {run.config.model.name}",
             "version": __version__,
             "facts": _facts(rows),
