@@ -79,7 +79,7 @@ def check_plan(plan: PruningPlan, config: Config, path: Path) -> None:
 def _read_names(
     config: Config, key: str, names: Sequence[str], read: Callable[[str], Any], form: str, ending: str
 ) -> list[Any]:
-    """What `read` makes of the `names` under `key`; `UsageError` for a name that is none, or of no stack."""
+    """Read the `names` under `key` by `read`; `UsageError` for a malformed name, or one of no stack."""
     stacks = FAMILIES[config.model.family].stacks
     found = []
     for name in names:

@@ -22,7 +22,7 @@ SIZES = ("in_channels", "out_channels", "attention_head_dim", "num_attention_hea
 
 
 def open_source(config: Config) -> PublishedFolder | Training:
-    """What `published.path` holds, checked against the configuration; reads headers only."""
+    """Open `published.path` and check it against the configuration; reads headers only."""
     family = get_family(config.model.family, config.model.arch)
     if family.transformer_class.__name__ != "QwenImageTransformer2DModel":
         raise UsageError(
