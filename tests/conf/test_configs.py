@@ -578,3 +578,9 @@ def test_a_loss_without_weight_is_as_if_it_were_not_named(auto):
     for weight in ("nan", "inf"):
         with pytest.raises(UsageError, match=r"distill\.losses=\w+ must be"):
             parsed(*auto, f"distill.losses.relative={weight}")
+
+
+def test_without_students_the_default_variants_need_none(auto):
+    config = parsed(*auto, "distill=none", "stages=[generate]", "intervals.transformer_blocks=[[1,2]]")
+    assert config.distill.mode == "none"
+    assert config.generate.variants == ["teacher", "removed"]
