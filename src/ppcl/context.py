@@ -147,7 +147,7 @@ class Run:
             return given
         if not self.has_intervals:
             raise UsageError(
-                "intervals are not given and this run has detected none: add stages=[probe,detect] or intervals=."
+                "intervals are not given and this run has detected none: add 'stages=[probe,detect]' or intervals=."
             )
         plan = PruningPlan.load(self.plan_path)
         check_plan(plan, self.config, self.plan_path)
@@ -171,7 +171,7 @@ class Run:
         given = resolve_width(self.config)
         if given is None:
             if not self.width_path.exists():
-                raise UsageError("width=auto has selected nothing in this run yet: add stages=[width].")
+                raise UsageError("width=auto has selected nothing in this run yet: add 'stages=[width]'.")
             given = PruningPlan.load(self.width_path).width
         check_width(self.config, given, self.intervals)
         return given

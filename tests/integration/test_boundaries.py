@@ -101,7 +101,7 @@ def test_killed_and_resumed_they_are_the_same(command: list[str], runs: Path, tm
     assert ppcl_process(pattern, *arguments, python=DIE_AT_RENAME).returncode == 9
     outcome = ppcl(*command, f"paths.runs_dir={tmp_path}", "name=early", "stages=[depth]", FROM)
     assert outcome.code == 2
-    assert "run stages=[boundaries] first" in outcome.err
+    assert "run 'stages=[boundaries]' first" in outcome.err
     succeed(*arguments)
     found, whole = (digests(folder_of(path)) for path in (tmp_path, runs))
     assert {name: value for name, value in found.items() if not Path(name).name.startswith(".boundaries")} == whole

@@ -188,7 +188,7 @@ def test_ranks_share_the_shards(
                 alone.delenv("WORLD_SIZE")
                 outcome = ppcl(*arguments, "stages=[depth]", INTERVALS)
             assert outcome.code == 2
-            assert "run stages=[cache] first, to its end" in outcome.err
+            assert "run 'stages=[cache]' first, to its end" in outcome.err
     assert digests(cache_of(arguments)) == digests(cached)
 
 
@@ -241,7 +241,7 @@ def test_a_table_does_as_well(command: list[str], tmp_path: Path, kind: str) -> 
         (["data.aspects=['4/3']"], "data.aspects=4/3 is no aspect"),
         (["data.cache=/no/cache"], "data.path, pictures to encode, or data.cache"),
         (["data.samples_per_file=2000"], "data.samples_per_file=2000"),
-        (["data=shapes"], "stages=[cache] has nothing to encode"),
+        (["data=shapes"], "'stages=[cache]' has nothing to encode"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(

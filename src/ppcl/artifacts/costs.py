@@ -94,5 +94,5 @@ class Costs:
             )
         except (KeyError, TypeError):
             raise UsageError(
-                f"{path} does not read as measured costs: delete it and run stages=[plan] again."
+                f"{path} does not read as measured costs: delete it and run 'stages=[plan]' again."
             ) from None

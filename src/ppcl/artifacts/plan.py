@@ -120,4 +120,4 @@ class Choice:
             rest = {item.name: content.get(item.name) for item in fields(cls)[2:]}
             return cls((name, value, cost), list(content["plugged"]), **rest)
         except (KeyError, TypeError, ValueError):
-            raise UsageError(f"{path} is not the choice of a plan: run stages=[plan] with a budget again.") from None
+            raise UsageError(f"{path} is not the choice of a plan: run 'stages=[plan]' with a budget again.") from None

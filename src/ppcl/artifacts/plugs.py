@@ -57,7 +57,7 @@ def _read_pluggable(record: Path, stage: str) -> tuple[dict[str, Any], dict[str,
     header = Header(content["format"], content["made_from"], content["version"])
     tensors, metadata = read_tensors(record.with_suffix(".safetensors"))
     if metadata.get("fingerprint") != header.fingerprint:
-        raise UsageError(f"{record} and its safetensors are of two runs; delete both and run stages=[{stage}] again.")
+        raise UsageError(f"{record} and its safetensors are of two runs; delete both and run 'stages=[{stage}]' again.")
     fields = {"header": header, "stack": content["stack"], "state_dict": tensors, "losses": content["losses"]}
     return content, fields
 

@@ -47,7 +47,7 @@ class Probes:
             with safe_open(folder / f"{key}.safetensors", framework="pt") as handle:
                 if (handle.metadata() or {}).get("fingerprint") != header.fingerprint:
                     raise UsageError(
-                        f"{folder} holds probes of two different runs; delete it and run stages=[probe] again."
+                        f"{folder} holds probes of two different runs; delete it and run 'stages=[probe]' again."
                     )
         names = list(content["residuals"])
         weights, biases = _StoredProbes(folder, names, "weight"), _StoredProbes(folder, names, "bias")

@@ -67,7 +67,7 @@ class ScoreRow:
             values = {key: content[key] for key in cls.__dataclass_fields__}
             return cls(**values | {"scores": Scores.from_json(content["scores"])})
         except (KeyError, TypeError, AttributeError):
-            raise UsageError(f"{path} holds no scores; delete it and run stages=[evaluate] again.") from None
+            raise UsageError(f"{path} holds no scores; delete it and run 'stages=[evaluate]' again.") from None
 
     def to_json(self) -> dict[str, Any]:
         return vars(self) | {"scores": self.scores.to_json()}

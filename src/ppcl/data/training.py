@@ -76,7 +76,7 @@ class TrainingData:
         missing = [unit for unit in self.cache_header.made_from["units"] if not (folder / unit_record(unit)).exists()]
         if missing or not (folder / EMPTY).exists():
             raise UsageError(
-                f"{folder} lacks {missing[0] if missing else EMPTY}: run stages=[cache] first, to its end."
+                f"{folder} lacks {missing[0] if missing else EMPTY}: run 'stages=[cache]' first, to its end."
             )
         return CachedStream(teacher.family, folder, data, seed, batch_size, held_out=seed == data.calibration_seed)
 

@@ -58,7 +58,9 @@ def read_record(run: Run) -> dict[str, Any]:
     folder = boundaries_folder(run)
     record = folder / "boundaries.json"
     if not record.exists():
-        raise UsageError(f"{folder} holds no boundaries that were written to their end: run stages=[boundaries] first.")
+        raise UsageError(
+            f"{folder} holds no boundaries that were written to their end: run 'stages=[boundaries]' first."
+        )
     found = read_json(record, "The record of boundaries")
     made_from = found["made_from"]
     wanted = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items() if pairs}
@@ -73,7 +75,7 @@ def read_record(run: Run) -> dict[str, Any]:
     for stack, pairs in wanted.items():
         missing = [pair for pair in pairs if pair not in made_from["intervals"].get(stack, [])]
         if missing:
-            raise UsageError(f"{folder} has no boundaries of {stack} {missing[0]}: run stages=[boundaries] for it.")
+            raise UsageError(f"{folder} has no boundaries of {stack} {missing[0]}: run 'stages=[boundaries]' for it.")
     if made_from["steps"] < num_stored(run):
         raise UsageError(
             f"{folder} holds {made_from['steps']} steps, and distill.steps={run.config.distill.steps} with "

@@ -23,7 +23,7 @@ INT4: Any = getattr(torch, "int4")  # torch's stubs do not have it  # noqa: B009
 
 def require_torchao(what: str) -> None:
     if find_spec("torchao") is None:
-        raise UsageError(f"{what} needs torchao, which is not installed: pip install 'ppcl[quantize]', or torchao.")
+        raise UsageError(f"{what} needs torchao, which is not installed: pip install 'torchao>=0.18'.")
 
 
 def require_bitsandbytes() -> None:

@@ -20,7 +20,7 @@ def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, 
         images = variant_header(run, variant, plugs, prompts)
         manifest = image_folder(run, variant.name) / "manifest.json"
         if not is_current(manifest, images):
-            raise UsageError(f"{manifest} does not exist: run stages=[generate] for variant {variant.name} first.")
+            raise UsageError(f"{manifest} does not exist: run 'stages=[generate]' for variant {variant.name} first.")
         headers[variant.name] = Header("ppcl.scores", {"images": images.fingerprint})
     return headers
 

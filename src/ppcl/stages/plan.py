@@ -29,7 +29,7 @@ def run(run: Run) -> None:
         if run.plan_path.exists():
             show_plan(run, PruningPlan.load(run.plan_path))
         else:
-            run.say("plan", "intervals come from stages=[probe,detect]; give intervals= to count them now")
+            run.say("plan", "intervals come from 'stages=[probe,detect]'; give intervals= to count them now")
         return
     model, width = run.config.model, resolve_width(run.config) or {}
     made_from = {"family": model.family, "arch": model.arch, "intervals": intervals}
@@ -73,7 +73,7 @@ def plan_budget(run: Run) -> None:
         )
     plugged = choose(units, name, saving, cost, overlaps)
     if plugged is None:
-        raise UsageError(f"budget.{name}={value:g}: no set of plugs saves enough; `stages=[plan]` lists what is there.")
+        raise UsageError(f"budget.{name}={value:g}: no set of plugs saves enough; 'stages=[plan]' lists what is there.")
     params = teacher.params - total_saving(units, overlaps, plugged, "params")
     ratio = params / teacher.params
     latency = 1 - total_saving(units, overlaps, plugged, "latency_ratio")

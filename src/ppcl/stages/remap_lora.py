@@ -21,7 +21,7 @@ def _pruned_transformer(run: Run) -> Any:
     """The exported transformer without its weights: names and sizes are all that is asked of it."""
     folder = Path(run.config.lora.model or run.folder / "export") / "transformer"
     if not (folder / "config.json").exists():
-        raise UsageError(f"lora.model: {folder.parent} holds no exported model; run stages=[export] first.")
+        raise UsageError(f"lora.model: {folder.parent} holds no exported model; run 'stages=[export]' first.")
     config = read_json(folder / "config.json", "The exported config")
     family = run.family
     kinds = [family.transformer_class] + ([family.width.transformer_class] if family.width else [])

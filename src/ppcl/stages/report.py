@@ -31,7 +31,7 @@ def _rows(run: Run) -> list[ComparedRow]:
     for name, header in score_headers(run, *variants_of(run)).items():
         record = run.scores_folder / f"{name}.json"
         if not is_current(record, header):
-            raise UsageError(f"{record} does not exist: run stages=[evaluate] first.")
+            raise UsageError(f"{record} does not exist: run 'stages=[evaluate]' first.")
         rows.append(ScoreRow.load(record))
     return compare(rows)
 

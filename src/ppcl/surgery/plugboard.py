@@ -146,9 +146,9 @@ class Plugboard:
                 known = ", ".join([*self.names, *self.projectors])
                 raise UsageError(f"{name} is no interval or projector of this model; it has {known}.")
             if name in students and name not in self.students:
-                raise UsageError(f"{name} has no trained student; run stages=[depth] for it first.")
+                raise UsageError(f"{name} has no trained student; run 'stages=[depth]' for it first.")
         for name in sorted(projectors - self.projectors.keys()):
-            raise UsageError(f"{name} has no trained projector; run stages=[width] for it first.")
+            raise UsageError(f"{name} has no trained projector; run 'stages=[width]' for it first.")
 
     @staticmethod
     def _check_bases(chosen: list[Projector], bases: dict[int, str], reads: dict[int, int]) -> None:
@@ -219,7 +219,7 @@ def plug(pipeline: Any, folder: str | Path) -> Plugboard:
     family = get_family(name, pipeline.transformer.config)
     plugs, projectors = load_plugs(Path(folder)), load_projectors(Path(folder))
     if not plugs and not projectors:
-        raise UsageError(f"{folder} holds no plug; run stages=[depth] or stages=[width] first.")
+        raise UsageError(f"{folder} holds no plug; run 'stages=[depth]' or 'stages=[width]' first.")
     intervals: Intervals = {}
     for item in plugs.values():
         intervals.setdefault(item.stack, []).append(item.interval)

@@ -169,7 +169,7 @@ def refuse_unmapped(transformer: nn.Module, state: Iterable[str], metadata: Mapp
         return
     raise UsageError(
         "this LoRA counts the blocks of the full model, and this one is pruned: map it with "
-        "`ppcl ... stages=[remap_lora] lora.path=FILE lora.model=EXPORT` and load what that writes."
+        "`ppcl ... 'stages=[remap_lora]' lora.path=FILE lora.model=EXPORT` and load what that writes."
     )
 
 

@@ -73,7 +73,7 @@ def check_options(config: Config) -> None:
 def check(config: Config) -> None:
     """Every check that needs no model: values, their combinations, and the files that are named."""
     if not config.stages:
-        raise UsageError(f"stages=[] asks for nothing: name some of {', '.join(STAGES)}.")
+        raise UsageError(f"'stages=[]' asks for nothing: name some of {', '.join(STAGES)}.")
     for stage in config.stages:
         one_of("stages", stage, tuple(STAGES))
     check_options(config)
@@ -123,7 +123,7 @@ def check(config: Config) -> None:
         for stage in ("depth", "boundaries"):
             if stage in config.stages:
                 raise UsageError(
-                    f"stages=[{stage}] has nothing to do with distill.mode=none, which trains no students."
+                    f"'stages=[{stage}]' has nothing to do with distill.mode=none, which trains no students."
                 )
         drawn = config.generate.variants if {"generate", "evaluate", "report"} & set(config.stages) else []
         for variant in ("ppcl-depth", "ppcl-mixed"):
@@ -151,7 +151,7 @@ def check(config: Config) -> None:
         check_adapter(config)
     intervals = resolve_intervals(config)
     if intervals is not None and "detect" in config.stages:
-        raise UsageError("intervals are given, so stages=[detect] would decide nothing: drop one of them.")
+        raise UsageError("intervals are given, so 'stages=[detect]' would decide nothing: drop one of them.")
     check_width_group(config, intervals)
     check_budget(config)
     if "export" in config.stages:

@@ -63,7 +63,7 @@ def check_model(config: Config) -> None:
         raise UsageError("model=auto needs model.path, the folder of a diffusers pipeline.")
     elif model.path is None and (needing := [stage for stage in config.stages if _needs_weights(config, stage)]):
         needs = ", ".join(needing)
-        raise UsageError(f"stages=[{needs}] need weights: set model.path to a pipeline folder.")
+        raise UsageError(f"'stages=[{needs}]' need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
 
 
@@ -77,12 +77,12 @@ def check_pretrain(config: Config) -> None:
     """Pretraining makes a teacher; the stages after it read one, from `model.path`, in a run of their own."""
     if len(set(config.stages)) > 1:
         raise UsageError(
-            f"stages={config.stages} mixes pretrain with stages that read a teacher: run stages=[pretrain] alone, "
+            f"stages={config.stages} mixes pretrain with stages that read a teacher: run 'stages=[pretrain]' alone, "
             "then model=auto model.path=<its run>/teacher."
         )
     if config.model.builder is None:
         raise UsageError(
-            f"stages=[pretrain] trains the embedded teachers only; model={config.model.name} has no model.builder."
+            f"'stages=[pretrain]' trains the embedded teachers only; model={config.model.name} has no model.builder."
         )
     one_of("model.builder", config.model.builder, tuple(builders()))
     init = config.pretrain.init
@@ -112,8 +112,8 @@ def check_streaming(config: Config) -> None:
         whole.append("plan")
     if whole:
         raise UsageError(
-            f"stages=[{whole[0]}] takes the whole teacher, and model.streaming=true never holds it: run that stage in "
-            "a command of its own, without model.streaming."
+            f"'stages=[{whole[0]}]' takes the whole teacher, and model.streaming=true never holds it: run that stage "
+            "in a command of its own, without model.streaming."
         )
     if config.distill.mode == "sequential" and "depth" in config.stages:
         raise UsageError(
@@ -128,18 +128,18 @@ def check_data(config: Config) -> None:
     if data.name == "shapes":
         if "cache" in config.stages:
             raise UsageError(
-                "stages=[cache] has nothing to encode with data=shapes; choose data=webdataset or data=folder."
+                "'stages=[cache]' has nothing to encode with data=shapes; choose data=webdataset or data=folder."
             )
         return
     if "pretrain" in config.stages:
-        raise UsageError(f"data={data.name} does not go with stages=[pretrain], which draws the shapes world.")
+        raise UsageError(f"data={data.name} does not go with 'stages=[pretrain]', which draws the shapes world.")
     if (data.path is None) == (data.cache is None):
         raise UsageError(f"data={data.name} needs data.path, pictures to encode, or data.cache, a folder of such.")
     if data.cache is not None:
         if "cache" in config.stages:
             raise UsageError(f"data.cache={data.cache} is made already: give data.path to make one, or drop the stage.")
         if not (Path(data.cache) / "cache.json").exists():
-            raise UsageError(f"data.cache={data.cache} holds no cache.json; name a folder that stages=[cache] made.")
+            raise UsageError(f"data.cache={data.cache} holds no cache.json; name a folder that 'stages=[cache]' made.")
     edits = FAMILIES[config.model.family].max_references > 0
     if edits and data.cache is None and not data.given:
         raise UsageError(

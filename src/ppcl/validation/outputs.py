@@ -52,7 +52,7 @@ def check_generate(config: Config) -> None:
     generate, family = config.generate, config.model.family
     if generate.offload != "none":
         if {*config.stages} - {"plan", "generate"}:
-            raise UsageError(f"generate.offload={generate.offload} is for stages=[generate] alone.")
+            raise UsageError(f"generate.offload={generate.offload} is for 'stages=[generate]' alone.")
         if len(generate.variants) > 1:
             raise UsageError(
                 f"generate.offload={generate.offload} draws one variant a command: give generate.variants=[NAME]."
@@ -101,7 +101,7 @@ def _check_takes_lora(key: str, family: str) -> None:
     if not FAMILIES[family].takes_lora:
         raise UsageError(f"{key}: model.family={family} takes no LoRA in diffusers; leave it out.")
     if find_spec("peft") is None:
-        raise UsageError(f"{key} needs peft: pip install ppcl[lora].")
+        raise UsageError(f"{key} needs peft: pip install 'peft>=0.18'.")
 
 
 def check_adapter(config: Config) -> None:
@@ -118,7 +118,7 @@ def check_adapter(config: Config) -> None:
 
 def check_lora(config: Config) -> None:
     if config.lora.path is None:
-        raise UsageError("stages=[remap_lora] needs lora.path, the safetensors file of a LoRA of the full model.")
+        raise UsageError("'stages=[remap_lora]' needs lora.path, the safetensors file of a LoRA of the full model.")
     _check_lora_file("lora.path", config.lora.path)
     _check_takes_lora(f"lora.path={config.lora.path}", config.model.family)
 
@@ -175,8 +175,8 @@ def check_import(config: Config) -> None:
     """Reads headers only; a file that is no good leaves nothing behind."""
     if config.published.path is None:
         raise UsageError(
-            "stages=[import_published] needs published.path: a folder that the PPCL authors published, or the .bin of "
-            "their training."
+            "'stages=[import_published]' needs published.path: a folder that the PPCL authors published, or the .bin "
+            "of their training."
         )
     if not Path(config.published.path).exists():
         raise UsageError(f"published.path={config.published.path} does not exist; fetch it first.")
@@ -189,7 +189,7 @@ def check_quantize(config: Config) -> None:
     """A scheme, and settings that mean something to it."""
     quantize = config.quantize
     if "quantize" in config.stages and quantize.scheme == "none":
-        raise UsageError("stages=[quantize] needs a scheme: quantize=int8, quantize=int4 or quantize=nf4.")
+        raise UsageError("'stages=[quantize]' needs a scheme: quantize=int8, quantize=int4 or quantize=nf4.")
     if quantize.scheme == "int4":
         if quantize.group_size is None or quantize.group_size < 2:
             raise UsageError(f"quantize.group_size={quantize.group_size} is no group: give 32, 64 or 128 for int4.")

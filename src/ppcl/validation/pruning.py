@@ -202,7 +202,7 @@ def check_width_group(config: Config, intervals: Intervals | None) -> None:
     if width is not None and intervals is not None:
         check_width(config, width, intervals)
     if config.width.source == "none" and "width" in config.stages:
-        raise UsageError("stages=[width] needs width sets: width=auto, width=from_plan or width.source=given.")
+        raise UsageError("'stages=[width]' needs width sets: width=auto, width=from_plan or width.source=given.")
     drawn = config.generate.variants if {"generate", "evaluate", "report"} & set(config.stages) else []
     if config.width.source == "none" and "ppcl-width" in [*drawn, config.export.variant]:
         raise UsageError("variant ppcl-width needs width sets: width=auto, width=from_plan or width.source=given.")

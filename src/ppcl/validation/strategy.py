@@ -54,7 +54,7 @@ def check_strategy(config: Config) -> None:
             "strategy=ddp."
         )
     if "pretrain" in stages:
-        raise UsageError(f"strategy={strategy.kind} does not go with stages=[pretrain]: use strategy=single.")
+        raise UsageError(f"strategy={strategy.kind} does not go with 'stages=[pretrain]': use strategy=single.")
     sizes = {"depth": ("distill", config.distill), "width": ("distill", config.distill)}
     for stage, (group, settings) in (sizes | {"finetune": ("finetune", config.finetune)}).items():
         if stage in stages and settings.batch_size % count:

@@ -63,7 +63,7 @@ def required_students(run: Run) -> dict[str, Plug]:
     names = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     missing = [name for name in names if name not in plugs]
     if missing:
-        raise UsageError(f"{run.folder / 'plugs'} has no student for {', '.join(missing)}; run stages=[depth] first.")
+        raise UsageError(f"{run.folder / 'plugs'} has no student for {', '.join(missing)}; run 'stages=[depth]' first.")
     found = {name: plugs[name] for name in names}
     _check_teacher(run, found)
     return found
@@ -80,7 +80,7 @@ def required_projectors(run: Run) -> dict[str, Projector]:
     found = load_projectors(run.plugs_folder) if names else {}
     missing = [name for name in names if name not in found]
     if missing:
-        raise UsageError(f"{run.folder / 'plugs'} has no projector {', '.join(missing)}; run stages=[width] first.")
+        raise UsageError(f"{run.folder / 'plugs'} has no projector {', '.join(missing)}; run 'stages=[width]' first.")
     chosen = {name: item for name, item in found.items() if name in names}
     _check_teacher(run, chosen)
     for name, item in chosen.items():
@@ -89,7 +89,7 @@ def required_projectors(run: Run) -> dict[str, Projector]:
             mode = run.config.distill.mode
             raise UsageError(
                 f"projector {name} in {run.plugs_folder} was fitted in {item.base}, which distill.mode={mode} does not "
-                "have: use width=none, or a run of its own, without paths.base_run, with stages=[width]."
+                "have: use width=none, or a run of its own, without paths.base_run, with 'stages=[width]'."
             )
     return chosen
 

@@ -51,7 +51,7 @@ def _quantized_base(run: Run) -> str:
     """The variant that this run's quantised model was made from."""
     record = quantized_folder(run) / "ppcl.json"
     if not record.exists():
-        raise UsageError(f"{record} does not exist: run stages=[quantize] first.")
+        raise UsageError(f"{record} does not exist: run 'stages=[quantize]' first.")
     return read_json(record, "The record of the quantised model")["made_from"]["variant"]
 
 
@@ -69,15 +69,15 @@ def planned(run: Run, plugs: Plugs) -> Variant:
     if budget is None:
         return _arranged("ppcl-planned", plugs, plugs.names)
     if not run.choice_path.exists():
-        raise UsageError(f"{run.choice_path} does not exist: run stages=[plan] with this budget first.")
+        raise UsageError(f"{run.choice_path} does not exist: run 'stages=[plan]' with this budget first.")
     choice = Choice.load(run.choice_path)
     if choice.budget != (*budget, run.config.budget.cost):
         raise UsageError(
             f"{run.choice_path} serves budget.{choice.budget[0]}={choice.budget[1]}, not budget.{budget[0]}="
-            f"{budget[1]}: run stages=[plan] again."
+            f"{budget[1]}: run 'stages=[plan]' again."
         )
     if not {*choice.plugged} <= {*plugs.names}:
-        raise UsageError(f"{run.choice_path} names plugs that are not there any more: run stages=[plan] again.")
+        raise UsageError(f"{run.choice_path} names plugs that are not there any more: run 'stages=[plan]' again.")
     return _arranged("ppcl-planned", plugs, choice.plugged)
 
 
@@ -130,11 +130,11 @@ def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
         return plan
     record = finetuned_folder(run) / "ppcl.json"
     if not record.exists():
-        raise UsageError(f"{record} does not exist: run stages=[finetune] first.")
+        raise UsageError(f"{record} does not exist: run 'stages=[finetune]' first.")
     tuned = read_json(record, "The record of the tuned model")
     if {key: value for key, value in tuned["made_from"].items() if key in ("plugs", "removed")} != made_of(plan, plugs):
         raise UsageError(
-            f"{record} was tuned from other plugs than this configuration plugs in: run stages=[finetune] under "
+            f"{record} was tuned from other plugs than this configuration plugs in: run 'stages=[finetune]' under "
             "another name=, or with the budget it was tuned for."
         )
     return replace(plan, name=name, finetuned=tuned["fingerprint"])
@@ -148,8 +148,8 @@ def _quantized(run: Run, plugs: Plugs) -> Variant:
     told = ("model", "finetuned", "plugs", "removed")
     if {key: value for key, value in record["made_from"].items() if key in told} != made_from:
         raise UsageError(
-            f"{path} was quantised from another {base.name} than this configuration makes: run stages=[quantize] under "
-            "another name=, or delete that folder to make it anew."
+            f"{path} was quantised from another {base.name} than this configuration makes: run 'stages=[quantize]' "
+            "under another name=, or delete that folder to make it anew."
         )
     if record["made_from"]["quantize"]["scheme"] == "nf4":
         require_bitsandbytes()

@@ -256,7 +256,7 @@ def import_published(
         dtype = torch_dtype
     path = Path(path)
     if path.is_file():
-        raise UsageError(f"{path} is a file; training checkpoints become plugs by stages=[import_published].")
+        raise UsageError(f"{path} is a file; training checkpoints become plugs by 'stages=[import_published]'.")
     found = open_folder(path, keep_text_query=keep_text_query, residual=residual)
     with init_empty_weights():
         model = found.published.model_class.from_config(found.published.arch)
