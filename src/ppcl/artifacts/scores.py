@@ -43,19 +43,28 @@ class Scores:
         return {name: float(value) for name, value in self.categories.items()} | {"overall": float(self.overall)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreRow:
-    """A variant's scores, its parameters, and the cost of its denoising step."""
+    """A variant's scores, its distance to the teacher, its parameters, and the cost of its denoising step.
+
+    `scores` is None without a benchmark. `score_interval` is half the width of the 95% confidence interval of the
+    overall score. `velocity_error` is ||v - v_T||^2 / ||v_T||^2 on held-out data. `latent_distance` is
+    ||z - z_T||^2 / ||z_T - mean(z_T)||^2 of the final latents from equal seeds: 0 for the same pictures, about 2 for
+    unrelated ones. Each of the three is None where it was not measured.
+    """
 
     name: str
     num_layers: int
     params: int
     latency_ms: float
     peak_memory_mb: float
-    scores: Scores
+    scores: Scores | None
     students: list[str]
     projectors: list[str]
     removed: list[str]
+    score_interval: float | None = None
+    velocity_error: float | None = None
+    latent_distance: float | None = None
 
     def save(self, path: Path, header: Header) -> None:
         write_json(path, header.to_json() | self.to_json())
@@ -64,25 +73,32 @@ class ScoreRow:
     def load(cls, path: Path) -> ScoreRow:
         content = read_json(path, "The scores")
         try:
-            values = {key: content[key] for key in cls.__dataclass_fields__}
-            return cls(**values | {"scores": Scores.from_json(content["scores"])})
+            later = ("score_interval", "velocity_error", "latent_distance")  # older records are without
+            values = {key: content.get(key) if key in later else content[key] for key in cls.__dataclass_fields__}
+            scores = content["scores"]
+            return cls(**values | {"scores": None if scores is None else Scores.from_json(scores)})
         except (KeyError, TypeError, AttributeError):
             raise UsageError(f"{path} holds no scores; delete it and run 'stages=[evaluate]' again.") from None
 
     def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"scores": self.scores.to_json()}
+        return vars(self) | {"scores": None if self.scores is None else self.scores.to_json()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComparedRow(ScoreRow):
-    """A variant beside the teacher; `drop_percent` is R., the relative loss of the overall score."""
+    """A variant beside the teacher.
+
+    `drop_percent` is the relative loss of the overall score (R. in the paper), None without a benchmark.
+    """
 
     params_ratio: float
-    drop_percent: float
+    drop_percent: float | None
 
     @classmethod
     def beside(cls, teacher: ScoreRow, row: ScoreRow) -> ComparedRow:
-        best = teacher.scores.overall
-        # A teacher that scores nothing has nothing to lose; JSON has no NaN.
-        drop = 100 * (best - row.scores.overall) / abs(best) if best else 0.0
+        drop = None
+        if teacher.scores is not None and row.scores is not None:
+            best = teacher.scores.overall
+            # A teacher that scores nothing has nothing to lose; JSON has no NaN.
+            drop = 100 * (best - row.scores.overall) / abs(best) if best else 0.0
         return cls(**vars(row), params_ratio=row.params / teacher.params, drop_percent=drop)
