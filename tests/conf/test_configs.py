@@ -97,6 +97,8 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
         overrides = [f"model={model_of(content['family'])}", f"intervals={choice}"]
     if file == "model/auto":
         overrides = auto[1:]
+    if file == "experiment/prune":
+        overrides = [auto[1], "data.path=/pictures"]
     if "path" in content and group == "data":
         overrides = [*overrides, "data.path=/pictures"]
     if "init" in content.get("pretrain", {}) and group == "experiment":  # by an earlier experiment, not run here

@@ -49,9 +49,11 @@ class Method(ABC):
     """One way to choose intervals. It is found by the name of its file, which is `method.rule`.
 
     `settings_class`: a dataclass of keys that only this method has, given under `method.settings`.
+    `needs_probes`: whether it reads the linear probes that `stages=[probe]` fits.
     """
 
     settings_class: ClassVar[type[Any]] = NoSettings
+    needs_probes: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config

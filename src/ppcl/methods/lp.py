@@ -28,6 +28,8 @@ def first_inflection(curve: Curve, u: int, last: int, min_length: int = 2) -> in
 class Lp(Method):
     """Walks over the similarities of linear surrogates. The ablations end intervals otherwise."""
 
+    needs_probes = True
+
     def end_of(self, curve: Curve, u: int, last: int) -> int:
         """The last block of the interval that begins with u; no block behind `last` may be in one."""
         return first_inflection(curve, u, last, self.config.min_length)
