@@ -70,9 +70,7 @@ def read_record(run: Run) -> dict[str, Any]:
     folder = boundaries_folder(run)
     record = folder / "boundaries.json"
     if not record.exists():
-        raise UsageError(
-            f"{folder} holds no boundaries, or not all of them: run 'stages=[boundaries]' first."
-        )
+        raise UsageError(f"{folder} holds no boundaries, or not all of them: run 'stages=[boundaries]' first.")
     found = read_json(record, "The record of boundaries")
     made_from = found["made_from"]
     wanted = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items() if pairs}
