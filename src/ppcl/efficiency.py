@@ -37,9 +37,9 @@ def interleaved_latency_ms(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are created in the context. `peak` is the most that were alive at one time.
+    """Counts the bytes of tensors that are created in the context; `peak` is the most that were alive at one time.
 
-    `resident` is the bytes of tensors that existed before and were used in it: weights, optimiser state, inputs.
+    Tensors that existed before and are used, such as weights, optimiser state and inputs, are counted in `resident`.
     """
 
     def __init__(self) -> None:
@@ -50,6 +50,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def resident(self) -> int:
+        """The bytes of tensors that existed before the context and were used in it."""
         return sum(self._resident.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

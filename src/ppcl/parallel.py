@@ -29,7 +29,7 @@ _STRAGGLERS = timedelta(seconds=20)  # how long a rank that failed waits for the
 
 @dataclass
 class _Ranks:
-    """What the ranks communicate by outside of a training.
+    """The channels by which ranks communicate outside of training steps.
 
     `store`: a key-value store; waiting for a key uses neither CPU nor GPU.
     `group`: a gloo process group, which needs no GPU.

@@ -1,8 +1,8 @@
 """Precision of trainable modules: float32 weights, and matrix products in bfloat16 if that is asked for.
 
-Trainable weights are always float32. In bfloat16, which has three significant digits, a weight of 0.02 would not change
-when a step of 1e-5 is added. The frozen teacher may be in bfloat16. It never runs under autocast, so that it computes
-the same in training as in every other stage.
+Trainable weights are always float32. In bfloat16, which has two to three significant digits, a weight of 0.02 would not
+change when a step of 1e-5 is added. The frozen teacher may be in bfloat16. It never runs under autocast, so that it
+computes the same in training as in every other stage.
 """
 
 from __future__ import annotations

@@ -94,9 +94,10 @@ class BlockStream:
     the largest block. The buffers are allocated once, because the system would not get back all memory of blocks that
     are allocated and freed in turn.
 
-    Parameters of a block that is not loaded are NaN, expanded from a single number. Code that uses them without `still`
-    therefore fails visibly. The block to prefetch is the one that followed last time: a forward may end early, and then
-    the first block follows.
+    Parameters of a block that is not loaded are NaN, expanded from a single number. Code that reads them without
+    `still` gets NaN, so that the mistake is noticed.
+
+    The block to prefetch is the one that followed last time: a forward may end early, and then the first block follows.
 
     `blocks`: modules by the prefix of their parameter names, in order of execution.
     `stored`: the location of every parameter, by its full name.

@@ -65,6 +65,7 @@ class BlockCall:
 
     @property
     def key(self) -> BlockKey:
+        """The block's stack and index."""
         return self.stack, self.index
 
 

@@ -133,6 +133,7 @@ class BoundaryWriter:
             self.flush()
 
     def _keep(self, path: str, tensor: Tensor) -> str:
+        """Store a tensor and return its name; one equal to the last at the same `path` is not stored again."""
         plain, latest = tensor.detach().cpu().contiguous(), self._latest.get(path)
         if plain.untyped_storage().nbytes() > plain.nbytes:
             plain = plain.clone()  # store a view alone, without the rest of its storage

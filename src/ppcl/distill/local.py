@@ -65,7 +65,7 @@ class LocalDistillation(ManualOptimization):
 
     @staticmethod
     def key(name: str) -> str:
-        return name.replace(".", ":")  # ModuleDict keys hold no dot
+        return name.replace(".", ":")  # a key of a ModuleDict must not contain a dot
 
     def shard(self, sharding: Sharding) -> None:
         """Shard the teacher over the ranks. Subclasses shard their parts first."""
@@ -164,7 +164,7 @@ class LocalDistillation(ManualOptimization):
         if not ready:
             return
         for part in ready:
-            self.prepare_gradients(part.parameters(), self.config.max_grad_norm)  # one norm per part: independent
+            self.prepare_gradients(part.parameters(), self.config.max_grad_norm)  # part by part: they stay independent
         optimizer: Any = self.optimizers()
         optimizer.optimizer.step()
         for part in ready:

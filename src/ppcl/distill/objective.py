@@ -1,7 +1,7 @@
 """The optimiser step that all trainings share, for Lightning's manual optimisation.
 
-Automatic optimisation supports neither losses that are back-propagated during the teacher's forward, nor a step of two
-optimisers that each have half of the parameters (Muon and AdamW).
+Automatic optimisation supports neither losses that are back-propagated during the teacher's forward, nor one step by
+two optimisers that share out the parameters (Muon and AdamW).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Pretrain(ManualOptimization):
     Muon updates the matrices in blocks, AdamW all other parameters (see `split_for_muon`).
 
     Both learning rates rise linearly over `warmup_steps`, stay constant, and fall linearly to zero over the last part
-    of the training, a fraction `decay` of `max_steps`. After that decay an average of weights (EMA) brings nothing.
+    of the training, a fraction `decay` of `max_steps`. With this decay no moving average of the weights is needed.
     """
 
     def __init__(

@@ -41,6 +41,7 @@ class Place:
 
     @property
     def is_student(self) -> bool:
+        """Whether the block is a student, and not one of the teacher's."""
         return self.base is not None and not self.base.endswith(".removed")
 
 

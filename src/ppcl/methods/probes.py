@@ -51,12 +51,14 @@ class Residual:
     size: float = 0.0
 
     def add(self, probe: tuple[Tensor, Tensor], x: Tensor, dx: Tensor) -> None:
+        """Add tokens `x` `[T, D]` and the changes `dx` that `probe`, a weight and a bias, should predict."""
         weight, bias = (tensor.to(x.device) for tensor in probe)
         self.error += (x @ weight.T + bias - dx).double().square().sum().item()
         self.size += dx.double().square().sum().item()
 
     @property
     def value(self) -> float:
+        """The residual of all tokens added so far; 0 if they do not change in the block."""
         return self.error / self.size if self.size else 0.0
 
 
