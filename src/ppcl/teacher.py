@@ -19,7 +19,7 @@ from ppcl.validation.model import model_folder
 
 
 class TeacherModel:
-    """The configured teacher, loaded at most once at a time.
+    """The configured teacher. Its pipeline is loaded on first use and shared by all stages.
 
     `sharded` is true while a stage that shards the teacher over ranks (FSDP) runs. The pipeline is then loaded for that
     stage only, and it is not moved to the device.
@@ -47,7 +47,10 @@ class TeacherModel:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The teacher's part of an artifact's fingerprint: config, dtype and a digest of the weights."""
+        """The teacher's part of an artifact's fingerprint: config, dtype, and digest of the weights.
+
+        Weights on the Hub are identified by `model.path` and `model.revision` instead.
+        """
         model, folder = self.config.model, model_folder(self.config.model)
         identity = {"family": model.family, "arch": model.arch, "dtype": model.dtype}
         if folder is None:

@@ -102,7 +102,7 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
             "student_layers": sum(len(kept) for kept in board.kept.values()),
             "teacher": switch.teacher_size,
             "student": params,
-            # diffusers finds a component class of ppcl only after ppcl was imported
+            # diffusers finds a component class of ppcl only if ppcl is imported
             "imports": "import ppcl  # or pass trust_remote_code=True below\n" if ours else "",
             "without": "".join(f", {name}=None" for name in missing),
             "call": call,

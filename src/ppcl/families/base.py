@@ -166,7 +166,7 @@ class Family(ABC):
 
     @property
     def draws(self) -> bool:
-        """Whether the family can draw pictures, which is to say that it has `sampling_arguments`."""
+        """Whether the family can draw pictures: a family that can implements `sampling_arguments`."""
         return type(self).sampling_arguments is not Family.sampling_arguments
 
     @property
@@ -249,11 +249,14 @@ class Family(ABC):
 
 
 class DualStreamFamily(Family):
-    """A family whose blocks take `hidden_states` (image) and `encoder_hidden_states` (text), return (text, image)."""
+    """A family whose blocks take `hidden_states` (image) and `encoder_hidden_states` (text).
+
+    They return (text, image), each `[B, tokens, D]`; text may be None in the last block.
+    """
 
     def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
         return {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}
 
     def streams_out(self, stack: str, output: tuple[Tensor | None, Tensor], inputs: Mapping[str, Any]) -> Streams:
-        text, image = output  # the last block of some models returns no text
+        text, image = output  # the last block of some models returns None for the text
         return {"image": image} if text is None else {"image": image, "text": text}

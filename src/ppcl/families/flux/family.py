@@ -5,7 +5,8 @@ What is special about it:
   `encoder_hidden_states` (text) and return (text, image). Single-stream blocks join the two and split them
   again inside. After the last block only the image is used.
 - The prompt goes in twice: T5's tokens are the text stream, CLIP's pooled embedding goes into the
-  modulation. T5's padding is not masked: padded tokens attend and are attended to like all others.
+  modulation. T5's padding is not masked: padded tokens attend and are attended to like all
+  others, and count in statistics and losses.
 - `timestep` is sigma itself, in [0, 1]; the model multiplies by 1000.
 - FLUX.1-dev is guidance-distilled: the guidance scale is an input, and one forward per step is enough. There is a
   second one only if `true_cfg_scale` is above 1.

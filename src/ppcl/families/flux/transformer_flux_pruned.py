@@ -126,7 +126,7 @@ class PrunedFluxTransformerBlock(FluxTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        modulated, gate, *image_mlp = self.norm1(hidden_states, emb=temb)  # empty if the FFN is pruned
+        modulated, gate, *image_mlp = self.norm1(hidden_states, emb=temb)  # image_mlp: empty if the FFN is pruned
         attention = {
             "hidden_states": modulated,
             "image_rotary_emb": image_rotary_emb,

@@ -160,7 +160,7 @@ def _check_shape(key: str, found: Sequence[int], needed: Sequence[int], where: s
 def convert(published: Published, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the converted parameters of a published state dict, one at a time and in their dtypes.
 
-    The caller can so hold one shard of the weights in memory, not all.
+    So a caller can write the model shard by shard, without all weights in memory.
     """
     for key, value in tensors:
         if key in published.dead:
@@ -293,7 +293,7 @@ class TrainedProjector:
     """Projectors of one block, taken from a training checkpoint.
 
     `index` and `reference` are blocks of the teacher; a text projector reads the text of `reference`. `kind` is `text`
-    or `ffn`. `entries` names the checkpoint's modules that they were, such as `ehs_proj_list.0`.
+    or `ffn`. `entries` names the modules of the checkpoint that they come from, such as `ehs_proj_list.0`.
     """
 
     index: int

@@ -131,7 +131,7 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        image_mod1, *image_mod2 = self.img_mod(temb).split(3 * self.dim, dim=-1)  # second: empty if the FFN is pruned
+        image_mod1, *image_mod2 = self.img_mod(temb).split(3 * self.dim, dim=-1)  # image_mod2: empty if FFN pruned
         if self.zero_cond_t:
             temb = temb.chunk(2, dim=0)[0]
         modulated, gate = self._modulate(self.img_norm1(hidden_states), image_mod1, modulate_index)
