@@ -40,8 +40,7 @@ def open_source(config: Config) -> PublishedFolder | Training:
 def _open_model(config: Config, path: Path) -> PublishedFolder:
     if config.width.source != "none":
         raise UsageError(
-            f"published.path={path} has its own width sets, so width= with source={config.width.source} cannot be "
-            "given too: leave it out."
+            f"published.path={path} has its own width sets: leave out width= (its source is {config.width.source})."
         )
     if config.published.ehs_same is not None:
         raise UsageError(
