@@ -409,10 +409,11 @@ class QuantizeConfig:
 
 @dataclass
 class Config:
-    """The root of `conf/config.yaml`."""
+    """The root of `conf/config.yaml`. `run`: the folder of an earlier run to go on in; its record has it as None."""
 
     name: str = MISSING
     stages: list[str] = MISSING
+    run: str | None = None
     seed: int = 42
     model: ModelConfig = field(default_factory=ModelConfig)
     intervals: IntervalsConfig = field(default_factory=IntervalsConfig)
@@ -450,3 +451,5 @@ def register_schema() -> None:
         OmegaConf.set_struct(OmegaConf.select(schema, key), False)
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("ppcl_stages", help_lines, replace=True)
+    OmegaConf.register_new_resolver("ppcl_folder", lambda run, folder: run or folder, replace=True)
+    OmegaConf.register_new_resolver("ppcl_job", lambda run, number: "." if run else number, replace=True)
