@@ -40,7 +40,7 @@ test-fast: setup ## Run the tests of units and of the configuration alone, under
 
 .PHONY: bench
 bench: setup ## Measure steps, trainings and detection against the plain way, 20 minutes on two idle cores (runs/bench)
-	$(BIN)/python experiments/scale/run.py $(ARGS)
+	$(BIN)/python -m experiments.scale.run $(ARGS)
 
 .PHONY: lint
 lint: setup ## Check style and types

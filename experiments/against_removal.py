@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common import collect, read_rows
+from experiments.common import collect, read_rows
 
 WAYS = {"removed": "removed", "ppcl-depth": "distilled", "ppcl-finetuned": "distilled and tuned"}
 REMOVED = {"removed_100": "removed and tuned", "removed_400": "removed and tuned for the samples of both"}

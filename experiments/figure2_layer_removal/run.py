@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from experiments.common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv
+from ppcl.report import plots
+from ppcl.variants.costs import velocity_error
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv  # noqa: E402
-
-from ppcl.report import plots  # noqa: E402
-from ppcl.variants.costs import velocity_error  # noqa: E402
 
 PER_CATEGORY = 5  # 90 pictures a removal over the seeds, thousands a curve
 STACK = "transformer_blocks"

@@ -6,28 +6,25 @@ each of `lora.source`'s choices, on the plugs as distilled and after fine-tuning
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from experiments.common import SEEDS, make_run, mean_and_spread, write_csv
+from ppcl.benchmarks.shapes import evaluation_scenes, to_pixels
+from ppcl.data.streams import ShapesStream
+from ppcl.data.worlds import shapes
+from ppcl.ops import flow_matching
+from ppcl.pictures.drawing import draw
+from ppcl.surgery.remap import SOURCES, map_blocks
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import variants_of
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, mean_and_spread, write_csv  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from peft.utils import get_peft_model_state_dict  # noqa: E402
-
-from ppcl.benchmarks.shapes import evaluation_scenes, to_pixels  # noqa: E402
-from ppcl.data.streams import ShapesStream  # noqa: E402
-from ppcl.data.worlds import shapes  # noqa: E402
-from ppcl.ops import flow_matching  # noqa: E402
-from ppcl.pictures.drawing import draw  # noqa: E402
-from ppcl.surgery.remap import SOURCES, map_blocks  # noqa: E402
-from ppcl.variants.switch import Switch  # noqa: E402
-from ppcl.variants.variants import variants_of  # noqa: E402
 
 RANK, STEPS, BATCH, LR = 8, 300, 32, 2e-3
 DARK = 60  # in place of shapes.BACKGROUND, 235

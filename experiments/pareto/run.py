@@ -7,15 +7,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from experiments.common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv
+from ppcl.report import plots
+from ppcl.variants.costs import compare_costs, measure
+from ppcl.variants.plugs import required_plugs
+from ppcl.variants.switch import Switch
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv  # noqa: E402
-
-from ppcl.report import plots  # noqa: E402
-from ppcl.variants.costs import compare_costs, measure  # noqa: E402
-from ppcl.variants.plugs import required_plugs  # noqa: E402
-from ppcl.variants.switch import Switch  # noqa: E402
 
 PER_CATEGORY = 20
 LABELS = {"velocity": "planned by velocity error", "loss": "planned by distillation loss"}

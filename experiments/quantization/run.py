@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,21 @@ import matplotlib
 import numpy as np
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv  # noqa: E402
-
-from ppcl.artifacts.files import read_json  # noqa: E402
-from ppcl.benchmarks.shapes import to_pixels  # noqa: E402
-from ppcl.context import Run  # noqa: E402
-from ppcl.export.quantized import split_linears, torchao_config, weight_bytes  # noqa: E402
-from ppcl.export.rounding import round_linears  # noqa: E402
-from ppcl.pictures.drawing import draw  # noqa: E402
-from ppcl.stages.quantize import quantize  # noqa: E402
-from ppcl.variants.switch import Switch  # noqa: E402
-from ppcl.variants.variants import variants_of  # noqa: E402
+from experiments.common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv
+from ppcl.artifacts.files import read_json
+from ppcl.benchmarks.shapes import to_pixels
+from ppcl.context import Run
+from ppcl.export.quantized import split_linears, torchao_config, weight_bytes
+from ppcl.export.rounding import round_linears
+from ppcl.pictures.drawing import draw
+from ppcl.stages.quantize import quantize
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import variants_of
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
 
 PER_CATEGORY = 60
 HELD_OUT = 4  # batches, far behind those of calibration

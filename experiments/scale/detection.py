@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import make_run, run_stages
-from scale.measure import in_turns, speedup
-from scale.models import STACK
 from torch import Tensor, nn
 
+import ppcl
+from experiments.common import make_run
+from experiments.scale.measure import in_turns, speedup
+from experiments.scale.models import STACK
 from ppcl.artifacts.plan import Interval
 from ppcl.artifacts.probes import Probes
 from ppcl.context import Run
@@ -97,8 +98,9 @@ class Surrogates:
 
 
 def figures(tiny: bool) -> dict[str, Any]:
-    run = make_run("bench/detection", "method.min_cka=0.9945", "trainer=cpu", "trainer.progress=false")
-    run_stages(run, "probe")
+    settings = ("method.min_cka=0.9945", "trainer=cpu", "trainer.progress=false", "stages=[probe]")
+    ppcl.run(["name=bench/detection", *settings])
+    run = make_run("bench/detection", *settings)
     config, probes = run.config.method, Probes.load(run.probe_folder)
     samples, timesteps = (2, 2) if tiny else (config.num_samples, TIMESTEPS)
     batches = list(run.data.stream(run.config.data.calibration_seed, config.batch_size).calibration(samples, timesteps))

@@ -1,6 +1,6 @@
 """Full-size models with random weights on one GPU: a distillation step, and what the paper's sets save in drawing.
 
-python experiments/scale/gpu.py [--only PHASE ..] [--output gpu.json]; without a path to $OUT/gpu.json.
+python -m experiments.scale.gpu [--only PHASE ..] [--output gpu.json]; without a path to $OUT/gpu.json.
 A phase that fails says so in the file and leaves the others. `--tiny` runs all of it on a CPU. `distill_streamed`
 writes the teacher's 41 GB to --folder first, and reads them from there.
 """
@@ -12,7 +12,6 @@ import gc
 import logging
 import os
 import statistics
-import sys
 import tempfile
 import traceback
 import warnings
@@ -23,23 +22,19 @@ from typing import Any
 import torch
 from torch import nn
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import make_run  # noqa: E402
-from scale.measure import StepTimes, fit, weight_bytes  # noqa: E402
-from scale.streaming import write_teacher  # noqa: E402
-
-from ppcl.artifacts.files import read_json, write_json  # noqa: E402
-from ppcl.artifacts.plan import Intervals  # noqa: E402
-from ppcl.config import DistillConfig  # noqa: E402
-from ppcl.context import Run  # noqa: E402
-from ppcl.data.batches import TrainingBatch  # noqa: E402
-from ppcl.distill.depth import DepthDistillation  # noqa: E402
-from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb  # noqa: E402
-from ppcl.layers import kept_layers  # noqa: E402
-from ppcl.streaming import load_streamed  # noqa: E402
-from ppcl.training.loop import compiled  # noqa: E402
+from experiments.common import make_run
+from experiments.scale.measure import StepTimes, fit, weight_bytes
+from experiments.scale.streaming import write_teacher
+from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.plan import Intervals
+from ppcl.config import DistillConfig
+from ppcl.context import Run
+from ppcl.data.batches import TrainingBatch
+from ppcl.distill.depth import DepthDistillation
+from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
+from ppcl.layers import kept_layers
+from ppcl.streaming import load_streamed
+from ppcl.training.loop import compiled
 
 CAP = 24 * 2**30
 REPEATS = 20

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from common import make_run
-from scale.measure import step_memory_mb, weight_bytes
-from scale.models import STACK, Size, make_batch, make_teacher
-from scale.steps import WAYS, make_module
-
+from experiments.common import make_run
+from experiments.scale.measure import step_memory_mb, weight_bytes
+from experiments.scale.models import STACK, Size, make_batch, make_teacher
+from experiments.scale.steps import WAYS, make_module
 from ppcl.efficiency import LiveBytes
 from ppcl.families.registry import get_family
 from ppcl.methods.probes import fit_probes

@@ -25,21 +25,17 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import write_csv  # noqa: E402
-
-from ppcl.artifacts.files import read_json, write_json  # noqa: E402
+from experiments.common import write_csv
+from ppcl.artifacts.files import read_json, write_json
 
 OUTPUT = Path("runs/bench/bench.json")
 # By what `--only` calls it: the module whose `figures`, a function of `tiny`, returns figures by name.
 FIGURES = {
-    "step": "scale.steps",
-    "boundaries": "scale.replay",
-    "detect": "scale.detection",
-    "memory": "scale.memory",
-    "stream": "scale.streaming",
+    "step": "experiments.scale.steps",
+    "boundaries": "experiments.scale.replay",
+    "detect": "experiments.scale.detection",
+    "memory": "experiments.scale.memory",
+    "stream": "experiments.scale.streaming",
 }
 PR_SET_PDEATHSIG = 1
 GRACE = 10  # seconds that a figure has to end its own commands and to remove its temporary folders

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scale.measure import StepTimes, fit, in_turns, speedup, step_memory_mb, weight_bytes
-from scale.models import INTERVALS, STACK, TINY, TINY_INTERVALS, Size, make_batch, make_teacher
-from scale.published import PublishedDistillation
 
+from experiments.scale.measure import StepTimes, fit, in_turns, speedup, step_memory_mb, weight_bytes
+from experiments.scale.models import INTERVALS, STACK, TINY, TINY_INTERVALS, Size, make_batch, make_teacher
+from experiments.scale.published import PublishedDistillation
 from ppcl.artifacts.plan import Interval
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch

@@ -2,7 +2,7 @@
 
 `run.py --only stream` measures the growth. The full size is a command of its own, which writes 41 GB:
 
-python experiments/scale/streaming.py FOLDER
+python -m experiments.scale.streaming FOLDER
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DMod
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import Header
 from ppcl.artifacts.tensors import write_tensors
-from ppcl.cli import conf_dir
+from ppcl.command import conf_dir
 from ppcl.data.cached import EMPTY, unit_record
 from ppcl.families.qwen_image.tiny import build_pipeline
 

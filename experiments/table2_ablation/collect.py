@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import yaml
 
+from experiments.common import mean_and_spread, write_csv
+from ppcl.data.worlds.shapes import CATEGORIES
+from ppcl.report import plots
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import mean_and_spread, write_csv  # noqa: E402
-
-from ppcl.data.worlds.shapes import CATEGORIES  # noqa: E402
-from ppcl.report import plots  # noqa: E402
 
 # The paper's order; each row adds to the one before it, from `dp` on.
 LABELS = {
