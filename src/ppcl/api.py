@@ -145,6 +145,16 @@ class Results:
         return _holding(self._base / "plugs", "*.safetensors")
 
     @property
+    def losses(self) -> dict[str, float]:
+        """The held-out distillation loss of every plug by name, as its training left it; imported plugs have none."""
+        found = {}
+        for record in sorted((self._base / "plugs").glob("*.json")):
+            losses = read_json(record, "The plug").get("losses", {})
+            if "heldout_loss" in losses:
+                found[record.stem] = losses["heldout_loss"]
+        return found
+
+    @property
     def finetuned(self) -> Path | None:
         """The folder of the fine-tuned model, or of the LoRA that was trained in its place."""
         return _holding(self.folder / "finetuned", "ppcl.json")
