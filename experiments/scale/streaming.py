@@ -23,9 +23,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DMod
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import Header
 from ppcl.artifacts.tensors import write_tensors
-from ppcl.command import conf_dir
 from ppcl.data.cached import EMPTY, unit_record
 from ppcl.families.qwen_image.tiny import build_pipeline
+from ppcl.paths import conf_dir
 
 HERE = Path(__file__).parent
 QUIET = ["trainer=cpu", "trainer.progress=false", "logger=none"]

@@ -15,8 +15,8 @@ from ppcl.artifacts.scores import ScoreRow
 from ppcl.command import as_overrides, compose, execute, in_words, prepare, read_record
 from ppcl.config import STORED_VARIANTS, Config
 from ppcl.errors import UsageError
+from ppcl.paths import ASSETS
 from ppcl.quiet import quiet_messages
-from ppcl.validation.model import ASSETS
 
 if TYPE_CHECKING:
     from ppcl.context import Run

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ppcl.command import check_choices, conf_dir, execute, failed_access, sentence
+from ppcl.command import check_choices, execute, failed_access, sentence
 from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import is_first
+from ppcl.paths import conf_dir
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -32,7 +33,7 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from ppcl.config import register_schema
+    from ppcl.schema import register_schema
 
     register_schema()
 

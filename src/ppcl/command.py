@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import UsageError
 from ppcl.launch import is_first, launched
+from ppcl.paths import conf_dir
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,12 +29,6 @@ if TYPE_CHECKING:
 # processes, and not what the run's artifacts are made from.
 OF_COMMAND = ("stages", "generate", "lora", "published", "strategy",
               "export.push_to_hub", "export.private", "export.commit_message")  # fmt: skip
-
-
-def conf_dir() -> Path:
-    """Return `conf/`: inside an installed package, or beside `src/` in a checkout."""
-    installed = Path(__file__).parent / "conf"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 # Composing
@@ -50,7 +45,7 @@ def compose(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import open_dict
 
-    from ppcl.config import register_schema
+    from ppcl.schema import register_schema
 
     register_schema()
     current = GlobalHydra.instance()
@@ -144,26 +139,27 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
     record = read_record(Path(raw.run))
     said = list(OF_COMMAND)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
+        key, choice = override.key_or_group, override.value()
         if key in ("name", "paths.runs_dir"):
             raise UsageError(
                 f"run={raw.run} works in that folder, so {override.input_line} has no effect: drop one of them, or use "
                 f"paths.base_run={raw.run} for another run with its plugs."
             )
-        if key == "experiment" and override.value() is not None:
+        if key == "experiment" and choice is not None:
             raise UsageError(
                 f"run={raw.run} takes the recorded configuration, and {override.input_line} is a whole one of its own: "
                 "drop one of them."
             )
-        if key == "sampling" and override.value() is not None:  # only some keys of model.sampling
-            file = OmegaConf.load((conf_dir() / key / str(override.value())).with_suffix(".yaml"))
-            said += [f"model.sampling.{name}" for name in file]
-        elif key not in ("run", "experiment", "sampling") and not key.startswith("hydra"):
+        if key == "sampling" and isinstance(choice, str):  # only some keys of model.sampling
+            said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
+        elif key not in ("run", "experiment", "sampling") and not (key.startswith("hydra") or override.is_delete()):
             said.append(key)
+    present = OmegaConf.to_container(raw, resolve=False)  # what depends on model or data is resolved in the new place
     for key in said:
-        value = OmegaConf.select(raw, key)
-        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        OmegaConf.update(record, key, plain, merge=False, force_add=True)
+        value: Any = present
+        for part in key.split("."):
+            value = value[part]
+        OmegaConf.update(record, key, value, merge=False, force_add=True)
     record.run = None
     return record
 

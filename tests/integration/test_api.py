@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import ppcl as package
-from ppcl.command import conf_dir
+from ppcl.paths import conf_dir
 
 FREE = """
 import sys
