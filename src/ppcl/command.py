@@ -244,6 +244,8 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
 
 def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
     """Run the stages one after the other. Rank 0 alone runs those that ranks neither train nor divide."""
+    from ppcl.describe import describe
+    from ppcl.needs import check_needs
     from ppcl.quiet import quiet_progress
     from ppcl.stages import STAGES
     from ppcl.validation.pruning import budget_of
@@ -255,6 +257,9 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
         import torch
 
         torch.set_num_threads(config.trainer.num_threads)
+    with shared():
+        check_needs(run)
+    describe(run)
     for stage in sorted(set(config.stages), key=list(STAGES).index):
         run.teacher.enter(stage)
         with shared():
