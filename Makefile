@@ -14,7 +14,9 @@ STAGES := $(shell sed -n 's/^    "\([a-z_]*\)": Stage.*/\1/p' src/ppcl/stages/__
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "One stage each; ARGS=\"key=value ...\" passes overrides:"
-	@$(PYTHON) -c "import runpy; print(runpy.run_path('src/ppcl/stages/__init__.py')['help_lines']())"
+	@$(PYTHON) -c "import runpy, textwrap; \
+	lines = runpy.run_path('src/ppcl/stages/__init__.py')['help_lines']().splitlines(); \
+	print(*(textwrap.fill(line, 100, subsequent_indent=' ' * 20) for line in lines), sep='\n')"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 import ppcl as package
 from ppcl.paths import conf_dir
+from ppcl.stages import STAGES
 
 FREE = """
 import sys
@@ -302,3 +303,12 @@ def test_an_override_that_cannot_be_read_is_told_in_plain_words(override: str, e
     assert outcome.err.startswith("ppcl: ")
     assert expected in outcome.err
     assert len(outcome.err.splitlines()) == 1
+
+
+def test_make_lists_every_stage_with_its_words() -> None:
+    done = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    for name, stage in STAGES.items():
+        (line,) = (line for line in lines if line.startswith(f"  {name:<17} {stage.help.split()[0]} "))
+        assert stage.help.startswith(line[20:])
+    assert max(map(len, lines)) <= 100

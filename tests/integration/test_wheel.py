@@ -77,8 +77,9 @@ def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pyt
     call(sys.executable, "-m", "venv", place)
     python = place / "bin" / "python"
     torch = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
-    call(python, "-m", "pip", "install", "--quiet", torch)
-    call(python, "-m", "pip", "install", "--quiet", "-c", CONSTRAINTS, wheel)
+    install = (python, "-I", "-m", "pip", "install", "--quiet")  # isolated: it is given no package of this process
+    call(*install, torch)
+    call(*install, "-c", CONSTRAINTS, wheel)
     return Installed(python, place, environment, folder)
 
 
