@@ -46,7 +46,7 @@ test-wheel: setup ## Install the wheel into an empty environment and run it ther
 	PPCL_TEST_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_wheel.py $(ARGS)
 
 .PHONY: bench
-bench: setup ## Measure speed and memory against plain ways, 20 minutes on two idle cores (runs/bench)
+bench: setup ## Measure speed and memory against plain ways, 20 minutes on two idle cores
 	$(BIN)/python -m experiments.scale.run $(ARGS)
 
 .PHONY: lint

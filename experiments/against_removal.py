@@ -1,4 +1,4 @@
-"""Gathers the runs of against_removal.sh into the experiment's results.csv and prints the means."""
+"""Write the experiment's results.csv from the runs of against_removal.sh, and print the means."""
 
 from __future__ import annotations
 

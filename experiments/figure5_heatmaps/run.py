@@ -1,4 +1,4 @@
-"""Figure 5: CKA between every two blocks' outputs per stream, as they are and without their largest channels."""
+"""Figure 5: CKA between the outputs of every two blocks per stream, with and without their largest channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gathers the runs of the sweep into results.csv and prints the mean drop."""
+"""Write results.csv from the runs of the sweep, and print the mean drop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores the tuned models on prompts that no training and no teacher was ever chosen by."""
+"""Score the tuned models on prompts that were used for no training and no choice."""
 
 from __future__ import annotations
 

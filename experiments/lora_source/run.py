@@ -1,4 +1,4 @@
-"""A LoRA of the teacher on pruned models: which of the blocks it stands for shall a student take it from?
+"""A LoRA of the teacher on pruned models: from which of the teacher's blocks should a student take it?
 
 The LoRA paints the background dark. Its effect on a pruned model is compared with its effect on the teacher, with
 each of `lora.source`'s choices, on the plugs as distilled and after fine-tuning.
@@ -32,7 +32,7 @@ PER_CATEGORY = 10
 
 
 class DarkStream(ShapesStream):
-    """The shapes world at night."""
+    """Batches of the shapes world with a dark background."""
 
     def __call__(self, step: int) -> Any:
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
@@ -49,7 +49,7 @@ class DarkStream(ShapesStream):
 
 
 def train_lora(run: Any) -> dict[str, torch.Tensor]:
-    """A LoRA of all attention and MLP layers of the teacher, by flow matching on dark pictures."""
+    """Train a LoRA of all attention and MLP layers of the teacher, by flow matching on dark pictures."""
     transformer = run.teacher.pipeline.transformer
     torch.manual_seed(0)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2"]
@@ -74,7 +74,7 @@ def train_lora(run: Any) -> dict[str, torch.Tensor]:
 def look(
     run: Any, held_out: list[Any], target: list[torch.Tensor] | None
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """Error of the velocity against `target`, and brightness of the background; the detector is blind at night."""
+    """Return the velocity's error against `target` and the background's brightness; the detector needs light."""
     transformer = run.teacher.pipeline.transformer
     with torch.no_grad():
         velocity = [transformer(**batch.inputs)[0] for batch in held_out]

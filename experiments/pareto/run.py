@@ -20,7 +20,7 @@ LABELS = {"velocity": "planned by velocity error", "loss": "planned by distillat
 
 
 def points_of(seed: int) -> list[dict]:
-    """Every second point of both frontiers of half_size's run of that seed, drawn and scored."""
+    """Draw and score every second point of both frontiers of half_size's run with that seed."""
     base = f"paths.base_run=runs/half_size/{seed}"
     run = make_run(f"pareto/{seed}", "experiment=half_size", f"data.train_seed={seed}", base)
     plugs = required_plugs(run)

@@ -33,7 +33,7 @@ TIMESTEPS = 4  # half of the default; every way takes time in proportion
 
 
 class ProbeBlock(nn.Module):
-    """A block replaced by its probes, one a stream."""
+    """Replaces a block by its linear probes, one for each stream."""
 
     def __init__(self, probes: Probes, index: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ProbeBlock(nn.Module):
 
 
 class Surrogates:
-    """cka(u, k), the mean over streams, samples and noise levels, by running surrogates."""
+    """Computes cka(u, k), the mean over streams, samples and noise levels, by running the surrogates."""
 
     def __init__(self, run: Run, probes: Probes, batches: list[TrainingBatch]) -> None:
         self.family, self.batches = run.family, batches
@@ -59,7 +59,7 @@ class Surrogates:
         self.probes = [ProbeBlock(probes, index) for index in range(len(self.blocks))]
 
     def similarity(self, batch: TrainingBatch, before: Streams, after: Streams) -> Tensor:
-        """CKA `[B]`."""
+        """Return the CKA `[B]` of two outputs."""
         masks = self.family.masks(batch.inputs)
         pairs = (
             (centre(before[name].double(), mask), centre(after[name].double(), mask)) for name, mask in masks.items()

@@ -32,7 +32,7 @@ FOLDER = Path("runs/bench/boundaries")
 
 
 def prepare(way: str, overrides: tuple[str, ...], steps: int) -> Any:
-    """A run in an empty folder, its teacher loaded."""
+    """Return a run in an empty folder, with its teacher loaded."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     given = f"intervals.{STACK}={[list(pair) for pair in PAIRS]}".replace(" ", "")
     settings = ("distill=tiny", f"distill.steps={steps}", f"distill.batch_size={BATCH}", "trainer=cpu", given)

@@ -1,4 +1,4 @@
-"""Gathers the runs of the sweep into results.csv (a row per variant and seed), a table and a plot."""
+"""Write results.csv from the runs of the sweep (a row per variant and seed), and draw the plot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(folder: Path, pattern: str) -> dict[str, dict]:
 
 
 def row_of(folder: Path, label: str, base: Path | None = None) -> dict:
-    """A run's variant with what its training took, that of its plugs included; `base` is where those were made."""
+    """Return a run's scores and training costs, with those of its plugs, which run `base` trained."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     scores = read(folder, "scores/*.json")
     spent = [*read(folder, "training/*.json").values(), *(read(base, "training/*.json").values() if base else [])]
@@ -54,7 +54,7 @@ def row_of(folder: Path, label: str, base: Path | None = None) -> dict:
 
 
 def rows_of(runs: Path, label: str) -> list[dict]:
-    """A row per finished run: `<seed>` before fine-tuning, `<seed>-<steps>` after it."""
+    """Return a row per finished run: folder `<seed>` before fine-tuning, `<seed>-<steps>` after it."""
     rows = []
     for folder in sorted(runs.glob(f"{label}/[0-9]*")):
         if len(list(folder.glob("scores/*.json"))) == 2:
