@@ -408,10 +408,11 @@ class QuantizeConfig:
 
 @dataclass
 class Config:
-    """The root of `conf/config.yaml`."""
+    """The root of `conf/config.yaml`. `run`: the folder of an earlier run to go on in; its record has it as None."""
 
     name: str = MISSING
     stages: list[str] = MISSING
+    run: str | None = None
     seed: int = 42
     model: ModelConfig = field(default_factory=ModelConfig)
     intervals: IntervalsConfig = field(default_factory=IntervalsConfig)

@@ -25,7 +25,7 @@ from ppcl.families.registry import get_family
 from ppcl.launch import is_first
 from ppcl.layers import Layout
 from ppcl.options import identity
-from ppcl.teacher import TeacherModel
+from ppcl.teacher_model import TeacherModel
 from ppcl.validation.model import num_layers
 from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width
 from ppcl.validation.strategy import resolve_precision
