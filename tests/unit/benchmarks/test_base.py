@@ -143,7 +143,17 @@ def test_the_mean_of_categories_counts_those_without_one_as_another():
 
 
 def row(name="teacher", overall=0.8, params=10):
-    return ScoreRow(name, 6, params, 1.5, 2.5, Scores({"a": overall}, overall), ["blocks.1-2"], [], [])
+    return ScoreRow(
+        name=name,
+        num_layers=6,
+        params=params,
+        latency_ms=1.5,
+        peak_memory_mb=2.5,
+        scores=Scores({"a": overall}, overall),
+        students=["blocks.1-2"],
+        projectors=[],
+        removed=[],
+    )
 
 
 def test_a_row_is_read_as_it_was_written(tmp_path):
