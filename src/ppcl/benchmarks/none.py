@@ -44,13 +44,11 @@ class Unscored(Benchmark):
                 for number in range(_MOST_SCENES)
             )
             return _distinct(Prompt(scene.caption, references=scene.references) for scene in scenes)
-        prompts = [] if family.num_references else _distinct(map(Prompt, _captions(family, config)))
+        prompts = _distinct(map(Prompt, _captions(family, config)))
         if not prompts:
-            why = "its given pictures cannot be had from a cache" if family.num_references else "no caption is held out"
             raise UsageError(
-                f"benchmark.name=none has no prompts for data={config.data.name}, since {why}: give "
-                "generate.prompt_file=FILE with a prompt a line"
-                f"{', and generate.images=[...]' if family.num_references else ''}."
+                f"data={config.data.name} has no held-out captions to draw: give generate.prompt_file=FILE, with a "
+                "prompt a line."
             )
         return prompts
 

@@ -91,7 +91,7 @@ def decoded_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
     if vae is None:
         yield found
         return
-    decode = vae.decode
+    decode, own = vae.decode, "decode" in vars(vae)
 
     def keep(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         found.append(latents.detach().to("cpu", torch.float16))
@@ -101,7 +101,10 @@ def decoded_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
     try:
         yield found
     finally:
-        del vae.decode
+        if own:
+            vae.decode = decode
+        else:
+            del vae.decode
 
 
 @contextmanager

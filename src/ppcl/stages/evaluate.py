@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.loggers import Logger
+from torch import nn
 
 from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.scores import ScoreRow
@@ -39,8 +40,14 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
     latency = interleaved_latency_ms(
         dict.fromkeys(by_name, denoise), run.config.benchmark.latency_repeats, lambda name: switch(by_name[name])
     )
-    batches = heldout_batches(run)
+    batches = heldout_batches(run) if run.config.data.name != "none" else []
     targets = velocities(switch(Variant("teacher")), batches)
+
+    def error(name: str, transformer: nn.Module) -> float | None:
+        if name == "teacher":
+            return 0.0
+        return velocity_error(transformer, batches, targets) if batches else None
+
     measured = {}
     for variant in variants:
         name, transformer = variant.name, switch(variant)
@@ -54,7 +61,7 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
             "students": variant.students,
             "projectors": variant.projectors,
             "removed": variant.removed,
-            "velocity_error": 0.0 if name == "teacher" else velocity_error(transformer, batches, targets),
+            "velocity_error": error(name, transformer),
         }
     return measured
 

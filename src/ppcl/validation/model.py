@@ -31,21 +31,6 @@ def model_folder(model: ModelConfig) -> Path | None:
     return None if looks_like_hub_id and not path.exists() else path
 
 
-def is_toy(model: ModelConfig) -> bool:
-    """Whether the model is one of the shapes world's: an embedded teacher, one that is built, or a pipeline like them.
-
-    They all have our lossless autoencoder.
-    """
-    if model.builder is not None or (model.path or "").startswith(EMBEDDED):
-        return True
-    folder = model_folder(model)
-    index = folder / "model_index.json" if folder is not None else None
-    if index is None or not index.is_file():
-        return False
-    vae = read_json(index, "The pipeline's index").get("vae")
-    return isinstance(vae, list) and "AutoencoderPixelUnshuffle" in vae
-
-
 def num_layers(config: Config) -> dict[str, int]:
     """Blocks per stack of the configured model."""
     return {stack: int(config.model.arch[key]) for stack, key in FAMILIES[config.model.family].stacks.items()}

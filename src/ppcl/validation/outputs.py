@@ -46,8 +46,16 @@ def resolve_benchmark(config: Config) -> None:
     toy, data = is_toy(config.model), config.data.name
     if config.benchmark.name == "auto":
         config.benchmark.name = "shapes" if toy and data == "shapes" else "none"
-    draws = {"generate", "evaluate", "report"} & set(config.stages) and not has_own_prompts(config)
-    if draws and config.benchmark.name == "shapes" and not (toy and data == "shapes"):
+    if not {"generate", "evaluate", "report"} & set(config.stages) or has_own_prompts(config):
+        return
+    edits = FAMILIES[config.model.family].max_references > 0
+    if config.benchmark.name == "none" and (data == "none" or (edits and data != "shapes")):
+        why = "there are no captions to draw" if data == "none" else "a cache has no given pictures to draw from"
+        images = " and generate.images=[...]" if edits else ""
+        raise UsageError(
+            f"data={data}: {why}, so give generate.prompt_file=FILE, with a prompt a line,{images} or generate.prompt."
+        )
+    if config.benchmark.name == "shapes" and not (toy and data == "shapes"):
         what = f"data={data}" if data != "shapes" else f"model={config.model.name}"
         raise UsageError(
             f"benchmark=shapes scores pictures of the shapes world alone, which {what} does not draw: leave it out, or "
