@@ -114,7 +114,8 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
     # What the file says is what the run sees: no default or other group silently wins.
     sections = dict.fromkeys(("", "experiment"), config) | {"sampling": config.model.sampling}
     section = sections[group] if group in sections else getattr(config, group)
-    found_in_the_folder = {"model/auto": {"family", "path"}, "benchmark/auto": {"name"}}.get(file, {"path"} if group == "data" else set())
+    resolved = {"model/auto": {"family", "path"}, "benchmark/auto": {"name"}}
+    found_in_the_folder = resolved.get(file, {"path"} if group == "data" else set())
     for key, value in content.items():
         if key not in {"defaults", *found_in_the_folder} and not isinstance(value, dict) and "${" not in str(value):
             assert getattr(section, key) == value, key
