@@ -176,13 +176,23 @@ def quantized_section(scheme: str, dtype: str, size: int, before: int) -> str:
     )
 
 
+def _numbers(row: ComparedRow) -> dict[str, str]:
+    """What a row of the evaluation says, by the titles of its columns."""
+    if row.scores is None:
+        measured = {"velocity error": row.velocity_error, "latent distance": row.latent_distance}
+        return {title: "" if value is None else f"{value:.4f}" for title, value in measured.items()}
+    scores = {name.replace("_", " "): f"{value:.3f}" for name, value in row.scores.to_json().items()}
+    return scores | {"drop %": f"{row.drop_percent:.1f}"}
+
+
 def evaluation_section(rows: Sequence[ComparedRow], label: str) -> str:
-    """A table of the variants' scores, under a sentence that starts with the benchmark's `label`."""
-    columns = list(rows[0].scores.to_json())
-    titles = ["variant", *(name.replace("_", " ") for name in columns), "drop %"]
-    lines = [titles, ["---"] * len(titles)]
-    for row in rows:
-        numbers = [f"{value:.3f}" for value in row.scores.to_json().values()]
-        lines.append([f"`{row.name}`", *numbers, f"{row.drop_percent:.1f}"])
+    """A table of the variants' scores, or distances to the teacher without a benchmark.
+
+    It stands under a sentence that starts with the benchmark's `label`.
+    """
+    lines = [["variant", *_numbers(rows[0])]]
+    lines += [["---"] * len(lines[0]), *([f"`{row.name}`", *_numbers(row).values()] for row in rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if rows[0].scores is None:
+        label = "distance to the teacher"
     return f"{label[0].upper()}{label[1:]}, with equal prompts, seeds and settings:\n\n{table}"

@@ -95,7 +95,7 @@ def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[
     """
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
     for number, row in enumerate(rows):
-        x, y = 100 * row.params_ratio, row.scores.overall
+        x, y = 100 * row.params_ratio, row.scores.overall if row.scores else 1 - (row.latent_distance or 0.0)
         axis.plot(x, y, "o", color=PALETTE[number % len(PALETTE)], markersize=9)
         right = x > 85
         axis.annotate(

@@ -56,8 +56,8 @@ def show_scores(run: Run, rows: Sequence[ComparedRow]) -> None:
             row.name,
             str(row.num_layers),
             billions(row.params),
-            f"{row.scores.overall:.3f}",
-            f"{row.drop_percent:.1f}",
+            f"{row.scores.overall:.3f}" if row.scores else "-",
+            f"{row.drop_percent:.1f}" if row.drop_percent is not None else "-",
             f"{row.latency_ms:.1f}",
             f"{row.peak_memory_mb:.1f}",
         )

@@ -11,29 +11,16 @@ import jinja2
 
 from ppcl import __version__
 from ppcl.artifacts.files import atomic_path, read_json, write_json
-from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.plugs import load_plugs, load_projectors
-from ppcl.artifacts.scores import ComparedRow, ScoreRow
+from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
-from ppcl.errors import UsageError
 from ppcl.pictures.images import benchmark_header, read_image
-from ppcl.pictures.scores import compare, score_headers
+from ppcl.pictures.scores import read_rows
 from ppcl.report import plots
 from ppcl.report.text import MEANINGS, billions
 from ppcl.validation.pruning import budget_of
-from ppcl.variants.variants import variants_of
 
 SAMPLES_PER_CATEGORY = 2
-
-
-def _rows(run: Run) -> list[ComparedRow]:
-    rows = []
-    for name, header in score_headers(run, *variants_of(run)).items():
-        record = run.scores_folder / f"{name}.json"
-        if not is_current(record, header):
-            raise UsageError(f"{record} does not exist: run 'stages=[evaluate]' first.")
-        rows.append(ScoreRow.load(record))
-    return compare(rows)
 
 
 def _samples(run: Run, names: list[str], path: Path) -> bool:
@@ -65,7 +52,7 @@ def _facts(rows: list[ComparedRow]) -> list[dict[str, str]]:
         {"value": f"{teacher.num_layers} to {student.num_layers}", "label": "blocks"},
         {"value": f"{100 * student.params_ratio:.0f}%", "label": "of the parameters"},
         {"value": f"{speedup:.2f}x", "label": "speed of a denoising step"},
-        {"value": f"{student.drop_percent:.1f}%", "label": f"quality lost by {student.name}"},
+        {"value": f"{student.drop_percent or 0:.1f}%", "label": f"quality lost by {student.name}"},
     ]
 
 
@@ -78,7 +65,7 @@ def _pruned(run: Run, intervals: dict[str, list[list[int]]]) -> list[str]:
 
 
 def run(run: Run) -> None:
-    rows, folder = _rows(run), run.report_folder
+    rows, folder = read_rows(run), run.report_folder
     folder.mkdir(parents=True, exist_ok=True)
     judged = _samples(run, [row.name for row in rows], folder / "samples.png")
     plots.quality_against_size(folder / "quality.png", rows, run.benchmark.bounds)

@@ -145,7 +145,9 @@ def test_only_a_model_pruned_in_width_has_the_loud_label() -> None:
 
 def row(name: str, *scores: float) -> ScoreRow:
     single, two, overall = scores
-    return ScoreRow(name, 4, 100, 1.0, 1.0, Scores({"single_object": single, "two_object": two}, overall), [], [], [])
+    scores = Scores({"single_object": single, "two_object": two}, overall)
+    measured = {"num_layers": 4, "params": 100, "latency_ms": 1.0, "peak_memory_mb": 1.0}
+    return ScoreRow(name=name, scores=scores, students=[], projectors=[], removed=[], **measured)
 
 
 TEACHER = row("teacher", 1.0, 0.5, 0.75)
