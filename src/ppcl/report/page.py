@@ -24,7 +24,7 @@ def render(
     facts: Mapping[str, Any],
     rows: Sequence[ComparedRow],
     plots: Mapping[str, Path],
-    compared: Sheet | None,
+    compared: Sheet,
     own: Sequence[Sheet],
 ) -> str:
     """The page as HTML that needs no other file; its links to folders of the run are relative.
@@ -35,17 +35,16 @@ def render(
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string((Path(__file__).parent / "template.html.j2").read_text(encoding="utf-8"))
-    scored = any(row.scores is not None for row in rows)
     return template.render(
         title=f"{run.config.name}: {run.config.model.name} pruned",
         sentence=_sentence(run, facts, rows),
         headlines=headlines(rows),
         plots={name: _embedded_plot(path) for name, path in plots.items() if path.exists()},
-        compared=None if compared is None else _section(run, compared, SMALL),
+        compared=_section(run, compared, SMALL),
         own=[_section(run, sheet, LARGE) for sheet in own],
         columns=score_columns(rows, details=True),
         result=result_of([row.name for row in rows]),
-        notes=[*notes_of(rows, run.benchmark.label if scored else ""), *_how_measured(run, scored)],
+        notes=[*notes_of(rows, run.benchmark.label), *_how_measured(run)],
         intervals_known=any(row.score_interval is not None for row in rows),
         variants=[
             {"name": row.name, "meaning": MEANINGS.get(row.name, ""), "plugs": plugs_in_words(plugs_of(row))}
@@ -91,13 +90,13 @@ def headlines(rows: Sequence[ComparedRow]) -> list[dict[str, str]]:
     return shown
 
 
-def _how_measured(run: Run, scored: bool) -> list[str]:
-    notes = ["step: one denoising step with guidance at batch 1, variants take turns while timed"]
-    if scored:
-        each = run.benchmark.images_per_prompt
-        pictures = f" with {each} pictures each" if each > 1 else ""
-        notes.insert(0, f"measured over {len(run.prompts) // each} prompts{pictures}, with equal seeds and settings")
-    return notes
+def _how_measured(run: Run) -> list[str]:
+    each = run.benchmark.images_per_prompt
+    pictures = f" with {each} pictures each" if each > 1 else ""
+    return [
+        f"measured over {len(run.prompts) // each} prompts{pictures}, with equal seeds and settings",
+        "step: one denoising step with guidance at batch 1, variants take turns while timed",
+    ]
 
 
 def _choice(choice: Mapping[str, Any] | None) -> dict[str, Any] | None:

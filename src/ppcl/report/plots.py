@@ -114,7 +114,7 @@ def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[
     elif bounds is not None:
         space = 0.05 * (bounds[1] - bounds[0])
         axis.set_ylim(bounds[0] - space, bounds[1] + space)
-    _label_points(axis, [row.name for row, _ in shown], taken)
+    label_points(axis, [row.name for row, _ in shown], taken)
     save_figure(figure, path)
     return True
 
@@ -129,7 +129,7 @@ def _quality(rows: Sequence[ComparedRow]) -> tuple[str, list[float | None]]:
     return "velocity error (lower is better)", [row.velocity_error for row in rows]
 
 
-def _label_points(axis: Any, names: Sequence[str], points: Sequence[tuple[float, float, float]]) -> None:
+def label_points(axis: Any, names: Sequence[str], points: Sequence[tuple[float, float, float]]) -> None:
     """Name every point `(x, y, half of its error bar)` beside it, where no other point or name is."""
     axis.figure.canvas.draw()  # the layout, which pixels depend on
     renderer = axis.figure.canvas.get_renderer()
@@ -138,7 +138,7 @@ def _label_points(axis: Any, names: Sequence[str], points: Sequence[tuple[float,
     for x, y, margin in points:
         (left, low), (_, high) = axis.transData.transform([(x, y - margin), (x, y + margin)])
         taken.append(Bbox.from_extents(left - size, low - size, left + size, high + size))
-    shifts = [(side, 13 * step) for step in (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5) for side in (1, -1)]
+    shifts = [(side, 13 * step) for step in sorted(range(-9, 10), key=abs) for side in (1, -1)]
     for name, (x, y, _) in zip(names, points, strict=True):
         for side, shift in shifts:
             label = axis.annotate(

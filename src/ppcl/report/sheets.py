@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from ppcl.config import STORED_VARIANTS
 from ppcl.context import Run
 from ppcl.pictures.drawing import given_pictures
 from ppcl.pictures.images import image_folder, read_image
-from ppcl.validation.outputs import has_own_prompts
 
 PER_CATEGORY, WITHOUT_CATEGORIES = 2, 12
 OWN_SETS, OWN_PROMPTS = 3, 6
@@ -82,14 +82,8 @@ def some_of(categories: Sequence[Hashable]) -> list[int]:
     return [number for numbers in groups.values() for number in numbers[:each]]
 
 
-def compared_sheet(run: Run, names: Sequence[str], *, judge: bool) -> Sheet | None:
-    """The pictures of the prompts that `names` are compared on; None where this run has drawn none.
-
-    `judge`: mark those that fail their prompt, where the benchmark can tell.
-    """
-    folder = image_folder(run, names[0]).parent
-    if has_own_prompts(run.config) or not judge:
-        return drawn_sheet(folder, names, WITHOUT_CATEGORIES)
+def compared_sheet(run: Run, names: Sequence[str]) -> Sheet:
+    """Pictures of the prompts that the variants `names` are compared on; those that fail theirs are marked."""
     each = run.benchmark.images_per_prompt
     numbers = [each * number for number in some_of([prompt.category for prompt in run.prompts[::each]])]
     prompts = [run.prompts[number] for number in numbers]
@@ -98,57 +92,49 @@ def compared_sheet(run: Run, names: Sequence[str], *, judge: bool) -> Sheet | No
     fails = {name: [None if good is None else not good for good in row] for name, row in verdicts.items()}
     if all(prompt.references for prompt in prompts):  # an edit means nothing without what was edited
         rows = {"given": [given_pictures(run, prompt)[0].convert("RGB") for prompt in prompts]} | rows
-    return Sheet(folder, [prompt.text for prompt in prompts], rows, fails)
+    return Sheet(image_folder(run, names[0]).parent, [prompt.text for prompt in prompts], rows, fails)
 
 
-def drawn_sheet(folder: Path, names: Sequence[str], most: int) -> Sheet | None:
-    """The first picture of up to `most` prompts in `folder/<variant>`, as its `prompts.jsonl` lists them."""
-    names = [name for name in names if (folder / name / "prompts.jsonl").exists()]
-    if not names:
-        return None
+def own_sheets(images: Path, compared: Path) -> list[Sheet]:
+    """The newest few sets of the user's own prompts in the folder `images`: teacher and furthest variant.
+
+    The set `compared` and other benchmarks' are left out.
+    """
+    newest: dict[Path, float] = {}
+    for manifest in images.glob("*/*/manifest.json"):
+        folder = manifest.parent.parent
+        if folder != compared and _is_own(folder, read_json(manifest, "The pictures").get("made_from", {})):
+            newest[folder] = max(newest.get(folder, 0.0), manifest.stat().st_mtime)
+    folders = sorted(newest, key=lambda folder: newest[folder], reverse=True)[:OWN_SETS]
+    return [sheet for folder in folders if (sheet := _own_sheet(folder)) is not None]
+
+
+def _is_own(folder: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether a set is of the user's prompts: a header names any benchmark but `shapes`."""
+    return "benchmark" not in made_from and not re.fullmatch(r"shapes(-[0-9a-f]{6})?", folder.name)
+
+
+def _own_sheet(folder: Path) -> Sheet | None:
+    """The first picture of the first few prompts of a set, by the teacher and by the furthest variant in it."""
+    drawn: dict[str, Path] = {}
+    for manifest in sorted(folder.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime):
+        found = re.fullmatch(rf"({'|'.join(STORED_VARIANTS)})(-[0-9a-f]{{6}}(-\d+)?)?", manifest.parent.name)
+        if found:
+            drawn[found[1]] = manifest.parent
+    furthest = max(drawn, key=STORED_VARIANTS.index, default=None)
+    names = [name for name in STORED_VARIANTS if name in drawn and name in ("teacher", furthest)]
     firsts: dict[str, dict[str, Any]] = {}
-    for line in (folder / names[0] / "prompts.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (drawn[names[-1]] / "prompts.jsonl").read_text(encoding="utf-8").splitlines() if names else ():
         record = json.loads(line)
         firsts.setdefault(record["prompt"], record)
-    shown = list(firsts.values())[:most]
-    rows = {}
-    for name in names:
-        paths = [folder / name / record["image"] for record in shown]
-        if all(path.exists() for path in paths):
-            rows[name] = [_read(path) for path in paths]
-    if not rows:
+    shown = list(firsts.values())[:OWN_PROMPTS]
+    if not shown:
         return None
-    remark = f"{len(firsts)} prompt{'s' if len(firsts) > 1 else ''}"
-    seed = shown[0].get("seed")
-    return Sheet(
-        folder, [r["prompt"] for r in shown], rows, remark=remark if seed is None else f"{remark}, seed {seed}"
-    )
+    rows = {name: [_read(drawn[name] / record["image"]) for record in shown] for name in names}
+    remark = f"{len(firsts)} prompt{'s' if len(firsts) > 1 else ''}, seed {shown[0]['seed']}"
+    return Sheet(folder, [record["prompt"] for record in shown], rows, remark=remark)
 
 
 def _read(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
-
-
-def own_sheets(images: Path, compared: Path) -> list[Sheet]:
-    """The newest few sets of prompts in the folder `images`, without `compared`: teacher and furthest variant."""
-    newest: dict[Path, float] = {}
-    for manifest in images.glob("*/*/manifest.json"):
-        folder = manifest.parent.parent
-        if folder != compared and manifest.parent.name in STORED_VARIANTS and _is_own(manifest):
-            newest[folder] = max(newest.get(folder, 0.0), manifest.stat().st_mtime)
-    sheets = []
-    for folder in sorted(newest, key=lambda folder: -newest[folder])[:OWN_SETS]:
-        there = [name for name in STORED_VARIANTS if (folder / name / "manifest.json").exists()]
-        pair = [name for name in ("teacher", there[-1]) if name in there]
-        sheet = drawn_sheet(folder, list(dict.fromkeys(pair)), OWN_PROMPTS)
-        if sheet is not None:
-            sheets.append(sheet)
-    return sheets
-
-
-def _is_own(manifest: Path) -> bool:
-    """Whether pictures are of the user's prompts: those of a benchmark lie in a folder of its name."""
-    made_from = read_json(manifest, "The pictures").get("made_from", {})
-    benchmark = made_from.get("benchmark", {}).get("name", "shapes")
-    return manifest.parent.parent.name != benchmark

@@ -143,17 +143,21 @@ def show_plan(run: Run, plan: PruningPlan) -> None:
         before = after
 
 
-def show_scores(run: Run, rows: Sequence[ComparedRow]) -> None:
-    """Print the table of variants, in at most 80 columns, and what its measures mean."""
+def score_table(rows: Sequence[ComparedRow]) -> Table:
+    """The table of variants for a terminal, at most 80 columns wide."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     columns = score_columns(rows)
     for title in columns:
         table.add_column(title, justify="left" if title == "variant" else "right", no_wrap=True, vertical="bottom")
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
-    run.console.print(table)
-    label = run.benchmark.label if any(row.scores is not None for row in rows) else ""
-    for note in notes_of(rows, label):
+    return table
+
+
+def show_scores(run: Run, rows: Sequence[ComparedRow]) -> None:
+    """Print the table of variants, and what its measures mean."""
+    run.console.print(score_table(rows))
+    for note in notes_of(rows, run.benchmark.label):
         run.say("evaluate", note)
 
 

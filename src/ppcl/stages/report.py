@@ -13,7 +13,7 @@ from ppcl.artifacts.scores import ComparedRow, ScoreRow
 from ppcl.config import STORED_VARIANTS
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.pictures.images import benchmark_header, image_folder
+from ppcl.pictures.images import benchmark_header
 from ppcl.pictures.scores import compare, score_headers
 from ppcl.report import plots
 from ppcl.report.made import commands_of, data_of, trainings_of
@@ -62,9 +62,7 @@ def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
         "variants": [{key: row.to_json()[key] for key in keys} for row in rows],
         "trainings": trainings_of(run),
         "commands": commands_of(run),
-    }
-    if any(row.scores is not None for row in rows):
-        facts |= benchmark_header(run)
+    } | benchmark_header(run)
     if run.width:
         facts["width"] = run.width
     if budget_of(run.config) is not None and run.choice_path.exists():
@@ -74,14 +72,12 @@ def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
 
 def run(run: Run) -> None:
     rows, folder, plan = _rows(run), run.report_folder, run.plan_path.parent
-    names, scored = [row.name for row in rows], any(row.scores is not None for row in rows)
     folder.mkdir(parents=True, exist_ok=True)
-    compared = compared_sheet(run, names, judge=scored)
-    if compared is not None:
-        plots.contact_sheet(folder / "samples.png", compared.rows, compared.captions, compared.fails)
+    compared = compared_sheet(run, [row.name for row in rows])
+    plots.contact_sheet(folder / "samples.png", compared.rows, compared.captions, compared.fails)
     drawn = {f"curves {path.stem}": path for path in sorted(plan.glob("curves_*.png"))}
     drawn["similarity"] = plan / "similarity.png"
-    if plots.quality_against_size(folder / "quality.png", rows, run.benchmark.bounds if scored else None):
+    if plots.quality_against_size(folder / "quality.png", rows, run.benchmark.bounds):
         drawn["quality"] = folder / "quality.png"
     losses = _losses(run)
     if losses:
@@ -90,8 +86,7 @@ def run(run: Run) -> None:
     if budget_of(run.config) is not None:
         drawn["frontier"] = run.choice_path.with_name("frontier.png")
     facts = _facts(run, rows)
-    own = own_sheets(run.folder / "images", image_folder(run, "teacher").parent)
-    page = render(run, facts, rows, drawn, compared, own)
+    page = render(run, facts, rows, drawn, compared, own_sheets(run.folder / "images", compared.folder))
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     write_json(folder / "report.json", facts)

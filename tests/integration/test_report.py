@@ -1,0 +1,104 @@
+"""The report's page says what the reader who decides needs, in that order, with and without a benchmark."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pytest
+from commands import succeed
+
+ORDER = ["Pictures", "Variants", "How it was made", "Diagnosis"]
+
+
+def page_of(run: Path) -> str:
+    return unescape((run / "report" / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def copy(chain: Path, chain_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A copy of that run, and the command that writes its report again."""
+    runs = tmp_path_factory.mktemp("report")
+    shutil.copytree(chain, runs / "chain")
+    kept = [argument for argument in chain_command if not argument.startswith(("stages=", "paths.runs_dir="))]
+    return runs / "chain", [*kept, f"paths.runs_dir={runs}", f"paths.cache_dir={chain.parent / 'cache'}"]
+
+
+def change_scores(run: Path, **changes: object) -> None:
+    for path in (run / "scores").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_page_is_in_the_order_of_what_matters(chain: Path, teacher: Path) -> None:
+    page = page_of(chain)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ORDER
+    (sentence,) = re.findall(r'<p class="lead">(.*?)</p>', page)
+    for said in (str(teacher), "6 blocks", "the shapes world: 32x32 toy pictures", "method ppcl", "seed 42"):
+        assert said in sentence
+    assert page.index("<table>") < page.index("cka and delta curves")
+
+
+def test_the_page_tells_how_it_was_made(chain: Path) -> None:
+    page = page_of(chain)
+    cost = json.loads((chain / "training" / "depth.json").read_text())
+    assert f"<td>depth</td><td>{cost['steps']}</td>" in page
+    report = json.loads((chain / "report" / "report.json").read_text())
+    assert report["trainings"]["depth"] == cost
+    repeat = report["commands"]["Repeat it"]
+    assert repeat in page
+    assert f"run={chain} name=chain-again" in repeat
+    assert "'stages=[probe,detect,depth,export,generate,evaluate,report]'" in repeat
+    assert report["data"]["name"] == "shapes"
+
+
+def test_every_variant_is_explained_with_its_plugs(chain: Path) -> None:
+    page = page_of(chain)
+    pairs = json.loads((chain / "plan" / "plan.json").read_text())["intervals"]["transformer_blocks"]
+    names = ", ".join(f"{u}-{v}" for u, v in pairs)
+    assert f"<div>students in transformer_blocks: {names}</div>" in page
+    assert f"<div>cut to their first block in transformer_blocks: {names}</div>" in page
+
+
+def test_the_users_own_prompts_are_shown(copy: tuple[Path, list[str]]) -> None:
+    run, command = copy
+    assert "Your prompts" not in page_of(run)
+    drawn = ["generate.prompt='a <b>red</b> circle'", "generate.variants=[teacher,ppcl-depth]", "seed=7"]
+    succeed(*command, *drawn, "stages=[generate]")
+    succeed(*command, "stages=[report]")
+    text = (run / "report" / "report.html").read_text(encoding="utf-8")
+    mine = text.partition("Your prompts")[2].partition("<h2>")[0]
+    assert mine.count("<img") == 2
+    assert "a &lt;b&gt;red&lt;/b&gt; circle" in mine
+    assert "seed 7" in mine
+    (target,) = re.findall('href="(.*?)"', mine)
+    assert (run / "report" / target / "teacher" / "manifest.json").exists()
+
+
+def test_scores_have_their_intervals(copy: tuple[Path, list[str]]) -> None:
+    run, command = copy
+    change_scores(run, score_interval=0.034, velocity_error=0.25, latent_distance=None)
+    succeed(*command, "stages=[report]")
+    page = page_of(run)
+    assert re.search(r"<td>\d\.\d{3} ± 0\.03</td>", page)
+    assert "<td>0.2500</td>" in page
+    assert "latent" not in page
+    assert json.loads((run / "report" / "report.json").read_text())["variants"][0]["velocity_error"] == 0.25
+
+
+def test_a_run_without_a_benchmark_has_a_page(copy: tuple[Path, list[str]]) -> None:
+    run, command = copy
+    change_scores(run, scores=None, score_interval=None, velocity_error=0.25, latent_distance=1.5)
+    (run / "report" / "quality.png").unlink()
+    succeed(*command, "stages=[report]")
+    page = page_of(run)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ORDER
+    assert "<th>score</th>" not in page
+    assert "<b>0.2500</b>velocity error of ppcl-depth" in page
+    assert "<td>1.500</td>" in page
+    assert (run / "report" / "quality.png").exists()
+    assert all(
+        row["drop_percent"] is None for row in json.loads((run / "report" / "report.json").read_text())["variants"]
+    )
