@@ -115,11 +115,13 @@ def commands_of(run: Run) -> dict[str, str]:
         stages.append("boundaries")
     stages = sorted({*stages, "report"}, key=list(STAGES).index)
     folder = _shown(run.folder)
+    given = " 'generate.images=[picture.png]'" if run.family.facts.max_references else ""
     launcher = "ppcl" if run.config.strategy.kind == "single" else "torchrun --nproc-per-node N -m ppcl"
     return {
         "Repeat it": f"{launcher} run={folder} name={shlex.quote(run.config.name + '-again')} "
         f"'stages=[{','.join(stages)}]'",
-        "Draw your own prompts": f"ppcl run={folder} 'stages=[generate]' 'generate.prompt=a red circle'",
+        "Draw your own prompts, one a line in prompts.txt": f"ppcl run={folder} 'stages=[generate]' "
+        f"generate.prompt_file=prompts.txt{given}",
         "Show them here": f"ppcl run={folder} 'stages=[report]'",
     }
 

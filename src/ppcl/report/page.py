@@ -65,7 +65,7 @@ def _sentence(run: Run, facts: Mapping[str, Any], rows: Sequence[ComparedRow]) -
     model = run.config.model
     path = "" if model.path is None else f" ({model.path})"
     return (
-        f"Model {model.name}{path} of {teacher.num_layers} blocks and {billions(teacher.params)} parameters; data: "
+        f"{model.name}{path}, {teacher.num_layers} blocks and {billions(teacher.params)} parameters, pruned on "
         f"{facts['data']['words']}; {made_by(run)}; {facts['date']}, seed {facts['seed']}, ppcl {facts['version']}."
     )
 

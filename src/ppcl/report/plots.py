@@ -175,7 +175,7 @@ def frontier(path: Path, points: Frontier, chosen: float) -> None:
         "budget", (100 * chosen, 1), xycoords=("data", "axes fraction"), xytext=(4, -10), textcoords="offset points",
         color=INK,
     )  # fmt: skip
-    axis.set(xlabel="parameters, % of the teacher", ylabel="relative error of the velocity", ylim=(0, None))
+    axis.set(xlabel="parameters, % of the teacher", ylabel="velocity error (lower is better)", ylim=(0, None))
     axis.legend()
     save_figure(figure, path)
 
