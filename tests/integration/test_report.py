@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 from commands import succeed
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ppcl.context import Run
+from ppcl.report.made import data_of
+from ppcl.validation import parse
 
 ORDER = ["Pictures", "Variants", "How it was made", "Diagnosis"]
 
@@ -102,3 +108,20 @@ def test_a_run_without_a_benchmark_has_a_page(copy: tuple[Path, list[str]]) -> N
     assert all(
         row["drop_percent"] is None for row in json.loads((run / "report" / "report.json").read_text())["variants"]
     )
+
+
+def test_own_data_is_named_and_counted(settings: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    lines = [json.dumps({"image": f"{number}.png", "caption": "a red circle"}) for number in range(5)]
+    (source / "metadata.jsonl").write_text("\n".join(lines))
+    for number in range(4):  # one is not there
+        Image.new("RGB", (40, 40)).save(source / f"{number}.png")
+    data = ["data=folder", f"data.path={source}", "data.held_out=0.4"]
+    succeed(*settings, f"paths.runs_dir={tmp_path}", "name=own", *data, "stages=[cache]")
+    config = parse(OmegaConf.load(tmp_path / "own" / "config.yaml"))
+    found = data_of(Run(config, tmp_path / "own"))
+    assert found["samples"] == 4
+    assert found["words"] == f"4 captioned pictures of {source}, 40% of them held out"
+    (source / "metadata.jsonl").unlink()
+    assert data_of(Run(config, tmp_path / "own"))["words"] == f"captioned pictures of {source}, 40% of them held out"

@@ -190,7 +190,7 @@ def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None
     axis.plot(before, range(len(names)), "o", color=PALETTE[1], label="as it starts")
     axis.plot(after, range(len(names)), "o", color=PALETTE[0], label="after distillation")
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="held-out distillation loss", xlim=(0, None), ylim=(-0.7, len(names) - 0.3))
+    axis.set(xlabel="held-out distillation loss", xlim=(0, 1.06 * max(before + after)), ylim=(-0.7, len(names) - 0.3))
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save_figure(figure, path)
 
