@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from ppcl.artifacts.files import read_json
+from ppcl.config import Config
 from ppcl.context import Run
 from ppcl.data.cached import unit_record
 from ppcl.errors import UsageError
+from ppcl.options import declared
 from ppcl.report.text import duration
 from ppcl.stages import STAGES
 from ppcl.validation.pruning import resolve_intervals
@@ -32,6 +37,7 @@ _LEFT = {
     "generate": "images",
     "evaluate": "scores",
 }
+_OF_COMMAND = ("generate.", "lora.", "published.", "strategy.")
 _FOLDERS = {
     "export": "the pruned pipeline, which diffusers loads",
     "quantized": "the same with few bits a weight",
@@ -106,24 +112,40 @@ def _shown(path: Path) -> str:
 
 
 def commands_of(run: Run) -> dict[str, str]:
-    """Commands to paste, by what they do: one that makes this run again, one that draws with it."""
+    """Commands to paste, by what they do: those that go on from this run take all else from its folder."""
     stages = ["cache"] if run.config.data.name != "shapes" else []
     for stage, left in _LEFT.items():
         if any(run.folder.glob(left)):
             stages += ["probe", stage] if stage == "detect" else [stage]
     if run.config.distill.from_boundaries and "depth" in stages:
         stages.append("boundaries")
-    stages = sorted({*stages, "report"}, key=list(STAGES).index)
-    folder = _shown(run.folder)
+    again = f"'stages=[{','.join(sorted({*stages, 'report'}, key=list(STAGES).index))}]'"
+    folder, settings = _shown(run.folder), "".join(f" {shlex.quote(item)}" for item in _settings(run))
     given = " 'generate.images=[picture.png]'" if run.family.facts.max_references else ""
     launcher = "ppcl" if run.config.strategy.kind == "single" else "torchrun --nproc-per-node N -m ppcl"
     return {
-        "Repeat it": f"{launcher} run={folder} name={shlex.quote(run.config.name + '-again')} "
-        f"'stages=[{','.join(stages)}]'",
+        "Run it again; what is there is reused": f"{launcher} run={folder}{settings} {again}",
         "Draw your own prompts, one a line in prompts.txt": f"ppcl run={folder} 'stages=[generate]' "
         f"generate.prompt_file=prompts.txt{given}",
-        "Show them here": f"ppcl run={folder} 'stages=[report]'",
+        "Show them here": f"ppcl run={folder}{settings} 'stages=[report]'",
     }
+
+
+def _settings(run: Run) -> Iterator[str]:
+    """Overrides for what `run=` does not take from the run's folder, where it is not the default."""
+    usual = {name: value for name, value, *_ in declared(Config())}
+    for name, value, *_ in declared(run.config):
+        if name.startswith(_OF_COMMAND) and value != usual[name]:
+            yield f"{name}={_written(value)}"
+
+
+def _written(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value):
+        return QuotedString(value, Quote.single).with_quotes()
+    return "null" if value is None else str(value)
 
 
 def link(run: Run, path: Path) -> str:
