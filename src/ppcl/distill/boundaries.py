@@ -1,4 +1,8 @@
-"""Boundaries on disk as depth distillation finds them: folder, record, and students in their first state."""
+"""Lookup of boundaries for depth distillation: their folder, their record, and the initial students.
+
+Boundaries are the teacher's activations at the ends of intervals, written by `stages=[boundaries]`. Students can be
+trained from them without the teacher. `ppcl.data.boundaries` has the format.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from ppcl.taps import stack_of
 
 
 def boundaries_header(run: Run) -> Header:
-    """Header of boundaries: the teacher, the data in its order, and the intervals."""
+    """Return the header that identifies this run's boundaries: teacher, data, batch size, steps, and intervals."""
     distill = run.config.distill
     return Header(
         "ppcl.boundaries",
@@ -38,29 +42,35 @@ def boundaries_header(run: Run) -> Header:
 
 
 def num_stored(run: Run) -> int:
-    """Steps on disk; with `distill.replay` each is learned from so many times."""
+    """Return how many batches are stored: `distill.steps / distill.replay`, rounded up.
+
+    Each is trained on `distill.replay` times.
+    """
     return -(-run.config.distill.steps // run.config.distill.replay)
 
 
 def held_out_steps(run: Run) -> range:
-    """The batches of the calibration stream that say how good a student is."""
+    """Return the numbers of the calibration batches that held-out losses are measured on."""
     return batch_numbers(run.config.distill.batch_size, 0, 4)
 
 
 def boundaries_folder(run: Run) -> Path:
+    """Return `distill.boundaries`, or else the folder in the cache that is named by the header's fingerprint."""
     if run.config.distill.boundaries is not None:
         return Path(run.config.distill.boundaries)
     return Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run).fingerprint
 
 
 def read_record(run: Run) -> dict[str, Any]:
-    """The record of finished boundaries that fit this configuration; `UsageError` where they do not."""
+    """Return the content of `boundaries.json`, which is written when boundaries are complete.
+
+    Raises `UsageError` if it does not exist, or if the boundaries do not fit this run: other `model.dtype`,
+    `distill.batch_size` or `distill.init`, an interval that they lack, or too few steps.
+    """
     folder = boundaries_folder(run)
     record = folder / "boundaries.json"
     if not record.exists():
-        raise UsageError(
-            f"{folder} holds no boundaries that were written to their end: run 'stages=[boundaries]' first."
-        )
+        raise UsageError(f"{folder} holds no boundaries, or not all of them: run 'stages=[boundaries]' first.")
     found = read_json(record, "The record of boundaries")
     made_from = found["made_from"]
     wanted = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items() if pairs}
@@ -71,7 +81,7 @@ def read_record(run: Run) -> dict[str, Any]:
     }
     for key, (written, asked) in given.items():
         if written != asked:
-            raise UsageError(f"{folder} was written with {key}={written}, not {asked}: use that.")
+            raise UsageError(f"{folder} was written with {key}={written}, not {asked}: set {key}={written}.")
     for stack, pairs in wanted.items():
         missing = [pair for pair in pairs if pair not in made_from["intervals"].get(stack, [])]
         if missing:
@@ -79,13 +89,17 @@ def read_record(run: Run) -> dict[str, Any]:
     if made_from["steps"] < num_stored(run):
         raise UsageError(
             f"{folder} holds {made_from['steps']} steps, and distill.steps={run.config.distill.steps} with "
-            f"distill.replay={run.config.distill.replay} takes {num_stored(run)}: raise distill.replay, or write more."
+            f"distill.replay={run.config.distill.replay} needs {num_stored(run)}: raise distill.replay, or write "
+            "boundaries for more steps."
         )
     return found
 
 
 def initial_students(run: Run, intervals: Intervals, folder: Path) -> dict[str, nn.Module]:
-    """The students that boundaries were written for, in their first state; the teacher stays on the meta device."""
+    """Return the students of `intervals` by plug name, with the initial weights stored in `folder`, all trainable.
+
+    The teacher's weights are not needed: the blocks' structure comes from a model on the meta device.
+    """
     with torch.device("meta"):
         teacher = run.family.transformer_class.from_config(run.config.model.arch)
     students = {}
