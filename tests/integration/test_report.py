@@ -56,10 +56,10 @@ def test_the_page_tells_how_it_was_made(chain: Path) -> None:
     assert report["trainings"]["depth"] == cost
     again = next(iter(report["commands"].values()))
     assert again in page
-    assert shlex.split(again) == [
-        *("ppcl", f"run={chain}", f"generate.batch_size={BATCH}"),
-        "stages=[probe,detect,depth,export,generate,evaluate,report]",
-    ]
+    first, run, *settings, stages = shlex.split(again)
+    assert (first, run) == ("ppcl", f"run={chain}")
+    assert f"generate.batch_size={BATCH}" in settings
+    assert stages == "stages=[probe,detect,depth,export,generate,evaluate,report]"
     assert report["data"]["name"] == "shapes"
 
 
