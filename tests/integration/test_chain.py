@@ -106,6 +106,8 @@ def test_page_needs_nothing_else(chain: Path) -> None:
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) >= 4
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for target in re.findall(r'href="([^"]*)"', page):
+        assert (chain / "report" / target).exists(), target
     for variant in ("teacher", "removed", "ppcl-depth", "ppcl-mixed"):
         assert variant in page
 

@@ -102,8 +102,9 @@ def test_rows_have_its_categories_and_scores(folder: Path) -> None:
 
 def test_the_page_and_the_sheet_speak_of_it(folder: Path) -> None:
     page = (folder / "report" / "bright" / "report.html").read_text()
-    assert "Mean brightness of pictures, over 2 prompts with 2 pictures" in page
-    assert "<th>round</th><th>edged</th><th>overall</th>" in page
+    assert "Score: mean brightness of pictures, higher is better" in page
+    assert "Measured over 2 prompts with 2 pictures each" in page
+    assert "<th>round</th><th>edged</th><th>score</th>" in page
     assert "red frame" not in page  # it judges no single picture
     sheet = np.asarray(Image.open(folder / "report" / "bright" / "samples.png").convert("RGB")).astype(int)
     assert not (np.abs(sheet - [0xC0, 0x39, 0x2B]).sum(axis=-1) == 0).any()

@@ -29,18 +29,20 @@ WIDEST = 120  # columns; a screen
 TINY = "model=auto model.path=DIR intervals.transformer_blocks=[[1,2],[3,4]]"
 SETS = "width.source=given width.names=[transformer_blocks.5.text,transformer_blocks.0.ffn]"
 REPLACED = {
-    r"model=qwen_image model\.path=Qwen/Qwen-Image (.*)intervals=qwen_image_paper width=qwen_image_paper": rf"{TINY} {SETS} \1",
+    r"model=qwen_image model\.path=Qwen/Qwen-Image (.*)intervals=qwen_image_paper width=qwen_image_paper": (
+        rf"{TINY} {SETS} \1"
+    ),
     r"model=qwen_image ('stages=\[import_published\]'.*) intervals=qwen_image_paper": r"model=auto model.path=DIR \1",
     r"--nproc-per-node 8": "--nproc-per-node 2",
     r"=16": "=4",
 }
-SHORT = (
-    "distill.steps=2 distill.batch_size=4 width.steps=1 width.num_batches=2 finetune.steps=2 finetune.batch_size=4 "
-    "probe.num_batches=2 probe.num_heldout_batches=1 probe.batch_size=8 method.num_samples=4 method.num_timesteps=2 "
-    "method.batch_size=4 model.sampling.num_inference_steps=2 benchmark.prompts_per_category=1 "
-    "benchmark.latency_repeats=2 budget.num_batches=1 trainer=cpu trainer.num_threads=1 trainer.progress=false "
-    "logger=none"
-).split()
+SHORT = [
+    *("distill.steps=2", "distill.batch_size=4", "width.steps=1", "width.num_batches=2"),
+    *("finetune.steps=2", "finetune.batch_size=4", "probe.num_batches=2", "probe.num_heldout_batches=1"),
+    *("probe.batch_size=8", "method.num_samples=4", "method.num_timesteps=2", "method.batch_size=4"),
+    *("model.sampling.num_inference_steps=2", "benchmark.prompts_per_category=1", "benchmark.latency_repeats=2"),
+    *("budget.num_batches=1", "trainer=cpu", "trainer.num_threads=1", "trainer.progress=false", "logger=none"),
+]
 
 
 def code_blocks(language: str) -> list[str]:

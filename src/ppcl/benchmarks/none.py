@@ -76,7 +76,7 @@ def _captions(family: Family, config: Config) -> Iterator[str]:
 
     from ppcl.data.cached import is_held_out
     from ppcl.data.training import TrainingData
-    from ppcl.teacher import TeacherModel
+    from ppcl.teacher_model import TeacherModel
 
     data = TrainingData(config, TeacherModel(config, family, torch.device("cpu")))
     for record in sorted(data.cache_folder.glob("*-[0-9][0-9][0-9].json")):

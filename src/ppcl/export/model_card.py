@@ -176,23 +176,25 @@ def quantized_section(scheme: str, dtype: str, size: int, before: int) -> str:
     )
 
 
-def _numbers(row: ComparedRow) -> dict[str, str]:
-    """What a row of the evaluation says, by the titles of its columns."""
-    if row.scores is None:
-        measured = {"velocity error": row.velocity_error, "latent distance": row.latent_distance}
-        return {title: "" if value is None else f"{value:.4f}" for title, value in measured.items()}
-    scores = {name.replace("_", " "): f"{value:.3f}" for name, value in row.scores.to_json().items()}
-    return scores | {"drop %": f"{row.drop_percent:.1f}"}
-
-
 def evaluation_section(rows: Sequence[ComparedRow], label: str) -> str:
-    """A table of the variants' scores, or distances to the teacher without a benchmark.
+    """A table of the variants' scores and distances to the teacher, under a sentence on how they were measured.
 
-    It stands under a sentence that starts with the benchmark's `label`.
+    `label` says what the benchmark's score is. What no row has is left out: without a benchmark there are no scores.
     """
-    lines = [["variant", *_numbers(rows[0])]]
-    lines += [["---"] * len(lines[0]), *([f"`{row.name}`", *_numbers(row).values()] for row in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    if rows[0].scores is None:
-        label = "distance to the teacher"
-    return f"{label[0].upper()}{label[1:]}, with equal prompts, seeds and settings:\n\n{table}"
+    scores = [{} if row.scores is None else row.scores.to_json() for row in rows]
+    columns: dict[str, list[str | None]] = {"variant": [f"`{row.name}`" for row in rows]}
+    for name in dict.fromkeys(name for found in scores for name in found):
+        columns[name.replace("_", " ")] = [_number(found.get(name), 3) for found in scores]
+    columns["95% interval"] = [None if row.score_interval is None else f"± {row.score_interval:.3f}" for row in rows]
+    columns["drop %"] = [_number(row.drop_percent, 1) for row in rows]
+    columns["velocity error"] = [_number(row.velocity_error, 4) for row in rows]
+    columns["latent distance"] = [_number(row.latent_distance, 3) for row in rows]
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
+    table = "\n".join(f"| {' | '.join(cell or '' for cell in line)} |" for line in lines)
+    what = f"{label[0].upper()}{label[1:]}" if any(scores) else "Distance to the teacher"
+    return f"{what}, with equal prompts, seeds and settings:\n\n{table}"
+
+
+def _number(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
