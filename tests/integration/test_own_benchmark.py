@@ -14,6 +14,7 @@ from commands import INTERVALS, digests, ppcl, succeed
 from PIL import Image
 
 from ppcl import benchmarks, cli
+from ppcl import command as composing
 
 MODULE = '''
 """How bright pictures are."""
@@ -55,7 +56,8 @@ def added(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "conf" / "benchmark" / "bright.yaml").write_text(YAML)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmarks, "__path__", [*benchmarks.__path__, str(folder / "modules")])
-        patch.setattr(cli, "conf_dir", lambda: folder / "conf")
+        for module in (cli, composing):
+            patch.setattr(module, "conf_dir", lambda: folder / "conf")
         yield folder
     sys.modules.pop("ppcl.benchmarks.bright", None)
 
@@ -118,7 +120,8 @@ def test_the_model_card_speaks_of_it(command: list[str], folder: Path, trained: 
     succeed(*again, "stages=[export]")
     card = (run / "export" / "README.md").read_text()
     assert "Mean brightness of pictures, with equal prompts, seeds and settings:" in card
-    assert "| variant | round | edged | overall | drop % |" in card
+    assert "| variant | round | edged | overall |" in card
+    assert "| drop % | velocity error | latent distance |" in card
 
 
 @pytest.mark.parametrize("change", ["benchmark.settings.scale=0.25", "benchmark.settings.images_per_prompt=1"])
