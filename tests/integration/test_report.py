@@ -41,6 +41,7 @@ def change_scores(run: Path, **changes: object) -> None:
 
 def test_the_page_is_in_the_order_of_what_matters(chain: Path, teacher: Path) -> None:
     page = page_of(chain)
+    assert "<h1>chain: pipeline pruned</h1>" in page  # the model by its folder's name
     assert re.findall(r"<h2>(.*?)</h2>", page) == ORDER
     (sentence,) = re.findall(r'<p class="lead">(.*?)</p>', page)
     for said in (str(teacher), "6 blocks", "the shapes world: 32x32 toy pictures", "method ppcl", "seed 42"):

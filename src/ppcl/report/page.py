@@ -12,6 +12,7 @@ import jinja2
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
+from ppcl.export.folder import BaseModel
 from ppcl.report.made import link, links_of, made_by, trainings_in_words
 from ppcl.report.sheets import Sheet
 from ppcl.report.text import MEANINGS, billions, notes_of, plugs_in_words, plugs_of, result_of, score_columns
@@ -36,7 +37,7 @@ def render(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string((Path(__file__).parent / "template.html.j2").read_text(encoding="utf-8"))
     return template.render(
-        title=f"{run.config.name}: {run.config.model.name} pruned",
+        title=f"{run.config.name}: {BaseModel.of(run).name} pruned",
         sentence=_sentence(run, facts, rows),
         headlines=headlines(rows),
         plots={name: _embedded_plot(path) for name, path in plots.items() if path.exists()},
@@ -62,10 +63,10 @@ def render(
 def _sentence(run: Run, facts: Mapping[str, Any], rows: Sequence[ComparedRow]) -> str:
     """What was pruned, with which data and how, in one sentence."""
     teacher = next(row for row in rows if row.name == "teacher")
-    model = run.config.model
-    path = "" if model.path is None else f" ({model.path})"
+    name, path = BaseModel.of(run).name, run.config.model.path
+    place = "" if path in (None, name) else f" ({path})"
     return (
-        f"{model.name}{path}, {teacher.num_layers} blocks and {billions(teacher.params)} parameters, pruned on "
+        f"{name}{place}, {teacher.num_layers} blocks and {billions(teacher.params)} parameters, pruned on "
         f"{facts['data']['words']}; {made_by(run)}; {facts['date']}, seed {facts['seed']}, ppcl {facts['version']}."
     )
 
