@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,7 @@ from ppcl.families.registry import get_family
 from ppcl.launch import is_first
 from ppcl.layers import Layout
 from ppcl.options import identity
+from ppcl.progress import Item, heading, track
 from ppcl.teacher import TeacherModel
 from ppcl.validation.model import num_layers
 from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width
@@ -47,7 +49,16 @@ class Run:
         return self.config.strategy.kind == "single" or is_first()
 
     def say(self, stage: str, text: str) -> None:
-        self.console.print(f"[bold cyan]{stage:>9}[/]  {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(heading(stage) + escape(text), highlight=False, soft_wrap=True)
+
+    @property
+    def progress_console(self) -> Console:
+        """The console that progress is shown on: a silent one with `trainer.progress=false`."""
+        return self.console if self.config.trainer.progress else Console(quiet=True)
+
+    def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+        """Yield `items` and show how many of `total` are done, by default of all of them."""
+        return track(items, description, total, console=self.progress_console)
 
     def record_versions(self) -> None:
         """Write `versions.json`: what this run was made with."""

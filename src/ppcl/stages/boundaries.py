@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import is_current
@@ -57,7 +56,7 @@ def run(run: Run) -> None:
         if kind == TRAIN and start < steps:
             _check_space(run, stream, folder, pairs, steps - start)
         shards = range(start, steps, STEPS_PER_SHARD)
-        for first in track(shards, f"{kind} boundaries", console=run.console, transient=True):
+        for first in run.track(shards, f"{kind} boundaries"):
             batches = [run.data.to_device(stream(step)) for step in range(first, min(first + STEPS_PER_SHARD, steps))]
             _write_steps(run, batches, writers, pairs)
         for writer in writers.values():

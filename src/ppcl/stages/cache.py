@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from rich.progress import track
 
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import is_current

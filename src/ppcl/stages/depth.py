@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
 from torch import nn
 
 from ppcl.artifacts.headers import Header, fingerprint, is_current
@@ -113,7 +112,7 @@ def run(run: Run) -> None:
     module, stream, heldout, blocks = (_from_boundaries if config.from_boundaries else _from_teacher)(run, missing)
 
     def measure(description: str) -> list[dict[str, float]]:
-        steps = track(held_out_steps(run), description, console=run.console, transient=True)
+        steps = run.track(held_out_steps(run), description)
         place(run, module)
         return module.heldout(run.data.to_device(heldout(step)) for step in steps)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
-from rich.progress import track
 
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import is_current
@@ -50,7 +49,7 @@ def run(run: Run) -> None:
             yield run.data.to_device(batch)
 
     def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-        return track(items, "simulation", total, console=run.console, transient=True)
+        return run.track(items, "simulation", total)
 
     teacher = Teacher(
         run.family, run.teacher.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors.torch import save_file
 
 from ppcl import __version__
@@ -125,7 +124,7 @@ def _write_weights(run: Run, source: PublishedFolder, folder: Path) -> None:
     names = {file: file.name if len(source.files) > 1 else SINGLE_FILE for file in source.files}
     index: dict[str, str] = {}
     size = 0
-    for file in track(source.files, "converting", console=run.console, transient=True):
+    for file in run.track(source.files, "converting"):
         state = dict(convert(source.published, source.tensors(file)))
         save_file(state, folder / names[file], {"format": "pt"})
         index |= dict.fromkeys(state, names[file])
@@ -209,7 +208,7 @@ def _write_plugs(run: Run, training: Training) -> None:
         )
         parts.append(projector)
     stale = [part for part in parts if not is_current(folder / f"{part.name}.json", part.header)]
-    for part in track(stale, "writing plugs", console=run.console, transient=True):
+    for part in run.track(stale, "writing plugs"):
         part.save(folder)
     told = f"{len(training.students)} students, {len(training.projectors)} projectors"
     run.say("import", f"wrote {told} to {folder}" if stale else f"reused {folder}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.progress import track
 from torch import Tensor
 
 from ppcl.artifacts.headers import is_current
@@ -29,7 +28,7 @@ def run(run: Run) -> None:
     count = len(family.blocks(transformer)) * len(family.masks(batches[0].inputs))
     residuals: dict[str, float] = {}
     trained: dict[str, tuple[Tensor, Tensor]] = {}  # training takes all at once
-    for fit in track(fits, "probes", count, console=run.console, transient=True):
+    for fit in run.track(fits, "probes", count):
         if settings.train_steps:
             zero = settings.init == "zero"
             trained[fit.key] = (fit.weight * 0, fit.bias * 0) if zero else (fit.weight, fit.bias)
@@ -37,7 +36,7 @@ def run(run: Run) -> None:
             write_probe(folder, header, fit.key, fit.weight, fit.bias)
             residuals[fit.key] = fit.residual.value
     if settings.train_steps:
-        steps = track(range(settings.train_steps), "probe training", console=run.console, transient=True)
+        steps = run.track(range(settings.train_steps), "probe training")
         training = (run.data.to_device(stream(judged + step)) for step in steps)
         trained = train_probes(family, transformer, training, trained, lr=settings.lr)
         residuals = relative_residuals(family, transformer, heldout, trained)

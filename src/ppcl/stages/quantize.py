@@ -7,7 +7,6 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.progress import track
 
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
@@ -119,7 +118,7 @@ def quantize(run: Run, model: Any, chosen: list[str], config: Any, fit: Fit = ro
         stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
         batches = [run.data.to_device(stream(step)) for step in range(settings.num_batches)]
         how = {"scheme": settings.scheme, "group_size": settings.group_size, "damping": settings.damping}
-        show = partial(track, description="rounding", console=run.console, transient=True)
+        show = partial(run.track, description="rounding")
         nearest = partial(_to_nearest, model, outside, config)
         round_blocks(run.family, model, batches, chosen, partial(fit, **how), prepare=nearest, each_block=show)
     declare(model, config)

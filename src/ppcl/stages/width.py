@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import PruningPlan, Width
@@ -53,7 +52,7 @@ def _calibration(run: Run, start: int, stop: int, description: str, *, shared: b
     """Held-out batches; `shared` ones are divided among ranks, of the others each rank sees all rows."""
     size = run.config.distill.batch_size
     stream = (run.data.shared_stream if shared else run.data.stream)(run.config.data.calibration_seed, size)
-    for step in track(batch_numbers(size, start, stop), description, console=run.console, transient=True):
+    for step in run.track(batch_numbers(size, start, stop), description):
         yield run.data.to_device(stream(step))
 
 

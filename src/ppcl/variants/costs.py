@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from ppcl.artifacts.costs import Costs, Frontier, Overlap, Point, TeacherCost, Unit
@@ -167,7 +166,7 @@ def _measure_savings(meter: Meter, before: set[str], after: set[str], changed: s
 
 def _measure_units(run: Run, plugs: Plugs, meter: Meter) -> list[Unit]:
     units = find_units(plugs)
-    for unit in track(units, "costs of plugs", console=run.console, transient=True):
+    for unit in run.track(units, "costs of plugs"):
         after = closure(units, [unit.name])
         before = after - {unit.name}
         unit.savings = _measure_savings(meter, before, after, _changed_blocks(plugs, unit.name))
@@ -195,7 +194,7 @@ def _measure_frontier(run: Run, units: list[Unit], overlaps: list[Overlap], mete
     for cost in known_costs(units):
         choices = frontier(units, "params", cost, NUM_POINTS, overlaps)
         points[cost] = []
-        for names in track(choices, f"frontier by {cost}", console=run.console, transient=True):
+        for names in run.track(choices, f"frontier by {cost}"):
             points[cost].append(_point(units, overlaps, names, cost, meter))
     return points
 
