@@ -138,8 +138,10 @@ class Run:
         return self.base / "plan" / "plan.json"
 
     @property
-    def costs_path(self) -> Path:
-        return self.base / "plan" / ("costs-removed.json" if self.config.distill.mode == "none" else "costs.json")
+    def costs_paths(self) -> tuple[Path, Path]:
+        """Measured costs of plugs: where this run writes them, and where the run it is based on may have them."""
+        name = "costs-removed.json" if self.config.distill.mode == "none" else "costs.json"
+        return self.folder / "plan" / name, self.base / "plan" / name
 
     @property
     def plugs_folder(self) -> Path:

@@ -87,22 +87,25 @@ def duration(seconds: float) -> str:
 def counter(
     description: str, total: int | None, *, console: Console, clock: Clock = time.monotonic
 ) -> Iterator[Callable[[int], None]]:
-    """Show on `console` how many of `total` items are done: the block calls what it is given with that number.
+    """Show on `console` how many of `total` items are done.
 
-    `clock` gives seconds, and times the plain lines.
+    Gives the block a function that it calls with how many items were done since the last call. `clock` gives seconds,
+    and times the plain lines.
     """
     if draws_bars(console):
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task(description, total=total)
-            yield lambda done: bar.update(task, completed=done)
+            yield lambda count: bar.advance(task, count)
         return
-    lines = Lines(console, description, total, clock=clock)
+    lines, done = Lines(console, description, total, clock=clock), 0
 
-    def show(done: int) -> None:
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
         if lines.due(done):
             lines.write(done)
 
-    yield show
+    yield advance
 
 
 def track(
@@ -119,7 +122,7 @@ def track(
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    with counter(description, total, console=console, clock=clock) as show:
-        for done, item in enumerate(items, start=1):
+    with counter(description, total, console=console, clock=clock) as advance:
+        for item in items:
             yield item
-            show(done)
+            advance(1)

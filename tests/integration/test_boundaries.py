@@ -32,7 +32,7 @@ def both_ways(command: list[str]) -> Path:
     """With an online training, boundaries, and a training from them."""
     succeed(*command, "name=online", "stages=[depth]")
     outcome = succeed(*command, "name=written", "stages=[boundaries]")
-    assert "GB for 10 steps" in outcome.out
+    assert "MB for 10 steps" in outcome.out
     succeed(*command, "name=offline", "stages=[depth]", FROM)
     return Path(next(a for a in reversed(command) if a.startswith("paths.runs_dir=")).partition("=")[2])
 
@@ -110,7 +110,7 @@ def test_killed_and_resumed_they_are_the_same(command: list[str], runs: Path, tm
 def test_replayed_steps_come_round_again(command: list[str], runs: Path, tmp_path: Path) -> None:
     replay = [f"paths.runs_dir={tmp_path}", "distill.replay=3"]
     outcome = succeed(*command, *replay, "name=replayed", "stages=[boundaries]")
-    assert "GB for 4 steps" in outcome.out
+    assert "MB for 4 steps" in outcome.out
     succeed(*command, *replay, FROM, "name=replayed", "stages=[depth]")
     replayed, online = plug_tensors(tmp_path / "replayed"), plug_tensors(runs / "online")
     assert replayed.keys() == online.keys()
@@ -147,5 +147,5 @@ def test_a_full_disk_is_seen_after_one_step(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     outcome = ppcl(*command, f"paths.runs_dir={tmp_path}", "name=full", "stages=[boundaries]")
     assert outcome.code == 2
-    assert "GB free" in outcome.err
+    assert "1.00 KB free" in outcome.err
     assert not list(tmp_path.rglob("train-*"))

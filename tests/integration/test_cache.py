@@ -224,7 +224,7 @@ def test_a_table_does_as_well(command: list[str], tmp_path: Path, kind: str) -> 
     arguments = [a for a in command if a != "data=webdataset"]
     arguments += ["data=folder", f"data.path={tmp_path}", f"paths.runs_dir={tmp_path / 'runs'}", "name=table"]
     outcome = succeed(*arguments, "stages=[cache]")
-    assert "5 samples of 1 units cached, 1 left out" in outcome.out
+    assert "5 samples of 1 unit cached, 1 left out" in outcome.out
     assert "pictures/5.png: its file cannot be read" in outcome.out
     captions = [
         item["caption"]
@@ -273,7 +273,7 @@ def test_a_full_disk_is_seen_before_anything_is_encoded(
     arguments = [*command, f"paths.runs_dir={tmp_path}", "name=full", "stages=[cache]"]
     outcome = ppcl(*arguments)
     assert outcome.code == 2
-    assert "GB free" in outcome.err
+    assert "KB free" in outcome.err
     assert read_entries(cache_of(arguments)) == []
 
 

@@ -1,4 +1,4 @@
-"""Progress on a console that is no terminal: when a line comes, and what it says. Time is a clock that the test sets."""
+"""Progress where no bar can be drawn: when a line comes, and what it says. The time is a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def test_items_without_a_known_number_are_counted(console: Console, clock: Clock
 
 
 def test_a_counter_takes_jumps(console: Console, clock: Clock) -> None:
-    with counter("caching", 200, console=console, clock=clock) as show:
-        for done in (32, 64, 200):
+    with counter("caching", 200, console=console, clock=clock) as advance:
+        for count in (32, 32, 136):
             clock.now += 30
-            show(done)
+            advance(count)
     assert lines(console) == ["   caching  32/200  about 3 min left", "   caching  64/200  about 2 min left"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,8 +77,13 @@ class Encoder:
         return found
 
 
-def encode_samples(encoder: Encoder, samples: list[Sample]) -> tuple[tuple[dict[str, Tensor], list], list]:
-    """Tensors and records of one part, and what would not decode."""
+def encode_samples(
+    encoder: Encoder, samples: list[Sample], advance: Callable[[int], None] = lambda count: None
+) -> tuple[tuple[dict[str, Tensor], list], list]:
+    """Return tensors and records of one part, and what would not decode.
+
+    `advance` is called after each batch, with its number of samples.
+    """
     images, kept, bad = [], [], []
     for sample in samples:
         try:
@@ -109,4 +114,5 @@ def encode_samples(encoder: Encoder, samples: list[Sample]) -> tuple[tuple[dict[
             tensors |= {prefix + name: value.contiguous() for name, value in conditions.items()}
             record = {"key": sample.key, "caption": sample.caption, "size": list(size)}
             records.append(record | ({"given": conditions[SIZES].tolist()} if SIZES in conditions else {}))
+        advance(len(pictures))
     return (tensors, records), bad

@@ -20,7 +20,7 @@ from ppcl.taps import stack_of
 
 
 def boundaries_header(run: Run) -> Header:
-    """Header of boundaries: the teacher, the data in its order, and the intervals."""
+    """Return the header of boundaries: they depend on the teacher, the data and its order, and the intervals."""
     distill = run.config.distill
     return Header(
         "ppcl.boundaries",
@@ -38,54 +38,78 @@ def boundaries_header(run: Run) -> Header:
 
 
 def num_stored(run: Run) -> int:
-    """Steps on disk; with `distill.replay` each is learned from so many times."""
+    """The number of training steps on disk: `distill.steps` over `distill.replay`, rounded up."""
     return -(-run.config.distill.steps // run.config.distill.replay)
 
 
 def held_out_steps(run: Run) -> range:
-    """The batches of the calibration stream that say how good a student is."""
+    """The numbers of the calibration stream's batches that held-out losses of students are measured on."""
     return batch_numbers(run.config.distill.batch_size, 0, 4)
 
 
 def boundaries_folder(run: Run) -> Path:
+    """The folder that `stages=[boundaries]` writes: `distill.boundaries`, or one in the cache, named by fingerprint."""
     if run.config.distill.boundaries is not None:
         return Path(run.config.distill.boundaries)
     return Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run).fingerprint
 
 
-def read_record(run: Run) -> dict[str, Any]:
-    """The record of finished boundaries that fit this configuration; `UsageError` where they do not."""
+def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of finished boundaries that fit this configuration, and their record.
+
+    `distill.boundaries` may also name the folder above it, where that holds one such set. Raises `UsageError` where
+    there is none, or where several fit.
+    """
     folder = boundaries_folder(run)
-    record = folder / "boundaries.json"
-    if not record.exists():
+    found = [folder / "boundaries.json"]
+    if not found[0].exists():
+        found = sorted(folder.glob("*/boundaries.json"))
+    if not found:
         raise UsageError(
             f"{folder} holds no boundaries that were written to their end: run 'stages=[boundaries]' first."
         )
-    found = read_json(record, "The record of boundaries")
-    made_from = found["made_from"]
-    wanted = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items() if pairs}
+    records = {path.parent: read_json(path, "The record of boundaries") for path in found}
+    misfits = {path: _misfit(run, path, record["made_from"]) for path, record in records.items()}
+    fitting = [path for path, misfit in misfits.items() if misfit is None]
+    if not fitting:
+        raise UsageError(next(filter(None, misfits.values())))
+    if len(fitting) > 1:
+        raise UsageError(
+            f"distill.boundaries={folder} holds {len(fitting)} sets of boundaries that fit "
+            f"({', '.join(path.name for path in fitting)}): add the name of one to it."
+        )
+    return fitting[0], records[fitting[0]]
+
+
+def _misfit(run: Run, folder: Path, made_from: dict[str, Any]) -> str | None:
+    """The sentence that says why boundaries made from `made_from` do not serve this configuration; None if they do."""
+    distill = run.config.distill
     given = {
         "model.dtype": (made_from["model"]["dtype"], run.config.model.dtype),
-        "distill.batch_size": (made_from["batch_size"], run.config.distill.batch_size),
-        "distill.init": (made_from["init"], run.config.distill.init),
+        "distill.batch_size": (made_from["batch_size"], distill.batch_size),
+        "distill.init": (made_from["init"], distill.init),
     }
     for key, (written, asked) in given.items():
         if written != asked:
-            raise UsageError(f"{folder} was written with {key}={written}, not {asked}: use that.")
-    for stack, pairs in wanted.items():
-        missing = [pair for pair in pairs if pair not in made_from["intervals"].get(stack, [])]
+            return f"{folder} was written with {key}={written}, not {asked}: use that."
+    for stack, pairs in run.intervals.items():
+        there = made_from["intervals"].get(stack, [])
+        missing = [list(pair) for pair in pairs if list(pair) not in there]
         if missing:
-            raise UsageError(f"{folder} has no boundaries of {stack} {missing[0]}: run 'stages=[boundaries]' for it.")
+            return f"{folder} has no boundaries of {stack} {missing[0]}: run 'stages=[boundaries]' for it."
     if made_from["steps"] < num_stored(run):
-        raise UsageError(
-            f"{folder} holds {made_from['steps']} steps, and distill.steps={run.config.distill.steps} with "
-            f"distill.replay={run.config.distill.replay} takes {num_stored(run)}: raise distill.replay, or write more."
+        return (
+            f"{folder} holds {made_from['steps']} steps, and distill.steps={distill.steps} with distill.replay="
+            f"{distill.replay} takes {num_stored(run)}: raise distill.replay, or write more."
         )
-    return found
+    return None
 
 
 def initial_students(run: Run, intervals: Intervals, folder: Path) -> dict[str, nn.Module]:
-    """The students that boundaries were written for, in their first state; the teacher stays on the meta device."""
+    """Return the student of each interval, by name, with the initial weights that lie in `folder`.
+
+    Needs no weights of the teacher, which stays on the meta device.
+    """
     with torch.device("meta"):
         teacher = run.family.transformer_class.from_config(run.config.model.arch)
     students = {}

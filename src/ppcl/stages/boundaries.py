@@ -22,6 +22,7 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
 from ppcl.distill.boundaries import boundaries_folder, boundaries_header, held_out_steps, num_stored
 from ppcl.errors import UsageError
+from ppcl.report.text import counted, in_bytes
 from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
 
@@ -30,8 +31,9 @@ MARGIN = 1.05  # of the estimate, that must be free
 
 def run(run: Run) -> None:
     folder, header = boundaries_folder(run), boundaries_header(run)
-    if is_current(folder / "boundaries.json", header):
-        run.say("bounds", f"reused {folder}")
+    advice = f"give another folder as distill.boundaries=, or delete {folder} to write it anew"
+    if is_current(folder / "boundaries.json", header, advice):
+        run.say("boundaries", f"reused {folder}")
         return
     pairs = [(stack, pair) for stack in run.family.stacks for pair in run.intervals.get(stack, [])]
     names = [plug_name(stack, pair) for stack, pair in pairs]
@@ -63,7 +65,10 @@ def run(run: Run) -> None:
             writer.flush()
     write_json(folder / "boundaries.json", header.to_json())
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    run.say("bounds", f"wrote {num_stored(run)} steps of {len(names)} intervals to {folder} ({size / 1e9:.2f} GB)")
+    run.say(
+        "boundaries",
+        f"wrote {counted(num_stored(run), 'step')} of {counted(len(names), 'interval')} to {folder} ({in_bytes(size)})",
+    )
 
 
 def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
@@ -103,9 +108,10 @@ def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: i
     _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())
     free = shutil.disk_usage(folder).free
-    run.say("bounds", f"about {needed / 1e9:.2f} GB for {steps} steps; {free / 1e9:.1f} GB are free")
+    run.say("boundaries", f"about {in_bytes(needed)} for {counted(steps, 'step')}; {in_bytes(free)} are free")
     if needed * MARGIN > free:
         raise UsageError(
-            f"paths.cache_dir={run.config.paths.cache_dir} has {free / 1e9:.1f} GB free, and {steps} steps take about "
-            f"{needed / 1e9:.1f} GB: name another folder, raise distill.replay, or lower distill.steps."
+            f"{folder} has {in_bytes(free)} free, and {counted(steps, 'step')} need about {in_bytes(needed)}: name a "
+            "folder with more room as distill.boundaries= or paths.cache_dir=, raise distill.replay, or lower "
+            "distill.steps."
         )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-
 
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import is_current
@@ -17,6 +16,8 @@ from ppcl.data.encoding import Encoder, encode_samples
 from ppcl.data.sources import Sample, Skipped, Unit, find_units
 from ppcl.errors import UsageError
 from ppcl.launch import rank
+from ppcl.progress import counter
+from ppcl.report.text import counted, in_bytes
 
 MARGIN = 1.05  # of the estimate, that must be free
 
@@ -34,24 +35,25 @@ def run(run: Run) -> None:
         return
     encoder = Encoder(run.config, run.family, run.teacher.pipeline)
     write_tensors(folder / EMPTY, encoder.prompts([""])[0], {"fingerprint": header.fingerprint})
-    _check_space(run, encoder, mine, folder)
-    totals = [0, 0]
-    for unit in track(mine, "caching", console=run.console, transient=True):
-        stored, skipped = _cache_unit(run, encoder, unit, folder)
-        totals[0] += stored
-        totals[1] += len(skipped)
-        for item in skipped[:3]:
-            run.say("cache", f"{unit.name}: left out {item['key']}: {item['why']}")
-    done = sum((folder / unit_record(unit.name)).exists() for unit in units)
-    run.say("cache", f"{totals[0]} samples of {len(mine)} units cached, {totals[1]} left out, in {folder}")
-    if done < len(units):
-        run.say("cache", f"{len(units) - done} of {len(units)} units are other ranks'")
+    samples = sum(unit.count() for unit in mine)
+    _check_space(run, encoder, mine, samples, folder)
+    stored = left_out = 0
+    with counter("caching", samples, console=run.progress_console) as advance:
+        for unit in mine:
+            kept, skipped = _cache_unit(run, encoder, unit, folder, advance)
+            stored += kept
+            left_out += len(skipped)
+            for item in skipped[:3]:
+                run.say("cache", f"{unit.name}: left out {item['key']}: {item['why']}")
+    told = f"{counted(stored, 'sample')} of {counted(len(mine), 'unit')} cached, {left_out} left out"
+    run.say("cache", f"{told}, in {folder}")
+    others = sum(not (folder / unit_record(unit.name)).exists() for unit in units)
+    if others:
+        run.say("cache", f"other ranks cache {counted(others, 'unit')} of {len(units)}")
 
 
-def _check_space(run: Run, encoder: Encoder, units: list[Unit], folder: Path) -> None:
-    """One sample's bytes times how many there are, against what is free."""
-    if not units:
-        return
+def _check_space(run: Run, encoder: Encoder, units: list[Unit], samples: int, folder: Path) -> None:
+    """Say how much disk `samples` samples take, by the size of the first; `UsageError` where that is not free."""
     first = next((item for unit in units for item in unit.read(run.config.data) if isinstance(item, Sample)), None)
     if first is None:
         return
@@ -59,18 +61,23 @@ def _check_space(run: Run, encoder: Encoder, units: list[Unit], folder: Path) ->
     if not found:
         return  # it is left out below, with its reason
     each = sum(tensor.nbytes for tensor in found.values())
-    samples = sum(unit.count() for unit in units)
     needed, free = each * samples, shutil.disk_usage(folder).free
-    run.say("cache", f"about {needed / 1e9:.2f} GB for {samples} samples; {free / 1e9:.1f} GB are free")
+    run.say("cache", f"about {in_bytes(needed)} for {counted(samples, 'sample')}; {in_bytes(free)} are free")
     if needed * MARGIN > free:
         raise UsageError(
-            f"paths.cache_dir={run.config.paths.cache_dir} has {free / 1e9:.1f} GB free, and {samples} samples take "
-            f"about {needed / 1e9:.1f} GB: name another folder, or fewer samples."
+            f"paths.cache_dir={run.config.paths.cache_dir} has {in_bytes(free)} free, and "
+            f"{counted(samples, 'sample')} take about {in_bytes(needed)}: name another folder, or cache fewer samples."
         )
 
 
-def _cache_unit(run: Run, encoder: Encoder, unit: Unit, folder: Path) -> tuple[int, list[dict[str, str]]]:
-    """Write a unit's parts, then its record; parts that an earlier try left whole are kept."""
+def _cache_unit(
+    run: Run, encoder: Encoder, unit: Unit, folder: Path, advance: Callable[[int], None]
+) -> tuple[int, list[dict[str, str]]]:
+    """Write a unit's parts, then its record; parts that an earlier try left whole are kept.
+
+    `advance` is called with how many samples were encoded since its last call. Returns how many were stored, and the
+    key and the reason of each that was left out.
+    """
     size, skipped, stored = run.config.data.samples_per_file, [], 0
     stem = unit_record(unit.name).removesuffix(".json")
     for leftover in folder.glob(f".{stem}*.tmp"):  # of a killed try; no other rank has this unit
@@ -79,7 +86,7 @@ def _cache_unit(run: Run, encoder: Encoder, unit: Unit, folder: Path) -> tuple[i
         skipped += [{"key": item.key, "why": item.why} for item in chunk if isinstance(item, Skipped)]
         record = folder / f"{stem}-{part:03d}.json"
         if not record.exists():
-            found, bad = encode_samples(encoder, [item for item in chunk if isinstance(item, Sample)])
+            found, bad = encode_samples(encoder, [item for item in chunk if isinstance(item, Sample)], advance)
             write_tensors(record.with_suffix(".safetensors"), found[0], {"unit": unit.name})
             write_json(record, {"samples": found[1], "skipped": bad})
         content = read_json(record, "A cache's part")

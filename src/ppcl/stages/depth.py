@@ -13,12 +13,13 @@ from ppcl.artifacts.plugs import Plug
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
-from ppcl.distill.boundaries import boundaries_folder, held_out_steps, initial_students, num_stored, read_record
+from ppcl.distill.boundaries import held_out_steps, initial_students, num_stored, stored_boundaries
 from ppcl.distill.depth import DepthDistillation, DepthFromBoundaries
 from ppcl.errors import UsageError
 from ppcl.options import identity
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
+from ppcl.validation.pruning import resolve_intervals
 
 
 def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals:
@@ -40,7 +41,7 @@ def plug_header(run: Run, stack: str, pair: Interval) -> Header:
     """Header of one student; parallel students do not depend on one another."""
     settings = identity(run.config.distill)
     if run.config.distill.from_boundaries:
-        record = read_record(run)
+        _, record = stored_boundaries(run)
         made_from = {
             "model": record["made_from"]["model"],
             "stack": stack,
@@ -82,12 +83,22 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
 
 def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
     """The same without a teacher."""
-    folder = boundaries_folder(run)
+    folder, _ = stored_boundaries(run)
     students = initial_students(run, intervals, folder)
     module = DepthFromBoundaries(run.family, intervals, students, run.config.distill, run.precision)
     folders = [folder / plug_name(stack, pair) for stack, pair in module.pairs]
     stream = BoundaryStream(folders, TRAIN, num_stored(run))
     return module, stream, BoundaryStream(folders, HELD_OUT, len(held_out_steps(run))), []
+
+
+def _advice(run: Run) -> str:
+    """What to do about students that were trained with other settings."""
+    other = "name=OTHER"
+    if resolve_intervals(run.config) is None and "detect" not in run.config.stages:
+        other += f" intervals=from_plan intervals.path={run.plan_path}"
+    if run.config.paths.base_run is not None:
+        other += " and without paths.base_run="
+    return f"train others with {other}, or delete {run.plugs_folder} to train them anew"
 
 
 def run(run: Run) -> None:
@@ -97,7 +108,7 @@ def run(run: Run) -> None:
     for stack, pairs in chosen.items():
         for pair in pairs:
             record = folder / f"{plug_name(stack, pair)}.json"
-            if not is_current(record, plug_header(run, stack, pair)):
+            if not is_current(record, plug_header(run, stack, pair), _advice(run)):
                 missing.setdefault(stack, []).append(pair)
     if not missing:
         discard_checkpoint(run, _checkpoint_of(run, chosen)[0])

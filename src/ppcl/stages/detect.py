@@ -6,9 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
-
 from ppcl.artifacts.files import write_json
-from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.plan import PruningPlan
 from ppcl.artifacts.probes import Probes
 from ppcl.context import Run
@@ -38,7 +36,10 @@ def run(run: Run) -> None:
     method = run.config.method
     made_from = {"detection": run.probe_settings, "method": identity(method)}
     plan = PruningPlan(run.config.model.family, run.num_layers, {}, made_from)
-    if is_current(run.plan_path, plan.header()):
+    advice = "give this run another name=, or delete that file to detect anew"
+    if run.config.paths.base_run is not None:
+        advice = "leave out paths.base_run= to detect in this run"
+    if plan.is_current(run.plan_path, advice):
         run.say("detect", f"reused {run.plan_path}")
         show_plan(run, PruningPlan.load(run.plan_path))
         return

@@ -54,7 +54,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
     intervals = resolve_intervals(run.config)
     if published.is_stock and intervals is None:
         run.say(
-            "import",
+            "import_published",
             f"{path} is the stock class with {published.num_layers} blocks: diffusers loads it as it is, so nothing is "
             "written; with intervals= it is, and takes the full model's LoRAs and ControlNets",
         )
@@ -70,7 +70,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
     }
     header = Header("ppcl.imported", made_from)
     if is_current(folder / "ppcl.json", header):
-        run.say("import", f"reused {folder}")
+        run.say("import_published", f"reused {folder}")
         return
     facts = _text_projector_facts(run, source)
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def _text_projector_facts(run: Run, source: PublishedFolder) -> dict[str, Any]:
     if plain:
         facts["txt_proj_rounded_off"] = max(map(lost, weights))
         told += f"; W - I rounds off at most {facts['txt_proj_rounded_off']:.1e} of W"
-    run.say("import", told)
+    run.say("import_published", told)
     return facts
 
 
@@ -157,7 +157,7 @@ def _tell(run: Run, source: PublishedFolder, folder: Path) -> None:
     sizes = {key: torch.Size(shape).numel() for key, shape in published.shapes.items()}
     added = sum(sizes[key] for key in published.identity)
     run.say(
-        "import",
+        "import_published",
         f"{published.num_layers} blocks, {len(published.text)} without a text stream, {len(published.ffn)} without "
         f"FFN: {published.model_class.__name__} with {billions(sum(sizes.values()))} parameters"
         + (f", {billions(added)} of them output projectors that it had none of (zero)" if added else ""),
@@ -166,7 +166,7 @@ def _tell(run: Run, source: PublishedFolder, folder: Path) -> None:
     if source.pipeline is None:
         target = json.dumps(str(folder / "transformer"))
         loads = f"{published.model_class.__name__}.from_pretrained({target})"
-    run.say("import", f"wrote {folder}; {loads} loads it")
+    run.say("import_published", f"wrote {folder}; {loads} loads it")
 
 
 # A training checkpoint.
@@ -211,4 +211,4 @@ def _write_plugs(run: Run, training: Training) -> None:
     for part in run.track(stale, "writing plugs"):
         part.save(folder)
     told = f"{len(training.students)} students, {len(training.projectors)} projectors"
-    run.say("import", f"wrote {told} to {folder}" if stale else f"reused {folder}")
+    run.say("import_published", f"wrote {told} to {folder}" if stale else f"reused {folder}")

@@ -7,7 +7,6 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
-
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
@@ -60,7 +59,7 @@ def run(run: Run) -> None:
     name = config.variant or furthest(run)
     (variant,), plugs = variants_of(run, [name])
     header = quantized_header(run, name, made_of(variant, plugs), variant.finetuned)
-    if is_current(folder / "ppcl.json", header):
+    if is_current(folder / "ppcl.json", header, f"delete {folder} to make it anew"):
         run.say("quantize", f"reused {folder}")
         return
     switch = Switch(run, plugs)

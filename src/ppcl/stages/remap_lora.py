@@ -45,8 +45,8 @@ def run(run: Run) -> None:
         "model": transformer.config.get("ppcl", {}).get("fingerprint"),
     }
     header = Header("ppcl.lora", made_from)
-    if is_current(target.with_suffix(".json"), header):
-        run.say("lora", f"reused {target}")
+    if is_current(target.with_suffix(".json"), header, "delete that file to make it anew"):
+        run.say("remap_lora", f"reused {target}")
         return
     state, peft = read_lora(run, path)
     found = remap_lora(state, transformer, source=run.config.lora.source, metadata=peft)
@@ -55,8 +55,10 @@ def run(run: Run) -> None:
         save_file(found.state, temporary, metadata)
     write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped})
     modules = len({key.split(".lora_")[0] for key in found.state})
-    run.say("lora", f"{modules} modules mapped, {len(found.dropped)} dropped: the pruned model has no place for them")
+    run.say(
+        "remap_lora", f"{modules} modules mapped, {len(found.dropped)} dropped: the pruned model has no place for them"
+    )
     if found.dropped:
         few = ", ".join(found.dropped[:3])
-        run.say("lora", f"dropped: {few}{', ...' if len(found.dropped) > 3 else ''}; all in {target.stem}.json")
-    run.say("lora", f"wrote {target}; pipeline.load_lora_weights takes it")
+        run.say("remap_lora", f"dropped: {few}{', ...' if len(found.dropped) > 3 else ''}; all in {target.stem}.json")
+    run.say("remap_lora", f"wrote {target}; pipeline.load_lora_weights takes it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,6 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     config, family, teacher = run.config.width, run.family, run.teacher.pipeline.transformer
     if config.num_text == 0 and config.num_ffn == 0:
         raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
-    if config.num_ffn > len(kept):
-        raise UsageError(f"width.num_ffn={config.num_ffn} exceeds the {len(kept)} blocks that are kept.")
     here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
     stop = config.num_batches
 
@@ -97,6 +96,13 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     return {stack: sets for stack, sets in width.items() if any(sets.values())}, scores
 
 
+def _has_plan(path: Path, plan: PruningPlan) -> bool:
+    """Return whether `path` holds this plan; sets that were given may be replaced, selected ones may not."""
+    if path.exists() and PruningPlan.load(path).made_from.get("width", {}).get("source") in ("given", "plan"):
+        return PruningPlan.load(path).header().fingerprint == plan.header().fingerprint
+    return is_current(path, plan.header(), "delete that file to select anew")
+
+
 def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> PruningPlan:
     """The run's plan with width sets: given, or selected and written down."""
     config = run.config.width
@@ -108,7 +114,7 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
         selection["sets"] = run.width
     made_from = {"model": run.teacher.identity, "intervals": run.intervals, "students": students, "width": selection}
     plan = PruningPlan(run.config.model.family, run.num_layers, run.intervals, made_from)
-    if is_current(run.width_path, plan.header()):
+    if _has_plan(run.width_path, plan):
         return PruningPlan.load(run.width_path)
     if config.source == "auto":
         plan.width, plan.scores = _select(run, kept)
@@ -145,7 +151,8 @@ def run(run: Run) -> None:
         return WidthDistillation(*arguments, linear_weight=config.linear_weight, only=only, precision=run.precision)
 
     headers = {item.name: projector_header(run, item, students) for item in distillation().pruned}
-    stale = [name for name, header in headers.items() if not is_current(folder / f"{name}.json", header)]
+    advice = f"delete {folder}/*.text.json and {folder}/*.ffn.json to train all projectors anew"
+    stale = [name for name, header in headers.items() if not is_current(folder / f"{name}.json", header, advice)]
     made_from = {"projectors": {name: header.fingerprint for name, header in headers.items()}}
     header = Header("ppcl.width", made_from)
     checkpoints = folder / f"checkpoint-width-{fingerprint({'projectors': stale})}"

@@ -32,7 +32,8 @@ def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> b
     `sharded`: of a training that shards, which no other can read, nor it theirs.
     """
     record = folder / "checkpoint.json"
-    if not is_current(record, header):
+    advice = f"go on with that setting, or delete {folder} to train anew"
+    if not is_current(record, header, advice):
         return False
     mine, other = (SHARDED, "last.ckpt") if sharded else ("last.ckpt", SHARDED)
     if not (folder / mine).exists():

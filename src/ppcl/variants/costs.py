@@ -18,7 +18,7 @@ from ppcl.data.batches import TrainingBatch, batch_numbers
 from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import denoising_step
-from ppcl.report.text import billions
+from ppcl.report.text import billions, show_frontier
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.width import width_surgery
 from ppcl.taps import BlockCall, BlockKey, observe, stack_of
@@ -220,8 +220,11 @@ def _point(units: list[Unit], overlaps: list[Overlap], names: list[str], cost: s
 
 
 def measure(run: Run, plugs: Plugs) -> Costs:
-    """Costs and savings of every plug, and the frontier under each kind of cost; measured once, then read from disk."""
-    path = run.costs_path
+    """Return costs and savings of every plug, and the frontier under each kind of cost.
+
+    They are measured once and read from disk after that: from this run, or from the run that it is based on.
+    """
+    path, of_base = run.costs_paths
     sampling = run.config.model.sampling
     made_from = {
         "model": run.teacher.identity,
@@ -233,7 +236,11 @@ def measure(run: Run, plugs: Plugs) -> Costs:
         "data": run.data.identity,
     }
     header = Header("ppcl.costs", made_from)
-    if is_current(path, header):
+    advice = f"add name=OTHER paths.base_run={run.base} to measure beside them, or delete that file to measure anew"
+    if of_base != path and of_base.exists() and Costs.load(of_base).header.fingerprint == header.fingerprint:
+        run.say("plan", f"reused {of_base}")
+        return Costs.load(of_base)
+    if is_current(path, header, advice):
         run.say("plan", f"reused {path}")
         return Costs.load(path)
     switch = Switch(run, plugs)
@@ -244,8 +251,20 @@ def measure(run: Run, plugs: Plugs) -> Costs:
     costs = Costs(header, teacher, units, overlaps, _measure_frontier(run, units, overlaps, meter))
     switch.restore()
     costs.save(path)
+    _show(run, costs)
     run.say("plan", f"wrote {path}")
     return costs
+
+
+def _show(run: Run, costs: Costs) -> None:
+    """Print the frontier under the configured kind of cost, and what the two kinds are worth."""
+    show_frontier(run, costs.frontier.get(run.config.budget.cost, costs.frontier["velocity"]))
+    if len(costs.frontier) > 1:
+        run.say(
+            "plan",
+            f"at equal size, plans by budget.cost=velocity have {compare_costs(costs.frontier):.2f} times the velocity "
+            "error of plans by budget.cost=loss (geometric mean over the frontier)",
+        )
 
 
 def compare_costs(points: Frontier) -> float:
@@ -265,21 +284,25 @@ def compare_costs(points: Frontier) -> float:
 def target_of(
     name: str, value: float, teacher: TeacherCost, units: Sequence[Unit], overlaps: Sequence[Overlap] = ()
 ) -> float:
-    """Return the saving that `budget.<name>=<value>` needs; `UsageError` says what can be reached where that cannot."""
+    """Return what `budget.<name>=<value>` has to save, in the units of `Unit.savings`.
+
+    It is 0 or less where the teacher fits the budget as it is. Raises `UsageError`, which names the least that the
+    plugs reach, where all of them together save too little.
+    """
     whole = {"params": teacher.params, "memory_gb": teacher.memory_gb, "latency_ratio": 1.0}[name]
     allowed = value * whole if name == "params" and value <= 1 else value
     saving = whole - allowed
     most = greatest_saving(units, name, overlaps)
-    least = whole - most
 
     def written(amount: float) -> str:
         if name == "params":
             return f"{amount / whole:.3f} ({billions(round(amount))})"
         return f"{amount:.3g}"
 
-    if saving > most * (1 + 1e-9) or saving < 0:
+    if saving > most * (1 + 1e-9):
         raise UsageError(
-            f"budget.{name}={value:g} is out of reach: this run's plugs make any budget from {written(least)} to "
-            f"{written(whole)}; train more of them for less."
+            f"budget.{name}={value:g} is out of reach: with every plug in, {written(whole - most)} is left of the "
+            f"teacher's {written(whole)}; raise the budget, or train more plugs: more intervals, or projectors "
+            "(width=auto 'stages=[width,plan]')."
         )
     return saving
