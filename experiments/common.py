@@ -17,9 +17,9 @@ from ppcl.quiet import quiet_messages, quiet_progress
 quiet_messages()  # before what imports torch and diffusers
 
 from ppcl.cli import conf_dir  # noqa: E402
-from ppcl.config import register_schema  # noqa: E402
 from ppcl.context import Run  # noqa: E402
 from ppcl.pictures.drawing import draw, given_pictures  # noqa: E402
+from ppcl.schema import register_schema  # noqa: E402
 from ppcl.validation import parse  # noqa: E402
 
 SEEDS = (10, 11, 12)

@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import is_first, launched
+from ppcl.paths import conf_dir
 
 if TYPE_CHECKING:
     from ppcl.context import Run
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
-
-
-def conf_dir() -> Path:
-    """`conf/`: inside an installed package, or beside `src/` in a checkout."""
-    installed = Path(__file__).parent / "conf"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def execute(raw: Any, folder: Path) -> None:
@@ -145,7 +140,7 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from ppcl.config import register_schema
+    from ppcl.schema import register_schema
 
     register_schema()
 

@@ -8,7 +8,6 @@ from typing import Any
 from omegaconf import MISSING
 
 from ppcl.options import option
-from ppcl.stages import help_lines
 
 VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
 STORED_VARIANTS = (*VARIANTS, "ppcl-quantized")  # the last needs a folder of a stage that few runs have
@@ -166,7 +165,7 @@ class DataConfig:
     `given` names, for an edit model, where a sample's given pictures stand.
     """
 
-    name: str = option("shapes", choices=("shapes", "webdataset", "folder"))
+    name: str = option("shapes", choices=("shapes", "webdataset", "folder", "none"))
     path: str | None = None
     cache: str | None = None
     captions: list[str] = field(default_factory=lambda: ["prompt_en", "caption_en", "prompt_zh"])
@@ -438,15 +437,3 @@ class Config:
 
 # Groups that take keys of their own; whoever reads them checks these.
 OPEN_GROUPS = ("benchmark.settings", "distill.losses", "method.settings", "model.sampling.scheduler")
-
-
-def register_schema() -> None:
-    """Make `Config` the root that `conf/config.yaml` fills, and the table of stages known to the help text."""
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    schema = OmegaConf.structured(Config)
-    for key in OPEN_GROUPS:
-        OmegaConf.set_struct(OmegaConf.select(schema, key), False)
-    ConfigStore.instance().store(name="schema", node=schema)
-    OmegaConf.register_new_resolver("ppcl_stages", help_lines, replace=True)

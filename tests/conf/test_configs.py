@@ -1,6 +1,7 @@
 """Every YAML under conf/ composes and passes the checks; mistakes are told in one sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ppcl.artifacts.costs import Unit
-from ppcl.config import register_schema
 from ppcl.errors import UsageError
 from ppcl.families.qwen_image.tiny import build_pipeline
 from ppcl.families.registry import get_family
 from ppcl.layers import Layout
+from ppcl.schema import register_schema
 from ppcl.stages import STAGES
 from ppcl.surgery.count import count_parameters
 from ppcl.validation import parse
@@ -375,7 +377,7 @@ def refused(overrides):
         (["logger.kind=tensorboard"], ["logger.kind=tensorboard", "csv"]),
         (["model.dtype=float8"], ["model.dtype=float8", "bfloat16"]),
         (["stages=[pretrain]"], ["stages=[pretrain]", "model=auto"]),
-        (["stages=[pretrain,plan]"], ["stages=['pretrain', 'plan']", "stages=[pretrain] alone"]),
+        (["stages=[pretrain,plan]"], ["stages=['pretrain', 'plan']", "'stages=[pretrain]' alone"]),
         (["model.family=flux9"], ["model.family=flux9"]),
     ],
     ids=lambda value: " ".join(value) if "=" in str(value[0]) else "",
@@ -508,9 +510,15 @@ def test_a_strategy_that_means_nothing_is_refused(auto, overrides, sentence):
     [
         (["stages=[depth]"], "strategy=single trains depth in one process, and 3 were started"),
         (["stages=[cache,width,finetune]"], "strategy=single trains width, finetune in one process"),
-        (["stages=[depth]", "strategy=ddp"], "distill.batch_size=2 does not divide among 3 ranks: make it 3"),
-        (["stages=[finetune]", "strategy=fsdp"], "finetune.batch_size=4 does not divide among 3 ranks: make it 6"),
-        (["stages=[pretrain]", "strategy=ddp"], "strategy=ddp does not go with stages=[pretrain]"),
+        (
+            ["stages=[depth]", "strategy=ddp", "distill=paper"],
+            "distill.batch_size=2 does not divide among 3 ranks: make it 3",
+        ),
+        (
+            ["stages=[finetune]", "strategy=fsdp", "finetune=paper"],
+            "finetune.batch_size=4 does not divide among 3 ranks: make it 6",
+        ),
+        (["stages=[pretrain]", "strategy=ddp"], "strategy=ddp does not go with 'stages=[pretrain]'"),
         (["stages=[probe]", "strategy=fsdp", "model.streaming=true"], "model.streaming=true reads a teacher"),
         (["stages=[depth]", "strategy=fsdp", "distill.batch_size=3", "distill.mode=sequential"], "use strategy=ddp"),
         (
@@ -584,3 +592,39 @@ def test_without_students_the_default_variants_need_none(auto):
     config = parsed(*auto, "distill=none", "stages=[generate]", "intervals.transformer_blocks=[[1,2]]")
     assert config.distill.mode == "none"
     assert config.generate.variants == ["teacher", "removed"]
+
+
+# Defaults that depend on the model and the data
+
+
+def test_settings_come_with_the_models_size(auto):
+    small, large = parsed(*auto), parsed("model=qwen_image", "data=shapes")
+    assert (small.distill.steps, small.distill.lr, small.finetune.optimizer) == (400, 1e-3, "muon")
+    assert (large.distill.steps, large.distill.lr, large.finetune.optimizer) == (6000, 1e-5, "adamw")
+    assert parsed(*auto, "distill.steps=7").distill.steps == 7
+    assert parsed(*auto, "distill=paper").distill.steps == 6000
+
+
+def test_sampling_and_dtype_come_with_the_pipeline_folder(auto, pipeline_folder, tmp_path):
+    toy = parsed(*auto).model
+    assert (toy.dtype, toy.sampling.height, toy.sampling.num_inference_steps) == ("float32", 32, 20)
+    shutil.copytree(pipeline_folder, tmp_path / "real")
+    index = tmp_path / "real" / "model_index.json"
+    index.write_text(index.read_text().replace("AutoencoderPixelUnshuffle", "AutoencoderKLQwenImage"))
+    weights = next((tmp_path / "real" / "transformer").glob("*.safetensors"))
+    save_file({name: value.bfloat16() for name, value in load_file(weights).items()}, weights)
+    real = parsed("model=auto", f"model.path={tmp_path / 'real'}").model
+    assert (real.dtype, real.sampling.height, real.sampling.true_cfg_scale) == ("bfloat16", 1328, 4.0)
+    assert "needs pictures with captions: give data.path" in refused(
+        ["model=auto", f"model.path={tmp_path / 'real'}", "stages=[probe]"]
+    )
+
+
+def test_data_is_known_by_its_path(auto, tmp_path):
+    assert parsed(*auto).data.name == "shapes"
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a circle\n")
+    found = parsed(*auto, f"data.path={tmp_path}").data
+    assert (found.name, found.shift) == ("folder", 3.0)
+    (tmp_path / "00000.tar").touch()
+    assert parsed(*auto, f"data.path={tmp_path}").data.name == "webdataset"
+    assert parsed(*auto, f'data.path="{tmp_path}/shards-{{000..099}}.tar"').data.name == "webdataset"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from commands import succeed
 
-from ppcl.validation.model import ASSETS
+from ppcl.paths import ASSETS
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 MODELS = {path.stem: yaml.safe_load(path.read_text())["path"] for path in sorted(CONF.glob("tiny_*.yaml"))}

@@ -9,7 +9,7 @@ import pytest
 from commands import DIE_AT_RENAME, INTERVALS, NUM_LAYERS, assert_same_tensors, modified, ppcl, ppcl_process, succeed
 from safetensors.torch import load_file
 
-from ppcl.validation.model import ASSETS
+from ppcl.paths import ASSETS
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 

@@ -74,7 +74,9 @@ class ScoreRow:
         content = read_json(path, "The scores")
         try:
             later = ("score_interval", "velocity_error", "latent_distance")  # older records are without
-            values = {key: content.get(key) if key in later else content[key] for key in cls.__dataclass_fields__}
+            values: dict[str, Any] = {
+                key: content.get(key) if key in later else content[key] for key in cls.__dataclass_fields__
+            }
             scores = content["scores"]
             return cls(**values | {"scores": None if scores is None else Scores.from_json(scores)})
         except (KeyError, TypeError, AttributeError):

@@ -23,7 +23,7 @@ from ppcl.training.loop import compiled
 
 def denoising_step(run: Run) -> dict[str, Any]:
     """Inputs of one forward at batch 1 for the configured resolution; of cached data, as one sample has them."""
-    if run.config.data.name != "shapes":
+    if run.config.data.name in ("webdataset", "folder"):
         return run.data.to_device(run.data.stream(run.config.data.calibration_seed, 1)(0).inputs)
     sampling = run.config.model.sampling
     images = torch.zeros(1, 3, sampling.height, sampling.width)

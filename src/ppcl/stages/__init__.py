@@ -12,15 +12,20 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Stage:
-    """Declaration of one stage.
+    """Declares one stage.
 
-    `help` is its line in `ppcl --help`. `weights`: it needs the teacher's weights. `encoders`: it needs the VAE and
-    text encoders too. `whole`: it needs the whole teacher at once, which `model.streaming=true` never holds.
-    `ranks`: several ranks `train` it together, `divide` its work by themselves, or leave it to the `first`.
+    `help`: its line in `ppcl --help`.
+    `weights`: it needs the teacher's weights.
+    `data`: it needs pictures with captions, cached or of the shapes world.
+    `encoders`: it needs the VAE and the text encoders.
+    `whole`: it needs the whole teacher in memory at once, which `model.streaming=true` rules out.
+    `ranks`: how several ranks share it. They `train` together, they `divide` the work, or rank 0 (`first`) does it
+    alone while the others wait.
     """
 
     help: str
     weights: bool = False
+    data: bool = False
     encoders: bool = False
     whole: bool = False
     ranks: Literal["train", "divide", "first"] = "first"
@@ -34,19 +39,26 @@ STAGES = {
         encoders=True,
         ranks="divide",
     ),
-    "probe": Stage("fit one linear map per block and stream", weights=True),
-    "detect": Stage("find runs of adjacent blocks that are nearly one linear map", weights=True),
+    "probe": Stage("fit one linear map per block and stream", weights=True, data=True),
+    "detect": Stage("find runs of adjacent blocks that are nearly one linear map", weights=True, data=True),
     "boundaries": Stage(
         "write the teacher's activations at intervals, to distil without it (distill.from_boundaries=true)",
         weights=True,
+        data=True,
     ),
-    "depth": Stage("distil one student block per run from the teacher's own activations", weights=True, ranks="train"),
+    "depth": Stage(
+        "distil one student block per run from the teacher's own activations", weights=True, data=True, ranks="train"
+    ),
     "import_published": Stage(
         "read a model or a training checkpoint of the PPCL authors (published.path=DIR or FILE)", whole=True
     ),
-    "width": Stage("put linear projectors in the place of text streams and FFNs", weights=True, ranks="train"),
+    "width": Stage(
+        "put linear projectors in the place of text streams and FFNs", weights=True, data=True, ranks="train"
+    ),
     "plan": Stage("count what is left (no weights needed); with budget.params=0.6 or alike choose what to plug in"),
-    "finetune": Stage("tune all parameters of the pruned model on the teacher's output", weights=True, ranks="train"),
+    "finetune": Stage(
+        "tune all parameters of the pruned model on the teacher's output", weights=True, data=True, ranks="train"
+    ),
     "export": Stage(
         "write the pruned pipeline as a folder that plain diffusers loads", weights=True, encoders=True, whole=True
     ),

@@ -16,8 +16,8 @@ from ppcl.data.streams import ShapesStream
 from ppcl.distill.pretrain import Pretrain
 from ppcl.families.registry import builders
 from ppcl.options import identity
+from ppcl.paths import local_folder
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
-from ppcl.validation.model import local_folder
 
 
 def teacher_header(run: Run) -> Header:

@@ -9,16 +9,16 @@ from ppcl.artifacts.files import check_safetensors, read_json
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.registry import FAMILIES, builders, family_of_pipeline
+from ppcl.paths import is_toy_folder, local_folder
 from ppcl.stages import STAGES
 from ppcl.validation.values import aspect_ratio, one_of
 
-EMBEDDED = "embedded:"
-ASSETS = Path(__file__).parents[1] / "assets"
 
-
-def local_folder(path: str) -> Path:
-    """A path, or the folder of what `embedded:<name>` names."""
-    return ASSETS / path.removeprefix(EMBEDDED) if path.startswith(EMBEDDED) else Path(path)
+def is_toy(model: ModelConfig) -> bool:
+    """Whether the model is of the shapes world: a shipped teacher, or a folder of one that was trained like them."""
+    if model.builder is not None:
+        return True
+    return model.path is not None and is_toy_folder(local_folder(model.path))
 
 
 def model_folder(model: ModelConfig) -> Path | None:
@@ -122,13 +122,36 @@ def check_streaming(config: Config) -> None:
         )
 
 
+def _needs_data(config: Config, stage: str) -> bool:
+    """Whether a stage reads pictures and captions, with the settings it has."""
+    if stage == "depth" and config.distill.from_boundaries and config.distill.boundaries is not None:
+        return False
+    if stage == "plan":
+        budget = config.budget
+        return config.model.path is not None and any(
+            limit is not None for limit in (budget.params, budget.memory_gb, budget.latency_ratio)
+        )
+    if stage == "quantize":
+        return config.quantize.rounding == "least_squares"
+    return STAGES[stage].data
+
+
 def check_data(config: Config) -> None:
-    """Cached data: what is named, and that something was."""
+    """Check that there is data where a stage needs some, and that its settings fit each other."""
     data = config.data
+    if data.name == "none":
+        needing = [stage for stage in config.stages if _needs_data(config, stage) or stage == "cache"]
+        if needing:
+            raise UsageError(
+                f"'stages=[{needing[0]}]' needs pictures with captions: give data.path=FOLDER, with a metadata.csv or "
+                f"with .tar shards (data=shapes, 32x32 toy pictures, would teach model={config.model.name} nothing)."
+            )
+        return
     if data.name == "shapes":
         if "cache" in config.stages:
             raise UsageError(
-                "'stages=[cache]' has nothing to encode with data=shapes; choose data=webdataset or data=folder."
+                "'stages=[cache]' has nothing to encode with data=shapes: give data.path=FOLDER, with a metadata.csv "
+                "or with .tar shards."
             )
         return
     if "pretrain" in config.stages:

@@ -1,0 +1,117 @@
+"""Defaults that depend on the model and the data: resolvers that files in `conf/` call, as `${by_size:400,6000}`.
+
+They read small files and headers only, and never raise: the checks that follow refuse a wrong path in a sentence.
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+
+from ppcl.paths import conf_dir, is_toy_folder, local_folder
+
+TINY = 100_000_000  # parameters; below, the settings of the embedded teachers fit better than the paper's
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def register_resolvers() -> None:
+    """Make the functions below known to OmegaConf under the names that `conf/` uses."""
+    OmegaConf.register_new_resolver("by_size", by_size, replace=True)
+    OmegaConf.register_new_resolver("by_data", by_data, replace=True)
+    OmegaConf.register_new_resolver("data_name", data_name, replace=True)
+    OmegaConf.register_new_resolver("of_model", of_model, replace=True)
+
+
+def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
+    """Return `tiny` for a model with fewer than 100M parameters, else `large`."""
+    model = _root_.model
+    if model.path is None:
+        return tiny if model.get("builder") else large
+    count, _ = _stored(local_folder(model.path))
+    return tiny if 0 < count < TINY else large
+
+
+def by_data(toy: Any, own: Any, *, _root_: Any) -> Any:
+    """Return `toy` for the shapes world, and `own` for pictures of the user's."""
+    return toy if _root_.data.name == "shapes" else own
+
+
+def data_name(*, _root_: Any) -> str:
+    """Return the kind of data: of `data.path` by what lies there; without one `shapes` for a toy model, else `none`."""
+    path, cache = _root_.data.path, _root_.data.cache
+    if path is not None:
+        # A pattern of shards is no path that exists; of a folder the files in it decide.
+        tars = ".tar" in str(path) or (Path(path).is_dir() and any(Path(path).glob("*.tar")))
+        return "webdataset" if tars else "folder"
+    if cache is not None:
+        return "webdataset"
+    model = _root_.model
+    if model.get("builder") or (model.path is not None and is_toy_folder(local_folder(model.path))):
+        return "shapes"
+    return "none"
+
+
+def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:
+    """Return what the folder `model.path` says of a setting, or `otherwise` where it says nothing.
+
+    `key` is `dtype`, that of the stored weights, or a setting of `model.sampling`, as models of its family are sampled.
+    """
+    path = _root_.model.path
+    folder = None if path is None else local_folder(path)
+    if key == "dtype":
+        return otherwise if folder is None else _stored(folder)[1]
+    found = {} if folder is None else _family_sampling(_pipeline_class(folder), is_toy_folder(folder))
+    return found.get(key, otherwise)
+
+
+@lru_cache(maxsize=8)
+def _stored(folder: Path) -> tuple[int, str]:
+    """Number of parameters of the transformer in a pipeline folder, and the dtype of most of them; 0 if unknown."""
+    counts: Counter[str] = Counter()
+    for file in (folder / "transformer").glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="np") as content:
+                for name in content.keys():  # noqa: SIM118 - a file, not a mapping
+                    tensor = content.get_slice(name)
+                    counts[tensor.get_dtype()] += prod(tensor.get_shape())
+        except (OSError, SafetensorError):
+            return 0, "float32"
+    most = counts.most_common(1)
+    return sum(counts.values()), _DTYPES.get(most[0][0], "float32") if most else "float32"
+
+
+def _pipeline_class(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _family_sampling(pipeline_class: str, toy: bool) -> dict[str, Any]:
+    """`sampling` of the model in `conf/model` that is of the same family, and tiny just if this one is."""
+    from ppcl.families.registry import family_of_pipeline
+
+    family = family_of_pipeline(pipeline_class)
+    models = [_read_model(path.stem) for path in sorted((conf_dir() / "model").glob("*.yaml"))]
+    same = [model for model in models if model.get("family") == family and ("builder" in model) == toy]
+    return same[0].get("sampling", {}) if same and family is not None else {}
+
+
+def _read_model(name: str) -> dict[str, Any]:
+    """A file of `conf/model` with what it inherits from others there."""
+    content = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    merged: dict[str, Any] = {}
+    for parent in [_read_model(other) for other in content.pop("defaults", []) if other != "_self_"]:
+        merged |= parent
+    sampling = merged.get("sampling", {}) | content.get("sampling", {})
+    return merged | content | ({"sampling": sampling} if sampling else {})

@@ -1,0 +1,20 @@
+"""Everything that Hydra must know before it composes `conf/`. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from ppcl.config import OPEN_GROUPS, Config
+from ppcl.defaults import register_resolvers
+from ppcl.stages import help_lines
+
+
+def register_schema() -> None:
+    """Register `Config` as the root that `conf/config.yaml` fills, and the resolvers that files in `conf/` call."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(Config)
+    for key in OPEN_GROUPS:
+        OmegaConf.set_struct(OmegaConf.select(schema, key), False)
+    ConfigStore.instance().store(name="schema", node=schema)
+    OmegaConf.register_new_resolver("ppcl_stages", help_lines, replace=True)
+    register_resolvers()
