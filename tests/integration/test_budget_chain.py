@@ -192,6 +192,24 @@ def test_the_tuned_model_is_the_planned_one_with_other_weights(planned: Path, bo
     assert len(changed) > 0.9 * len(tuned)
 
 
+def test_tuning_tells_and_records_what_it_gained(
+    planned: Path, options: list[str], board: Plugboard, tmp_path: Path
+) -> None:
+    """The error before is that of the planned model, measured on the batches that plans are measured on."""
+    for folder in ("plan", "plugs"):
+        shutil.copytree(planned / folder, tmp_path / "budget" / folder)
+    said = succeed(*options, f"paths.runs_dir={tmp_path}", f"budget.params={BUDGET}", FINETUNE).out
+    record = load(tmp_path / "budget" / "finetuned" / "ppcl.json")
+    errors = record["velocity_error"]
+    assert f"held-out velocity error {errors['before']:.4f} -> {errors['after']:.4f}" in said
+    assert errors == load(planned / "finetuned" / "ppcl.json")["velocity_error"]
+    assert record["fingerprint"] == load(planned / "finetuned" / "ppcl.json")["fingerprint"]
+    chosen = set(load(planned / "plan" / "choice.json")["plugged"])
+    points = load(planned / "plan" / "costs.json")["frontier"]["velocity"]
+    measured = [point["velocity_error"] for point in points if set(point["plugged"]) == chosen]
+    assert all(errors["before"] == pytest.approx(value, rel=1e-4) for value in measured)
+
+
 def test_export_takes_the_tuned_model(planned: Path) -> None:
     exported = load(planned / "export" / "ppcl.json")
     assert exported["variant"] == "ppcl-finetuned"

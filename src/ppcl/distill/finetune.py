@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +56,7 @@ class FineTune(ManualOptimization):
             student.requires_grad_(True)
         self.student: Any = student
         self.config = config
+        self.is_sharded = sharding is not None
         self._skeleton: tuple[Any, ...] = ()
         if sharding is not None:
             self._skeleton = (skeleton(student),)
@@ -90,6 +93,37 @@ class FineTune(ManualOptimization):
         self._teacher[0].eval()
         if not self._skeleton:
             self._teacher[0].to(self.device)
+
+    @torch.no_grad()
+    def velocity_error(self, batches: Iterable[TrainingBatch]) -> float:
+        """Return ||v_S - v_T||^2 / ||v_T||^2 over `batches`, v_S being the velocity of the weights in `result`.
+
+        Every rank must call it, with its own rows of each batch; all get the value of the whole batches.
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self._result_to_run() as model:
+            for batch in batches:
+                with computing(self.precision, batch.sigmas.device):
+                    velocity = batch.prediction(model(**batch.inputs)[0]).double()
+                target = batch.prediction(self._teacher[0](**batch.inputs)[0]).double()
+                found = torch.stack([(velocity - target).square().sum(), target.square().sum()])
+                sums += batch.average(found).cpu()
+        return (sums[0] / sums[1]).item()
+
+    @contextmanager
+    def _result_to_run(self) -> Iterator[nn.Module]:
+        """Give the block a model with the weights of `result`; a sharded mean cannot run, so the student takes them."""
+        if self.ema is None or not self.is_sharded:
+            yield self.result
+            return
+        own = [parameter.detach().clone() for parameter in self.student.parameters()]
+        for parameter, mean in zip(self.student.parameters(), self.ema.parameters(), strict=True):
+            parameter.copy_(mean)
+        try:
+            yield self.student
+        finally:
+            for parameter, value in zip(self.student.parameters(), own, strict=True):
+                parameter.copy_(value)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """`output` and `flow`, mean squared errors, and `feature`, the mean relative error of image streams.

@@ -10,13 +10,14 @@ from typing import Any, cast
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
-from ppcl.data.batches import StepLoader, TrainingBatch
+from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.finetune import FineTune
 from ppcl.options import identity
 from ppcl.streaming import still
 from ppcl.surgery.adapter import merge_lora
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
-from ppcl.training.sharding import Sharding
+from ppcl.training.sharding import Sharding, place
+from ppcl.variants.costs import FIRST_BATCH
 from ppcl.variants.plugs import required_plugs
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import finetuned_folder, made_of, planned
@@ -61,19 +62,32 @@ def run(run: Run) -> None:
     stream = run.data.shared_stream(seed, config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps, ahead=stream.from_disk)
     blocks = [b for model in (transformer, student) for b in run.family.blocks(model).values()]
+    before = _velocity_error(run, module, "before tuning")
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
+    after = _velocity_error(run, module, "after tuning")
     result = cast(Any, module.whole_result())
     if run.writes:
         with atomic_folder(folder) as temporary:
             if config.lora_rank:
                 merge_lora(result, run.teacher.pipeline, temporary)
             result.to(run.teacher.dtype).save_pretrained(temporary / "transformer")
-            write_json(
-                temporary / "ppcl.json",
-                header.to_json() | {"plugged": [*plan.students, *plan.removed, *plan.projectors]},
-            )
+            facts = {
+                "plugged": [*plan.students, *plan.removed, *plan.projectors],
+                "velocity_error": {"before": before, "after": after},  # held-out
+            }
+            write_json(temporary / "ppcl.json", header.to_json() | facts)
     discard_checkpoint(run, checkpoints)
+    run.say("finetune", f"held-out velocity error {before:.4f} -> {after:.4f}")
     run.say("finetune", f"wrote {folder}")
+
+
+def _velocity_error(run: Run, module: FineTune, description: str) -> float:
+    """Measure the held-out velocity error on the part of the calibration data that a plan's costs are measured on."""
+    place(run, module)
+    size = run.config.finetune.batch_size
+    stream = run.data.shared_stream(run.config.data.calibration_seed, size)
+    steps = run.track(batch_numbers(size, FIRST_BATCH, FIRST_BATCH + 4), description)
+    return module.velocity_error(run.data.to_device(stream(step)) for step in steps)
 
 
 def _later(stream: Any, step: int) -> TrainingBatch:

@@ -31,7 +31,7 @@ NUM_POINTS = 16
 
 COSTS = ("velocity", "loss")
 
-_FIRST_BATCH = 100_000  # of the calibration stream: far behind what anything was fitted to
+FIRST_BATCH = 100_000  # of the calibration stream: far behind all batches that anything was fitted to
 
 
 def find_units(plugs: Plugs) -> list[Unit]:
@@ -78,7 +78,7 @@ class Meter:
         self.run, self.board = run, board
         size = run.config.distill.batch_size
         stream = run.data.stream(run.config.data.calibration_seed, size)
-        numbers = batch_numbers(size, _FIRST_BATCH, _FIRST_BATCH + run.config.budget.num_batches)
+        numbers = batch_numbers(size, FIRST_BATCH, FIRST_BATCH + run.config.budget.num_batches)
         board()
         with torch.no_grad():
             self.batches = [run.data.to_device(stream(number)) for number in numbers]
