@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import Header
 from ppcl.config import Config
-from ppcl.data.cached import EMPTY, CachedStream, unit_record
+from ppcl.data.cached import EMPTY, CachedStream, held_out_share, unit_record
 from ppcl.data.encoding import source_header
 from ppcl.data.sources import find_units
 from ppcl.data.streams import ShapesStream, Stream, encode_world
@@ -54,7 +55,32 @@ class TrainingData:
         """The cache's part of what an artifact is made from; nothing for the shapes world."""
         if self.config.data.name == "shapes":
             return {}
-        return {"cache": self.cache_header.fingerprint, "held_out": self.config.data.held_out}
+        return {"cache": self.cache_header.fingerprint, "held_out": self.held_out}
+
+    @cached_property
+    def held_out(self) -> float:
+        """The share of the cached samples that is kept from training; by default it depends on their number."""
+        data = self.config.data
+        if data.held_out is not None:
+            return data.held_out
+        folder = self._whole_cache()
+        records = (read_json(folder / unit_record(unit), "A cache's unit") for unit in self._units)
+        return held_out_share(data, sum(record["samples"] for record in records))
+
+    @property
+    def _units(self) -> Iterable[str]:
+        """The names of the cache's units, each of which has a record there once it is whole."""
+        return self.cache_header.made_from["units"]
+
+    def _whole_cache(self) -> Path:
+        """Return the folder of the cache; `UsageError` where it is not written to its end."""
+        folder = self.cache_folder
+        missing = [unit for unit in self._units if not (folder / unit_record(unit)).exists()]
+        if missing or not (folder / EMPTY).exists():
+            raise UsageError(
+                f"{folder} lacks {missing[0] if missing else EMPTY}: run 'stages=[cache]' first, to its end."
+            )
+        return folder
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -72,13 +98,8 @@ class TrainingData:
         data, teacher = self.config.data, self.teacher
         if data.name == "shapes":
             return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size, self._captions)
-        folder = self.cache_folder
-        missing = [unit for unit in self.cache_header.made_from["units"] if not (folder / unit_record(unit)).exists()]
-        if missing or not (folder / EMPTY).exists():
-            raise UsageError(
-                f"{folder} lacks {missing[0] if missing else EMPTY}: run 'stages=[cache]' first, to its end."
-            )
-        return CachedStream(teacher.family, folder, data, seed, batch_size, held_out=seed == data.calibration_seed)
+        held_out = seed == data.calibration_seed
+        return CachedStream(teacher.family, self._whole_cache(), data, seed, batch_size, held_out=held_out)
 
     def shared_stream(self, seed: int, batch_size: int) -> Stream:
         """`stream` for trainings: with several ranks, each batch holds this rank's rows alone."""

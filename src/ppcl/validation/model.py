@@ -172,7 +172,7 @@ def check_data(config: Config) -> None:
     if data.given and (data.cache is not None or not edits):
         why = "data.cache has them" if edits else f"model.family={config.model.family} is given no pictures"
         raise UsageError(f"data.given={data.given}: {why}; drop it.")
-    if not 0 < data.held_out < 1:
+    if data.held_out is not None and not 0 < data.held_out < 1:
         raise UsageError(f"data.held_out={data.held_out} must lie between 0 and 1.")
     if not data.captions:
         raise UsageError("data.captions=[] names no key that a caption stands under.")
