@@ -70,6 +70,8 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
 
 def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
     """One after the other; what is neither a training nor divides by itself the first rank does for all."""
+    from ppcl.describe import describe
+    from ppcl.needs import check_needs
     from ppcl.quiet import quiet_progress
     from ppcl.stages import STAGES
     from ppcl.validation.pruning import budget_of
@@ -81,6 +83,9 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
         import torch
 
         torch.set_num_threads(config.trainer.num_threads)
+    with shared():
+        check_needs(run)
+    describe(run)
     for stage in sorted(set(config.stages), key=list(STAGES).index):
         run.teacher.enter(stage)
         with shared():

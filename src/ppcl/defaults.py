@@ -37,7 +37,7 @@ def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
     model = _root_.model
     if model.path is None:
         return tiny if model.get("builder") else large
-    count, _ = _stored(local_folder(model.path))
+    count, _ = stored_weights(local_folder(model.path))
     return tiny if 0 < count < TINY else large
 
 
@@ -69,13 +69,13 @@ def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:
     path = _root_.model.path
     folder = None if path is None else local_folder(path)
     if key == "dtype":
-        return otherwise if folder is None else _stored(folder)[1]
+        return otherwise if folder is None else stored_weights(folder)[1]
     found = {} if folder is None else _family_sampling(_pipeline_class(folder), is_toy_folder(folder))
     return found.get(key, otherwise)
 
 
 @lru_cache(maxsize=8)
-def _stored(folder: Path) -> tuple[int, str]:
+def stored_weights(folder: Path) -> tuple[int, str]:
     """Number of parameters of the transformer in a pipeline folder, and the dtype of most of them; 0 if unknown."""
     counts: Counter[str] = Counter()
     for file in (folder / "transformer").glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""Methods and benchmarks are found by the names of their files, so that adding one touches no table.
+"""Finds methods and benchmarks by the names of their files, so that a new one needs no entry in a table.
 
 Importing this loads no torch.
 """
@@ -22,12 +22,15 @@ T = TypeVar("T")
 
 
 def module_names(package: ModuleType, libraries: Collection[str]) -> tuple[str, ...]:
-    """The modules of `package` but for its `libraries`, sorted; none is imported."""
+    """Return the names of the modules in `package` except `libraries`, sorted. It imports none of them."""
     return tuple(sorted({found.name for found in iter_modules(package.__path__)} - {*libraries}))
 
 
 def declared_class(module_name: str, base: type[T], key: str) -> type[T]:
-    """The one class of `base` that a module declares; `UsageError` where it is not one. `key` starts the sentence."""
+    """Import a module and return the subclass of `base` that it declares.
+
+    Raises `UsageError` if it declares none or several; `key` starts the sentence.
+    """
     module = import_module(module_name)
     own = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
     declared = [item for item in own if issubclass(item, base) and not isabstract(item)]
@@ -40,11 +43,15 @@ def declared_class(module_name: str, base: type[T], key: str) -> type[T]:
 
 
 def parse_settings(settings_class: type[T], settings: Mapping[str, Any], key: str) -> T:
-    """`settings` as a dataclass; `UsageError` for keys that it does not have and values of another type."""
+    """Return `settings` as an instance of the dataclass `settings_class`.
+
+    Raises `UsageError` for a key that the class does not have and for a value of another type; `key` starts the
+    sentence.
+    """
     known = [item.name for item in fields(settings_class)]  # type: ignore[arg-type]
     for name in settings:
         if name not in known:
-            raise UsageError(f"{key}.{name} is no setting here; there are {', '.join(known) or 'none'}.")
+            raise UsageError(f"{key}.{name} is not a setting here; there are {', '.join(known) or 'none'}.")
     try:
         parsed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings_class), dict(settings)))
     except OmegaConfBaseException as error:

@@ -1,4 +1,4 @@
-"""Latency and peak memory of one denoising step, every variant measured in the same run."""
+"""Measures the latency and the peak memory of one denoising step, for all variants in the same run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 def interleaved_latency_ms(
     steps: dict[str, Callable[[], object]], repeats: int, prepare: Callable[[str], object] = lambda name: None
 ) -> dict[str, float]:
-    """Median time of each step in milliseconds; they take turns, so that a noisy moment hits all alike.
+    """Return the median time of each step in milliseconds, by name.
 
-    `prepare(name)` is called before a step is timed.
+    The steps are run in turns, `repeats` times after 3 warm-up rounds, so that a disturbance of the machine affects all
+    of them alike. `prepare(name)` is called before each run and not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
@@ -36,9 +37,9 @@ def interleaved_latency_ms(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sums the storages that operations return while they live; `peak` is the highest sum.
+    """Counts the bytes of tensors that are created in the context; `peak` is the most that were alive at one time.
 
-    `resident` is the size of all that was there before and was used: weights, optimiser state, inputs.
+    Tensors that existed before and are used, such as weights, optimiser state and inputs, are counted in `resident`.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def resident(self) -> int:
+        """The bytes of tensors that existed before the context and were used in it."""
         return sum(self._resident.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,9 +79,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_memory_mb(step: Callable[[], object], resident_bytes: int, device: torch.device) -> float:
-    """Peak of live tensors during `step`, weights included, in MB (1e6 bytes).
+    """Return the peak memory of tensors during `step`, weights included, in MB (1e6 bytes).
 
-    On a GPU the allocator's own peak; on a CPU `resident_bytes` plus the peak of what operations hold.
+    On a GPU this is the allocator's peak. On a CPU it is `resident_bytes`, the size of the weights, plus the peak of
+    the tensors that are created in the step.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

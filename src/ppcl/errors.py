@@ -1,14 +1,14 @@
-"""Errors raised for a user's mistake."""
+"""Exceptions for mistakes of the user."""
 
 from __future__ import annotations
 
 
 class UsageError(ValueError):
-    """A mistake in what was asked for: one sentence that names the key, the value and the remedy.
+    """A mistake of the user. The message is one sentence that names the key, the value and the remedy.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with code 2.
     """
 
 
-class SaidElsewhere(UsageError):  # noqa: N818 - of that one
-    """A mistake that another rank of this run prints."""
+class SaidElsewhere(UsageError):  # noqa: N818 - the base class ends in Error
+    """A `UsageError` that another rank prints, so this rank exits without printing it."""

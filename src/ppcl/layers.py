@@ -1,4 +1,4 @@
-"""Index arithmetic of kept blocks and of the text they read. Importing this loads no torch."""
+"""Index arithmetic of the blocks that pruning keeps and of those they read text from. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -10,32 +10,39 @@ from ppcl.errors import UsageError
 
 
 def kept_layers(num_layers: int, intervals: Iterable[Interval]) -> list[int]:
-    """Teacher indices that remain when each [u, v] becomes one block in the place of u."""
+    """Return the teacher's block indices that are left when each interval [u, v] becomes one block at index u."""
     removed = {index for u, v in intervals for index in range(u + 1, v + 1)}
     return [index for index in range(num_layers) if index not in removed]
 
 
 def check_counts(keys: Mapping[str, str], counts: Mapping[str, int]) -> None:
-    """Stacks whose blocks one config key counts have equally many; `keys` and `counts` are by stack."""
+    """Raise `UsageError` if stacks that share one config key for their number of blocks differ in that number.
+
+    `keys`: the config key of each stack. `counts`: the number of blocks of each stack.
+    """
     for stack, key in keys.items():
         for other in keys:
             if keys[other] == key and counts[other] != counts[stack]:
                 raise UsageError(
                     f"{stack} is left with {counts[stack]} blocks and {other} with {counts[other]}, and the model's "
-                    f"config has one {key} for both: prune as many blocks of either."
+                    f"config has one {key} for both: prune the same number of blocks from each."
                 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How width-pruned blocks are laid out; see `WidthConfig`."""
+    """Settings of the structure of width-pruned blocks, with the meaning they have in `WidthConfig`."""
 
     text_output: str = "last"
     keep_text_query: bool = False
 
 
 def references(kept: Sequence[int], text: Iterable[int]) -> dict[int, int]:
-    """For each text-pruned block the nearest earlier kept block whose text stream is intact."""
+    """Return for each text-pruned block its reference: the nearest earlier kept block with an intact text stream.
+
+    `kept`: all kept blocks, in ascending order. `text`: the text-pruned ones among them.
+    Raises `UsageError` if a text-pruned block has no such block before it.
+    """
     pruned = set(text)
     found: dict[int, int] = {}
     reference: int | None = None
@@ -50,7 +57,11 @@ def references(kept: Sequence[int], text: Iterable[int]) -> dict[int, int]:
 
 
 def check_width_sets(stack: str, kept: Sequence[int], text: Sequence[int], ffn: Sequence[int], where: str) -> None:
-    """Every block of the sets is named once, is kept, and a text-pruned one has a block to read from."""
+    """Raise `UsageError` if a set names a block twice, or one that is not kept, or one without a reference to read.
+
+    `text`, `ffn`: the blocks of `stack` that lose their text stream or FFN. `where`: the configuration key of the sets,
+    for the message.
+    """
     for kind, indices in (("text", text), ("ffn", ffn)):
         for number, index in enumerate(indices):
             if index in indices[:number]:
@@ -67,7 +78,7 @@ def check_width_sets(stack: str, kept: Sequence[int], text: Sequence[int], ffn: 
 
 
 def _ranges(indices: Sequence[int]) -> str:
-    """`0-3, 5, 8-11`."""
+    """Return ascending indices as text, such as `0-3, 5, 8-11`."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and runs[-1][-1] == index - 1:

@@ -1,4 +1,4 @@
-"""How a key of the configuration is declared, and what is read off its declaration. Importing this loads no torch."""
+"""Declares keys of the configuration and reads these declarations. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def option(
     before: Any = NO_DEFAULT,
     identity: bool = True,
 ) -> Any:
-    """Declare a key together with all that the rest of ppcl has to know of it.
+    """Declare a key of the configuration: a dataclass field with metadata.
 
-    `least`: its smallest value. `choices`: its values, or those of its items. Both are checked before anything loads.
-    `identity=False`: no artifact depends on it.
-    `before`: for a key that came later, the value that does what was done before there was such a key. It never
-    changes, even when the default does. With just this value the key stays out of fingerprints, so that artifacts made
-    before the key existed are still taken.
+    `default`, `factory`: the default value, or a function that returns it.
+    `least`: the smallest allowed value. `choices`: the allowed values, for a list those of its items. Both are checked
+        before anything heavy loads.
+    `identity`: whether artifacts depend on the key. If False, it stays out of their fingerprints.
+    `before`: for a key that was added later, the value that gives the behaviour from before the key existed. With this
+        value the key stays out of fingerprints, so artifacts that are older than the key remain valid. It must never
+        change, even if the default does.
     """
     metadata = {"least": least, "choices": choices, "identity": identity, "before": before}
     if factory is not NO_DEFAULT:
@@ -32,7 +34,7 @@ def option(
 
 
 def identity(settings: Any) -> dict[str, Any]:
-    """Return the values of a group that artifacts depend on, as they go into fingerprints."""
+    """Return the part of a group of keys that goes into the fingerprints of artifacts."""
     found = asdict(settings)
     for item in fields(settings):
         told = item.metadata
@@ -42,7 +44,7 @@ def identity(settings: Any) -> dict[str, Any]:
 
 
 def declared(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, float | None, Collection[str] | None]]:
-    """Every key of a group and the groups in it: its full name, value, smallest value and choices."""
+    """Yield the full name, value, smallest value and choices of every key in a group and in its nested groups."""
     for item in fields(settings):
         value = getattr(settings, item.name)
         if is_dataclass(value):

@@ -1,6 +1,7 @@
-"""Communication between the ranks of one run: means over ranks, and whether all of them may go on.
+"""Communication between the ranks of one run: barriers, shared failures, and means by all-reduce.
 
-Everything here does nothing in a run of one process, where `start` is not called.
+Call `start` once, in runs of several processes only. Without it every function here assumes a single process: nothing
+is sent, and a mean over ranks is the value itself.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import export_slurm, local_rank, rank
 from ppcl.ops.losses import Average, own
 
-_STAGE_TIMEOUT = timedelta(days=7)  # others wait as long for the first rank's probes or pictures
-_STRAGGLERS = timedelta(seconds=20)
+_STAGE_TIMEOUT = timedelta(days=7)  # the longest that ranks wait while rank 0 works alone (probes, pictures)
+_STRAGGLERS = timedelta(seconds=20)  # how long a rank that failed waits for the others before it raises
 
 
 @dataclass
 class _Ranks:
-    """A store that waiting on takes neither CPU nor GPU, and a group that speaks without a GPU."""
+    """The channels by which ranks communicate outside of training steps.
+
+    `store`: a key-value store; waiting for a key uses neither CPU nor GPU.
+    `group`: a gloo process group, which needs no GPU.
+    `sections`: counts the calls of `together`, so that every call has keys of its own in the store.
+    """
 
     store: Any
     group: Any
@@ -39,9 +45,12 @@ _ranks: _Ranks | None = None
 
 
 def start(accelerator: str, timeout: timedelta) -> None:
-    """Meet the other ranks; a second job of a sweep finds them met.
+    """Join the process group of this run. Later calls, from further jobs of a sweep, do nothing.
 
-    `timeout`: how long a rank waits for another within a training.
+    `accelerator`: the value of `trainer.accelerator`. With a GPU, tensors on it are reduced by NCCL; all else by gloo.
+    `timeout`: how long a rank waits for another in a collective operation during training.
+
+    Raises `UsageError` if this rank has no GPU of its own on its machine.
     """
     global _ranks
     if _ranks is not None:
@@ -53,8 +62,8 @@ def start(accelerator: str, timeout: timedelta) -> None:
         local, there = local_rank()[0], torch.cuda.device_count()
         if local >= there:
             raise UsageError(
-                f"rank {number} is number {local} of its machine and sees {there} GPUs: start one rank a GPU, and let "
-                "each see all of them (srun --gpus-per-node, not --gpus-per-task)."
+                f"rank {number} has local rank {local} but sees only {there} GPUs: start one rank per GPU, and let "
+                "each rank see all GPUs of its machine (srun --gpus-per-node, not --gpus-per-task)."
             )
         torch.cuda.set_device(local)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -66,20 +75,25 @@ def start(accelerator: str, timeout: timedelta) -> None:
         timeout=timeout,
     )
     group = dist.new_group(backend="gloo", timeout=_STAGE_TIMEOUT)
-    atexit.register(dist.destroy_process_group)  # NCCL complains otherwise
+    atexit.register(dist.destroy_process_group)  # NCCL warns at exit if this was not called
     _ranks = _Ranks(dist.PrefixStore("stages", store), group, count())
 
 
 def barrier() -> None:
+    """Wait until all ranks have called this."""
     if _ranks is not None:
         dist.barrier(group=_ranks.group)
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Run the block on every rank; if one rank raises, all raise. The first rank that failed says why.
+    """Run the `with` body on every rank, wait for all ranks at its end, and raise on all of them if one failed.
 
-    A rank that has nothing to do in it waits here.
+    The lowest rank that failed raises its own error, which gives the cause. All others raise `SaidElsewhere`, so that
+    the cause is printed once. A rank may have nothing to do in the body: it just waits.
+
+    Only `UsageError`, `OSError` and OmegaConf's errors are passed on in this way. If the other ranks do not reach the
+    end of the body within 20 seconds, a rank that failed raises its own error without them.
     """
     if _ranks is None:
         yield
@@ -98,15 +112,18 @@ def together() -> Iterator[None]:
     except RuntimeError:
         if failure is None:
             raise
-        raise failure from None  # the others wait for this rank inside the training: the launcher ends them
+        raise failure from None  # the others still wait for this rank in the training; the launcher will end them
     failed = [other for other in range(size) if _ranks.store.get(keys[other]) == b"failed"]
-    barrier()  # the first rank may be the one that holds the store
+    barrier()  # rank 0 may host the store: it must not raise and exit before the others have read their keys
     if failed:
         raise failure if failure is not None and failed[0] == number else SaidElsewhere()
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """The mean over ranks, without gradient; itself where there is one rank."""
+    """Return the mean of `tensor` over ranks, by an all-reduce that every rank must call.
+
+    The result has no gradient. In a single process it is `tensor` itself, with its gradient.
+    """
     if _ranks is None:
         return tensor
     total = tensor.detach().clone()
@@ -115,7 +132,11 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def mean_terms(terms: Sequence[Mapping[str, Tensor]], average: Average) -> list[dict[str, Tensor]]:
-    """Losses and what is logged beside them, averaged all at once."""
+    """Return `terms` with every value averaged over ranks, by one all-reduce for all of them.
+
+    `terms`: for each trained part its losses and logged values, scalar tensors by name.
+    `average`: `mean`, or `own`, which returns the values as they are.
+    """
     if average is own:
         return [dict(each) for each in terms]
     values = iter(average(torch.stack([value.detach().float() for each in terms for value in each.values()])))
@@ -123,7 +144,10 @@ def mean_terms(terms: Sequence[Mapping[str, Tensor]], average: Average) -> list[
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Make every gradient its mean over ranks, in float32; sharded parameters have seen to that themselves."""
+    """Replace every gradient by its mean over ranks; the all-reduce runs in float32.
+
+    Skips parameters without a gradient, and sharded ones, whose gradients FSDP has averaged in the backward pass.
+    """
     if _ranks is None:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and type(p.grad) is Tensor]
@@ -135,7 +159,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def copy_from_first(module: nn.Module) -> None:
-    """Give every rank the first one's parameters: a LoRA starts from random numbers."""
+    """Broadcast the parameters of `module` from rank 0, so that all ranks train the same model."""
     if _ranks is not None:
         for parameter in module.parameters():
             dist.broadcast(parameter.detach(), src=0)

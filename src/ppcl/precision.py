@@ -1,7 +1,8 @@
-"""Precision of trainable modules: weights in float32, their products in what is asked for.
+"""Precision of trainable modules: float32 weights, and matrix products in bfloat16 if that is asked for.
 
-A teacher may be in bfloat16; what learns may not, since a bfloat16 weight of 0.02 stays as it is when a step of 1e-5 is
-taken. The teacher itself computes as it does in every stage, never under autocast.
+Trainable weights are always float32. In bfloat16, which has two to three significant digits, a weight of 0.02 would not
+change when a step of 1e-5 is added. The frozen teacher may be in bfloat16. It never runs under autocast, so that it
+computes the same in training as in every other stage.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import torch
 
 
 def computing(precision: str, device: torch.device) -> torch.autocast:
-    """Where what learns computes.
+    """Return the autocast context for trainable modules: bfloat16 if `precision` is `bf16-mixed`, else disabled.
 
-    No copy of a weight outlives its use: parts take steps within a pass, and all copies at once would be a model more.
+    The weight cache of autocast is off, for two reasons. It would hold bfloat16 copies of all parts at once, as much
+    memory as another model. And weights are updated during the teacher's forward, after which cached copies are stale.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False)

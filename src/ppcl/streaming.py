@@ -1,8 +1,8 @@
-"""A teacher larger than memory: its blocks stay in their safetensors files and come one ahead of use.
+"""Streaming of a teacher that does not fit in memory: its blocks are read from their files when they are called.
 
-diffusers' group offloading needs the whole model in host memory first, or a second copy of it on disk. Here a block
-is read from the file that is there anyway, by another thread while the block before it computes; two are held at a
-time, however many there are.
+While one block computes, a thread prefetches the next one from the model's own safetensors files. Two blocks are in
+memory at a time, however many the model has. diffusers' group offloading would not do: it needs the whole model in
+host memory first, or a second copy of it on disk.
 """
 
 from __future__ import annotations
@@ -33,14 +33,20 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its bytes from `start` on in a file, and of which type they are (safetensors' name)."""
+    """Location of a tensor on disk: the file, the offset in bytes, and the dtype by its safetensors name ("BF16")."""
 
     path: Path
     dtype: str
     start: int
 
     def read_into(self, handle: Any, target: Tensor) -> None:
-        """Fill the flat `target`, in host memory, from the open file: past it no page of the file is held."""
+        """Copy the tensor from the open file `handle` into `target`, cast to the dtype of `target`.
+
+        `target`: a flat tensor in host memory with as many elements as the stored one. The file is read, not mapped
+        into memory, so that its pages do not count as memory of this process.
+
+        Raises `UsageError` if the file is shorter than it was when it was opened.
+        """
         dtype = _DTYPES[self.dtype]
         raw = target if target.dtype == dtype else torch.empty(len(target), dtype=dtype)
         buffer: Any = raw.view(torch.uint8).numpy()
@@ -58,7 +64,11 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Where each tensor of a saved model's `folder` lies."""
+    """Return the location of every tensor of the model saved in `folder`, by tensor name.
+
+    Reads the headers of the files named in `*.safetensors.index.json`, or of all `*.safetensors` if there is no index.
+    Raises `UsageError` if there are none, or if one is damaged.
+    """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     named: dict[str, str] | None = read_json(indices[0], "A model's index")["weight_map"] if indices else None
     paths = sorted({folder / file for file in named.values()} if named else folder.glob("*.safetensors"))
@@ -78,11 +88,20 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 class BlockStream:
-    """Gives each block its weights when it is called, and takes them again when another one is.
+    """Loads the weights of each block when it is called, and releases them when another block is called.
 
-    They lie in one of two buffers that are made once: the memory of blocks that come and go would not all go back to
-    the system. A block whose weights are elsewhere holds NaN in their place, which costs a number each: used past
-    this class it would be seen at once. The order of the blocks is learned from the calls, as a pass may end early.
+    Each block gets a forward pre-hook that calls `arrive`. Weights are read into one of two buffers, each as large as
+    the largest block. The buffers are allocated once, because the system would not get back all memory of blocks that
+    are allocated and freed in turn.
+
+    Parameters of a block that is not loaded are NaN, expanded from a single number. Code that reads them without
+    `still` gets NaN, so that the mistake is noticed.
+
+    The block to prefetch is the one that followed last time: a forward may end early, and then the first block follows.
+
+    `blocks`: modules by the prefix of their parameter names, in order of execution.
+    `stored`: the location of every parameter, by its full name.
+    `device`, `dtype`: those of the loaded weights.
     """
 
     def __init__(
@@ -112,7 +131,7 @@ class BlockStream:
         return self.blocks[number].register_forward_pre_hook(_Arrival(self, number), prepend=True)
 
     def arrive(self, number: int) -> None:
-        """Hold block `number` and begin to read the one that is likely to be next."""
+        """Load block `number`, release the block before it, and start to prefetch the block that should come next."""
         if number == self._current:
             return
         before, self._current = self._current, None
@@ -130,7 +149,7 @@ class BlockStream:
             self._ahead = following, self._submit(following)
 
     def _submit(self, number: int) -> Future[Weights]:
-        """Read a block into the buffer whose block is done with."""
+        """Start to read a block into the buffer that the current block does not use."""
         buffer = self._buffers[self._next_buffer]
         self._next_buffer = 1 - self._next_buffer
         done = None
@@ -139,13 +158,17 @@ class BlockStream:
         return self._reader.submit(self._read, number, buffer, done)
 
     def _read(self, number: int, buffer: Tensor, done: Any = None) -> Weights:
-        """A block's weights by name, in `buffer`; on a GPU they may still be on their way when this returns."""
+        """Read a block's weights into `buffer` and return views of it by parameter name.
+
+        `done`: the CUDA event after which `buffer` is free. On a GPU the copies are asynchronous: they may still be
+        running when this returns.
+        """
         prefix, weights, start = self.names[number] + ".", Weights(), 0
         with ExitStack() as opened:
             files: dict[Path, Any] = {}
             target = buffer
             if self.device.type == "cuda":
-                self._copied.synchronize()  # the staging buffer has been read
+                self._copied.synchronize()  # the last copy has left the staging buffer
                 self._copies.wait_event(done)
                 opened.enter_context(torch.cuda.stream(self._copies))
                 target = self._staging
@@ -175,11 +198,15 @@ class BlockStream:
 
     @contextmanager
     def still(self, number: int) -> Iterator[None]:
-        """The block as any other: with its weights, in memory of its own, and copied without being streamed."""
+        """Load the weights of block `number` for the context, so that it can be read or copied.
+
+        The streaming hook is removed meanwhile, so that a copy does not have it. A block that is not the current one
+        gets memory of its own, which leaves the buffers alone.
+        """
         self._handles[number].remove()
         if number != self._current:
             if self._ahead is not None:
-                self._ahead[1].result()  # one reads at a time
+                self._ahead[1].result()  # let the prefetch end: two reads at once would share the staging buffer
             size = sum(_aligned(parameter.numel()) for parameter in self.blocks[number].parameters())
             done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
             self._fill(number, self._read(number, self._buffers[0].new_empty(size), done))
@@ -192,13 +219,13 @@ class BlockStream:
 
 
 def _aligned(count: int) -> int:
-    """So many numbers that the next tensor starts where torch would let one start."""
+    """Round a number of elements up to a multiple of 64, so that the next tensor in a buffer is aligned as torch's."""
     return -(-count // 64) * 64
 
 
 @dataclass(frozen=True)
 class _Arrival:
-    """The hook of a streamed block."""
+    """Forward pre-hook of a streamed block, which loads its weights."""
 
     stream: BlockStream
     number: int
@@ -209,7 +236,7 @@ class _Arrival:
 
 @contextmanager
 def still(*blocks: nn.Module) -> Iterator[None]:
-    """Hold those of `blocks` that are streamed, with their weights, so that these can be read or copied."""
+    """Load the weights of the streamed ones among `blocks` for the context, so that they can be read or copied."""
     with ExitStack() as held:
         for block in blocks:
             for hook in list(block._forward_pre_hooks.values()):
@@ -219,7 +246,7 @@ def still(*blocks: nn.Module) -> Iterator[None]:
 
 
 def resident(block: nn.Module) -> nn.Module:
-    """Return `block` itself, or a copy of one that is streamed, which has weights only while it runs."""
+    """Return `block`, or if it is streamed a copy of it that keeps its weights in memory."""
     if not any(isinstance(hook, _Arrival) for hook in block._forward_pre_hooks.values()):
         return block
     with still(block):
@@ -227,19 +254,25 @@ def resident(block: nn.Module) -> nn.Module:
 
 
 def _give_freed_memory_back() -> None:
-    """Have glibc return the memory of every tensor of some size when it goes.
+    """Make glibc return the memory of large tensors to the system as soon as they are freed.
 
-    By itself it raises the size from which it does so to that of what was freed: activations then lie in pieces between
-    smaller things, and a stage's peak was seen to be half as much again, differently in every run. The size it starts
-    with stays, once it is set.
+    glibc does so for allocations above a threshold (`M_MMAP_THRESHOLD`), which it raises whenever a larger one is
+    freed. Activations then come from the fragmented heap: peak memory was up to 50% higher, and differed between runs.
+    Setting the threshold, here to its initial 128 KiB, stops glibc from raising it.
     """
     m_mmap_threshold, size = -3, 128 << 10
-    with suppress(AttributeError, OSError):  # not glibc's
+    with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(m_mmap_threshold, size)
 
 
 def load_streamed(family: Family, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The transformer in `folder` with all but its blocks in memory; those come from the files when called."""
+    """Return the transformer saved in `folder`, in eval mode, with blocks that are streamed from its files.
+
+    Everything but the blocks is loaded to `device` as `dtype`. Do not change the files while the model is in use.
+
+    Raises `UsageError` if the folder has no safetensors files, lacks a tensor of the model, or holds one of a dtype
+    other than F64, F32, F16 and BF16 (a quantised model).
+    """
     _give_freed_memory_back()
     config = family.transformer_class.load_config(folder)
     stored = stored_tensors(folder)

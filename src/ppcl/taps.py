@@ -1,4 +1,8 @@
-"""Taps on a stock diffusers transformer: what goes into and comes out of its blocks, by hooks alone."""
+"""Taps on a stock diffusers transformer: forward hooks that show the inputs and outputs of its blocks.
+
+A stream is one of the token sequences that pass through blocks, `image` or `text`. A stack is a list of blocks, named
+by its path in the transformer.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ BlockKey = tuple[str, int]
 
 
 class Tapped(Protocol):
-    """The part of a family that taps need: where the blocks are, and which tensors of a call are streams."""
+    """The part of a `Family` that taps use: where the blocks are, and which tensors of a call are streams."""
 
     @property
     def stacks(self) -> Mapping[str, str]: ...
@@ -34,21 +38,24 @@ class Tapped(Protocol):
 
 
 def stack_of(transformer: nn.Module, stack: str) -> nn.ModuleList:
-    """The block list at the path `stack`, such as `transformer_blocks` or `encoder.blocks`."""
+    """Return the block list at the path `stack`, such as `transformer_blocks` or `encoder.blocks`."""
     blocks = transformer.get_submodule(stack)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
 def replace_stack(transformer: nn.Module, stack: str, blocks: nn.ModuleList) -> None:
-    """Put `blocks` in the place of the block list at the path `stack`."""
+    """Replace the block list at the path `stack` by `blocks`."""
     owner, _, name = stack.rpartition(".")
     setattr(transformer.get_submodule(owner), name, blocks)
 
 
 @dataclass
 class BlockCall:
-    """One call of one block: its keyword arguments, and its streams `[B, tokens, D]` on both sides."""
+    """One call of one block: all its arguments by keyword, and its input and output streams `[B, tokens, D]`.
+
+    `stack` and `index` say which block it is.
+    """
 
     stack: str
     index: int
@@ -58,11 +65,15 @@ class BlockCall:
 
     @property
     def key(self) -> BlockKey:
+        """The block's stack and index."""
         return self.stack, self.index
 
 
 class NotedInputs(dict[str, Any]):
-    """A forward's inputs that note which of them a family asks for, to find streams by."""
+    """Inputs of a forward that record which of their keys were read.
+
+    A family looks some inputs up to find the streams of a block. Just these have to be stored beside a block's call.
+    """
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
         super().__init__(inputs)
@@ -76,17 +87,19 @@ class NotedInputs(dict[str, Any]):
         return self[key] if key in self else default  # noqa: SIM401 - this is what `get` is
 
     def asked_for(self) -> dict[str, Any]:
+        """Return the inputs that were read, by key."""
         return {key: self[key] for key in sorted(self._noted)}
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
-    """Leaves the transformer's forward from inside a hook."""
+    """Raised in a hook to end the transformer's forward early."""
 
 
 def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, to repeat the call with.
+    """Return all arguments of a call by name, so that the call can be repeated with keywords.
 
-    What a block takes as `*args` has no name and is left out: blocks take so what only others of their kind read.
+    Values that the block takes as `*args` have no name and are left out. Blocks have `*args` only to ignore arguments
+    that other blocks of the model read.
     """
     named = {**signature.bind(*args, **kwargs).arguments}
     for name, parameter in signature.parameters.items():
@@ -104,7 +117,7 @@ def _hooked(
     inputs_now: Callable[[], Mapping[str, Any]],
     on_block: Callable[[BlockCall], None],
 ) -> Iterator[None]:
-    """Call `on_block` after each block; `inputs_now` gives the inputs of the forward that is running."""
+    """Call `on_block` after each block in the context. `inputs_now` returns the inputs of the forward now running."""
 
     def tap(stack: str, index: int, block: nn.Module) -> Callable:
         signature = inspect.signature(block.forward)
@@ -137,9 +150,9 @@ def observe(
     *,
     last: BlockKey | None = None,
 ) -> Any:
-    """Run the transformer and call `on_block` after each block, in order of execution.
+    """Run the transformer on `inputs` and call `on_block` after each block, in order of execution.
 
-    After the block `last` the forward ends early and None is returned; else the model's output.
+    Returns the model's output. With `last`, the forward ends after that block and None is returned.
     """
 
     def watch(call: BlockCall) -> None:
@@ -155,7 +168,7 @@ def observe(
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Return the free memory of a device in bytes; infinite where it is not known."""
+    """Return the free memory of a device in bytes; infinity if it is not known."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -163,7 +176,7 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _check_room(call: BlockCall, more: int, size_keys: str) -> None:
-    """`UsageError` where the streams of `more` inputs like the one of `call` do not fit beside it."""
+    """Raise `UsageError` if the output streams of `more` inputs as large as those of `call` exceed the free memory."""
     streams = list(call.outputs.values())
     needed, free = more * sum(stream.nbytes for stream in streams), _free_bytes(streams[0].device)
     if needed > free:
@@ -181,14 +194,17 @@ def observe_abreast(
     last: BlockKey | None = None,
     size_keys: str = "the number of samples",
 ) -> Iterator[tuple[int, BlockCall]]:
-    """Run the transformer on several inputs at once: every block sees all of them before the next block runs.
+    """Run the transformer on several inputs block by block: each block runs on all inputs before the next block runs.
 
-    Yields the number of the input and the call, after each. A streamed block is read once for all inputs, and what
-    is gathered of a block can be finished with when the next one comes; the price is that one block's streams of
-    all inputs are held. Each forward is the stock one, which rests after every block while the others take theirs: a
-    greenlet, since threads would each have OpenMP's workers wait beside those of the one that runs.
+    Yields `(number of the input, call)` after each call of a block, up to the block `last`. A streamed block is thus
+    read from disk once for all inputs, and statistics of a block are complete when the next one begins. The cost is
+    memory for the streams of all inputs at one block.
 
-    `UsageError`, which tells to lower `size_keys`, if what is held will not fit; known after the first block.
+    Every input has a stock forward of its own, in a greenlet that pauses after each block. Threads would be slower,
+    because each would have OpenMP workers of its own that wait beside the running ones.
+
+    Raises `UsageError` after the first block if the streams of all inputs will not fit into memory. The message tells
+    to lower `size_keys`.
     """
     checked = False
 
@@ -215,14 +231,14 @@ def observe_abreast(
                     if call.key == last:
                         strand.throw(StopForward)
         finally:
-            for strand in filter(bool, strands):  # those that have begun and not ended
+            for strand in filter(bool, strands):  # a greenlet is true if it has started and not ended
                 strand.throw(StopForward)
 
 
 def inputs_of(block: nn.Module, names: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the inputs of some submodules of a block that is called with `kwargs`, in order of execution.
+    """Call `block` with `kwargs` and return the first inputs of the submodules `names`, in order of execution.
 
-    The call ends when all of them have been reached; those that a block does not call are left out.
+    The call ends early when all of them have been reached. Submodules that are not called are left out.
     """
     wanted, found = set(names), dict[str, Tensor]()
 

@@ -1,4 +1,4 @@
-"""The teacher of a run: its identity, and its pipeline, which is loaded when a stage first asks for it."""
+"""The teacher of a run: its identity for fingerprints, and its pipeline, which is loaded on first use."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ppcl.validation.model import model_folder
 
 
 class TeacherModel:
-    """The configured teacher, held once.
+    """The configured teacher. Its pipeline is loaded on first use and shared by all stages.
 
-    `sharded` says that the present stage shards it: then its pipeline is loaded for that stage alone, and onto no
-    device.
+    `sharded` is true while a stage that shards the teacher over ranks (FSDP) runs. The pipeline is then loaded for that
+    stage only, and it is not moved to the device.
     """
 
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
@@ -31,23 +31,26 @@ class TeacherModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the teacher, of plugs and of results."""
+        """The dtype of the teacher, of plugs and of pruned models."""
         return getattr(torch, self.config.model.dtype)
 
     def enter(self, stage: str) -> None:
-        """Prepare for a stage: one that shards the teacher loads it for itself, and the next loads it whole again."""
+        """Prepare for a stage. The pipeline is dropped before and after a stage that shards the teacher."""
         sharded = self.config.strategy.kind == "fsdp" and STAGES[stage].ranks == "train"
         if sharded or self.sharded:
             self.forget_pipeline()
         self.sharded = sharded
 
     def forget_pipeline(self) -> None:
-        """Drop the pipeline; it is loaded again when it is next asked for."""
+        """Drop the pipeline. It is loaded again on its next use."""
         vars(self).pop("pipeline", None)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Config and digest of the weights: the teacher's part of what an artifact is made from."""
+        """The teacher's part of an artifact's fingerprint: config, dtype, and digest of the weights.
+
+        Weights on the Hub are identified by `model.path` and `model.revision` instead.
+        """
         model, folder = self.config.model, model_folder(self.config.model)
         identity = {"family": model.family, "arch": model.arch, "dtype": model.dtype}
         if folder is None:
@@ -56,7 +59,7 @@ class TeacherModel:
 
     @cached_property
     def encoder_identity(self) -> dict[str, Any]:
-        """Digest of the VAE and text encoders, which a folder may be without."""
+        """The part of a cache's fingerprint for the VAE and text encoders: their digest, if the folder has any."""
         model, folder = self.config.model, model_folder(self.config.model)
         if folder is None:
             return {"family": model.family, "path": model.path, "revision": model.revision}
@@ -65,7 +68,11 @@ class TeacherModel:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The teacher's pipeline: frozen, in evaluation mode, on the run's device."""
+        """The teacher's pipeline: frozen, in evaluation mode, on the run's device.
+
+        On cached data, stages that encode nothing load it without VAE and text encoders. Raises `UsageError` if it
+        cannot be loaded.
+        """
         from diffusers import DiffusionPipeline
 
         model = self.config.model
@@ -78,7 +85,7 @@ class TeacherModel:
                 index = DiffusionPipeline.load_config(source, revision=model.revision)
                 components = {name: entry for name, entry in index.items() if isinstance(entry, list)}
                 kept = {"transformer", "scheduler"} if needless else components.keys()
-                # diffusers wants to be told, too, what a folder is without.
+                # diffusers must be told, too, which components the folder does not have.
                 left_out = {name: None for name in components if name not in kept or components[name] == [None, None]}
             if model.streaming:
                 left_out["transformer"] = self._streamed_transformer(source)
@@ -109,7 +116,7 @@ class TeacherModel:
         return load_streamed(self.family, source / "transformer", self.device, self.dtype)
 
     def _arrange_scheduler(self, pipeline: Any) -> None:
-        """Apply `model.sampling.scheduler` over the scheduler's own settings."""
+        """Override the scheduler's settings by `model.sampling.scheduler`; `UsageError` for one that it lacks."""
         overrides, scheduler = self.config.model.sampling.scheduler, pipeline.scheduler
         known = {key for key in scheduler.config if not key.startswith("_")}
         unknown = sorted(overrides.keys() - known)
@@ -125,7 +132,7 @@ class TeacherModel:
 def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
-        # The ends tell files apart; reading all of 40 GB at each start would not be worth it.
+        # A file's first and last megabyte tell it apart from others; reading all of 40 GB at each start takes too long.
         with file.open("rb") as handle:
             digest.update(f"{file.name} {file.stat().st_size}".encode())
             digest.update(handle.read(1 << 20))

@@ -97,6 +97,8 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
         overrides = [f"model={model_of(content['family'])}", f"intervals={choice}"]
     if file == "model/auto":
         overrides = auto[1:]
+    if file == "experiment/prune":
+        overrides = [auto[1], "data.path=/pictures"]
     if "path" in content and group == "data":
         overrides = [*overrides, "data.path=/pictures"]
     if "init" in content.get("pretrain", {}) and group == "experiment":  # by an earlier experiment, not run here
@@ -519,7 +521,7 @@ def test_a_strategy_that_means_nothing_is_refused(auto, overrides, sentence):
             "finetune.batch_size=4 does not divide among 3 ranks: make it 6",
         ),
         (["stages=[pretrain]", "strategy=ddp"], "strategy=ddp does not go with 'stages=[pretrain]'"),
-        (["stages=[probe]", "strategy=fsdp", "model.streaming=true"], "model.streaming=true reads a teacher"),
+        (["stages=[probe]", "strategy=fsdp", "model.streaming=true"], "model.streaming=true reads the teacher"),
         (["stages=[depth]", "strategy=fsdp", "distill.batch_size=3", "distill.mode=sequential"], "use strategy=ddp"),
         (
             ["stages=[depth]", "strategy=ddp", "distill.batch_size=3", "distill.from_boundaries=true"],
@@ -536,7 +538,7 @@ def test_what_ranks_cannot_share_is_refused(auto, monkeypatch, overrides, senten
     ("overrides", "sentence"),
     [
         (["trainer.precision=16-mixed"], "trainer.precision=16-mixed is not one of 32-true, bf16-mixed"),
-        (["trainer.precision=bf16-true"], "what learns is held in float32"),
+        (["trainer.precision=bf16-true"], "trainable parameters stay in float32"),
         (["trainer.precision=32-true", "model.dtype=bfloat16"], "does not go with model.dtype=bfloat16"),
     ],
 )

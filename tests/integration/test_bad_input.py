@@ -84,7 +84,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ([INTERVALS, "stages=[probe,detect]"], ["detect"]),
         (["stages=[depth]"], ["intervals"]),
         ([INTERVALS, "stages=[export]"], ["plugs", *PLUG_NAMES]),
-        ([INTERVALS, "stages=[report]", "generate.variants=[teacher]"], ["manifest.json", "stages=[generate]"]),
+        ([INTERVALS, "stages=[report]", "generate.variants=[teacher]"], ["shows scores", "add evaluate to stages"]),
         (["stages=[generate]", "generate.prompt_file=/nonesuch.txt"], ["/nonesuch.txt"]),
         (["stages=[width]", INTERVALS], ["stages=[width]", "width=auto"]),
         (["width=sideways", "stages=[plan]"], ["width=sideways", "qwen_image_paper"]),
@@ -154,7 +154,7 @@ def test_argument_is_named(command: list[str], arguments: list[str], fragments: 
 def test_width_sets_nobody_selected_are_named(command: list[str], trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "plugs", tmp_path / "runs" / "bad" / "plugs")
     outcome = ppcl(*command, INTERVALS, "width=auto", "stages=[generate]", "generate.variants=[teacher,ppcl-width]")
-    assert_one_sentence(outcome, "width=auto", "stages=[width]")
+    assert_one_sentence(outcome, "width=auto", "add width to stages")
 
 
 @pytest.mark.usefixtures("no_model")
@@ -319,7 +319,7 @@ def test_checkpoint_of_another_training_is_named(command: list[str], trained: Pa
 @pytest.mark.usefixtures("no_model")
 def test_scores_need_pictures(command: list[str], trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "plugs", tmp_path / "runs" / "bad" / "plugs")
-    assert_one_sentence(ppcl(*command, INTERVALS, "stages=[evaluate]"), "manifest.json", "stages=[generate]")
+    assert_one_sentence(ppcl(*command, INTERVALS, "stages=[evaluate]"), "scores pictures", "add generate to stages")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_both_ways_give_the_same_students_of_a_teacher_in_half_precision(command
     assert_same_tensors(plug_tensors(runs / "offline"), plug_tensors(runs / "online"))
     outcome = ppcl(*command, FROM, f"distill.boundaries={folder_of(runs)}", "name=bad", "stages=[depth]")
     assert outcome.code == 2
-    assert "was written with model.dtype=bfloat16, not float32: use that" in outcome.err
+    assert "was written with model.dtype=bfloat16, not float32: set model.dtype=bfloat16." in outcome.err
 
 
 def test_intervals_train_one_by_one_without_the_teacher_and_meet(

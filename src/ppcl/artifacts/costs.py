@@ -1,4 +1,4 @@
-"""Measured costs and savings of every plug of a run. Importing this loads no torch."""
+"""`plan/costs.json`: measured costs and savings of every plug of a run. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from ppcl.errors import UsageError
 
 @dataclass
 class Unit:
-    """Something that can be plugged in or not: a student, a text projector, an FFN projector.
+    """A plug that the planner can choose: a student, a text projector or an FFN projector.
 
-    `savings` by measure (`params`, `memory_gb`, `latency_ratio`) and `costs` by kind (`velocity`, `loss`)
-    are those of plugging it in beside the units it `needs`, all of which a choice must hold too.
+    `needs`: units that a choice must contain if it contains this one.
+    `savings`: what this unit saves in addition to the units it needs, by measure (`params`, `memory_gb`,
+        `latency_ratio`).
+    `costs`: the error that it adds to them, by kind (`velocity`, `loss`).
     """
 
     name: str
@@ -26,7 +28,10 @@ class Unit:
 
 @dataclass
 class Overlap:
-    """Savings that two units have in common: a block's text FFN goes with either of them."""
+    """Savings that two units share and that must be counted once.
+
+    Example: a block's text FFN is removed by its text projector and by its FFN projector.
+    """
 
     names: tuple[str, str]
     savings: dict[str, float] = field(default_factory=dict)
@@ -36,8 +41,8 @@ class Overlap:
 class Point:
     """One choice of plugs on the frontier of size and error.
 
-    Blocks, parameters and `velocity_error` are counted and measured, the rest is predicted. Ratios are to the teacher;
-    `memory_gb` is the peak of one forward.
+    `num_layers` and `params` are counted, `velocity_error` is measured, all other numbers are predicted. Ratios are
+    relative to the teacher. `memory_gb` is the peak memory of one forward, `predicted` the sum of the units' costs.
     """
 
     plugged: list[str]
@@ -52,19 +57,19 @@ class Point:
 
 @dataclass
 class TeacherCost:
-    """Parameters of the teacher, the peak memory of its forward, and the time of that."""
+    """The teacher's parameters, and the peak memory and time of one forward."""
 
     params: int
     memory_gb: float
     latency_ms: float
 
 
-Frontier = dict[str, list[Point]]  # by the kind of cost that it was planned with
+Frontier = dict[str, list[Point]]  # keys are kinds of cost (`velocity`, `loss`)
 
 
 @dataclass
 class Costs:
-    """`plan/costs.json`: what every plug costs and saves, and the frontier under each kind of cost."""
+    """Costs and savings of every plug, and the frontier of choices for each kind of cost."""
 
     header: Header
     teacher: TeacherCost

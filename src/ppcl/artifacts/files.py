@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all. Importing this loads no torch.
+"""Writes files completely or not at all. Importing this loads no torch.
 
-A JSON is always the last thing written of an artifact, so its presence says that the rest is whole.
+The JSON record of an artifact is always written last, so if it exists, the artifact is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from ppcl.errors import UsageError
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, flushed to disk and renamed to it when the block succeeds."""
+    """Yield the name of a temporary file beside `path`.
+
+    When the `with` block succeeds, the file is flushed to disk and renamed to `path`; otherwise it is deleted.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,9 +37,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block succeeds.
+    """Yield a temporary folder beside `folder`, which replaces `folder` when the `with` block succeeds.
 
-    What a killed process left under such a name goes first.
+    First it deletes temporary folders that a killed process has left.
     """
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -56,7 +59,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in `path`; a `UsageError` says what is wrong with a file that holds none."""
+    """Return the JSON object in `path`; `UsageError` if there is none. `what` names the file in the sentence."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -69,7 +72,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_safetensors(path: Path, key: str = "") -> None:
-    """Refuse a file that is cut short or no safetensors; reads the header only. `key` starts the sentence."""
+    """Raise `UsageError` if `path` is missing, truncated or not a safetensors file; reads its header only.
+
+    `key` starts the sentence.
+    """
     try:
         with safe_open(path, framework="pt"):
             pass

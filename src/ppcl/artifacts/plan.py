@@ -1,4 +1,4 @@
-"""The pruning plan: intervals and width sets, and the names of what stands for them. Importing this loads no torch."""
+"""The pruning plan (intervals and width sets), the names of plugs, and a chosen set of plugs. Loads no torch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.errors import UsageError
 
-Interval = tuple[int, int]
+Interval = tuple[int, int]  # [u, v], inclusive, 0-based: one block replaces the teacher's blocks u to v
 
-Intervals = dict[str, list[Interval]]
+Intervals = dict[str, list[Interval]]  # by stack
 
-# By stack: which blocks, by their index in the teacher, lose their `text` stream and their `ffn`.
+# By stack: the teacher's indices of the blocks that lose their `text` stream, and of those that lose their `ffn`.
 Width = dict[str, dict[str, list[int]]]
 
 
 @dataclass
 class PruningPlan:
-    """Runs of adjacent blocks that become one student block each, and the evidence for that choice.
+    """Runs of adjacent blocks that become one student block each, and the scores that led to this choice.
 
-    Plain JSON: a person may write `num_layers` and `intervals` alone and pass the file back in.
+    `num_layers` is the number of the teacher's blocks per stack. `made_from` is what the fingerprint is made of.
+
+    The file is plain JSON. A hand-written one needs `family`, `num_layers` and `intervals` only.
     """
 
     family: str
@@ -82,38 +84,44 @@ class PruningPlan:
 
 
 def plug_name(stack: str, interval: Interval) -> str:
-    """`transformer_blocks.3-5`: how an interval is named in files, logs and calls."""
+    """Return the name of an interval in files, logs and calls, such as `transformer_blocks.3-5`."""
     return f"{stack}.{interval[0]}-{interval[1]}"
 
 
 def removal_name(stack: str, interval: Interval) -> str:
-    """`transformer_blocks.3-5.removed`: an interval that is cut to its first block, which stays the teacher's."""
+    """Return the name of an interval that is cut to its first block, such as `transformer_blocks.3-5.removed`.
+
+    That block stays the teacher's; there is no student.
+    """
     return f"{plug_name(stack, interval)}.removed"
 
 
 def projector_name(stack: str, index: int, kind: str) -> str:
-    """`transformer_blocks.37.text`, `transformer_blocks.2.ffn`."""
+    """Return the name of a block's projectors, such as `transformer_blocks.37.text` or `transformer_blocks.2.ffn`."""
     return f"{stack}.{index}.{kind}"
 
 
 def read_plug_name(name: str) -> tuple[str, Interval] | None:
-    """Stack and interval of `plug_name`; None for what is no such name. A stack may have dots and numbers itself."""
+    """Return the stack and interval in a `plug_name`, or None for other names.
+
+    The name of a stack may contain dots and numbers.
+    """
     found = re.fullmatch(r"(.+)\.(\d+)-(\d+)", name)
     return (found[1], (int(found[2]), int(found[3]))) if found else None
 
 
 def read_projector_name(name: str) -> tuple[str, int, str] | None:
-    """Stack, block and kind of `projector_name`; None for what is no such name."""
+    """Return the stack, block and kind in a `projector_name`, or None for other names."""
     found = re.fullmatch(r"(.+)\.(\d+)\.(text|ffn)", name)
     return (found[1], int(found[2]), found[3]) if found else None
 
 
 @dataclass
 class Choice:
-    """The plugs that a budget's plan has chosen, with their savings and the predicted error.
+    """The plugs that the planner has chosen for a budget, with the predicted size and error.
 
-    `budget` is the budget's key, its value, and the cost that plugs were charged with; `plugged` are names of students,
-    removals and projectors. A person may write these two alone and pass the file back in.
+    `budget` is the key of the budget (such as `params`), its value, and the kind of cost that was minimised (`velocity`
+    or `loss`). `plugged` are names of students, removals and projectors. A hand-written file needs these two only.
     """
 
     budget: tuple[str, float, str]

@@ -1,4 +1,4 @@
-"""Trained students and projectors on disk: one safetensors file with a JSON record each."""
+"""Reads and writes trained students and projectors: one safetensors file and one JSON record each."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ppcl.errors import UsageError
 
 @dataclass
 class _Pluggable(ABC):
-    """Tensors that stand in for a part of the teacher, and how training them went.
+    """Tensors that replace a part of the teacher, and the losses of their training.
 
-    Tensors that are not finite are refused on saving and on loading: a projector with a NaN in it would
-    make every picture of the model grey, far from here.
+    Saving and loading raise `UsageError` for tensors that are not finite. Otherwise a NaN in a projector would show
+    only much later, as grey pictures.
     """
 
     header: Header
@@ -32,11 +32,11 @@ class _Pluggable(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """How files, logs and calls name it."""
+        """The name of the plug in files, logs and calls."""
 
     @abstractmethod
     def place(self) -> dict[str, Any]:
-        """Where it is plugged in."""
+        """Return the record's entries that say where in the teacher it is plugged in."""
 
     def check_finite(self, where: str) -> None:
         for key, value in self.state_dict.items():
@@ -52,7 +52,7 @@ class _Pluggable(ABC):
 
 
 def _read_pluggable(record: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The JSON of a plug or projector, and the fields all of them have."""
+    """Return the JSON record of a plug or projector, and the fields that both kinds have; `stage` makes them."""
     content = read_json(record, "The plug")
     header = Header(content["format"], content["made_from"], content["version"])
     tensors, metadata = read_tensors(record.with_suffix(".safetensors"))
@@ -86,10 +86,11 @@ class Plug(_Pluggable):
 
 @dataclass
 class Projector(_Pluggable):
-    """The linear projectors that stand for the `text` stream or the `ffn` of one block.
+    """The linear projectors that replace the `text` stream or the `ffn` of one block (Eq. 8-9).
 
-    `base` names the student or the removal that it was fitted in, None for the teacher's own block; a text projector
-    reads the text of block `reference`. In another arrangement of blocks it means nothing.
+    `index` is the block's index in the teacher, `kind` is `text` or `ffn`. `base` names the student or removal that was
+    plugged in at this block when the projector was fitted; None is the teacher's block. A text projector reads the text
+    of block `reference`. A projector is valid only with the `base` and the `reference` it was fitted with.
     """
 
     index: int
@@ -113,12 +114,12 @@ class Projector(_Pluggable):
 
 
 def load_plugs(folder: Path) -> dict[str, Plug]:
-    """Every complete student in `folder`, by name, in the order of the blocks."""
+    """Return every complete student in `folder`, by name, in the order of the blocks."""
     plugs = [Plug.load(record) for record in folder.glob("*.*-*.json") if read_plug_name(record.stem)]
     return {plug.name: plug for plug in sorted(plugs, key=lambda plug: (plug.stack, plug.interval))}
 
 
 def load_projectors(folder: Path) -> dict[str, Projector]:
-    """Every complete projector in `folder`, by name, in the order of the blocks."""
+    """Return every complete projector in `folder`, by name, in the order of the blocks."""
     found = [Projector.load(record) for record in folder.glob("*.*.*.json") if read_projector_name(record.stem)]
     return {item.name: item for item in sorted(found, key=lambda item: (item.stack, item.index, item.kind))}

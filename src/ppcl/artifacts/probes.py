@@ -1,4 +1,4 @@
-"""Linear probes on disk, one file per block and stream."""
+"""Reads and writes linear probes, one file per block and stream."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from ppcl.errors import UsageError
 
 @dataclass
 class Probes:
-    """One linear map per block and stream, x -> x + x W^T + b, with its held-out relative residual.
+    """One linear map per block and stream, x -> x + x W^T + b (Eq. 1), and its relative residual on held-out samples.
 
-    `weights[f"{stack}.{index}.{stream}"]` is `[D, D]`, `biases[...]` `[D]`, both float32.
+    `weights[f"{stack}.{index}.{stream}"]` is `[D, D]`, `biases[...]` is `[D]`, both float32. The residual is
+    ||l(x) - y||^2 / ||y - x||^2 for a block that maps x to y.
     """
 
     header: Header
@@ -39,7 +40,7 @@ class Probes:
 
     @classmethod
     def load(cls, folder: Path) -> Probes:
-        """The probes in `folder`; each is read when it is asked for, as those of a large model are many."""
+        """Open the probes in `folder`. Each tensor is read when it is used, since a large model has many."""
         content = read_json(folder / "probes.json", "Probes")
         header = Header(content["format"], content["made_from"], content["version"])
         for key in content["residuals"]:
@@ -55,7 +56,7 @@ class Probes:
 
 
 class _StoredProbes(Mapping[str, Tensor]):
-    """One tensor of every probe in a folder."""
+    """A mapping to one tensor (`weight` or `bias`) of every probe in a folder, which reads it on access."""
 
     def __init__(self, folder: Path, names: list[str], part: str) -> None:
         self.folder, self.names, self.part = folder, names, part
@@ -67,7 +68,7 @@ class _StoredProbes(Mapping[str, Tensor]):
             return handle.get_tensor(self.part)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.names  # a mapping's own would read the tensor
+        return key in self.names  # Mapping's own `__contains__` would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -77,11 +78,12 @@ class _StoredProbes(Mapping[str, Tensor]):
 
 
 def write_probe(folder: Path, header: Header, key: str, weight: Tensor, bias: Tensor) -> None:
-    """One probe's file; `finish_probes` comes after the last."""
+    """Write one probe's file. Call `finish_probes` after the last."""
     (folder / "probes.json").unlink(missing_ok=True)
     tensors = {"weight": weight, "bias": bias}
     write_tensors(folder / f"{key}.safetensors", tensors, {"fingerprint": header.fingerprint})
 
 
 def finish_probes(folder: Path, header: Header, residuals: dict[str, float]) -> None:
+    """Write the JSON record, which marks the probes in `folder` as complete."""
     write_json(folder / "probes.json", header.to_json() | {"residuals": residuals})

@@ -1,4 +1,4 @@
-"""Safetensors files, written atomically."""
+"""Reads and atomically writes safetensors files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
+    """Return the tensors and metadata of a safetensors file; `UsageError` if it is missing or damaged."""
     check_safetensors(path)
     with safe_open(path, framework="pt") as handle:
         return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118

@@ -1,6 +1,6 @@
-"""Batches as every stage takes them: the keyword arguments of a forward plus the velocity target.
+"""Batches of all stages: the keyword arguments of a forward, and the velocity target.
 
-Batch number `step` is a pure function of the seed and `step`, so resuming needs one integer.
+Batch number `step` depends on the seed and `step` alone, so that one integer is enough to resume.
 """
 
 from __future__ import annotations
@@ -18,45 +18,55 @@ from ppcl.parallel import mean
 
 
 def unchanged(output: Any) -> Tensor:
-    """The output of a model that returns one tensor."""
+    """Return `output`: the `as_tensor` of a model that returns one tensor."""
     return output
 
 
 @dataclass
 class TrainingBatch:
-    """`inputs` go to the transformer's forward as they are; `target` is what `prediction` of its output should be.
+    """One batch of noisy samples.
 
-    `divided`: whether other ranks have more rows of it. `as_tensor`: what makes one tensor of the output.
+    `inputs`: the keyword arguments of the transformer's forward.
+    `target`: the velocity n - x_0, which `prediction` of the forward's output is compared with.
+    `sigmas`: the noise level of each sample.
+    `divided`: whether this rank has only its rows of a batch that ranks share.
+    `as_tensor`: turns the output of the forward into one tensor.
     """
 
     inputs: dict[str, Any]
-    target: Tensor  # [B, tokens, C], or [B, C, ...] of a model that takes pictures or videos
+    target: Tensor  # [B, tokens, C], or [B, C, ...] if the model takes pictures or videos
     sigmas: Float[Tensor, " batch"]
     divided: bool = False
     as_tensor: Callable[[Any], Tensor] = unchanged
 
     @property
     def average(self) -> Average:
-        """The mean over ranks that share the batch; the number itself where none do."""
+        """The function that averages a number over the ranks that share this batch."""
         return mean if self.divided else own
 
     def prediction(self, output: Any) -> Tensor:
-        """Cut an output to the prediction: tokens of given pictures or predicted variances stand behind it."""
+        """Return the predicted velocity, in the shape of `target`, from the output of the forward.
+
+        Cuts off what some models output after it: tokens of given pictures, or predicted variances.
+        """
         return self.as_tensor(output)[:, : self.target.shape[1]]
 
 
 def batch_numbers(batch_size: int, start: int, stop: int) -> range:
-    """Return the numbers of batches that hold the samples of batches `start` to `stop` of at least 16.
+    """Return the numbers of the batches of `batch_size` that make up held-out batches `start` to `stop` - 1.
 
-    Fewer say little of a held-out loss; but what measures takes no more at once than a training step does, or it
-    would set a run's peak of memory.
+    A held-out batch has at least 16 samples, because the mean loss of fewer says little. It is split into batches of
+    `batch_size`, so that measuring takes no more memory than a training step.
     """
     parts = -(-16 // batch_size)
     return range(start * parts, stop * parts)
 
 
 def own_rows(batch_size: int, share: tuple[int, int]) -> slice:
-    """The rows of rank `share[0]` of `share[1]`, neighbours; they divide `batch_size`."""
+    """Return this rank's rows of a batch, where `share` is (rank, number of ranks).
+
+    The number of ranks must divide `batch_size`.
+    """
     number, count = share
     assert batch_size % count == 0, "checked in validation"
     each = batch_size // count
@@ -64,10 +74,10 @@ def own_rows(batch_size: int, share: tuple[int, int]) -> slice:
 
 
 class StepLoader:
-    """Yields `make_batch(step)` for the steps that are left; Lightning saves and restores `step`.
+    """Yields `make_batch(step)` for all steps that are left. Lightning saves and restores `step` with checkpoints.
 
-    `ahead`: the next batch is read, in a thread of its own, while one is learned from. For batches that come from
-    disk: what computes would share the cores with the training.
+    `ahead`: whether a thread prefetches the next batch. This is for batches read from disk; batches that have to be
+    computed would take CPU cores from the training.
     """
 
     def __init__(self, make_batch: Callable[[int], TrainingBatch], num_steps: int, *, ahead: bool = False) -> None:

@@ -1,8 +1,9 @@
-"""A teacher's activations at the boundaries of intervals, on disk: all that a student needs of its teacher.
+"""Boundaries: a teacher's activations at the ends of intervals, stored on disk to train students without the teacher.
 
-Per interval a folder with `init.safetensors`, what the student starts from, and shards of a few steps: a JSON that says
-what block u was called with and what block v returned, and a safetensors file of the tensors it names. What is the
-same in every step (rotations) lies in a shard once.
+Each interval [u, v] has a folder. It holds the student's initial weights, `init.safetensors`, and shards of
+`STEPS_PER_SHARD` batches each. A shard is a JSON file and a safetensors file: the JSON gives the arguments of block u
+and the outputs of block v, with tensors by their names in the safetensors file. A tensor that is the same in every
+batch, such as rotary embeddings, is stored once per shard.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ TRAIN, HELD_OUT = "train", "heldout"
 
 @dataclass
 class Boundary:
-    """One call: block u's keyword arguments, block v's streams `[B, tokens, D]`, and which tokens count.
+    """One batch at one interval [u, v].
 
-    `inputs`: what of the whole forward's inputs the family finds streams by, where it needs some.
+    `kwargs`: the keyword arguments of block u.
+    `outputs`: the output streams of block v, `[B, tokens, D]`.
+    `masks`: the valid tokens of each stream, `[B, tokens]`; None for all.
+    `inputs`: those inputs of the whole forward that the family needs to find streams in a block's output.
     """
 
     kwargs: dict[str, Any]
@@ -40,30 +44,34 @@ class Boundary:
     inputs: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Boundary:
+        """Return a copy with all tensors on `device`."""
         return Boundary(**move_data_to_device(vars(self), device))
 
 
 @dataclass
 class BoundaryBatch:
-    """The same step of several intervals; `sigmas` `[B]` as of any batch."""
+    """The same batch at several intervals, and its noise levels `sigmas` `[B]`."""
 
     parts: list[Boundary]
     sigmas: Tensor
 
     @property
     def average(self) -> Average:
-        """The mean over ranks, as in `TrainingBatch`; boundaries are not shared among ranks."""
+        """The function that averages a number over ranks, as in `TrainingBatch`; ranks do not share boundaries."""
         return own
 
     def to(self, device: torch.device) -> BoundaryBatch:
-        """Lightning would copy the whole, field by field."""
+        """Return the batch on `device`. Without this method, Lightning would copy every field even if it is there."""
         if self.sigmas.device == device:
             return self
         return BoundaryBatch([part.to(device) for part in self.parts], self.sigmas.to(device))
 
 
 def _describe(value: Any, keep: Callable[[str, Tensor], str], path: str = "") -> Any:
-    """`value` as JSON, its tensors named by `keep(path, tensor)`."""
+    """Return `value` as JSON, with each tensor replaced by the name that `keep(path, tensor)` returns.
+
+    Raises `TypeError` for a type that is not supported.
+    """
     if isinstance(value, Tensor):
         return {"tensor": keep(path, value)}
     if isinstance(value, Mapping):
@@ -73,10 +81,11 @@ def _describe(value: Any, keep: Callable[[str, Tensor], str], path: str = "") ->
         return {type(value).__name__: items}
     if value is None or isinstance(value, bool | int | float | str):
         return {"plain": value}
-    raise TypeError(f"a block was called with a {type(value).__name__}, which is not kept")
+    raise TypeError(f"a block was called with a {type(value).__name__}, which boundaries cannot store")
 
 
 def _restore(described: Any, tensor: Any) -> Any:
+    """Return the value that `_describe` described; `tensor(name)` returns a tensor by its name."""
     ((kind, value),) = described.items()
     if kind == "tensor":
         return tensor(value)
@@ -89,7 +98,7 @@ def _restore(described: Any, tensor: Any) -> Any:
 
 
 class BoundaryWriter:
-    """Gathers an interval's steps and writes them a shard at a time."""
+    """Collects the batches of one interval and writes them in shards to `folder`. `kind`: `train` or `heldout`."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kind = folder, kind
@@ -99,17 +108,19 @@ class BoundaryWriter:
     def _clear(self) -> None:
         self._steps: list[Any] = []
         self._tensors: dict[str, Tensor] = {}
-        self._latest: dict[str, str] = {}  # by path, the name of its tensor in the last step
+        self._latest: dict[str, str] = {}  # by path in the content: the name of the last tensor stored for it
 
     @property
     def pending_bytes(self) -> int:
+        """The bytes of tensors that are not written yet."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def add(self, boundary: Boundary, sigmas: Tensor) -> None:
+        """Add the next batch, and write the shard if it is full."""
         content = {**vars(boundary), "sigmas": sigmas}
         if not boundary.inputs:
             del content["inputs"]
-        names: dict[tuple, str] = {}  # a mask is both an argument and one of the masks
+        names: dict[tuple, str] = {}  # one tensor may occur twice: a mask is an argument and one of `masks`
 
         def keep(path: str, tensor: Tensor) -> str:
             place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
@@ -122,28 +133,30 @@ class BoundaryWriter:
             self.flush()
 
     def _keep(self, path: str, tensor: Tensor) -> str:
+        """Store a tensor and return its name; one equal to the last at the same `path` is not stored again."""
         plain, latest = tensor.detach().cpu().contiguous(), self._latest.get(path)
         if plain.untyped_storage().nbytes() > plain.nbytes:
-            plain = plain.clone()  # of a view, not what it is a view of
+            plain = plain.clone()  # store a view alone, without the rest of its storage
         if latest is not None:
             before = self._tensors[latest]
-            if before.dtype == plain.dtype and torch.equal(before, plain):  # seldom looks further than at a few numbers
+            if before.dtype == plain.dtype and torch.equal(before, plain):  # cheap: most tensors differ at once
                 return latest
         name = self._latest[path] = f"{len(self._steps)}{path}"
         self._tensors[name] = plain
         return name
 
     def flush(self) -> None:
+        """Write the batches that are not written yet as a shard, which may be shorter than others."""
         if self._steps:
             stem = self.folder / f"{self.kind}-{self.shard:04d}"
             write_tensors(stem.with_suffix(".safetensors"), self._tensors, {})
-            write_json(stem.with_suffix(".json"), {"steps": self._steps})  # last: it says that the tensors are whole
+            write_json(stem.with_suffix(".json"), {"steps": self._steps})  # last: it marks the shard as complete
         self.shard += 1
         self._clear()
 
 
 def whole_shards(folder: Path, kind: str) -> int:
-    """How many shards lie there without a gap."""
+    """Return the number of complete shards of `kind` in `folder`, up to the first that is missing."""
     count = 0
     while (folder / f"{kind}-{count:04d}.json").exists():
         count += 1
@@ -158,7 +171,7 @@ def _opened(stem: Path) -> tuple[list[Any], Any]:
 
 
 def read_step(folder: Path, kind: str, step: int) -> tuple[Boundary, Tensor]:
-    """Step number `step` of an interval, and its noise levels."""
+    """Return batch number `step` of the interval stored in `folder`, and its noise levels `[B]`."""
     steps, tensors = _opened(folder / f"{kind}-{step // STEPS_PER_SHARD:04d}")
     content = _restore(steps[step % STEPS_PER_SHARD], tensors.get_tensor)
     sigmas = content.pop("sigmas")
@@ -167,7 +180,7 @@ def read_step(folder: Path, kind: str, step: int) -> tuple[Boundary, Tensor]:
 
 @dataclass
 class BoundaryStream:
-    """The batches of several intervals by step; those beyond the `stored` ones begin them again."""
+    """Returns the batch of several intervals by its step. After the last of the `stored` batches the first follows."""
 
     folders: list[Path]
     kind: str

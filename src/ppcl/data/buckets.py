@@ -1,4 +1,4 @@
-"""Aspect buckets: every picture goes to the nearest of a few shapes of about one area."""
+"""Aspect-ratio buckets: every picture is resized to the nearest of a few sizes, which have about the same area."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from ppcl.validation.values import aspect_ratio
 
 
 def bucket_sizes(aspects: Sequence[str], height: int, width: int, multiple: int) -> list[tuple[int, int]]:
-    """(height, width) of each aspect "w:h" at the area of `height` times `width`, in steps of `multiple` pixels."""
+    """Return a size (height, width) in pixels for each aspect ratio "w:h".
+
+    Each has about the area `height * width`, and sides that are multiples of `multiple`.
+    """
     sizes = []
     for aspect in aspects:
         ratio, area = aspect_ratio(aspect), height * width
@@ -25,13 +28,13 @@ def bucket_sizes(aspects: Sequence[str], height: int, width: int, multiple: int)
 
 
 def nearest(picture: Image.Image, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket whose aspect is closest, by ratio."""
+    """Return the one of `sizes` (height, width) whose aspect ratio is nearest to the picture's, by its logarithm."""
     ratio = math.log(picture.width / picture.height)
     return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - ratio))
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Scaled to cover `size` (height, width) and cut around the centre: `[3, H, W]` in [-1, 1]."""
+    """Scale a picture to cover `size` (height, width) and crop its centre; returns `[3, H, W]` in [-1, 1]."""
     height, width = size
     if picture.size != (width, height):
         scale = max(width / picture.width, height / picture.height)

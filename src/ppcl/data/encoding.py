@@ -1,4 +1,4 @@
-"""Encodes pictures and captions as a cache holds them."""
+"""Encodes pictures into latents and captions into prompt embeddings, as a data cache stores them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from ppcl.families.base import Conditions, Family
 
 
 def source_header(config: Config, units: list[Unit], model: dict[str, Any]) -> Header:
-    """Header of a cache: the encoders by their model, the source by its units."""
+    """Return the header that identifies a cache: the model with its encoders, the source's units, and all settings.
+
+    `units`: the parts of the source, identified by name, size and time of change. `model`: identity of the model.
+    """
     import diffusers
     import transformers
 
@@ -34,14 +37,18 @@ def source_header(config: Config, units: list[Unit], model: dict[str, Any]) -> H
             "aspects": data.aspects,
             "size": [sampling.height, sampling.width],
             "max_sequence_length": sampling.max_sequence_length,
-            # What a mask means has changed between versions.
+            # The meaning of prompt masks has changed between versions of these libraries.
             "versions": [diffusers.__version__, transformers.__version__],
         },
     )
 
 
 class Encoder:
-    """The pipeline's VAE and text encoder, on pictures of a few sizes."""
+    """Encodes pictures by the pipeline's VAE and captions by its text encoder.
+
+    `sizes`: the (height, width) that pictures are resized to, one per `data.aspects`. `most_given`: the most given
+    pictures that the model takes.
+    """
 
     def __init__(self, config: Config, family: Family, pipeline: Any) -> None:
         self.config, self.family, self.pipeline = config.data, family, pipeline
@@ -51,20 +58,27 @@ class Encoder:
         self.most_given = self.family.facts.max_references
 
     def prompts(self, captions: list[str], references: Sequence[Any] = ()) -> list[Conditions]:
-        """A prompt's conditions each, without padding."""
+        """Return the conditions of each caption, without padding. `references`: the given pictures of all of them."""
         unique = list(dict.fromkeys(captions))
         encoded = self.family.encode_prompts(self.pipeline, unique, references)(captions)
         return [trimmed({name: value[row].cpu() for name, value in encoded.items()}) for row in range(len(captions))]
 
     def edit(self, caption: str, given: list[Image.Image]) -> Conditions:
-        """An edit's conditions, and as `empty.*` those of the empty prompt, which speaks of its pictures too."""
+        """Return the conditions of an edit: its instruction, its given pictures, and as `empty.*` the empty prompt.
+
+        The empty prompt, used when a caption is dropped, is encoded for each edit because its embedding depends on the
+        given pictures too.
+        """
         seen, encoded = self.family.fit_references(self.pipeline, given)
         prompt, empty = self.prompts([caption, ""], seen)
         pictures = self.family.encode_references(self.pipeline, encoded)
         return prompt | {name: value[0].cpu() for name, value in pictures.items()} | difference(empty, prompt)
 
     def pictures(self, images: list[Tensor]) -> list[tuple[Tensor, tuple[int, int]]]:
-        """Latents `[N, C]` and size in tokens of each picture `[3, H, W]`; those of one size go together."""
+        """Return for each picture `[3, H, W]` its latents `[N, C]` and their (height, width) in tokens.
+
+        Pictures of the same size are encoded in one batch.
+        """
         found: list[Any] = [None] * len(images)
         by_size: dict[tuple[int, ...], list[int]] = {}
         for number, image in enumerate(images):
@@ -80,9 +94,10 @@ class Encoder:
 def encode_samples(
     encoder: Encoder, samples: list[Sample], advance: Callable[[int], None] = lambda count: None
 ) -> tuple[tuple[dict[str, Tensor], list], list]:
-    """Return tensors and records of one part, and what would not decode.
+    """Return `(tensors, records)` of the samples that can be encoded, and a list of those that cannot, with reasons.
 
-    `advance` is called after each batch, with its number of samples.
+    Tensors are named `NNN.NAME`, where NNN is the sample's position in the list of records. `advance` is called after
+    each batch, with its number of samples.
     """
     images, kept, bad = [], [], []
     for sample in samples:

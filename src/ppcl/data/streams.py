@@ -1,4 +1,7 @@
-"""Batches for a transformer: endless, seeded, addressed by step; of the shapes world, or edits of it."""
+"""Endless streams of seeded batches, addressed by step: the base class, and the stream of the shapes world.
+
+The shapes world, `ppcl.data.worlds`, draws pictures of shapes (or edits of them) for a tiny teacher.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,12 @@ _STREAM_STRIDE = 1_000_003
 
 
 class Stream(ABC):
-    """Batches of one seed: a source's latents and conditions, noised.
+    """Returns training batches by step: latents and conditions of a source, with noise added.
 
-    Of each batch rank `share[0]` of `share[1]` is given its rows; all numbers are drawn for the whole batch.
+    `share` is (rank, number of ranks). Each rank gets its rows of every batch; random numbers are drawn for the whole
+    batch on every rank, so that they do not depend on the number of ranks.
+
+    `from_disk`: whether samples are read from disk, so that it pays to prefetch them.
     """
 
     share = (0, 1)
@@ -35,16 +41,20 @@ class Stream(ABC):
 
     @abstractmethod
     def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
-        """Latents `[B, N, C]`, their size in tokens, and conditions of the first samples of batch `step`.
+        """Return latents `[B, N, C]`, their (height, width) in tokens, and conditions of samples of batch `step`.
 
-        As many as `dropped` is long, which says whose captions are left out.
+        These are the first `len(dropped)` samples. `dropped` says of each whether its caption is replaced by the empty
+        one.
         """
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * _STREAM_STRIDE + number)
 
     def __call__(self, step: int) -> TrainingBatch:
-        """Training batch number `step`, with captions dropped for guidance."""
+        """Return training batch number `step`, this rank's rows of it.
+
+        Some captions are dropped (`data.caption_dropout`), so that the model learns classifier-free guidance.
+        """
         generator = self._generator(step)
         dropped = torch.rand(self.batch_size, generator=generator) < self.config.caption_dropout
         latents, size, conditions = self.samples(step, dropped.tolist())
@@ -58,9 +68,10 @@ class Stream(ABC):
         return replace(batch, divided=self.share[1] > 1)
 
     def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
-        """Every one of `num_samples` samples at every one of `num_timesteps` noise levels.
+        """Yield `num_samples` samples, each at every one of `num_timesteps` noise levels, captions included.
 
-        The levels are those of a denoising run of that many steps: from 1 down to 1 / num_timesteps.
+        The levels are those of a denoising run of `num_timesteps` steps: evenly spaced from 1 down to
+        1 / num_timesteps, then shifted by `data.shift`.
         """
         grid = torch.linspace(1.0, 1.0 / num_timesteps, num_timesteps)
         grid = self.config.shift * grid / (1 + (self.config.shift - 1) * grid)
@@ -74,15 +85,17 @@ class Stream(ABC):
 
 
 def encode_world(family: Family, pipeline: Any) -> EncodedPrompts:
-    """Every caption of the family's world, and the empty one, as the pipeline encodes them."""
+    """Return all captions of the family's world, and the empty caption, encoded by the pipeline's text encoder."""
     return family.encode_prompts(pipeline, [*family.world.all_captions(family.categories), ""])
 
 
 class ShapesStream(Stream):
-    """Captions are encoded beforehand, here or once for several streams (`prompts`), images when they are asked for.
+    """Stream of the shapes world. Captions are encoded in advance, pictures when their batch is asked for.
 
-    An embedded teacher's text encoder is told of given pictures no more than that they are there, so that
-    instructions can be encoded beforehand too.
+    `prompts`: the encoded captions, if several streams share them; None encodes them here.
+
+    Instructions of edits can be encoded in advance too, since the text encoder of an embedded teacher sees only how
+    many pictures are given, not what is in them.
     """
 
     def __init__(

@@ -1,4 +1,8 @@
-"""Boundaries on disk as depth distillation finds them: folder, record, and students in their first state."""
+"""Lookup of boundaries for depth distillation: their folder, their record, and the initial students.
+
+Boundaries are the teacher's activations at the ends of intervals, written by `stages=[boundaries]`. Students can be
+trained from them without the teacher. `ppcl.data.boundaries` has the format.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from ppcl.taps import stack_of
 
 
 def boundaries_header(run: Run) -> Header:
-    """Return the header of boundaries: they depend on the teacher, the data and its order, and the intervals."""
+    """Return the header that identifies this run's boundaries: teacher, data, batch size, steps, and intervals."""
     distill = run.config.distill
     return Header(
         "ppcl.boundaries",
@@ -38,36 +42,38 @@ def boundaries_header(run: Run) -> Header:
 
 
 def num_stored(run: Run) -> int:
-    """The number of training steps on disk: `distill.steps` over `distill.replay`, rounded up."""
+    """Return how many batches are stored: `distill.steps / distill.replay`, rounded up.
+
+    Each is trained on `distill.replay` times.
+    """
     return -(-run.config.distill.steps // run.config.distill.replay)
 
 
 def held_out_steps(run: Run) -> range:
-    """The numbers of the calibration stream's batches that held-out losses of students are measured on."""
+    """Return the numbers of the calibration batches that held-out losses are measured on."""
     return batch_numbers(run.config.distill.batch_size, 0, 4)
 
 
 def boundaries_folder(run: Run) -> Path:
-    """The folder that `stages=[boundaries]` writes: `distill.boundaries`, or one in the cache, named by fingerprint."""
+    """Return `distill.boundaries`, or else the folder in the cache that is named by the header's fingerprint."""
     if run.config.distill.boundaries is not None:
         return Path(run.config.distill.boundaries)
     return Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run).fingerprint
 
 
 def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of finished boundaries that fit this configuration, and their record.
+    """Return the folder of complete boundaries that fit this run, and the content of their `boundaries.json`.
 
-    `distill.boundaries` may also name the folder above it, where that holds one such set. Raises `UsageError` where
-    there is none, or where several fit.
+    `distill.boundaries` may also name the folder above. Raises `UsageError` if no complete boundaries are there, if
+    none fit this run (another `model.dtype`, `distill.batch_size` or `distill.init`, an interval that they lack, or
+    too few steps), or if several do.
     """
     folder = boundaries_folder(run)
-    found = [folder / "boundaries.json"]
+    found = [folder / "boundaries.json"]  # written last: it says that the rest is complete
     if not found[0].exists():
         found = sorted(folder.glob("*/boundaries.json"))
     if not found:
-        raise UsageError(
-            f"{folder} holds no boundaries that were written to their end: run 'stages=[boundaries]' first."
-        )
+        raise UsageError(f"{folder} holds no boundaries, or not all of them: run 'stages=[boundaries]' first.")
     records = {path.parent: read_json(path, "The record of boundaries") for path in found}
     misfits = {path: _misfit(run, path, record["made_from"]) for path, record in records.items()}
     fitting = [path for path, misfit in misfits.items() if misfit is None]
@@ -82,7 +88,7 @@ def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
 
 
 def _misfit(run: Run, folder: Path, made_from: dict[str, Any]) -> str | None:
-    """The sentence that says why boundaries made from `made_from` do not serve this configuration; None if they do."""
+    """Return the sentence that says why the boundaries in `folder` do not fit this run; None if they do."""
     distill = run.config.distill
     given = {
         "model.dtype": (made_from["model"]["dtype"], run.config.model.dtype),
@@ -91,7 +97,7 @@ def _misfit(run: Run, folder: Path, made_from: dict[str, Any]) -> str | None:
     }
     for key, (written, asked) in given.items():
         if written != asked:
-            return f"{folder} was written with {key}={written}, not {asked}: use that."
+            return f"{folder} was written with {key}={written}, not {asked}: set {key}={written}."
     for stack, pairs in run.intervals.items():
         there = made_from["intervals"].get(stack, [])
         missing = [list(pair) for pair in pairs if list(pair) not in there]
@@ -99,16 +105,17 @@ def _misfit(run: Run, folder: Path, made_from: dict[str, Any]) -> str | None:
             return f"{folder} has no boundaries of {stack} {missing[0]}: run 'stages=[boundaries]' for it."
     if made_from["steps"] < num_stored(run):
         return (
-            f"{folder} holds {made_from['steps']} steps, and distill.steps={distill.steps} with distill.replay="
-            f"{distill.replay} takes {num_stored(run)}: raise distill.replay, or write more."
+            f"{folder} holds {made_from['steps']} steps, and distill.steps={distill.steps} with "
+            f"distill.replay={distill.replay} needs {num_stored(run)}: raise distill.replay, or write boundaries for "
+            "more steps."
         )
     return None
 
 
 def initial_students(run: Run, intervals: Intervals, folder: Path) -> dict[str, nn.Module]:
-    """Return the student of each interval, by name, with the initial weights that lie in `folder`.
+    """Return the students of `intervals` by plug name, with the initial weights stored in `folder`, all trainable.
 
-    Needs no weights of the teacher, which stays on the meta device.
+    The teacher's weights are not needed: the blocks' structure comes from a model on the meta device.
     """
     with torch.device("meta"):
         teacher = run.family.transformer_class.from_config(run.config.model.arch)

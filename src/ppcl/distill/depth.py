@@ -1,4 +1,4 @@
-"""Depth distillation: one student block per interval learns from the teacher's own activations (Eq. 6-7)."""
+"""Depth distillation: one student block per interval, trained on the teacher's own activations (paper Eq. 6-7)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from ppcl.training.sharding import Sharding
 
 
 class DepthDistillation(LocalDistillation):
-    """Trains the students of `intervals` against a frozen teacher.
+    """Trains one student block per interval [u, v] to give the output of teacher block v.
 
-    Parallel mode: the teacher runs once without gradient; as soon as it has passed block v, the
-    student of [u, v] is called with the very arguments block u was called with. The teacher stops
-    after the last v.
+    Loss (Eq. 6-7): the sum over intervals and streams of the mean over valid tokens of ||s/||s|| - t/||t|| ||^2, where
+    s is the student's output and t the output of teacher block v. `distill.losses` can add or replace terms.
 
-    Sequential mode (the paper's ablation): students are fed by the chain of students instead.
+    `distill.mode=parallel`: the teacher runs once, without gradient. As soon as it has passed block v, the student of
+    [u, v] is called with the arguments that block u was called with. The teacher stops after the last v.
+
+    `distill.mode=sequential` (the paper's ablation): all students are plugged into the model, so that the input of each
+    comes from the students before it instead of from the teacher.
     """
 
     stage_name, lr_key = "depth", "distill.lr"
@@ -55,7 +58,7 @@ class DepthDistillation(LocalDistillation):
 
     @property
     def last(self) -> BlockKey:
-        """The block after which the teacher has nothing left to teach."""
+        """The last block of the last interval; the teacher's forward stops after it."""
         stack, (_, v) = self.pairs[-1]
         return stack, v
 
@@ -90,6 +93,7 @@ class DepthDistillation(LocalDistillation):
         return super().learn(batch, done) if self.config.mode == "parallel" else self._sequential_step(batch)
 
     def _sequential_step(self, batch: TrainingBatch) -> list[Terms]:
+        """Run the teacher for the targets, then the model with all students, and back-propagate the summed loss."""
         board = self._board[0]
         masks = self.family.masks(batch.inputs)
         ends = {(stack, pair[1]) for stack, pair in self.pairs}
@@ -122,7 +126,11 @@ class DepthDistillation(LocalDistillation):
 
 
 class DepthFromBoundaries(DepthDistillation):
-    """The same from activations on disk: no teacher is held, and each interval's file is read only for it."""
+    """Depth distillation in parallel mode from activations on disk, without a teacher in memory.
+
+    Batches are `BoundaryBatch`es, whose `parts` follow the order of `intervals`. `students` are by plug name. Each
+    interval has files of its own, so a job that trains some of the intervals reads only theirs.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The base of depth and width distillation: parts of a model learn beside a frozen teacher, each on its own."""
+"""Base class of depth and width distillation: parts of a model are trained against a frozen teacher, independently."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ _AVERAGE_DECAY = 0.98
 
 
 class LocalDistillation(ManualOptimization):
-    """Trains `parts`, by name, on losses that a teacher's pass calls up one part at a time.
+    """Trains `parts` (modules by name) against a frozen teacher, each on a loss of its own.
 
-    A part's loss is back-propagated as soon as it is known and its graph freed, so that one graph exists
-    at a time; parts share no gradient, so any subset of them trains to the same weights.
+    One forward of the teacher gives the losses of all parts, one after another (`each_loss`). Each loss is
+    back-propagated as soon as it is computed and its graph freed, so that one part's graph is in memory at a time.
+    Parts share no gradient, so training any subset of them gives the same weights.
 
-    The teacher is held outside the module tree: it is neither saved, moved by Lightning, nor trained.
-    Parts are held in float32 whatever it is in, and compute in `precision`.
+    Trainable parameters are float32 whatever the teacher's dtype; with `precision="bf16-mixed"` they compute under
+    autocast. The teacher is kept out of the module tree, so that Lightning neither saves, moves nor trains it.
     """
 
-    stage_name: str
-    lr_key: str  # what to lower where the loss explodes
+    stage_name: str  # prefix of logged names
+    lr_key: str  # the configuration key of the learning rate, which an error message tells to lower
 
     def __init__(
         self,
@@ -64,10 +65,10 @@ class LocalDistillation(ManualOptimization):
 
     @staticmethod
     def key(name: str) -> str:
-        return name.replace(".", ":")  # ModuleDict keys hold no dot
+        return name.replace(".", ":")  # a key of a ModuleDict must not contain a dot
 
     def shard(self, sharding: Sharding) -> None:
-        """Leave of the teacher and of the parts this rank's shards."""
+        """Shard the teacher over the ranks. Subclasses shard their parts first."""
         self.is_sharded = True
         sharding.model(self.family, self._teacher[0])
         self.average_losses, self.average_steps = (
@@ -81,15 +82,20 @@ class LocalDistillation(ManualOptimization):
 
     @abstractmethod
     def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
-        """Run the teacher and call `visit(number, terms)` for each part; what it does not keep is freed.
+        """Run the teacher and call `visit(number, terms)` once for each part, numbered as in `names`.
 
-        `terms["loss"]` is what the part descends; the rest is logged.
+        `terms` are scalars: `terms["loss"]` is to be back-propagated, the others are logged. A part's graph is freed
+        when `visit` returns, unless `visit` keeps a reference to its terms.
         """
 
     def call(self, stack: str, block: nn.Module, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
-        """Streams that a trainable block, or one with trainable parts, returns for the arguments `kwargs`.
+        """Call `block`, which has trainable parameters, and return its output streams `[B, tokens, D]` by name.
 
-        `inputs` are those of the teacher's whole forward.
+        Runs under autocast if `precision` asks for it, with gradient checkpointing if
+        `distill.gradient_checkpointing` is set.
+
+        `stack`: the stack that the block belongs to. `kwargs`: the block's keyword arguments. `inputs`: the inputs of
+        the teacher's whole forward, by which some families find streams in an output.
         """
         device = next(value.device for value in kwargs.values() if isinstance(value, Tensor))
         with computing(self.precision, device):
@@ -102,7 +108,11 @@ class LocalDistillation(ManualOptimization):
     def output_terms(
         self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None], average: Average
     ) -> tuple[Terms, Terms]:
-        """The losses of a block's output per stream (Eq. 6), and beside them what is only logged: the norm ratios."""
+        """Return the weighted losses of a block's output per stream (Eq. 6), and norm ratios, which are only logged.
+
+        `student`, `teacher`: output streams `[B, tokens, D]`. `masks`: valid tokens `[B, tokens]` per stream, None for
+        all. `average`: the mean of a scalar over ranks that share the batch.
+        """
         descended: Terms = {}
         logged: Terms = {}
         for stream, target in teacher.items():
@@ -112,7 +122,10 @@ class LocalDistillation(ManualOptimization):
         return descended, logged
 
     def learn(self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None) -> list[Terms]:
-        """Back-propagate every part's loss, `done` with each as soon as it has its gradient; returns what is logged."""
+        """Back-propagate the loss of every part and return each part's terms, detached.
+
+        `done(part)` is called as soon as a part has its gradient, before the next part's loss is computed.
+        """
         logged: list[Terms] = [{} for _ in self.names]
 
         def descend(number: int, terms: Terms) -> None:
@@ -127,17 +140,17 @@ class LocalDistillation(ManualOptimization):
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         optimizer: Any = self.optimizers()
         logged = mean_terms(self.learn(batch, self._descend), batch.average)
-        self._descend(*self.parts.values())  # of a chain, which has its gradients at once
-        optimizer.step()  # no gradient is left: it is what Lightning counts
+        self._descend(*self.parts.values())  # in sequential mode one backward pass gives all gradients, used here
+        optimizer.step()  # changes nothing, as no gradients are left; Lightning counts it as the global step
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
         losses = torch.stack([terms["loss"] for terms in logged])
         self.average_steps += 1
-        # A plain mean at first, then an exponential one.
+        # A plain mean at first, then an exponential moving average.
         self.average_losses.lerp_(losses, max(1 / self.average_steps.item(), 1 - _AVERAGE_DECAY))
         self.log(f"{self.stage_name}/loss", losses.sum(), prog_bar=True, batch_size=len(batch.sigmas))
         trainer: Any = self.trainer
-        if self.global_step % trainer.log_every_n_steps == 0:  # many values, which cost a tenth of a tiny step
+        if self.global_step % trainer.log_every_n_steps == 0:  # so many values take a tenth of a tiny model's step
             for name, terms in zip(self.names, logged, strict=True):
                 values = {f"{self.stage_name}/{name}/{key}": value for key, value in terms.items()}
                 self.log_dict(values, batch_size=len(batch.sigmas))
@@ -146,12 +159,12 @@ class LocalDistillation(ManualOptimization):
         return total
 
     def _descend(self, *parts: nn.Module) -> None:
-        """Take the step of those parts that have gradients, which then go."""
+        """Take an optimiser step for those of `parts` that have gradients, then free the gradients."""
         ready = [part for part in parts if any(parameter.grad is not None for parameter in part.parameters())]
         if not ready:
             return
         for part in ready:
-            self.prepare_gradients(part.parameters(), self.config.max_grad_norm)  # each its own: parts stay uncoupled
+            self.prepare_gradients(part.parameters(), self.config.max_grad_norm)  # part by part: they stay independent
         optimizer: Any = self.optimizers()
         optimizer.optimizer.step()
         for part in ready:
@@ -159,7 +172,10 @@ class LocalDistillation(ManualOptimization):
 
     @torch.no_grad()
     def heldout(self, batches: Iterable[TrainingBatch]) -> list[dict[str, float]]:
-        """Mean terms per part, with the teacher's inputs, without training."""
+        """Return each part's terms averaged over held-out `batches`, numbered as in `names`, without training.
+
+        Inputs are the teacher's activations in every mode, so that sequential and parallel students can be compared.
+        """
         sums: list[dict[str, float]] = [{} for _ in self.names]
         count = 0
         for batch in batches:

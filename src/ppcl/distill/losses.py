@@ -1,7 +1,6 @@
-"""The losses that students and pruned blocks can learn from, by the names of `distill.losses`.
+"""Losses between a block's output and the teacher's, by the names that `distill.losses` gives weights to.
 
-To add one: write a function of student and teacher features, put it into `LOSSES`, and give it a weight in
-`distill.losses`.
+To add a loss: write a function of type `Loss`, add it to `LOSSES`, and give it a weight in `distill.losses`.
 """
 
 from __future__ import annotations
@@ -14,20 +13,24 @@ from torch import Tensor
 from ppcl.config import DistillConfig
 from ppcl.ops.losses import Average, direction_loss, magnitude_loss, relative_error
 
-# Student and teacher features `[B, tokens, D]`, valid tokens `[B, tokens]` or None for all, and the mean over ranks.
+# loss(student, teacher, mask, average) -> scalar. Features are `[B, tokens, D]`. The mask `[B, tokens]` marks valid
+# tokens, None means all. `average` takes a number's mean over the ranks that share the batch.
 Loss = Callable[[Tensor, Tensor, Tensor | None, Average], Tensor]
 LOSSES: dict[str, Loss] = {
     "direction": direction_loss,  # Eq. 6
     "magnitude": magnitude_loss,
     "relative": relative_error,
 }
-MAIN = "direction"  # logged under the stream's own name
+MAIN = "direction"  # logged under the stream's name alone
 
 Terms = dict[str, Tensor]
 
 
 def distill_losses(config: DistillConfig) -> dict[str, float]:
-    """The weight of every loss that a block's output learns from; `magnitude_weight` is the older key for one."""
+    """Return the weight of each loss by name: `distill.losses`, plus `distill.magnitude_weight` for `magnitude`.
+
+    `distill.magnitude_weight` is an older key for the same weight.
+    """
     weights = dict(config.losses)
     if config.magnitude_weight:
         weights["magnitude"] = weights.get("magnitude", 0.0) + config.magnitude_weight
@@ -42,7 +45,11 @@ def stream_terms(
     mask: Tensor | None,
     average: Average,
 ) -> Terms:
-    """The weighted losses of one stream, by the names they are logged under; those without weight are left out."""
+    """Return the weighted losses of one stream, scalars by their logged names.
+
+    `weights`: by loss name; a loss with weight 0 is not computed. `stream`: `image` or `text`. `student`, `teacher`,
+    `mask`, `average`: as in `Loss`. The direction loss is logged as the stream's name, another as `STREAM_LOSS`.
+    """
     return {
         stream if name == MAIN else f"{stream}_{name}": weight * LOSSES[name](student, teacher, mask, average)
         for name, weight in weights.items()
@@ -51,5 +58,5 @@ def stream_terms(
 
 
 def with_loss(descended: Mapping[str, Tensor], logged: Mapping[str, Tensor]) -> Terms:
-    """All terms to be logged, and as `loss` the sum of those in `descended`."""
+    """Return the scalars of both mappings, and under `loss` the sum of those in `descended`, to be back-propagated."""
     return {**descended, **logged, "loss": torch.stack(list(descended.values())).sum()}

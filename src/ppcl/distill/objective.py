@@ -1,7 +1,7 @@
-"""The optimisation step that all trainings share.
+"""The optimiser step that all trainings share, for Lightning's manual optimisation.
 
-Trainings optimise manually: Lightning's automatic optimisation knows neither losses that are back-propagated within the
-teacher's forward nor two optimisers that take turns on one step.
+Automatic optimisation supports neither losses that are back-propagated during the teacher's forward, nor one step by
+two optimisers that share out the parameters (Muon and AdamW).
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from ppcl.parallel import average_gradients
 
 
 class ManualOptimization(L.LightningModule):
-    """A training whose steps call `take_step` after the backward pass."""
+    """Base class of all trainings. A `training_step` runs the backward pass and the optimisers by itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
 
     def configure_model(self) -> None:
-        """Do nothing: where a model is sharded, that has been done before Lightning asks for it."""
+        """Do nothing: a model that has to be sharded is sharded before Lightning calls this."""
 
     def refuse_infinite(self, loss: Tensor, rates: Mapping[str, float]) -> None:
-        """Raise `UsageError` for a loss that is infinite or not a number; `rates` are the keys to lower."""
+        """Raise `UsageError` if the scalar `loss` is infinite or NaN.
+
+        `rates`: the learning rates by their configuration keys; the message tells to lower them.
+        """
         if torch.isfinite(loss):
             return
         named = " and ".join(f"{key}={value}" for key, value in rates.items())
@@ -40,19 +43,22 @@ class ManualOptimization(L.LightningModule):
 
     @staticmethod
     def prepare_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float | None) -> None:
-        """Average gradients over ranks, then clip their norm; None does not clip."""
+        """Average gradients over ranks, then clip their total L2 norm to `max_grad_norm`; None does not clip."""
         parameters = list(parameters)
         average_gradients(parameters)
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
 
     def take_step(self, module: nn.Module, max_grad_norm: float | None) -> None:
-        """Take one step of every optimiser with the gradients of `module`, which then go."""
+        """Step every optimiser and scheduler once with the gradients of `module`, then free the gradients.
+
+        `max_grad_norm`: the L2 norm that gradients are clipped to, None for no clipping.
+        """
         self.prepare_gradients(module.parameters(), max_grad_norm)
         optimizers, schedulers = _listed(self.optimizers()), _listed(self.lr_schedulers())
         optimizers[0].step()
         for other in optimizers[1:]:
-            other.optimizer.step()  # the bare optimiser: Lightning would count a second step
+            other.optimizer.step()  # the bare optimiser: Lightning's wrapper would count another global step
         module.zero_grad()
         for scheduler in schedulers:
             scheduler.step()

@@ -1,4 +1,4 @@
-"""Flow matching from nothing, for the embedded teachers."""
+"""Flow-matching training of the small teachers that are shipped with the suite."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from ppcl.training.optimizers import muon, split_for_muon
 
 
 class Pretrain(ManualOptimization):
-    """Flow matching with Muon on the blocks' matrices and AdamW on everything else.
+    """Trains a transformer by flow matching: the mean squared error between its prediction and n - x_0.
 
-    The learning rate warms up, stays, and falls linearly to zero over the last `decay` of the steps,
-    which makes an average of the weights unnecessary.
+    Muon updates the matrices in blocks, AdamW all other parameters (see `split_for_muon`).
+
+    Both learning rates rise linearly over `warmup_steps`, stay constant, and fall linearly to zero over the last part
+    of the training, a fraction `decay` of `max_steps`. With this decay no moving average of the weights is needed.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Pretrain(ManualOptimization):
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, self._lr_factor) for o in optimizers]
 
     def _lr_factor(self, step: int) -> float:
+        """Return the factor of both learning rates at `step`."""
         total = self.hparams["max_steps"]
         left = (total - step) / max(1.0, self.hparams["decay"] * total)
         return min(1.0, (step + 1) / self.hparams["warmup_steps"], max(0.0, left))

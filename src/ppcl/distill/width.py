@@ -1,4 +1,4 @@
-"""Linear projectors in place of text streams and FFNs, and how they learn (paper Eq. 8-12)."""
+"""Width distillation: linear projectors that replace text streams and FFNs, and their training (paper Eq. 8-12)."""
 
 from __future__ import annotations
 
@@ -28,21 +28,28 @@ from ppcl.training.sharding import Sharding, assign, whole_call
 
 @dataclass
 class Place:
-    """A kept block: where it stands, what it stands for, and what it is (a student or the teacher's)."""
+    """A block of the depth-pruned model, and its position in the teacher.
+
+    A block that replaces the interval [u, v] has `index` u and `end` v. Any other block has `end == index`.
+    """
 
     stack: str
     index: int
-    end: int  # the teacher block whose output its own stands for; `index` but in a student
-    module: nn.Module
-    base: str | None  # the student's name, or that of the removal which left this block of the teacher's alone
+    end: int  # the teacher block whose output this block has to give
+    module: nn.Module  # a student, or a block of the teacher
+    base: str | None  # name of the student or of the removal, None outside of all intervals
 
     @property
     def is_student(self) -> bool:
+        """Whether the block is a student, and not one of the teacher's."""
         return self.base is not None and not self.base.endswith(".removed")
 
 
 def places(family: Family, teacher: nn.Module, intervals: Intervals, students: Mapping[str, nn.Module]) -> list[Place]:
-    """Every block that the intervals keep, in order of execution; an interval without a student is cut to its first."""
+    """Return all blocks of the depth-pruned model, in order of execution.
+
+    `students`: by plug name. An interval [u, v] without a student is cut to the teacher's block u (a removal).
+    """
     found = []
     for stack in family.stacks:
         blocks, pairs = list(stack_of(teacher, stack)), intervals.get(stack, [])
@@ -54,19 +61,20 @@ def places(family: Family, teacher: nn.Module, intervals: Intervals, students: M
                 found.append(Place(stack, index, end, student, plug_name(stack, (index, end))))
             else:
                 base = removal_name(stack, (index, end)) if index in ends else None
-                # Of a removal the block is called after the teacher has passed the interval's end.
+                # A removal's block u is called after the teacher has passed v. If blocks are streamed, u has no weights
+                # any more by then, so a copy is taken.
                 found.append(Place(stack, index, end, resident(blocks[index]) if base else blocks[index], base))
     return found
 
 
 @dataclass
 class PrunedPlace:
-    """A place without its `text` stream or its `ffn`: its block, and the place whose text it reads if need be."""
+    """A place whose text stream or FFN is replaced by projectors."""
 
     place: Place
-    block: nn.Module
-    kind: str
-    reference: Place | None
+    block: nn.Module  # the pruned block
+    kind: str  # what is replaced: `text` or `ffn`
+    reference: Place | None  # of `text`: the nearest earlier place with a text stream, whose text the block reads
 
     @property
     def name(self) -> str:
@@ -74,12 +82,21 @@ class PrunedPlace:
 
 
 class WidthDistillation(LocalDistillation):
-    """Trains the projectors of the blocks in `width` and nothing else, text and FFN of a block each on its own.
+    """Trains the projectors that replace text streams and FFNs; all other parameters are frozen.
 
-    A pruned block is called with the teacher's T_{j-1}, and with the text that its reference block would
-    hand it were the teacher run up to there. It learns Eq. 11, the direction of its output per stream, and
-    Eq. 12, the distance of every projector's output to what it stands for, relative to that one's norm.
-    `only` names what is trained (`transformer_blocks.37.text`); what it reads is as in all of `width`.
+    The text stream and the FFN of a block are parts of their own, each in a pruned block of its own, trained
+    independently. A pruned block j gets the teacher's activations T_{j-1} as input. If its text stream is pruned, it
+    reads the text that the teacher has at its reference block.
+
+    The loss of a part is Eq. 11, the direction loss of the block's output per stream, plus `linear_weight` times Eq. 12
+    for each projector: ||p - t||^2 / ||t||^2, where p is the projector's output and t its target.
+
+    `kept`: all blocks of the depth-pruned model, see `places`.
+    `width`: the indices of the pruned blocks by stack.
+    `layout`: with `text_output="last"` l_h reads the text output of the reference block, with `"each"` the text that
+    enters block j.
+    `only`: names of the parts to train, such as `transformer_blocks.37.text`; None for all. Reference blocks are those
+    of the whole `width` in either case.
     """
 
     stage_name, lr_key = "width", "width.lr"
@@ -99,7 +116,7 @@ class WidthDistillation(LocalDistillation):
     ) -> None:
         self.layout, self.linear_weight = layout, linear_weight
         self.surgery = width_surgery(family)
-        self._inputs: dict[str, Any] = {}  # of the forward that is running
+        self._inputs: dict[str, Any] = {}  # inputs of the teacher's forward that is running
         pruned = [item for stack in family.stacks for item in _prune(family, stack, kept, width)]
         self.pruned = [item for item in pruned if only is None or item.name in only]
         projectors = {item.name: nn.ModuleDict(self._projectors(family, item)) for item in self.pruned}
@@ -115,7 +132,10 @@ class WidthDistillation(LocalDistillation):
         return {key: getattr(item.block, names[key]) for key in keys[item.kind] if key in names}
 
     def projectors(self, number: int) -> dict[str, nn.Module]:
-        """The projectors of pruned place `number`: `text_in` (l_z) and `text_out` (l_h), or `image_ffn`, `text_ffn`."""
+        """Return the projectors of pruned place `number`: `text_in` (l_z), `text_out` (l_h), `image_ffn`, `text_ffn`.
+
+        A text-pruned place has the first two, an FFN-pruned one those of the last two that its streams need.
+        """
         return dict(self.parts[self.key(self.names[number])].named_children())
 
     def setup(self, stage: str) -> None:
@@ -136,14 +156,20 @@ class WidthDistillation(LocalDistillation):
 
     @property
     def last(self) -> BlockKey:
+        """The last block that a pruned place stands for; the teacher's forward stops after it."""
         place = self.pruned[-1].place
         return place.stack, place.end
 
     def each_call(self, batch: TrainingBatch, visit: Callable[[int, dict[str, Any], Streams], None]) -> None:
-        """Run the teacher; `visit(number, arguments, teacher's output)` for each pruned place when it is due.
+        """Run the teacher without gradient and call `visit(number, arguments, target)` for each pruned place.
 
-        `arguments` are the block's own. For a text-pruned block z_r and the text it reads are packed in, and
-        three more keys hold them plain: `z_reference` and `text`, and `z`, what its projector should give.
+        `number`: the index in `pruned`. `arguments`: the keyword arguments for the pruned block. `target`: the output
+        streams `[B, tokens, D]` of the teacher block that the place stands for. The call comes as soon as the teacher
+        has passed that block.
+
+        For a text-pruned block the text input of `arguments` already packs z_r and the text that the block reads. Three
+        more keys, which are not arguments of the block, hold single tensors `[B, tokens, D]`: `z_reference` (z_r, the
+        input of l_z), `z` (the target of l_z), and `text` (the input of l_h).
         """
         starts: dict[BlockKey, list[int]] = {}
         ends: dict[BlockKey, list[int]] = {}
@@ -195,7 +221,11 @@ class WidthDistillation(LocalDistillation):
         masks: dict[str, Any],
         average: Average,
     ) -> Terms:
-        """Eq. 11 and Eq. 12 of one place."""
+        """Return the loss terms of pruned place `number`: Eq. 11 per stream, Eq. 12 per projector, and norm ratios.
+
+        `arguments`: from `each_call`. `student`, `teacher`: output streams `[B, tokens, D]`. `masks`: valid tokens
+        `[B, tokens]` per stream, None for all. `average`: the mean of a scalar over ranks that share the batch.
+        """
         linear: Terms = {}
         for key, projector in self.projectors(number).items():
             if key == "text_in":
@@ -223,7 +253,11 @@ class WidthDistillation(LocalDistillation):
 
     @torch.no_grad()
     def fit_linear(self, batches: Iterable[TrainingBatch], *, ridge: float) -> None:
-        """Set every projector to its least-squares solution."""
+        """Set the weight and bias of every projector to their least-squares solution over `batches`.
+
+        `ridge`: the damping, relative to the mean diagonal of X^T X. Call this before training, while the projectors
+        are still identities.
+        """
         equations: dict[tuple[int, str], NormalEquations] = {}
         masks: dict[str, Tensor | None] = {}
 
@@ -246,18 +280,18 @@ class WidthDistillation(LocalDistillation):
     def _pair(
         self, number: int, key: str, arguments: dict[str, Any], teacher: Streams, masks: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the input and the target of the projector `key`, and the valid tokens."""
+        """Return the input and target `[B, tokens, D]` of projector `key`, and the valid tokens (None for all)."""
         if key == "text_in":
             return arguments["z_reference"], arguments["z"], masks["text"]
         if key == "text_out":
             return arguments["text"], teacher["text"], masks["text"]
-        # With its FFN projectors still the identity, the block returns the state after attention.
+        # The FFN projectors are still identities, so the block returns their input, the state after attention.
         stream = "image" if key == "image_ffn" else "text"
         return self._call(number, arguments)[stream], teacher[stream], masks[stream]
 
 
 def _prune(family: Family, stack: str, kept: Sequence[Place], width: Width) -> list[PrunedPlace]:
-    """The places of a stack that `width` names, as pruned blocks that read and write plain arguments."""
+    """Return the places of `stack` that `width` names, with their pruned blocks."""
     sets = width.get(stack, {"text": [], "ffn": []})
     here = {place.index: place for place in kept if place.stack == stack}
     reads = references(list(here), sets["text"])
@@ -265,7 +299,7 @@ def _prune(family: Family, stack: str, kept: Sequence[Place], width: Width) -> l
     if not any(sets.values()):
         return pruned
     surgery = width_surgery(family)
-    # As the last of a run of one: with an output projector of its own and nothing to carry on.
+    # Each is pruned as a run of one block, so that it has an output projector and carries no packed text to the next.
     roles = {
         "text": surgery.roles(stack, [1], [], 2, Layout("each"))[1],
         "ffn": surgery.roles(stack, [], [1], 2, Layout("each"))[1],

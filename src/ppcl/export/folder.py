@@ -1,4 +1,4 @@
-"""Variant, provenance and model card of an exported folder."""
+"""Chooses the variant to export, and describes it: provenance for the config, and the model card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ppcl.variants.variants import Variant, finetuned_folder
 
 
 def furthest(run: Run) -> str:
-    """The variant that a run has come to: tuned, planned, pruned in width, or in depth alone."""
+    """Return the last variant that a run has made or plans: fine-tuned, planned, width-pruned or depth-pruned."""
     if (finetuned_folder(run) / "ppcl.json").exists():
         return "ppcl-finetuned"
     if budget_of(run.config) is not None:
@@ -34,6 +34,7 @@ def furthest(run: Run) -> str:
 
 
 def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:
+    """Return the `ppcl` entry of an export's config: which blocks were kept, and how the model was made."""
     config = run.config
     board = switch.board
     return {
@@ -56,7 +57,7 @@ def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) ->
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model: its name on the Hub, if it has one, what to call it, and the licence that comes with it."""
+    """The model that was pruned: its id on the Hub or None, its name, and the licence fields of its model card."""
 
     hub_id: str | None
     name: str
@@ -76,10 +77,11 @@ class BaseModel:
 
 
 def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
+    """Return the model card of an export of `variant`, whose transformer has `params` parameters."""
     config, sampling, board = run.config, run.config.model.sampling, switch.board
     ours = any(type(part).__module__ == "ppcl" for part in run.teacher.pipeline.components.values())
     base = BaseModel.of(run)
-    labels = getattr(run.teacher.pipeline, "labels", None)  # of a class-conditional model
+    labels = getattr(run.teacher.pipeline, "labels", None)  # only a class-conditional model has them
     prompt = next(iter(labels)) if labels else "a red circle and a blue square"
     given = [[Code('load_image("PATH_OR_URL")')] * run.family.num_references] if run.family.num_references else []
     call = None
@@ -100,7 +102,7 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
             "student_layers": sum(len(kept) for kept in board.kept.values()),
             "teacher": switch.teacher_size,
             "student": params,
-            # diffusers loads a class of another package only where that package is imported
+            # diffusers finds a component class of ppcl only if ppcl is imported
             "imports": "import ppcl  # or pass trust_remote_code=True below\n" if ours else "",
             "without": "".join(f", {name}=None" for name in missing),
             "call": call,

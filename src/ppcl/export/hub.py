@@ -1,7 +1,6 @@
-"""Sends an export that is whole on disk to the Hugging Face Hub.
+"""Uploads a complete export to the Hugging Face Hub.
 
-Uploads go through huggingface_hub, which commits once for a folder of this size and, asked again, sends only
-what is not there yet.
+huggingface_hub makes one commit for a folder of this size. If an upload is repeated, it sends only the missing files.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what the Hub would not take as a repository's name; asks nobody."""
+    """Raise `UsageError` for a name that the Hub would not accept as a repository's; needs no network."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -25,7 +24,7 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UsageError(
-            f"export.push_to_hub={repo_id} is no repository's name, which is like owner/name: {_line(error)}"
+            f"export.push_to_hub={repo_id} is not a repository's name, such as owner/name: {_line(error)}"
         ) from None
 
 
@@ -38,10 +37,11 @@ def push(
     commit_message: str | None = None,
     api: HfApi | None = None,
 ) -> str:
-    """Upload `folder`, and `single_file` beside its contents, to a repository that is made if need be.
+    """Upload the contents of `folder`, and `single_file` beside them, to a repository; create it if it does not exist.
 
-    Returns its address. Raises `UsageError` with the command for later where the Hub is out of reach, knows no
-    token or refuses, and where `private` was asked of a repository that everybody sees.
+    Returns the repository's URL. `private=None` is the account's default for a new repository. Raises `UsageError` if
+    the Hub cannot be reached, if no token is set or if the Hub refuses; the sentence holds a command that uploads
+    later. Raises it too for `private=True` and a repository that exists and is public.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HTTPError
@@ -51,7 +51,7 @@ def push(
         if not (api.token or get_token()):
             raise PermissionError("no token is set, `hf auth login` saves one")
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(url.repo_id).private:  # the Hub ignores the wish for one that exists
+        if private and not api.model_info(url.repo_id).private:  # the Hub ignores `private` for an existing one
             raise UsageError(
                 f"export.private=true: {url.repo_id} exists and is public; name another export.push_to_hub, or make "
                 "that repository private first."
@@ -60,7 +60,7 @@ def push(
             repo_id=url.repo_id,
             folder_path=folder,
             commit_message=commit_message,
-            ignore_patterns=["*.tmp"],  # of a process that was killed while it wrote the card
+            ignore_patterns=["*.tmp"],  # left by a process that was killed while it wrote the card
         )
         if single_file is not None:
             name = f"{url.repo_id.rpartition('/')[2]}.safetensors"
@@ -69,20 +69,20 @@ def push(
             )
     except UsageError:
         raise
-    # RuntimeError is what hf_xet raises where an upload breaks off, ValueError what a refused commit ends with.
+    # hf_xet raises RuntimeError when an upload breaks off; a refused commit ends in ValueError.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(
-            f"export.push_to_hub={repo_id} was not sent ({_line(error).rstrip('.')}): {folder} is whole on disk, and "
-            f"`{later(folder, repo_id, private)}` sends it later, as does the same command again."
+            f"export.push_to_hub={repo_id} was not sent ({_line(error).rstrip('.')}): {folder} is complete on disk; "
+            f"send it later with `{later(folder, repo_id, private)}`, or run the same command again."
         ) from None
     return str(url)
 
 
 def later(folder: Path, repo_id: str, private: bool | None = None) -> str:
-    """The shell command that sends `folder`."""
+    """Return the shell command that uploads `folder`."""
     return shlex.join(["hf", "upload", repo_id, str(folder), ".", *(["--private"] if private else [])])
 
 
 def _line(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
+    """Return the first line of an error's message, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,7 +1,7 @@
-"""Quantised models as diffusers knows them: its own configs, and torchao's tensors made from integers of ours.
+"""Builds quantised models that diffusers can save and load, with torchao's tensors made from given integers.
 
-What torchao 0.18 holds on a CPU and in safetensors: int8, and int4 as a byte a weight (`IntxWeightOnlyConfig`). Its
-packed int4 formats need kernels of a GPU, or are written to no safetensors file.
+torchao 0.18 supports two formats both on a CPU and in safetensors: int8, and int4 stored as one byte per weight
+(`IntxWeightOnlyConfig`). Its packed int4 formats need GPU kernels, or cannot be written to safetensors.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ INT4: Any = getattr(torch, "int4")  # torch's stubs do not have it  # noqa: B009
 
 
 def require_torchao(what: str) -> None:
+    """Raise `UsageError` if torchao is not installed; `what` needs it and starts the sentence."""
     if find_spec("torchao") is None:
         raise UsageError(f"{what} needs torchao, which is not installed: pip install 'torchao>=0.18'.")
 
 
 def require_bitsandbytes() -> None:
-    """bitsandbytes quantises on a GPU alone; nothing is written without one."""
+    """Raise `UsageError` without bitsandbytes or without a CUDA GPU, on which alone it can quantise."""
     lacks = [] if torch.cuda.is_available() else ["a CUDA GPU"]
     if find_spec("bitsandbytes") is None:
         lacks.append("bitsandbytes (pip install bitsandbytes)")
@@ -36,25 +37,25 @@ def require_bitsandbytes() -> None:
 
 
 def torchao_config(scheme: str, group_size: int | None, kept: list[str]) -> Any:
-    """diffusers' config of a torchao scheme; modules named in `kept` are not converted.
+    """Return diffusers' config of a torchao `scheme`; modules named in `kept` are not quantised.
 
-    int8 has a scale a row, int4 a scale and a zero point for each `group_size` neighbouring weights of a row.
+    int8 has one scale per row. int4 has a scale and a zero point for every `group_size` neighbouring weights of a row.
     """
     from diffusers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType
     from torchao.quantization.granularity import PerGroup
 
     if scheme == "int8":
-        # Its inductor settings are for the whole process, among them less exact float32 products.
+        # torchao would change inductor's settings for the whole process, among them the precision of float32 matmuls.
         return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), kept)
     assert group_size is not None, "checked in the configuration"
     return TorchAoConfig(IntxWeightOnlyConfig(INT4, PerGroup(group_size), MappingType.ASYMMETRIC), kept)
 
 
 def nf4_settings(dtype: torch.dtype, kept: list[str]) -> dict[str, Any]:
-    """Arguments of diffusers' `BitsAndBytesConfig`, which cannot be made where bitsandbytes is not installed.
+    """Return the arguments of diffusers' `BitsAndBytesConfig`, which cannot be built without bitsandbytes.
 
-    NF4 with its scales quantised too, as QLoRA has it (arXiv 2305.14314, section 3).
+    They are NF4 with quantised scales, as in QLoRA (arXiv 2305.14314, section 3).
     """
     return {
         "load_in_4bit": True,
@@ -68,7 +69,11 @@ def nf4_settings(dtype: torch.dtype, kept: list[str]) -> dict[str, Any]:
 def split_linears(
     model: nn.Module, skip: Iterable[str], group_size: int | None
 ) -> tuple[list[str], list[str], list[str]]:
-    """The linear layers to quantise, those that a pattern in `skip` names, and those that groups do not divide."""
+    """Return the names of the linear layers to quantise, of those to skip, and of those whose rows do not fit.
+
+    A layer is skipped if its name matches a pattern in `skip`. Its rows do not fit if their length is not a multiple of
+    `group_size`.
+    """
     chosen, skipped, undivided = [], [], []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
@@ -83,20 +88,26 @@ def split_linears(
 
 
 def unambiguous(kept: Iterable[str], chosen: Iterable[str]) -> list[str]:
-    """The names of `kept` that diffusers takes for no part of a name in `chosen`: it looks for them anywhere in it."""
+    """Return the names in `kept` that are no part of the name of a layer in `chosen`.
+
+    diffusers leaves every layer unquantised whose name contains one of the names it is given.
+    """
     paths = [f"{name}.weight" for name in chosen]
     return [name for name in kept if not any(f"{name}." in path for path in paths)]
 
 
 def round_to_nearest(linear: nn.Linear, config: Any) -> None:
-    """Round as diffusers does when it loads a model with `config`."""
+    """Quantise `linear` in place, by rounding to nearest, as diffusers does when it loads a model with `config`."""
     from torchao.quantization import quantize_
 
     quantize_(linear, config.get_apply_tensor_subclass())
 
 
 def torchao_tensor(ints: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """torchao's tensor of just these integers `[dim_out, dim_in]` on that grid: nothing is rounded again."""
+    """Return torchao's tensor with the integers `ints` `[dim_out, dim_in]` on `grid`, without rounding again.
+
+    `dtype` is the dtype of the weight that the tensor stands for.
+    """
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
 
     scale, block = grid.scale.to(grid.dtype), [1, grid.group_size]
@@ -108,7 +119,7 @@ def torchao_tensor(ints: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
 
 
 def declare(model: Any, config: Any) -> None:
-    """Make diffusers take `model` for one it has quantised itself, so that it saves it as such."""
+    """Mark `model` as quantised by diffusers with `config`, so that diffusers saves it as a quantised model."""
     from diffusers.quantizers import DiffusersAutoQuantizer
 
     quantizer = DiffusersAutoQuantizer.from_config(config)
@@ -119,7 +130,7 @@ def declare(model: Any, config: Any) -> None:
 
 
 def num_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor; torchao's wrappers themselves say what they would take unquantised."""
+    """Return the bytes of a tensor as stored. (A torchao tensor itself reports its unquantised size.)"""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(num_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""Source of our component classes beside their weights, for `trust_remote_code=True`."""
+"""Copies the source of ppcl's component classes into an export, for `trust_remote_code=True`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ppcl.families.registry import component_classes
 
 
 def add_code(folder: Path) -> None:
-    """Put the source of every component class of ours beside its weights, and name it in the folder's indices.
+    """Copy the source of every ppcl class in a saved pipeline beside its weights, and name it in the folder's indices.
 
-    diffusers runs it with `trust_remote_code=True`, and without where ppcl is imported.
+    Then diffusers loads the pipeline with `trust_remote_code=True`, or without it after `import ppcl`.
     """
     index = read_json(folder / "model_index.json", "The pipeline's index")
     for component, entry in index.items():
@@ -25,14 +25,17 @@ def add_code(folder: Path) -> None:
         (folder / component / f"{name}.py").write_text(_self_contained(module), encoding="utf-8")
         index[component] = [name, entry[1]]
         path = folder / component / "config.json"
-        if path.exists():  # a processor has none
+        if path.exists():  # a processor has no config.json
             config = read_json(path, "The component's config")
             write_json(path, config | {"auto_map": {"AutoModel": f"{name}.{entry[1]}"}})
     write_json(folder / "model_index.json", index)
 
 
 def _self_contained(module: ModuleType) -> str:
-    """Its source with what it imports from ppcl put in place: diffusers fetches one file per component."""
+    """Return a module's source, in which each import from ppcl is replaced by the source of the imported module.
+
+    diffusers downloads one file per component, so that file must not import ppcl.
+    """
 
     def source_of(module: ModuleType) -> str:
         return Path(str(module.__file__)).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Least-squares rounding of a whole model: block after block, each on what the rounded blocks before it give."""
+"""Least-squares rounding of a model, block by block: each block gets the outputs of the rounded blocks before it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ Blocks = Iterable[tuple[BlockKey, nn.Module]]
 
 @dataclass
 class _Flow:
-    """A batch on its way through a model, between two blocks: what the next one is called with.
+    """A batch part way through a model: the arguments of the next block's call.
 
-    `calls` and `slots` hold, for every block, its arguments but for the streams, and the names of those.
+    `calls` holds the keyword arguments of every block except its streams. `slots` holds, for every block, the name of
+    the argument that each stream is passed as. `streams` are the inputs of the next block.
     """
 
     inputs: dict[str, Any]
@@ -35,7 +36,7 @@ class _Flow:
 
     @classmethod
     def into(cls, family: Family, model: nn.Module, batch: TrainingBatch) -> _Flow:
-        """In front of the first block."""
+        """Run `model` once to record the calls of its blocks, and return the batch before the first block."""
         flow = cls(batch.inputs, family.masks(batch.inputs), {}, {}, {})
         before: Streams = {}
 
@@ -47,9 +48,9 @@ class _Flow:
             }
             if slots.keys() != call.inputs.keys() or (flow.slots and not call.inputs.keys() <= before.keys()):
                 raise UsageError(
-                    "quantize.rounding=least_squares follows streams from block to block, and block "
-                    f"{call.stack}.{call.index} takes joined ones, or one that no block gave: use "
-                    "quantize.rounding=nearest."
+                    "quantize.rounding=least_squares needs blocks that pass each stream to the next as one tensor, "
+                    f"and block {call.stack}.{call.index} reads a stream that is not the output of the block before: "
+                    "use quantize.rounding=nearest."
                 )
             before = call.outputs
             flow.slots[call.key] = slots
@@ -65,13 +66,13 @@ class _Flow:
         self.streams = family.streams_out(key[0], block(**self.arguments(key)), self.inputs)
 
     def rows(self, family: Family, name: str, inputs: Tensor) -> Tensor:
-        """The valid ones of a linear layer's inputs, `[samples, dim_in]`; of text no padding."""
+        """Return a linear layer's inputs as `[samples, dim_in]`, without padded text tokens."""
         mask = self.masks.get(family.stream_of(name)) if inputs.dim() == 3 else None
         return inputs.flatten(0, -2) if mask is None else inputs[mask]
 
 
 def _sharing_inputs(inputs: dict[str, Tensor]) -> list[list[str]]:
-    """Names in order of execution, those together that read the very same tensor."""
+    """Group the names of layers that read the same tensor object, in order of execution."""
     groups: dict[int, list[str]] = {}
     for name, tensor in inputs.items():
         groups.setdefault(id(tensor), []).append(name)
@@ -89,11 +90,13 @@ def round_blocks(
     prepare: Callable[[], None] = lambda: None,
     each_block: Callable[[Blocks], Blocks] = lambda blocks: blocks,
 ) -> None:
-    """Call `round_layers` with the layers of the blocks of `model` that `chosen` names, in order of execution.
+    """Call `round_layers` for the linear layers in the blocks of `model` that `chosen` names, in order of execution.
 
-    Layers that read the same tensor come together, with the moments of it in the model as it was and in the model as
-    far as it is rounded; a layer that no block calls comes alone, with empty ones. `prepare` is called before the
-    blocks run rounded, to round what lies outside of them. One block at a time is held twice.
+    Layers that read the same tensor are passed together, with the moments of that tensor over `batches`: in the
+    original model, and in the model with all earlier layers rounded. A layer that is never called is passed alone, with
+    empty moments. `prepare` is called once after the original model has run, to round the layers outside of the blocks.
+    `each_block` wraps the loop over blocks, such as with a progress bar. Memory holds two copies of one block at a
+    time. Raises `UsageError` if a block reads a stream that is not the output of the block before.
     """
     given = [_Flow.into(family, model, batch) for batch in batches]
     prepare()
@@ -130,9 +133,10 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 def round_linears(
     layers: Sequence[nn.Linear], moments: InputMoments, *, scheme: str, group_size: int | None, damping: float
 ) -> None:
-    """Round layers that read the same inputs to what gives most nearly the outputs they had.
+    """Round layers that read the same inputs, so that their outputs change least in the mean square.
 
-    Where all of them have a bias, these change too: they take over what the integers cannot give of the mean.
+    Their weights become torchao tensors of `scheme` (`int8` or `int4`). If all of them have a bias, the biases change
+    too: they correct the mean error of the outputs. `damping` is relative to the mean square of the inputs.
     """
     dtype = layers[0].weight.dtype
     weight = torch.cat([layer.weight.double() for layer in layers])

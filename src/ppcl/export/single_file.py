@@ -1,15 +1,16 @@
-"""One safetensors file of a pruned transformer, with the names that ComfyUI and musubi-tuner read.
+"""Writes a pruned transformer as one safetensors file, with the names that ComfyUI and musubi-tuner read.
 
-It is made from the exported folder, one tensor at a time: the header needs only shapes, then each tensor is
-read from its shard, joined, cast and appended. More than the largest joined tensor is never in memory.
+The file is made from an exported folder, one tensor at a time. The header needs only shapes. Then each tensor is read
+from its shard, joined with others if need be, cast, and appended. So memory holds no more than the largest joined
+tensor.
 
-Qwen-Image keeps diffusers' names: ComfyUI's are the same, it recognises the model by `txt_norm.weight`, counts
-`transformer_blocks.N.` up to the first gap, and takes a prefix `model.diffusion_model.` off only where there is
-one. FLUX has the names of Black Forest Labs' own code, which fuses the QKV projections (and a single-stream
-block's MLP input with them), and whose last modulation gives shift before scale, diffusers' after it.
-Both loaders skip keys they do not know, so a model that is pruned in width has no such file.
+Qwen-Image keeps diffusers' names, since ComfyUI uses the same. ComfyUI recognises the model by `txt_norm.weight`,
+counts `transformer_blocks.N.` up to the first gap, and accepts keys with or without the prefix
+`model.diffusion_model.`. FLUX gets the names of Black Forest Labs' code. That code fuses the QKV projections, and in
+single-stream blocks the MLP's input with them. Its last modulation returns shift before scale, diffusers' the reverse.
+Both loaders skip unknown keys without an error, so no file is written of a model that is pruned in width.
 
-Importing this loads no torch, since checks ask for layouts before anything heavy is loaded.
+Importing this loads no torch, since checks ask for layouts before torch is loaded.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}  # safetensors' name, bytes
 MODELSPEC_VERSION = "1.0.0"
-# A buffer without values by which ComfyUI knows that given pictures are modulated as free of noise (2511).
+# An empty tensor with this name tells ComfyUI that reference pictures are modulated with timestep 0 (2511).
 ZERO_CONDITION_MARKER = "__index_timestep_zero__"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the file: diffusers' `sources` joined along their rows, their two halves then `swapped`."""
+    """A tensor of the file: diffusers' `sources` joined along their rows. If `swapped`, its halves are exchanged."""
 
     key: str
     sources: tuple[str, ...]
@@ -47,12 +48,12 @@ class Part:
 
 
 def layouts() -> dict[str, SingleFile]:
-    """The layout of every family that ComfyUI knows, by the family's name."""
+    """Return the layout of every family that ComfyUI knows, by the family's name."""
     return {name: facts.single_file for name, facts in FAMILIES.items() if facts.single_file is not None}
 
 
 def layout_of(family: str) -> SingleFile:
-    """The layout of a family that ComfyUI knows; `KeyError` for others."""
+    """Return the layout of a family that ComfyUI knows; `KeyError` for others."""
     return layouts()[family]
 
 
@@ -65,7 +66,10 @@ def _parameters(module: str, sources: tuple[str, ...]) -> Iterable[tuple[str, tu
 
 
 def parts_of(layout: SingleFile, names: Iterable[str]) -> list[Part]:
-    """The file's tensors, in order, from diffusers' parameter `names`; every name has its place in just one."""
+    """Return the file's tensors in order, made of diffusers' parameters `names`, each of which is used once.
+
+    Raises `UsageError` for a parameter that the layout has no place for.
+    """
     names = set(names)
     if layout.outer is None or layout.blocks is None:
         return [Part(name, (name,)) for name in sorted(names, key=_in_order)]
@@ -90,15 +94,15 @@ def parts_of(layout: SingleFile, names: Iterable[str]) -> list[Part]:
 
 
 def _in_order(name: str) -> list[Any]:
-    """Block 2 before block 10."""
+    """Return a sort key that puts block 2 before block 10."""
     return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in name.split(".")]
 
 
 def modelspec(family: str, config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata by SAI Model Spec 1.0.0, and where each block comes from.
+    """Return the file's metadata: SAI Model Spec 1.0.0, and which of the teacher's blocks were kept.
 
-    `config` is the transformer's, whose `ppcl` holds the provenance; `facts` are `title`, `description`,
-    `license`, `resolution`, `base_model` and whatever else is to stand there, as `ppcl.<name>`.
+    `config` is the transformer's config, with the provenance under `ppcl`. `facts` are `title`, `description`,
+    `license` and `resolution`, which belong to the specification; all others are written as `ppcl.<name>`.
     """
     layout, provenance = layout_of(family), config["ppcl"]
     key, value, special = layout.special or ("", False, layout.architecture)
@@ -125,7 +129,7 @@ def _prefixed(prefix: str, entries: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a single file."""
+    """Read the metadata of a safetensors file; `UsageError` if it is missing or damaged."""
     from safetensors import safe_open
 
     check_safetensors(path)
@@ -134,9 +138,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_single_file(transformer: Path, target: Path, family: str, dtype: str, metadata: Mapping[str, str]) -> int:
-    """Write the safetensors shards of an exported `transformer` folder as the one file `target`; returns its bytes.
+    """Write the safetensors shards of the exported folder `transformer` to the single file `target`.
 
-    Raises `UsageError` for a class that ComfyUI cannot load, and for values that overflow `dtype`.
+    Returns the size of the file in bytes. `dtype` is a key of `DTYPES`. Raises `UsageError` for a class that ComfyUI
+    cannot load, for a damaged shard, and for values that overflow `dtype`.
     """
     from safetensors import safe_open
 
@@ -171,7 +176,7 @@ def _joined_shape(shapes: list[list[int]]) -> list[int]:
 
 
 def _header(shapes: Mapping[str, list[int]], dtype: str, metadata: Mapping[str, str]) -> bytes:
-    """The length and JSON that a safetensors file starts with, for tensors of one dtype in that order."""
+    """Return the header of a safetensors file (its length, then JSON) for tensors of one dtype in this order."""
     name, size = DTYPES[dtype]
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
@@ -180,7 +185,7 @@ def _header(shapes: Mapping[str, list[int]], dtype: str, metadata: Mapping[str, 
         entries[key] = {"dtype": name, "shape": shape, "data_offsets": [start, end]}
         start = end
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # readers map tensors in place, aligned
+    header += b" " * (-len(header) % 8)  # pad to 8 bytes, as readers map the tensors that follow in place
     return len(header).to_bytes(8, "little") + header
 
 

@@ -1,1 +1,1 @@
-"""Model families: a folder each for all that is odd about a model, and what they share."""
+"""Model families: one folder per family with everything specific to it, and the modules that families share."""

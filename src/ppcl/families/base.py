@@ -1,7 +1,8 @@
-"""The base class of a model family: everything odd about it, so that no stage has to ask which one it serves.
+"""The base class of a model family.
 
-A family says how its blocks are tapped, how a forward is made of latents and conditions, how pictures are drawn, and,
-where its blocks can be pruned in width, how (`WidthSurgery`).
+A family holds everything in which one model differs from another, so that stages need not know which model they work
+on. It finds the streams in the calls of its blocks, builds the arguments of a forward pass, draws pictures, and prunes
+its blocks in width if they can be (`WidthSurgery`).
 """
 
 from __future__ import annotations
@@ -23,28 +24,34 @@ from ppcl.families.width import WidthSurgery
 from ppcl.ops import flow_matching
 from ppcl.taps import BlockKey, Streams, stack_of
 
-# Conditioning of a forward besides time, `[B, ...]` each, by names of the family's own.
+# Tensors `[B, ...]` that condition a forward pass, besides the timestep. Each family chooses its own names.
 Conditions = dict[str, Tensor]
 
 
 class EncodedPrompts:
-    """Distinct prompts, encoded once; all that a stage needs of a text encoder."""
+    """Distinct prompts that were encoded once, so that a stage can look them up without a text encoder.
+
+    `encoded` maps the name of a condition to its values `[len(prompts), ...]`.
+    """
 
     def __init__(self, prompts: list[str], encoded: Conditions) -> None:
         self.index = {prompt: row for row, prompt in enumerate(prompts)}
         self.encoded = encoded
 
     def __call__(self, prompts: list[str]) -> Conditions:
-        """Conditions `[len(prompts), ...]` of prompts that are among the encoded ones."""
+        """Return the conditions `[len(prompts), ...]` of `prompts`; `KeyError` for one that was not encoded."""
         rows = torch.tensor([self.index[prompt] for prompt in prompts])
         return {name: value[rows.to(value.device)] for name, value in self.encoded.items()}
 
 
 class Family(ABC):
-    """One model family. `facts` is its record in the registry, `arch` its transformer's config.
+    """One model family.
 
-    Taps and forwards have to be implemented. Drawing has to be where stages encode or draw pictures; a family without
-    it works on cached data. `width` is None where blocks cannot be pruned in width.
+    `facts` is its record in the registry, `arch` the config of its transformer, `sampling` how pictures are drawn.
+
+    A subclass must implement the methods under "Taps" and "Forwards". It needs those under "Drawing" only for stages
+    that encode or draw pictures; without them it works on cached data. `width` is None if its blocks cannot be pruned
+    in width.
     """
 
     facts: FamilyFacts
@@ -66,46 +73,53 @@ class Family(ABC):
 
     @property
     def stacks(self) -> dict[str, str]:
-        """Path of each block ModuleList, in order of execution, to the config key that counts it."""
+        """The path of each block ModuleList, in order of execution, and the config key that holds its length."""
         return self.facts.stacks
 
     @property
     def transformer_class(self) -> Any:
-        """The diffusers class of its transformer."""
+        """The diffusers class of the family's transformer."""
         import diffusers
 
         return getattr(diffusers, self.facts.transformer)
 
     def blocks(self, transformer: nn.Module) -> dict[BlockKey, nn.Module]:
-        """Every block by (stack, index), in order of execution."""
+        """Return every block by (stack, index), in order of execution."""
         return {
             (stack, index): block for stack in self.stacks for index, block in enumerate(stack_of(transformer, stack))
         }
 
-    # Taps: streams are named `image` and `text`. A stack need not have both; one that has a stream has it at the same
-    # tokens as the other stacks.
+    # Taps. A stream is a tensor of tokens that runs from block to block, `image` or `text`. A stack may lack one of the
+    # two. The stacks that have a stream have the same tokens in it.
 
     @abstractmethod
     def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
-        """The streams `[B, tokens, D]` among a block's keyword arguments.
+        """Return the streams `[B, tokens, D]` that a block reads, from the keyword arguments of its call.
 
-        `inputs` are those of the whole forward, for blocks whose streams are joined to one tensor.
+        `inputs` are the keyword arguments of the transformer's forward. A family whose blocks take both streams joined
+        in one tensor needs them to tell where to split it.
         """
 
     @abstractmethod
     def streams_out(self, stack: str, output: Any, inputs: Mapping[str, Any]) -> Streams:
-        """The streams `[B, tokens, D]` in a block's output; a stream that ends there is left out."""
+        """Return the streams `[B, tokens, D]` in a block's output; a stream that ends in this block is left out."""
 
     @abstractmethod
     def masks(self, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
-        """Valid tokens `[B, tokens]` per stream of a forward's inputs; None where all are."""
+        """Return a mask `[B, tokens]` of the valid tokens per stream; None if all are valid.
+
+        `inputs` are the keyword arguments of the transformer's forward.
+        """
 
     def stream_of(self, linear: str) -> str:
-        """The stream whose tokens a linear layer reads, by its name within a block."""
+        """Return the stream whose tokens a linear layer reads; `linear` is the layer's name within its block."""
         return "image"
 
     def called_apart(self, transformer: Any) -> list[nn.Module]:
-        """Modules within blocks that the transformer also calls by itself: where it is sharded, units of their own."""
+        """Return modules inside blocks that the transformer also calls outside of those blocks' forwards.
+
+        FSDP has to shard each of them as a unit of its own.
+        """
         return []
 
     # Forwards.
@@ -118,9 +132,10 @@ class Family(ABC):
         sigmas: Tensor,
         size: tuple[int, int],
     ) -> dict[str, Any]:
-        """Keyword arguments of the transformer's forward for packed noisy `latents` `[B, N, C]`.
+        """Return the keyword arguments of the transformer's forward.
 
-        `size` is the latents' height and width in packed tokens.
+        `latents` `[B, N, C]` are packed and noisy, `sigmas` `[B]` are their noise levels in [0, 1], and `size` is their
+        height and width in packed tokens.
         """
 
     def training_batch(
@@ -131,55 +146,66 @@ class Family(ABC):
         sigmas: Tensor,
         size: tuple[int, int],
     ) -> TrainingBatch:
-        """Noise `latents` `[B, N, C]` at levels `sigmas` `[B]`, as a forward call and its target."""
+        """Add `noise` to clean `latents`, both `[B, N, C]`, and return the forward's arguments and its target.
+
+        Flow matching: the input is (1 - sigma) * latents + sigma * noise with `sigmas` `[B]` in [0, 1], the target is
+        the velocity noise - latents. `size` is the latents' height and width in packed tokens.
+        """
         noisy = flow_matching.interpolate(latents, noise, sigmas)
         inputs = self.forward_inputs(noisy, conditions, sigmas, size)
         return TrainingBatch(inputs, flow_matching.velocity(latents, noise), sigmas, as_tensor=self.as_tensor)
 
     def as_tensor(self, output: Any) -> Tensor:
-        """Turn the transformer's first output into one tensor of the latents' form; for most it is one."""
+        """Return the transformer's first output as one tensor in the form of the latents; most return one already."""
         return output
 
-    def initialize(self, transformer: Any) -> None:  # noqa: B027 - most train as diffusers draws them
-        """Ready an untrained transformer for its training."""
+    def initialize(self, transformer: Any) -> None:  # noqa: B027 - most need no change
+        """Change the initial weights that diffusers gives to an untrained transformer, before it is pretrained."""
 
     # Drawing.
 
     @property
     def draws(self) -> bool:
-        """Whether it draws pictures: it then says how its pipeline is called."""
+        """Whether the family can draw pictures: a family that can implements `sampling_arguments`."""
         return type(self).sampling_arguments is not Family.sampling_arguments
 
     @property
     def world(self) -> ModuleType:
-        """The module of `ppcl.data.worlds` that makes scenes for this family."""
+        """The module of `ppcl.data.worlds` that makes synthetic pictures and captions for this family."""
         return import_module(f"ppcl.data.worlds.{self.facts.world}")
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """The categories of its world that a prompt can ask for."""
+        """The categories of its world that this family's prompts can ask for."""
         return self.facts.categories
 
     @property
     def num_references(self) -> int:
-        """How many given pictures a scene of its world has."""
+        """The number of reference pictures that a scene of its world has; they are the input of an edit model."""
         return self.facts.num_references
 
-    prompts_per_call: int | None = None  # the most that a pipeline takes at once
+    prompts_per_call: int | None = None  # the most prompts that one call of the pipeline takes; None: any number
 
     def encode_images(self, pipeline: Any, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images in [-1, 1] `[B, 3, H, W]` to packed, normalised latents `[B, N, C]` and their size."""
+        """Return packed, normalised latents `[B, N, C]` of `images` `[B, 3, H, W]` in [-1, 1], and their size.
+
+        The size is height and width in packed tokens. Raises `UsageError` if the family draws no pictures.
+        """
         raise self._draws_nothing()
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
-        """Distinct `prompts` as the pipeline encodes them, padded to one length.
+        """Encode distinct `prompts` as the pipeline does, padded to one length.
 
-        `references` are the given PIL pictures that all of them speak of.
+        `references` are the PIL pictures that an edit model is given with every one of them. Raises `UsageError` if the
+        family draws no pictures.
         """
         raise self._draws_nothing()
 
     def sampling_arguments(self, sampling: Any, batch_size: int) -> dict[str, Any]:
-        """`SamplingConfig` as keyword arguments of the pipeline for `batch_size` prompts."""
+        """Return the pipeline's keyword arguments for a `SamplingConfig` and `batch_size` prompts.
+
+        Raises `UsageError` if the family draws no pictures.
+        """
         raise self._draws_nothing()
 
     def _draws_nothing(self) -> UsageError:
@@ -189,36 +215,48 @@ class Family(ABC):
         )
 
     def fit_references(self, pipeline: Any, pictures: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
-        """Given PIL pictures as the pipeline shows them to the text encoder, and `[1, 3, H, W]` each for the VAE."""
+        """Resize reference PIL pictures to the sizes at which the pipeline encodes them.
+
+        Returns the PIL pictures for the text encoder, and one tensor `[1, 3, H, W]` in [-1, 1] each for the VAE.
+        """
         return [], []
 
     def encode_references(self, pipeline: Any, pictures: Sequence[Tensor]) -> Conditions:
-        """Conditions of given pictures in [-1, 1], `[B, 3, H, W]` each and as large as the VAE shall see them."""
+        """Return the conditions that reference pictures make.
+
+        Each of `pictures` is `[B, 3, H, W]` in [-1, 1], already resized for the VAE.
+        """
         return {}
 
     def complete(self, pipeline: Any) -> None:  # noqa: B027 - most have nothing to add
-        """Take from a loaded pipeline what the family goes by, and make it save all that it was loaded with."""
+        """Finish a pipeline that was just loaded or built.
+
+        The family reads the settings that it needs from the pipeline, and adds to it what diffusers would not save.
+        """
 
     def num_passes(self, sampling: Any) -> int:
-        """Forwards per denoising step: two with classifier-free guidance."""
+        """Return the number of forward passes per denoising step: two with classifier-free guidance, else one."""
         return 2 if sampling.true_cfg_scale > 1 else 1
 
     def check_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:  # noqa: B027 - most take any
-        """Raise `UsageError` for a prompt that this model cannot be given."""
+        """Raise `UsageError` for a prompt that this model cannot take."""
 
     def prompt_arguments(
         self, pipeline: Any, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()
     ) -> dict[str, Any]:
-        """`prompts`, and the PIL pictures given with each, as keyword arguments of the pipeline."""
+        """Return `prompts`, and the reference PIL pictures of each, as keyword arguments of the pipeline."""
         return {"prompt": list(prompts)}
 
 
 class DualStreamFamily(Family):
-    """Blocks called with `hidden_states` (image) and `encoder_hidden_states` (text) that return (text, image)."""
+    """A family whose blocks take `hidden_states` (image) and `encoder_hidden_states` (text).
+
+    They return (text, image), each `[B, tokens, D]`; text may be None in the last block.
+    """
 
     def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
         return {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}
 
     def streams_out(self, stack: str, output: tuple[Tensor | None, Tensor], inputs: Mapping[str, Any]) -> Streams:
-        text, image = output  # the last block of some models returns no text
+        text, image = output  # the last block of some models returns None for the text
         return {"image": image} if text is None else {"image": image, "text": text}

@@ -1,4 +1,4 @@
-"""Facts of a model family that checks need before torch is loaded, in one record a family."""
+"""The record of a model family: facts that checks need before torch is loaded."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SingleFile:
-    """How a family's transformer is laid out in one safetensors file for ComfyUI.
+    """Layout of a family's transformer in the single safetensors file that ComfyUI loads.
 
-    `architecture` and `implementation` go into the file's metadata. Only models of `transformer_class`, a diffusers
-    class, can be written. `special` is a key of the transformer's config, a value, and the architecture this value
-    makes it. `outer` and, per stack, `blocks` map a module of the file to the diffusers modules that make it up; a name
-    that ends in `.scale` is a parameter. Without them names stay diffusers'. Modules in `swapped` have the two halves
-    of their rows in the other order.
+    `architecture`, `implementation`: values for the file's metadata.
+    `transformer_class`: the diffusers class that can be written; no other can.
+    `special`: a key of the transformer's config, a value of it, and the architecture of models with that value.
+    `outer`: names of modules in the file, each with the diffusers modules whose rows it joins. A name that ends in
+        `.scale` is a parameter, not a module.
+    `blocks`: for each stack its name in the file, and a table like `outer` for the modules within a block. If `outer`
+        and `blocks` are None, the file keeps diffusers' names.
+    `swapped`: modules of the file that have the two halves of diffusers' rows in the opposite order.
     """
 
     architecture: str
@@ -27,37 +30,39 @@ class SingleFile:
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """Everything about a family that is known without its model.
+    """Everything about a family that is known without loading its model.
 
     Where it is:
-        `name`: as in `model.family`.
-        `implementation`: module and class of its `Family`, `ppcl.families.flux.family.Flux`.
-        `transformer`: diffusers' class of its transformer.
+        `name`: the value of `model.family`.
+        `implementation`: module and class of its `Family`, such as `ppcl.families.flux.family.Flux`.
+        `transformer`: the diffusers class of its transformer.
         `pipeline_classes`: diffusers pipelines that hold such a transformer.
-        `pruned_models`: transformer classes of ours for models pruned in width, each with its module.
-        `builders`: names of its tiny untrained pipelines (`model.builder`), each with its module.
+        `pruned_models`: ppcl's transformer classes for models pruned in width, each with its module.
+        `builders`: names of its tiny untrained pipelines (`model.builder`), each with the module that builds it.
 
     Its blocks:
-        `stacks`: path of each block ModuleList within the transformer, in order of execution, to the config key that
-            counts its blocks.
-        `text_stacks`: stacks whose blocks have a text stream of their own that can be pruned.
-        `first_block`: blocks before this one stay the teacher's.
-        `last_blocks`: so many blocks at the end of each stack stay the teacher's, being of another structure.
-        `residuals`: argument of the forward that brings a ControlNet's residuals, per stack.
-        `repeated_residuals`: stacks whose residuals start again from the first where they are too few.
-        `modulations`: parts of the names of matrices in blocks that Muon is not made for.
+        `stacks`: the path of each block ModuleList within the transformer, in order of execution, and the config key
+            that holds its length.
+        `text_stacks`: stacks whose blocks have a separate text stream, which can be pruned.
+        `first_block`: the first block of a stack that may be pruned.
+        `last_blocks`: the number of blocks at the end of each stack that may not be pruned, since they are built
+            differently.
+        `residuals`: for each stack the argument of the forward that passes a ControlNet's residuals.
+        `repeated_residuals`: stacks whose residuals are repeated from the first if there are fewer than blocks.
+        `modulations`: parts of the names of modulation matrices in blocks. AdamW trains these, not Muon.
 
     What it draws:
-        `world`: module of `ppcl.data.worlds` that makes scenes for it.
-        `categories`: those of that world that a prompt can ask for.
-        `num_references`: pictures given with a scene. `max_references`: pictures a user's prompt can be given.
+        `world`: the module of `ppcl.data.worlds` that makes synthetic pictures and captions for it.
+        `categories`: the categories of that world that its prompts can ask for.
+        `num_references`: the number of input pictures of a scene (edit models).
+        `max_references`: the most input pictures that a user can give with a prompt.
 
     What surrounds it:
-        `controlnet_classes`: diffusers' ControlNet model and pipeline, if there are such.
-        `takes_lora`: whether its pipelines load LoRAs.
-        `single_file`: the layout ComfyUI loads, if it knows the model.
-        `counts_blocks`: whether trainers of LoRAs (musubi-tuner) must be told the number of blocks.
-        `licence`: licence fields of the model that the family is known by.
+        `controlnet_classes`: diffusers' ControlNet model and pipeline classes; empty if there are none.
+        `takes_lora`: whether its pipelines can load LoRAs.
+        `single_file`: the file layout that ComfyUI loads; None if ComfyUI does not know the model.
+        `counts_blocks`: whether LoRA trainers (musubi-tuner) must be told the number of blocks.
+        `licence`: the licence fields of a model card, for the original model of this family.
         `published`: whether the PPCL authors published pruned models of it.
     """
 

@@ -1,4 +1,4 @@
-"""Parts that the width-pruned models of all families share; an export carries them within its model's file."""
+"""Parts that the width-pruned models of all families share. An export pastes them into its model's file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ResidualLinear(nn.Linear):
-    """x + W x + b, which starts as the identity."""
+    """The residual linear map x + W x + b on `[..., dim]`. W and b start at zero, so it starts as the identity."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim)
@@ -25,9 +25,12 @@ class ResidualLinear(nn.Linear):
 def width_roles(
     num_layers: int, pruned_text: list[int], pruned_ffn: list[int], text_output: str, keep_text_query: bool
 ) -> list[dict[str, bool] | None]:
-    """Keyword arguments of a pruned dual-stream block, per block of a stack; None where the stock block stays.
+    """Return the keyword arguments of the pruned block class for every block of a dual-stream stack.
 
-    `text_output`: `last`, one ehs_proj at the end of a run of text-pruned blocks, or `each` block its own.
+    An entry is None where the stock block stays. `pruned_text` and `pruned_ffn` are positions in this stack.
+    `text_output`: `last` gives an output projector (`ehs_proj`, the paper's l_h) to the last block of each run of
+    adjacent text-pruned blocks; `each` gives one to every text-pruned block.
+    `keep_text_query`: keep the text's query projections, which no output depends on.
     """
     text, ffn = set(pruned_text), set(pruned_ffn)
     roles: list[dict[str, bool] | None] = []
@@ -46,30 +49,35 @@ def width_roles(
 
 
 def packed_text(text: Tensor, reference: Tensor) -> Tensor:
-    """`[2, B, L, D]` = (text output h, modulated text z of the reference): what carrying blocks hand on as text.
+    """Stack the text output h and the reference block's modulated text z, each `[B, L, D]`, to `[2, B, L, D]`.
 
-    The two lie along a dimension of their own, before the others: FirstBlockCache takes the first block's text from
-    the last one's, which is `[B, L, D]`, and adds the difference to the first one's again.
+    A block before a text-pruned one returns this in place of its text. The new dimension comes first because diffusers'
+    FirstBlockCache subtracts the first block's text from the last block's, which is `[B, L, D]`, and later adds the
+    difference to the first block's text: so the two shapes broadcast.
     """
     return torch.stack([text, reference])
 
 
 def unpacked_text(encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """The text output h and the reference's z, `[B, L, D]` each, that a text-pruned block was handed."""
+    """Return the text output h and the reference block's z, each `[B, L, D]`, from the text that a block was given.
+
+    Raises `ValueError` if the previous block did not pack them.
+    """
     if encoder_hidden_states.dim() != 4:
         raise ValueError(
-            "this block has no text stream of its own: it reads what an earlier block of its run made of the text, "
-            "which a block before it has not handed on. A text-pruned block, and the one before it, cannot be skipped."
+            "this block has no text stream of its own: it needs the text of an earlier block, which the block before "
+            "did not pass on. A text-pruned block, and the one before it, cannot be skipped."
         )
     text, reference = encoder_hidden_states
     return text, reference
 
 
 def register_blocks(stock_of: dict[type, type], image_processor: type | None = None) -> None:
-    """Make pruned blocks known to diffusers' caches and layer skipping, as what the stock blocks are to them.
+    """Register pruned block classes with diffusers' caching and layer skipping.
 
-    `image_processor` is an attention processor that returns the image alone. diffusers keeps such classes in a private
-    module: a version without it, or with another one, loads the model all the same, and has no caches for it.
+    `stock_of` maps a pruned class to the stock class whose entry it gets. `image_processor` is the class of an
+    attention processor that returns the image stream alone. diffusers keeps these registries in a private module. With
+    a version that has changed it, the model still loads, but cannot be cached.
     """
     try:
         from diffusers.hooks import _helpers as helpers
@@ -84,5 +92,5 @@ def register_blocks(stock_of: dict[type, type], image_processor: type | None = N
         if image_processor is not None:
             skipped = helpers.AttentionProcessorMetadata(lambda attn, *args, **kwargs: kwargs["hidden_states"])
             helpers.AttentionProcessorRegistry.register(image_processor, skipped)
-    except Exception:  # whatever has become of it
+    except Exception:  # a private module can change in any way
         return

@@ -1,4 +1,4 @@
-"""The known families. Importing this loads no torch; `get_family` does."""
+"""The registry of families. Importing this loads no torch; `get_family` does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ppcl.config import SamplingConfig
     from ppcl.families.base import Family
 
-# Folders beside this file; each has `FACTS`, a record per family.
+# Packages beside this file. Each has `FACTS`, one record per family.
 _FOLDERS = ("qwen_image", "qwen_image_edit", "flux", "dit")
 
 _SHARED_COMPONENTS = {
@@ -26,34 +26,40 @@ FAMILIES: dict[str, FamilyFacts] = {
 
 
 def register(facts: FamilyFacts) -> None:
-    """Make a family known that is defined outside of ppcl; one of the same name is replaced."""
+    """Add a family that is defined outside of ppcl. It replaces a family of the same name."""
     FAMILIES[facts.name] = facts
 
 
 def family_of_pipeline(pipeline_class: str) -> str | None:
-    """The name of the family whose pipelines include `pipeline_class`, or None."""
+    """Return the name of the family whose pipelines include `pipeline_class`, or None."""
     return next((name for name, known in FAMILIES.items() if pipeline_class in known.pipeline_classes), None)
 
 
 def family_of_transformer(transformer_class: str) -> FamilyFacts | None:
-    """The first family with that transformer class, diffusers' own or ours pruned in width; None for others."""
+    """Return the first family whose diffusers class or width-pruned class is `transformer_class`, or None."""
     found = (f for f in FAMILIES.values() if transformer_class in (f.transformer, *f.pruned_models))
     return next(found, None)
 
 
 def get_family(name: str, arch: Mapping[str, Any] | None = None, sampling: SamplingConfig | None = None) -> Family:
-    """The family called `name`, for a transformer with the config `arch` that is sampled as `sampling` says."""
+    """Return the family called `name`, for a transformer with the config `arch`; `KeyError` for an unknown name.
+
+    `sampling` says how its pictures are drawn.
+    """
     facts = FAMILIES[name]
     module, _, class_name = facts.implementation.rpartition(".")
     return getattr(import_module(module), class_name)(facts, arch, sampling)
 
 
 def builders() -> dict[str, str]:
-    """Every tiny pipeline's name (`model.builder`), with the module whose `build_pipeline` makes it."""
+    """Return the names of tiny pipelines (`model.builder`), each with the module whose `build_pipeline` makes it."""
     return {name: module for facts in FAMILIES.values() for name, module in facts.builders.items()}
 
 
 def component_classes() -> dict[str, str]:
-    """Every pipeline component of ours by its class's name, with the module that holds it and nothing else."""
+    """Return the class names of ppcl's own pipeline components, each with the module that defines it.
+
+    An export copies that module's file beside the component's weights.
+    """
     pruned = {name: module for facts in FAMILIES.values() for name, module in facts.pruned_models.items()}
     return _SHARED_COMPONENTS | pruned

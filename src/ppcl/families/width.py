@@ -1,4 +1,4 @@
-"""Width surgery of a family: how its blocks lose text streams and FFNs to linear projectors (paper Eq. 8-9)."""
+"""Width surgery of a family: text streams and FFNs of its blocks become linear projectors (paper Eq. 8-9)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from ppcl.layers import Layout
 
 
 class WidthSurgery(ABC):
-    """Makes pruned blocks of a family's own.
+    """Makes width-pruned blocks from a family's stock blocks.
 
-    `transformer_class` is the family's diffusers class with width sets in its config. `projectors` names the attributes
-    of a pruned block that hold `text_in` (l_z), `text_out` (l_h), `image_ffn` and `text_ffn`, as far as it has them.
+    `transformer_class` is a subclass of the family's diffusers class whose config names the pruned blocks.
+    `projectors` names the attributes of a pruned block that hold its projectors: `text_in` (the paper's l_z),
+    `text_out` (l_h), `image_ffn` and `text_ffn`. A family leaves out those that it does not have.
     """
 
     transformer_class: Any
@@ -25,24 +26,40 @@ class WidthSurgery(ABC):
 
     @abstractmethod
     def config(self, places: Width, layout: Layout) -> dict[str, Any]:
-        """Config entries of `transformer_class` for blocks pruned at these positions among those kept."""
+        """Return the config entries of `transformer_class` that name the pruned blocks.
+
+        `places` holds their positions among the kept blocks, not their indices in the teacher.
+        """
 
     @abstractmethod
     def roles(
         self, stack: str, text: list[int], ffn: list[int], num_layers: int, layout: Layout
     ) -> list[dict[str, Any] | None]:
-        """The role of each of a stack's `num_layers` blocks if those at `text` and `ffn` are pruned; None for none."""
+        """Return the keyword arguments of the pruned block class for each of a stack's `num_layers` blocks.
+
+        `text` and `ffn` are the positions that lose their text stream and their FFN. An entry is None where the stock
+        block stays.
+        """
 
     @abstractmethod
     def prune(self, block: nn.Module, role: dict[str, Any], projectors: Mapping[str, Tensor]) -> nn.Module:
-        """A block with `role` that shares what it keeps with `block`; absent projectors are the identity."""
+        """Return a pruned block that shares the parameters it keeps with `block`.
+
+        `role` is an entry of `roles`. `projectors` is a state dict; projectors missing in it start as the identity.
+        """
 
     def text_qkv_input(self, block: nn.Module, kwargs: dict[str, Any]) -> Tensor:
-        """z `[B, L, D]`: the modulated, normed text that goes into a block's QKV."""
+        """Return z `[B, L, D]`, the normed and modulated text that goes into the QKV projections of `block` (Eq. 8).
+
+        `kwargs` are the keyword arguments of the block's call.
+        """
         raise AssertionError("a family without text stacks has no such input")
 
     def with_text(self, kwargs: dict[str, Any], text: Tensor, reference: Tensor) -> dict[str, Any]:
-        """A block's arguments with the text `[B, L, D]` and the reference's z `[B, L, D]` a pruned block reads."""
+        """Return the keyword arguments of a block's call with the text that a text-pruned block reads.
+
+        `text` is the text output h, `reference` the z of the reference block, each `[B, L, D]`.
+        """
         return kwargs | {"encoder_hidden_states": packed_text(text, reference)}
 
 

@@ -1,5 +1,5 @@
-"""Methods: ways to choose the intervals. Importing this loads no torch.
+"""Methods, which are ways to choose the intervals. Importing this package loads no torch.
 
-A method takes two files: a module here, which declares one class of `Method`, and a YAML in `conf/method/` whose
-`rule` is the module's name.
+To add a method, write two files: a module in this package that defines one subclass of `Method`, and a YAML file in
+`conf/method/` whose `rule` is the name of that module.
 """

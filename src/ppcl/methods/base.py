@@ -1,4 +1,4 @@
-"""The base class of methods: teacher and calibration data in, intervals out. Everything after is shared."""
+"""Base class of methods, which choose the intervals of a teacher from calibration data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.discovery import parse_settings
 from ppcl.families.base import Family
 
-# By stack and stream, a value per pair of blocks.
+# curves[stack][stream][u][k]: a value for each pair of blocks u <= k, None below the diagonal.
 Curves = dict[str, dict[str, list[list[float | None]]]]
 
 
 @dataclass
 class Teacher:
-    """The teacher as a method sees it. `calibration` starts a pass over the calibration set; `progress` shows one."""
+    """What a method is given: the teacher, its family, and functions that supply data when called.
+
+    `calibration`: starts a new pass over the calibration batches. `probes`: returns the fitted linear probes.
+    `progress(items, total)`: wraps an iterable to show a progress bar.
+    """
 
     family: Family
     transformer: nn.Module
@@ -33,7 +37,10 @@ class Teacher:
 
 @dataclass
 class Detection:
-    """`scores` is written into the plan; `curves[stack][stream]` is `[M][M]`, None below the diagonal."""
+    """What a method returns: the intervals, and the numbers they were chosen by.
+
+    `scores`: saved in the plan. `curves[stack][stream]`: `[M][M]` for the M blocks of a stack, shown in the report.
+    """
 
     intervals: Intervals
     scores: dict[str, Any] = field(default_factory=dict)
@@ -42,16 +49,18 @@ class Detection:
 
 @dataclass
 class NoSettings:
-    """Settings of a method that needs no keys of its own."""
+    """Settings of a method without keys of its own."""
 
 
 class Method(ABC):
-    """One way to choose intervals. It is found by the name of its file, which is `method.rule`.
+    """One way to choose intervals. `method.rule` selects it by the name of its file in `ppcl/methods`.
 
-    `settings_class`: a dataclass of keys that only this method has, given under `method.settings`.
+    `settings_class`: a dataclass of the keys that only this method has, which are set under `method.settings`.
+    `needs_probes`: whether it reads the linear probes that `stages=[probe]` fits.
     """
 
     settings_class: ClassVar[type[Any]] = NoSettings
+    needs_probes: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
@@ -59,8 +68,8 @@ class Method(ABC):
 
     @classmethod  # noqa: B027 - most have nothing more to check
     def check(cls, config: MethodConfig) -> None:
-        """Raise `UsageError` for a configuration that means nothing to this method."""
+        """Raise `UsageError` if the configuration is not valid for this method. Called before the teacher is loaded."""
 
     @abstractmethod
     def detect(self, teacher: Teacher) -> Detection:
-        """Look at the teacher and name the intervals."""
+        """Choose the intervals of `teacher`."""

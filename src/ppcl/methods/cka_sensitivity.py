@@ -15,7 +15,7 @@ from ppcl.taps import BlockKey, replace_stack, stack_of
 
 
 def runs_to_intervals(removed: list[int]) -> list[Interval]:
-    """Removed blocks as intervals: each run of them is stood for by the block just before it."""
+    """Return removed blocks as intervals [u, v]: u is the kept block before a run of removed ones, v the run's end."""
     intervals: list[Interval] = []
     for index in sorted(removed):
         if intervals and intervals[-1][1] == index - 1:
@@ -26,15 +26,16 @@ def runs_to_intervals(removed: list[int]) -> list[Interval]:
 
 
 def _tokens(batch: TrainingBatch, output: Tensor) -> Tensor:
-    """A prediction as `[B, tokens, C]`."""
+    """Return the prediction in a model's output as `[B, tokens, C]`; pixels of a picture count as tokens."""
     found = batch.prediction(output)
     return found if found.ndim == 3 else found.flatten(2).mT
 
 
 class CkaSensitivity(Method):
-    """Rank blocks by CKA(output, output without the block) and remove the `num_remove` highest.
+    """Ranks blocks by CKA(output, output without the block) and removes the `method.num_remove` highest.
 
-    Block 0 of a stack stays: no block before it could stand for it. So do those that are always the teacher's.
+    The first block of a stack is never removed, because an interval begins with the kept block before it. Neither are
+    blocks that the family excludes from pruning, or that `method.start` and `method.end` exclude.
     """
 
     @classmethod
@@ -67,7 +68,7 @@ class CkaSensitivity(Method):
         assert self.config.num_remove is not None, "checked above"
         if self.config.num_remove > len(candidates):
             raise UsageError(
-                f"method.num_remove={self.config.num_remove} exceeds the {len(candidates)} blocks that may go."
+                f"method.num_remove={self.config.num_remove} exceeds the {len(candidates)} blocks that may be removed."
             )
         ranked = sorted(candidates, key=lambda key: -scores[key])[: self.config.num_remove]
         intervals: Intervals = {
@@ -79,6 +80,7 @@ class CkaSensitivity(Method):
     def _without(
         self, teacher: Teacher, stack: str, blocks: nn.ModuleList, index: int, batch: TrainingBatch, full: Tensor
     ) -> float:
+        """Return the sum over samples of the CKA between `full` and the output without block `index`."""
         rest = nn.ModuleList([block for i, block in enumerate(blocks) if i != index])
         replace_stack(teacher.transformer, stack, rest)
         try:

@@ -1,4 +1,4 @@
-"""PPCL's detection: intervals end at the first inflection (paper Eq. 5, Algorithm 1 lines 4-15)."""
+"""PPCL's detection: an interval ends where its similarity first inflects (paper Eq. 5, Algorithm 1 lines 4-15)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ppcl.taps import Streams, observe_abreast, stack_of
 
 
 def first_inflection(curve: Curve, u: int, last: int, min_length: int = 2) -> int:
-    """Eq. 5: the first k - 1 at which delta(u, k) > delta(u, k - 1), else `last`.
+    """Return the end of the interval that begins at u (Eq. 5): the first k - 1 with delta(u, k) > delta(u, k - 1).
 
-    `min_length` L looks for it from k = u + L on; the paper's rule is L = 2.
+    Returns `last` if there is no such k up to it. The search begins at k = u + `min_length`; the paper's rule is 2.
     """
     for k in range(u + min_length, last + 1):
         if delta(curve, u, k) > delta(curve, u, k - 1):
@@ -26,21 +26,24 @@ def first_inflection(curve: Curve, u: int, last: int, min_length: int = 2) -> in
 
 
 class Lp(Method):
-    """Walks over the similarities of linear surrogates. The ablations end intervals otherwise."""
+    """Finds intervals by the similarity of the teacher to its linear surrogates. Subclasses change where they end."""
+
+    needs_probes = True
 
     def end_of(self, curve: Curve, u: int, last: int) -> int:
-        """The last block of the interval that begins with u; no block behind `last` may be in one."""
+        """Return the last block of the interval that begins at u, at most `last`."""
         return first_inflection(curve, u, last, self.config.min_length)
 
     def finished(self, intervals: Sequence[Interval], last: int) -> list[Interval]:
-        """The intervals as they are when all are found."""
+        """Return the final intervals, given all that were found; subclasses may change them."""
         return list(intervals)
 
     def find_intervals(self, curve: Curve, num_layers: int) -> list[Interval]:
-        """Algorithm 1: walk from `start`, end each interval by the rule, go on behind it.
+        """Return the intervals of a stack of `num_layers` blocks (Algorithm 1).
 
-        An interval whose surrogate's cka(u, v) lies below `min_cka` is left out and the walk goes on at
-        u + 1: this is where the gaps come from that Eq. 5 alone never leaves.
+        The first interval may begin at `method.start`. Each ends by `end_of`, and the next begins after it. An interval
+        with cka(u, v) below `method.min_cka` is rejected, and the search goes on at u + 1. These rejections leave gaps
+        between intervals, as in the paper's printed sets; Eq. 5 alone leaves none.
         """
         config = self.config
         last = num_layers - 1 if config.end is None else min(config.end, num_layers - 1)
@@ -66,7 +69,7 @@ class Lp(Method):
             outputs: list[Streams] = []
             for _, call in teacher.progress(calls, len(batches) * sum(layers.values())):
                 outputs.append(call.outputs)
-                if len(outputs) == len(batches):  # all that this block gave
+                if len(outputs) == len(batches):  # this block has run on all batches
                     curves.add(call.stack, call.index, outputs, masks)
                     outputs = []
         intervals: Intervals = {}

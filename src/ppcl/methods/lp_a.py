@@ -7,7 +7,7 @@ from ppcl.methods.surrogates import Curve
 
 
 def last_above(curve: Curve, u: int, last: int, threshold: float) -> int:
-    """The end of the run from u on whose cka stays at `threshold` or above; u where none does."""
+    """Return the last v such that cka(u, k) is at least `threshold` for every k from u + 1 to v; u if there is none."""
     v = u
     while v < last and curve(u, v + 1) >= threshold:
         v += 1
@@ -15,7 +15,7 @@ def last_above(curve: Curve, u: int, last: int, threshold: float) -> int:
 
 
 class LpA(Lp):
-    """The rule of `method.threshold`."""
+    """Ends an interval before the first block whose cka is below `method.threshold`."""
 
     def end_of(self, curve: Curve, u: int, last: int) -> int:
         return last_above(curve, u, last, self.config.threshold)

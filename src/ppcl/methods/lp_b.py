@@ -11,15 +11,21 @@ from ppcl.methods.lp import Lp
 
 
 def extend_ends(intervals: Sequence[Interval], last: int, which: Sequence[int] | None) -> list[Interval]:
-    """Move v to v + 1 in the intervals numbered `which`, or in every one that has room.
+    """Return `intervals` with v moved to v + 1 in those numbered `which`; None means all.
 
-    Room is a block outside all intervals, or a successor of three blocks or more, which then starts
-    one later. (The paper prints overlapping sets; intervals that share a block cannot both be plugged in.)
+    An interval is left as it is if it ends at `last`, or if the next interval begins right after it and has only two
+    blocks. A longer next interval gives up its first block. (The paper prints overlapping intervals, but two that share
+    a block cannot both be plugged in.)
+
+    Raises `UsageError` if `which` names an interval that does not exist.
     """
     result = list(intervals)
     numbers = range(len(result)) if which is None else sorted(set(which))
     if numbers and numbers[-1] >= len(result):
-        raise UsageError(f"method.extend={which} names interval {numbers[-1]}; detection found {len(result)}.")
+        raise UsageError(
+            f"method.extend={which} names interval {numbers[-1]}, but detection found only {len(result)} intervals, "
+            "numbered from 0: leave that number out."
+        )
     for number in numbers:
         u, v = result[number]
         following = result[number + 1] if number + 1 < len(result) else None
@@ -34,12 +40,12 @@ def extend_ends(intervals: Sequence[Interval], last: int, which: Sequence[int] |
 
 
 class LpB(Lp):
-    """The rule of `method.extend`."""
+    """Extends the intervals that `method.extend` numbers, or all of them, by one block."""
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
         if config.extend is not None and min(config.extend, default=0) < 0:
-            raise UsageError(f"method.extend={config.extend} numbers intervals from 0 on.")
+            raise UsageError(f"method.extend={config.extend} has a negative number: intervals are numbered from 0.")
 
     def finished(self, intervals: Sequence[Interval], last: int) -> list[Interval]:
         return extend_ends(intervals, last, self.config.extend)

@@ -1,4 +1,4 @@
-"""Residual linear probes, one per block and stream, and how well they fit (paper Eq. 1-2)."""
+"""Fits residual linear probes, one per block and stream, and measures how well they fit (paper Eq. 1-2)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from ppcl.taps import observe_abreast
 
 
 def valid(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The valid tokens of `[B, tokens, D]` as rows `[T, D]`, float32."""
+    """Return the valid tokens of `features` `[B, tokens, D]` as rows `[T, D]`, in float32.
+
+    `mask`: the valid tokens `[B, tokens]`; None for all.
+    """
     return (features.flatten(0, 1) if mask is None else features[mask]).float()
 
 
@@ -24,9 +27,10 @@ Pair = tuple[int, str, Tensor, Tensor]
 
 @torch.no_grad()
 def pairs(family: Family, transformer: nn.Module, batches: Sequence[TrainingBatch]) -> Iterator[Pair]:
-    """Every block's input rows x and what it adds to them dx, per stream: `(batch's number, key, x, dx)`.
+    """Yield `(batch number, key, x, dx)` for every block, stream and batch.
 
-    Block by block, and all batches of a block one after another. A stream that begins or ends at a block is not its.
+    `x` `[T, D]` are the block's input tokens and `dx` its outputs minus its inputs. `key` is `STACK.INDEX.STREAM`. All
+    batches of a block come before the next block. Streams that are not both an input and an output are skipped.
     """
     masks = [family.masks(batch.inputs) for batch in batches]
     inputs = [batch.inputs for batch in batches]
@@ -41,24 +45,26 @@ def pairs(family: Family, transformer: nn.Module, batches: Sequence[TrainingBatc
 
 @dataclass
 class Residual:
-    """||l_i(x) - T_i||^2 / ||T_i - T_{i-1}||^2 of all rows added; 1 means no better than identity."""
+    """Accumulates ||l_i(x) - T_i||^2 / ||T_i - T_{i-1}||^2 over tokens; 1 means no better than the identity."""
 
     error: float = 0.0
     size: float = 0.0
 
     def add(self, probe: tuple[Tensor, Tensor], x: Tensor, dx: Tensor) -> None:
+        """Add tokens `x` `[T, D]` and the changes `dx` that `probe`, a weight and a bias, should predict."""
         weight, bias = (tensor.to(x.device) for tensor in probe)
         self.error += (x @ weight.T + bias - dx).double().square().sum().item()
         self.size += dx.double().square().sum().item()
 
     @property
     def value(self) -> float:
+        """The residual of all tokens added so far; 0 if they do not change in the block."""
         return self.error / self.size if self.size else 0.0
 
 
 @dataclass
 class Fit:
-    """The probe of `key`, and its residual on held-out batches."""
+    """The probe x -> x + x W^T + b of one block and stream, and its residual on held-out batches."""
 
     key: str
     weight: Tensor
@@ -75,10 +81,13 @@ def fit_probes(
     ridge: float,
     bias: bool,
 ) -> Iterator[Fit]:
-    """Least-squares W `[D, D]`, b `[D]` of x -> x + x W^T + b for every block and stream (Eq. 1), as they are found.
+    """Yield the probe of every block and stream, fitted by least squares (Eq. 1): x -> x + x W^T + b, `W` is `[D, D]`.
 
-    The input of probe i is always the teacher's own T_{i-1}; one pass serves all probes, and one block's statistics
-    are held at a time.
+    The input of probe i is the teacher's own T_{i-1}, so one pass of the teacher fits all probes. The statistics of one
+    block are in memory at a time.
+
+    `heldout`: batches for the residuals. `ridge`: the damping, relative to the mean diagonal of X^T X. `bias`: whether
+    b is fitted; otherwise it is 0.
     """
     equations: dict[str, NormalEquations] = {}
     fits: dict[str, Fit] = {}
@@ -103,7 +112,10 @@ def train_probes(
     *,
     lr: float,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Descend L_fit (Eq. 2) from `probes`, a step a batch; probes share no gradient."""
+    """Train `probes` by Adam on L_fit = ||l_i(T_{i-1}) - T_i||^2 (Eq. 2), one step per batch, and return them.
+
+    `probes`: weight `[D, D]` and bias `[D]` by key. They share no gradient, so each is trained as if alone.
+    """
     maps = {key: nn.Linear(weight.shape[1], weight.shape[0]) for key, (weight, _) in probes.items()}
     for key, (weight, bias) in probes.items():
         maps[key].load_state_dict({"weight": weight, "bias": bias})
@@ -123,7 +135,7 @@ def relative_residuals(
     batches: Sequence[TrainingBatch],
     probes: Mapping[str, tuple[Tensor, Tensor]],
 ) -> dict[str, float]:
-    """The residual of every probe on `batches`."""
+    """Return the relative residual (see `Residual`) of every probe on `batches`, by key."""
     residuals: dict[str, Residual] = {}
     for _, key, x, dx in pairs(family, transformer, batches):
         residuals.setdefault(key, Residual()).add(probes[key], x, dx)

@@ -15,12 +15,15 @@ _LIBRARIES = ("base", "probes", "registry", "similarity", "surrogates", "width")
 
 
 def method_names() -> tuple[str, ...]:
-    """Every method there is, by its file; none is imported."""
+    """Return the names of all methods, which are the names of their files. No method is imported."""
     return module_names(ppcl.methods, _LIBRARIES)
 
 
 def load_method(config: MethodConfig) -> Method:
-    """The method that `method.rule` names, with its settings; `UsageError` for those that mean nothing to it."""
+    """Return the method that `method.rule` names, with its settings.
+
+    Raises `UsageError` if there is no such method, or if the configuration is not valid for it.
+    """
     from ppcl.methods.base import Method
 
     kind: type[Any] = declared_class(f"ppcl.methods.{config.rule}", Method, f"method.rule={config.rule}")

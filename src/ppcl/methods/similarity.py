@@ -1,4 +1,4 @@
-"""Similarity of every two blocks' outputs (paper Fig. 5)."""
+"""Similarity between the outputs of all pairs of blocks (paper Fig. 5)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ MAP_TOKENS = 256
 def similarity_maps(
     family: Family, transformer: torch.nn.Module, batch: TrainingBatch, *, top_channels: int = 0
 ) -> dict[str, list[list[float | None]]]:
-    """CKA between every two blocks' outputs, per stream (paper Fig. 5), averaged over the batch.
+    """Return per stream the CKA between the outputs of all pairs of blocks (paper Fig. 5), averaged over the batch.
 
-    By the blocks of all stacks in order of execution; None for those that do not put the stream out.
-    Of at most `MAP_TOKENS` tokens, evenly spaced: the similarities of every block are held at once.
-    `top_channels` leaves out that many channels of most variance per block: a few massive ones can make
-    blocks look alike that are not.
+    Rows and columns are the blocks of all stacks in order of execution, None where a block does not output the stream.
+    At most `MAP_TOKENS` evenly spaced tokens are used, because the Gram matrices of all blocks are in memory at once.
+
+    `top_channels`: how many channels of each block to leave out, those of the most variance. A few very large ones can
+    make different blocks look alike.
     """
     masks = family.masks(batch.inputs)
     grams: dict[str, dict[int, Tensor]] = {}

@@ -1,7 +1,8 @@
-"""Similarity of a teacher with its linear surrogates (paper Eq. 3-4).
+"""Similarity of the teacher to its linear surrogates (paper Eq. 3-4).
 
-A chain of linear probes is one linear map, so the surrogate's output at k is T_u's output times a
-matrix: one teacher pass gives every cka(u, k), and no surrogate is ever run.
+In the surrogate for (u, k), blocks u+1 to k are replaced by their linear probes. A chain of linear probes is one linear
+map, so the output of the surrogate at k is the output of T_u times a matrix. One pass of the teacher therefore gives
+cka(u, k) for all u and k, and no surrogate is ever run.
 """
 
 from __future__ import annotations
@@ -15,25 +16,26 @@ from torch.nn.functional import pad
 from ppcl.artifacts.probes import Probes
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
 
-_HELD_MAPS = 256 << 20  # bytes of probes that are kept; more are read again for every block
-_PRODUCTS = 256 << 20  # bytes of covariances that are multiplied at once
+_HELD_MAPS = 256 << 20  # the most bytes of probe matrices to cache; if all need more, each is read whenever needed
+_PRODUCTS = 256 << 20  # the most bytes of covariances to multiply at once
 
-# cka[u][k] for u <= k; cka[u][u] = 1, where nothing is replaced yet.
+# curve(u, k) is cka(u, k) for u <= k; curve(u, u) is 1, as nothing is replaced.
 Curve = Callable[[int, int], float]
 
 
 def delta(curve: Curve, u: int, k: int) -> float:
-    """Eq. 4: how much similarity the k-th replacement costs."""
+    """Return the similarity that is lost when block k is replaced too, -(cka(u, k) - cka(u, k - 1)) (Eq. 4)."""
     return -(curve(u, k) - curve(u, k - 1))
 
 
 class SurrogateCurves:
-    """Means over samples and noise levels of cka(u, k) (Eq. 3), for every stack, stream and u <= k.
+    """Accumulates cka(u, k) (Eq. 3), averaged over samples and noise levels, for all stacks, streams and u <= k.
 
-    NaN where block u does not put the stream out, or where the stream ends before k.
+    A value is NaN if block u does not output the stream, or if the stream ends before block k.
 
-    In float32: similarities are then right to 1e-6, also where single channels are a thousand times as large as
-    others, and on most GPUs float64 is a sixtieth as fast.
+    `num_layers`: the number of blocks by stack. `debiased`: whether to use the debiased CKA, in float64.
+    Otherwise features are float32: similarities are then exact to 1e-6 even if single channels are a thousand times as
+    large as others, and on most GPUs float64 is about sixty times slower.
     """
 
     def __init__(self, probes: Probes, num_layers: dict[str, int], *, debiased: bool) -> None:
@@ -45,7 +47,7 @@ class SurrogateCurves:
         self._maps: dict[str, Tensor] = {}
 
     def _map(self, key: str) -> Tensor:
-        """A probe as x -> x A with A = I + W^T; its bias is the same for all tokens, so centring drops it."""
+        """Return a probe as the matrix A = I + W^T of x -> x A; its bias is left out, since centring cancels it."""
         if key in self._maps:
             return self._maps[key]
         weight = self.weights[key]
@@ -58,7 +60,7 @@ class SurrogateCurves:
     def add(
         self, stack: str, u: int, outputs: Sequence[dict[str, Tensor]], masks: Sequence[dict[str, Tensor | None]]
     ) -> None:
-        """Add the outputs `[B, tokens, D]` of block u per stream, of every batch."""
+        """Add block u's output streams `[B, tokens, D]` of every batch; `masks` has their valid tokens."""
         for stream in outputs[0]:
             features, valid = [each[stream] for each in outputs], [each[stream] for each in masks]
             layers = self.num_layers[stack]
@@ -69,7 +71,7 @@ class SurrogateCurves:
     def _row(
         self, stack: str, u: int, stream: str, features: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> Tensor:
-        """Sums over all samples of cka(u, k), for k from u on; NaN from where the stream ends."""
+        """Return the sums over samples of cka(u, k) for k = u, u + 1, ...; NaN where the stream has ended."""
         pairs = list(zip(features, masks, strict=True))
         centred = (centre(each.to(self.precision), mask) for each, mask in pairs)
         of_chain: Callable[[Tensor], Tensor]
@@ -89,13 +91,13 @@ class SurrogateCurves:
         return pad(torch.stack(values), (0, self.num_layers[stack] - u - len(values)), value=torch.nan)
 
     def streams(self, stack: str) -> list[str]:
-        """The streams of a stack, by name."""
+        """Return the names of a stack's streams."""
         return sorted(name for s, name in self.sums if s == stack)
 
     def mean(self, stack: str, stream: str) -> Tensor:
-        """cka `[M, M]` of a stream, or the mean of those that are there; NaN below the diagonal.
+        """Return the table of cka(u, k), `[M, M]` for M blocks, NaN below the diagonal.
 
-        `stream` is one of the stack's, or `mean`; a stack without it is taken by its mean.
+        `stream`: a stream of the stack. Any other name, such as `mean`, gives the mean over the stack's streams.
         """
         names = self.streams(stack)
         chosen = [self.sums[stack, n] / self.counts[stack, n] for n in names if stream == n or stream not in names]
@@ -105,13 +107,13 @@ class SurrogateCurves:
 
 
 def blocks_with(table: Tensor) -> range:
-    """The blocks from the first to the last that a stream, or a mean of some, goes through; it begins and ends once."""
+    """Return the range of blocks with a similarity in `table`, those that the stream passes through."""
     found = table.diagonal().isfinite().nonzero().flatten().tolist()
     return range(found[0], found[-1] + 1) if found else range(0)
 
 
 def _by_covariance(centred: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """cka `[samples]` of batches `[B, T, D]` with their products with a matrix: by D x D a sample, a few at a time."""
+    """Return a function from a matrix A to CKA(X, X A) `[samples]`, by covariances; `centred`: batches `[B, T, D]`."""
     covariances = torch.cat([each.mT @ each for each in centred])
     parts = covariances.split(max(1, _PRODUCTS // covariances[0].nbytes))
 
@@ -123,7 +125,7 @@ def _by_covariance(centred: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _by_tokens(centred: Iterable[Tensor], valid: Tensor, debiased: bool) -> Callable[[Tensor], Tensor]:
-    """The same by tokens, of which `valid` `[samples]` are no padding; what is added to the shorter ones is zero."""
+    """Return the same function as `_by_covariance`, by tokens. `valid`: the number of valid tokens `[samples]`."""
     batches = list(centred)
     longest = max(each.shape[1] for each in batches)
     features = torch.cat([pad(each, (0, 0, 0, longest - each.shape[1])) for each in batches])
@@ -131,5 +133,5 @@ def _by_tokens(centred: Iterable[Tensor], valid: Tensor, debiased: bool) -> Call
 
 
 def rows_of(table: Tensor) -> list[list[float | None]]:
-    """A table as nested lists, None for NaN."""
+    """Return a table as nested lists with None for NaN, as JSON needs it."""
     return [[None if value != value else value for value in row] for row in table.tolist()]

@@ -1,4 +1,4 @@
-"""Selection of the text streams and FFNs that become linear projectors."""
+"""Selects the text streams and FFNs that are replaced by linear projectors (`width=auto`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from ppcl.taps import BlockKey
 def select_text(
     similarity: Callable[[int, int], float], kept: Sequence[int], threshold: float, most: int | None
 ) -> list[int]:
-    """R_txt: blocks whose text output has a CKA of `threshold` or more with their reference's, deeper first.
+    """Return R_txt: blocks whose text output has a CKA of at least `threshold` with that of their reference block.
 
-    A block joins only if every block of its run still passes: each one added moves the reference of those
-    behind it to an earlier block.
+    Deeper blocks are tried first, up to `most` blocks (None: no limit). Adding a block gives the blocks after it an
+    earlier reference, so it is added only if all chosen blocks still pass.
+
+    `similarity(reference, pruned)`: the CKA of two blocks' text outputs. `kept`: all kept blocks, ascending.
     """
     chosen: set[int] = set()
     for index in reversed(kept[1:]):
@@ -29,12 +31,15 @@ def select_text(
 
 
 def select_ffn(errors: Mapping[BlockKey, float], count: int) -> list[BlockKey]:
-    """R_ffn: the `count` blocks whose output differs least with the FFN's least-squares fit in its place."""
+    """Return R_ffn: the `count` blocks whose output changes least when a least-squares fit replaces their FFN."""
     return sorted(errors, key=lambda key: errors[key])[:count]
 
 
 def ffn_errors(module: WidthDistillation, batches: Iterable[TrainingBatch]) -> dict[BlockKey, float]:
-    """Relative error of every fitted place's output, the mean of its streams, by stack and block."""
+    """Return the relative error of each FFN-pruned block's output, averaged over its streams, by stack and index.
+
+    `module`: with projectors fitted by `fit_linear`. `batches`: held-out batches.
+    """
     found = module.heldout(batches)
     errors = {}
     for item, terms in zip(module.pruned, found, strict=True):

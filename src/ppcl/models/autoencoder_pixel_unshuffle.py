@@ -1,10 +1,10 @@
-"""A lossless autoencoder: pixels rearranged into channels, behind the interfaces of an image and a video VAE.
+"""A lossless autoencoder without trained weights: it rearranges pixels into channels.
 
-`QwenImagePipeline` asks of its VAE `temperal_downsample` (diffusers' spelling), `config.z_dim`,
-`config.latents_mean`, `config.latents_std`, and `encode` / `decode` on `[B, C, T, H, W]`; `FluxPipeline`
-asks for `config.block_out_channels` (one more than halvings), `config.scaling_factor`,
-`config.shift_factor`, and `[B, C, H, W]`. The pipelines of Qwen-Image-Edit bring every picture to a megapixel
-first: for them a `cell` of so many pixels a side stands for one.
+It has the interfaces of an image VAE and of a video VAE. `QwenImagePipeline` reads `temperal_downsample` (diffusers'
+spelling), `config.z_dim`, `config.latents_mean` and `config.latents_std` of its VAE, and calls `encode` and `decode` on
+`[B, C, T, H, W]`. `FluxPipeline` reads `config.block_out_channels` (its length is one more than the number of
+halvings), `config.scaling_factor` and `config.shift_factor`, and calls them on `[B, C, H, W]`. The pipelines of
+Qwen-Image-Edit resize every picture to a megapixel first. For them, `cell` x `cell` pixels count as one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 
 class PointDistribution:
-    """A latent distribution without spread: what a lossless encoder returns."""
+    """A latent distribution that has one value, since a lossless encoder has no variance."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -32,10 +32,11 @@ class PointDistribution:
 
 
 class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Space-to-depth by `factor`; `decode(encode(x))` equals `x` bit for bit where cells have one colour.
+    """Space-to-depth by `factor`: pictures `[B, 3, H, W]` to latents `[B, 3 * factor^2, H/factor, W/factor]`.
 
-    Encoding reads the pixel in the middle of each cell, decoding fills cells. A picture too small for cells is
-    taken to have one pixel for each.
+    With `cell` above 1, a picture consists of cells of `cell` x `cell` pixels: `encode` reads the middle pixel of each
+    cell, and `decode` fills each cell with one colour. `encode` takes a picture that is too small to have cells as one
+    with a pixel per cell. `decode(encode(x))` equals `x` bit for bit if each cell has one colour.
     """
 
     @register_to_config
@@ -55,7 +56,7 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"z_dim={z_dim} must be 3 * factor**2, factor={factor} and cell={cell} powers of 2.")
         self.factor, self.cell = factor, cell
         self.temperal_downsample = [False] * ((factor * cell).bit_length() - 1)
-        # A model without any tensor has no dtype and no file; this one says what pixels are divided by.
+        # Pixels are divided by this. A model without any tensor would have no dtype and no weights file.
         self.register_buffer("pixel_scale", torch.ones(1))
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PointDistribution]:
@@ -73,7 +74,7 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
-# A saved pipeline names this class by its module, and diffusers loads it where that module is
-# imported: `import ppcl` is then all that a loader needs. (An export carries a copy of this file.)
+# A saved pipeline names this class with its module, and diffusers finds it if that module is imported. With this name,
+# `import ppcl` is enough. (An export holds a copy of this file.)
 if __name__.startswith("ppcl."):
     AutoencoderPixelUnshuffle.__module__ = "ppcl"

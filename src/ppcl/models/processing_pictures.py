@@ -1,4 +1,4 @@
-"""Qwen2-VL's processor for prompts with pictures and without videos, whose processor wants torchvision."""
+"""Qwen2-VL's processor without its video processor, which needs torchvision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import ProcessorMixin, Qwen2VLProcessor
 
 
 class PictureProcessor(Qwen2VLProcessor):
-    """A Qwen2-VL processor of an image processor and a tokenizer alone."""
+    """A Qwen2-VL processor that has an image processor and a tokenizer only."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -17,5 +17,5 @@ class PictureProcessor(Qwen2VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-if __name__.startswith("ppcl."):  # as diffusers shall write it into a pipeline's index
+if __name__.startswith("ppcl."):  # the name that diffusers writes when it saves a pipeline
     PictureProcessor.__module__ = "ppcl"

@@ -1,8 +1,10 @@
-"""Linear CKA (Kornblith et al., 1905.00414), from token Grams or from feature covariances, equally.
+"""Linear CKA (Kornblith et al., 1905.00414), from Gram matrices of tokens or from covariances of features.
 
-Every function is batched over leading dimensions and takes padded tokens as zero rows: centre first
-with `centre`, which also zeroes them. Products are in the features' own precision, at least float32; their sums in
-float64, and so is all of the debiased form, which is a difference of large numbers.
+Both forms give the same value. Every function is batched over leading dimensions. Features must first be centred by
+`centre`, which also sets padded tokens to zero.
+
+Matrix products are in the features' dtype, but at least float32; they are summed in float64. The debiased form is
+float64 throughout, because it is a difference of large numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 def centre(
     features: Float[Tensor, "*batch tokens dim"], mask: Bool[Tensor, "*batch tokens"] | None = None
 ) -> Float[Tensor, "*batch tokens dim"]:
-    """Subtract the mean over valid tokens; padded rows become zero."""
+    """Subtract the mean over valid tokens, and set padded tokens to zero. `mask`: the valid tokens, None for all."""
     if mask is None:
         return features - features.mean(dim=-2, keepdim=True)
     weight = mask.unsqueeze(-1).to(features.dtype)
@@ -28,12 +30,12 @@ def _working(features: Tensor, debiased: bool = False) -> Tensor:
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """The Frobenius inner product."""
+    """Return the Frobenius inner product of matrices `[*batch, rows, columns]`, in float64."""
     return (a * b).sum(dim=-1).sum(dim=-1, dtype=torch.float64)
 
 
 def _debias(product: Tensor, rows_x: Tensor, rows_y: Tensor, tokens: Tensor) -> Tensor:
-    """HSIC_1 up to a factor both CKA terms share, from ||X^T Y||_F^2 and squared row norms."""
+    """Return HSIC_1 up to a factor that cancels in CKA, from ||X^T Y||_F^2 and the squared norms of rows."""
     n = tokens
     return (
         product
@@ -53,11 +55,12 @@ def cka(
     *,
     debiased: bool = False,
 ) -> Float[Tensor, "*batch"]:
-    """CKA of centred features: ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F), by the cheaper form.
+    """Return the CKA of centred features, ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F), by the cheaper form.
 
-    With fewer tokens than features the N x N Grams are smaller than the D x D covariances.
-    `tokens` counts valid tokens where some rows are padding. `debiased` uses HSIC_1 (Song et al.,
-    2012) for all three terms, and needs four tokens or more.
+    With fewer tokens than features that is the N x N Gram matrices, otherwise the D x D covariances.
+
+    `tokens`: the number of valid tokens, needed by the debiased form if some rows are padding.
+    `debiased`: whether to use HSIC_1 (Song et al., 2012) for all three terms, which needs at least four tokens.
     """
     x, y = _working(x, debiased), _working(y, debiased)
     if x.shape[-2] < max(x.shape[-1], y.shape[-1]):
@@ -82,7 +85,7 @@ def cka_of_grams(
     *,
     debiased: bool = False,
 ) -> Float[Tensor, "*batch"]:
-    """`cka` of centred features, from X X^T and Y Y^T."""
+    """Return the same value as `cka` from the Gram matrices X X^T and Y Y^T of centred features."""
     terms = [_inner(a, b) for a, b in ((gram_x, gram_y), (gram_x, gram_x), (gram_y, gram_y))]
     if debiased:
         count = terms[0].new_tensor(gram_x.shape[-1]) if tokens is None else tokens.double()
@@ -93,9 +96,10 @@ def cka_of_grams(
 def cka_of_linear_map(
     covariance: Float[Tensor, "*batch dim dim"], kernel: Float[Tensor, "dim dim"]
 ) -> Float[Tensor, "*batch"]:
-    """CKA(X, X A) of centred X from C = X^T X and S = A A^T alone: tr(C S C) / (||C||_F tr(C S C S)^(1/2)).
+    """Return CKA(X, X A) of centred X from C = X^T X and S = A A^T: tr(C S C) / (||C||_F tr(C S C S)^(1/2)).
 
-    No token is touched, so any chain of probes A = A_{u+1} ... A_k costs one D^3 product a sample.
+    The tokens themselves are not needed: whatever the chain of probes A = A_{u+1} ... A_k, the cost is one product of
+    D x D matrices per sample.
     """
     covariance, kernel = _working(covariance), _working(kernel)
     product = covariance @ kernel

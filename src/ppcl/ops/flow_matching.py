@@ -14,9 +14,12 @@ def sample_sigmas(
     scheme: str = "logit_normal",
     shift: float = 1.0,
 ) -> Float[Tensor, " batch"]:
-    """Noise levels in (0, 1): `logit_normal` (Esser et al., 2403.03206) or `uniform`.
+    """Return random noise levels in (0, 1).
 
-    `shift` s maps sigma to s sigma / (1 + (s - 1) sigma), towards noise for s > 1.
+    `scheme`: their distribution, `logit_normal` (Esser et al., 2403.03206) or `uniform`.
+    `shift`: s maps sigma to s sigma / (1 + (s - 1) sigma), which is nearer to pure noise for s > 1.
+
+    Raises `ValueError` for another scheme.
     """
     if scheme == "logit_normal":
         sigmas = torch.sigmoid(torch.randn(batch_size, generator=generator))
@@ -30,11 +33,11 @@ def sample_sigmas(
 def interpolate(
     clean: Float[Tensor, batch * rest], noise: Float[Tensor, batch * rest], sigmas: Float[Tensor, " batch"]
 ) -> Float[Tensor, batch * rest]:
-    """The noisy sample at `sigmas`."""
+    """Return the noisy samples (1 - sigma) x_0 + sigma n, with one noise level per sample."""
     weight = sigmas.view(-1, *[1] * (clean.ndim - 1)).to(clean.dtype)
     return (1 - weight) * clean + weight * noise
 
 
 def velocity(clean: Float[Tensor, batch * rest], noise: Float[Tensor, batch * rest]) -> Float[Tensor, batch * rest]:
-    """Return the target of a flow-matching model, which is the same at every sigma."""
+    """Return n - x_0, the target of a flow-matching model, which is the same at every noise level."""
     return noise - clean

@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class NormalEquations:
-    """X^T X and X^T Y of everything added, with a column of ones for the bias.
+    """Accumulates X^T X and X^T Y over all samples that are added, with a column of ones in X for the bias.
 
-    Holds (D + 1) x (D + 1) and (D + 1) x E numbers in host memory, however many samples pass through; their products
-    are computed where the samples are.
+    For D inputs and E outputs it keeps (D + 1) x (D + 1) and (D + 1) x E numbers in host memory, however many samples
+    are added. Products are computed on the device of the samples.
     """
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
@@ -19,6 +19,7 @@ class NormalEquations:
         self.cross = torch.zeros(dim_in + 1, dim_out, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "samples dim_in"], y: Float[Tensor, "samples dim_out"]) -> None:
+        """Add samples, one per row, with their targets."""
         x = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], dim=1)
         self.gram += (x.T @ x).to(self.gram.device)
         self.cross += (x.T @ y.double()).to(self.cross.device)
@@ -26,16 +27,17 @@ class NormalEquations:
     def solve(
         self, *, ridge: float, bias: bool = True
     ) -> tuple[Float[Tensor, "dim_out dim_in"], Float[Tensor, " dim_out"]]:
-        """Weight and bias of y = x W^T + b that minimise the squared error.
+        """Return the weight and bias of y = x W^T + b that minimise the squared error.
 
-        `ridge` is relative to the mean diagonal of X^T X and never damps the bias.
+        `ridge`: the damping, relative to the mean diagonal of X^T X; the bias is never damped. 0 gives the minimum-norm
+        solution. `bias=False`: fit without a bias, and return zeros for it.
         """
         size = len(self.gram) if bias else len(self.gram) - 1
         gram, cross = self.gram[:size, :size].clone(), self.cross[:size]
         dim_in = len(self.gram) - 1
         damping = ridge * gram.diagonal()[:dim_in].mean()
         gram.diagonal()[:dim_in] += damping
-        # Without ridge the Gram may be rank-deficient: the minimum-norm solution, as of a plain lstsq.
+        # Without ridge the Gram matrix may be rank-deficient; then take the minimum-norm solution, as lstsq does.
         solve = torch.linalg.solve if ridge > 0 else lambda a, b: torch.linalg.pinv(a, rtol=1e-12, hermitian=True) @ b
         solution = solve(gram, cross)
         weight = solution[:dim_in].T.contiguous()

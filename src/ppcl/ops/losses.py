@@ -1,7 +1,8 @@
-"""Distillation losses (paper Eq. 6): direction of features per token, magnitude left free.
+"""Distillation losses (paper Eq. 6 and 12) and the norm ratio, of student and teacher features.
 
-Where ranks share a batch, `average` makes of a denominator its mean over them. No denominator depends on the student,
-so that the mean over ranks of a loss, or of its gradient, is that of the whole batch.
+`mask` marks the valid tokens; None means that all are. Where ranks share a batch, `average` replaces a denominator by
+its mean over them. No denominator depends on the student, so the mean of a loss or of its gradient over ranks is
+exactly that of the whole batch.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ Average = Callable[[Tensor], Tensor]
 
 
 def own(number: Tensor) -> Tensor:
-    """The average of a batch that is not shared: the number itself."""
+    """Return `number`: the `average` for a batch that is not shared among ranks."""
     return number
 
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None, average: Average) -> Tensor:
     if mask is None:
-        return values.mean()  # of as many tokens on each rank
+        return values.mean()  # all ranks have the same number of tokens
     return (values * mask).sum() / average(mask.sum())
 
 
@@ -33,7 +34,10 @@ def direction_loss(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     average: Average = own,
 ) -> Float[Tensor, ""]:
-    """Mean over valid tokens of ||s/||s|| - t/||t|| ||^2, in float32; lies in [0, 4]."""
+    """Return the mean over valid tokens of ||s/||s|| - t/||t|| ||^2 (Eq. 6), in float32, between 0 and 4.
+
+    It compares directions only: the student's magnitude is left free.
+    """
     difference = F.normalize(student.float(), dim=-1) - F.normalize(teacher.float(), dim=-1)
     return _mean_over_tokens(difference.square().sum(dim=-1), mask, average)
 
@@ -44,7 +48,7 @@ def magnitude_loss(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     average: Average = own,
 ) -> Float[Tensor, ""]:
-    """Mean over valid tokens of (log ||s|| - log ||t||)^2: what `direction_loss` cannot see."""
+    """Return the mean over valid tokens of (log ||s|| - log ||t||)^2, the difference that `direction_loss` ignores."""
     ratio = student.float().norm(dim=-1).log() - teacher.float().norm(dim=-1).log()
     return _mean_over_tokens(ratio.square(), mask, average)
 
@@ -56,7 +60,7 @@ def norm_ratio(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     average: Average = own,
 ) -> Float[Tensor, ""]:
-    """Mean over valid tokens of ||s|| / ||t||; 1 where magnitudes agree."""
+    """Return the mean over valid tokens of ||s|| / ||t||, which is 1 if magnitudes agree. It has no gradient."""
     return _mean_over_tokens(student.float().norm(dim=-1) / teacher.float().norm(dim=-1), mask, average)
 
 
@@ -66,7 +70,10 @@ def relative_error(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     average: Average = own,
 ) -> Float[Tensor, ""]:
-    """||s - t||^2 / ||t||^2 over valid tokens, in float32: Eq. 12's distance on a scale no model's norms set."""
+    """Return ||s - t||^2 / ||t||^2, both summed over valid tokens, in float32.
+
+    This is the distance of Eq. 12, relative to the teacher's features so that their scale does not matter.
+    """
     student, teacher = student.float(), teacher.float()
     weight = 1.0 if mask is None else mask.unsqueeze(-1)
     return ((student - teacher).square() * weight).sum() / average((teacher.square() * weight).sum())

@@ -1,12 +1,14 @@
-"""Rounding a linear layer to few bits so that its output changes least, rather than its weight.
+"""Rounding of a linear layer to few bits so that its output, rather than its weight, changes least.
 
-For a layer y = W x + b, the inputs x `[dim_in, samples]` of the model as it was, and the inputs x_q of the model whose
-earlier layers are rounded already, minimised is ||W_q x_q + b_q - W x - b||^2. With x_q = x it is the objective of GPTQ
-(arXiv 2210.17323, Eq. 1), else that of asymmetric calibration (arXiv 2504.02692): a layer shall give what the model
-gave, and so make up for the layers before it. With W* the best unrounded weight and G the Gram matrix of x_q it is
-tr((W_q - W*) G (W_q - W*)^T) and a constant: every row is a problem of its own.
+For a layer y = W x + b, let x `[dim_in, samples]` be its inputs in the original model, and x_q its inputs in the model
+whose earlier layers are rounded already. The rounded weight W_q minimises ||W_q x_q + b_q - W x - b||^2. With x_q = x
+this is the objective of GPTQ (arXiv 2210.17323, Eq. 1). Otherwise it is that of asymmetric calibration (arXiv
+2504.02692), where a layer also corrects the errors of the layers before it.
 
-Everything is in float64, but scales and zero points are what the dtype they are stored in can hold.
+Let W* be the best unrounded weight and G the Gram matrix of x_q. Up to a constant the objective is then
+tr((W_q - W*) G (W_q - W*)^T), which is an independent problem for every row.
+
+Everything is computed in float64. Scales and zero points are restricted to values of the dtype they are stored in.
 """
 
 from __future__ import annotations
@@ -17,17 +19,18 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-_BLOCK = 128  # columns whose errors go to the columns behind them in one product
-_SWEEPS = 4
-_LARGEST = 1 << 26  # numbers in a batch of small systems
+_BLOCK = 128  # columns whose errors are added to the later columns in one matrix product
+_SWEEPS = 4  # the most passes of coordinate descent over all columns
+_LARGEST = 1 << 26  # the most numbers in one batch of small linear systems
 
 
 @dataclass
 class Grid:
-    """The values that a weight is rounded to: (q - zero) * scale for the integers low <= q <= high.
+    """The values that weights are rounded to: (q - zero) * scale for the integers low <= q <= high.
 
-    `scale` and `zero` are `[dim_out, groups]`, one for `group_size` neighbouring columns of a row; `dtype` is what
-    they will be stored in. A symmetric grid has zero = 0, for good.
+    `scale`, `zero`: one per group of `group_size` neighbouring columns of a row.
+    `bits`: the width of the integers. `dtype`: the dtype that scales and zeros will be stored in.
+    `symmetric`: zero is 0 and stays 0.
     """
 
     scale: Float[Tensor, "dim_out groups"]
@@ -46,18 +49,20 @@ class Grid:
         return 2 ** (self.bits - 1) - 1
 
     def nearest(self, weight: Float[Tensor, "dim_out dim_in"]) -> Int8[Tensor, "dim_out dim_in"]:
-        """The integers whose values are nearest to `weight`."""
+        """Return the integers whose values are nearest to `weight`."""
         return _nearest(weight, *self.spread(), self).to(torch.int8)
 
     def values(self, ints: Int8[Tensor, "dim_out dim_in"]) -> Float[Tensor, "dim_out dim_in"]:
+        """Return the weights that `ints` stand for."""
         scale, zero = self.spread()
         return (ints - zero) * scale
 
     def spread(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero of every column, `[dim_out, dim_in]` each."""
+        """Return the scale and the zero of every single weight, `[dim_out, dim_in]` each."""
         return self.scale.repeat_interleave(self.group_size, 1), self.zero.repeat_interleave(self.group_size, 1)
 
     def with_values(self, scale: Tensor, zero: Tensor) -> Grid:
+        """Return this grid with another scale and zero, rounded to the dtype they are stored in."""
         return replace(self, scale=_stored(scale, self.dtype), zero=_stored(zero, self.dtype))
 
 
@@ -72,13 +77,16 @@ def _nearest(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 def spanning_grid(
     weight: Float[Tensor, "dim_out dim_in"], group_size: int, bits: int, dtype: torch.dtype, *, symmetric: bool = False
 ) -> Grid:
-    """The grid from the least to the greatest value of each group, with 0 on it."""
+    """Return the grid that spans each group's values from the least to the greatest, and contains 0.
+
+    `group_size`: the number of neighbouring columns that share a scale; it divides `dim_in`.
+    """
     groups = weight.double().unflatten(1, (-1, group_size))  # [dim_out, groups, group_size]
     least, greatest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if symmetric:
         greatest = torch.maximum(greatest, -least)
         least = -greatest
-    tiny = torch.finfo(dtype).tiny  # of a group of zeros
+    tiny = torch.finfo(dtype).tiny  # the scale of a group of zeros must not be 0
     scale = _stored(((greatest - least) / (2**bits - 1)).clamp(min=tiny), dtype)
     grid = Grid(scale, torch.zeros_like(scale), group_size, bits, dtype, symmetric)
     if not symmetric:
@@ -87,7 +95,7 @@ def spanning_grid(
 
 
 class InputMoments:
-    """Sums over all samples of x_q x_q^T, x x_q^T, x_q and x, which is all that is asked of a layer's inputs."""
+    """Accumulates over samples x_q x_q^T, x x_q^T, x_q and x, all that rounding needs to know of a layer's inputs."""
 
     def __init__(self, dim_in: int, device: torch.device | None = None) -> None:
         self.gram, self.cross = torch.zeros(2, dim_in, dim_in, dtype=torch.float64, device=device)
@@ -95,6 +103,7 @@ class InputMoments:
         self.count = 0
 
     def add(self, rounded: Float[Tensor, "samples dim_in"], given: Float[Tensor, "samples dim_in"]) -> None:
+        """Add samples: `rounded` is x_q and `given` is x."""
         rounded, given = rounded.double(), given.double()
         self.gram += rounded.T @ rounded
         self.cross += given.T @ rounded
@@ -103,13 +112,13 @@ class InputMoments:
         self.count += len(rounded)
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """Gram and cross matrix of the inputs' distances to their means: what a bias of its own leaves to W_q."""
+        """Return the Gram and cross matrix of the centred inputs, for a layer with a bias, which absorbs the means."""
         mean = self.sum_rounded / max(1, self.count)
         return self.gram - self.sum_rounded.outer(mean), self.cross - self.sum_given.outer(mean)
 
 
 def damped(gram: Float[Tensor, "dim_in dim_in"], damping: float) -> Float[Tensor, "dim_in dim_in"]:
-    """`gram` with `damping` times its mean diagonal on its diagonal; the identity where no input was ever seen."""
+    """Return `gram` plus `damping` times its mean diagonal on the diagonal; the identity if `gram` is zero."""
     mean = gram.diagonal().mean()
     return gram + (damping * mean if mean > 0 else 1.0) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
@@ -120,9 +129,9 @@ def best_weight(
     cross: Float[Tensor, "dim_in dim_in"],
     damping: float,
 ) -> Float[Tensor, "dim_out dim_in"]:
-    """W* = (W x x_q^T + l W) (x_q x_q^T + l I)^-1, which answers x_q most nearly as W does x.
+    """Return W* = (W x x_q^T + l W) (x_q x_q^T + l I)^-1, the weight whose output for x_q is nearest to W x.
 
-    l is `damping` times the mean diagonal of the Gram matrix; where x_q = x, W* = W.
+    l is `damping` times the mean diagonal of the Gram matrix. If x_q = x, W* = W.
     """
     with_damping = damped(gram, damping)
     wanted = weight.double() @ (cross + (with_damping - gram))
@@ -134,7 +143,10 @@ def output_error(
     target: Float[Tensor, "dim_out dim_in"],
     gram: Float[Tensor, "dim_in dim_in"],
 ) -> Float[Tensor, " dim_out"]:
-    """The diagonal of (V - W*) G (V - W*)^T: the squared error of each output, summed over the samples."""
+    """Return the squared error of each output, summed over samples: the diagonal of (V - W*) G (V - W*)^T.
+
+    `values`: V, the rounded weights. `target`: W*.
+    """
     distance = values - target
     return ((distance @ gram) * distance).sum(1)
 
@@ -142,10 +154,11 @@ def output_error(
 def carry_errors(
     target: Float[Tensor, "dim_out dim_in"], gram: Float[Tensor, "dim_in dim_in"], grid: Grid
 ) -> Int8[Tensor, "dim_out dim_in"]:
-    """GPTQ (arXiv 2210.17323, Algorithm 1): column by column, each rounding error goes to the columns still open.
+    """Round `target` by GPTQ (arXiv 2210.17323, Algorithm 1): columns not rounded yet compensate each rounding error.
 
-    After column j the others move by -(w_j - q_j) / U_jj * U_j, their optimum given q_j (Eq. 2), U being the upper
-    Cholesky factor of G^-1. Columns with the largest inputs go first, while most others can make up for them.
+    After column j is rounded to q_j, the later columns change by -(w_j - q_j) / U_jj * U_j, which is optimal given q_j
+    (Eq. 2). U is the upper Cholesky factor of G^-1. The columns with the largest inputs are rounded first, while many
+    others are left to compensate their errors.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order]))
@@ -172,7 +185,10 @@ def descend(
     ints: Int8[Tensor, "dim_out dim_in"],
     grid: Grid,
 ) -> Int8[Tensor, "dim_out dim_in"]:
-    """Every column in turn to its best integers given all others, which is never worse (arXiv 2309.01885)."""
+    """Improve `ints` by coordinate descent: set one column after another to its best integers given all others.
+
+    No step raises the output error (arXiv 2309.01885).
+    """
     scale, _ = grid.spread()
     found = ints.double()
     slope = (grid.values(ints) - target) @ gram  # [dim_out, dim_in]
@@ -194,9 +210,10 @@ def refit_grid(
     ints: Int8[Tensor, "dim_out dim_in"],
     grid: Grid,
 ) -> Grid:
-    """Scale and zero of all groups of a row by least squares given its integers, or what it had if that is better.
+    """Return the grid with the least-squares scale and zero for the integers `ints`.
 
-    A row's values are linear in the scales s and offsets -s * zero of its groups: one small system a row.
+    A row's values are linear in the scales s and offsets -s * zero of its groups, so each row is one small linear
+    system. A row keeps its scale and zero if the new ones are no better.
     """
     values = grid.values(ints)
     size = max(1, _LARGEST // (2 * grid.scale.shape[1]) ** 2)
@@ -212,7 +229,7 @@ def refit_grid(
 
 
 def _refit_rows(slope: Tensor, gram: Tensor, ints: Tensor, grid: Grid, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """New scale and zero `[rows, groups]` from `slope`, (W* - V) G for the present values V."""
+    """Return a new scale and zero `[rows, groups]`, from `slope` = (W* - V) G for the present values V."""
     scale, zero = grid.scale[rows], grid.zero[rows]
     groups = scale.shape[1]
     size = groups if grid.symmetric else 2 * groups
@@ -222,7 +239,7 @@ def _refit_rows(slope: Tensor, gram: Tensor, ints: Tensor, grid: Grid, rows: Ten
 
     system = gram.new_empty(len(rows), size, size)
     for group, columns in enumerate(torch.arange(len(gram), device=gram.device).split(grid.group_size)):
-        moved = ints[:, columns] @ gram[columns]  # [rows, dim_in], by one unit of this group's scale
+        moved = ints[:, columns] @ gram[columns]  # [rows, dim_in], the change of V G per unit of this group's scale
         system[:, :groups, group] = by_group(ints * moved)
         if not grid.symmetric:
             system[:, groups:, group] = system[:, group, groups:] = by_group(moved)
@@ -230,7 +247,7 @@ def _refit_rows(slope: Tensor, gram: Tensor, ints: Tensor, grid: Grid, rows: Ten
     wanted = by_group(ints * slope)
     if not grid.symmetric:
         wanted = torch.cat([wanted, by_group(slope)], dim=1)
-    # Where a group's integers are all alike, scale and offset do the same: then the least change.
+    # If all integers of a group are equal, scale and offset are not determined: the ridge picks the smallest change.
     ridge = 1e-9 * system.diagonal(dim1=1, dim2=2).mean(1)
     system.diagonal(dim1=1, dim2=2).add_(ridge.clamp(min=torch.finfo(gram.dtype).tiny)[:, None])
     change = torch.linalg.solve(system, wanted)
@@ -244,10 +261,11 @@ def _refit_rows(slope: Tensor, gram: Tensor, ints: Tensor, grid: Grid, rows: Ten
 def round_least_squares(
     target: Float[Tensor, "dim_out dim_in"], gram: Float[Tensor, "dim_in dim_in"], grid: Grid, *, rounds: int = 2
 ) -> tuple[Int8[Tensor, "dim_out dim_in"], Grid]:
-    """Integers and grid whose values give most nearly the outputs of `target`; never worse than the nearest ones.
+    """Return integers and a grid whose values give nearly the outputs of `target`.
 
-    From GPTQ's integers, or the nearest in rows where those are better, down to a minimum; then `rounds` times a grid
-    that fits the integers and integers that fit the grid, neither of which can raise the error.
+    Starts from GPTQ's integers, or in rows where they are better from the nearest ones, and improves them by coordinate
+    descent. Then `rounds` times the grid is fitted to the integers and the integers to the grid. No step raises the
+    error, so the result is never worse than rounding to the nearest values of `grid`.
     """
     ints, nearest = carry_errors(target, gram, grid), grid.nearest(target)
     errors = [output_error(grid.values(found), target, gram) for found in (ints, nearest)]

@@ -1,4 +1,4 @@
-"""A LoRA trained on a pruned model: what it recovers fits into a small file that loads onto the pruned export."""
+"""Fine-tuning a pruned model by a LoRA, which is saved as a small file that loads onto the pruned export."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from ppcl.families.base import Family
 
 
 def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
-    """Give every linear layer inside `model`'s blocks a LoRA of that rank, zero at first; nothing else is trained.
+    """Add a LoRA of rank `rank` to every linear layer in the blocks of `model`, and freeze all other parameters.
 
-    `seed`: of the random numbers in the half that is not zero.
+    The LoRA starts at zero: its B is zero, its A is random and drawn with `seed`. The global random state does not
+    change.
     """
     from peft import LoraConfig
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = [name for name in linear if name.startswith(tuple(f"{stack}." for stack in family.stacks))]
-    # PEFT would also take `encoder.blocks.0.ff` for the target `blocks.0.ff`.
+    # PEFT matches the ends of names: the target `blocks.0.ff` would also match `encoder.blocks.0.ff`.
     others = [name for name in linear if name not in targets and name.endswith(tuple(f".{end}" for end in targets))]
     adapted: Any = model.requires_grad_(False)
     with torch.random.fork_rng():
@@ -29,7 +30,10 @@ def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
 
 
 def merge_lora(model: Any, pipeline: Any, folder: Path) -> None:
-    """Save the LoRA as `pipeline`'s class does, for `load_lora_weights`, and add it to `model`'s own weights."""
+    """Save the LoRA of `model` to `folder` in the pipeline's format, and add it to the weights of `model`.
+
+    `pipeline.load_lora_weights(folder)` loads the file.
+    """
     from peft.utils import get_peft_model_state_dict
 
     (name,) = model.peft_config

@@ -1,8 +1,8 @@
-"""ControlNets of the full model on a pruned one.
+"""Uses a ControlNet of the full model with a pruned model.
 
-A ControlNet gives fewer residuals than there are blocks, and diffusers spreads them by the number of blocks it
-finds: on a pruned model most would land on the wrong ones. Here each kept block gets the residual of its
-place in the full model.
+A ControlNet returns fewer residuals than there are blocks. diffusers spreads them evenly over the blocks of the model,
+so on a pruned model most would be added after the wrong block. Here each kept block gets the residual that its
+counterpart in the full model gets.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from ppcl.surgery.remap import provenance_of
 
 
 def expand(samples: Sequence[Any], kept: Sequence[int], num_blocks: int, *, repeat: bool = False) -> list[Any]:
-    """One residual per kept block: what the full model with `num_blocks` adds after the block that was there.
+    """Return one residual for each block in `kept`, given by its index in the full model of `num_blocks` blocks.
 
-    `repeat` is for ControlNets whose residuals go round (diffusers' `controlnet_blocks_repeat`).
+    Block i gets residual floor(i / ceil(num_blocks / len(samples))), as in diffusers. With `repeat` it gets residual
+    i mod len(samples), as with diffusers' `controlnet_blocks_repeat`.
     """
     every = math.ceil(num_blocks / len(samples))
     return [samples[index % len(samples) if repeat else index // every] for index in kept]
 
 
 def place_residuals(transformer: nn.Module) -> RemovableHandle:
-    """Make an exported model take a full model's ControlNet; `remove()` the handle to undo it."""
+    """Make an exported transformer work with a ControlNet of the full model.
+
+    Returns the handle of a forward hook; its `remove()` undoes the change. Raises `UsageError` for a transformer that
+    ppcl did not export, and for a class whose ControlNets ppcl does not know.
+    """
     provenance = provenance_of(transformer)
     kept: dict[str, list[int]] = provenance["kept_layers"]
     removed: dict[str, list[list[int]]] = provenance["removed_intervals"]
-    # A block that is gone lies in an interval.
+    # A removed block lies in an interval, so the last block of a stack is kept or ends an interval.
     counts = {stack: 1 + max([*indices, *(v for _, v in removed.get(stack, []))]) for stack, indices in kept.items()}
     facts = family_of_transformer(type(transformer).__name__)
     if facts is None or not facts.residuals:
@@ -45,9 +50,10 @@ def place_residuals(transformer: nn.Module) -> RemovableHandle:
 def hook_residuals(
     transformer: nn.Module, facts: FamilyFacts, kept: Mapping[str, Sequence[int]], counts: Mapping[str, int]
 ) -> RemovableHandle:
-    """Expand residuals before every forward; `kept` says which blocks, of how many, are in.
+    """Register a hook that assigns ControlNet residuals to blocks before every forward.
 
-    Called again it says anew what is in: residuals that two hooks expanded would go astray.
+    For each stack, `kept` holds the full model's indices of the blocks in `transformer`, and `counts` the number of
+    blocks in the full model. A second call replaces the hook of the first, since residuals must be expanded once only.
     """
     if (earlier := getattr(transformer, "_residual_hook", None)) is not None:
         earlier.remove()
@@ -61,7 +67,7 @@ def hook_residuals(
                 again = repeat and stack in facts.repeated_residuals
                 placed[argument] = expand(samples, kept[stack], counts[stack], repeat=again)
         if repeat:
-            placed["controlnet_blocks_repeat"] = False  # expanded: one each
+            placed["controlnet_blocks_repeat"] = False  # already expanded: one per block
         return args, placed
 
     handle = transformer.register_forward_pre_hook(before, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Parameter counts of a model and of its pruned form, on the meta device: no weights, no download."""
+"""Counts the parameters of a model and of its pruned form on the meta device, without weights or a download."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def count_parameters(
     width: Width | None = None,
     layout: Layout | None = None,
 ) -> dict[str, int]:
-    """Parameters and blocks of the transformer: `teacher`, `student`, `teacher_layers`, `student_layers`.
+    """Count the transformer's parameters and blocks before and after pruning.
 
-    With width sets also what each step leaves: `depth`, then `text`, then `ffn`, which is `student`.
+    Returns the parameters `teacher` and `student`, and the blocks `teacher_layers` and `student_layers`. If `width`
+    names blocks, it also returns the parameters left after each step: `depth`, `text`, and `ffn`, which equals
+    `student`. `arch` is the teacher's config.
     """
     with torch.device("meta"):
         transformer = family.transformer_class.from_config(arch)

@@ -1,4 +1,4 @@
-"""Depth surgery: what a student starts from. A depth-pruned model is the stock class with fewer blocks."""
+"""Depth surgery: builds student blocks. A depth-pruned model is the stock class with fewer blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ppcl.streaming import still
 
 
 def student_block(blocks: list[nn.Module], interval: Interval, init: str) -> nn.Module:
-    """A trainable block for `interval`: a copy of block u (`first`), of the middle one, or the mean of all."""
+    """Return a new trainable student block for `interval` = (u, v) of the teacher's `blocks`.
+
+    `init`: `first` copies block u (the paper), `middle` copies block (u + v) // 2 (the authors' code), `average` takes
+    the mean of the weights of blocks u to v.
+    """
     u, v = interval
     source = {"first": u, "middle": (u + v) // 2, "average": u}[init]
     with still(blocks[source]):

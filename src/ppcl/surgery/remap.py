@@ -1,7 +1,7 @@
-"""LoRAs of the full model on a pruned one.
+"""Maps LoRAs of the full model to a pruned model.
 
-A LoRA names blocks by number. On a model with fewer of them diffusers puts it on the wrong ones and
-warns about the surplus only, so blocks are renumbered here, by the `kept_layers` that an export's config holds.
+A LoRA names blocks by number. On a model with fewer blocks, diffusers would load it into the wrong blocks and warn only
+about the numbers that do not exist. So this module renumbers blocks by the `kept_layers` in an export's config.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ _SIDES = {"lora_A.weight": "A", "lora_B.weight": "B"}
 
 @dataclass
 class RemappedLora:
-    """`state` is for the pruned model, in PEFT's form with every scale 1; `dropped` names what it has no place for."""
+    """A LoRA for a pruned model.
+
+    `state` has PEFT's keys; alpha / rank is multiplied into B. `dropped` names the full model's modules whose LoRA has
+    no counterpart in the pruned model.
+    """
 
     state: dict[str, Tensor]
     dropped: list[str] = field(default_factory=list)
 
 
 def _place(name: str, stacks: Iterable[str]) -> tuple[str, int, str] | None:
-    """Stack, number, and the name within the block, of a module in a block of one of the `stacks`; None for others."""
+    """Split the name of a module into stack, block number and name within the block; None if it is in no stack."""
     for stack in stacks:
         number, _, inner = name.removeprefix(f"{stack}.").partition(".")
         if name.startswith(f"{stack}.") and number.isdigit() and inner:
@@ -40,7 +44,7 @@ def _place(name: str, stacks: Iterable[str]) -> tuple[str, int, str] | None:
 
 
 def provenance_of(transformer: nn.Module) -> dict[str, Any]:
-    """Read from a pruned transformer's config where its blocks come from."""
+    """Return the provenance in an exported transformer's config; `UsageError` if it has none."""
     config: Any = transformer.config
     found = config.get("ppcl")
     if not found:
@@ -49,7 +53,7 @@ def provenance_of(transformer: nn.Module) -> dict[str, Any]:
 
 
 def scales_of(metadata: Mapping[str, Any] | None, modules: Iterable[str]) -> dict[str, float]:
-    """alpha / rank per module, from the adapter metadata that PEFT saves; 1 where there is none."""
+    """Return the scale alpha / rank of each module, from the metadata that PEFT saves; 1 without metadata."""
     if not metadata:
         return dict.fromkeys(modules, 1.0)
     plain = {key.removeprefix(_PREFIX): value for key, value in metadata.items()}
@@ -72,11 +76,13 @@ def remap_lora(
     source: str = "first",
     metadata: Mapping[str, Any] | None = None,
 ) -> RemappedLora:
-    """A full model's LoRA, as `pipeline.lora_state_dict` reads it, for an exported `transformer` (also on meta).
+    """Map the LoRA `state` of a full model to an exported `transformer`, which may be on the meta device.
 
-    A student block stands for blocks u to v. It takes the LoRA of block u (`first`), or those of all of
-    them joined to one of higher rank that adds their `mean` or their `sum`. What a width-pruned block has
-    lost is dropped; of a modulation it has kept the half that it keeps.
+    `state` and `metadata` are as `pipeline.lora_state_dict` returns them. A student block replaces blocks u to v. With
+    `source=first` it gets the LoRA of block u. With `mean` or `sum` it gets the mean or the sum of the LoRAs of all
+    these blocks, as one LoRA of higher rank. LoRAs of modules that a width-pruned block does not have are dropped. If
+    it has kept half of a modulation, that half of the LoRA is kept. Raises `UsageError` if the LoRA is of another
+    architecture or incomplete.
     """
     provenance = provenance_of(transformer)
     kept, removed = provenance["kept_layers"], provenance["removed_intervals"]
@@ -92,7 +98,10 @@ def map_blocks(
     source: str = "first",
     metadata: Mapping[str, Any] | None = None,
 ) -> RemappedLora:
-    """The same for a transformer of these `modules`; `kept` and `removed` are its layers and intervals by stack."""
+    """Do what `remap_lora` does, for a transformer given by its named `modules`.
+
+    For each stack, `kept` holds the full model's indices of its blocks, and `removed` the intervals [u, v].
+    """
     if source not in SOURCES:
         raise UsageError(f"lora.source={source} is not one of {', '.join(SOURCES)}.")
     pairs, others = _pairs(state)
@@ -129,7 +138,10 @@ def map_blocks(
 
 
 def adapter_metadata(state: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Any]:
-    """PEFT's configuration for `state`, every scale 1, which also says that it is for this pruned model."""
+    """Return PEFT's metadata for a mapped `state`, with scale 1 for every module.
+
+    It marks the LoRA as one for this pruned model, so that `refuse_unmapped` accepts it.
+    """
     names = {key: value.shape[1] for key, value in state.items() if key.endswith(".lora_B.weight")}
     ranks = {key.removeprefix(_PREFIX).removesuffix(".lora_B.weight"): rank for key, rank in names.items()}
     usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
@@ -150,14 +162,15 @@ def _base_name(transformer: nn.Module) -> str:
 
 
 def refuse_unmapped(transformer: nn.Module, state: Iterable[str], metadata: Mapping[str, Any] | None) -> None:
-    """`UsageError` for a LoRA that is not known to be for this pruned model.
+    """Raise `UsageError` for a LoRA that was made for the full model, not for this pruned model.
 
-    Known is one that was mapped to it, and one that reaches just the last block of a stack: it was trained here.
+    Accepted are a LoRA that was mapped to this model (its metadata says so), and one whose highest block number is that
+    of this model's last block, as in a LoRA that was trained on this model.
     """
     config: Any = transformer.config
     kept = (config.get("ppcl") or {}).get("kept_layers") or {}
     if all(indices == list(range(len(indices))) for indices in kept.values()):
-        return  # not pruned in depth, or not ours
+        return  # not pruned in depth, or not exported by ppcl
     if ((metadata or {}).get("base_model_name_or_path") or "") == _base_name(transformer):
         return
     numbers: dict[str, set[int]] = {}
@@ -168,13 +181,13 @@ def refuse_unmapped(transformer: nn.Module, state: Iterable[str], metadata: Mapp
     if all(max(found) == len(kept[stack]) - 1 for stack, found in numbers.items()):
         return
     raise UsageError(
-        "this LoRA counts the blocks of the full model, and this one is pruned: map it with "
-        "`ppcl ... 'stages=[remap_lora]' lora.path=FILE lora.model=EXPORT` and load what that writes."
+        "this LoRA numbers the blocks of the full model, and this model is pruned: map it with "
+        "`ppcl ... 'stages=[remap_lora]' lora.path=FILE lora.model=EXPORT` and load the file that this writes."
     )
 
 
 def _pairs(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """A and B by module of the transformer, and what belongs to other components."""
+    """Return A and B for every module of the transformer, and the tensors of other components."""
     halves: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, value in state.items():
@@ -193,7 +206,7 @@ def _pairs(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]
 
 
 def _check_stacks(pairs: Iterable[str], kept: Mapping[str, Sequence[int]], modules: Iterable[str]) -> None:
-    """A LoRA of this architecture numbers only what the model has."""
+    """Raise `UsageError` if the LoRA has numbered modules outside of this model's stacks and modules."""
     known = {*kept, *modules}
     for name in pairs:
         found = re.fullmatch(r"(.+?)\.\d+\..+", name)
@@ -202,10 +215,11 @@ def _check_stacks(pairs: Iterable[str], kept: Mapping[str, Sequence[int]], modul
 
 
 def _join(members: list[tuple[Tensor, Tensor, float]], target: nn.Linear) -> tuple[Tensor, Tensor] | None:
-    """One pair whose product is the scaled sum of the members' products; None if it does not fit `target`.
+    """Join the (A, B, scale) of `members` to one pair with B A = sum of scale_i B_i A_i.
 
-    Two sizes are cut to what a pruned block keeps: the attention's half of a modulation, and the columns of a
-    single-stream output projection that read the attention, one fifth.
+    Returns None if that does not fit the shape of `target`. Two larger shapes are cut to the part that a width-pruned
+    block keeps: the attention's half of a modulation (rows), and the fifth of a single-stream output projection that
+    reads the attention (columns).
     """
     a = torch.cat([a for a, _, _ in members])
     b = torch.cat([scale * b for _, b, scale in members], dim=1)

@@ -1,4 +1,4 @@
-"""Modules that share another's parameters."""
+"""Builds modules that share parameters with other modules."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ppcl.streaming import still
 
 
 def load_shared(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Make the parameters of `module` those of `state`, sharing memory and keeping whether each learns.
+    """Make the parameters of `module` those of `state`, with shared memory and unchanged `requires_grad`.
 
-    `load_state_dict(assign=True)` alone would hand the flags of `module` to parameters that others hold too.
+    `load_state_dict(assign=True)` alone would copy `requires_grad` from `module` to the shared parameters.
     """
     learns = {key: value.requires_grad for key, value in state.items()}
     module.load_state_dict(state, assign=True)
@@ -22,12 +22,13 @@ def load_shared(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         parameter.requires_grad_(learns[name])
 
 
-@torch.inference_mode(False)  # what is made here outlives any such context
+@torch.inference_mode(False)  # its tensors are used, and trained, after an inference_mode of the caller ends
 def share_pruned(pruned: nn.Module, block: nn.Module, projectors: Mapping[str, Tensor]) -> nn.Module:
-    """`pruned`, empty, with what it keeps of `block`'s parameters and with `projectors`, else the identity.
+    """Fill `pruned`, a block on the meta device, with parameters of `block` and with `projectors`; returns `pruned`.
 
-    A parameter that is smaller there is the first part of `block`'s: the attention's half of a modulation,
-    the columns of an output projection that read the attention.
+    Parameters of equal shape are shared. A parameter that is smaller in `pruned` is the first part of that of `block`:
+    the attention's half of a modulation, or the columns of an output projection that read the attention. Projectors
+    that are not given are zero, which is the identity. Raises `UsageError` for a projector of another shape.
     """
     own = block.state_dict(keep_vars=True)
     first = next(block.parameters())

@@ -1,7 +1,4 @@
-"""Width surgery: pruned blocks made of a model's own.
-
-A pruned block shares every parameter it keeps with the block it is made from; what it loses is gone.
-"""
+"""Width surgery: replaces blocks by width-pruned blocks, which share the parameters they keep with the originals."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from ppcl.layers import Layout
 
 
 def width_surgery(family: Family) -> WidthSurgery:
-    """The width surgery of `family`; `UsageError` for one whose blocks cannot be pruned in width."""
+    """Return the width surgery of `family`; `UsageError` if its blocks cannot be pruned in width."""
     if family.width is None:
         raise UsageError(f"model.family={family.name} cannot be pruned in width: use width=none.")
     return family.width
@@ -34,10 +31,11 @@ def prune_blocks(
     projectors: Mapping[str, Mapping[str, Tensor]],
     made: dict[tuple, nn.Module] | None = None,
 ) -> list[nn.Module]:
-    """`modules`, which stand at the teacher's indices `kept`, with those in the sets pruned in width.
+    """Return the blocks `modules` of a stack, with those in the sets `text` and `ffn` replaced by pruned ones.
 
-    `projectors` holds state dicts by `projector_name`; without one a projector is the identity.
-    `made` keeps pruned blocks from one call to the next, for the same modules and projectors.
+    `kept` holds the teacher's index of each module; `text` and `ffn` are indices in the teacher too. `projectors` holds
+    a state dict for each `projector_name`; a projector that is not given starts as the identity. `made` is a cache of
+    pruned blocks that the caller keeps between calls with the same modules and projectors.
     """
     if not {*text, *ffn}:
         return list(modules)

@@ -1,4 +1,4 @@
-"""Cost of a training: seconds, and the peak memory of a step."""
+"""Measures the cost of a training: its seconds, and the peak memory of a step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 from ppcl.artifacts.files import write_json
 from ppcl.efficiency import LiveBytes
 
-_MEASURED_STEP = 2  # of this process: gradients and optimiser states are there by then
+_MEASURED_STEP = 2  # counted from 0 in this process; by then gradients and optimiser states have been allocated
 
 
 class TrainingCost(L.Callback):
-    """Writes `{"steps", "seconds", "seconds_per_step", "peak_memory_mb"}` of this process's steps to `path`.
+    """Writes `{"steps", "seconds", "seconds_per_step", "peak_memory_mb"}` to the JSON file `path` when training ends.
 
-    Memory is the allocator's peak on a GPU; on a CPU the tensors that live during one step, weights included. Of
-    several ranks the first one is measured.
+    Only rank 0 is measured, and only steps of this process: a resumed training does not count earlier ones. Memory is
+    in MB (1e6 bytes). On a GPU it is the allocator's peak; on a CPU the peak of live tensors, weights included, in the
+    third step.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +36,7 @@ class TrainingCost(L.Callback):
         if trainer.strategy.root_device.type == "cpu" and self.steps == _MEASURED_STEP:
             recorder = LiveBytes()
             recorder.__enter__()
-            self._recorder = recorder  # now: Ctrl-C in between leaves nothing to end
+            self._recorder = recorder  # only now: after Ctrl-C, `on_exception` must not stop one that never started
         self._start = time.perf_counter()
 
     def on_train_batch_end(
@@ -44,7 +45,7 @@ class TrainingCost(L.Callback):
         if self._recorder is not None:
             self.peak_bytes = self._recorder.resident + self._recorder.peak
             self.on_exception(trainer, pl_module, None)
-        else:  # a recorded step takes longer than others
+        else:  # recording makes a step slower, so its time is left out
             self.seconds += time.perf_counter() - self._start
         self.steps += 1
 

@@ -1,4 +1,4 @@
-"""The logger that `logger=` names."""
+"""Creates and closes the Lightning logger that `logger=` selects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from ppcl.context import Run
 
 
 def make_logger(run: Run, stage: str) -> Logger | bool:
-    """The logger that `logger=` names; W&B gets the resolved configuration, and a run per folder and stage."""
+    """Return the logger that `logger=` selects, or False for `logger=none`.
+
+    With W&B, every pair of a run folder and a stage is one W&B run, which a resumed training continues. The resolved
+    configuration is logged with it.
+    """
     settings = run.config.logger
     if settings.kind == "none":
         return False
@@ -25,12 +29,12 @@ def make_logger(run: Run, stage: str) -> Logger | bool:
         id=fingerprint({"folder": str(run.folder.resolve()), "stage": stage}),
         resume="allow",
     )
-    logger._wandb_init.pop("anonymous", None)  # which wandb warns of, and Lightning passes whatever it is
+    logger._wandb_init.pop("anonymous", None)  # Lightning always passes this argument, and wandb warns about it
     logger.experiment.config.update(asdict(run.config), allow_val_change=True)
     return logger
 
 
 def finish_logger(logger: Logger | bool) -> None:
-    """Close a logger for good: W&B would give the next job of a sweep the same run."""
+    """Finish the W&B run, if there is one, so that the next job of a sweep in this process starts a new one."""
     if isinstance(logger, WandbLogger):
         logger.experiment.finish()

@@ -1,4 +1,4 @@
-"""Optimisers of all trainings, and their learning-rate schedule."""
+"""Optimisers and learning-rate schedule of all trainings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ppcl.families.base import Family
 
 
 def split_for_muon(family: Family, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters of `model` that Muon takes, and all others.
+    """Return the trainable parameters of `model` in two lists: those for Muon, and all others (for AdamW).
 
-    Muon is made for the matrices of attention and FFNs. Modulations, and embeddings that feed them (DiT: in every
-    block), are of the others: a label's row gets a step only now and then, and Muon would make that step as large as a
-    whole matrix's.
+    Muon gets the matrices of attention and FFNs in blocks. It does not get modulation layers, nor the embeddings that
+    feed them (DiT has some in every block). The row of a class label rarely has a gradient, and Muon would scale an
+    update of that row to the size of one of the whole matrix.
     """
     stacks = tuple(f"{stack}." for stack in family.stacks)
     hidden: list[nn.Parameter] = []
@@ -32,25 +32,31 @@ def split_for_muon(family: Family, model: nn.Module) -> tuple[list[nn.Parameter]
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW by the settings of a training; fused, which takes no temporaries the size of a part."""
+    """Return AdamW with the settings of a training.
+
+    It is the fused version, which allocates no temporary copies of the parameters.
+    """
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
     )
 
 
 def muon(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Muon:
-    """Muon whose updates are as large as AdamW's."""
+    """Return Muon with updates scaled to the RMS of AdamW's, so that both can use learning rates of one size."""
     return torch.optim.Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning-rate schedule of a training, as `cosine_with_warmup` has it."""
+    """Return the learning-rate scheduler of a training, which follows `cosine_with_warmup`."""
     factor = partial(cosine_with_warmup, warmup=config.warmup_steps, total=config.steps, floor=config.min_lr_ratio)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def cosine_with_warmup(step: int, *, warmup: int, total: int, floor: float) -> float:
-    """Learning-rate factor: linear to 1 over `warmup` steps, then half a cosine down to `floor`."""
+    """Return the learning-rate factor at `step`: linear warm-up to 1, then a cosine decay to `floor`.
+
+    `warmup`, `total`: the number of warm-up steps and of all steps. From `total` on the factor stays at `floor`.
+    """
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))

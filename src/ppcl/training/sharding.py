@@ -1,8 +1,8 @@
-"""Teacher and students in shards (`strategy=fsdp`): every rank holds a part of each block, whole while it runs.
+"""Sharding of teacher and students with FSDP2 (`strategy=fsdp`).
 
-PyTorch's FSDP2, a block a unit. A student, or what of a block learns, is a root of its own, since it is called from
-within the teacher's forward and back-propagated there. Parameters that modules share, a pruned block and the
-teacher's own, are sharded for each.
+Every rank holds a shard of each block. A block is one FSDP unit: it is all-gathered while it runs. A student or a
+projector is an FSDP root of its own, because it is called and back-propagated during the teacher's forward. Parameters
+that two modules share, such as those of a pruned block and of the teacher's block, are copied and sharded for each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from ppcl.taps import StopForward
 
 @dataclass
 class Sharding:
-    """The ranks that shard, and how they do it."""
+    """Settings of a run's sharding: the mesh of all ranks, this rank's device, and the training precision.
+
+    `cpu_offload`: whether shards are kept in host memory while they are not in use.
+    """
 
     mesh: DeviceMesh
     device: torch.device
@@ -42,24 +45,27 @@ class Sharding:
 
     @classmethod
     def of(cls, run: Run) -> Sharding:
+        """Return the sharding of `run`, over all its ranks."""
         mesh = init_device_mesh(run.device.type, (rank()[1],))
         return cls(mesh, run.device, run.precision, run.config.strategy.cpu_offload)
 
     def unit(self, module: nn.Module, *, learns: bool = False, whole_dtype: torch.dtype | None = None) -> None:
-        """Shard what of `module` is not sharded yet; what does not learn is frozen.
+        """Make `module` one FSDP unit, without parameters that are sharded already; do nothing if it is one already.
 
-        `whole_dtype`: what its parameters are cast to before they are put together; None leaves them.
+        `learns`: whether its trainable parameters stay trainable, as float32; otherwise all are frozen.
+        `whole_dtype`: the dtype that parameters are cast to before they are all-gathered; None keeps theirs.
         """
         if isinstance(module, FSDPModule):
             return
         _own_parameters(module, self.device, learns)
-        # Autocast sees to the inputs; gradients are added up in float32 whatever they come in.
+        # Autocast casts the inputs, so FSDP must not. Gradients of any dtype are reduced in float32.
         reduce_dtype = torch.float32 if learns else None
         policy = MixedPrecisionPolicy(whole_dtype, reduce_dtype, cast_forward_inputs=False)
         fully_shard(
             module,
             mesh=self.mesh,
-            # Also of a root: what a forward without gradient left whole no optimiser may see.
+            # Also for a root, which by default stays all-gathered after its forward: without a backward pass to reshard
+            # it, the optimiser would see whole parameters.
             reshard_after_forward=True,
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
@@ -71,18 +77,20 @@ class Sharding:
         register_fsdp_forward_method(module, "whole_call")
 
     def model(self, family: Family, model: nn.Module, *, learns: bool = False) -> None:
-        """Shard a transformer, block by block and then the rest."""
-        # As autocast would cast them; parts that are also measured outside of a training stay as they are.
+        """Shard a transformer: each block as a unit, then everything else as one. `learns`: as in `unit`."""
+        # Gather in the dtype that autocast would cast to. Students and projectors, sharded by `unit`, are gathered as
+        # float32, because they are also evaluated outside of a training.
         whole_dtype = torch.bfloat16 if learns and self.precision == "bf16-mixed" else None
         for part in (*family.called_apart(model), *family.blocks(model).values()):
             self.unit(part, learns=learns, whole_dtype=whole_dtype)
-        # A forward that a tap ends early has to come back to FSDP's hooks, which tidy up behind it.
+        # `observe` may end a forward early. Return normally then, so that FSDP's post-forward hooks still run.
         forward: Callable[..., Any] = model.forward
         model.forward = lambda *args, **kwargs: _until_stopped(forward, *args, **kwargs)
         self.unit(model, learns=learns, whole_dtype=whole_dtype)
 
 
 def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `forward`, and return `(None,)` if a hook raised `StopForward`."""
     try:
         return forward(*args, **kwargs)
     except StopForward:
@@ -90,9 +98,10 @@ def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def _own_parameters(module: nn.Module, device: torch.device, learns: bool) -> None:
-    """Give `module` copies on `device` of the parameters it shares, and of those that wait in a file's pages.
+    """Replace the parameters of `module` that are not sharded yet by copies on `device`.
 
-    What learns is copied as float32.
+    Without a copy they could be shared with another module, or be memory-mapped from a file. They are frozen unless
+    `learns`, in which case trainable ones stay trainable and are copied as float32.
     """
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):
@@ -103,13 +112,16 @@ def _own_parameters(module: nn.Module, device: torch.device, learns: bool) -> No
 
 
 def skeleton(module: nn.Module) -> nn.Module:
-    """A copy of `module` as it is before it is sharded, its parameters on the meta device."""
+    """Return a copy of a module that is not sharded yet, with its parameters on the meta device.
+
+    The gathered weights of the sharded module can be loaded into it later.
+    """
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
     return copy.deepcopy(module, dict(empty))
 
 
 def place(run: Run, module: Any) -> None:
-    """Bring a training's module to where it runs: to the device, or into shards."""
+    """Move a training's module to the run's device, or shard it if the run is sharded; then set it up for training."""
     if not run.teacher.sharded:
         module.to(run.device)
     elif not module.is_sharded:
@@ -118,7 +130,7 @@ def place(run: Run, module: Any) -> None:
 
 
 def whole_call(block: nn.Module, function: Callable[[nn.Module, dict[str, Any]], Tensor], kwargs: Any) -> Tensor:
-    """`function(block, kwargs)`, for which a sharded block is made whole as for its forward."""
+    """Return `function(block, kwargs)`; a sharded block is all-gathered for the call as it is for its forward."""
     if not isinstance(block, FSDPModule):
         return function(block, kwargs)
     sharded: Any = block
@@ -126,7 +138,7 @@ def whole_call(block: nn.Module, function: Callable[[nn.Module, dict[str, Any]],
 
 
 def assign(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set a parameter, sharded or not; of a sharded one the first rank's value counts."""
+    """Copy `value` into `parameter`; if that is sharded, every rank gets its shard of rank 0's `value`."""
     if isinstance(parameter, DTensor):
         value = value.to(parameter.device_mesh.device_type, parameter.dtype)
         parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
@@ -136,14 +148,15 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
 
 @torch.no_grad()
 def whole_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A module's state dict on the CPU; of what is sharded the first rank has it, put together, and others nothing.
+    """Return the state dict of `module` on the CPU, with sharded tensors all-gathered. Every rank must call this.
 
-    `dtype`: what it is cast to; None leaves it.
+    Only rank 0's result has the sharded tensors; other ranks get those that are not sharded. `dtype`: the dtype that
+    tensors are cast to; None keeps theirs.
     """
     state: dict[str, Tensor] = {}
     for key, value in module.state_dict().items():
         if isinstance(value, DTensor):
-            sharded: Any = value.to(value.device_mesh.device_type)  # from where offloading has it
+            sharded: Any = value.to(value.device_mesh.device_type)  # an offloaded shard is in host memory
             whole = sharded.full_tensor()
             if is_first():
                 state[key] = whole.to("cpu", dtype)

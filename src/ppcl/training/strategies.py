@@ -1,8 +1,8 @@
-"""Lightning's side of a training in several processes: which ones there are, and how its checkpoints are written.
+"""Lightning strategies for trainings in several processes, and atomic checkpoints.
 
-`ddp` does not wrap the module: several losses of a step are back-propagated within the teacher's forward, which
-DistributedDataParallel does not know. Modules average their gradients themselves (`ppcl.parallel.average_gradients`).
-`fsdp` has sharded the module before Lightning sees it (`ppcl.stages.sharding`).
+`strategy=ddp` does not wrap the module in DistributedDataParallel, which does not support several losses that are
+back-propagated during the teacher's forward. Trainings average their gradients by `ppcl.parallel.average_gradients`
+instead. With `strategy=fsdp` the module is sharded before Lightning sees it (`ppcl.training.sharding`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from ppcl.config import StrategyConfig
 from ppcl.launch import local_rank, rank
 from ppcl.parallel import barrier, copy_from_first
 
-SHARDED = "sharded.json"  # beside the folders of sharded checkpoints: which of them is whole
+SHARDED = "sharded.json"  # names the last complete sharded checkpoint, a folder beside this file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints as all else here: beside their final name, then renamed; and never whole in memory first."""
+    """Writes a checkpoint to a temporary file, then renames it, so that a killed run leaves no partial checkpoint.
+
+    The file is written while it is serialised: Lightning's own version would build it in memory first.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_path(Path(path)) as temporary, temporary.open("wb") as handle:
             try:
                 torch.save(checkpoint, handle)
-            except RuntimeError as error:  # torch's own end of a file that could not be written
+            except RuntimeError as error:  # torch.save turns an OSError, such as a full disk, into a RuntimeError
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 class Replicated(DDPStrategy):
-    """Every rank holds all of the module, so that a checkpoint is the file that a single process writes."""
+    """DDP without its wrapper. Every rank has the whole module, so checkpoints are the same as of a single process."""
 
     def configure_ddp(self) -> None:
         copy_from_first(cast(Any, self.lightning_module))
@@ -46,7 +49,7 @@ class Replicated(DDPStrategy):
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2 on modules that come sharded; checkpoints are distributed, and atomic."""
+    """FSDP2 for modules that are sharded already, with distributed checkpoints that are written atomically."""
 
     def __init__(self, size: int) -> None:
         super().__init__(data_parallel_size=size, tensor_parallel_size=1)
@@ -55,16 +58,16 @@ class Sharded(ModelParallelStrategy):
         barrier()
 
     def model_to_device(self) -> None:
-        """It is where it belongs; shards may stay in host memory."""
+        """Do nothing: the module is on its device, and offloaded shards stay in host memory."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """A folder of its own, then its name in `sharded.json`, then the folder before goes."""
+        """Write the checkpoint to a new folder, record its name in `sharded.json`, then delete earlier checkpoints."""
         parent = Path(filepath).parent
         folder = parent / f"sharded-{checkpoint['global_step']:08d}"
         if self.broadcast(_last(parent) == folder):
-            return  # the state of this step is there, and whole
+            return  # this step's checkpoint is complete already
         if self.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete one, left when a run was killed
         self.barrier()
         super().save_checkpoint(checkpoint, folder, storage_options)
         self.barrier()
@@ -79,13 +82,13 @@ class Sharded(ModelParallelStrategy):
 
 
 def _last(parent: Path) -> Path | None:
-    """The last sharded checkpoint that is whole."""
+    """Return the folder of the last complete sharded checkpoint, or None."""
     record = parent / SHARDED
     return parent / read_json(record, "The record of the last checkpoint")["folder"] if record.exists() else None
 
 
 def processes(strategy: StrategyConfig) -> dict[str, Any]:
-    """`strategy` as arguments of the trainer."""
+    """Return the keyword arguments of `lightning.Trainer` for `strategy`: devices, nodes, strategy and plugins."""
     if strategy.kind == "single":
         return {"devices": 1, "plugins": [AtomicCheckpointIO()]}
     (_, size), (_, here) = rank(), local_rank()

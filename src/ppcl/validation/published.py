@@ -1,4 +1,4 @@
-"""Checks what `published.path` holds against the configuration; reads headers only."""
+"""Checks a published model or training checkpoint against the configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ SIZES = ("in_channels", "out_channels", "attention_head_dim", "num_attention_hea
 
 
 def open_source(config: Config) -> PublishedFolder | Training:
-    """Open `published.path` and check it against the configuration; reads headers only."""
+    """Open `published.path` and check it against the configuration, without reading weights.
+
+    Returns a `PublishedFolder` for a folder, a `Training` for the file of a training checkpoint. Raises `UsageError` if
+    it does not fit the model, the intervals or the width sets.
+    """
     family = get_family(config.model.family, config.model.arch)
     if family.transformer_class.__name__ != "QwenImageTransformer2DModel":
         raise UsageError(
@@ -36,11 +40,12 @@ def open_source(config: Config) -> PublishedFolder | Training:
 def _open_model(config: Config, path: Path) -> PublishedFolder:
     if config.width.source != "none":
         raise UsageError(
-            f"published.path={path} says itself what is pruned in width: leave out width=, whose source is "
-            f"{config.width.source}."
+            f"published.path={path} has its own width sets: leave out width= (its source is {config.width.source})."
         )
     if config.published.ehs_same is not None:
-        raise UsageError(f"published.ehs_same is of a training checkpoint, and published.path={path} is a folder.")
+        raise UsageError(
+            f"published.ehs_same is for a training checkpoint, and published.path={path} is a folder: leave it out."
+        )
     found = open_folder(path, keep_text_query=config.width.keep_text_query, residual=config.published.residual)
     intervals = resolve_intervals(config)
     if intervals is not None:
@@ -73,11 +78,13 @@ def _open_training(config: Config, path: Path) -> Training:
         )
     if width is None:
         raise UsageError(
-            "width=auto selects by measuring; a checkpoint's projectors need sets: width=qwen_image_paper."
+            "width=auto selects sets by measuring, but a training checkpoint has projectors for certain sets: give "
+            "those, such as width=qwen_image_paper."
         )
     if config.published.residual is not None:
         raise UsageError(
-            f"published.residual={config.published.residual} is of a folder; checkpoints hold residual maps."
+            f"published.residual={config.published.residual} is for a model's folder, and published.path={path} is a "
+            "training checkpoint: leave it out."
         )
     sets = width.get(STACK, {"text": [], "ffn": []})
     if sets["text"] and config.width.text_output != "last":

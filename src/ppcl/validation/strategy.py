@@ -1,4 +1,4 @@
-"""In how many processes and in which precision things are trained, and whether what is asked for goes together."""
+"""Checks and resolves the number of processes and the precision of training."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def resolve_precision(config: Config) -> str:
-    """`trainer.precision`, by default what goes with the teacher's dtype; `UsageError` for what does not."""
+    """Return `trainer.precision`, or its default for the teacher's dtype; `UsageError` if the two do not fit.
+
+    The default is `32-true` for a float32 teacher, otherwise `bf16-mixed`.
+    """
     asked, dtype = config.trainer.precision, config.model.dtype
     fitting = "32-true" if dtype == "float32" else "bf16-mixed"
     if asked is None:
         return fitting
     if asked not in PRECISIONS:
         raise UsageError(
-            f"trainer.precision={asked} is not one of {', '.join(PRECISIONS)}: what learns is held in float32."
+            f"trainer.precision={asked} is not one of {', '.join(PRECISIONS)}: trainable parameters stay in float32."
         )
     if asked == "32-true" and fitting != asked:
         raise UsageError(
-            f"trainer.precision=32-true does not go with model.dtype={dtype}, in which the teacher's activations are: "
+            f"trainer.precision=32-true does not go with model.dtype={dtype}, the dtype of the teacher's activations: "
             "leave it out, or set model.dtype=float32."
         )
     return asked
 
 
 def check_strategy(config: Config) -> None:
-    """`UsageError` where launcher, `strategy` and stages do not go together; all ranks find the same."""
+    """Raise `UsageError` if launcher, `strategy` and stages do not fit together. All ranks decide alike."""
     strategy, stages, (_, count) = config.strategy, config.stages, rank()
     if strategy.timeout_minutes <= 0:
         raise UsageError(f"strategy.timeout_minutes={strategy.timeout_minutes:g} must be above 0.")
@@ -45,13 +48,13 @@ def check_strategy(config: Config) -> None:
         return
     if not launched():
         raise UsageError(
-            f"strategy={strategy.kind} takes processes that a launcher starts: "
+            f"strategy={strategy.kind} needs a launcher that starts the processes: "
             f"torchrun --nproc-per-node 2 -m ppcl ... strategy={strategy.kind}."
         )
     if config.model.streaming and strategy.kind == "fsdp":
         raise UsageError(
-            "model.streaming=true reads a teacher from its files that strategy=fsdp shards among ranks: choose one, or "
-            "strategy=ddp."
+            "model.streaming=true reads the teacher's blocks from disk, strategy=fsdp shards them over ranks: choose "
+            "one of the two, or use strategy=ddp with streaming."
         )
     if "pretrain" in stages:
         raise UsageError(f"strategy={strategy.kind} does not go with 'stages=[pretrain]': use strategy=single.")
@@ -69,8 +72,8 @@ def check_strategy(config: Config) -> None:
         return
     if config.distill.from_boundaries:
         raise UsageError(
-            f"distill.from_boundaries=true does not go with strategy={strategy.kind}: intervals train alone there, so "
-            "give each rank its own distill.intervals with strategy=single."
+            f"distill.from_boundaries=true does not go with strategy={strategy.kind}: its intervals train "
+            "independently, so start processes with strategy=single and give each its own distill.intervals."
         )
     if config.distill.mode == "sequential" and strategy.kind == "fsdp":
         raise UsageError(
@@ -80,5 +83,5 @@ def check_strategy(config: Config) -> None:
 
 
 def _refuse_together(sentence: str) -> None:
-    """For ranks that have not met: the first one says it."""
+    """Raise the error on every rank, to be printed by rank 0 only. The ranks have no process group yet."""
     raise UsageError(sentence) if is_first() else SaidElsewhere()

@@ -1,4 +1,4 @@
-"""Bounds and choices."""
+"""Checks of single values: bounds, choices and aspect ratios."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from ppcl.errors import UsageError
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `UsageError` unless `value` is one of `allowed`; `key` starts the sentence."""
     if value not in allowed:
         raise UsageError(f"{key}={value} is not one of {', '.join(allowed)}.")
 
 
 def at_least(key: str, value: float, least: float) -> None:
+    """Raise `UsageError` unless `value` is finite and at least `least`; `key` starts the sentence."""
     if not value >= least:
         raise UsageError(f"{key}={value} must be at least {least:g}.")
     if value == math.inf:
@@ -20,12 +22,12 @@ def at_least(key: str, value: float, least: float) -> None:
 
 
 def aspect_ratio(aspect: str) -> float:
-    """Width over height of "w:h"."""
+    """Return width / height of an aspect "w:h"; `UsageError` if it is not one."""
     try:
         across, down = (float(part) for part in aspect.split(":"))
         ratio = across / down
     except (ValueError, ZeroDivisionError):
         ratio = 0.0
     if not 0 < ratio < math.inf:
-        raise UsageError(f"data.aspects={aspect} is no aspect; write width:height, such as 4:3.")
+        raise UsageError(f"data.aspects={aspect} is not an aspect ratio; write width:height, such as 4:3.")
     return ratio

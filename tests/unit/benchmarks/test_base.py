@@ -98,7 +98,7 @@ def test_settings_are_its_fields(write):
     [
         (
             {"treshold": 1.0},
-            ["benchmark.settings.treshold", "is no setting here; there are images_per_prompt"],
+            ["benchmark.settings.treshold", "is not a setting here; there are images_per_prompt"],
         ),
         ({"threshold": "high"}, ["benchmark.settings.threshold", "'high'"]),
         ({}, ["benchmark.settings.threshold", "mandatory"]),

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["a/b/c", "own er/name", "owner/", "/name", "owner/name.git", "a--b/c", ""])
 def test_a_malformed_name_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=r"^export\.push_to_hub=.* is no repository's name, which is like owner/name"):
+    with pytest.raises(UsageError, match=r"^export\.push_to_hub=.* is not a repository's name, such as owner/name"):
         check_repo_id(name)
 
 
@@ -84,7 +84,7 @@ def assert_says_what_to_do(error: UsageError, folder: Path, repo_id: str) -> Non
     text = str(error)
     assert "\n" not in text
     assert text.startswith(f"export.push_to_hub={repo_id} was not sent (")
-    assert f"{folder} is whole on disk" in text
+    assert f"{folder} is complete on disk" in text
     command = later(folder, repo_id)
     assert f"`{command}`" in text
     assert shlex.split(command) == ["hf", "upload", repo_id, str(folder), "."]

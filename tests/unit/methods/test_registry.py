@@ -45,11 +45,11 @@ def test_a_file_is_all_that_a_method_takes(new_method):
 
 
 def test_settings_that_mean_nothing_to_it_are_refused(new_method):
-    with pytest.raises(UsageError, match=r"^method\.settings\.deph is no setting here; there are depth\."):
+    with pytest.raises(UsageError, match=r"^method\.settings\.deph is not a setting here; there are depth\."):
         load_method(MethodConfig(rule="every_other", settings={"deph": 5}))
     with pytest.raises(UsageError, match=r"^method\.settings\.depth: "):
         load_method(MethodConfig(rule="every_other", settings={"depth": "far"}))
-    with pytest.raises(UsageError, match=r"^method\.settings\.depth is no setting here; there are none\."):
+    with pytest.raises(UsageError, match=r"^method\.settings\.depth is not a setting here; there are none\."):
         load_method(MethodConfig(rule="lp", settings={"depth": 5}))
 
 

@@ -1,8 +1,8 @@
-"""Edits of the shapes world: pictures, an instruction, and the picture that must come out of it.
+"""Edits in the shapes world: one or two given pictures, an instruction, and the picture that should result.
 
-The first picture holds two or three objects of different shapes, so that "the circle" is one of them. An edit
-says all about what it changes, but for where an added object goes; nothing else may change. With two
-pictures, the second holds the one object that the instruction speaks of.
+The first given picture has two or three objects of different shapes, so that "the circle" is unambiguous. The second,
+if there is one, shows the single object that the instruction refers to. The instruction determines the result, except
+for the position of an added object.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ SIDES = {"left": ("x", 0), "right": ("x", _FAR), "top": ("y", 0), "bottom": ("y"
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction, the objects before it and after; an `anywhere` object is the last, wherever it stands.
+    """One edit.
 
-    `given` is what the second picture shows, if there is one.
+    `caption`: the instruction. `before`: the objects of the first given picture. `objects`: the objects of the result.
+    `anywhere`: whether the last of `objects` may be at any position. `given`: the objects of the second given picture,
+    empty if there is none.
     """
 
     category: str
@@ -37,21 +39,21 @@ class Edit:
 
     @property
     def references(self) -> tuple[np.ndarray, ...]:
-        """The pictures that are given, uint8 `[32, 32, 3]`."""
+        """The given pictures, uint8 `[32, 32, 3]` each."""
         return tuple(render(objects) for objects in (self.before, self.given) if objects)
 
 
 def _clear(objects: Sequence[SceneObject]) -> bool:
-    """Whether any two objects are a lattice step or more apart, as `place` has them."""
+    """Return whether all objects are at least one lattice step apart, as `place` puts them."""
     apart = OBJECT_SIZE + LATTICE
     return all(max(abs(a.x - b.x), abs(a.y - b.y)) >= apart for n, a in enumerate(objects) for b in objects[n + 1 :])
 
 
 def make_scene(seed: int, index: int, category: str | None = None, categories: Sequence[str] = ONE_PICTURE) -> Edit:
-    """Edit number `index` of the stream `seed`, in a random one of `categories` unless one is given."""
+    """Return edit number `index` of the stream `seed`. `category`: None draws one of `categories`."""
     rng = np.random.default_rng([seed, index])
     category = category or categories[int(rng.integers(len(categories)))]
-    while True:  # until the outcome fits into the picture
+    while True:  # until the edit changes something and objects are far enough apart
         edit = _draw(rng, category)
         if edit.objects != edit.before and _clear(edit.objects):
             return edit
@@ -89,7 +91,7 @@ def _draw(rng: np.random.Generator, category: str) -> Edit:
 
 
 def all_captions(categories: Sequence[str] = ONE_PICTURE) -> list[str]:
-    """Every instruction of those categories, sorted."""
+    """Return all instructions of `categories`, sorted."""
     captions = {
         "recolor": [f"make the {s} {c}" for s in SHAPES for c in COLORS],
         "remove": [f"remove the {s}" for s in SHAPES],
@@ -102,5 +104,5 @@ def all_captions(categories: Sequence[str] = ONE_PICTURE) -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word an instruction can hold."""
+    """Return all words that occur in instructions, sorted."""
     return sorted({word for caption in all_captions(CATEGORIES) for word in caption.split()})

@@ -1,8 +1,8 @@
-"""The shapes world: a procedural text-to-image set with the six GenEval categories.
+"""The shapes world: a procedural text-to-image data set with the six categories of GenEval.
 
-A scene is 32x32 pixels, light background, one to four flat 8x8 objects on a 4-pixel lattice with at
-least 4 pixels between any two. Everything is a pure function of ``(seed, index)``, so a stream needs
-no files, resumes at any sample and never repeats across seeds. Because shapes and colours are exact,
+A picture is 32x32 pixels with a light background. It has one to four objects of one colour and 8x8 pixels each, on a
+4-pixel lattice, with at least 4 pixels between them. A scene depends on `(seed, index)` alone, so a stream needs no
+files, can resume at any sample, and has other samples for another seed. Because shapes and colours are exact,
 `ppcl.benchmarks.shapes` can score a picture by GenEval's rules without a model.
 """
 
@@ -65,7 +65,11 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption, the objects drawn for it, and GenEval's checks (``include``, ``exclude``)."""
+    """A caption, the objects drawn for it, and GenEval's conditions on them.
+
+    `include`: what a picture must show, each with a class, a count, and perhaps a colour or position. `exclude`: what
+    it must not show.
+    """
 
     category: str
     caption: str
@@ -73,11 +77,11 @@ class Scene:
     include: tuple[dict, ...]
     exclude: tuple[dict, ...] = ()
 
-    references: ClassVar[tuple[np.ndarray, ...]] = ()  # pictures that are given, as an edit's are
+    references: ClassVar[tuple[np.ndarray, ...]] = ()  # given pictures, which only edits have
 
 
 def render(objects: tuple[SceneObject, ...]) -> np.ndarray:
-    """Draw objects; returns uint8 `[32, 32, 3]`."""
+    """Draw objects and return the picture, uint8 `[32, 32, 3]`."""
     image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, dtype=np.uint8)
     for item in objects:
         window = image[item.y : item.y + OBJECT_SIZE, item.x : item.x + OBJECT_SIZE]
@@ -86,7 +90,7 @@ def render(objects: tuple[SceneObject, ...]) -> np.ndarray:
 
 
 def place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    """`count` lattice corners, any two a lattice step or more apart edge to edge."""
+    """Return the (x, y) corners of `count` objects at random lattice positions, at least one lattice step apart."""
     steps = (IMAGE_SIZE - OBJECT_SIZE) // LATTICE + 1
     apart = OBJECT_SIZE + LATTICE
     while True:
@@ -97,7 +101,10 @@ def place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
 
 
 def _place_related(rng: np.random.Generator, relation: str) -> list[tuple[int, int]]:
-    """Corners of two objects, the first at one side of the picture, the second at the other, near one line."""
+    """Return the (x, y) corners of two objects of which the first is, for example, left of the second.
+
+    They are on opposite sides of the picture, and at most one lattice step apart across the direction of the relation.
+    """
     near, far = rng.integers(0, 3) * LATTICE, (4 + rng.integers(1, 3)) * LATTICE
     line = rng.integers(0, (IMAGE_SIZE - OBJECT_SIZE) // LATTICE + 1)
     beside = np.clip(line + rng.integers(-1, 2), 0, (IMAGE_SIZE - OBJECT_SIZE) // LATTICE)
@@ -109,7 +116,7 @@ def _place_related(rng: np.random.Generator, relation: str) -> list[tuple[int, i
 
 
 def _place_counted(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    """One corner in each of `count` different quarters of the picture."""
+    """Return the (x, y) corners of `count` objects in different quarters of the picture."""
     quarters = rng.permutation(4)[:count]
     far = IMAGE_SIZE - OBJECT_SIZE - LATTICE
     jitter = rng.integers(0, 2, size=(count, 2)) * LATTICE
@@ -117,7 +124,7 @@ def _place_counted(rng: np.random.Generator, count: int) -> list[tuple[int, int]
 
 
 def make_scene(seed: int, index: int, category: str | None = None, categories: Sequence[str] = CATEGORIES) -> Scene:
-    """Scene number `index` of the stream `seed`, in a random one of `categories` unless one is given."""
+    """Return scene number `index` of the stream `seed`. `category`: None draws one of `categories`."""
     rng = np.random.default_rng([seed, index])
     category = category or categories[int(rng.integers(len(categories)))]
     shape, other = (str(name) for name in rng.permutation(SHAPES)[:2])
@@ -156,20 +163,20 @@ def make_scene(seed: int, index: int, category: str | None = None, categories: S
 
 
 def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "batch 3 height width"]:
-    """uint8 images `[H, W, 3]` to float32 in [-1, 1]."""
-    import torch  # here alone: checks of a configuration read this module without it
+    """Convert uint8 images `[H, W, 3]` of one size to one float32 tensor in [-1, 1]."""
+    import torch  # not at the top: checks of a configuration import this module and need no torch
 
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return stacked.float() / 127.5 - 1.0
 
 
 def pictures(scenes: Sequence[Any]) -> Float[Tensor, "batch 3 32 32"]:
-    """Draw the outcome of scenes or edits, in [-1, 1]."""
+    """Draw scenes, or the results of edits, as float32 in [-1, 1]."""
     return to_tensor([render(scene.objects) for scene in scenes])
 
 
 def all_captions(categories: Sequence[str] = CATEGORIES) -> list[str]:
-    """Every caption of those categories, sorted; few enough to encode them all beforehand."""
+    """Return all captions of `categories`, sorted. They are few enough to encode all of them in advance."""
     pairs = [(s, o) for s in SHAPES for o in SHAPES if s != o]
     captions = {
         "single_object": [f"a {s}" for s in SHAPES],
@@ -183,7 +190,7 @@ def all_captions(categories: Sequence[str] = CATEGORIES) -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption of this world can hold."""
+    """Return all words that occur in captions of this world, sorted."""
     words = {"a", "and", *COLORS, *SHAPES, *PLURALS.values(), *NUMERALS.values()}
     words.update(word for relation in RELATIONS for word in relation.split())
     return sorted(words)

@@ -1,4 +1,4 @@
-"""DiT: class-conditional blocks of one stream."""
+"""DiT: a class-conditional model whose blocks have an image stream only."""
 
 from __future__ import annotations
 

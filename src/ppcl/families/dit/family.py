@@ -1,14 +1,14 @@
-"""DiT: class-conditional blocks of one stream; DiT-XL/2 has 28.
+"""DiT: a class-conditional model whose blocks have an image stream only; DiT-XL/2 has 28 of them.
 
-What is odd about it:
-- A label in the place of a prompt; 1000 is no label, which guidance needs.
-- The output head takes its conditioning from the embedding inside block 0: that block stays the teacher's, so no
+What is special about it:
+- It takes a class label in place of a prompt. Label 1000 stands for "no class", which guidance needs.
+- The output head uses the embedding of time and label inside block 0. So block 0 always stays the teacher's, and no
   interval starts there.
-- Every block embeds time and label anew, and in training mode drops labels on its own: models stay in
-  evaluation mode, and labels are dropped with the data.
-- It predicts what its scheduler says, DiT-XL/2 the noise, of a DDPM at one of 1,000 timesteps, and behind it a variance
-  that sampling leaves out.
-- Latents are pictures `[B, C, H, W]`, cut into patches inside the model.
+- Every block has its own embedding of time and label, which drops labels at random in training mode. So models stay in
+  evaluation mode, and the data stream drops labels instead.
+- Its scheduler's config says what it predicts: for DiT-XL/2 the noise of a DDPM at one of 1,000 timesteps. Further
+  output channels hold a variance, which sampling ignores.
+- Latents are not packed: they are pictures `[B, C, H, W]`, and the model cuts them into patches.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DiT(Family):
 
     @cached_property
     def scheduler(self) -> Any:
-        """The noise that the model knows: DiT-XL/2's, or that of the pipeline which `complete` was given."""
+        """The noise schedule of the model: that of the pipeline given to `complete`, or DiT-XL/2's by default."""
         return DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS)
 
     def forward_inputs(
@@ -85,7 +85,7 @@ class DiT(Family):
         }
 
     def called_apart(self, transformer: Any) -> list[nn.Module]:
-        return [transformer.transformer_blocks[0].norm1.emb]  # for the last layer's modulation
+        return [transformer.transformer_blocks[0].norm1.emb]  # the output head calls it
 
     def training_batch(
         self,
@@ -95,7 +95,10 @@ class DiT(Family):
         sigmas: Tensor,
         size: tuple[int, int],
     ) -> TrainingBatch:
-        """Noise by DDPM's schedule; `sigmas` are shares of its 1,000 timesteps."""
+        """Add `noise` to clean `latents` `[B, C, H, W]` by the DDPM schedule, at timestep 1,000 * sigma.
+
+        The target is the noise, the velocity or the clean latents, whichever the scheduler's config says.
+        """
         inputs = self.forward_inputs(latents, conditions, sigmas, size)
         steps = inputs["timestep"]
         inputs["hidden_states"] = self.scheduler.add_noise(latents, noise, steps)
@@ -122,11 +125,14 @@ class DiT(Family):
 
     def complete(self, pipeline: Any) -> None:
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        # diffusers reads the labels from model_index.json and does not write them again.
+        # diffusers reads the labels from model_index.json, but does not write them when it saves the pipeline.
         pipeline.register_to_config(id2label={str(number): name for name, number in pipeline.labels.items()})
 
     def initialize(self, transformer: Any) -> None:
-        """adaLN-Zero (DiT, section 3.2): every block starts as the identity, which diffusers leaves to who trains."""
+        """Zero the modulation of every block, so that it starts as the identity (adaLN-Zero, DiT section 3.2).
+
+        diffusers does not do so itself.
+        """
         for block in transformer.transformer_blocks:
             nn.init.zeros_(block.norm1.linear.weight)
             nn.init.zeros_(block.norm1.linear.bias)

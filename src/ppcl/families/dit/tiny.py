@@ -1,4 +1,4 @@
-"""The embedded DiT: a real DiTPipeline whose classes are the shapes world's single objects, plain and coloured."""
+"""The embedded DiT: a real DiTPipeline. Its classes are single shapes, such as "a circle" and "a red circle"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HIDDEN_SIZE = 64
 
 
 def build_pipeline(seed: int, num_layers: int = 20) -> Any:
-    """An untrained tiny DiT pipeline, a pure function of `seed` and `num_layers`."""
+    """Return an untrained tiny DiT pipeline. The same `seed` and `num_layers` give the same weights."""
     torch.manual_seed(seed)
     transformer: Any = DiTTransformer2DModel(
         num_attention_heads=HIDDEN_SIZE // 32,
@@ -25,13 +25,14 @@ def build_pipeline(seed: int, num_layers: int = 20) -> Any:
         num_layers=num_layers,
         sample_size=shapes.IMAGE_SIZE // 2,
         patch_size=2,
-        num_embeds_ada_norm=1000,  # the pipeline's label for none
+        num_embeds_ada_norm=1000,  # the number of classes; label 1000 is "no class"
     )
     names = shapes.all_captions(FAMILIES["dit"].categories)
     pipeline = DiTPipeline(
         transformer=transformer.eval(),
         vae=AutoencoderPixelUnshuffle(),
-        # For the noise it would have to carry all 48 numbers of a patch through 64 channels; DiT-XL/2: 16 through 1152.
+        # It predicts the picture. To predict the noise, 64 channels would have to carry all 48 numbers of a patch;
+        # DiT-XL/2 has 1152 channels for 16 numbers.
         scheduler=DDIMScheduler(clip_sample=False, prediction_type="sample"),
         id2label={str(number): name for number, name in enumerate(names)},
     )

@@ -1,7 +1,7 @@
-"""DiT with FFNs that are linear projectors (paper Eq. 9). It has no text stream to prune.
+"""DiT with FFNs replaced by linear projectors (paper Eq. 9). It has no text stream to prune.
 
-Exports carry a copy of this file, with what it imports from ppcl put in place, so that
-`trust_remote_code=True` loads them where ppcl is not installed.
+An export holds a copy of this file, in which the imports from ppcl are replaced by the imported code. So
+`trust_remote_code=True` loads the model where ppcl is not installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from ppcl.families.pruning import ResidualLinear, register_blocks
 
 
 class AttentionAdaLayerNormZero(AdaLayerNormZero):
-    """The attention's half of adaLN-Zero, with its embedding of time and label: the output head reads block 0's."""
+    """adaLN-Zero for the attention alone: it returns the modulated input and the gate, no modulation of an FFN.
+
+    It keeps the embedding of time and label, since the output head reads that of block 0.
+    """
 
     def __init__(self, embedding_dim: int, num_embeddings: int) -> None:
         super().__init__(embedding_dim, num_embeddings)
@@ -35,7 +38,7 @@ class AttentionAdaLayerNormZero(AdaLayerNormZero):
 
 
 class PrunedDiTBlock(BasicTransformerBlock):
-    """A DiT block whose FFN is a residual map of the state after attention (Eq. 9)."""
+    """A DiT block whose FFN is replaced by a residual linear map of the state after attention (Eq. 9)."""
 
     def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, **options: Any) -> None:
         super().__init__(dim, num_attention_heads, attention_head_dim, norm_type="ada_norm_zero", **options)
@@ -60,7 +63,7 @@ class PrunedDiTBlock(BasicTransformerBlock):
 
 
 class PrunedDiTTransformer2DModel(DiTTransformer2DModel):
-    """The stock transformer with blocks of ours at `pruned_ffn` (0-based, of this model)."""
+    """The stock transformer with a `PrunedDiTBlock` at each position in `pruned_ffn` (0-based, in this model)."""
 
     _no_split_modules = ["BasicTransformerBlock", "PrunedDiTBlock"]
     _repeated_blocks = _no_split_modules
@@ -120,5 +123,5 @@ class PrunedDiTTransformer2DModel(DiTTransformer2DModel):
 
 
 register_blocks({PrunedDiTBlock: BasicTransformerBlock})
-if __name__.startswith("ppcl."):  # as diffusers shall write it where such a model is saved again
+if __name__.startswith("ppcl."):  # the name that diffusers writes when it saves the model
     PrunedDiTTransformer2DModel.__module__ = "ppcl"

@@ -1,4 +1,4 @@
-"""FLUX.1: dual-stream blocks, then single-stream ones."""
+"""FLUX.1: dual-stream blocks followed by single-stream blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from ppcl.families.facts import FamilyFacts, SingleFile
 
 
 def _stream(name: str, query_key_value: tuple[str, str, str], norms: tuple[str, str], rest: tuple[str, ...]) -> dict:
-    """One stream of a dual-stream block; `rest` is its modulation, output projection and feed-forward."""
+    """Return the file's names for the modules of one stream in a dual-stream block, each with diffusers' names.
+
+    `rest` names diffusers' modulation, output projection and feed-forward.
+    """
     modulation, projection, feed_forward = rest
     return {
         f"{name}_mod.lin": (modulation,),

@@ -1,14 +1,15 @@
-"""FLUX.1: dual-stream blocks, then single-stream ones; FLUX.1-dev has 19 and 38, FLUX.1 Lite 8 and 38.
+"""FLUX.1: dual-stream blocks followed by single-stream blocks; FLUX.1-dev has 19 and 38, FLUX.1 Lite 8 and 38.
 
-What is odd about it:
+What is special about it:
 - Blocks of both stacks are called with keyword arguments `hidden_states` (image) and
-  `encoder_hidden_states` (text) and return (text, image); single-stream blocks join and part them
-  within. After the last block only the image goes on.
-- The prompt goes in twice: T5's tokens as the text stream, CLIP's pooled embedding into the
-  modulation. T5's padding is not masked: every token attends and counts.
+  `encoder_hidden_states` (text) and return (text, image). Single-stream blocks join the two and split them
+  again inside. After the last block only the image is used.
+- The prompt goes in twice: T5's tokens are the text stream, CLIP's pooled embedding goes into the
+  modulation. T5's padding is not masked: padded tokens attend and are attended to like all
+  others, and count in statistics and losses.
 - `timestep` is sigma itself, in [0, 1]; the model multiplies by 1000.
-- FLUX.1-dev is guidance-distilled: the guidance scale is an input, and there is no second pass. One is
-  made only where `true_cfg_scale` is above 1.
+- FLUX.1-dev is guidance-distilled: the guidance scale is an input, and one forward per step is enough. There is a
+  second one only if `true_cfg_scale` is above 1.
 - The image's positions are `img_ids` `[N, 3]`, without a batch dimension.
 """
 

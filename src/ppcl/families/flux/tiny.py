@@ -1,7 +1,7 @@
-"""The embedded FLUX: every component the real class, small enough to train on two CPU cores.
+"""The embedded FLUX: every component has its real class and is small enough to train on two CPU cores.
 
-As in `tiny_qwen_image` only the transformer is trained. A random T5 tells tokens and their order apart, and
-a random CLIP pools them; neither tokenizer splits a word of the shapes world.
+As in `tiny_qwen_image`, only the transformer is trained. The text encoders keep their random weights, which is enough
+to tell tokens and their order apart. For both tokenizers every word of the shapes world is one token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_LENGTH = 16  # the longest caption has nine words
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """A byte-level BPE with CLIP's word ends in which each word of the shapes world is one token."""
+    """Return a byte-level BPE tokenizer with CLIP's `</w>`. Each word of the shapes world is one token."""
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=1,
@@ -41,7 +41,7 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
-    """A unigram model of the shapes world's words, and of single letters for all others."""
+    """Return a unigram tokenizer that has the words of the shapes world, and single letters for all other words."""
     words = shapes.vocabulary()
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -20.0)]
     pieces += [(f"\u2581{word}", -1.0) for word in words]
@@ -50,7 +50,7 @@ def build_t5_tokenizer() -> T5Tokenizer:
 
 
 def build_pipeline(seed: int, num_layers: int = 10) -> Any:
-    """An untrained tiny FLUX pipeline of `num_layers` dual-stream and twice as many single-stream blocks."""
+    """Return an untrained tiny FLUX pipeline of `num_layers` dual-stream and twice as many single-stream blocks."""
     torch.manual_seed(seed)
     tokenizer, tokenizer_2 = build_clip_tokenizer(), build_t5_tokenizer()
     text_encoder = CLIPTextModel(

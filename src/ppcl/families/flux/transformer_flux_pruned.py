@@ -1,12 +1,13 @@
 """FLUX with blocks pruned in width (paper Eq. 8-9): text streams and FFNs become linear projectors.
 
-Exports carry a copy of this file, with what it imports from ppcl put in place, so that
-`trust_remote_code=True` loads them where ppcl is not installed.
+An export holds a copy of this file, in which the imports from ppcl are replaced by the imported code. So
+`trust_remote_code=True` loads the model where ppcl is not installed.
 
-Dual-stream blocks are as in the pruned Qwen-Image: from a reference to the last block but one of the run of
-text-pruned blocks behind it, the text stream carries `[2, B, L, D]` = (text output h, modulated text z that
-went into the reference's QKV). Single-stream blocks run attention and MLP side by side on the
-concatenated streams; without the MLP they are attention, then a residual map per stream.
+Dual-stream blocks work as in the pruned Qwen-Image. A text-pruned block reads the text of its reference, the nearest
+earlier block with a text stream of its own. The reference, and all but the last of the text-pruned blocks that follow
+it, return `[2, B, L, D]` in place of the text: the text output h, and the modulated text z that went into the
+reference's QKV. A single-stream block runs attention and MLP in parallel on the concatenated streams. Pruned, it runs
+attention, and then a residual linear map per stream.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from ppcl.families.pruning import ResidualLinear, packed_text, register_blocks, 
 
 
 class FluxImageQueryAttnProcessor:
-    """Joint attention in which only the image asks: nothing reads what the text would be given."""
+    """Joint attention with queries of the image only, since the text's output would not be used.
+
+    Keys and values are those of text and image. Returns the image's output `[B, N, D]`.
+    """
 
     _attention_backend = None
     _parallel_config = None
@@ -70,13 +74,17 @@ class FluxImageQueryAttnProcessor:
 
 
 class PrunedFluxTransformerBlock(FluxTransformerBlock):
-    """A dual-stream block that is itself pruned, or the reference of text-pruned blocks after it.
+    """A dual-stream block that is pruned, or that is the reference of text-pruned blocks after it.
 
-    `project_text`: z = txt_proj(z_r) goes into the text QKV and the rest of the text stream is gone (Eq. 8);
-    `project_text_output`: its text output is ehs_proj(h), else h passes unchanged;
-    `project_ffn`: FFN, its norm and its half of the modulation become a residual map of the state after
-    attention (Eq. 9); `carry`: another block reads z_r after this one;
-    `keep_text_query` keeps the text's query projection, which no output depends on.
+    z_r is the modulated text that went into the QKV of the reference, the nearest earlier block with a text stream of
+    its own; h is the text output that the block before passed on.
+
+    `project_text`: z = txt_proj(z_r) is the input of the text's QKV; the rest of the text stream is removed (Eq. 8).
+    `project_text_output`: the block's text output is ehs_proj(h); otherwise it passes h on unchanged.
+    `project_ffn`: the FFN, its norm and its half of the modulation are replaced by a residual linear map of the state
+        after attention (Eq. 9).
+    `carry`: the next block is text-pruned, so this one returns z_r beside its text output (see `packed_text`).
+    `keep_text_query`: keep the text's query projection, which no output depends on.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class PrunedFluxTransformerBlock(FluxTransformerBlock):
             for suffix, name in (("", "img"),) if project_text else (("", "img"), ("_context", "txt")):
                 delattr(self, f"norm2{suffix}")
                 delattr(self, f"ff{suffix}")
-                # The attention's half of the modulation, in the order of the whole.
+                # Modulates the attention alone; its rows are the first half of the stock modulation's.
                 setattr(self, f"norm1{suffix}", AdaLayerNormZeroSingle(dim))
                 setattr(self, f"{name}_ffn_proj", ResidualLinear(dim))
 
@@ -118,13 +126,13 @@ class PrunedFluxTransformerBlock(FluxTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        modulated, gate, *image_mlp = self.norm1(hidden_states, emb=temb)  # the MLP's only with an FFN
+        modulated, gate, *image_mlp = self.norm1(hidden_states, emb=temb)  # image_mlp: empty if the FFN is pruned
         attention = {
             "hidden_states": modulated,
             "image_rotary_emb": image_rotary_emb,
             **(joint_attention_kwargs or {}),
         }
-        adapted: list[Tensor] = []  # by an IP-Adapter
+        adapted: list[Tensor] = []  # outputs of an IP-Adapter
         if self.project_text:
             text, reference = unpacked_text(encoder_hidden_states)
             attended = self.attn(encoder_hidden_states=self.txt_proj(reference), **attention)
@@ -151,12 +159,12 @@ class PrunedFluxTransformerBlock(FluxTransformerBlock):
 
 
 class PrunedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
-    """A single-stream block without its MLP: attention, then a residual map of each stream (Eq. 9)."""
+    """A single-stream block without its MLP: attention, then a residual linear map of each stream (Eq. 9)."""
 
     def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, **role: bool) -> None:
         super().__init__(dim, num_attention_heads, attention_head_dim)
         del self.proj_mlp, self.act_mlp
-        self.proj_out = nn.Linear(dim, dim)  # the columns that read the attention
+        self.proj_out = nn.Linear(dim, dim)  # the stock one without the columns that read the MLP
         self.img_ffn_proj = ResidualLinear(dim)
         self.txt_ffn_proj = ResidualLinear(dim)
 
@@ -180,7 +188,12 @@ class PrunedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
 
 
 class PrunedFluxTransformer2DModel(FluxTransformer2DModel):
-    """The stock transformer with blocks of ours at those positions (0-based, of this model's stacks)."""
+    """The stock transformer with pruned blocks at given positions (0-based, in this model's stacks).
+
+    `pruned_text`, `pruned_ffn`: dual-stream blocks without a text stream, and without FFNs.
+    `pruned_single_ffn`: single-stream blocks without an MLP.
+    For `text_output` and `keep_text_query` see `width_roles`.
+    """
 
     _no_split_modules = [
         "FluxTransformerBlock",
@@ -240,5 +253,5 @@ register_blocks(
     },
     FluxImageQueryAttnProcessor,
 )
-if __name__.startswith("ppcl."):  # as diffusers shall write it where such a model is saved again
+if __name__.startswith("ppcl."):  # the name that diffusers writes when it saves the model
     PrunedFluxTransformer2DModel.__module__ = "ppcl"

@@ -1,14 +1,14 @@
-"""Qwen-Image: 60 dual-stream blocks, text first in what a block returns.
+"""Qwen-Image: 60 dual-stream blocks.
 
-What is odd about it:
+What is special about it:
 - A block is called with keyword arguments `hidden_states` (image) and `encoder_hidden_states` (text)
-  and returns (text, image). Both streams run to the end; only the image is projected.
+  and returns (text, image). Both streams run through all blocks; only the image becomes the output.
 - `timestep` is sigma itself, in [0, 1]; the model multiplies by 1000.
-- Padded text tokens are masked as keys but still flow through the text stream: they are garbage
-  there and must be left out of every statistic and loss.
-- Latents are a video VAE's, one frame, packed 2x2.
-- Guidance is `true_cfg_scale`, on only with a negative prompt, which must be a list as long as the
-  prompts (a single string is not repeated).
+- Padded text tokens are masked as keys, but stay in the text stream. Their values there mean nothing, so every
+  statistic and loss must leave them out.
+- Latents come from a video VAE: one frame, packed 2x2.
+- The guidance scale is `true_cfg_scale`. It works only with a negative prompt, which must be a list as long as the
+  list of prompts (the pipeline does not repeat a single string).
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Models that the PPCL authors published, and checkpoints of their training, as classes and plugs of ours.
+"""Reads models that the PPCL authors published, and checkpoints of their training, into ppcl's classes and plugs.
 
-What is odd about them (facts of github.com/OPPO-Mente-Lab/Qwen-Image-Pruning; no code is theirs):
-- Their class has the stock one's name. Positions in its config tell the two apart: `single_stream_index`, the blocks
-  without a text stream, and, since the 10B model, `ffn_proj_index` and `ehs_proj_index`.
-- Their blocks name parameters as ours do. A text-pruned one still holds a text output projection and text queries,
-  on which no output depends; ehs_proj may stand in any of them, or in none.
-- All projectors are residual, as ours, but the 12B model's: it is older, its txt_proj is the whole map.
-- A checkpoint of their width training counts projectors, not blocks. `attn_proj_list` (txt_proj) has one per kept
-  block of each group [a, b] of `ehs_same` but block a, which they read; `ehs_proj_list` one per group, for its last
-  block; `ffn_proj_list` two per kept block, text then image. That of their depth training is the students alone.
+Facts of their format (from github.com/OPPO-Mente-Lab/Qwen-Image-Pruning; no code is copied from there):
+- Their transformer class has the name of the stock one. Lists of block positions in its config tell the two apart:
+  `single_stream_index` (blocks without a text stream) and, since the 10B model, `ffn_proj_index` and `ehs_proj_index`.
+- Their parameters have the same names as ours. A text-pruned block of theirs still holds a text output projection and
+  text queries, on which no output depends. `ehs_proj` can be in any text-pruned block, or in none.
+- All projectors are residual, as ours are, except in the 12B model. That one is older: its txt_proj is the whole map.
+- A checkpoint of their width training numbers projectors, not blocks. `attn_proj_list` (our txt_proj) has one for each
+  kept block of every group [a, b] in `ehs_same`, except block a, whose text the others read. `ehs_proj_list` has one
+  per group, for its last block. `ffn_proj_list` has two per kept block, text then image.
+- A checkpoint of their depth training holds the students alone.
 """
 
 from __future__ import annotations
@@ -47,10 +48,14 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Published:
-    """A published transformer, by its config: the model it becomes, and what its state dict lacks or has too much.
+    """How a published transformer is converted, as read from its config.
 
-    `dead`: parameters that no output depends on; `identity`: parameters of ours that it lacks, zero here, so that
-    a projector leaves the text as it is; `plain`: weights W of whole maps, here W - I.
+    `model_class`, `arch`, `shapes`: the class, config and parameter shapes of the converted model.
+    `text`, `ffn`: positions of the blocks without a text stream, and of those without FFNs.
+    `dead`: published parameters that no output depends on; they are dropped.
+    `identity`: parameters of ours that the published model does not have. They become zeros, so that the projector
+        returns the text unchanged.
+    `plain`: weights W of projectors that are whole maps; they become W - I, since our projectors are residual.
     """
 
     model_class: Any
@@ -71,15 +76,17 @@ class Published:
 def read_config(
     config: Mapping[str, Any], *, keep_text_query: bool = False, residual: bool | None = None, where: str = "config"
 ) -> Published:
-    """What the config of a published transformer says; `UsageError` where it is none or makes no sense.
+    """Read the config of a published transformer.
 
-    `residual` says whether txt_proj adds to what it reads; None leaves it to the config: a model whose config
-    does not know `ffn_proj_index` is of the time when it did not.
+    `keep_text_query` keeps the text's query projections, which no output depends on. `residual` says whether txt_proj
+    is added to its input. None means: yes, unless the config has neither `ffn_proj_index` nor `ehs_proj_index`, as that
+    of the 12B model. `where` starts the error sentences. Raises `UsageError` for the config of another model, and for
+    positions that are out of range or contradict each other.
     """
     if config.get("_class_name") != QwenImageTransformer2DModel.__name__:
         raise UsageError(
-            f"{where} holds a {config.get('_class_name')}: what the authors published is a "
-            f"{QwenImageTransformer2DModel.__name__}, so give the folder of one."
+            f"{where} holds a {config.get('_class_name')}, but the authors' models are of class "
+            f"{QwenImageTransformer2DModel.__name__}: give the folder of one."
         )
     known = inspect.signature(QwenImageTransformer2DModel.__init__).parameters
     arch = {key: value for key, value in config.items() if key in known}
@@ -92,7 +99,7 @@ def read_config(
     if 0 in text:
         raise UsageError(f"{where}: {_TEXT} names block 0, which has no earlier block whose text it could read.")
     if residual is not None and not text:
-        raise UsageError(f"{where}: published.residual={residual} reads txt_proj, and no block has one: leave it out.")
+        raise UsageError(f"{where}: published.residual={residual} is for txt_proj, and no block has one: leave it out.")
     if residual is None:
         residual = _FFN in config or _OUTPUT in config
     ends = [index for index in text if index + 1 not in text]
@@ -133,7 +140,7 @@ def _positions(config: Mapping[str, Any], key: str, num_layers: int, where: str)
 
 
 def check_shapes(published: Published, shapes: Mapping[str, Sequence[int]], where: str = "the state dict") -> None:
-    """`UsageError` for the first parameter that is missing, of another size, or without a place."""
+    """Raise `UsageError` for the first parameter that is missing, has another shape, or is not in the model."""
     for key, shape in published.shapes.items():
         if key in published.identity:
             continue
@@ -151,7 +158,10 @@ def _check_shape(key: str, found: Sequence[int], needed: Sequence[int], where: s
 
 
 def convert(published: Published, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Their parameters as ours, one by one, so that a shard is held at a time; dtypes stay."""
+    """Yield the converted parameters of a published state dict, one at a time and in their dtypes.
+
+    So a caller can write the model shard by shard, without all weights in memory.
+    """
     for key, value in tensors:
         if key in published.dead:
             continue
@@ -164,22 +174,26 @@ def convert(published: Published, tensors: Iterable[tuple[str, Tensor]]) -> Iter
 
 
 def to_residual(weight: Tensor) -> Tensor:
-    """W - I `[D, D]`, rounded once to the dtype of W: x + (W - I) x is W x.
+    """Return W - I `[D, D]`, since x + (W - I) x = W x, in the dtype of W.
 
-    In bfloat16 that is exact for diagonals between 0.5 and 2; elsewhere `lost` says how much it is not.
+    In bfloat16 the result is exact if the diagonal of W lies between 0.5 and 2. Otherwise `lost` measures the error.
     """
     return (weight.double() - torch.eye(len(weight), dtype=torch.float64, device=weight.device)).to(weight.dtype)
 
 
 def lost(weight: Tensor) -> float:
-    """Norm of what `to_residual` rounds off, relative to that of W."""
+    """Return the norm of the rounding error of `to_residual`, relative to the norm of W."""
     exact = weight.double() - torch.eye(len(weight), dtype=torch.float64, device=weight.device)
     return ((to_residual(weight).double() - exact).norm() / weight.double().norm()).item()
 
 
 @dataclass(frozen=True)
 class PublishedFolder:
-    """A published transformer on disk: `pipeline` is the folder around it, None where it stands alone."""
+    """A published transformer on disk.
+
+    `folder` and `files` are the transformer's folder and weights, `pipeline` the pipeline's folder that contains it, or
+    None.
+    """
 
     published: Published
     config: dict[str, Any]
@@ -193,7 +207,7 @@ class PublishedFolder:
                 yield key, handle.get_tensor(key)
 
     def text_projectors(self) -> Iterator[Tensor]:
-        """Every txt_proj weight as it is stored `[D, D]`."""
+        """Yield every txt_proj weight `[D, D]` as it is stored."""
         for file in self.files:
             with safe_open(file, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118
@@ -202,7 +216,11 @@ class PublishedFolder:
 
 
 def open_folder(path: Path, *, keep_text_query: bool = False, residual: bool | None = None) -> PublishedFolder:
-    """Check a pipeline's folder or a transformer's; reads configs and the headers of its weights, no more."""
+    """Open and check the folder of a published pipeline or transformer; reads configs and headers of weights only.
+
+    For `keep_text_query` and `residual` see `read_config`. Raises `UsageError` if the folder lacks a config or weights,
+    or if its weights do not fit its config.
+    """
     pipeline = path if (path / "model_index.json").is_file() else None
     folder = path / "transformer" if pipeline else path
     if not (folder / "config.json").is_file():
@@ -242,11 +260,12 @@ def import_published(
     dtype: torch.dtype | None = None,
     torch_dtype: torch.dtype | None = None,
 ) -> Any:
-    """A transformer of the PPCL authors: the stock class if pruned in depth alone, else ours, with the same outputs.
+    """Load a transformer that the PPCL authors published, in evaluation mode, with the same outputs.
 
-    `path` is a local pipeline folder or that of its transformer. `dtype=None` leaves weights as they are stored,
-    and `torch_dtype` is its older name; for the rest see `read_config`. Weights are read a file at a time into the
-    one model there is.
+    It is of the stock class if it is pruned in depth alone, otherwise of ppcl's width-pruned class. `path` is the local
+    folder of a pipeline or of its transformer. `dtype=None` keeps the stored dtype; `torch_dtype` is an older name of
+    `dtype`. For the other arguments see `read_config`. Weights are read one file at a time, so memory holds the model
+    and one file. Raises `UsageError` where `open_folder` does, and for the file of a training checkpoint.
     """
     from accelerate import init_empty_weights
 
@@ -271,7 +290,11 @@ def import_published(
 
 @dataclass(frozen=True)
 class TrainedProjector:
-    """Projectors of one block in a checkpoint; `entries` says which of its modules they were."""
+    """Projectors of one block, taken from a training checkpoint.
+
+    `index` and `reference` are blocks of the teacher; a text projector reads the text of `reference`. `kind` is `text`
+    or `ffn`. `entries` names the modules of the checkpoint that they come from, such as `ehs_proj_list.0`.
+    """
 
     index: int
     kind: str
@@ -282,14 +305,18 @@ class TrainedProjector:
 
 @dataclass(frozen=True)
 class Training:
-    """What a checkpoint holds for given intervals and width sets: students in order, and projectors."""
+    """The students and projectors that a training checkpoint holds for given intervals and width sets."""
 
     students: dict[Interval, State]
     projectors: list[TrainedProjector]
 
 
 def read_checkpoint(path: Path) -> dict[str, list[State]]:
-    """The module lists of a training checkpoint by name; tensors stay in the file until they are used."""
+    """Return the module lists of a training checkpoint by name: one state dict per module.
+
+    Tensors are mapped from the file, so reading them costs memory only when they are used. Raises `UsageError` for a
+    file that is damaged, holds more than tensors, or is not such a checkpoint.
+    """
     if not zipfile.is_zipfile(path):
         raise UsageError(f"{path} is cut short or not a torch.save file; other pickles can hold code and are not read.")
     try:
@@ -304,7 +331,7 @@ def read_checkpoint(path: Path) -> dict[str, list[State]]:
     if not isinstance(content, Mapping):
         raise UsageError(f"{path} holds a {type(content).__name__}, not the state dicts of a training.")
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        content = {_STUDENTS: content}  # of the depth training
+        content = {_STUDENTS: content}  # a checkpoint of the depth training
     if _STUDENTS not in content:
         raise UsageError(
             f"{path} lacks {_STUDENTS}: it has {', '.join(map(str, content))}; give a training checkpoint."
@@ -314,7 +341,7 @@ def read_checkpoint(path: Path) -> dict[str, list[State]]:
 
 
 def _modules(state: Any, name: str, path: Path) -> list[State]:
-    """A module list's state dict, one dict per module."""
+    """Split the state dict of a module list into one state dict per module."""
     modules: dict[int, State] = {}
     for key, value in state.items() if isinstance(state, Mapping) else [(None, None)]:
         number, _, inner = str(key).removeprefix("module.").partition(".")
@@ -334,10 +361,12 @@ def read_training(
     ffn: Sequence[int] = (),
     ehs_same: Sequence[Sequence[int]] | None = None,
 ) -> Training:
-    """Students of all `intervals` and projectors of the blocks in `text` and `ffn`, by their index in the teacher.
+    """Read the students of all `intervals`, and the projectors of the blocks in `text` and `ffn`.
 
-    `arch` is the teacher's config. Each group of `ehs_same` gets the output projector that was trained for it;
-    the authors' own packing gives the first group's to all.
+    All block indices are the teacher's, and `arch` is the teacher's config. `ehs_same` are the groups [a, b] that the
+    text projectors were trained in; each group gets the output projector that was trained for it. (The authors' own
+    conversion script gives the first group's projector to all.) Raises `UsageError` if the checkpoint does not fit the
+    teacher, the intervals, the sets or the groups.
     """
     lists = read_checkpoint(path)
     num_layers = int(arch["num_layers"])
@@ -415,7 +444,7 @@ def _text_projectors(
 
 
 def check_ehs_same(ehs_same: Sequence[Sequence[int]], num_layers: int, intervals: Sequence[Interval]) -> None:
-    """Groups [a, b] are ordered and disjoint, and an interval lies in one as a whole or in none."""
+    """Raise `UsageError` unless groups [a, b] are ordered and disjoint, and no interval crosses the end of a group."""
     previous = -1
     for pair in ehs_same:
         where = f"published.ehs_same: {list(pair)}"
@@ -441,7 +470,8 @@ def _check_count(path: Path, lists: Mapping[str, list[State]], name: str, needed
         raise UsageError(f"{path} lacks {name}: it has {', '.join(lists)}; leave out what is not there (width=none).")
     if len(lists[name]) != needed:
         raise UsageError(
-            f"{path}: {name} holds {len(lists[name])} modules, but {told}: give the {flag} of its training."
+            f"{path}: {name} holds {len(lists[name])} modules, but {told}: give the value that it was trained with "
+            f"(the authors' {flag})."
         )
 
 

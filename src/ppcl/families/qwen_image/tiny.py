@@ -1,8 +1,8 @@
-"""The embedded Qwen-Image: every component the real class, small enough to train on two CPU cores.
+"""The embedded Qwen-Image: every component has its real class and is small enough to train on two CPU cores.
 
-Only the tokenizer, the text encoder and the untrained transformer are made here; `stages=[pretrain]`
-trains the transformer. The text encoder stays as it was drawn: a random causal transformer tells
-tokens and their order apart, which is all that a closed vocabulary of some thirty words needs.
+This module builds the pipeline untrained; `stages=[pretrain]` trains its transformer. The text encoder keeps its
+random weights: a random causal transformer tells tokens and their order apart, which is enough for a vocabulary
+of some thirty words.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ppcl.data.worlds import shapes
 from ppcl.models.autoencoder_pixel_unshuffle import AutoencoderPixelUnshuffle
 
 HIDDEN_SIZE = 64
-# What the pipeline wraps around a prompt; its first 34 tokens are dropped again, so every word of it
-# must be one token.
+# Words of the template that the pipeline wraps around a prompt. The pipeline drops the first 34 tokens of the result,
+# so every word of the template must be one token.
 _TEMPLATE_WORDS = (
     "system Describe the image by detailing color shape size texture quantity text spatial "
     "relationships of objects and background user assistant a photo"
@@ -31,7 +31,10 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"
 
 
 def build_tokenizer(words: Collection[str] = (), special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Qwen2Tokenizer:
-    """A byte-level BPE in which each word is one token: by default of the template and of the shapes world."""
+    """Return a byte-level BPE tokenizer in which each of `words` is one token.
+
+    By default these are the words of the template and of the shapes world.
+    """
     known = sorted({*words} or {*_TEMPLATE_WORDS.split(), *shapes.vocabulary()})
     trainer = trainers.BpeTrainer(
         vocab_size=4096, min_frequency=1, initial_alphabet=ByteLevel.alphabet(), show_progress=False
@@ -50,7 +53,11 @@ def build_tokenizer(words: Collection[str] = (), special_tokens: Sequence[str] =
 def build_text_encoder(
     tokenizer: Qwen2Tokenizer, vision_tokens: Sequence[str] = ("<|im_start|>", "<|im_end|>")
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A two-layer Qwen2.5-VL; `vision_tokens` stand around a picture, which no prompt of this family has."""
+    """Return a two-layer Qwen2.5-VL with random weights.
+
+    `vision_tokens` mark the start and the end of a picture in a prompt. Prompts of this family have no pictures, so the
+    default is any two special tokens.
+    """
     tokens = (*SPECIAL_TOKENS, *vision_tokens)
     ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
     config = Qwen2_5_VLConfig(
@@ -84,7 +91,7 @@ def build_text_encoder(
 
 
 def build_pipeline(seed: int, num_layers: int = 20) -> Any:
-    """An untrained tiny Qwen-Image pipeline, a pure function of `seed` and `num_layers`."""
+    """Return an untrained tiny Qwen-Image pipeline. The same `seed` and `num_layers` give the same weights."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     text_encoder = build_text_encoder(tokenizer)
@@ -98,7 +105,7 @@ def build_pipeline(seed: int, num_layers: int = 20) -> Any:
 
 
 def build_vae(cell: int = 1) -> AutoencoderPixelUnshuffle:
-    """The background is the origin of its latents."""
+    """Return a VAE whose latents are zero for the background colour. For `cell` see `AutoencoderPixelUnshuffle`."""
     mean = (shapes.BACKGROUND / 127.5 - 1.0,) * 12
     return AutoencoderPixelUnshuffle(latents_mean=mean, latents_std=(0.5,) * 12, cell=cell)
 

@@ -1,13 +1,13 @@
 """Qwen-Image with blocks pruned in width (paper Eq. 8-9): text streams and FFNs become linear projectors.
 
-Exports carry a copy of this file, with what it imports from ppcl put in place, so that
-`trust_remote_code=True` loads them where ppcl is not installed.
+An export holds a copy of this file, in which the imports from ppcl are replaced by the imported code. So
+`trust_remote_code=True` loads the model where ppcl is not installed.
 
-What is odd about it: a text-pruned block reads the text of an earlier block, its reference, and the
-stock forward hands a block nothing but its predecessor's output. So from the reference to the last block
-but one of the run that follows it, the text stream carries two things, one on the other:
-`[2, B, L, D]` = (text output h, modulated text z that went into the reference's QKV). The stock forward
-passes it on unread, and checkpointing, compilation, offloading and caching see plain tensors.
+A text-pruned block reads the text of its reference, the nearest earlier block with a text stream of its own. But the
+stock forward passes a block only the output of the block before it. So the reference, and all but the last of the
+text-pruned blocks that follow it, return two tensors stacked in place of the text, `[2, B, L, D]`: the text output h,
+and the modulated text z that went into the reference's QKV. The stock forward passes the stack on without reading it,
+and checkpointing, compilation, offloading and caching see plain tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from ppcl.families.pruning import ResidualLinear, packed_text, register_blocks, 
 
 
 class ImageQueryAttnProcessor:
-    """Joint attention in which only the image asks: nothing reads what the text would be given."""
+    """Joint attention with queries of the image only, since the text's output would not be used.
+
+    Keys and values are those of text and image. Returns the image's output `[B, N, D]`.
+    """
 
     _attention_backend = None
     _parallel_config = None
@@ -73,13 +76,17 @@ class ImageQueryAttnProcessor:
 
 
 class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
-    """A block that is itself pruned, or the reference of text-pruned blocks after it.
+    """A block that is pruned, or that is the reference of text-pruned blocks after it.
 
-    `project_text`: z = txt_proj(z_r) goes into the text QKV and the rest of the text stream is gone (Eq. 8);
-    `project_text_output`: its text output is ehs_proj(h), else h passes unchanged;
-    `project_ffn`: FFN, its norm and its half of the modulation become a residual map of the state after
-    attention (Eq. 9); `carry`: another block reads z_r after this one;
-    `keep_text_query` keeps the text's query projection, which no output depends on (the authors' layout).
+    z_r is the modulated text that went into the QKV of the reference, the nearest earlier block with a text stream of
+    its own; h is the text output that the block before passed on.
+
+    `project_text`: z = txt_proj(z_r) is the input of the text's QKV; the rest of the text stream is removed (Eq. 8).
+    `project_text_output`: the block's text output is ehs_proj(h); otherwise it passes h on unchanged.
+    `project_ffn`: the FFN, its norm and its half of the modulation are replaced by a residual linear map of the state
+        after attention (Eq. 9).
+    `carry`: the next block is text-pruned, so this one returns z_r beside its text output (see `packed_text`).
+    `keep_text_query`: keep the text's query projection, which no output depends on (as in the authors' models).
     """
 
     def __init__(
@@ -124,7 +131,7 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        image_mod1, *image_mod2 = self.img_mod(temb).split(3 * self.dim, dim=-1)  # the second only with an FFN
+        image_mod1, *image_mod2 = self.img_mod(temb).split(3 * self.dim, dim=-1)  # image_mod2: empty if FFN pruned
         if self.zero_cond_t:
             temb = temb.chunk(2, dim=0)[0]
         modulated, gate = self._modulate(self.img_norm1(hidden_states), image_mod1, modulate_index)
@@ -159,14 +166,21 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
 def text_qkv_input(
     block: QwenImageTransformerBlock, encoder_hidden_states: Tensor, temb: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """z `[B, L, D]`, the modulated text that goes into a block's QKV, with its gate and the FFN's modulation."""
+    """Return z `[B, L, D]`, the modulated text that goes into a block's QKV, its gate, and the FFN's modulation.
+
+    The last is a list of one tensor, empty if the block's FFN is pruned.
+    """
     first, *second = block.txt_mod(temb).split(3 * block.dim, dim=-1)
     modulated, gate = block._modulate(block.txt_norm1(encoder_hidden_states), first)
     return modulated, gate, second
 
 
 class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
-    """The stock transformer with the blocks `pruned_text` and `pruned_ffn` (0-based, of this model) pruned in width."""
+    """The stock transformer with pruned blocks at given positions (0-based, in this model).
+
+    `pruned_text`, `pruned_ffn`: blocks without a text stream, and without FFNs. For `text_output` and
+    `keep_text_query` see `width_roles`.
+    """
 
     _no_split_modules = ["QwenImageTransformerBlock", "PrunedQwenImageTransformerBlock"]
     _repeated_blocks = ["QwenImageTransformerBlock", "PrunedQwenImageTransformerBlock"]
@@ -216,5 +230,5 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
 
 
 register_blocks({PrunedQwenImageTransformerBlock: QwenImageTransformerBlock}, ImageQueryAttnProcessor)
-if __name__.startswith("ppcl."):  # as diffusers shall write it where such a model is saved again
+if __name__.startswith("ppcl."):  # the name that diffusers writes when it saves the model
     PrunedQwenImageTransformer2DModel.__module__ = "ppcl"

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit, and -2509 and -2511: Qwen-Image's blocks on given pictures and an instruction."""
+"""Qwen-Image-Edit, -2509 and -2511: Qwen-Image's transformer on input pictures and an instruction."""
 
 from __future__ import annotations
 

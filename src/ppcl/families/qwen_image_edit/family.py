@@ -1,13 +1,15 @@
-"""Qwen-Image-Edit, with one given picture, and -2509 and -2511, with several: Qwen-Image's blocks.
+"""Qwen-Image-Edit (one reference picture), -2509 and -2511 (several): Qwen-Image's blocks.
 
-What is odd about it:
-- The latents of the given pictures stand behind the noisy ones as further image tokens, each picture with a
-  frame number of its own in `img_shapes`; what the model says of them is cut off.
-- The pipelines bring every given picture to a megapixel for the VAE, whatever the output's size.
-- The text encoder sees the given pictures too, 2509's smaller ones: prompts are encoded with them, the empty one for
-  guidance as well.
-- 2509's pipeline takes one prompt a call. One with `zero_cond_t` (2511) modulates given pictures as if
-  they were free of noise, which they are.
+Reference pictures are the pictures that the user gives to be edited.
+
+What is special about it:
+- The latents of the reference pictures follow the noisy latents as further image tokens. In `img_shapes` each picture
+  has a frame of its own. The pipeline cuts the model's output for these tokens off.
+- The pipelines resize every reference picture to a megapixel for the VAE, whatever the size of the output.
+- The text encoder sees the reference pictures too (of 2509, at a smaller size). So every prompt is encoded together
+  with its pictures, even the empty prompt for guidance.
+- 2509's pipeline takes one prompt per call.
+- A model with `zero_cond_t` (2511) modulates the tokens of reference pictures with timestep 0, as they have no noise.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def _resized(pipeline: Any, picture: Image.Image, area: int) -> Image.Image:
 
 
 class QwenImageEdit(QwenImage):
-    seen_area = VAE_IMAGE_SIZE  # of a given picture before the text encoder, in pixels
+    seen_area = VAE_IMAGE_SIZE  # pixels of a reference picture as the text encoder sees it
 
     def forward_inputs(
         self,
@@ -61,7 +63,7 @@ class QwenImageEdit(QwenImage):
         return seen, [pipeline.image_processor.preprocess(picture) for picture in large]
 
     def encode_references(self, pipeline: Any, pictures: Sequence[Tensor]) -> Conditions:
-        """`image_latents` `[B, tokens, C]` of all pictures, and `image_sizes` `[B, pictures, 2]` in tokens."""
+        """Return `image_latents` `[B, tokens, C]` of all pictures, and `image_sizes` `[B, pictures, 2]` in tokens."""
         encoded = [self.encode_images(pipeline, images) for images in pictures]
         latents = torch.cat([latents for latents, _ in encoded], dim=1)
         sizes = torch.tensor([size for _, size in encoded])

@@ -1,7 +1,8 @@
-"""The embedded Qwen-Image-Edit: the real pipeline on pictures of 32x32 cells, which it takes for a megapixel.
+"""The embedded Qwen-Image-Edit: the real pipeline on pictures of 32x32 cells of 32x32 pixels each.
 
-A cell has 32 pixels a side. As in `tiny_qwen_image` only the transformer is trained. The vision tower says the
-same of every picture: what is in one comes to the transformer through its latents.
+So a picture has the megapixel that the pipeline resizes all pictures to. As in `tiny_qwen_image`, only the transformer
+is trained. The vision tower gives zeros for every picture: the transformer learns the content of a picture from its
+latents alone.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from ppcl.families.qwen_image.tiny import (
 )
 from ppcl.models.processing_pictures import PictureProcessor
 
-CELL = 32  # a megapixel picture has 32 of them a side
-# What the pipelines wrap around an instruction; its first 64 tokens are dropped again, so every word and
-# every group of marks in it must be one token.
+CELL = 32  # pixels; a picture of a megapixel has 32 cells a side
+# The template that the pipelines wrap around an instruction. They drop the first 64 tokens of the result, so every word
+# and every group of punctuation marks in the template must be one token.
 _TEMPLATE = """system
 Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how the
 user's text instruction should alter or modify the image. Generate a new image that meets the user's requirements while
@@ -35,7 +36,10 @@ _VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>")
 
 
 def build_pipeline(seed: int, num_layers: int = 20, pipeline_class: Any = QwenImageEditPipeline, **arch: Any) -> Any:
-    """An untrained tiny Qwen-Image-Edit pipeline, a pure function of its arguments; `arch` goes to the transformer."""
+    """Return an untrained tiny Qwen-Image-Edit pipeline. The same arguments give the same weights.
+
+    `arch` are further config entries of the transformer.
+    """
     torch.manual_seed(seed)
     words = {*re.findall(r"'s|\w+|[^\w\s]+", _TEMPLATE), *edits.vocabulary()}
     tokenizer = build_tokenizer(words, [*SPECIAL_TOKENS, *_VISION_TOKENS])

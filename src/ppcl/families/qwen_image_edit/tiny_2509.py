@@ -1,4 +1,4 @@
-"""The tiny Qwen-Image-Edit-2509, of the embedded Edit's parts: it is given two pictures. Not trained."""
+"""The tiny Qwen-Image-Edit-2509, built from the parts of `tiny_qwen_image_edit`. No trained one is shipped."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from ppcl.families.qwen_image_edit import tiny as tiny_qwen_image_edit
 
 
 def build_pipeline(seed: int, num_layers: int = 20, **arch: Any) -> Any:
-    """An untrained tiny pipeline, a pure function of its arguments; `zero_cond_t=True` makes it a 2511."""
+    """Return an untrained tiny pipeline; `zero_cond_t=True` makes it a 2511. Equal arguments give equal weights."""
     return tiny_qwen_image_edit.build_pipeline(seed, num_layers, QwenImageEditPlusPipeline, **arch)

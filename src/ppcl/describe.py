@@ -1,0 +1,40 @@
+"""Says, at the start of a command, which model and which data its stages work on."""
+
+from __future__ import annotations
+
+from ppcl.context import Run
+from ppcl.data.sources import find_units
+from ppcl.defaults import stored_weights
+from ppcl.report.text import billions
+from ppcl.stages import STAGES
+from ppcl.validation.model import model_folder
+
+
+def describe(run: Run) -> None:
+    """Print a line about the model, and one about the data where a stage of the command reads some."""
+    if "pretrain" in run.config.stages:  # there is no model yet
+        return
+    run.say("model", describe_model(run))
+    if any(STAGES[stage].data or stage == "cache" for stage in run.config.stages):
+        run.say("data", describe_data(run))
+
+
+def describe_model(run: Run) -> str:
+    """Return name, blocks and parameters of the teacher's transformer, and where it comes from."""
+    model, folder = run.config.model, model_folder(run.config.model)
+    blocks = " + ".join(str(count) for count in run.num_layers.values())
+    known = 0 if folder is None else stored_weights(folder)[0]
+    size = f", {billions(known)} parameters" if known else ""
+    return f"{model.name} ({model.family}): {blocks} blocks{size}, from {model.path or 'its configuration alone'}"
+
+
+def describe_data(run: Run) -> str:
+    """Return what the run's data is, and how much of it there is."""
+    data = run.config.data
+    if data.name == "shapes":
+        return "the shapes world: 32x32 toy pictures with captions, endless"
+    if data.cache is not None:
+        return f"pictures encoded in {data.cache}"
+    units = find_units(data)
+    pictures = sum(unit.count() for unit in units) if data.name == "folder" else 0
+    return f"{data.path}: " + (f"{pictures} pictures in a table" if pictures else f"{len(units)} shards of pictures")

@@ -1,0 +1,145 @@
+"""Checks, when a command starts, that every stage will find what it needs: on disk, or made by an earlier stage.
+
+Without this a command could train for hours and only then say that its last stage lacks something.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ppcl.artifacts.plan import plug_name, projector_name
+from ppcl.context import Run
+from ppcl.errors import UsageError
+from ppcl.methods.registry import load_method
+from ppcl.stages import STAGES
+from ppcl.validation.model import model_folder
+from ppcl.validation.pruning import budget_of
+
+# Stages that arrange plugs, and so need students and projectors.
+_ARRANGING = ("finetune", "export", "quantize", "generate", "evaluate", "report")
+
+
+def check_needs(run: Run) -> None:
+    """Raise `UsageError` for the first stage of the command that will lack something; loads no weights."""
+    _check_machine(run)
+    made: set[str] = set()
+    for stage in STAGES:  # in the order in which they run
+        if stage in run.config.stages:
+            _check_stage(run, stage, made)
+            made.add(stage)
+
+
+def _check_machine(run: Run) -> None:
+    accelerator = run.config.trainer.accelerator
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(f"trainer.accelerator={accelerator}: torch finds no GPU here; use trainer.accelerator=cpu.")
+    scheme = run.config.quantize.scheme
+    if "quantize" in run.config.stages and scheme in ("int8", "int4") and find_spec("torchao") is None:
+        raise UsageError(f"quantize.scheme={scheme} needs torchao: pip install 'torchao>=0.18'.")
+    folder = model_folder(run.config.model)
+    needing = [stage for stage in run.config.stages if STAGES[stage].encoders and stage != "export"]
+    if folder is not None and needing and not _has_vae(folder):
+        raise UsageError(
+            f"'stages=[{needing[0]}]' draws or encodes pictures, and model.path={run.config.model.path} has no VAE: "
+            "give a folder of the whole pipeline, or leave that stage out."
+        )
+
+
+def _has_vae(folder: Path) -> bool:
+    entry = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("vae")
+    return bool(entry and entry[0])
+
+
+def _check_stage(run: Run, stage: str, made: set[str]) -> None:
+    """Check one stage, given the names of the stages that run before it in this command."""
+    config = run.config
+    budgeted = stage == "plan" and budget_of(config) is not None
+    if stage == "detect" and "probe" not in made and load_method(config.method).needs_probes:
+        if not (run.probe_folder / "probes.json").exists():
+            raise UsageError("'stages=[detect]' reads probes, and there are none for this model: add probe to stages.")
+    elif stage in ("boundaries", "depth"):
+        _check_intervals(run, stage, made)
+    elif stage == "width" or budgeted:
+        _check_intervals(run, stage, made)
+        _check_students(run, stage, made)
+        if budgeted:
+            _check_projectors(run, stage, made)
+    elif stage in _ARRANGING:
+        names = _variants(run, stage)
+        if any(name != "teacher" for name in names):
+            _check_intervals(run, stage, made)
+        if any(name.startswith("ppcl") for name in names):
+            _check_students(run, stage, made)
+        if {"ppcl-width", "ppcl-planned", "ppcl-finetuned"} & set(names):
+            _check_projectors(run, stage, made)
+        for name, maker in (("ppcl-finetuned", "finetune"), ("ppcl-quantized", "quantize")):
+            record = run.folder / {"finetune": "finetuned", "quantize": "quantized"}[maker] / "ppcl.json"
+            if name in names and maker not in made and not record.exists():
+                raise UsageError(f"'stages=[{stage}]' is to take {name}, and {record} does not exist: add {maker}.")
+    if stage == "evaluate" and "generate" not in made and not (run.folder / "images").is_dir():
+        raise UsageError(
+            f"'stages=[evaluate]' scores pictures, and {run.folder / 'images'} has none: add generate to stages."
+        )
+    if stage == "report" and "evaluate" not in made and not (run.folder / "scores").is_dir():
+        raise UsageError(
+            f"'stages=[report]' shows scores, and {run.folder / 'scores'} has none: add evaluate to stages."
+        )
+    needs_export = stage == "remap_lora" and config.lora.model is None and "export" not in made
+    if needs_export and not (run.folder / "export").is_dir():
+        raise UsageError("'stages=[remap_lora]' needs an exported model: add export to stages, or give lora.model.")
+
+
+def _variants(run: Run, stage: str) -> list[str]:
+    """Names of the variants that a stage is asked for; none where it takes what there is."""
+    config = run.config
+    if stage == "finetune":
+        return ["ppcl-planned"]
+    if stage in ("export", "quantize"):
+        asked = config.export.variant if stage == "export" else config.quantize.variant
+        return ["ppcl-planned"] if asked is None and "import_published" not in config.stages else [asked or "teacher"]
+    return config.generate.variants or []
+
+
+def _check_intervals(run: Run, stage: str, made: set[str]) -> None:
+    if not {"detect", "import_published"} & made and not run.has_intervals:
+        raise UsageError(
+            f"'stages=[{stage}]' needs intervals: add probe and detect to stages, or give intervals=, or name the run "
+            "that has detected some by paths.base_run."
+        )
+
+
+def _check_students(run: Run, stage: str, made: set[str]) -> None:
+    if run.config.distill.mode == "none" or {"depth", "import_published"} & made:
+        return
+    if not run.has_intervals:  # those that this command detects
+        raise UsageError(f"'stages=[{stage}]' needs a student for every interval: add depth to stages.")
+    names = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
+    _check_records(run, stage, "depth", names)
+
+
+def _check_projectors(run: Run, stage: str, made: set[str]) -> None:
+    if run.config.width.source == "none" or {"width", "import_published"} & made:
+        return
+    source = run.config.width.source
+    if not run.has_intervals or (source == "auto" and not run.width_path.exists()):
+        raise UsageError(f"'stages=[{stage}]' needs the projectors of width={source}: add width to stages.")
+    names = [
+        projector_name(stack, index, kind)
+        for stack, sets in run.width.items()
+        for kind, indices in sets.items()
+        for index in indices
+    ]
+    _check_records(run, stage, "width", names)
+
+
+def _check_records(run: Run, stage: str, maker: str, names: list[str]) -> None:
+    missing = [name for name in names if not (run.plugs_folder / f"{name}.json").exists()]
+    if missing:
+        raise UsageError(
+            f"'stages=[{stage}]' needs {', '.join(missing)}, which {run.plugs_folder} does not have: run "
+            f"'stages=[{maker}]' first, or add {maker} to stages."
+        )
