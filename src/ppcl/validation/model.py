@@ -72,17 +72,19 @@ def check_model(config: Config) -> None:
 
 def _check_whole(config: Config, arch: dict[str, Any], facts: FamilyFacts) -> None:
     """Raise `UsageError` where a model that is pruned in width is to be pruned again: stages know only stock blocks."""
-    if arch.get("_class_name") not in facts.pruned_models:
+    kind = arch.get("_class_name")
+    if kind not in facts.pruned_models:
         return
-    stages = [
-        stage for stage in config.stages if stage not in ("cache", "remap_lora", "generate", "evaluate", "report")
-    ]
-    if stages:
+    draws = {"generate", "evaluate", "report"}
+    pruning = [f"'stages=[{stage}]'" for stage in config.stages if stage not in {"cache", "remap_lora", *draws}]
+    if draws & {*config.stages}:
+        pruning += [f"variant {name}" for name in config.generate.variants or () if name != "teacher"]
+    if pruning:
         base = arch.get("ppcl", {}).get("base_model")
         raise UsageError(
-            f"'stages=[{stages[0]}]' cannot prune model.path={config.model.path}, whose transformer is pruned in width "
-            f"({arch['_class_name']}): set model.path to its teacher{f', {base},' if base else ''} or to an export that "
-            "is pruned in depth alone."
+            f"{pruning[0]} cannot prune model.path={config.model.path}, whose transformer is pruned in width ({kind}): "
+            f"set model.path to its teacher{f', {base},' if base else ''} or to an export that is pruned in depth "
+            "alone; generate.variants=[teacher] draws it as it is."
         )
 
 
