@@ -25,11 +25,13 @@ from ppcl.errors import UsageError
 from ppcl.report.text import counted, in_bytes
 from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
+from ppcl.variants.reach import check_reachable
 
 MARGIN = 1.05  # of the estimate, that must be free
 
 
 def run(run: Run) -> None:
+    check_reachable(run, run.intervals)
     folder, header = boundaries_folder(run), boundaries_header(run)
     advice = f"give another folder as distill.boundaries=, or delete {folder} to write it anew"
     if is_current(folder / "boundaries.json", header, advice):

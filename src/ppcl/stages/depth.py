@@ -20,6 +20,7 @@ from ppcl.options import identity
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
 from ppcl.validation.pruning import resolve_intervals
+from ppcl.variants.reach import check_reachable
 
 
 def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals:
@@ -103,6 +104,7 @@ def _advice(run: Run) -> str:
 
 def run(run: Run) -> None:
     config, folder = run.config.distill, run.plugs_folder
+    check_reachable(run, run.intervals)
     chosen = select_intervals(run.intervals, config.intervals)
     missing: Intervals = {}
     for stack, pairs in chosen.items():

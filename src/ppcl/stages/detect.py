@@ -19,6 +19,7 @@ from ppcl.report import plots
 from ppcl.report.text import show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import check_intervals
+from ppcl.variants.reach import check_reachable
 
 
 def _deltas(curves: Curves) -> Curves:
@@ -41,7 +42,9 @@ def run(run: Run) -> None:
         advice = "leave out paths.base_run= to detect in this run"
     if plan.is_current(run.plan_path, advice):
         run.say("detect", f"reused {run.plan_path}")
-        show_plan(run, PruningPlan.load(run.plan_path))
+        found_before = PruningPlan.load(run.plan_path)
+        show_plan(run, found_before)
+        check_reachable(run, found_before.intervals)
         return
     stream = run.data.stream(run.config.data.calibration_seed, method.batch_size)
 
@@ -73,3 +76,4 @@ def run(run: Run) -> None:
     plan.save(run.plan_path)
     show_plan(run, plan)
     run.say("detect", f"wrote {folder}")
+    check_reachable(run, plan.intervals)

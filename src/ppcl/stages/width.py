@@ -27,6 +27,7 @@ from ppcl.surgery.plugboard import load_student
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
 from ppcl.variants.plugs import required_removals, required_students
+from ppcl.variants.reach import check_reachable
 
 
 def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -> Header:
@@ -144,6 +145,7 @@ def run(run: Run) -> None:
         run.teacher.forget_pipeline()
         teacher, kept = parts()
     show_plan(run, plan)
+    check_reachable(run, run.intervals, plan.width)
     distill = replace(run.config.distill, steps=max(config.steps, 1), lr=config.lr, mode="parallel")
 
     def distillation(only: Collection[str] | None = None) -> WidthDistillation:
