@@ -286,7 +286,7 @@ def test_more_refusals_touch_nothing(family, transformer, students, projectors):
         ({"students": [FIRST], "projectors": [teachers_own.name]}, "was fitted in the teacher; here block 1 is"),
         ({"projectors": [unreadable.name]}, "no intact block lies before"),
         ({"projectors": [wide.name]}, "does not fit this model"),
-        ({"projectors": [f"{STACK}.2.ffn"]}, r"2\.ffn has no trained projector; run stages=\[width\]"),
+        ({"projectors": [f"{STACK}.2.ffn"]}, r"2\.ffn has no trained projector; run 'stages=\[width\]'"),
         ({"students": [SECOND], "removed": [FIRST], "projectors": [f"{STACK}.3.text", *extra]}, ""),
         ({"students": [FIRST, SECOND], "projectors": [f"{STACK}.6.ffn"]}, "6.ffn has no trained projector"),
     ]
