@@ -5,20 +5,23 @@ BIN := $(VENV)/bin
 ARGS ?=
 # Files go to a worker for each core, so that tests of one file share what it made; ARGS="-n 0" is one process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
-# The table of stages declares them; the help text and the checks read the same one.
+# Read off the table of stages, as the help text is.
 STAGES := $(shell sed -n 's/^    "\([a-z_]*\)": Stage.*/\1/p' src/ppcl/stages/__init__.py)
 
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  $(STAGES): one stage each; ARGS=\"key=value ...\" passes Hydra overrides"
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "One stage each; ARGS=\"key=value ...\" passes overrides:"
+	@$(PYTHON) -c "import runpy, textwrap; \
+	lines = runpy.run_path('src/ppcl/stages/__init__.py')['help_lines']().splitlines(); \
+	print(*(textwrap.fill(line, 100, subsequent_indent=' ' * 20) for line in lines), sep='\n')"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); about two minutes the first time."
-	@# torch first, by its exact pin: an installer that knows a CPU build then takes no other.
+	@# torch first, by its pin: an installer that knows of a CPU build then takes that one.
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
@@ -38,9 +41,13 @@ test: setup ## Run the tests, on every core
 test-fast: setup ## Run the tests of units and of the configuration alone, under three minutes
 	$(PYTEST) tests/unit tests/conf $(ARGS)
 
+.PHONY: test-wheel
+test-wheel: setup ## Install the wheel into an empty environment and run it there, a few minutes
+	PPCL_TEST_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_wheel.py $(ARGS)
+
 .PHONY: bench
-bench: setup ## Measure steps, trainings and detection against the plain way, 20 minutes on two idle cores (runs/bench)
-	$(BIN)/python experiments/scale/run.py $(ARGS)
+bench: setup ## Measure speed and memory against plain ways, 20 minutes on two idle cores
+	$(BIN)/python -m experiments.scale.run $(ARGS)
 
 .PHONY: lint
 lint: setup ## Check style and types

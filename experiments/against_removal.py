@@ -1,11 +1,11 @@
-"""Gathers the runs of against_removal.sh into the experiment's results.csv and prints the means."""
+"""Write the experiment's results.csv from the runs of against_removal.sh, and print the means."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from common import collect, read_rows
+from experiments.common import collect, read_rows
 
 WAYS = {"removed": "removed", "ppcl-depth": "distilled", "ppcl-finetuned": "distilled and tuned"}
 REMOVED = {"removed_100": "removed and tuned", "removed_400": "removed and tuned for the samples of both"}

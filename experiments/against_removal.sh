@@ -13,4 +13,4 @@ for seed in ${@:-10 11 12}; do
             "finetune.steps=$steps" "generate.variants=[teacher,ppcl-finetuned]" $ARGS
     done
 done
-.venv/bin/python experiments/against_removal.py "$name"
+.venv/bin/python -m experiments.against_removal "$name"

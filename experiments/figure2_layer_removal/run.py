@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from experiments.common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv
+from ppcl.report import plots
+from ppcl.variants.costs import velocity_error
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv  # noqa: E402
-
-from ppcl.report import plots  # noqa: E402
-from ppcl.variants.costs import velocity_error  # noqa: E402
 
 PER_CATEGORY = 5  # 90 pictures a removal over the seeds, thousands a curve
 STACK = "transformer_blocks"
@@ -26,7 +24,7 @@ KINDS = ("1", "2 contiguous", "2 apart", "3 contiguous", "3 apart")
 
 
 def removals(num_layers: int, rng: np.random.Generator) -> list[tuple[str, int, list[int]]]:
-    """Kind, position and removed blocks. Those apart start at the same block; the others are drawn, none adjacent."""
+    """Return kind, position and blocks of each removal. Blocks apart start at `position`; the rest is random."""
     found = []
     for position in range(num_layers):
         found.append(("1", position, [position]))
@@ -66,7 +64,7 @@ def main() -> None:
 
 
 def plot() -> None:
-    """Every kind's mean over the seeds by position; others with block 0 among them would show that block alone."""
+    """Plot each kind's mean over the seeds by position, without those that drew block 0: it hides all else."""
     rows = read_csv(HERE / "results.csv")
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharex=True)
     labels = {"overall": "overall score", "velocity_error": "relative error of the velocity"}

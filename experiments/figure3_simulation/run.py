@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
+import ppcl
+from experiments.common import SEEDS, write_csv
+from ppcl.report import plots
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, run_stages, write_csv  # noqa: E402
-
-from ppcl.report import plots  # noqa: E402
 
 STACK = "transformer_blocks"
 
@@ -21,10 +19,10 @@ STACK = "transformer_blocks"
 def main() -> None:
     rows, intervals, tables = [], [], []
     for seed in SEEDS:
-        run = make_run(f"figure3/{seed}", f"data.calibration_seed={seed}", "method.min_cka=0.9945", "trainer=cpu")
-        run_stages(run, "probe", "detect")
-        curves = json.loads((run.folder / "plan" / "curves.json").read_text())
-        intervals.append({"seed": seed, "intervals": json.dumps(run.intervals[STACK])})
+        settings = [f"name=figure3/{seed}", f"data.calibration_seed={seed}", "method.min_cka=0.9945", "trainer=cpu"]
+        results = ppcl.run([*settings, "stages=[probe,detect]"])
+        curves = json.loads((results.folder / "plan" / "curves.json").read_text())
+        intervals.append({"seed": seed, "intervals": json.dumps(results.plan.intervals[STACK])})
         for stream in ("image", "text", "mean"):
             table = curves["cka"][STACK][stream]
             if stream == "mean":

@@ -1,20 +1,17 @@
-"""Figure 5: CKA between every two blocks' outputs per stream, as they are and without their largest channels."""
+"""Figure 5: CKA between the outputs of every two blocks per stream, with and without their largest channels."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from experiments.common import SEEDS, make_run, write_csv
+from ppcl.methods.similarity import similarity_maps
+from ppcl.report import plots
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, write_csv  # noqa: E402
-
-from ppcl.methods.similarity import similarity_maps  # noqa: E402
-from ppcl.report import plots  # noqa: E402
 
 TOP_CHANNELS = 2  # of 64: what massive activations would hide in
 

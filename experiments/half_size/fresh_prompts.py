@@ -1,17 +1,15 @@
-"""Scores the tuned models on prompts that no training and no teacher was ever chosen by."""
+"""Score the tuned models on prompts that were used for no training and no choice."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from experiments.common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import variants_of
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv  # noqa: E402
-
-from ppcl.variants.switch import Switch  # noqa: E402
-from ppcl.variants.variants import variants_of  # noqa: E402
 
 EVAL_SEEDS = tuple(int(seed) for seed in sys.argv[1:]) or (5, 6, 7)
 PER_CATEGORY = 60

@@ -1,4 +1,4 @@
-"""A LoRA of the teacher on pruned models: which of the blocks it stands for shall a student take it from?
+"""A LoRA of the teacher on pruned models: from which of the teacher's blocks should a student take it?
 
 The LoRA paints the background dark. Its effect on a pruned model is compared with its effect on the teacher, with
 each of `lora.source`'s choices, on the plugs as distilled and after fine-tuning.
@@ -6,28 +6,25 @@ each of `lora.source`'s choices, on the plugs as distilled and after fine-tuning
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from experiments.common import SEEDS, make_run, mean_and_spread, write_csv
+from ppcl.benchmarks.shapes import evaluation_scenes, to_pixels
+from ppcl.data.streams import ShapesStream
+from ppcl.data.worlds import shapes
+from ppcl.ops import flow_matching
+from ppcl.pictures.drawing import draw
+from ppcl.surgery.remap import SOURCES, map_blocks
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import variants_of
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, mean_and_spread, write_csv  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from peft.utils import get_peft_model_state_dict  # noqa: E402
-
-from ppcl.benchmarks.shapes import evaluation_scenes, to_pixels  # noqa: E402
-from ppcl.data.streams import ShapesStream  # noqa: E402
-from ppcl.data.worlds import shapes  # noqa: E402
-from ppcl.ops import flow_matching  # noqa: E402
-from ppcl.pictures.drawing import draw  # noqa: E402
-from ppcl.surgery.remap import SOURCES, map_blocks  # noqa: E402
-from ppcl.variants.switch import Switch  # noqa: E402
-from ppcl.variants.variants import variants_of  # noqa: E402
 
 RANK, STEPS, BATCH, LR = 8, 300, 32, 2e-3
 DARK = 60  # in place of shapes.BACKGROUND, 235
@@ -35,7 +32,7 @@ PER_CATEGORY = 10
 
 
 class DarkStream(ShapesStream):
-    """The shapes world at night."""
+    """Batches of the shapes world with a dark background."""
 
     def __call__(self, step: int) -> Any:
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
@@ -52,7 +49,7 @@ class DarkStream(ShapesStream):
 
 
 def train_lora(run: Any) -> dict[str, torch.Tensor]:
-    """A LoRA of all attention and MLP layers of the teacher, by flow matching on dark pictures."""
+    """Train a LoRA of all attention and MLP layers of the teacher, by flow matching on dark pictures."""
     transformer = run.teacher.pipeline.transformer
     torch.manual_seed(0)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2"]
@@ -77,7 +74,7 @@ def train_lora(run: Any) -> dict[str, torch.Tensor]:
 def look(
     run: Any, held_out: list[Any], target: list[torch.Tensor] | None
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """Error of the velocity against `target`, and brightness of the background; the detector is blind at night."""
+    """Return the velocity's error against `target` and the background's brightness; the detector needs light."""
     transformer = run.teacher.pipeline.transformer
     with torch.no_grad():
         velocity = [transformer(**batch.inputs)[0] for batch in held_out]

@@ -7,22 +7,20 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from experiments.common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv
+from ppcl.report import plots
+from ppcl.variants.costs import compare_costs, measure
+from ppcl.variants.plugs import required_plugs
+from ppcl.variants.switch import Switch
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, mean_and_spread, read_csv, score_pipeline, write_csv  # noqa: E402
-
-from ppcl.report import plots  # noqa: E402
-from ppcl.variants.costs import compare_costs, measure  # noqa: E402
-from ppcl.variants.plugs import required_plugs  # noqa: E402
-from ppcl.variants.switch import Switch  # noqa: E402
 
 PER_CATEGORY = 20
 LABELS = {"velocity": "planned by velocity error", "loss": "planned by distillation loss"}
 
 
 def points_of(seed: int) -> list[dict]:
-    """Every second point of both frontiers of half_size's run of that seed, drawn and scored."""
+    """Draw and score every second point of both frontiers of half_size's run with that seed."""
     base = f"paths.base_run=runs/half_size/{seed}"
     run = make_run(f"pareto/{seed}", "experiment=half_size", f"data.train_seed={seed}", base)
     plugs = required_plugs(run)

@@ -1,9 +1,8 @@
-"""What 8 and 4 bits cost the tuned half-size models, and the teacher, by how their weights are rounded."""
+"""The quality that 8 and 4 bits cost the tuned half-size models and the teacher, by rounding method."""
 
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,21 @@ import matplotlib
 import numpy as np
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv  # noqa: E402
-
-from ppcl.artifacts.files import read_json  # noqa: E402
-from ppcl.benchmarks.shapes import to_pixels  # noqa: E402
-from ppcl.context import Run  # noqa: E402
-from ppcl.export.quantized import split_linears, torchao_config, weight_bytes  # noqa: E402
-from ppcl.export.rounding import round_linears  # noqa: E402
-from ppcl.pictures.drawing import draw  # noqa: E402
-from ppcl.stages.quantize import quantize  # noqa: E402
-from ppcl.variants.switch import Switch  # noqa: E402
-from ppcl.variants.variants import variants_of  # noqa: E402
+from experiments.common import SEEDS, make_run, mean_and_spread, score_pipeline, write_csv
+from ppcl.artifacts.files import read_json
+from ppcl.benchmarks.shapes import to_pixels
+from ppcl.context import Run
+from ppcl.export.quantized import split_linears, torchao_config, weight_bytes
+from ppcl.export.rounding import round_linears
+from ppcl.pictures.drawing import draw
+from ppcl.stages.quantize import quantize
+from ppcl.variants.switch import Switch
+from ppcl.variants.variants import variants_of
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
 
 PER_CATEGORY = 60
 HELD_OUT = 4  # batches, far behind those of calibration
@@ -50,7 +47,7 @@ TEACHER = ("int8 nearest", "int4 nearest", "int4 least squares")
 
 
 def to_own_inputs(layers: Any, moments: Any, **settings: Any) -> None:
-    """GPTQ's objective: a layer shall do to the inputs it has now what it did to them, and not to those it had."""
+    """Round by GPTQ's objective: keep each layer's output on its present inputs, not on the unrounded model's."""
     own = copy.copy(moments)
     own.cross, own.sum_given = own.gram, own.sum_rounded
     round_linears(layers, own, **settings)
@@ -63,14 +60,14 @@ def velocities(run: Run, model: Any) -> torch.Tensor:
 
 
 def pictures(run: Run) -> np.ndarray:
-    """60 pictures `[60, H, W, 3]` in [0, 1] of the pipeline as it is, with the same noise whatever the model."""
+    """Return 60 pictures `[60, H, W, 3]` in [0, 1] of the pipeline as it is arranged, from the same noise each time."""
     prompts = run.prompts[:: len(run.prompts) // 60][:60]
     images = draw(run, run.teacher.pipeline, [prompt.text for prompt in prompts], range(60))
     return np.stack([np.asarray(to_pixels(image), dtype=float) / 255 for image in images])
 
 
 def measure(base: str, seed: int, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A row for each way to quantise variant `base` of the half-size run with that seed, behind one for none."""
+    """Return a row without quantisation, then one for each way to quantise variant `base` of the run with that seed."""
     common = ("experiment=half_size", f"data.train_seed={seed}", "trainer.compile=false")
     common += (f"benchmark.prompts_per_category={PER_CATEGORY}",)
     run = make_run(f"half_size/{seed}", *common)

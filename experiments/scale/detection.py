@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import make_run, run_stages
-from scale.measure import in_turns, speedup
-from scale.models import STACK
 from torch import Tensor, nn
 
+import ppcl
+from experiments.common import make_run
+from experiments.scale.measure import in_turns, speedup
+from experiments.scale.models import STACK
 from ppcl.artifacts.plan import Interval
 from ppcl.artifacts.probes import Probes
 from ppcl.context import Run
@@ -32,7 +33,7 @@ TIMESTEPS = 4  # half of the default; every way takes time in proportion
 
 
 class ProbeBlock(nn.Module):
-    """A block replaced by its probes, one a stream."""
+    """Replaces a block by its linear probes, one for each stream."""
 
     def __init__(self, probes: Probes, index: int) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class ProbeBlock(nn.Module):
 
 
 class Surrogates:
-    """cka(u, k), the mean over streams, samples and noise levels, by running surrogates."""
+    """Computes cka(u, k), the mean over streams, samples and noise levels, by running the surrogates."""
 
     def __init__(self, run: Run, probes: Probes, batches: list[TrainingBatch]) -> None:
         self.family, self.batches = run.family, batches
@@ -58,7 +59,7 @@ class Surrogates:
         self.probes = [ProbeBlock(probes, index) for index in range(len(self.blocks))]
 
     def similarity(self, batch: TrainingBatch, before: Streams, after: Streams) -> Tensor:
-        """CKA `[B]`."""
+        """Return the CKA `[B]` of two outputs."""
         masks = self.family.masks(batch.inputs)
         pairs = (
             (centre(before[name].double(), mask), centre(after[name].double(), mask)) for name, mask in masks.items()
@@ -97,8 +98,9 @@ class Surrogates:
 
 
 def figures(tiny: bool) -> dict[str, Any]:
-    run = make_run("bench/detection", "method.min_cka=0.9945", "trainer=cpu", "trainer.progress=false")
-    run_stages(run, "probe")
+    settings = ("method.min_cka=0.9945", "trainer=cpu", "trainer.progress=false", "stages=[probe]")
+    ppcl.run(["name=bench/detection", *settings])
+    run = make_run("bench/detection", *settings)
     config, probes = run.config.method, Probes.load(run.probe_folder)
     samples, timesteps = (2, 2) if tiny else (config.num_samples, TIMESTEPS)
     batches = list(run.data.stream(run.config.data.calibration_seed, config.batch_size).calibration(samples, timesteps))

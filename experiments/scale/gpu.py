@@ -1,6 +1,6 @@
 """Full-size models with random weights on one GPU: a distillation step, and what the paper's sets save in drawing.
 
-python experiments/scale/gpu.py [--only PHASE ..] [--output gpu.json]; without a path to $OUT/gpu.json.
+python -m experiments.scale.gpu [--only PHASE ..] [--output gpu.json]; without a path to $OUT/gpu.json.
 A phase that fails says so in the file and leaves the others. `--tiny` runs all of it on a CPU. `distill_streamed`
 writes the teacher's 41 GB to --folder first, and reads them from there.
 """
@@ -12,7 +12,6 @@ import gc
 import logging
 import os
 import statistics
-import sys
 import tempfile
 import traceback
 import warnings
@@ -23,23 +22,19 @@ from typing import Any
 import torch
 from torch import nn
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import make_run  # noqa: E402
-from scale.measure import StepTimes, fit, weight_bytes  # noqa: E402
-from scale.streaming import write_teacher  # noqa: E402
-
-from ppcl.artifacts.files import read_json, write_json  # noqa: E402
-from ppcl.artifacts.plan import Intervals  # noqa: E402
-from ppcl.config import DistillConfig  # noqa: E402
-from ppcl.context import Run  # noqa: E402
-from ppcl.data.batches import TrainingBatch  # noqa: E402
-from ppcl.distill.depth import DepthDistillation  # noqa: E402
-from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb  # noqa: E402
-from ppcl.layers import kept_layers  # noqa: E402
-from ppcl.streaming import load_streamed  # noqa: E402
-from ppcl.training.loop import compiled  # noqa: E402
+from experiments.common import make_run
+from experiments.scale.measure import StepTimes, fit, weight_bytes
+from experiments.scale.streaming import write_teacher
+from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.plan import Intervals
+from ppcl.config import DistillConfig
+from ppcl.context import Run
+from ppcl.data.batches import TrainingBatch
+from ppcl.distill.depth import DepthDistillation
+from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
+from ppcl.layers import kept_layers
+from ppcl.streaming import load_streamed
+from ppcl.training.loop import compiled
 
 CAP = 24 * 2**30
 REPEATS = 20
@@ -59,7 +54,7 @@ Figures = dict[str, Any]
 
 
 class Bench:
-    """The device, and models and inputs for it."""
+    """Makes models and inputs on the device."""
 
     def __init__(self, tiny: bool, folder: Path | None = None) -> None:
         self.tiny, self.folder = tiny, folder
@@ -70,7 +65,7 @@ class Bench:
         return make_run("bench/gpu", *overrides, *(TINY if self.tiny else ()))
 
     def model(self, run: Run, model_class: Any, config: dict[str, Any]) -> Any:
-        """Random weights, made where and as they are used: no float32 copy, none in host memory."""
+        """Return a model with random weights, made on the device in its own dtype, without a copy elsewhere."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, run.config.model.dtype))
         try:
@@ -83,13 +78,13 @@ class Bench:
         return self.model(run, run.family.transformer_class, run.config.model.arch)
 
     def streamed_teacher(self, run: Run) -> Any:
-        """The same in files of which two blocks at a time are on the device; they stay for the next call."""
+        """Return the teacher streamed from files, two blocks at a time on the device; the files stay."""
         assert self.folder is not None
         write_teacher(self.folder, run.config.model.arch)
         return load_streamed(run.family, self.folder / "transformer", self.device, run.teacher.dtype)
 
     def pruned(self, run: Run, intervals: Intervals, width: bool = False) -> Any:
-        """What these intervals, and the run's width sets, leave of it."""
+        """Return the model pruned by these intervals and, with `width`, by the run's width sets."""
         family, arch = run.family, run.config.model.arch
         kept = {stack: kept_layers(arch[key], intervals.get(stack, [])) for stack, key in family.stacks.items()}
         config = arch | {key: len(kept[stack]) for stack, key in family.stacks.items()}
@@ -102,7 +97,7 @@ class Bench:
         return self.model(run, family.width.transformer_class, config | family.width.config(places, run.layout))
 
     def batch(self, run: Run) -> TrainingBatch:
-        """One picture and prompt; no token is padding."""
+        """Return a batch of one picture and prompt, without padding."""
         arch, sampling, tokens = run.config.model.arch, run.config.model.sampling, TEXT[run.family.name]
         size = (sampling.height // 16, sampling.width // 16)
         options: Any = {"device": self.device, "dtype": getattr(torch, run.config.model.dtype)}
@@ -160,7 +155,7 @@ def distill(bench: Bench, teacher: str) -> Figures:
 
 
 def denoise(bench: Bench, run: Run, models: dict[str, nn.Module], compile: bool) -> Figures:
-    """Latency and peak memory of a denoising step, guidance included, and their ratios to the first model's."""
+    """Return latency and peak memory of a denoising step with guidance, and their ratios to the first model's."""
     inputs = bench.batch(run).inputs
     if "encoder_hidden_states_mask" in inputs:
         inputs["encoder_hidden_states_mask"] = None  # as the pipeline does where nothing is padded
@@ -172,7 +167,7 @@ def denoise(bench: Bench, run: Run, models: dict[str, nn.Module], compile: bool)
                 model(**inputs)
 
     def peak(model: nn.Module) -> float:
-        """Of this model alone: the others are there too."""
+        """Return this model's peak memory, without that of the other models on the device."""
         others = max(0, bench.allocated - weight_bytes(model)) / 1e6
         return peak_memory_mb(lambda: step(model), weight_bytes(model), bench.device) - others
 

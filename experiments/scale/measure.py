@@ -16,7 +16,7 @@ from ppcl.efficiency import LiveBytes
 
 
 def in_turns(ways: Mapping[str, Callable[[], Iterable[float]]], rounds: int) -> dict[str, list[float]]:
-    """The seconds that each way gives, from `rounds` turns: A B C A B C, so that a noisy moment hits all alike."""
+    """Return each way's seconds from `rounds` turns, in the order A B C A B C: noise then affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -25,7 +25,7 @@ def in_turns(ways: Mapping[str, Callable[[], Iterable[float]]], rounds: int) -> 
 
 
 def speedup(seconds: Mapping[str, Sequence[float]], slow: str, fast: str, unit: str) -> dict[str, Any]:
-    """How many times as fast `fast` is, by medians; `lowest` and `highest` are those of single turns."""
+    """Return how many times as fast `fast` is: the ratio of the medians, and the lowest and highest of single turns."""
     ratios = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
     medians = {name: statistics.median(seconds[name]) for name in (slow, fast)}
     return {
@@ -45,7 +45,7 @@ def fit(
     callback: L.Callback,
     accelerator: str = "cpu",
 ) -> None:
-    """Lightning's own loop over `steps` steps on one batch, without anything written."""
+    """Run Lightning's loop for `steps` steps on one batch; nothing is written."""
     trainer = L.Trainer(
         max_steps=steps,
         accelerator=accelerator,
@@ -60,7 +60,7 @@ def fit(
 
 
 class StepTimes(L.Callback):
-    """Seconds of each step but the first `skip`, which allocate."""
+    """Records the seconds of each step but the first `skip`, which allocate memory."""
 
     def __init__(self, skip: int) -> None:
         self.skip = skip
@@ -104,7 +104,7 @@ class StepMemory(L.Callback):
 
 
 def step_memory_mb(module: Any, batch: TrainingBatch) -> dict[str, float]:
-    """Peaks of a step above the teacher's weights, in MB (1e6 bytes).
+    """Return the peak memory of a step above the teacher's weights, in MB (1e6 bytes).
 
     `activations`: nothing of the students counts. `with_students`: their weights, gradients and AdamW's two states do.
     """

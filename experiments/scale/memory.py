@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from common import make_run
-from scale.measure import step_memory_mb, weight_bytes
-from scale.models import STACK, Size, make_batch, make_teacher
-from scale.steps import WAYS, make_module
-
+from experiments.common import make_run
+from experiments.scale.measure import step_memory_mb, weight_bytes
+from experiments.scale.models import STACK, Size, make_batch, make_teacher
+from experiments.scale.steps import WAYS, make_module
 from ppcl.efficiency import LiveBytes
 from ppcl.families.registry import get_family
 from ppcl.methods.probes import fit_probes
@@ -52,7 +51,7 @@ def by_blocks(counts: Sequence[int] = BLOCKS, **size: Any) -> list[dict[str, flo
 
 
 def of_paper_set() -> dict[str, Any]:
-    """Ours and the published step at the paper's 60 blocks and 13 intervals, as narrow as to be counted in a minute."""
+    """Measure our step and the published one at the paper's 60 blocks and 13 intervals, in a narrow model."""
     run = make_run("bench/memory", "model=qwen_image", "intervals=qwen_image_paper")
     size = Size(num_layers=60, heads=2)
     teacher, batch = make_teacher(size), make_batch(size)

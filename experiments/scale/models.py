@@ -57,7 +57,7 @@ def make_teacher(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) 
 
 
 def make_batch(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> TrainingBatch:
-    """Prompts of one length: no token is padding."""
+    """Return a random batch of prompts of one length, without padding."""
     generator = torch.Generator().manual_seed(seed)
     latents, noise = torch.randn(2, size.batch, size.side**2, CHANNELS, generator=generator).to(dtype)
     conditions = {

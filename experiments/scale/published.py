@@ -1,4 +1,4 @@
-"""The published training loop of depth distillation, made anew from what it computes: the rival of our step.
+"""The published training loop of depth distillation, written anew for comparison with our step.
 
 What the script does in a step, in its default setting (OPPO-Mente-Lab/Qwen-Image-Pruning, commit 4d054b3):
 - The teacher's blocks run without gradient, up to the last interval's end and no further.
@@ -28,7 +28,7 @@ from ppcl.taps import BlockCall, Streams, observe
 
 
 class PublishedDistillation(DepthDistillation):
-    """`DepthDistillation` with that loop in the place of its own: students, optimiser and trainer are the same."""
+    """`DepthDistillation` with the published loop; students, optimiser and trainer are the same."""
 
     def learn(self, batch: TrainingBatch, done: Any = None) -> list[Terms]:
         logged = self.forward_losses(batch)  # the pass's own tensors are gone before the backward, as there
@@ -36,7 +36,7 @@ class PublishedDistillation(DepthDistillation):
         return [{key: value.detach() for key, value in terms.items()} for terms in logged]
 
     def forward_losses(self, batch: TrainingBatch) -> list[Terms]:
-        """Every interval's loss, with its graph."""
+        """Return the loss of every interval, with its autograd graph."""
         starts = {(stack, pair[0]): number for number, (stack, pair) in enumerate(self.pairs)}
         ends = {(stack, pair[1]): number for number, (stack, pair) in enumerate(self.pairs)}
         masks = self.family.masks(batch.inputs)

@@ -1,4 +1,4 @@
-"""`make bench`: ours against the plain way, in one run on one machine, to runs/bench/bench.json.
+"""`make bench`: compare ours with plain implementations, in one run on one machine; writes runs/bench/bench.json.
 
 Each figure is measured in a process of its own: what it took of memory goes with it, and nothing of it is left to the
 next. That process ends with this one, however this one ends.
@@ -25,28 +25,24 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import write_csv  # noqa: E402
-
-from ppcl.artifacts.files import read_json, write_json  # noqa: E402
+from experiments.common import write_csv
+from ppcl.artifacts.files import read_json, write_json
 
 OUTPUT = Path("runs/bench/bench.json")
 # By what `--only` calls it: the module whose `figures`, a function of `tiny`, returns figures by name.
 FIGURES = {
-    "step": "scale.steps",
-    "boundaries": "scale.replay",
-    "detect": "scale.detection",
-    "memory": "scale.memory",
-    "stream": "scale.streaming",
+    "step": "experiments.scale.steps",
+    "boundaries": "experiments.scale.replay",
+    "detect": "experiments.scale.detection",
+    "memory": "experiments.scale.memory",
+    "stream": "experiments.scale.streaming",
 }
 PR_SET_PDEATHSIG = 1
 GRACE = 10  # seconds that a figure has to end its own commands and to remove its temporary folders
 
 
 def machine() -> dict[str, Any]:
-    """What the figures hold for. `load` is other work as it began: figures of a busy machine are none."""
+    """Describe the machine. `load` is that of other programs at the start; figures from a busy machine mean nothing."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "processor": models[0].partition(": ")[2] if models else platform.processor(),
@@ -57,7 +53,7 @@ def machine() -> dict[str, Any]:
 
 
 def as_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The ratios, with what each is one of."""
+    """Return a row for each ratio, with the two values that it compares."""
     rows = []
     for name, figure in content.items():
         if "ratio" in figure:
@@ -69,12 +65,12 @@ def as_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def stop(number: int, frame: Any) -> None:
-    """Unwinds the stack, so that every `with` and `finally` on it does its part; the code is a shell's for a signal."""
+    """Exit with a shell's code for the signal, by an exception, so that every `with` and `finally` is run."""
     raise SystemExit(128 + number)
 
 
 def measure(name: str, tiny: bool, parent: int, results: Connection) -> None:
-    """Sends a figure's machine, its content and its seconds; runs in a process of its own."""
+    """Send a figure's machine, content and seconds through `results`; runs in a process of its own."""
     os.setpgid(0, 0)  # with all that it starts; Ctrl-C then reaches the parent alone, which says so once
     signal.signal(signal.SIGTERM, stop)
     if sys.platform == "linux":
@@ -91,7 +87,7 @@ def measure(name: str, tiny: bool, parent: int, results: Connection) -> None:
 
 
 def measured(name: str, tiny: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """What `measure` sends. On return, or on the way out of an interruption, no process of it is left."""
+    """Return what `measure` sends from a process of its own, which has ended on return and after an interruption."""
     context = multiprocessing.get_context("spawn")  # a fork would begin with all that this process holds
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(name, tiny, os.getpid(), sender))

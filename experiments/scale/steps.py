@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scale.measure import StepTimes, fit, in_turns, speedup, step_memory_mb, weight_bytes
-from scale.models import INTERVALS, STACK, TINY, TINY_INTERVALS, Size, make_batch, make_teacher
-from scale.published import PublishedDistillation
 
+from experiments.scale.measure import StepTimes, fit, in_turns, speedup, step_memory_mb, weight_bytes
+from experiments.scale.models import INTERVALS, STACK, TINY, TINY_INTERVALS, Size, make_batch, make_teacher
+from experiments.scale.published import PublishedDistillation
 from ppcl.artifacts.plan import Interval
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
@@ -28,7 +28,7 @@ ONE = "ours, one interval a job"
 
 @dataclass(frozen=True)
 class Way:
-    """One way to take a step, as a run's settings would have it."""
+    """One way to compute a training step, in the settings of a run."""
 
     module: type[DepthDistillation] = DepthDistillation
     gradient_checkpointing: bool = False
@@ -56,7 +56,7 @@ def make_module(way: Way, teacher: Any, pairs: list[Interval]) -> Any:
 
 
 def losses(module: Any, batch: TrainingBatch) -> list[float]:
-    """Each interval's loss as a step computes it, which is not taken."""
+    """Return each interval's loss as a step computes it; no step is taken."""
     module.manual_backward = lambda loss: loss.backward()  # no trainer
     found = [terms["loss"].item() for terms in module.learn(batch)]
     module.zero_grad()
@@ -65,7 +65,7 @@ def losses(module: Any, batch: TrainingBatch) -> list[float]:
 
 
 def block_passes(pairs: list[Interval]) -> dict[str, int]:
-    """Forwards of a block that a step takes; a backward counts as two."""
+    """Return the number of block forwards in a step; a backward counts as two."""
     teacher, count = pairs[-1][1] + 1, len(pairs)
     return {
         "published": teacher + 4 * count + (count - 1),  # forward, again for the backward, backward; the chain
@@ -133,6 +133,6 @@ def figures(tiny: bool) -> dict[str, Any]:
 
 
 def _memory(memory: dict[str, dict[str, float]], kind: str, ours: str = OURS) -> dict[str, Any]:
-    """Below 1 where ours takes less. The count is exact: it has no spread."""
+    """Return the ratio of memory, below 1 where ours takes less. The count is exact and has no spread."""
     of = {name: memory[name][kind] for name in ("published", ours)}
     return {"ratio": of[ours] / of["published"], "of": of, "unit": f"MB above the teacher's weights, {kind}"}

@@ -1,8 +1,8 @@
-"""Peak resident memory of stages whose teacher is streamed: against the number of blocks, and of 20 billion parameters.
+"""Peak resident memory of stages with a streamed teacher, by number of blocks, and for 20 billion parameters.
 
 `run.py --only stream` measures the growth. The full size is a command of its own, which writes 41 GB:
 
-python experiments/scale/streaming.py FOLDER
+python -m experiments.scale.streaming FOLDER
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DMod
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import Header
 from ppcl.artifacts.tensors import write_tensors
-from ppcl.cli import conf_dir
 from ppcl.data.cached import EMPTY, unit_record
 from ppcl.families.qwen_image.tiny import build_pipeline
+from ppcl.paths import conf_dir
 
 HERE = Path(__file__).parent
 QUIET = ["trainer=cpu", "trainer.progress=false", "logger=none"]
@@ -49,7 +49,7 @@ finally:
 
 
 def peak(*arguments: str) -> dict[str, float]:
-    """Gigabytes of resident memory at most, and seconds, of `ppcl` with these arguments."""
+    """Run `ppcl` with these arguments; return its peak resident memory in gigabytes, and its seconds."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "peak"
@@ -59,7 +59,7 @@ def peak(*arguments: str) -> dict[str, float]:
 
 
 def growth(counts: Sequence[int] = (20, 60), width: int = 512) -> dict[str, Any]:
-    """Peaks of probe and depth with a teacher of so many blocks, streamed and resident."""
+    """Measure the peak memory of probe and depth by the teacher's number of blocks, streamed and resident."""
     found: dict[str, Any] = {"blocks": list(counts), "width": width}
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def growth(counts: Sequence[int] = (20, 60), width: int = 512) -> dict[str, Any]
 
 
 def _random(shapes: dict[str, tuple[int, ...]], pool: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """Tensors of those shapes, cut from one pool of random numbers."""
+    """Return tensors of those shapes, cut from one pool of random numbers."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -99,7 +99,7 @@ def _random(shapes: dict[str, tuple[int, ...]], pool: torch.Tensor, seed: int) -
 
 
 def write_teacher(folder: Path, arch: dict[str, Any]) -> None:
-    """A pipeline folder with a Qwen-Image transformer of that `arch`, random, in bfloat16; a block a file."""
+    """Write a pipeline folder with a random bfloat16 Qwen-Image transformer of that `arch`, one file for each block."""
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(**arch)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -130,7 +130,7 @@ def write_teacher(folder: Path, arch: dict[str, Any]) -> None:
 
 
 def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) -> None:
-    """What stages=[cache] leaves, with random latents and prompts."""
+    """Write what `stages=[cache]` writes, with random latents and prompts."""
 
     def sample() -> Iterator[tuple[str, torch.Tensor]]:
         yield "latents", torch.randn(size[0] * size[1], 64).to(torch.bfloat16)
@@ -148,7 +148,7 @@ def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) ->
 
 
 def full(folder: Path) -> dict[str, Any]:
-    """Probe and a few depth steps of one interval on the full-size model, on this machine's CPU."""
+    """Measure the probe stage and a few depth steps of one interval on the full-size model, on this machine's CPU."""
     arch = yaml.safe_load((conf_dir() / "model" / "qwen_image.yaml").read_text())["arch"]
     write_teacher(folder / "teacher", arch)
     torch.manual_seed(0)

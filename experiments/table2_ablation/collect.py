@@ -1,22 +1,19 @@
-"""Gathers the runs of the sweep into results.csv (a row per variant and seed), a table and a plot."""
+"""Write results.csv from the runs of the sweep (a row per variant and seed), and draw the plot."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import yaml
 
+from experiments.common import mean_and_spread, write_csv
+from ppcl.data.worlds.shapes import CATEGORIES
+from ppcl.report import plots
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import mean_and_spread, write_csv  # noqa: E402
-
-from ppcl.data.worlds.shapes import CATEGORIES  # noqa: E402
-from ppcl.report import plots  # noqa: E402
 
 # The paper's order; each row adds to the one before it, from `dp` on.
 LABELS = {
@@ -35,7 +32,7 @@ def read(folder: Path, pattern: str) -> dict[str, dict]:
 
 
 def row_of(folder: Path, label: str, base: Path | None = None) -> dict:
-    """A run's variant with what its training took, that of its plugs included; `base` is where those were made."""
+    """Return a run's scores and training costs, with those of its plugs, which run `base` trained."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     scores = read(folder, "scores/*.json")
     spent = [*read(folder, "training/*.json").values(), *(read(base, "training/*.json").values() if base else [])]
@@ -57,7 +54,7 @@ def row_of(folder: Path, label: str, base: Path | None = None) -> dict:
 
 
 def rows_of(runs: Path, label: str) -> list[dict]:
-    """A row per finished run: `<seed>` before fine-tuning, `<seed>-<steps>` after it."""
+    """Return a row per finished run: folder `<seed>` before fine-tuning, `<seed>-<steps>` after it."""
     rows = []
     for folder in sorted(runs.glob(f"{label}/[0-9]*")):
         if len(list(folder.glob("scores/*.json"))) == 2:

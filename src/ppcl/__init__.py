@@ -11,21 +11,32 @@ from ppcl.families.registry import component_classes
 __version__ = "0.1.0"
 introduce()
 
-_FUNCTIONS = {
+# The public names, each with the module that has it.
+_PUBLIC = {
+    "run": "ppcl.api",
+    "load": "ppcl.api",
+    "teacher": "ppcl.api",
+    "sampling": "ppcl.api",
+    "Results": "ppcl.api",
+    "UsageError": "ppcl.errors",
     "plug": "ppcl.surgery.plugboard",
     "place_residuals": "ppcl.surgery.controlnet",
     "remap_lora": "ppcl.surgery.remap",
     "import_published": "ppcl.families.qwen_image.published",
 }
 
-
+# diffusers and transformers resolve a pipeline's component ["ppcl", "AutoencoderPixelUnshuffle"] on this package, and
+# look here, too, for the base classes that say how to load it.
 _BASES = {"ModelMixin": "diffusers", "ProcessorMixin": "transformers"}
 
 
 def __getattr__(name: str) -> Any:
-    # diffusers resolves a pipeline component ["ppcl", "AutoencoderPixelUnshuffle"] on this package and
-    # looks for the base classes that say how to load it in the same place. Lazy: `import ppcl` is free.
-    module = component_classes().get(name) or _FUNCTIONS.get(name) or _BASES.get(name)
+    """Import what is asked for: `import ppcl` itself loads no library."""
+    module = _PUBLIC.get(name) or component_classes().get(name) or _BASES.get(name)
     if module is not None:
         return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,8 +1,9 @@
-"""Makes model classes of ours known to diffusers, and keeps LoRAs of the full model off pruned ones.
+"""Registers ppcl's model classes with diffusers, and refuses LoRAs of the full model on pruned ones.
 
-An export that holds one names it `["transformer_qwen_image_pruned", "PrunedQwenImageTransformer2DModel"]`
-and carries that file, which diffusers runs only with `trust_remote_code=True`. Where ppcl is imported its
-own copy serves instead, and no flag is needed: diffusers looks on `diffusers.pipelines` first.
+The index of an export pruned in width names the class `["transformer_qwen_image_pruned",
+"PrunedQwenImageTransformer2DModel"]`, and the export holds that file, which diffusers runs only with
+`trust_remote_code=True`. Where ppcl is imported its own module is used and no flag is needed, because diffusers first
+looks for the module in `diffusers.pipelines`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ppcl.families.registry import component_classes
 
 
 class _Module:
-    """A module that is imported when something is asked of it."""
+    """Stands in for a module, and imports it when an attribute is first read."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -34,7 +35,7 @@ def _register() -> None:
 
 
 def _guard_loras() -> None:
-    """A LoRA of the full model goes onto the wrong blocks of a pruned one, and diffusers does not say so."""
+    """Make diffusers refuse a LoRA of the full model on a pruned one, where it would silently hit the wrong blocks."""
     from diffusers.loaders.peft import PeftAdapterMixin
 
     load: Any = PeftAdapterMixin.load_lora_adapter
@@ -55,7 +56,7 @@ def _guard_loras() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Registers as soon as `diffusers.pipelines` is there: importing it for that would take seconds."""
+    """Registers the classes when `diffusers.pipelines` is imported; importing it here would take seconds."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != "diffusers.pipelines":
@@ -75,7 +76,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def introduce() -> None:
-    """Register now if diffusers is loaded, else when it is."""
+    """Register ppcl's classes with diffusers: now if it is loaded, else once it is."""
     if "diffusers.pipelines" in sys.modules:
         _register()
     else:

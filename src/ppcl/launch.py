@@ -1,4 +1,4 @@
-"""Rank of this process, as torchrun or SLURM say. Importing this loads no torch, so that ranks can be checked first."""
+"""Reads this process's rank from the variables of torchrun or SLURM. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _NAMES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
 def launched() -> bool:
-    """Whether torchrun or srun started this process, be it as the only one."""
+    """Whether torchrun or srun started this process, possibly as the only one."""
     return any(number in os.environ and count in os.environ for number, count in _NAMES)
 
 
 def rank() -> tuple[int, int]:
-    """This process's number and how many there are."""
+    """Return the rank of this process and the number of ranks; 0 and 1 without a launcher."""
     for number, count in _NAMES:
         if number in os.environ and count in os.environ:
             return int(os.environ[number]), int(os.environ[count])
@@ -21,12 +21,12 @@ def rank() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this process speaks, writes and does what takes one process."""
+    """Whether this is rank 0, which alone prints and writes."""
     return rank()[0] == 0
 
 
 def export_slurm() -> None:
-    """Say in torchrun's variables what srun said in its own."""
+    """Set torchrun's variables from those of srun, unless torchrun started this process."""
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
         return
     from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -46,5 +46,5 @@ def export_slurm() -> None:
 
 
 def local_rank() -> tuple[int, int]:
-    """This process's number on its machine, and how many there are on each."""
+    """Return the rank of this process on its machine, and the number of ranks on each machine."""
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

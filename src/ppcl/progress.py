@@ -76,11 +76,11 @@ class Lines:
 
 
 def duration(seconds: float) -> str:
-    """`40 s`, `3 min`, or `2 h 5 min`."""
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
+    """Return a time in words: `48 s`, `14 min`, `2 h 30 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Drops messages of libraries that nobody who runs a `ppcl` command can act on.
+"""Drops the libraries' messages that a user of `ppcl` can do nothing about.
 
-Libraries stay at their level of warnings, so that all else comes through; above all what says that something was left
-out: weights that were not used or not found, keys of a LoRA that fit nothing, prompts that were cut.
+Each message is named. Log levels stay as they are, so that all other warnings come through, above all those that
+something was left out: unused or missing weights, keys of a LoRA that fit no layer, prompts that were cut.
 """
 
 from __future__ import annotations
@@ -12,49 +12,49 @@ import re
 import warnings
 from collections.abc import Callable
 
-# Each by the logger that says it, and the beginning of what it says.
+# Log messages: the logger, and the beginning of the message.
 _MESSAGES = (
-    # torchao names every compiled kernel that has no build for this machine, and does without.
+    # torchao names every compiled kernel that is not built for this machine, and works without it.
     ("torchao", r"Failed to load \S+\.so: "),
     ("torchao", r"Skipping import of cpp extensions"),
     ("torchao.kernel.intmm", r"Warning: Detected no triton"),
-    # It registers its enums in a way that torch will stop to allow.
+    # torchao registers its enums in a deprecated way.
     ("torch.utils._pytree", r"<enum '\w+'> is an Enum subclass"),
-    # It has moved classes that only older quantised checkpoints hold.
+    # torchao has moved classes that only old quantised checkpoints need.
     ("diffusers.quantizers.torchao.torchao_quantizer", r"Unable to import `torchao` Tensor objects"),
-    # The rest of a quantised model stays in the model's own precision on purpose; diffusers would have it in bfloat16.
+    # diffusers advises bfloat16 for what is not quantised; we keep the model's own dtype on purpose.
     ("diffusers.quantizers.torchao.torchao_quantizer", r"You are trying to set torch_dtype to torch\.float\d+ for int"),
-    # Pictures are read by PIL: torchvision is no requirement.
+    # Pictures are read by PIL; torchvision is not required.
     ("transformers.utils.import_utils", r"`\w+` requires torchvision \(not installed\); falling back"),
-    # Pipelines' annotations name neither a VAE class of ours nor the strings that a DiT's labels are stored as.
+    # The pipelines' annotations do not allow for our VAE class, nor for a DiT's labels as strings.
     ("diffusers.pipelines.pipeline_utils", r"Expected types for (vae|id2label): "),
-    # An empty list: there is nothing that casting could have spoilt.
+    # The list of modules is empty, so that no module is affected.
     ("diffusers.models.modeling_utils", r"There are modules in \w+ that should be kept in float32: \[\]\."),
 )
-# Of those that come as Python's warnings, the beginning.
+# Python warnings: the beginning of the message.
 _WARNINGS = (
-    # The teacher is, and does not learn.
+    # The frozen teacher is in eval mode on purpose.
     r"Found \d+ module\(s\) in eval mode at the start of training",
-    # Checkpoints are meant to hold the model as it is after the step that they name.
+    # Checkpoints are meant to be saved after the optimiser's step.
     r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
-    # Losses read a sharded model's output and change nothing of it in place.
+    # Losses do not modify a sharded model's output in place.
     r"FSDP2-wrapped module \(\w+\) returned a view tensor",
 )
-# Whose notes on what they are going to change are for those who call them in code.
+# Deprecation warnings of these libraries are for developers, and are dropped.
 _LIBRARIES = r"(lightning|lightning_fabric|pytorch_lightning|torch|torchao|diffusers|transformers|peft|wandb)\b"
 
 
 def _names_ours_alone(message: str) -> bool:
-    """Whether diffusers makes nothing of config entries, all of which an export has for others to read."""
+    """Whether the message is that diffusers ignores config entries, all of which are ours (`ppcl`, `auto_map`)."""
     found = re.match(r"The config attributes (\{.*\}) were passed to", message, re.DOTALL)
     try:
         return found is not None and ast.literal_eval(found[1]).keys() <= {"ppcl", "auto_map"}
-    except (ValueError, SyntaxError):  # something among them is no literal, which ours all are
+    except (ValueError, SyntaxError):  # ours are all literals
         return False
 
 
 class _Without(logging.Filter):
-    """Drops the records whose message one of the tests knows."""
+    """Drops the log records whose message passes one of the tests."""
 
     def __init__(self, tests: list[Callable[[str], object]]) -> None:
         super().__init__()
@@ -66,13 +66,13 @@ class _Without(logging.Filter):
 
 
 def quiet_messages() -> None:
-    """Drop the messages above. Imports no library, so that it can come before what prints while it is imported."""
+    """Drop the messages above from now on. Imports no library: some libraries already log while they are imported."""
     tests: dict[str, list[Callable[[str], object]]] = {"diffusers.configuration_utils": [_names_ours_alone]}
     for name, pattern in _MESSAGES:
         tests.setdefault(name, []).append(re.compile(pattern).match)
     for name, known in tests.items():
         logger = logging.getLogger(name)
-        if not any(isinstance(item, _Without) for item in logger.filters):  # as a second call finds it
+        if not any(isinstance(item, _Without) for item in logger.filters):  # or a second call would add a second one
             logger.addFilter(_Without(known))
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
@@ -81,12 +81,12 @@ def quiet_messages() -> None:
 
 
 def quiet_progress() -> None:
-    """Switch off the bars that diffusers and transformers draw while they load, and Lightning's notes; imports them."""
+    """Switch off the loading bars of diffusers and transformers, and Lightning's notes; imports all three."""
     import diffusers
     import lightning
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    for part in (lightning.fabric, lightning.pytorch):  # which set a level of their own when they are imported
+    for part in (lightning.fabric, lightning.pytorch):  # importing them has set their level
         logging.getLogger(part.__name__).setLevel(logging.WARNING)

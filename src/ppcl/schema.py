@@ -17,4 +17,6 @@ def register_schema() -> None:
         OmegaConf.set_struct(OmegaConf.select(schema, key), False)
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("ppcl_stages", help_lines, replace=True)
+    OmegaConf.register_new_resolver("ppcl_folder", lambda run, folder: run or folder, replace=True)
+    OmegaConf.register_new_resolver("ppcl_job", lambda run, number: "." if run else number, replace=True)
     register_resolvers()

@@ -18,6 +18,7 @@ def test_a_notebook_runs(name: str, chain: Path, monkeypatch: pytest.MonkeyPatch
     content = json.loads((REPOSITORY / "notebooks" / name).read_text())
     cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)  # it is kept clean
+    assert not any("from ppcl" in line for cell in cells for line in cell["source"])  # public names are enough
     shown: list[int] = []
     mpl.use("Agg")
     monkeypatch.setattr(plt, "show", lambda: shown.extend(plt.get_fignums()))

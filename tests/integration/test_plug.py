@@ -73,6 +73,18 @@ def test_one_interval_switches_alone(
     assert not np.array_equal(draw(pipeline), untouched)
 
 
+def test_a_board_says_what_it_can_do_and_what_is_in(pipeline: Any, trained: Path) -> None:
+    board = plug(pipeline, trained / "plugs")
+    assert board.pipeline is pipeline
+    assert f"Plugboard of QwenImageTransformer2DModel, 4 of {NUM_LAYERS} blocks\n" in repr(board)
+    board(f"{FIRST}.removed")
+    states = {line.split()[0]: line.split(maxsplit=1)[1] for line in repr(board).splitlines()[1:3]}
+    assert states == {FIRST: "cut to its first block", SECOND: "teacher"}
+    for name in states:
+        board(name)
+        assert f"  {name:<34} student" in repr(board)
+
+
 def test_switching_has_no_memory(pipeline: Any, trained: Path) -> None:
     board = plug(pipeline, trained / "plugs")
     every = draw(pipeline)

@@ -1,18 +1,12 @@
 """`make bench` compares like with like: the published loop, made anew, computes what our step computes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-
-from scale.models import STACK, TINY, TINY_INTERVALS, make_batch, make_teacher
-from scale.published import PublishedDistillation
-from scale.steps import block_passes, losses
 from trainers import train
 
+from experiments.scale.models import STACK, TINY, TINY_INTERVALS, make_batch, make_teacher
+from experiments.scale.published import PublishedDistillation
+from experiments.scale.steps import block_passes, losses
 from ppcl.config import DistillConfig
 from ppcl.distill.depth import DepthDistillation
 

@@ -64,11 +64,11 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     return "nothing"
 
 
-def is_current(path: Path, header: Header, advice: str = ADVICE) -> bool:
+def is_current(path: Path, header: Header, advice: str | None = None) -> bool:
     """Return whether the artifact whose JSON file is `path` exists and has this header.
 
-    Raises `UsageError` where it exists with another header, since only the user may replace it. `advice` ends that
-    sentence: what to do instead.
+    Raises `UsageError` where it exists with another header, since only the user may replace it. The sentence
+    ends with `advice`, what to do instead: by default, to choose another name or to delete that file.
     """
     if not path.exists():
         return False
@@ -76,5 +76,5 @@ def is_current(path: Path, header: Header, advice: str = ADVICE) -> bool:
     if found.get("fingerprint") == header.fingerprint:
         return True
     raise UsageError(
-        f"{path} was made with {first_difference(found.get('made_from', {}), header.made_from)}: {advice}."
+        f"{path} was made with {first_difference(found.get('made_from', {}), header.made_from)}: {advice or ADVICE}."
     )

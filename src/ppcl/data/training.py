@@ -19,7 +19,7 @@ from ppcl.data.streams import ShapesStream, Stream, encode_world
 from ppcl.errors import UsageError
 from ppcl.families.base import EncodedPrompts
 from ppcl.launch import rank
-from ppcl.teacher import TeacherModel
+from ppcl.teacher_model import TeacherModel
 
 
 class TrainingData:

@@ -1,6 +1,6 @@
-"""The plugboard: a loaded model each of whose parts is the teacher's, a student's, or a projector's, at will.
+"""The plugboard: swaps students, removals and projectors in a loaded model for the teacher's blocks, and back.
 
-Blocks are shared and never copied, so a switch takes no time and no memory worth mention.
+Blocks are shared and never copied: a switch copies no tensor.
 """
 
 from __future__ import annotations
@@ -27,16 +27,23 @@ from ppcl.taps import BlockKey, replace_stack, stack_of
 
 
 class Plugboard:
-    """A loaded transformer each of whose intervals is teacher, student, or plain removed, at will.
+    """Arranges a loaded transformer: each interval is the teacher's, a student, or cut to its first block.
 
-    Calling it with names puts just those in; `ppcl.plug(pipeline, folder)` builds one:
+    Call it with names to plug in just those; `ppcl.plug(pipeline, folder)` builds one:
 
         board = ppcl.plug(pipeline, "runs/demo/plugs")   # every student and projector in
+        print(board)                                     # the names, and what is plugged in
         board("transformer_blocks.3-5")                  # this student, teacher elsewhere
         board("transformer_blocks.3-5.removed")          # that interval cut to its first block
         board("transformer_blocks.7.text")               # block 7 without its text stream
         board()                                          # the teacher again
+
+    After a call `kept` has the teacher's indices of the blocks in place by stack, `plugged` the intervals that are
+    students, `removed` those that are cut, and `width` the blocks pruned in width by stack and kind. `pipeline` is the
+    pipeline that the transformer belongs to, where the board was made for one.
     """
+
+    pipeline: Any = None
 
     def __init__(
         self,
@@ -55,20 +62,40 @@ class Plugboard:
         self.layout = layout or Layout()
         self._pruned: dict[tuple, nn.Module] = {}
         self._teacher = {stack: list(stack_of(transformer, stack)) for stack in family.stacks}
+        self.kept = {stack: list(range(len(blocks))) for stack, blocks in self._teacher.items()}
+        self.plugged: list[str] = []
+        self.removed: list[str] = []
+        self.width: dict[str, dict[str, list[int]]] = {}
+
+    def __repr__(self) -> str:
+        """Return the names that the board can be called with, and which of them are in."""
+        model = f"{type(self.transformer).__name__}, {sum(map(len, self.kept.values()))} of {sum(self.counts.values())}"
+        lines = [f"Plugboard of {model} blocks"]
+        for name in self.names:
+            state = (
+                "student" if name in self.plugged else "cut to its first block" if name in self.removed else "teacher"
+            )
+            lines.append(f"  {name:<34} {state}" + ("" if name in self.students else " (no student is trained)"))
+        for name, item in self.projectors.items():
+            state = "projector" if item.index in self.width.get(item.stack, {}).get(item.kind, []) else "teacher"
+            lines.append(f"  {name:<34} {state}")
+        lines.append("board(NAME, ...) plugs in these alone; INTERVAL.removed cuts an interval to its first block;")
+        lines.append("board() is the teacher; board.all() every student and projector.")
+        return "\n".join(lines)
 
     @property
     def names(self) -> list[str]:
-        """Every interval, in order of execution."""
+        """Names of all intervals, in order of execution."""
         return [plug_name(stack, pair) for stack in self._teacher for pair in self.intervals.get(stack, [])]
 
     @property
     def counts(self) -> dict[str, int]:
-        """The teacher's number of blocks by stack."""
+        """The number of blocks that the teacher has, by stack."""
         return {stack: len(blocks) for stack, blocks in self._teacher.items()}
 
     @property
     def removed_intervals(self) -> dict[str, list[list[int]]]:
-        """The intervals that are one block now, a student or their first, by stack."""
+        """The intervals that are a single block now (a student, or their first block), by stack."""
         short = {*self.plugged, *self.removed}
         return {
             stack: [[u, v] for u, v in self.intervals.get(stack, []) if plug_name(stack, (u, v)) in short]
@@ -77,7 +104,7 @@ class Plugboard:
 
     @property
     def stands_for(self) -> dict[BlockKey, BlockKey]:
-        """For each block of the present arrangement the teacher's block whose output its own stands for."""
+        """Map each block in place to the teacher's block whose output it approximates: v of [u, v]."""
         found: dict[BlockKey, BlockKey] = {}
         for stack, kept in self.kept.items():
             ends = {pair[0]: pair[1] for pair in self.removed_intervals[stack]}
@@ -85,7 +112,7 @@ class Plugboard:
         return found
 
     def __call__(self, *names: str) -> Plugboard:
-        """Plug in the named students, removals and projectors; the teacher is everywhere else."""
+        """Plug in the named students, removals and projectors, with teacher blocks elsewhere."""
         projectors = [name for name in names if name in self.projectors]
         removed = [name.removesuffix(".removed") for name in names if name.endswith(".removed")]
         students = [name for name in names if name not in projectors and not name.endswith(".removed")]
@@ -96,13 +123,17 @@ class Plugboard:
         return self.arrange(students=self.names, projectors=self.projectors)
 
     def remove(self) -> Plugboard:
-        """Keep only teacher block u of every interval: what pruning costs without distillation."""
+        """Keep of every interval [u, v] only the teacher's block u: pruning without distillation."""
         return self.arrange(removed=self.names)
 
     def arrange(
         self, *, students: Iterable[str] = (), removed: Iterable[str] = (), projectors: Iterable[str] = ()
     ) -> Plugboard:
-        """Set everything at once: intervals in `students`, in `removed` or else teacher, and `projectors`."""
+        """Arrange the whole model: intervals in `students`, those in `removed`, teacher blocks elsewhere; `projectors`.
+
+        Raises `UsageError` for an unknown name, and for a projector that was fitted in another arrangement. The model
+        then stays as it was.
+        """
         students, removed, projectors = set(students), set(removed), set(projectors)
         self._check_names(students, removed, projectors)
         arranged: dict[str, tuple[list[int], list[nn.Module], dict[str, list[int]]]] = {}
@@ -152,7 +183,7 @@ class Plugboard:
 
     @staticmethod
     def _check_bases(chosen: list[Projector], bases: dict[int, str], reads: dict[int, int]) -> None:
-        """A projector fits only the block it was fitted in, and the reference it was fitted on."""
+        """Raise `UsageError` for a projector whose block, or whose reference, is not the one it was fitted with."""
         for item in chosen:
             base = bases.get(item.index)
             if base != item.base:
@@ -167,7 +198,7 @@ class Plugboard:
                 )
 
     def standalone(self) -> Any:
-        """The present arrangement as a model of its own that shares every parameter, to save or to copy."""
+        """Return the present arrangement as a model of its own, to save or to copy; it shares every parameter."""
         check_counts(self.family.stacks, {stack: len(kept) for stack, kept in self.kept.items()})
         config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         config.pop("ppcl", None)
@@ -185,7 +216,7 @@ class Plugboard:
             model = model_class.from_config(config)
         state = self.transformer.state_dict(keep_vars=True)
         load_shared(model, state)
-        # What is computed and not in a state dict: modules that only compute, and buffers.
+        # Modules without parameters and buffers are not all in the state dict: share them too.
         for name, child in self.transformer.named_children():
             if not list(child.parameters()):
                 setattr(model, name, child)
@@ -196,7 +227,7 @@ class Plugboard:
 
 
 def load_student(family: Family, transformer: nn.Module, plug: Plug) -> nn.Module:
-    """The block that `plug` holds, in the teacher's dtype and on its device."""
+    """Return the student block that `plug` holds, in the teacher's dtype and on its device."""
     blocks = list(stack_of(transformer, plug.stack))
     if plug.interval[1] >= len(blocks):
         raise UsageError(f"plug {plug.name} does not fit a model with {len(blocks)} blocks in {plug.stack}.")
@@ -210,7 +241,11 @@ def load_student(family: Family, transformer: nn.Module, plug: Plug) -> nn.Modul
 
 
 def plug(pipeline: Any, folder: str | Path) -> Plugboard:
-    """Put all that a run's `plugs/` holds into a loaded diffusers pipeline."""
+    """Plug all students and projectors in `folder`, a run's `plugs/`, into a loaded diffusers pipeline.
+
+    Returns the board that switches them. Raises `UsageError` for a folder without plugs, for plugs of another model,
+    and for intervals that overlap.
+    """
     from ppcl.families.registry import family_of_pipeline, get_family
 
     name = family_of_pipeline(type(pipeline).__name__)
@@ -239,4 +274,5 @@ def plug(pipeline: Any, folder: str | Path) -> Plugboard:
         raise UsageError(f"{folder} holds text projectors of two layouts ({', '.join(layouts)}): keep those of one.")
     layout = Layout(*layouts)
     board = Plugboard(family, pipeline.transformer, intervals, students, projectors, layout)
+    board.pipeline = pipeline
     return board(*students, *removed, *projectors)

@@ -134,7 +134,7 @@ def check_streaming(config: Config) -> None:
     if whole:
         raise UsageError(
             f"'stages=[{whole[0]}]' takes the whole teacher, and model.streaming=true never holds it: run that stage "
-            "in a command of its own, without model.streaming."
+            "in a command of its own, with model.streaming=false."
         )
     if config.distill.mode == "sequential" and "depth" in config.stages:
         raise UsageError(

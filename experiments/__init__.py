@@ -1,0 +1,5 @@
+"""Experiments, run from the repository's root: `python -m experiments.pareto.run`."""
+
+from ppcl.quiet import quiet_messages
+
+quiet_messages()  # before the modules here import torch and diffusers

@@ -1,0 +1,279 @@
+"""The Python entry: `ppcl.run`, `ppcl.load`, `ppcl.teacher` and `ppcl.sampling`. See each function's docstring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ppcl.artifacts.files import read_json
+from ppcl.artifacts.plan import Choice, PruningPlan, plug_name
+from ppcl.artifacts.scores import ScoreRow
+from ppcl.command import as_overrides, compose, execute, in_words, prepare, read_record
+from ppcl.config import STORED_VARIANTS, Config
+from ppcl.errors import UsageError
+from ppcl.paths import ASSETS
+from ppcl.quiet import quiet_messages
+
+if TYPE_CHECKING:
+    from ppcl.context import Run
+    from ppcl.surgery.plugboard import Plugboard
+
+
+def run(overrides: Sequence[str] | Mapping[str, Any] = (), *, quiet: bool = False) -> Results:
+    """Run stages as `ppcl *overrides` does on the command line, and return what the run's folder then holds.
+
+        results = ppcl.run(["experiment=demo", "name=mine"])
+        results = ppcl.run({"run": "runs/mine", "stages": ["generate"], "generate": {"prompt": "a red circle"}})
+
+    `overrides` are those of the command line, as a list of strings or as a mapping from keys to values. With `quiet`
+    nothing is printed. Raises `UsageError` where the command line exits with 2. A sweep needs the command line.
+    """
+    given = as_overrides(overrides)
+    with in_words():
+        raw, folder = compose(given)
+        execute(raw, given, folder, Console(quiet=True) if quiet else None)
+    return Results(folder)
+
+
+def load(folder: str | Path, **settings: Any) -> Any:
+    """Load a folder that ppcl has written: `Results` of a run, or the diffusers pipeline of an export.
+
+        results = ppcl.load("runs/demo")
+        pipeline = ppcl.load("runs/demo/export")
+
+    A pipeline is in the dtype of its files and on the CPU; `settings` go to `DiffusionPipeline.from_pretrained`.
+    Raises `UsageError` for a folder that is neither.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        return _load_pipeline(folder, **settings)
+    results = Results(folder)
+    if settings:
+        raise UsageError(f"{next(iter(settings))}= is for the folder of a pipeline, and {folder} is that of a run.")
+    return results
+
+
+def teacher(name: str, **settings: Any) -> Any:
+    """Return the loaded diffusers pipeline of a teacher that is shipped with ppcl.
+
+        pipeline = ppcl.teacher("tiny_qwen_image")
+        picture = pipeline("a red circle", **ppcl.sampling("tiny_qwen_image")).images[0]
+
+    `settings` go to `DiffusionPipeline.from_pretrained`. Raises `UsageError`, which lists the names, for another name.
+    """
+    _check_teacher(name)
+    return _load_pipeline(ASSETS / name, **settings)
+
+
+def sampling(name: str, count: int = 1) -> dict[str, Any]:
+    """Return how a shipped teacher draws `count` prompts: size, steps and guidance, as arguments of its pipeline."""
+    _check_teacher(name)
+    return _sampling(prepare([f"model={name}", "stages=[plan]"]), count)
+
+
+def _check_teacher(name: str) -> None:
+    names = sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
+    if name not in names:
+        raise UsageError(f"{name!r} is no teacher that ppcl ships; there are {', '.join(names)}.")
+
+
+def _sampling(run: Run, count: int) -> dict[str, Any]:
+    return run.family.sampling_arguments(run.config.model.sampling, count)
+
+
+def _load_pipeline(folder: Path, **settings: Any) -> Any:
+    """Return the pipeline in `folder`, in the dtype that its transformer was saved in unless `settings` say another."""
+    quiet_messages()
+    from diffusers import DiffusionPipeline
+    from safetensors import safe_open
+
+    if not {"dtype", "torch_dtype"} & settings.keys():
+        for file in sorted((folder / "transformer").glob("*.safetensors"))[:1]:
+            with safe_open(file, framework="pt") as tensors:
+                settings["dtype"] = tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    # diffusers has to be told which components a folder was saved without.
+    index = read_json(folder / "model_index.json", "The pipeline")
+    without = {name: None for name, entry in index.items() if entry == [None, None]}
+    return DiffusionPipeline.from_pretrained(folder, **without | settings)
+
+
+class Results:
+    """What a run has made: its artifacts, read from its folder when they are asked for.
+
+    `folder` is the run's folder. Artifacts that the run has not made are None, or empty.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        read_record(self.folder, "")  # refuses what is not a run
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration of the last command that worked in this folder."""
+        from omegaconf import OmegaConf
+
+        with in_words():
+            found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), read_record(self.folder, "")))
+        assert isinstance(found, Config)
+        return found
+
+    @property
+    def _base(self) -> Path:
+        """The folder with the intervals and plugs: this run's, or that of the run it is based on."""
+        base = self.config.paths.base_run
+        return self.folder if base is None else Path(base)
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """The intervals and width sets, given or detected."""
+        path = self._base / "plan" / "plan.json"
+        return PruningPlan.load(path) if path.is_file() else None
+
+    @property
+    def choice(self) -> Choice | None:
+        """What the plan plugs in under its budget."""
+        path = self.folder / "plan" / "choice.json"
+        return Choice.load(path) if path.is_file() else None
+
+    @property
+    def plugs(self) -> Path | None:
+        """The folder of the students and projectors."""
+        return _holding(self._base / "plugs", "*.safetensors")
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The held-out distillation loss of every plug by name, as its training left it; imported plugs have none."""
+        found = {}
+        for record in sorted((self._base / "plugs").glob("*.json")):
+            losses = read_json(record, "The plug").get("losses", {})
+            if "heldout_loss" in losses:
+                found[record.stem] = losses["heldout_loss"]
+        return found
+
+    @property
+    def finetuned(self) -> Path | None:
+        """The folder of the fine-tuned model, or of the LoRA that was trained in its place."""
+        return _holding(self.folder / "finetuned", "ppcl.json")
+
+    @property
+    def quantized(self) -> Path | None:
+        """The folder of the quantised model."""
+        return _holding(self.folder / "quantized", "ppcl.json")
+
+    @property
+    def export(self) -> Path | None:
+        """The folder of the exported pipeline, which `DiffusionPipeline.from_pretrained` and `ppcl.load` load."""
+        return _holding(self.folder / "export", "model_index.json")
+
+    @property
+    def scores(self) -> dict[str, ScoreRow]:
+        """The newest scores by variant: of the benchmark that was evaluated last."""
+        folder = _newest(self.folder / "scores", "*.json")
+        found = {path.stem: ScoreRow.load(path) for path in folder.glob("*.json")} if folder else {}
+        return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+
+    @property
+    def report(self) -> Path | None:
+        """The newest report's page."""
+        folder = _newest(self.folder / "report", "report.html")
+        return folder / "report.html" if folder else None
+
+    @property
+    def images(self) -> dict[str, list[Path]]:
+        """The drawn pictures in their order, by the folder below `images/` that they lie in."""
+        root, found = self.folder / "images", {}
+        for folder in sorted({path.parent for path in root.rglob("[0-9]*.png")}):
+            found[str(folder.relative_to(root))] = sorted(folder.glob("[0-9]*.png"))
+        return found
+
+    def sampling(self, count: int = 1) -> dict[str, Any]:
+        """Return how this run draws `count` prompts: size, steps and guidance, as arguments of its pipeline."""
+        return _sampling(self._open("teacher"), count)
+
+    def pipeline(self, variant: str | None = None) -> Any:
+        """Load the diffusers pipeline with a variant of the model in it.
+
+        `variant` is `teacher`, or one of those that `stages=[generate]` draws, such as `ppcl-finetuned`. By default it
+        is the newest result: the exported pipeline if there is one, else the furthest variant the run has come to.
+        The pipeline is on the GPU if there is one. Raises `UsageError` where the run has not made that variant.
+        """
+        if variant is None and self.export is not None:
+            device = self._open("teacher").device
+            return _load_pipeline(self.export).to(device)
+        if variant is None:
+            variant = self._furthest()
+        if variant not in STORED_VARIANTS:
+            raise UsageError(f"{variant!r} is no variant; there are {', '.join(STORED_VARIANTS)}.")
+        run = self._open(variant)
+        from ppcl.variants.switch import Switch
+        from ppcl.variants.variants import variants_of
+
+        (chosen,), plugs = variants_of(run, [variant])
+        pipeline = run.teacher.pipeline
+        if variant != "teacher":
+            Switch(run, plugs)(chosen)
+        pipeline.set_progress_bar_config()  # diffusers' own default
+        return pipeline
+
+    def board(self) -> Plugboard:
+        """Load the teacher's pipeline and put all of this run's plugs into it; the pipeline is `board.pipeline`."""
+        from ppcl.surgery.plugboard import plug
+
+        if self.plugs is None:
+            raise UsageError(f"{self.folder} has no plugs; run 'stages=[depth]' or 'stages=[width]' in it first.")
+        return plug(self.pipeline("teacher"), self.plugs)
+
+    def _open(self, variant: str) -> Run:
+        """Return the context in which this run draws `variant`."""
+        asked = {"run": str(self.folder), "stages": ["generate"], "generate.variants": [variant]}
+        return prepare(as_overrides(asked), Console(quiet=True))
+
+    def _furthest(self) -> str:
+        from ppcl.export.folder import furthest
+
+        if self.plugs is None and self.finetuned is None and self.config.distill.mode != "none":
+            raise UsageError(
+                f"{self.folder} has no pruned model yet: run 'stages=[depth]' in it, or ask for pipeline('teacher')."
+            )
+        return furthest(self._open("teacher"))
+
+    def __repr__(self) -> str:
+        """Return a line for every kind of artifact that there is."""
+        lines = {}
+        if self.plan is not None:
+            pairs = [plug_name(stack, pair) for stack, found in self.plan.intervals.items() for pair in found]
+            lines["plan"] = f"{len(pairs)} intervals: {', '.join(pairs) or 'none'}"
+        if self.choice is not None:
+            key, value, _ = self.choice.budget
+            lines["choice"] = f"{len(self.choice.plugged)} plugs for budget.{key}={value}"
+        for name in ("plugs", "finetuned", "quantized", "export", "report"):
+            path = getattr(self, name)
+            if path is not None:
+                lines[name] = str(path)
+        if self.images:
+            lines["images"] = ", ".join(f"{name} ({len(paths)})" for name, paths in self.images.items())
+        if self.scores:
+            rows = (f"{name} {row.scores.overall:.3f}" if row.scores else name for name, row in self.scores.items())
+            lines["scores"] = ", ".join(rows)
+        head = f"Results of {self.folder}: model {self.config.model.name}, data {self.config.data.name}"
+        return "\n".join([head, *(f"  {name:<10} {text}" for name, text in lines.items())])
+
+
+def _holding(folder: Path, pattern: str) -> Path | None:
+    """Return `folder` if it has a file of that pattern."""
+    return folder if any(folder.glob(pattern)) else None
+
+
+def _newest(root: Path, pattern: str) -> Path | None:
+    """Return the folder, `root` or below it, of the file of that pattern that was written last."""
+    found = max(root.rglob(pattern), key=lambda path: path.stat().st_mtime_ns, default=None)
+    return None if found is None else found.parent
+
+
+def _place(variant: str) -> tuple[int, str]:
+    """Return a variant's place in a table: the usual order, then by name."""
+    return (STORED_VARIANTS.index(variant) if variant in STORED_VARIANTS else len(STORED_VARIANTS), variant)

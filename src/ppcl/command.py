@@ -1,0 +1,364 @@
+"""What a command does: compose its configuration from overrides, check it, record it in its folder, run its stages.
+
+`ppcl` on the command line and `ppcl.run` in Python both come through here. Importing this loads neither torch nor
+Hydra.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ppcl.errors import UsageError
+from ppcl.launch import is_first, launched
+from ppcl.paths import conf_dir
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.console import Console
+
+    from ppcl.context import Run
+
+# Keys that `run=FOLDER` does not take from the folder's record. They say what is asked for now, and of how many
+# processes, and not what the run's artifacts are made from.
+OF_COMMAND = ("stages", "generate", "lora", "published", "strategy",
+              "export.push_to_hub", "export.private", "export.commit_message")  # fmt: skip
+
+
+# Composing
+
+
+def compose(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
+    """Compose the configuration that `ppcl *overrides` has, unchecked; return it with the run's folder.
+
+    It leaves no trace in Hydra's global state and may be called within an application of Hydra. Raises `UsageError`
+    for an unknown group choice, and the errors of Hydra and OmegaConf, which `in_words` translates.
+    """
+    check_choices(overrides)
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import open_dict
+
+    from ppcl.schema import register_schema
+
+    register_schema()
+    current = GlobalHydra.instance()
+    outer, current.hydra = current.hydra, None
+    try:
+        with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            raw = hydra.compose("config", list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = outer
+    folder = Path(raw.hydra.run.dir).absolute()
+    with open_dict(raw):
+        del raw["hydra"]
+    return raw, folder
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Raise `UsageError` for the first `group=choice` without a file; Hydra would print a page about it."""
+    for override in overrides:
+        group, _, choice = override.lstrip("+").partition("=")
+        folder = conf_dir() / group
+        if not group or not choice or not folder.is_dir() or not group.isidentifier():
+            continue
+        for name in (part.strip("'\"") for part in choice.split(",")):
+            if not (folder / f"{name}.yaml").is_file() and name not in ("null", ""):
+                known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+                raise UsageError(f"{group}={name} is unknown; conf/{group} has {known}.")
+
+
+def as_overrides(settings: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return overrides as strings: of a mapping, `key=value` for every value, with nested keys joined by dots."""
+    if isinstance(settings, str):
+        raise UsageError(f"{settings!r} is one string: give a list of overrides, such as [{settings!r}].")
+    if not isinstance(settings, Mapping):
+        return [str(item) for item in settings]
+    found = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found += as_overrides({f"{key}.{inner}": item for inner, item in value.items()})
+        else:
+            found.append(f"{key}={_written(value)}")
+    return found
+
+
+def _written(value: Any) -> str:
+    """Return a value in the grammar of Hydra's overrides."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(str(value), Quote.single).with_quotes()
+
+
+# Going on in an earlier run
+
+
+def read_record(folder: Path, key: str = "run=") -> DictConfig:
+    """Return the configuration that a run recorded in its folder; `UsageError` where there is none. `key` names it."""
+    from omegaconf import DictConfig, OmegaConf
+    from yaml import YAMLError
+
+    path = folder / "config.yaml"
+    try:
+        record = OmegaConf.load(path)
+    except OSError:
+        jobs = sorted(job.parent for job in folder.glob("*/config.yaml"))
+        other = f"; it holds those of a sweep: name one, such as {jobs[0]}" if jobs else "; name one, such as runs/demo"
+        raise UsageError(f"{key}{folder} is not the folder of a run, which has a config.yaml{other}.") from None
+    except (YAMLError, UnicodeDecodeError):
+        raise UsageError(f"{path} is not YAML; run the command that made {folder} again.") from None
+    if not isinstance(record, DictConfig) or not {"model", "stages"} <= record.keys():
+        raise UsageError(f"{path} is not the record of a run; name the folder of one, such as runs/demo.")
+    return record
+
+
+def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return what `raw.run` recorded, with the keys `OF_COMMAND` and all that `overrides` say taken from `raw`.
+
+    A group choice replaces its whole group. Without `run` it is `raw`.
+    """
+    if raw.run is None:
+        return raw
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    record = read_record(Path(raw.run))
+    said = list(OF_COMMAND)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, choice = override.key_or_group, override.value()
+        if key in ("name", "paths.runs_dir"):
+            raise UsageError(
+                f"run={raw.run} works in that folder, so {override.input_line} has no effect: drop one of them, or use "
+                f"paths.base_run={raw.run} for another run with its plugs."
+            )
+        if key == "experiment" and choice is not None:
+            raise UsageError(
+                f"run={raw.run} takes the recorded configuration, and {override.input_line} is a whole one of its own: "
+                "drop one of them."
+            )
+        if key == "sampling" and isinstance(choice, str):  # only some keys of model.sampling
+            said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
+        elif key not in ("run", "experiment", "sampling") and not (key.startswith("hydra") or override.is_delete()):
+            said.append(key)
+    present = OmegaConf.to_container(raw, resolve=False)  # what depends on model or data is resolved in the new place
+    for key in said:
+        value: Any = present
+        for part in key.split("."):
+            value = value[part]
+        OmegaConf.update(record, key, value, merge=False, force_add=True)
+    record.run = None
+    return record
+
+
+# Running
+
+
+def prepare(overrides: Sequence[str], console: Console | None = None) -> Run:
+    """Return the run that `ppcl *overrides` would work in, checked; nothing is written and no stage is run."""
+    from ppcl.quiet import quiet_messages
+    from ppcl.validation import parse
+
+    with in_words():
+        raw, folder = compose(overrides)
+        config = parse(continued(raw, overrides))
+    quiet_messages()  # before anything that imports torch or diffusers
+    from ppcl.context import Run
+
+    return Run(config, folder, console)
+
+
+def execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Console | None = None) -> None:
+    """Check the composed configuration, record it in `folder`, and run its stages in order.
+
+    A command that is refused leaves the folder's record as it was, and removes the folder if it is empty.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        _execute(raw, overrides, folder, console)
+    except (UsageError, OmegaConfBaseException):
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Console | None) -> None:
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from ppcl.artifacts.files import atomic_path
+    from ppcl.quiet import quiet_messages
+    from ppcl.validation import parse
+
+    quiet_messages()  # before anything that imports torch or diffusers
+    raw = continued(raw, overrides)
+    shared = _meet(raw)
+    with shared():
+        config = parse(raw)
+    from ppcl.context import Run  # loads torch, which a refused command is spared
+
+    silent = config.strategy.kind != "single" and not is_first()
+    run = Run(config, folder, Console(quiet=True) if silent else console)
+    if silent:
+        _run_stages(run, shared)
+        return
+    records = (folder / "config.yaml", folder / "versions.json")
+    before = {path: path.read_bytes() for path in records if path.exists()}
+    with atomic_path(folder / "config.yaml") as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    run.record_versions()
+    try:
+        _run_stages(run, shared)
+    except UsageError:
+        for path, content in before.items():  # a refused command leaves the folder's record as it was
+            path.write_bytes(content)
+        if not before and set(folder.iterdir()) <= set(records):  # and none of nothing
+            for path in records:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
+    """Start the process group if there are other ranks; return a context that succeeds on all of them or on none."""
+    if raw.strategy.kind not in ("ddp", "fsdp") or not launched():
+        return nullcontext
+    from ppcl import parallel
+
+    parallel.start(raw.trainer.accelerator, timedelta(minutes=raw.strategy.timeout_minutes))
+    return parallel.together
+
+
+def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run the stages one after the other. Rank 0 alone runs those that ranks neither train nor divide."""
+    from ppcl.describe import describe
+    from ppcl.needs import check_needs
+    from ppcl.quiet import quiet_progress
+    from ppcl.stages import STAGES
+    from ppcl.validation.pruning import budget_of
+
+    config = run.config
+    if set(config.stages) != {"plan"} or budget_of(config):  # counting needs neither library's pipelines
+        quiet_progress()
+    if config.trainer.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(config.trainer.num_threads)
+    with shared():
+        check_needs(run)
+    describe(run)
+    for stage in sorted(set(config.stages), key=list(STAGES).index):
+        run.teacher.enter(stage)
+        with shared():
+            if config.strategy.kind == "single" or STAGES[stage].ranks != "first" or is_first():
+                import_module(f"ppcl.stages.{stage}").run(run)
+
+
+# Errors in words
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf, and of files that cannot be read or written, into a `UsageError`."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except UsageError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(sentence(error)) from error
+    except Exception as error:
+        failure = failed_access(error)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+# What OmegaConf says of a value, and of what kind the value should have been.
+_KINDS = {
+    r"to Integer|type hint 'int'": "a whole number",
+    r"to Float|type hint 'float'": "a number",
+    r"valid bool|type hint 'bool'": "true or false",
+    r"not a ListConfig|to List": "a list",
+    r"not a DictConfig|to Dict|Cannot assign": "a group of keys",
+}
+
+
+def sentence(error: Exception) -> str:
+    """Return the error in one sentence, in terms of the override that caused it where that is known."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UsageError):
+        return text
+    override = getattr(error, "override", None)  # of one that could not be parsed
+    if override is not None:
+        if "=" not in override:
+            return f"{override} is no override: write KEY=VALUE, such as 'stages=[plan]'."
+        key = override.partition("=")[0]
+        return f"{override} cannot be read: close brackets and quotes; write text as '{key}=\"TEXT\"'."
+    found = re.match(r"Could not override '([^']*)'", text)
+    if found:
+        return f"{found[1].strip('.')} is no configuration key; `ppcl --cfg job` prints all of them."
+    found = re.match(r"Ambiguous value for argument '(.*?)' 1\. To use", text)
+    if found:
+        key, _, value = found[1].partition("=")
+        if (conf_dir() / key).is_dir():
+            return f"{found[1]} names several choices: name one, or add --multirun for a run of each."
+        return (
+            f"{found[1]} gives several values: write '{key}=[{value}]' for a list, '{key}=\"{value}\"' for text with a "
+            "comma, or add --multirun for a run of each."
+        )
+    found = re.match(r"Error merging override (.*)$", str(error), re.DOTALL)
+    cause = " ".join(str(error.__cause__).split()) if error.__cause__ is not None else ""
+    kind = next((words for pattern, words in _KINDS.items() if re.search(pattern, cause)), None)
+    if found and kind:
+        return _wrong_kind(found[1], cause, kind)
+    if error.__cause__ is not None:
+        text += ": " + str(error.__cause__).splitlines()[0]
+    return text
+
+
+def _wrong_kind(override: str, cause: str, kind: str) -> str:
+    """Return the sentence for an override whose value is not of the right kind."""
+    from ppcl.config import Config
+    from ppcl.options import declared
+
+    key, _, given = override.lstrip("+").partition("=")
+    told = re.search(r"Value '(.*?)'", cause)
+    value = told[1] if told else given
+    default = next((value for name, value, _, _ in declared(Config()) if name == key), None)
+    if kind == "a list":
+        remedy = f"; write '{key}=[{given}]'"
+    elif isinstance(default, (bool, int, float)):
+        remedy = f"; write one, such as {key}={str(default).lower()}"
+    else:
+        remedy = ""
+    return f"{override}: {value!r} is not {kind}{remedy}."
+
+
+def failed_access(error: Exception) -> UsageError | None:
+    """Return the system's reason for a failed read or write as a `UsageError`; None for any other error."""
+    found = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors words it
+    if isinstance(error, OSError) and (error.filename or error.errno):
+        reason = f"{error.filename or 'writing'}: {error.strerror}"
+    elif found:
+        reason = f"writing: {os.strerror(int(found[1]))}"
+    elif "PytorchStreamWriter failed" in str(error):
+        reason = "writing a checkpoint failed: is the disk full?"
+    else:
+        return None
+    return UsageError(f"{reason}; nothing that was whole is lost, and the same command goes on from there.")
