@@ -24,7 +24,7 @@ from ppcl.errors import UsageError
 from ppcl.families.registry import get_family
 
 SHARDS, PER_SHARD = 3, 20
-BAD = ("no caption", "no picture", "does not decode", "below data.min_text_accuracy", "its .json is none")
+BAD = ("no caption", "no picture", "does not decode", "below data.min_text_accuracy", "its .json does not read as JSON")
 
 
 def scene_of(number: int) -> shapes.Scene:

@@ -1,8 +1,9 @@
-"""Latents and prompt embeddings on disk, and the stream of batches made of them: no encoder is loaded any more.
+"""Read cached latents and prompt embeddings, and make batches of them: no encoder is loaded any more.
 
-A folder of parts, `UNIT-NNN.safetensors` with `NNN.<name>` tensors per sample and a JSON that lists them; per unit of
-the source a `UNIT.json`, written last, with what was skipped; and `empty.safetensors`, the empty prompt. A sample of an
-edit has an empty prompt of its own, `NNN.empty.<name>`, since prompts speak of the given pictures.
+A cache is a folder of parts. A part is `UNIT-NNN.safetensors`, with tensors `NNN.<name>` for each sample, and a JSON
+file that lists its samples. Every unit of the source also has a `UNIT.json`, written last, with the samples that were
+left out. `empty.safetensors` is the empty prompt. A sample of an edit has an empty prompt of its own,
+`NNN.empty.<name>`, since the text encoder also reads the given pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ OWN, SHARED = "empty.", "shared"
 
 @dataclass(frozen=True)
 class Entry:
-    """One cached sample: where it lies, and the height and width in tokens of its latents, and of given pictures."""
+    """One cached sample: its place in a part, and height and width in tokens of its latents and given pictures."""
 
     key: str
     part: Path
@@ -46,12 +47,12 @@ class Entry:
 
 
 def unit_record(name: str) -> str:
-    """The file that says a unit is cached to its end."""
+    """Return the name of the file whose presence says that a unit is completely cached."""
     return f"{name}.json"
 
 
 def trimmed(conditions: Conditions) -> Conditions:
-    """One sample's conditions `[L, ...]` without padding."""
+    """Return one sample's conditions `[L, ...]` without their padding."""
     mask = conditions.get(MASK)
     if mask is None:
         return conditions
@@ -60,9 +61,10 @@ def trimmed(conditions: Conditions) -> Conditions:
 
 
 def difference(empty: Conditions, prompt: Conditions) -> Conditions:
-    """A sample's own empty prompt without the rows at its start that its `prompt` has too; `emptied` adds them.
+    """Return a sample's own empty prompt without its first rows that equal those of `prompt`; `emptied` adds them.
 
-    A causal text encoder says the same of given pictures whatever instruction follows, and they are most of both.
+    The given pictures come first and take most rows, and a causal text encoder encodes them alike whatever text
+    follows.
     """
     length = min(map(len, (*empty.values(), *prompt.values())))
     same = [(value[:length] == prompt[name][:length]).reshape(length, -1).all(dim=1) for name, value in empty.items()]
@@ -71,14 +73,14 @@ def difference(empty: Conditions, prompt: Conditions) -> Conditions:
 
 
 def emptied(tensors: Conditions) -> Conditions:
-    """A sample's conditions with its own empty prompt in place of its prompt."""
+    """Return a sample's conditions with its own empty prompt in place of its prompt."""
     shared = int(tensors[OWN + SHARED])
     found = {name: value for name, value in tensors.items() if not name.startswith(OWN)}
     return {n: torch.cat([v[:shared], tensors[OWN + n]]) if OWN + n in tensors else v for n, v in found.items()}
 
 
 def stacked(samples: Sequence[Conditions]) -> Conditions:
-    """Conditions of several samples `[B, ...]`, those of unequal length padded with zeros to the longest."""
+    """Return the conditions of several samples as `[B, ...]`, padded with zeros to the longest."""
     batch: Conditions = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -122,7 +124,7 @@ def read_entries(folder: Path) -> list[Entry]:
 
 @lru_cache(maxsize=64)
 def _opened(part: Path) -> tuple[Any, dict[int, list[str]]]:
-    """A part, and what tensors each of its samples has there."""
+    """Return an open part, and the names of each sample's tensors in it."""
     file = safe_open(part, framework="pt")
     names: dict[int, list[str]] = {}
     for key in file.keys():  # noqa: SIM118 - a file, not a mapping

@@ -1,4 +1,4 @@
-"""Training and calibration data of a run: which batches there are, and what they are made from."""
+"""Provide a run's training and calibration batches, and the identity of the data they are made from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TrainingData:
 
     @cached_property
     def cache_header(self) -> Header:
-        """Header of the cache of this data; of a cache that is given, the header it has."""
+        """The header of this data's cache; with `data.cache`, the one that lies there."""
         if self.config.data.cache is None:
             return source_header(self.config, find_units(self.config.data), self.teacher.encoder_identity)
         content = read_json(self.cache_folder / "cache.json", "data.cache:")
@@ -46,13 +46,14 @@ class TrainingData:
 
     @property
     def cache_folder(self) -> Path:
+        """The folder of the cache: `data.cache`, or one in `paths.cache_dir` that is named by its fingerprint."""
         if self.config.data.cache is not None:
             return Path(self.config.data.cache)
         return Path(self.config.paths.cache_dir) / "data" / self.cache_header.fingerprint
 
     @property
     def source_identity(self) -> dict[str, Any]:
-        """The cache's part of what an artifact is made from; nothing for the shapes world."""
+        """The cache and the share held out, as artifacts' headers name them; empty for the shapes world."""
         if self.config.data.name == "shapes":
             return {}
         return {"cache": self.cache_header.fingerprint, "held_out": self.held_out}
@@ -84,7 +85,7 @@ class TrainingData:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The training data's part of what an artifact is made from."""
+        """Everything that training batches depend on, as artifacts' headers name it."""
         data = self.config.data
         drawn = ("train_seed", "calibration_seed", "eval_seed", "caption_dropout", "timesteps", "shift")
         return {"name": data.name} | {key: getattr(data, key) for key in drawn} | self.source_identity
@@ -94,7 +95,10 @@ class TrainingData:
         return encode_world(self.teacher.family, self.teacher.pipeline)
 
     def stream(self, seed: int, batch_size: int) -> Stream:
-        """Batches of the configured data; those of the calibration seed are of samples kept from training."""
+        """Return the batches of `seed`. The calibration seed's are of samples that are kept from training.
+
+        Raises `UsageError` if the cache is incomplete.
+        """
         data, teacher = self.config.data, self.teacher
         if data.name == "shapes":
             return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size, self._captions)
@@ -102,11 +106,12 @@ class TrainingData:
         return CachedStream(teacher.family, self._whole_cache(), data, seed, batch_size, held_out=held_out)
 
     def shared_stream(self, seed: int, batch_size: int) -> Stream:
-        """`stream` for trainings: with several ranks, each batch holds this rank's rows alone."""
+        """Return the same stream for a training: with several ranks, each batch has only this rank's rows."""
         stream = self.stream(seed, batch_size)
         if self.config.strategy.kind != "single":
             stream.share = rank()
         return stream
 
     def to_device(self, batch: Any) -> Any:
+        """Return the batch with its tensors on the teacher's device."""
         return move_data_to_device(batch, self.teacher.device)

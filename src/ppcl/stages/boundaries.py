@@ -1,7 +1,6 @@
-"""Writes the teacher's activations where intervals begin and end; students then learn without the teacher.
+"""Write the teacher's activations at the boundaries of intervals, from which students learn without the teacher.
 
-One pass of the teacher serves every interval and every training from them, on any machine
-(`distill.boundaries=FOLDER`).
+One pass of the teacher serves every interval and every later training, on any machine (`distill.boundaries=FOLDER`).
 """
 
 from __future__ import annotations
@@ -27,10 +26,11 @@ from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
 from ppcl.variants.reach import check_reachable
 
-MARGIN = 1.05  # of the estimate, that must be free
+MARGIN = 1.05  # free space must exceed the estimate by this factor
 
 
 def run(run: Run) -> None:
+    """Write held-out and training steps of every interval; go on after the last complete shard of a killed try."""
     check_reachable(run, run.intervals)
     folder, header = boundaries_folder(run), boundaries_header(run)
     advice = f"give another folder as distill.boundaries=, or delete {folder} to write it anew"
@@ -44,7 +44,7 @@ def run(run: Run) -> None:
         student = student_block(list(stack_of(transformer, stack)), pair, run.config.distill.init)
         state = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
         write_tensors(folder / name / "init.safetensors", state, {})
-        for leftover in (folder / name).glob(".*.tmp"):  # of a killed try
+        for leftover in (folder / name).glob(".*.tmp"):  # a killed process leaves them
             leftover.unlink()
     config = run.config
     kinds = {
@@ -74,7 +74,7 @@ def run(run: Run) -> None:
 
 
 def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
-    """An interval by the block it ends with."""
+    """Return each interval's stack and last block, by which its writer is found."""
     return [(stack, pair[1]) for stack, pair in pairs]
 
 
@@ -82,7 +82,7 @@ def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
 def _write_steps(
     run: Run, batches: list[TrainingBatch], writers: Mapping[Any, BoundaryWriter], pairs: list[Any]
 ) -> None:
-    """One pass of the teacher, to the last interval's end, for a few steps at once."""
+    """Run the teacher up to the last interval's end on a few batches, and give each writer its boundaries."""
     starts = {(stack, pair[0]): (stack, pair[1]) for stack, pair in pairs}
     masks = [run.family.masks(batch.inputs) for batch in batches]
     inputs = [NotedInputs(batch.inputs) for batch in batches]
@@ -105,7 +105,7 @@ def _write_steps(
 
 
 def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: int) -> None:
-    """One step's bytes times how many there are, against what is free."""
+    """Say how much disk `steps` steps take, by the size of the first; `UsageError` where that is not free."""
     trial = {key: BoundaryWriter(folder, TRAIN) for key in pairs_keys(pairs)}
     _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())

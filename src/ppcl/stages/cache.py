@@ -1,4 +1,4 @@
-"""Encodes pictures and captions once, so that no later stage loads a text encoder or a VAE."""
+"""Encode pictures and captions once, so that no later stage loads a text encoder or a VAE."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from ppcl.launch import rank
 from ppcl.progress import counter
 from ppcl.report.text import counted, in_bytes
 
-MARGIN = 1.05  # of the estimate, that must be free
+MARGIN = 1.05  # free space must exceed the estimate by this factor
 
 
 def run(run: Run) -> None:
+    """Encode the units of `data.path` that are not cached yet; of several ranks each takes its share."""
     config = run.config.data
     units, folder = find_units(config), run.data.cache_folder
     header = run.data.cache_header
     number, count = rank()
     if not is_current(folder / "cache.json", header):
-        write_json(folder / "cache.json", header.to_json())  # first: what lies here is of this making
+        write_json(folder / "cache.json", header.to_json())  # first, so that the folder says what its files belong to
     mine = [unit for unit in units[number::count] if not (folder / unit_record(unit.name)).exists()]
     if not mine and (folder / EMPTY).exists():
         run.say("cache", f"reused {folder}")
@@ -80,7 +81,7 @@ def _cache_unit(
     """
     size, skipped, stored = run.config.data.samples_per_file, [], 0
     stem = unit_record(unit.name).removesuffix(".json")
-    for leftover in folder.glob(f".{stem}*.tmp"):  # of a killed try; no other rank has this unit
+    for leftover in folder.glob(f".{stem}*.tmp"):  # a killed process leaves them; no other rank has this unit
         leftover.unlink()
     for part, chunk in enumerate(_chunks(unit.read(run.config.data), size)):
         skipped += [{"key": item.key, "why": item.why} for item in chunk if isinstance(item, Skipped)]
@@ -97,7 +98,7 @@ def _cache_unit(
 
 
 def _chunks(items: Iterable[Sample | Skipped], size: int) -> Iterator[list[Sample | Skipped]]:
-    """Lists of `size` items, good or bad: which part a sample lies in does not depend on decoding it."""
+    """Yield lists of `size` items, including skipped ones, so that a sample's part never depends on the others."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk

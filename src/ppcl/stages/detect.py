@@ -1,4 +1,4 @@
-"""Stage 1.2: runs the configured method and writes its plan, curves and similarity maps."""
+"""Stage 1.2: find intervals by the configured method; write the plan, its curves and similarity maps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ppcl.variants.reach import check_reachable
 
 
 def _deltas(curves: Curves) -> Curves:
-    """delta(u, k) = cka(u, k - 1) - cka(u, k) (Eq. 4) for every curve; None where it is undefined."""
+    """Return delta(u, k) = cka(u, k - 1) - cka(u, k) (Eq. 4) of every curve; None where it is undefined."""
     return {
         stack: {
             stream: [[None, *(None if a is None or b is None else a - b for a, b in pairwise(row))] for row in table]
@@ -34,6 +34,7 @@ def _deltas(curves: Curves) -> Curves:
 
 
 def run(run: Run) -> None:
+    """Detect intervals on calibration data and write `plan/plan.json`, or reuse the one that is there."""
     method = run.config.method
     made_from = {"detection": run.probe_settings, "method": identity(method)}
     plan = PruningPlan(run.config.model.family, run.num_layers, {}, made_from)

@@ -1,4 +1,4 @@
-"""Stage 3: all parameters of the pruned model, tuned on the teacher's output (paper section 4.1)."""
+"""Stage 3: tune all parameters of the pruned model on the teacher's output (paper section 4.1)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ppcl.variants.variants import another_run, finetuned_folder, made_of, plann
 
 
 def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
-    """Header of a tuned model."""
+    """Return the header of a tuned model; `arranged` says which plugs it started from."""
     made_from = {
         "model": run.teacher.identity,
         "layout": asdict(run.layout),
@@ -36,6 +36,7 @@ def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
 
 
 def run(run: Run) -> None:
+    """Tune the planned model, or all plugs without a budget; write it with its velocity error before and after."""
     config, folder = run.config.finetune, finetuned_folder(run)
     plugs = required_plugs(run)
     plan = planned(run, plugs)
@@ -50,7 +51,7 @@ def run(run: Run) -> None:
     switch(plan)
     with still(*(teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept)):
         student = switch.board.standalone()
-        if not run.teacher.sharded:  # sharding copies what is shared
+        if not run.teacher.sharded:  # sharding gives each model its own copy of shared parameters
             student = copy.deepcopy(student)
     stands_for = switch.board.stands_for
     switch.restore()
@@ -58,7 +59,7 @@ def run(run: Run) -> None:
     seed = run.config.data.train_seed
     transformer = run.teacher.pipeline.transformer
     module = FineTune(run.family, transformer, student, config, stands_for, sharding, seed, run.precision)
-    # Behind the batches that depth and width learned from.
+    # Later batches than those that depth and width trained on.
     stream = run.data.shared_stream(seed, config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps, ahead=stream.from_disk)
     blocks = [b for model in (transformer, student) for b in run.family.blocks(model).values()]
@@ -91,4 +92,5 @@ def _velocity_error(run: Run, module: FineTune, description: str) -> float:
 
 
 def _later(stream: Any, step: int) -> TrainingBatch:
+    """Return batch number `step` after the first 500,000 samples of `stream`."""
     return stream(500_000 // stream.batch_size + step)

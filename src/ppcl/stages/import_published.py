@@ -1,4 +1,4 @@
-"""What the PPCL authors published: a model as a folder that ppcl and diffusers load, a training checkpoint as plugs."""
+"""Import what the PPCL authors published: a model as a pipeline folder, or a training checkpoint as plugs."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def run(run: Run) -> None:
+    """Write `imported/` from a published model, or `plugs/` from a training checkpoint."""
     source = open_source(run.config)
     if isinstance(source, Training):
         _write_plugs(run, source)
@@ -43,6 +44,7 @@ def run(run: Run) -> None:
 
 
 def _state_of(path: Path) -> list[int]:
+    """Return size and modification time of a file, which tell a changed one."""
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
@@ -76,7 +78,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
     with torch.device("meta"):
         model = published.model_class.from_config(published.arch)
     provenance = _provenance(run, source, header)
-    if intervals is not None:  # else nobody knows which of the full model's blocks these are
+    if intervals is not None:  # without them it is unknown which of the full model's blocks these are
         model.register_to_config(ppcl=provenance)
     with atomic_folder(folder) as temporary:
         model.save_config(temporary / "transformer")
@@ -87,7 +89,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
 
 
 def _text_projector_facts(run: Run, source: PublishedFolder) -> dict[str, Any]:
-    """How txt_proj is read, and the evidence: whole maps have a diagonal around 1, residual ones around 0."""
+    """Return how txt_proj is read, and the evidence: whole maps have a mean diagonal around 1, residual ones 0."""
     if not source.published.text:
         return {}
     weights = list(source.text_projectors())
@@ -120,7 +122,7 @@ def _provenance(run: Run, source: PublishedFolder, header: Header) -> dict[str, 
 
 
 def _write_weights(run: Run, source: PublishedFolder, folder: Path) -> None:
-    """File by file: no more than one is held."""
+    """Convert the weights file by file, so that only one is in memory at a time."""
     names = {file: file.name if len(source.files) > 1 else SINGLE_FILE for file in source.files}
     index: dict[str, str] = {}
     size = 0
@@ -135,7 +137,7 @@ def _write_weights(run: Run, source: PublishedFolder, folder: Path) -> None:
 
 
 def _write_pipeline(source: PublishedFolder, folder: Path, ours: bool) -> None:
-    """The other components beside the transformer, its code, and an index that names its class."""
+    """Copy the other components beside the transformer, and write its code and an index that names its class."""
     index: dict[str, Any] = {}
     if source.pipeline is not None:
         index = read_json(source.pipeline / "model_index.json", "The pipeline's index")
@@ -148,7 +150,7 @@ def _write_pipeline(source: PublishedFolder, folder: Path, ours: bool) -> None:
     index["transformer"] = ["ppcl" if ours else "diffusers", config["_class_name"]]
     write_json(folder / "model_index.json", index)
     add_code(folder)
-    if source.pipeline is None:  # it only told which code goes beside the transformer
+    if source.pipeline is None:  # the index was needed only to add the code
         (folder / "model_index.json").unlink()
 
 

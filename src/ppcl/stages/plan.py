@@ -1,4 +1,4 @@
-"""Counts what a set of intervals leaves of a model, without weights, and writes it down as a plan."""
+"""Count what intervals and width sets leave of a model, without weights; with a budget, choose what to plug in."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ppcl.variants.plugs import required_plugs
 
 
 def run(run: Run) -> None:
+    """Choose plugs for the budget; without one, count given intervals and write `plan/plan.json`."""
     if budget_of(run.config) is not None:
         plan_budget(run)
         return
@@ -51,7 +52,7 @@ def run(run: Run) -> None:
 
 
 def plan_budget(run: Run) -> None:
-    """Choose what to plug in for the configured budget, by costs that are measured once."""
+    """Choose the cheapest plugs that meet the budget, by costs that are measured once; write `plan/choice.json`."""
     budget = budget_of(run.config)
     assert budget is not None
     name, value = budget
@@ -60,7 +61,7 @@ def plan_budget(run: Run) -> None:
     units, overlaps, teacher = costs.units, costs.overlaps, costs.teacher
     if cost not in costs.frontier:
         raise UsageError(
-            f"budget.cost={cost} is not known of every plug, since not all were distilled here: use "
+            f"budget.cost={cost} is not known of every plug, since not all of them were distilled here: use "
             "budget.cost=velocity."
         )
     saving = target_of(name, value, teacher, units, overlaps)

@@ -1,4 +1,4 @@
-"""Stage 1.1: one residual linear probe per block and stream (paper Eq. 1-2)."""
+"""Stage 1.1: fit one residual linear probe per block and stream (paper Eq. 1-2)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ppcl.methods.probes import fit_probes, relative_residuals, train_probes
 
 
 def run(run: Run) -> None:
+    """Fit the probes and write them to the cache, where all runs on this teacher find them."""
     settings, folder = run.config.probe, run.probe_folder
     header = Probes.header_for(run.probe_settings)
     if is_current(folder / "probes.json", header):
@@ -18,7 +19,7 @@ def run(run: Run) -> None:
         return
     stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
     family, transformer = run.family, run.teacher.pipeline.transformer
-    # Fitted on the first batches, judged on later ones, trained on those after both.
+    # The first batches fit the probes, the next ones measure them, and training takes those after both.
     judged = settings.num_batches + settings.num_heldout_batches
     batches = [run.data.to_device(stream(step)) for step in range(judged)]
     heldout = batches[settings.num_batches :]
@@ -27,7 +28,7 @@ def run(run: Run) -> None:
     )
     count = len(family.blocks(transformer)) * len(family.masks(batches[0].inputs))
     residuals: dict[str, float] = {}
-    trained: dict[str, tuple[Tensor, Tensor]] = {}  # training takes all at once
+    trained: dict[str, tuple[Tensor, Tensor]] = {}  # all are held: a training step updates every probe
     for fit in run.track(fits, "probes", count):
         if settings.train_steps:
             zero = settings.init == "zero"

@@ -1,4 +1,4 @@
-"""A LoRA of the full model, written anew for the pruned one; blocks without a place are named."""
+"""Rewrite a LoRA of the full model for the pruned one, and name the modules that have no place in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ppcl.surgery.remap import adapter_metadata, remap_lora
 
 
 def _pruned_transformer(run: Run) -> Any:
-    """The exported transformer without its weights: names and sizes are all that is asked of it."""
+    """Return the exported transformer on the meta device: only its names and shapes are needed."""
     folder = Path(run.config.lora.model or run.folder / "export") / "transformer"
     if not (folder / "config.json").exists():
         raise UsageError(f"lora.model: {folder.parent} holds no exported model; run 'stages=[export]' first.")
@@ -34,6 +34,7 @@ def _pruned_transformer(run: Run) -> Any:
 
 
 def run(run: Run) -> None:
+    """Write `lora/NAME.safetensors`, which `pipeline.load_lora_weights` takes on the export."""
     path = Path(str(run.config.lora.path))
     target = run.folder / "lora" / f"{path.stem}.safetensors"
     transformer = _pruned_transformer(run)

@@ -1,4 +1,4 @@
-"""Stage 2: linear projectors in place of text streams and FFNs (paper Eq. 8-12)."""
+"""Stage 2: replace text streams and FFNs by linear projectors (paper Eq. 8-12)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ppcl.layers import references
 from ppcl.methods.similarity import similarity_maps
 from ppcl.methods.width import ffn_errors, select_ffn, select_text
 from ppcl.options import identity
-from ppcl.report.text import show_plan
+from ppcl.report.text import counted, show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
@@ -31,10 +31,10 @@ from ppcl.variants.reach import check_reachable
 
 
 def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -> Header:
-    """Header of one projector; `students` holds the fingerprints of trained students by name."""
+    """Return the header of one projector; `students` has the fingerprints of trained students by name."""
     width, distill = run.config.width, identity(run.config.distill)
     for key in ("mode", "init", "steps", "lr"):
-        del distill[key]  # width has its own, or they are of students alone
+        del distill[key]  # width has keys of its own for these, or they concern only students
     place, reference = item.place, item.reference
     made_from = {
         "model": run.teacher.identity,
@@ -51,7 +51,10 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
 
 
 def _calibration(run: Run, start: int, stop: int, description: str, *, shared: bool = False) -> Iterator[TrainingBatch]:
-    """Held-out batches; `shared` ones are divided among ranks, of the others each rank sees all rows."""
+    """Yield held-out batches `start` to `stop`, of at least 16 samples each.
+
+    With `shared`, each rank gets its own rows of a batch; otherwise every rank gets all rows.
+    """
     size = run.config.distill.batch_size
     stream = (run.data.shared_stream if shared else run.data.stream)(run.config.data.calibration_seed, size)
     for step in run.track(batch_numbers(size, start, stop), description):
@@ -59,7 +62,7 @@ def _calibration(run: Run, start: int, stop: int, description: str, *, shared: b
 
 
 def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
-    """The sets of `width=auto`, with the numbers they were chosen by."""
+    """Return the sets that `width=auto` selects, and the measurements they were chosen by."""
     config, family, teacher = run.config.width, run.family, run.teacher.pipeline.transformer
     if config.num_text == 0 and config.num_ffn == 0:
         raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
@@ -105,7 +108,7 @@ def _has_plan(path: Path, plan: PruningPlan) -> bool:
 
 
 def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> PruningPlan:
-    """The run's plan with width sets: given, or selected and written down."""
+    """Return the run's plan with its width sets: read from disk, given, or selected now; new ones are written."""
     config = run.config.width
     selection = {key: getattr(config, key) for key in ("source", "text_output", "keep_text_query")}
     if config.source == "auto":
@@ -129,6 +132,7 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
 
 
 def run(run: Run) -> None:
+    """Select the width sets if they are not given, then fit and train the projectors that are missing."""
     config, folder = run.config.width, run.plugs_folder
     plugs = required_students(run)
     students = {name: plug.header.fingerprint for name, plug in plugs.items()}
@@ -141,7 +145,7 @@ def run(run: Run) -> None:
 
     teacher, kept = parts()
     plan = _plan(run, kept, students)
-    if run.teacher.sharded:  # whatever selecting has made shards of is needed whole again
+    if run.teacher.sharded:  # selecting has sharded blocks that are now needed whole
         run.teacher.forget_pipeline()
         teacher, kept = parts()
     show_plan(run, plan)
@@ -187,10 +191,11 @@ def run(run: Run) -> None:
         change = f"{losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}"
         run.say("width", f"{item.name}: held-out loss {change}")
     discard_checkpoint(run, checkpoints)
-    run.say("width", f"wrote {len(stale)} projectors to {folder}")
+    run.say("width", f"wrote {counted(len(stale), 'projector')} to {folder}")
 
 
 def _projector(run: Run, module: WidthDistillation, number: int, header: Header, losses: dict[str, float]) -> Projector:
+    """Return the trained projector of pruned place `number`; with several ranks only rank 0 gets its tensors."""
     item = module.pruned[number]
     state = {
         f"{module.surgery.projectors[key]}.{name}": value.clone()

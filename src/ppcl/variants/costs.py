@@ -1,4 +1,4 @@
-"""Measures what every plug costs and saves, once, on one plugboard."""
+"""Measure what every plug costs and saves, once, on one plugboard."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ FIRST_BATCH = 100_000  # of the calibration stream: far behind all batches that 
 
 
 def find_units(plugs: Plugs) -> list[Unit]:
-    """Every plug as a unit: a projector needs its base, and all that lies between it and its reference."""
+    """Return every plug as a unit, without costs.
+
+    A projector needs the student or removal that it was fitted in, and every plug between it and its reference block.
+    """
     shorter = [*plugs.students, *plugs.removals]
     units = [Unit(name) for name in shorter]
     starts = {(stack, interval[0]): name for name in shorter for stack, interval in [plugs.interval(name)]}
@@ -55,7 +58,7 @@ def find_units(plugs: Plugs) -> list[Unit]:
 
 @torch.no_grad()
 def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]) -> float:
-    """||v - v_T||^2 / ||v_T||^2 of the model's output against the teacher's."""
+    """Return ||v - v_T||^2 / ||v_T||^2 of the model's velocity v against the teacher's, `targets`, over all batches."""
     error = total = 0.0
     for batch, target in zip(batches, targets, strict=True):
         target = batch.prediction(target).double()
@@ -79,7 +82,7 @@ def velocities(transformer: nn.Module, batches: Sequence[TrainingBatch]) -> list
 
 
 def _losses(plugs: Plugs, name: str) -> dict[str, float]:
-    """The held-out distillation loss of a plug; nothing for one that was not distilled here."""
+    """Return the held-out distillation loss of a plug; nothing for one that was not distilled here."""
     trained = plugs.students | plugs.projectors
     known = name in trained and "heldout_loss" in trained[name].losses
     return {"loss": distillation_loss(trained[name])} if known else {}
@@ -185,7 +188,7 @@ def _measure_units(run: Run, plugs: Plugs, meter: Meter) -> list[Unit]:
 
 
 def _measure_overlaps(run: Run, plugs: Plugs, units: list[Unit], meter: Meter) -> list[Overlap]:
-    """The text and the FFN projectors of one block: the text's FFN goes with either."""
+    """Measure what the text and FFN projectors of one block save in common: either removes the text stream's FFN."""
     by_name = {unit.name: unit for unit in units}
     overlaps = []
     for name, item in plugs.projectors.items():
@@ -210,7 +213,7 @@ def _measure_frontier(run: Run, units: list[Unit], overlaps: list[Overlap], mete
 
 
 def known_costs(units: Sequence[Unit]) -> list[str]:
-    """The kinds of cost that are known of every unit."""
+    """Return the kinds of cost that are known of every unit."""
     return [cost for cost in COSTS if all(cost in unit.costs for unit in units)]
 
 
