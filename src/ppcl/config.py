@@ -310,13 +310,15 @@ class ImportConfig:
 
 @dataclass
 class GenerateConfig:
-    """`variants` is any of `VARIANTS`; `plug_fraction` is ppcl-mixed's share of students.
+    """`variants` is any of `VARIANTS`; None draws the teacher, `removed`, and the newest result of the run.
 
+    `name` names the set of pictures: they lie in `images/<name>`. `plug_fraction` is ppcl-mixed's share of students.
     `prompt`, or `prompt_file` with one a line, takes the benchmark's place; `images` are the pictures that an
-    edit model is given with each.
+    edit model is given with each. `num_images` is of each prompt that is no benchmark's.
     """
 
-    variants: list[str] = option(factory=lambda: list(VARIANTS[:4]), choices=STORED_VARIANTS)
+    variants: list[str] | None = option(None, choices=STORED_VARIANTS)
+    name: str | None = None
     plug_fraction: float = 0.5
     batch_size: int = option(60, least=1)
     prompt: str | None = None
@@ -334,9 +336,12 @@ class GenerateConfig:
 
 @dataclass
 class BenchmarkConfig:
-    """`name` is a module of `ppcl.benchmarks`, `settings` what its class has of its own."""
+    """`name` is a module of `ppcl.benchmarks`, `settings` what its class has of its own.
 
-    name: str = "shapes"
+    `auto` is `shapes` for a teacher and data of the shapes world, else `none`, which scores nothing.
+    """
+
+    name: str = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
     prompts_per_category: int = option(60, least=1)
     latency_repeats: int = 50

@@ -25,8 +25,10 @@ from ppcl.families.registry import get_family
 from ppcl.launch import is_first
 from ppcl.layers import Layout
 from ppcl.options import identity
+from ppcl.pictures.sets import set_folder, set_settings
 from ppcl.teacher_model import TeacherModel
 from ppcl.validation.model import num_layers
+from ppcl.validation.outputs import has_own_prompts
 from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width
 from ppcl.validation.strategy import resolve_precision
 
@@ -40,6 +42,7 @@ class Run:
         self.config = config
         self.folder = folder
         self.console = console or Console()
+        self.image_folders: dict[str, Path] = {}  # by variant, as `ppcl.pictures.images.drawings` has found them
 
     @property
     def writes(self) -> bool:
@@ -83,11 +86,16 @@ class Run:
 
     @cached_property
     def benchmark(self) -> Benchmark:
-        return load_benchmark(self.config.benchmark.name, self.config.benchmark.settings)
+        """The configured benchmark; pictures of the user's own prompts have none that scores them."""
+        config = self.config.benchmark
+        if has_own_prompts(self.config) or config.name == "none":
+            settings = config.settings if config.name == "none" else {}
+            return load_benchmark("none", {"images_per_prompt": self.config.generate.num_images} | settings)
+        return load_benchmark(config.name, config.settings)
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """The prompt of each of the benchmark's pictures, in their order."""
+        """The prompt of each picture to draw, in their order."""
         name, family = self.config.benchmark.name, self.family
         prompts = self.benchmark.prompts(family, self.config)
         if not prompts:
@@ -103,17 +111,27 @@ class Run:
 
     # What earlier stages left.
 
+    @cached_property
+    def set_settings(self) -> dict[str, Any]:
+        """What all variants of the configured set of pictures share, as headers hold it."""
+        return set_settings(self.config, self.benchmark, self.prompts)
+
+    @property
+    def set_folder(self) -> Path:
+        """The folder of the configured set of pictures, with a folder for each variant."""
+        return set_folder(self.folder / "images", self.config, self.set_settings)
+
     @property
     def scores_folder(self) -> Path:
-        """Scores of the configured benchmark; those of others lie in folders of their own."""
-        return self._of_benchmark("scores")
+        """Scores of the configured set of pictures; of all sets but the first of shapes in folders of their own."""
+        return self._of_set("scores")
 
     @property
     def report_folder(self) -> Path:
-        return self._of_benchmark("report")
+        return self._of_set("report")
 
-    def _of_benchmark(self, kind: str) -> Path:
-        name = self.config.benchmark.name
+    def _of_set(self, kind: str) -> Path:
+        name = self.set_folder.name
         return self.folder / kind if name == "shapes" else self.folder / kind / name
 
     @property
@@ -164,6 +182,11 @@ class Run:
     @property
     def choice_path(self) -> Path:
         return self.folder / "plan" / "choice.json"
+
+    @property
+    def known_choice_path(self) -> Path:
+        """The choice of this run's plan, or, without one, that of the run it is based on."""
+        return self.choice_path if self.choice_path.exists() else self.base / "plan" / "choice.json"
 
     @cached_property
     def width(self) -> Width:

@@ -114,7 +114,8 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
     # What the file says is what the run sees: no default or other group silently wins.
     sections = dict.fromkeys(("", "experiment"), config) | {"sampling": config.model.sampling}
     section = sections[group] if group in sections else getattr(config, group)
-    found_in_the_folder = {"model/auto": {"family", "path"}}.get(file, {"path"} if group == "data" else set())
+    resolved = {"model/auto": {"family", "path"}, "benchmark/auto": {"name"}}
+    found_in_the_folder = resolved.get(file, {"path"} if group == "data" else set())
     for key, value in content.items():
         if key not in {"defaults", *found_in_the_folder} and not isinstance(value, dict) and "${" not in str(value):
             assert getattr(section, key) == value, key
@@ -366,7 +367,6 @@ def refused(overrides):
         (["generate.plug_fraction=1"], ["generate.plug_fraction=1"]),
         (["generate.prompt_file=/no/such.txt"], ["generate.prompt_file=/no/such.txt"]),
         (["generate.prompt= "], ["generate.prompt is empty"]),
-        (["generate.prompt=a cat", "stages=[evaluate]"], ["generate.prompt=a cat", "evaluate"]),
         (["generate.num_images=0"], ["generate.num_images=0", "at least 1"]),
         (["generate.loras=[/no/lora.safetensors]"], ["generate.loras: /no/lora.safetensors does not exist"]),
         (["generate.loras=[lora.bin]"], ["generate.loras=lora.bin", "can hold code"]),
@@ -424,10 +424,19 @@ def test_a_bad_prompt_file_is_refused(auto, tmp_path, content, complaint):
     assert f"generate.prompt_file={path} {complaint}" in sentence
 
 
-def test_prompts_without_ground_truth_are_not_scored(auto, tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a dragon\n")
-    assert "evaluate" in refused([*auto, f"generate.prompt_file={path}", "stages=[generate,evaluate]"])
+def test_the_benchmark_fits_the_model_and_the_data(auto, tmp_path, pipeline_folder):
+    draws = "stages=[generate,evaluate,report]"
+    assert parsed(*auto, draws).benchmark.name == "shapes"
+    assert parsed(*auto, draws, "benchmark=none").benchmark.name == "none"
+    assert parsed(*auto, draws, "data=folder", "data.path=/p").benchmark.name == "none"
+    sentence = refused([*auto, draws, "data=folder", "data.path=/p", "benchmark=shapes"])
+    assert "benchmark=shapes scores pictures of the shapes world alone, which data=folder does not draw" in sentence
+    assert parsed("model=qwen_image", "model.path=a/b", "generate.prompt=x", draws).benchmark.name == "none"
+    for edit in ([], ["data=webdataset", "data.path=/p", "data.given=[given]"]):
+        sentence = refused(["model=qwen_image_edit", "model.path=a/b", *edit, draws])
+        assert "give generate.prompt_file=FILE, with a prompt a line, and generate.images=[...]" in sentence
+    assert "there are no captions to draw" in refused(["model=qwen_image", "model.path=a/b", draws])
+    assert parsed("model=tiny_qwen_image", "stages=[pretrain]").benchmark.name == "shapes"
 
 
 def test_a_model_folder_that_is_none_is_refused(tmp_path):
@@ -591,9 +600,10 @@ def test_a_loss_without_weight_is_as_if_it_were_not_named(auto):
 
 
 def test_without_students_the_default_variants_need_none(auto):
+    """They are chosen when they are drawn."""
     config = parsed(*auto, "distill=none", "stages=[generate]", "intervals.transformer_blocks=[[1,2]]")
     assert config.distill.mode == "none"
-    assert config.generate.variants == ["teacher", "removed"]
+    assert config.generate.variants is None
 
 
 # Defaults that depend on the model and the data

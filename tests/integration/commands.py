@@ -24,6 +24,7 @@ NUM_LAYERS = 6
 INTERVALS = "intervals.transformer_blocks=[[1,2],[3,4]]"
 PLUG_NAMES = ["transformer_blocks.1-2", "transformer_blocks.3-4"]
 CHAIN = "stages=[probe,detect,depth,export,generate,evaluate,report]"
+VARIANTS = "generate.variants=[teacher,removed,ppcl-depth,ppcl-mixed]"
 NUM_PROMPTS = 12
 BATCH = 6
 

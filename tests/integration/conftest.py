@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import BATCH, CHAIN, INTERVALS, NUM_LAYERS, NUM_PROMPTS, succeed
+from commands import BATCH, CHAIN, INTERVALS, NUM_LAYERS, NUM_PROMPTS, VARIANTS, succeed
 
 torch.set_num_threads(1)  # as ../conftest.py has it, also where torch was built without OpenMP
 
@@ -52,7 +52,7 @@ def settings(teacher: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def chain_command(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Every stage, with intervals from detection."""
-    return [*settings, f"paths.runs_dir={tmp_path_factory.mktemp('chain')}", "name=chain", CHAIN]
+    return [*settings, f"paths.runs_dir={tmp_path_factory.mktemp('chain')}", "name=chain", CHAIN, VARIANTS]
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (["budget.cost=price"], ["budget.cost=price", "velocity"]),
         (["budget.num_batches=0"], ["budget.num_batches=0"]),
         (["model=qwen_image", "budget.params=0.6", "stages=[plan]"], ["budget.params", "model.path"]),
-        ([INTERVALS, "stages=[generate]", "generate.variants=[teacher,ppcl-planned]"], ["ppcl-planned", "budget"]),
+        (["stages=[generate]", "generate.name=a/b", "generate.prompt=x"], ["generate.name=a/b is no name of a folder"]),
         ([INTERVALS, "stages=[generate]", "generate.variants=[teacher,ppcl-width]"], ["ppcl-width", "width=auto"]),
         ([INTERVALS, "stages=[plan]", "budget.params=0.6"], ["plugs", *PLUG_NAMES, "stages=[depth]"]),
         (["finetune.output_weight=0", "finetune.flow_weight=0"], ["finetune.output_weight", "finetune.flow_weight"]),

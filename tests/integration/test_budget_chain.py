@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -256,7 +257,9 @@ def test_one_training_serves_every_size(options: list[str], planned: Path, tmp_p
         assert tuned["plugged"] == choice["plugged"]
         rows = {row["name"]: row for row in load(run / "report" / "report.json")["variants"]}
         assert rows["ppcl-finetuned"]["params"] == choice["params"]
-        assert "data:image/png" in (run / "report" / "report.html").read_text().partition("Plug and play")[2][:200]
+        assert '<img alt="error of the planner\'s choices against size" src="data:image/png' in (
+            run / "report" / "report.html"
+        ).read_text(encoding="utf-8")
         sizes.append(choice["params_ratio"])
     assert sizes[0] <= 0.7 < sizes[1] <= 0.8
     assert outcome.out.count("teacher: 12 of 12 pictures drawn") == 1
@@ -335,6 +338,52 @@ def test_a_tuned_model_of_another_plan_is_not_passed_off(again: list[str], tmp_p
     assert outcome.code == 2, outcome.out
     assert "finetune" in outcome.err
     assert not (run / "export").exists()
+
+
+def test_what_was_planned_and_tuned_is_drawn_without_saying_the_budget(
+    again: list[str], planned: Path, tmp_path: Path
+) -> None:
+    """Nor the width sets: the choice and the record of the tuned model name the plugs."""
+    plain = [option for option in again if not option.startswith("width.")]
+    variants = "generate.variants=[teacher,ppcl-planned,ppcl-finetuned]"
+    said = succeed(*plain, "stages=[generate,evaluate]", variants).out
+    assert said.count("generate  reused ") == 3
+    assert "evaluate  reused" in said
+    default = succeed(*plain, "generate.variants=null", "stages=[generate]").out
+    assert f"teacher, removed, ppcl-finetuned: in {tmp_path / 'budget' / 'images' / 'shapes'}" in default
+    assert default.count("generate  reused ") == 3
+    shutil.rmtree(tmp_path / "budget" / "finetuned")
+    assert "teacher, removed, ppcl-planned: in" in succeed(*plain, "generate.variants=null", "stages=[generate]").out
+
+
+def test_the_base_runs_choice_is_drawn(options: list[str], planned: Path, tmp_path: Path) -> None:
+    based = [*options, f"paths.runs_dir={tmp_path}", f"paths.base_run={planned}", "stages=[generate]"]
+    own = ["name=based", "generate.variants=[ppcl-planned]", "benchmark.prompts_per_category=1"]
+    succeed(*based, *own)
+    succeed(*based, *own, f"budget.params={BUDGET}")
+    (manifest,) = (tmp_path / "based" / "images").glob("shapes/ppcl-planned*/manifest.json")
+    drawn = load(planned / "images" / "shapes" / "ppcl-planned" / "manifest.json")["made_from"]
+    assert load(manifest)["made_from"]["plugs"] == drawn["plugs"]
+    refused = ppcl(*based, *own, "budget.params=0.9")
+    assert refused.code == 2
+    assert "run 'stages=[plan]' again" in refused.err
+
+
+def test_a_budget_that_the_tuned_model_is_not_of_is_refused_with_two_ways_out(
+    again: list[str], planned: Path, tmp_path: Path
+) -> None:
+    other = [*again, "budget.params=0.8", "generate.variants=[teacher,ppcl-finetuned]"]
+    refused = ppcl(*other, "stages=[plan,generate]")
+    assert refused.code == 2
+    assert "budget.params=0.8" in refused.err
+    without = [option for option in other if not option.startswith("budget.")]
+    assert succeed(*without, "stages=[generate]").out.count("generate  reused ") == 2
+    advice = re.search(
+        r"run '(stages=\[\S+\])' under another name=, as in (name=\S+) (paths.base_run=\S+)\.$", refused.err
+    )
+    assert advice, refused.err
+    succeed(*other, *advice.groups())
+    assert load(tmp_path / "budget-2" / "finetuned" / "ppcl.json")["plugged"]
 
 
 def test_killed_finetuning_resumes_exactly(options: list[str], planned: Path, tmp_path: Path) -> None:

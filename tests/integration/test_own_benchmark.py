@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import INTERVALS, ppcl, succeed
+from commands import INTERVALS, digests, ppcl, succeed
 from PIL import Image
 
 from ppcl import benchmarks, cli
@@ -102,8 +102,9 @@ def test_rows_have_its_categories_and_scores(folder: Path) -> None:
 
 def test_the_page_and_the_sheet_speak_of_it(folder: Path) -> None:
     page = (folder / "report" / "bright" / "report.html").read_text()
-    assert "Mean brightness of pictures, over 2 prompts with 2 pictures" in page
-    assert "<th>round</th><th>edged</th><th>overall</th>" in page
+    assert "Score: mean brightness of pictures, higher is better" in page
+    assert "Measured over 2 prompts with 2 pictures each" in page
+    assert "<th>round</th><th>edged</th><th>score</th>" in page
     assert "red frame" not in page  # it judges no single picture
     sheet = np.asarray(Image.open(folder / "report" / "bright" / "samples.png").convert("RGB")).astype(int)
     assert not (np.abs(sheet - [0xC0, 0x39, 0x2B]).sum(axis=-1) == 0).any()
@@ -120,14 +121,22 @@ def test_the_model_card_speaks_of_it(command: list[str], folder: Path, trained: 
     assert "| variant | round | edged | overall | drop % |" in card
 
 
+@pytest.mark.parametrize("change", ["benchmark.settings.scale=0.25", "benchmark.settings.images_per_prompt=1"])
+def test_other_settings_draw_another_set(command: list[str], folder: Path, change: str) -> None:
+    others = {path.name for path in (folder / "images").iterdir()}
+    before = digests(folder / "images" / "bright")
+    succeed(*command, "stages=[generate]", change)
+    (name,) = {path.name for path in (folder / "images").iterdir()} - others
+    assert name.startswith("bright-")
+    assert digests(folder / "images" / "bright") == before
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("benchmark.settings.scale=0.25", "benchmark.settings.scale=0.5, now 0.25"),
-        ("benchmark.settings.images_per_prompt=1", "benchmark.settings.images_per_prompt=2, now 1"),
         ("+benchmark.settings.brightness=1", "benchmark.settings.brightness"),
         ("benchmark.settings.scale=dark", "benchmark.settings.scale"),
-        ("benchmark=drawbench", "conf/benchmark has bright, "),
+        ("benchmark=drawbench", "conf/benchmark has auto, bright, "),
         ("benchmark.name=drawbench", "benchmark.name=drawbench is not one of bright, "),
     ],
 )

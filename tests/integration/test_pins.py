@@ -341,6 +341,7 @@ def place(
             "stages=[finetune,quantize,generate]",
             f"generate.loras=[{lora}]",
             "generate.prompt='a red circle'",
+            "generate.name=prompts",
             "generate.variants=[ppcl-depth]",
             "finetune.lora_rank=2",
             "finetune.optimizer=adamw",

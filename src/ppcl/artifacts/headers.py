@@ -53,10 +53,11 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     return "nothing"
 
 
-def is_current(path: Path, header: Header) -> bool:
+def is_current(path: Path, header: Header, advice: str | None = None) -> bool:
     """Whether the artifact whose JSON is `path` exists and was made from just this.
 
-    Raises `UsageError` where one exists that was made from something else: it is not ours to replace.
+    Raises `UsageError` where one exists that was made from something else: it is not ours to replace. The sentence ends
+    with `advice`, by default to choose another name or to delete that file.
     """
     if not path.exists():
         return False
@@ -66,5 +67,5 @@ def is_current(path: Path, header: Header) -> bool:
     asked = json.loads(json.dumps(header.made_from, default=str))  # as the file has it: lists in place of tuples
     raise UsageError(
         f"{path} was made with {first_difference(found.get('made_from', {}), asked)}: "
-        "give this run another name=, or delete that file to make it anew."
+        f"{advice or 'give this run another name=, or delete that file to make it anew'}."
     )

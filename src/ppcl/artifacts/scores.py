@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ from ppcl.errors import UsageError
 
 @dataclass(frozen=True)
 class Scores:
-    """A score per category, and one for all; higher is better."""
+    """A score per category, and one for all; higher is better.
+
+    `interval` is half the width of the 95% confidence interval of `overall`, None where it is not known.
+    """
 
     categories: dict[str, float]
     overall: float
+    interval: float | None = field(default=None, compare=False)
 
     @classmethod
     def by_category(cls, categories: Iterable[str | None], values: Iterable[float]) -> Scores:
@@ -32,7 +36,7 @@ class Scores:
             groups.setdefault(category, []).append(value)
         means = {category: float(np.mean(group)) for category, group in groups.items()}
         listed = {category: mean for category, mean in means.items() if category is not None}
-        return cls(listed, float(np.mean(list(means.values()))))
+        return cls(listed, float(np.mean(list(means.values()))), half_width(list(groups.values())))
 
     @classmethod
     def from_json(cls, content: Mapping[str, float]) -> Scores:
@@ -41,6 +45,25 @@ class Scores:
 
     def to_json(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.categories.items()} | {"overall": float(self.overall)}
+
+
+def half_width(groups: Sequence[Sequence[float]]) -> float | None:
+    """Return half the width of the 95% confidence interval of a mean of group means, by the normal approximation.
+
+    That is 1.96 sqrt(sum of s_k^2 / n_k) / K for K groups of n_k values with the variance s_k^2. Where all values are 0
+    or 1, each group is counted with one success and one failure more: a group of equal values would be certain
+    otherwise. None where a group of other values has only one.
+    """
+    if not groups:
+        return None
+    if all(value in (0, 1) for group in groups for value in group):
+        shares = [((sum(group) + 1) / (len(group) + 2), len(group) + 2) for group in groups]
+        variances = [share * (1 - share) / count for share, count in shares]
+    elif min(map(len, groups)) > 1:
+        variances = [float(np.var(group, ddof=1)) / len(group) for group in groups]
+    else:
+        return None
+    return 1.96 * float(np.sqrt(sum(variances))) / len(groups)
 
 
 @dataclass(frozen=True, kw_only=True)

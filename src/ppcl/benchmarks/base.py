@@ -59,8 +59,11 @@ class Benchmark(ABC):
         """The prompts for models of a family, each once, in an order that stays."""
 
     @abstractmethod
-    def score(self, prompts: Sequence[Prompt], images: Iterable[Image.Image]) -> Scores:
-        """The score of RGB pictures, which are read one by one; `prompts` has the prompt of each of them."""
+    def score(self, prompts: Sequence[Prompt], images: Iterable[Image.Image]) -> Scores | None:
+        """Score RGB pictures, which are read one by one; `prompts` has the prompt of each of them.
+
+        None where pictures have no score of their own and are compared with the teacher's alone.
+        """
 
     def fulfils(self, prompt: Prompt, image: Image.Image) -> bool | None:
         """Whether an RGB picture shows what its prompt asks for; None where single pictures are not judged."""

@@ -186,8 +186,12 @@ def evaluation_scenes(seed: int, per_category: int, family: Family | None = None
 
 def score(scenes: Sequence[Any], images: Iterable[np.ndarray]) -> dict[str, float]:
     """Accuracy per category, and `overall`, their mean."""
+    return _scores(scenes, images).to_json()
+
+
+def _scores(scenes: Sequence[Any], images: Iterable[np.ndarray]) -> Scores:
     right = (fulfils(scene, image) for scene, image in zip(scenes, images, strict=True))
-    return Scores.by_category([scene.category for scene in scenes], right).to_json()
+    return Scores.by_category([scene.category for scene in scenes], right)
 
 
 @dataclass(kw_only=True)
@@ -201,7 +205,7 @@ class Shapes(Benchmark):
         return [Prompt(scene.caption, scene.category, scene.references, scene) for scene in scenes]
 
     def score(self, prompts: Sequence[Prompt], images: Iterable[Image.Image]) -> Scores:
-        return Scores.from_json(score([prompt.fact for prompt in prompts], map(to_pixels, images)))
+        return _scores([prompt.fact for prompt in prompts], map(to_pixels, images))
 
     def fulfils(self, prompt: Prompt, image: Image.Image) -> bool:
         return fulfils(prompt.fact, to_pixels(image))

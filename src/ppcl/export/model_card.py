@@ -177,12 +177,24 @@ def quantized_section(scheme: str, dtype: str, size: int, before: int) -> str:
 
 
 def evaluation_section(rows: Sequence[ComparedRow], label: str) -> str:
-    """A table of the variants' scores, under a sentence that starts with the benchmark's `label`."""
-    columns = list(rows[0].scores.to_json())
-    titles = ["variant", *(name.replace("_", " ") for name in columns), "drop %"]
-    lines = [titles, ["---"] * len(titles)]
-    for row in rows:
-        numbers = [f"{value:.3f}" for value in row.scores.to_json().values()]
-        lines.append([f"`{row.name}`", *numbers, f"{row.drop_percent:.1f}"])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{label[0].upper()}{label[1:]}, with equal prompts, seeds and settings:\n\n{table}"
+    """A table of the variants' scores and distances to the teacher, under a sentence on how they were measured.
+
+    `label` says what the benchmark's score is. What no row has is left out: without a benchmark there are no scores.
+    """
+    scores = [{} if row.scores is None else row.scores.to_json() for row in rows]
+    columns: dict[str, list[str | None]] = {"variant": [f"`{row.name}`" for row in rows]}
+    for name in dict.fromkeys(name for found in scores for name in found):
+        columns[name.replace("_", " ")] = [_number(found.get(name), 3) for found in scores]
+    columns["95% interval"] = [None if row.score_interval is None else f"± {row.score_interval:.3f}" for row in rows]
+    columns["drop %"] = [_number(row.drop_percent, 1) for row in rows]
+    columns["velocity error"] = [_number(row.velocity_error, 4) for row in rows]
+    columns["latent distance"] = [_number(row.latent_distance, 3) for row in rows]
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
+    table = "\n".join(f"| {' | '.join(cell or '' for cell in line)} |" for line in lines)
+    what = f"{label[0].upper()}{label[1:]}" if any(scores) else "Distance to the teacher"
+    return f"{what}, with equal prompts, seeds and settings:\n\n{table}"
+
+
+def _number(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"

@@ -28,7 +28,8 @@ def denoising_step(run: Run) -> dict[str, Any]:
     sampling = run.config.model.sampling
     images = torch.zeros(1, 3, sampling.height, sampling.width)
     latents, size = run.family.encode_images(run.teacher.pipeline, images)
-    prompt = [run.prompts[-1].text]
+    last = run.config.benchmark.prompts_per_category - 1
+    prompt = [run.family.world.make_scene(run.config.data.eval_seed, last, run.family.categories[-1]).caption]
     references = run.family.encode_references(run.teacher.pipeline, [images] * run.family.num_references)
     conditions = run.family.encode_prompts(run.teacher.pipeline, prompt)(prompt) | references
     sigmas = torch.full((1,), 0.5).to(latents)
@@ -77,6 +78,33 @@ def read_lora(run: Run, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
     with safe_open(path, framework="pt") as file:
         stored = (file.metadata() or {}).get(METADATA_KEY)
     return state, json.loads(stored) if stored else None
+
+
+@contextmanager
+def decoded_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect the final latents of pictures while they are drawn: each `[B, C, ...]` that the VAE is given to decode.
+
+    They are copied to the CPU in float16. A pipeline without a VAE has none.
+    """
+    found: list[torch.Tensor] = []
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        yield found
+        return
+    decode, own = vae.decode, "decode" in vars(vae)
+
+    def keep(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(latents.detach().to("cpu", torch.float16))
+        return decode(latents, *args, **kwargs)
+
+    vae.decode = keep
+    try:
+        yield found
+    finally:
+        if own:
+            vae.decode = decode
+        else:
+            del vae.decode
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,52 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ppcl.artifacts.files import atomic_path
-from ppcl.artifacts.headers import Header, fingerprint
-from ppcl.config import Config
+from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
-from ppcl.options import identity
 from ppcl.pictures.drawing import given_pictures
-from ppcl.validation.outputs import has_own_prompts, read_prompts
+from ppcl.pictures.sets import benchmark_settings, variant_folder
 from ppcl.variants.plugs import Plugs
-from ppcl.variants.variants import Variant
+from ppcl.variants.variants import Variant, variants_of
 
-# The benchmark that headers do not name, as they did not when there was no other.
-_UNSAID = {"name": "shapes", "settings": {"images_per_prompt": 1}}
+
+@dataclass(frozen=True)
+class Drawing:
+    """The pictures of one variant: their folder, and the header of what they are made from."""
+
+    variant: Variant
+    folder: Path
+    header: Header
+
+    @property
+    def is_complete(self) -> bool:
+        return is_current(self.folder / "manifest.json", self.header)
+
+
+def drawings(run: Run, variants: list[Variant], plugs: Plugs) -> list[Drawing]:
+    """Return where the pictures of these variants lie, or are to lie; their folders are kept for `image_folder`."""
+    found = []
+    for variant in variants:
+        header = variant_header(run, variant, plugs)
+        folder = variant_folder(run.set_folder / variant.name, header)
+        run.image_folders[variant.name] = folder
+        found.append(Drawing(variant, folder, header))
+    return found
 
 
 def prompts_of(run: Run) -> list[str]:
-    """The prompt, the prompt file's lines, or the benchmark's prompts, each as often as it is to be drawn."""
-    config = run.config.generate
-    if config.prompt is not None:
-        prompts = [config.prompt]
-    elif config.prompt_file is not None:
-        prompts = read_prompts(Path(config.prompt_file))
-    else:
-        return [prompt.text for prompt in run.prompts]
-    return [prompt for prompt in prompts for _ in range(config.num_images)]
+    """The prompt of each picture: of the user's prompts, or the benchmark's."""
+    return [prompt.text for prompt in run.prompts]
 
 
 def image_folder(run: Run, variant: str) -> Path:
-    """Where a variant's pictures lie; prompts of a file never mix with the benchmark's."""
-    return run.folder / "images" / ("prompts" if has_own_prompts(run.config) else run.config.benchmark.name) / variant
+    """Where a variant's pictures lie."""
+    if variant not in run.image_folders:
+        drawings(run, *variants_of(run, [variant]))
+    return run.image_folders[variant]
 
 
 def read_images(run: Run, variant: str) -> Iterator[Image.Image]:
-    """A variant's pictures of the benchmark's prompts, one by one: all at once may not fit into memory."""
+    """A variant's pictures, one by one: all at once may not fit into memory."""
     return (read_image(run, variant, number) for number in range(len(run.prompts)))
 
 
@@ -54,8 +68,6 @@ def read_image(run: Run, variant: str, number: int) -> Image.Image:
 
 def given_to(run: Run, number: int) -> list[Image.Image]:
     """The PIL pictures given with prompt `number`."""
-    if has_own_prompts(run.config):
-        return [Image.open(path).convert("RGB") for path in run.config.generate.images]
     return given_pictures(run, run.prompts[number])
 
 
@@ -68,7 +80,18 @@ def save_image(image: Any, path: Path, text: str | None = None) -> None:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str]) -> Header:
+def save_prompts(run: Run, folder: Path) -> None:
+    """Write `prompts.jsonl`: each picture's file, prompt and seed."""
+    lines = (
+        json.dumps({"image": f"{number:05d}.png", "prompt": prompt, "seed": run.config.seed + number})
+        for number, prompt in enumerate(prompts_of(run))
+    )
+    with atomic_path(folder / "prompts.jsonl") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def variant_header(run: Run, variant: Variant, plugs: Plugs) -> Header:
+    """Header of a variant's pictures: the model that draws them, and what all variants of the set share."""
     return Header(
         "ppcl.images",
         {
@@ -78,41 +101,11 @@ def variant_header(run: Run, variant: Variant, plugs: Plugs, prompts: list[str])
             "layout": asdict(run.layout) if variant.projectors else None,
             "finetuned": variant.finetuned,
             **({"quantized": variant.quantized} if variant.quantized else {}),
-            "sampling": identity(run.config.model.sampling),
-            "seed": run.config.seed,
-            "batch_size": run.config.generate.batch_size,
-            "prompts": {"count": len(prompts), "hash": fingerprint({"prompts": prompts} | _given(run))},
-        }
-        | ({} if has_own_prompts(run.config) else benchmark_header(run))
-        | _put_on(run.config),
+            **run.set_settings,
+        },
     )
 
 
 def benchmark_header(run: Run) -> dict[str, Any]:
     """Return the benchmark's part of a header: what tells its pictures from those of another."""
-    made_from = run.benchmark.made_from
-    return {} if made_from == _UNSAID else {"benchmark": made_from}
-
-
-def _put_on(config: Config) -> dict[str, Any]:
-    """Return the LoRAs and the ControlNet, as a header holds them; nothing where there are none."""
-    settings, made_from = config.generate, {}
-    if settings.loras:
-        files = {Path(path).name: _digest(path) for path in settings.loras}
-        made_from["loras"] = {"files": files, "scale": settings.lora_scale, "source": config.lora.source}
-    if settings.controlnet:
-        image = _digest(str(settings.control_image))
-        made_from["controlnet"] = {"path": settings.controlnet, "scale": settings.control_scale, "image": image}
-    return made_from
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def _given(run: Run) -> dict[str, Any]:
-    """Return digests of the given pictures, where there are any."""
-    if has_own_prompts(run.config):
-        files = [_digest(path) for path in run.config.generate.images]
-        return {"images": files} if files else {}
-    return run.benchmark.given(run.prompts, run.config)
+    return benchmark_settings(run.config, run.benchmark)

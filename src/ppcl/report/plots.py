@@ -1,8 +1,8 @@
-"""Every picture of a report: curves, similarity maps, the quality plot and the contact sheet."""
+"""Plots and contact sheets: similarity curves and maps, quality against size, the frontier, losses, pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from ppcl.artifacts.costs import Frontier
@@ -48,7 +50,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def interval_curves(path: Path, curve: list[list[float | None]], intervals: list[Interval]) -> None:
     """cka(u, k) and delta(u, k) along k for every detected u; the end v is marked."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
     for number, (u, v) in enumerate(intervals):
         row = np.array([np.nan if value is None else value for value in curve[u]], dtype=float)
         stop = min(v + 2, len(row) - 1)  # one block past the end shows why it ended
@@ -74,7 +76,7 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float | None]]]) -> No
     """CKA between every two blocks' outputs, a panel per map, two to a row; None is left white."""
     columns = min(2, len(maps))
     rows = -(-len(maps) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.8 + 4.2 * columns, 4.2 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(0.8 + 3.2 * columns, 3.3 * rows), squeeze=False)
     lowest = min(value for table in maps.values() for row in table for value in row if value is not None)
     for axis in axes.flat[len(maps) :]:
         axis.remove()
@@ -88,36 +90,81 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float | None]]]) -> No
     save_figure(figure, path)
 
 
-def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[float, float] | None) -> None:
-    """Overall score against the share of the teacher's parameters, a point per variant.
+def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[float, float] | None) -> bool:
+    """Draw quality against the share of the teacher's parameters, a point per variant; return whether there is any.
 
-    The axis reaches from the worst to the best score, `bounds`, where there are such.
+    Quality is the overall score with its 95% confidence interval. The axis reaches from the worst to the best score,
+    `bounds`, where there are such. Without scores it is the distance of latents or the velocity error.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 3.6))
-    for number, row in enumerate(rows):
-        x, y = 100 * row.params_ratio, row.scores.overall
-        axis.plot(x, y, "o", color=PALETTE[number % len(PALETTE)], markersize=9)
-        right = x > 85
-        axis.annotate(
-            row.name,
-            (x, y),
-            xytext=(-10 if right else 10, 0),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            va="center",
-            color=INK,
-        )
-    axis.set(xlabel="parameters, % of the teacher", ylabel="overall score")
-    axis.margins(x=0.12)
-    if bounds is not None:
-        margin = 0.05 * (bounds[1] - bounds[0])
-        axis.set_ylim(bounds[0] - margin, bounds[1] + margin)
+    label, values = _quality(rows)
+    shown = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None]
+    if not shown:
+        return False
+    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    taken = []
+    for number, (row, y) in enumerate(shown):
+        x, color = 100 * row.params_ratio, PALETTE[number % len(PALETTE)]
+        margin = row.score_interval if row.scores is not None else None
+        axis.errorbar(x, y, yerr=margin, fmt="o", color=color, markersize=8, elinewidth=1.2, capsize=3)
+        taken.append((x, y, margin or 0.0))
+    axis.set(xlabel="parameters, % of the teacher", ylabel=label)
+    axis.margins(x=0.12, y=0.1)
+    if rows[0].scores is None:
+        axis.set_ylim(bottom=min(0.0, *axis.get_ylim()))
+    elif bounds is not None:
+        space = 0.05 * (bounds[1] - bounds[0])
+        axis.set_ylim(bounds[0] - space, bounds[1] + space)
+    label_points(axis, [row.name for row, _ in shown], taken)
     save_figure(figure, path)
+    return True
+
+
+def _quality(rows: Sequence[ComparedRow]) -> tuple[str, list[float | None]]:
+    """The label of the quality axis, and the value of each row on it."""
+    if any(row.scores is not None for row in rows):
+        return "overall score (higher is better)", [row.scores.overall if row.scores else None for row in rows]
+    latents = [row.latent_distance for row in rows]
+    if any(value is not None for value in latents):
+        return "latent distance (lower is better)", latents
+    return "velocity error (lower is better)", [row.velocity_error for row in rows]
+
+
+def label_points(axis: Any, names: Sequence[str], points: Sequence[tuple[float, float, float]]) -> None:
+    """Name every point `(x, y, half of its error bar)` beside it, where no other point or name is."""
+    axis.figure.canvas.draw()  # the layout, which pixels depend on
+    renderer = axis.figure.canvas.get_renderer()
+    size = 7 * axis.figure.dpi / 72
+    taken = []
+    for x, y, margin in points:
+        (left, low), (_, high) = axis.transData.transform([(x, y - margin), (x, y + margin)])
+        taken.append(Bbox.from_extents(left - size, low - size, left + size, high + size))
+    shifts = [(side, 13 * step) for step in sorted(range(-9, 10), key=abs) for side in (1, -1)]
+    for name, (x, y, _) in zip(names, points, strict=True):
+        for side, shift in shifts:
+            label = axis.annotate(
+                name,
+                (x, y),
+                xytext=(13 * side, shift),
+                textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                va="center",
+                color=INK,
+                arrowprops={"arrowstyle": "-", "color": "#9aa7b1", "linewidth": 0.8, "shrinkB": 5} if shift else None,
+            )
+            label.set_in_layout(False)
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # without its line to the point
+            inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and axis.bbox.y0 <= box.y0 <= axis.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            if (side, shift) != shifts[-1]:
+                label.remove()
 
 
 def frontier(path: Path, points: Frontier, chosen: float) -> None:
     """Measured velocity error of the planner's points against parameters, a line per cost; the choice is marked."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    figure, axis = plt.subplots(figsize=(5.6, 3.4))
     names = {"velocity": "planned by velocity error", "loss": "planned by distillation loss"}
     for number, (cost, line) in enumerate(points.items()):
         line = sorted(line, key=lambda point: point.params)
@@ -128,7 +175,7 @@ def frontier(path: Path, points: Frontier, chosen: float) -> None:
         "budget", (100 * chosen, 1), xycoords=("data", "axes fraction"), xytext=(4, -10), textcoords="offset points",
         color=INK,
     )  # fmt: skip
-    axis.set(xlabel="parameters, % of the teacher", ylabel="relative error of the velocity", ylim=(0, None))
+    axis.set(xlabel="parameters, % of the teacher", ylabel="velocity error (lower is better)", ylim=(0, None))
     axis.legend()
     save_figure(figure, path)
 
@@ -143,29 +190,28 @@ def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None
     axis.plot(before, range(len(names)), "o", color=PALETTE[1], label="as it starts")
     axis.plot(after, range(len(names)), "o", color=PALETTE[0], label="after distillation")
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="held-out distillation loss", xlim=(0, None), ylim=(-0.7, len(names) - 0.3))
+    axis.set(xlabel="held-out distillation loss", xlim=(0, 1.06 * max(before + after)), ylim=(-0.7, len(names) - 0.3))
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save_figure(figure, path)
 
 
 def contact_sheet(
-    path: Path, rows: dict[str, list[Image.Image]], captions: list[str], good: dict[str, list[bool | None]]
+    path: Path, rows: Mapping[str, list[Image.Image]], captions: list[str], fails: Mapping[str, list[bool | None]]
 ) -> None:
-    """One row per variant, one column per prompt; a picture that fails its prompt has a dim red frame.
+    """One row per variant, one column per prompt; a picture that fails its prompt has a red frame.
 
-    One that is not judged, None, has the frame of one that does not fail.
+    One that is not judged, None, has the frame of one that does not fail; so has a row that `fails` does not have.
     """
     figure, axes = plt.subplots(
         len(rows), len(captions), figsize=(1.12 * len(captions) + 1.6, 1.15 * len(rows) + 1.2), squeeze=False
     )
     for axis_row, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis, image, right in zip(axis_row, images, good[name], strict=True):
-            fails = right is not None and not right
+        for axis, image, wrong in zip(axis_row, images, fails.get(name, [None] * len(images)), strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.grid(visible=False)
             for spine in axis.spines.values():
-                spine.set(visible=True, color="#c0392b" if fails else "#9aa7b1", linewidth=2 if fails else 0.8)
+                spine.set(visible=True, color="#c0392b" if wrong else "#9aa7b1", linewidth=2 if wrong else 0.8)
         axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=11)
     for axis, caption in zip(axes[0], captions, strict=True):
         axis.set_title(_wrap(caption), fontsize=9, color=INK)

@@ -1,32 +1,128 @@
-"""Tables and lines that stages print."""
+"""Tables and lines that stages print, and the words that tables and pages share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
 from ppcl.artifacts.costs import Point
-from ppcl.artifacts.plan import PruningPlan
-from ppcl.artifacts.scores import ComparedRow
+from ppcl.artifacts.plan import PruningPlan, read_plug_name, read_projector_name
+from ppcl.artifacts.scores import ComparedRow, ScoreRow
 from ppcl.context import Run
 
 # Names of variants are the same whatever method chose the intervals.
 MEANINGS = {
-    "teacher": "the whole model",
-    "removed": "every interval cut to its first block",
-    "ppcl-depth": "every student in, whatever method chose the intervals",
-    "ppcl-mixed": "the students in that cost least",
-    "ppcl-width": "every student, or removal, and every projector in",
-    "ppcl-planned": "the budget's choice of these, or all of them without a budget",
-    "ppcl-finetuned": "ppcl-planned, tuned",
-    "ppcl-quantized": "an export with few bits a weight",
+    "teacher": "the full model, before pruning",
+    "removed": "the baseline without training: of every interval only the first block is left",
+    "ppcl-depth": "every interval is replaced by its trained student block, whatever method chose the intervals",
+    "ppcl-mixed": "only the students with the lowest distillation loss are in; the rest is the teacher",
+    "ppcl-width": "everything is in: all students (or removals) and all projectors; rarely good untuned",
+    "ppcl-planned": "what the budget's plan chose of all this; everything, if no budget was set",
+    "ppcl-finetuned": "the planned model after fine-tuning all its parameters on the teacher's output",
+    "ppcl-quantized": "this run's result with 8 or 4 bits a weight",
 }
+# What a run is made for, best first.
+_RESULTS = ("ppcl-finetuned", "ppcl-planned", "ppcl-width", "ppcl-depth", "ppcl-mixed", "ppcl-quantized", "removed")
+
+
+def result_of(names: Sequence[str]) -> str | None:
+    """The variant among `names` that a decision is about: the furthest one; None where only the teacher is there."""
+    return next((name for name in _RESULTS if name in names), None)
 
 
 def billions(count: int) -> str:
     """20430401088 -> `20.430B`; 3029488 -> `3.029M`."""
     return f"{count / 1e9:.3f}B" if count >= 1e8 else f"{count / 1e6:.3f}M"
+
+
+def duration(seconds: float) -> str:
+    """48.2 -> `48 s`; 837 -> `14 min`; 9000 -> `2 h 30 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def plugs_in_words(names: Iterable[str]) -> list[str]:
+    """The plugs `names` by kind and block stack, a line for each: `students in transformer_blocks: 3-5, 9-11`."""
+    lines: dict[str, list[str]] = {}
+    for name in names:
+        removed = name.removesuffix(".removed")
+        if interval := read_plug_name(removed):
+            stack, (u, v) = interval
+            title = f"students in {stack}" if removed == name else f"cut to their first block in {stack}"
+            lines.setdefault(title, []).append(f"{u}-{v}")
+        elif projector := read_projector_name(name):
+            stack, index, kind = projector
+            title = f"projectors for {'text streams' if kind == 'text' else 'FFNs'} in {stack}"
+            lines.setdefault(title, []).append(str(index))
+    return [f"{title}: {', '.join(places)}" for title, places in lines.items()]
+
+
+def plugs_of(row: ScoreRow) -> list[str]:
+    """Names of all that is plugged into a variant: students, removals and projectors."""
+    return [*row.students, *(f"{name}.removed" for name in row.removed), *row.projectors]
+
+
+def score_columns(rows: Sequence[ComparedRow], *, details: bool = False) -> dict[str, list[str]]:
+    """The table of variants: its columns by title, a cell per row; a column without any value is left out.
+
+    `details` adds the share of the teacher's parameters and the score of each category.
+    """
+    categories = {name: None for row in rows if row.scores and details for name in row.scores.categories}
+    columns: dict[str, list[str | None]] = {
+        "variant": [row.name for row in rows],
+        "blocks": [str(row.num_layers) for row in rows],
+        "params": [billions(row.params) for row in rows],
+    }
+    if details:
+        columns["of the\nteacher"] = [f"{100 * row.params_ratio:.1f}%" for row in rows]
+    for category in categories:
+        values = [row.scores.categories.get(category) if row.scores else None for row in rows]
+        columns[category.replace("_", "\n")] = [_number(value, 2) for value in values]
+    columns |= {
+        "score": [_score(row) for row in rows],
+        "drop\n%": [_number(row.drop_percent, 1) for row in rows],
+        "velocity\nerror": [_number(row.velocity_error, 4) for row in rows],
+        "latent\ndistance": [_number(row.latent_distance, 3) for row in rows],
+        "ms a\nstep": [f"{row.latency_ms:.1f}" for row in rows],
+        "peak\nMB": [f"{row.peak_memory_mb:.{1 if row.peak_memory_mb < 1000 else 0}f}" for row in rows],
+    }
+    return {title: [cell or "" for cell in cells] for title, cells in columns.items() if any(cells)}
+
+
+def _number(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
+
+
+def _score(row: ScoreRow) -> str | None:
+    """The overall score, and half of its confidence interval: `0.878 ± 0.03`."""
+    if row.scores is None:
+        return None
+    margin = "" if row.score_interval is None else f" ± {row.score_interval:.2f}"
+    return f"{row.scores.overall:.3f}{margin}"
+
+
+def notes_of(rows: Sequence[ComparedRow], label: str) -> list[str]:
+    """A sentence for each measure in the table of `rows`; `label` says what the score is."""
+    notes = []
+    if any(row.scores is not None for row in rows):
+        margin = (
+            "; ± is half of the 95% confidence interval" if any(row.score_interval is not None for row in rows) else ""
+        )
+        notes.append(f"score: {label}, higher is better{margin}")
+        notes.append("drop: the share of the teacher's score that is lost")
+    if any(row.velocity_error is not None for row in rows):
+        notes.append(
+            "velocity error: ||v - v_T||² / ||v_T||² of the output v to the teacher's v_T, held-out, lower is better"
+        )
+    if any(row.latent_distance is not None for row in rows):
+        notes.append(
+            "latent distance: final latents to the teacher's from equal seeds, 0 for the same pictures, about 2 for "
+            "unrelated ones"
+        )
+    return notes
 
 
 def show_plan(run: Run, plan: PruningPlan) -> None:
@@ -47,22 +143,22 @@ def show_plan(run: Run, plan: PruningPlan) -> None:
         before = after
 
 
+def score_table(rows: Sequence[ComparedRow]) -> Table:
+    """The table of variants for a terminal, at most 80 columns wide."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    columns = score_columns(rows)
+    for title in columns:
+        table.add_column(title, justify="left" if title == "variant" else "right", no_wrap=True, vertical="bottom")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    return table
+
+
 def show_scores(run: Run, rows: Sequence[ComparedRow]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("variant", "blocks", "params", "overall", "drop %", "ms/step", "peak MB"):
-        table.add_column(title, justify="left" if title == "variant" else "right")
-    for row in rows:
-        table.add_row(
-            row.name,
-            str(row.num_layers),
-            billions(row.params),
-            f"{row.scores.overall:.3f}",
-            f"{row.drop_percent:.1f}",
-            f"{row.latency_ms:.1f}",
-            f"{row.peak_memory_mb:.1f}",
-        )
-    run.console.print(table)
-    run.say("evaluate", f"overall: {run.benchmark.label}")
+    """Print the table of variants, and what its measures mean."""
+    run.console.print(score_table(rows))
+    for note in notes_of(rows, run.benchmark.label):
+        run.say("evaluate", note)
 
 
 def show_frontier(run: Run, points: list[Point]) -> None:

@@ -1,4 +1,4 @@
-"""Scores the pictures of every variant and measures what a denoising step costs."""
+"""Scores the pictures of every variant, measures their distance to the teacher, and what a denoising step costs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.loggers import Logger
+from torch import nn
 
 from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.scores import ScoreRow
@@ -13,12 +14,16 @@ from ppcl.context import Run
 from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.export.quantized import weight_bytes
 from ppcl.pictures.drawing import denoising_step
-from ppcl.pictures.images import read_images
-from ppcl.pictures.scores import compare, score_headers
+from ppcl.pictures.images import image_folder, read_images
+from ppcl.pictures.latents import latent_distance
+from ppcl.pictures.scores import compare, score_headers, score_record
 from ppcl.report.text import show_scores
 from ppcl.training.loggers import finish_logger, make_logger
+from ppcl.variants.costs import heldout_batches, velocities, velocity_error
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import Variant, variants_of
+
+LOGGED = ("num_layers", "params_ratio", "drop_percent", "latency_ms", "velocity_error", "latent_distance")
 
 
 def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dict[str, Any]]:
@@ -35,6 +40,14 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
     latency = interleaved_latency_ms(
         dict.fromkeys(by_name, denoise), run.config.benchmark.latency_repeats, lambda name: switch(by_name[name])
     )
+    batches = heldout_batches(run) if run.config.data.name != "none" else []
+    targets = velocities(switch(Variant("teacher")), batches)
+
+    def error(name: str, transformer: nn.Module) -> float | None:
+        if name == "teacher":
+            return 0.0
+        return velocity_error(transformer, batches, targets) if batches else None
+
     measured = {}
     for variant in variants:
         name, transformer = variant.name, switch(variant)
@@ -48,6 +61,7 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
             "students": variant.students,
             "projectors": variant.projectors,
             "removed": variant.removed,
+            "velocity_error": error(name, transformer),
         }
     return measured
 
@@ -55,22 +69,31 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
 def run(run: Run) -> None:
     variants, plugs = variants_of(run)
     headers = score_headers(run, variants, plugs)
-    records = {name: run.scores_folder / f"{name}.json" for name in headers}
+    records = {name: score_record(run, name) for name in headers}
     if all(is_current(records[name], header) for name, header in headers.items()):
-        run.say("evaluate", f"reused {run.folder / 'scores'}")
+        run.say("evaluate", f"reused {run.scores_folder}")
     else:
         switch = Switch(run, plugs)
         measured = _measure(run, variants, switch)
         switch.restore()
         for name, header in headers.items():
             scores = run.benchmark.score(run.prompts, read_images(run, name))
-            ScoreRow(name=name, scores=scores, **measured[name]).save(records[name], header)
+            row = ScoreRow(
+                name=name,
+                scores=scores,
+                score_interval=None if scores is None else scores.interval,
+                latent_distance=latent_distance(
+                    image_folder(run, name), image_folder(run, "teacher"), len(run.prompts)
+                ),
+                **measured[name],
+            )
+            row.save(records[name], header)
     rows = compare([ScoreRow.load(record) for record in records.values()])
     show_scores(run, rows)
     logger = make_logger(run, "evaluate")
     if isinstance(logger, Logger):
         for row in rows:
-            numbers = {key: getattr(row, key) for key in ("num_layers", "params_ratio", "drop_percent", "latency_ms")}
-            logger.log_metrics({f"{row.name}/{k}": v for k, v in (numbers | row.scores.to_json()).items()})
+            numbers = {key: getattr(row, key) for key in LOGGED} | (row.scores.to_json() if row.scores else {})
+            logger.log_metrics({f"{row.name}/{k}": v for k, v in numbers.items() if v is not None})
         logger.finalize("success")
         finish_logger(logger)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ppcl.artifacts.files import atomic_folder, atomic_path, read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
-from ppcl.artifacts.scores import ComparedRow, ScoreRow
+from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.export.folder import BaseModel, furthest, model_card_of, provenance_of
@@ -23,7 +23,7 @@ from ppcl.export.single_file import modelspec, read_metadata, write_single_file
 from ppcl.validation.outputs import refuse_single_file
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import Variant, made_of, variants_of
+from ppcl.variants.variants import Variant, another_run, made_of, variants_of
 
 SINGLE_FILE = "export.safetensors"  # beside the folder
 
@@ -43,7 +43,7 @@ def run(run: Run) -> None:
         made_from["max_shard_size"] = config.max_shard_size
     header = Header("ppcl.export", made_from)
     single = _SingleFile(run, header) if config.single_file else None
-    if is_current(folder / "ppcl.json", header):
+    if is_current(folder / "ppcl.json", header, another_run(run, folder, variant)):
         run.say("export", f"reused {folder}")
     else:
         _write_folder(run, folder, variant, plugs, header)
@@ -146,17 +146,12 @@ def _complete_card(run: Run, path: Path, variant: str) -> None:
 
 def _scores(run: Run, variant: str) -> list[ComparedRow]:
     """Return the scores of the teacher and of `variant` if this run has both for its present configuration."""
-    records = [run.scores_folder / f"{name}.json" for name in ("teacher", variant)]
-    if not all(record.exists() for record in records):
+    if not (run.folder / "scores").exists():
         return []
-    from ppcl.pictures.scores import compare, score_headers
+    from ppcl.pictures.scores import read_rows
 
-    variants, plugs = variants_of(run, ["teacher", variant])
     try:
-        headers = score_headers(run, variants, plugs)
-        current = all(is_current(record, headers[record.stem]) for record in records)
+        return read_rows(run, ["teacher", variant])
     except UsageError as error:
         run.say("export", f"the scores do not go into the model card: {error}")
         return []
-    assert current
-    return compare([ScoreRow.load(record) for record in records])

@@ -19,7 +19,7 @@ from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import Sharding
 from ppcl.variants.plugs import required_plugs
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import finetuned_folder, made_of, planned
+from ppcl.variants.variants import another_run, finetuned_folder, made_of, planned
 
 
 def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
@@ -39,7 +39,7 @@ def run(run: Run) -> None:
     plugs = required_plugs(run)
     plan = planned(run, plugs)
     header = finetune_header(run, made_of(plan, plugs))
-    if is_current(folder / "ppcl.json", header):
+    if is_current(folder / "ppcl.json", header, another_run(run, folder)):
         run.say("finetune", f"reused {folder}")
         return
     checkpoints = run.folder / "finetune-checkpoint"

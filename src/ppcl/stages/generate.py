@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,58 +13,60 @@ from typing import Any
 
 from PIL import Image
 from rich.progress import Progress
+from torch import Tensor
 
-from ppcl.artifacts.files import atomic_folder, atomic_path, write_json
+from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
-from ppcl.pictures.drawing import draw, equipped
-from ppcl.pictures.images import given_to, image_folder, prompts_of, save_image, variant_header
+from ppcl.pictures.drawing import decoded_latents, draw, equipped
+from ppcl.pictures.images import Drawing, drawings, given_to, prompts_of, save_image, save_prompts
+from ppcl.pictures.latents import save_latents
 from ppcl.report.plots import image_grid
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import Variant, variants_of
+from ppcl.variants.variants import variants_of
 
 
-def _draw_variant(
-    run: Run, variant: Variant, prompts: list[str], header: Header, progress: Progress, board: Plugboard
-) -> int:
+def _draw_variant(run: Run, drawing: Drawing, progress: Progress, board: Plugboard) -> int:
+    """Draw the pictures that are missing; return how many."""
     with equipped(run, board) as (pipeline, arguments):
-        return _draw_missing(run, variant, prompts, header, progress, partial(draw, run, pipeline, **arguments))
+        return _draw_missing(run, drawing, progress, partial(_draw_batch, run, pipeline, arguments))
 
 
-def _draw_missing(
-    run: Run, variant: Variant, prompts: list[str], header: Header, progress: Progress, draw_batch: Any
-) -> int:
-    folder = image_folder(run, variant.name)
-    settings = {"variant": variant.name, **header.made_from, "fingerprint": header.fingerprint}
-    size = run.config.generate.batch_size
-    # The manifest in progress says whose pictures these are; renamed when all are there.
+def _draw_batch(
+    run: Run, pipeline: Any, arguments: Mapping[str, Any], numbers: Sequence[int]
+) -> tuple[list[Any], list[Tensor]]:
+    """Pictures of the prompts `numbers`, and their final latents as the VAE was given them."""
+    texts = [run.prompts[number].text for number in numbers]
+    with decoded_latents(pipeline) as latents:
+        images = draw(run, pipeline, texts, numbers, [given_to(run, number) for number in numbers], **arguments)
+    return images, latents
+
+
+def _draw_missing(run: Run, drawing: Drawing, progress: Progress, draw_batch: Any) -> int:
+    folder, header, count = drawing.folder, drawing.header, len(run.prompts)
+    name, size = drawing.variant.name, run.config.generate.batch_size
+    settings = {"variant": name, **header.made_from, "fingerprint": header.fingerprint}
+    # The manifest in progress says whose pictures these are; it is deleted when all are there.
     unfinished = folder / "unfinished.json"
-    if not is_current(unfinished, header):
-        for stray in folder.glob("*.png"):  # of settings that nobody vouches for any more
-            stray.unlink()
     write_json(unfinished, header.to_json())
-    task = progress.add_task(variant.name, total=len(prompts))
+    task = progress.add_task(name, total=count)
     drawn = 0
-    for start in range(0, len(prompts), size):
-        numbers = range(start, min(start + size, len(prompts)))
+    for start in range(0, count, size):
+        numbers = range(start, min(start + size, count))
         paths = [folder / f"{number:05d}.png" for number in numbers]
         if not all(path.exists() for path in paths):
-            batch = [prompts[number] for number in numbers]
-            given = [given_to(run, number) for number in numbers]
-            for number, image, path in zip(numbers, draw_batch(batch, numbers, given), paths, strict=True):
-                text = settings | {"prompt": prompts[number], "seed": run.config.seed + number}
-                save_image(image, path, json.dumps(text))
+            images, latents = draw_batch(numbers)
+            save_latents(folder, numbers, latents)
+            for number, image, path in zip(numbers, images, paths, strict=True):
+                text = settings | {"prompt": run.prompts[number].text, "seed": run.config.seed + number}
+                if not path.exists():
+                    save_image(image, path, json.dumps(text))
             drawn += len(paths)
         progress.advance(task, len(paths))
-    with atomic_path(folder / "prompts.jsonl") as temporary:
-        lines = (
-            json.dumps({"image": f"{n:05d}.png", "prompt": prompt, "seed": run.config.seed + n})
-            for n, prompt in enumerate(prompts)
-        )
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    image_grid(folder / "grid.png", [Image.open(folder / f"{n:05d}.png") for n in range(len(prompts))])
-    write_json(folder / "manifest.json", header.to_json() | {"num_images": len(prompts)})
+    save_prompts(run, folder)
+    image_grid(folder / "grid.png", [Image.open(folder / f"{number:05d}.png") for number in range(count)])
+    write_json(folder / "manifest.json", header.to_json() | {"num_images": count})
     unfinished.unlink()
     return drawn
 
@@ -73,13 +76,13 @@ def _teacher_cache(run: Run, header: Header) -> Path:
     return Path(run.config.paths.cache_dir) / "images" / header.fingerprint
 
 
-def _reuse_teacher(run: Run, variant: Variant, folder: Path, header: Header) -> bool:
+def _reuse_teacher(run: Run, drawing: Drawing) -> bool:
     """Take the teacher's pictures from the cache, where they are."""
-    cached = _teacher_cache(run, header)
-    if variant.name != "teacher" or not is_current(cached / "manifest.json", header):
+    cached = _teacher_cache(run, drawing.header)
+    if drawing.variant.name != "teacher" or not is_current(cached / "manifest.json", drawing.header):
         return False
-    _hand_over(cached, folder)
-    run.say("generate", f"reused {cached}, in {folder}")
+    _hand_over(cached, drawing.folder)
+    run.say("generate", f"reused {cached}, in {drawing.folder}")
     return True
 
 
@@ -97,26 +100,27 @@ def _hand_over(source: Path, target: Path) -> None:
 
 
 def run(run: Run) -> None:
-    prompts = prompts_of(run)
     variants, plugs = variants_of(run)
+    every = drawings(run, variants, plugs)
+    run.say("generate", f"{', '.join(variant.name for variant in variants)}: in {run.set_folder}")
     missing = []
-    for variant in variants:
-        folder, header = image_folder(run, variant.name), variant_header(run, variant, plugs, prompts)
-        if is_current(folder / "manifest.json", header):
-            run.say("generate", f"reused {folder}")
+    for drawing in every:
+        if drawing.is_complete:
+            run.say("generate", f"reused {drawing.folder}")
         else:
-            missing.append((variant, folder, header))
+            missing.append(drawing)
     if not missing:
         return
-    missing = [item for item in missing if not _reuse_teacher(run, *item)]
-    run.family.check_prompts(run.teacher.pipeline, prompts)
+    missing = [drawing for drawing in missing if not _reuse_teacher(run, drawing)]
+    run.family.check_prompts(run.teacher.pipeline, prompts_of(run))
     switch = Switch(run, plugs)
     with Progress(console=run.console, transient=True) as progress:
-        for variant, folder, header in missing:
-            switch(variant)
-            drawn = _draw_variant(run, variant, prompts, header, progress, switch.board)
-            if variant.name == "teacher":
+        for drawing in missing:
+            switch(drawing.variant)
+            drawn = _draw_variant(run, drawing, progress, switch.board)
+            name, folder = drawing.variant.name, drawing.folder
+            if name == "teacher":
                 with suppress(OSError):  # another job of the sweep was first
-                    _hand_over(folder, _teacher_cache(run, header))
-            run.say("generate", f"{variant.name}: {drawn} of {len(prompts)} pictures drawn, in {folder}")
+                    _hand_over(folder, _teacher_cache(run, drawing.header))
+            run.say("generate", f"{name}: {drawn} of {len(run.prompts)} pictures drawn, in {folder}")
     switch.restore()

@@ -29,7 +29,7 @@ from ppcl.export.quantized import (
 from ppcl.export.remote_code import add_code
 from ppcl.export.rounding import round_blocks, round_linears
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import made_of, quantized_folder, variants_of
+from ppcl.variants.variants import another_run, made_of, quantized_folder, variants_of
 
 Fit = Callable[..., None]
 
@@ -61,7 +61,7 @@ def run(run: Run) -> None:
     name = config.variant or furthest(run)
     (variant,), plugs = variants_of(run, [name])
     header = quantized_header(run, name, made_of(variant, plugs), variant.finetuned)
-    if is_current(folder / "ppcl.json", header):
+    if is_current(folder / "ppcl.json", header, another_run(run, folder, variant)):
         run.say("quantize", f"reused {folder}")
         return
     switch = Switch(run, plugs)

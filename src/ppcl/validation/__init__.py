@@ -27,8 +27,8 @@ from ppcl.validation.outputs import (
     check_import,
     check_lora,
     check_quantize,
-    has_own_prompts,
     read_prompts,
+    resolve_benchmark,
 )
 from ppcl.validation.pruning import check_budget, check_width_group, resolve_intervals
 from ppcl.validation.strategy import check_strategy, resolve_precision
@@ -79,7 +79,8 @@ def check(config: Config) -> None:
     check_options(config)
     check_strategy(config)
     method, distill = config.method, config.distill
-    one_of("benchmark.name", config.benchmark.name, benchmark_names())
+    if config.benchmark.name != "auto":
+        one_of("benchmark.name", config.benchmark.name, benchmark_names())
     one_of("method.rule", method.rule, method_names())
     if method.rule != "lp" or method.settings:
         load_method(method)  # loads torch
@@ -101,12 +102,6 @@ def check(config: Config) -> None:
         raise UsageError(f"paths.base_run={base} is no folder: give that of a run whose plugs are to be used.")
     if config.generate.prompt_file is not None:
         read_prompts(Path(config.generate.prompt_file))
-    if has_own_prompts(config) and {"evaluate", "report"} & set(config.stages):
-        key = "prompt" if config.generate.prompt is not None else "prompt_file"
-        raise UsageError(
-            f"generate.{key}={getattr(config.generate, key)} has no ground truth to score: "
-            "drop evaluate and report from stages."
-        )
     if distill.losses != {"direction": 1.0}:
         from ppcl.distill.losses import LOSSES  # loads torch
 
@@ -125,7 +120,8 @@ def check(config: Config) -> None:
                 raise UsageError(
                     f"'stages=[{stage}]' has nothing to do with distill.mode=none, which trains no students."
                 )
-        drawn = config.generate.variants if {"generate", "evaluate", "report"} & set(config.stages) else []
+        draws = {"generate", "evaluate", "report"} & set(config.stages)
+        drawn = config.generate.variants or [] if draws else []
         for variant in ("ppcl-depth", "ppcl-mixed"):
             if variant in [*drawn, config.export.variant, config.quantize.variant]:
                 raise UsageError(
@@ -141,11 +137,13 @@ def check(config: Config) -> None:
         key = f"replay={distill.replay}" if distill.replay > 1 else f"boundaries={distill.boundaries}"
         raise UsageError(f"distill.{key} means nothing without distill.from_boundaries=true.")
     if "pretrain" in config.stages:
+        resolve_benchmark(config)
         check_pretrain(config)
         return
     check_model(config)
     check_streaming(config)
     check_data(config)
+    resolve_benchmark(config)
     check_generate(config)
     if "finetune" in config.stages:
         check_adapter(config)

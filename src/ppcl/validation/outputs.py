@@ -15,6 +15,7 @@ from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.export.single_file import DTYPES, layouts
 from ppcl.families.registry import FAMILIES
+from ppcl.validation.model import is_toy
 from ppcl.validation.pruning import budget_of, resolve_width
 from ppcl.validation.values import one_of
 
@@ -40,6 +41,28 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def resolve_benchmark(config: Config) -> None:
+    """Replace `benchmark=auto` by what fits; refuse `shapes` for a model or data of another world."""
+    toy, data = is_toy(config.model), config.data.name
+    if config.benchmark.name == "auto":
+        config.benchmark.name = "shapes" if toy and data == "shapes" else "none"
+    if not {"generate", "evaluate", "report"} & set(config.stages) or has_own_prompts(config):
+        return
+    edits = FAMILIES[config.model.family].max_references > 0
+    if config.benchmark.name == "none" and (data == "none" or (edits and data != "shapes")):
+        why = "there are no captions to draw" if data == "none" else "a cache has no given pictures to draw from"
+        images = " and generate.images=[...]" if edits else ""
+        raise UsageError(
+            f"data={data}: {why}, so give generate.prompt_file=FILE, with a prompt a line,{images} or generate.prompt."
+        )
+    if config.benchmark.name == "shapes" and not (toy and data == "shapes"):
+        what = f"data={data}" if data != "shapes" else f"model={config.model.name}"
+        raise UsageError(
+            f"benchmark=shapes scores pictures of the shapes world alone, which {what} does not draw: leave it out, or "
+            "give benchmark=none."
+        )
+
+
 def check_benchmark(config: Config) -> None:
     """The benchmark's own settings, which its module knows; it is imported for nothing else yet."""
     draws = {"generate", "evaluate", "report"} & set(config.stages) and not has_own_prompts(config)
@@ -53,7 +76,7 @@ def check_generate(config: Config) -> None:
     if generate.offload != "none":
         if {*config.stages} - {"plan", "generate"}:
             raise UsageError(f"generate.offload={generate.offload} is for 'stages=[generate]' alone.")
-        if len(generate.variants) > 1:
+        if generate.variants is None or len(generate.variants) > 1:
             raise UsageError(
                 f"generate.offload={generate.offload} draws one variant a command: give generate.variants=[NAME]."
             )
@@ -74,6 +97,11 @@ def check_generate(config: Config) -> None:
         _check_picture("generate.control_image", generate.control_image)
     elif generate.control_image is not None:
         raise UsageError(f"generate.control_image={generate.control_image} needs generate.controlnet.")
+    if generate.name is not None and not re.fullmatch(r"[^\W_][\w. -]*", generate.name):
+        raise UsageError(
+            f"generate.name={generate.name} is no name of a folder: begin with a letter or a digit, and go on with "
+            "those, spaces and any of ._-"
+        )
     _check_given_images(config)
 
 
@@ -89,7 +117,7 @@ def _check_given_images(config: Config) -> None:
     images, prompts = config.generate.images, has_own_prompts(config)
     most = FAMILIES[config.model.family].max_references
     if images and not prompts:
-        raise UsageError(f"generate.images={images} needs generate.prompt: the benchmark has pictures of its own.")
+        raise UsageError(f"generate.images={images} needs generate.prompt or generate.prompt_file.")
     if prompts and not min(most, 1) <= len(images) <= most:
         wanted = "no picture" if not most else "one picture" if most == 1 else f"one to {most} pictures"
         raise UsageError(f"generate.images={images}: model.family={config.model.family} is given {wanted}.")

@@ -203,7 +203,7 @@ def check_width_group(config: Config, intervals: Intervals | None) -> None:
         check_width(config, width, intervals)
     if config.width.source == "none" and "width" in config.stages:
         raise UsageError("'stages=[width]' needs width sets: width=auto, width=from_plan or width.source=given.")
-    drawn = config.generate.variants if {"generate", "evaluate", "report"} & set(config.stages) else []
+    drawn = config.generate.variants or [] if {"generate", "evaluate", "report"} & set(config.stages) else []
     if config.width.source == "none" and "ppcl-width" in [*drawn, config.export.variant]:
         raise UsageError("variant ppcl-width needs width sets: width=auto, width=from_plan or width.source=given.")
     if not 0 < config.width.text_threshold <= 1:
@@ -229,7 +229,5 @@ def check_budget(config: Config) -> None:
     budget = budget_of(config)
     if budget is not None and budget[1] <= 0:
         raise UsageError(f"budget.{budget[0]}={budget[1]:g} must be above 0.")
-    if budget is None and "ppcl-planned" in config.generate.variants and {"generate", "evaluate"} & set(config.stages):
-        raise UsageError("generate.variants names ppcl-planned, but no budget is set: give budget.params=0.6 or alike.")
     if budget is not None and config.model.path is None:
         raise UsageError(f"budget.{budget[0]} needs measurements: set model.path to a pipeline folder.")

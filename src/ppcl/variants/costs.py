@@ -65,6 +65,20 @@ def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], tar
     return error / total
 
 
+def heldout_batches(run: Run) -> list[TrainingBatch]:
+    """`budget.num_batches` held-out batches that nothing was fitted to, on the run's device."""
+    size = run.config.distill.batch_size
+    stream = run.data.stream(run.config.data.calibration_seed, size)
+    numbers = batch_numbers(size, _FIRST_BATCH, _FIRST_BATCH + run.config.budget.num_batches)
+    return [run.data.to_device(stream(number)) for number in numbers]
+
+
+@torch.no_grad()
+def velocities(transformer: nn.Module, batches: Sequence[TrainingBatch]) -> list[Tensor]:
+    """The output of a model for each batch."""
+    return [transformer(**batch.inputs)[0] for batch in batches]
+
+
 def _losses(plugs: Plugs, name: str) -> dict[str, float]:
     """The held-out distillation loss of a plug; nothing for one that was not distilled here."""
     trained = plugs.students | plugs.projectors
@@ -77,13 +91,9 @@ class Meter:
 
     def __init__(self, run: Run, board: Plugboard) -> None:
         self.run, self.board = run, board
-        size = run.config.distill.batch_size
-        stream = run.data.stream(run.config.data.calibration_seed, size)
-        numbers = batch_numbers(size, _FIRST_BATCH, _FIRST_BATCH + run.config.budget.num_batches)
         board()
-        with torch.no_grad():
-            self.batches = [run.data.to_device(stream(number)) for number in numbers]
-            self.targets = [board.transformer(**batch.inputs)[0] for batch in self.batches]
+        self.batches = heldout_batches(run)
+        self.targets = velocities(board.transformer, self.batches)
         self.teacher_params = self._count()
         self.calls: dict[BlockKey, dict[str, Any]] = {}
         self.step = denoising_step(run)

@@ -55,12 +55,27 @@ def required_removals(run: Run) -> dict[str, tuple[str, Interval]]:
     return {removal_name(stack, pair): (stack, pair) for stack, pairs in run.intervals.items() for pair in pairs}
 
 
+def student_names(run: Run) -> list[str]:
+    """The names of the students that stand for this run's intervals, trained or not."""
+    return [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
+
+
+def projector_names(run: Run) -> list[str]:
+    """The names of the projectors of this run's width sets, trained or not."""
+    return [
+        projector_name(stack, index, kind)
+        for stack, sets in run.width.items()
+        for kind, indices in sets.items()
+        for index in indices
+    ]
+
+
 def required_students(run: Run) -> dict[str, Plug]:
     """The trained student of every interval of this run, by name; none with `distill=none`."""
     if run.config.distill.mode == "none":
         return {}
     plugs = load_plugs(run.plugs_folder)
-    names = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
+    names = student_names(run)
     missing = [name for name in names if name not in plugs]
     if missing:
         raise UsageError(f"{run.folder / 'plugs'} has no student for {', '.join(missing)}; run 'stages=[depth]' first.")
@@ -69,14 +84,9 @@ def required_students(run: Run) -> dict[str, Plug]:
     return found
 
 
-def required_projectors(run: Run) -> dict[str, Projector]:
-    """The trained projectors of this run's width sets, by name; none for `width=none`."""
-    names = [
-        projector_name(stack, index, kind)
-        for stack, sets in run.width.items()
-        for kind, indices in sets.items()
-        for index in indices
-    ]
+def required_projectors(run: Run, further: Iterable[str] = ()) -> dict[str, Projector]:
+    """The trained projectors of this run's width sets, and those named `further`, by name; none for `width=none`."""
+    names = [*dict.fromkeys([*projector_names(run), *further])]
     found = load_projectors(run.plugs_folder) if names else {}
     missing = [name for name in names if name not in found]
     if missing:

@@ -142,8 +142,30 @@ def test_the_mean_of_categories_counts_those_without_one_as_another():
     assert Scores.by_category([None, None], [1, 0]).to_json() == {"overall": 0.5}
 
 
+def test_an_interval_of_confidence_is_that_of_the_mean_of_categories():
+    assert Scores.by_category(["a"] * 8, [1] * 8).interval == pytest.approx(1.96 * (0.9 * 0.1 / 10) ** 0.5)
+    half = Scores.by_category(["a", "b"] * 8, [1] * 16).interval
+    assert half == pytest.approx(1.96 * (2 * 0.9 * 0.1 / 10) ** 0.5 / 2)
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=(4000, 10))
+    found = [Scores.by_category(["a"] * 4 + ["b"] * 6, values) for values in drawn]
+    assert np.mean([abs(scores.overall) < scores.interval for scores in found]) > 0.87
+    assert Scores.by_category(["a", "a", "b"], [0.2, 0.4, 0.6]).interval is None  # one value has no spread
+    assert "interval" not in Scores.by_category(["a"], [1]).to_json()
+
+
 def row(name="teacher", overall=0.8, params=10):
-    return ScoreRow(name, 6, params, 1.5, 2.5, Scores({"a": overall}, overall), ["blocks.1-2"], [], [])
+    return ScoreRow(
+        name=name,
+        num_layers=6,
+        params=params,
+        latency_ms=1.5,
+        peak_memory_mb=2.5,
+        scores=Scores({"a": overall}, overall),
+        students=["blocks.1-2"],
+        projectors=[],
+        removed=[],
+    )
 
 
 def test_a_row_is_read_as_it_was_written(tmp_path):

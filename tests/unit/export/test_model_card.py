@@ -143,13 +143,17 @@ def test_only_a_model_pruned_in_width_has_the_loud_label() -> None:
     assert text.index("COMFYUI") < text.index("```python")
 
 
-def row(name: str, *scores: float) -> ScoreRow:
-    single, two, overall = scores
-    return ScoreRow(name, 4, 100, 1.0, 1.0, Scores({"single_object": single, "two_object": two}, overall), [], [], [])
+def row(name: str, scores: Scores | None, **measured: float) -> ScoreRow:
+    cost = {"num_layers": 4, "params": 100, "latency_ms": 1.0, "peak_memory_mb": 1.0}
+    return ScoreRow(name=name, scores=scores, students=[], projectors=[], removed=[], **cost, **measured)
 
 
-TEACHER = row("teacher", 1.0, 0.5, 0.75)
-ROWS = [ComparedRow.beside(TEACHER, item) for item in (TEACHER, row("ppcl-depth", 0.9, 0.3, 0.6))]
+def scores(single: float, two: float, overall: float) -> Scores:
+    return Scores({"single_object": single, "two_object": two}, overall)
+
+
+TEACHER = row("teacher", scores(1.0, 0.5, 0.75))
+ROWS = [ComparedRow.beside(TEACHER, item) for item in (TEACHER, row("ppcl-depth", scores(0.9, 0.3, 0.6)))]
 EVALUATION = evaluation_section(ROWS, "share of pictures that show what the prompt asks for")
 
 
@@ -161,6 +165,28 @@ def test_the_table_has_a_row_for_each() -> None:
         "| --- | --- | --- | --- | --- |",
         "| `teacher` | 1.000 | 0.500 | 0.750 | 0.0 |",
         "| `ppcl-depth` | 0.900 | 0.300 | 0.600 | 20.0 |",
+    ]
+
+
+def test_the_table_has_intervals_and_distances_where_they_were_measured() -> None:
+    measured = {"score_interval": 0.02, "velocity_error": 0.0123, "latent_distance": 0.5}
+    rows = [TEACHER, row("ppcl-depth", scores(0.9, 0.3, 0.6), **measured)]
+    lines = evaluation_section([ComparedRow.beside(TEACHER, item) for item in rows], "share").splitlines()
+    assert lines[2].endswith("| overall | 95% interval | drop % | velocity error | latent distance |")
+    assert lines[4].endswith("| 0.750 |  | 0.0 |  |  |")
+    assert lines[5].endswith("| 0.600 | ± 0.020 | 20.0 | 0.0123 | 0.500 |")
+
+
+def test_the_table_without_a_benchmark_has_distances_alone() -> None:
+    teacher = row("teacher", None, velocity_error=0.0)
+    rows = [ComparedRow.beside(teacher, item) for item in (teacher, row("ppcl-depth", None, velocity_error=0.0123))]
+    lines = evaluation_section(rows, "").splitlines()
+    assert lines[0] == "Distance to the teacher, with equal prompts, seeds and settings:"
+    assert lines[2:] == [
+        "| variant | velocity error |",
+        "| --- | --- |",
+        "| `teacher` | 0.0000 |",
+        "| `ppcl-depth` | 0.0123 |",
     ]
 
 

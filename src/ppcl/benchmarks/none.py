@@ -1,0 +1,85 @@
+"""Pictures without a score: of the user's own prompts, or else of the captions of his held-out data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ppcl.artifacts.files import read_json
+from ppcl.benchmarks.base import Benchmark, Prompt
+from ppcl.errors import UsageError
+from ppcl.validation.outputs import has_own_prompts, read_prompts
+
+if TYPE_CHECKING:
+    from ppcl.config import Config
+    from ppcl.families.base import Family
+
+NUM_CAPTIONS = 8
+_MOST_SCENES = 1000  # that are looked through: a world may have fewer captions
+
+
+@dataclass(kw_only=True)
+class Unscored(Benchmark):
+    """`generate.prompt` or `generate.prompt_file`, or the first eight distinct captions of held-out data."""
+
+    label = "no score"
+    bounds = None
+
+    def prompts(self, family: Family, config: Config) -> list[Prompt]:
+        """Return the prompts; raises `UsageError` where the configuration has none and the data has no captions."""
+        generate = config.generate
+        if has_own_prompts(config):
+            texts = [generate.prompt] if generate.prompt is not None else read_prompts(Path(str(generate.prompt_file)))
+            given = [Image.open(path).convert("RGB") for path in generate.images]
+            return [Prompt(text, references=given) for text in texts]
+        if config.data.name == "shapes":
+            scenes = (
+                family.world.make_scene(config.data.calibration_seed, number, categories=family.categories)
+                for number in range(_MOST_SCENES)
+            )
+            return _distinct(Prompt(scene.caption, references=scene.references) for scene in scenes)
+        prompts = _distinct(map(Prompt, _captions(family, config)))
+        if not prompts:
+            raise UsageError(
+                f"data={config.data.name} has no held-out captions to draw: give generate.prompt_file=FILE, with a "
+                "prompt a line."
+            )
+        return prompts
+
+    def score(self, prompts: Sequence[Prompt], images: Iterable[Image.Image]) -> None:
+        return None
+
+    def given(self, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+        """Return digests of the files in `generate.images`, where there are any."""
+        if not has_own_prompts(config):
+            return super().given(prompts, config)
+        files = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in config.generate.images]
+        return {"images": files} if files else {}
+
+
+def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Return the first prompts of different texts."""
+    seen: set[str] = set()
+    new = (prompt for prompt in prompts if not (prompt.text in seen or seen.add(prompt.text)))  # type: ignore[func-returns-value]
+    return list(islice(new, NUM_CAPTIONS))
+
+
+def _captions(family: Family, config: Config) -> Iterator[str]:
+    """Yield the captions of held-out samples of a cache, in a fixed order; one made before they were kept has none."""
+    import torch
+
+    from ppcl.data.cached import is_held_out
+    from ppcl.data.training import TrainingData
+    from ppcl.teacher_model import TeacherModel
+
+    data = TrainingData(config, TeacherModel(config, family, torch.device("cpu")))
+    for record in sorted(data.cache_folder.glob("*-[0-9][0-9][0-9].json")):
+        for item in read_json(record, "A cache's part")["samples"]:
+            if item.get("caption") and is_held_out(item["key"], config.data.held_out):
+                yield item["caption"]

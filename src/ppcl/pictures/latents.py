@@ -1,0 +1,55 @@
+"""Final latents of drawn pictures on disk, `latents/<number of the first>.safetensors`, and how far apart two sets are.
+
+Files are read one by one: all of a set may not fit into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ppcl.artifacts.tensors import read_tensors, write_tensors
+
+
+def save_latents(folder: Path, numbers: Sequence[int], batches: Sequence[Tensor]) -> None:
+    """Write the latents of the pictures `numbers`, given in batches `[B, C, ...]`, each under its number.
+
+    Nothing is written where there is not one for each picture, as of a pipeline that decodes otherwise.
+    """
+    latents = [one for batch in batches for one in batch]
+    if len(latents) == len(numbers):
+        tensors = {_key(number): value for number, value in zip(numbers, latents, strict=True)}
+        write_tensors(folder / "latents" / f"{_key(numbers[0])}.safetensors", tensors, {})
+
+
+def latent_distance(folder: Path, teacher: Path, count: int) -> float | None:
+    """Return ||z - z_T||^2 / ||z_T - mean(z_T)||^2 over the `count` pictures of a folder and of the teacher's.
+
+    The mean is that of each channel over all pictures and positions of the teacher's. None where latents are missing.
+    """
+    error = square = total = torch.zeros((), dtype=torch.float64)
+    seen, size = 0, 0
+    for path in sorted((teacher / "latents").glob("*.safetensors")):
+        ours = folder / "latents" / path.name
+        if not ours.exists():
+            return None
+        for found, wanted in _pairs(read_tensors(ours)[0], read_tensors(path)[0]):
+            if found.shape != wanted.shape:
+                return None
+            error = error + (found - wanted).square().sum()
+            square, total = square + wanted.square().sum(), total + wanted.sum(dim=1)
+            seen, size = seen + 1, size + wanted.shape[1]
+    spread = float(square - total.square().sum() / size) if size else 0.0
+    return float(error) / spread if seen == count and spread > 0 else None
+
+
+def _pairs(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Latents `[C, positions]` of the pictures that both have, in float64."""
+    return [(ours[key].double().flatten(1), theirs[key].double().flatten(1)) for key in theirs if key in ours]
+
+
+def _key(number: int) -> str:
+    return f"{number:05d}"

@@ -1,0 +1,145 @@
+"""Sets of pictures: what is drawn from the same prompts, seed and settings lies in one folder, whatever drew it.
+
+`images/<set>/<variant>/` holds a variant's pictures, with `manifest.json` once they are complete and `unfinished.json`
+before. Both hold the header of the pictures. Nothing that lies there is ever deleted or overwritten: other settings
+make another set, and another model of the same variant takes another folder within the set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from ppcl.artifacts.files import read_json
+from ppcl.artifacts.headers import Header, fingerprint, first_difference
+from ppcl.benchmarks.base import Benchmark, Prompt
+from ppcl.config import Config
+from ppcl.errors import UsageError
+from ppcl.options import identity
+from ppcl.validation.outputs import has_own_prompts
+
+# Keys of a header that say which model drew the pictures; all others are of the set.
+_OF_MODEL = ("model", "plugs", "removed", "layout", "finetuned", "quantized")
+# The benchmark that headers do not name, as they did not when there was no other.
+_UNSAID = {"name": "shapes", "settings": {"images_per_prompt": 1}}
+_SLUG_LENGTH = 32
+
+
+def set_settings(config: Config, benchmark: Benchmark, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return what all variants of a set share, as headers hold it; `prompts` has one for each picture."""
+    texts = [prompt.text for prompt in prompts]
+    given = benchmark.given(prompts, config)
+    return {
+        "sampling": identity(config.model.sampling),
+        "seed": config.seed,
+        "batch_size": config.generate.batch_size,
+        "prompts": {"count": len(texts), "hash": fingerprint({"prompts": texts} | given)},
+        **benchmark_settings(config, benchmark),
+        **_put_on(config),
+    }
+
+
+def benchmark_settings(config: Config, benchmark: Benchmark) -> dict[str, Any]:
+    """Return the benchmark's part of a header: what tells its pictures from those of another."""
+    made_from = benchmark.made_from
+    return {} if has_own_prompts(config) or made_from == _UNSAID else {"benchmark": made_from}
+
+
+def _put_on(config: Config) -> dict[str, Any]:
+    """Return the LoRAs and the ControlNet, as a header holds them; nothing where there are none."""
+    settings, made_from = config.generate, {}
+    if settings.loras:
+        files = {Path(path).name: _digest(path) for path in settings.loras}
+        made_from["loras"] = {"files": files, "scale": settings.lora_scale, "source": config.lora.source}
+    if settings.controlnet:
+        image = _digest(str(settings.control_image))
+        made_from["controlnet"] = {"path": settings.controlnet, "scale": settings.control_scale, "image": image}
+    return made_from
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def set_folder(images: Path, config: Config, settings: Mapping[str, Any]) -> Path:
+    """Return the folder in `images` for the set of these `settings`; raises `UsageError` for a name that is taken.
+
+    It is `generate.name` where that is given, else a few letters of the first prompt with a digest of the settings, or
+    the benchmark's name. A benchmark's second set has a digest too.
+    """
+    key, name = fingerprint(settings), config.generate.name
+    if name is not None:
+        other = _other_set(images / name, settings)
+        if other is not None:
+            raise UsageError(
+                f"generate.name={name} names {images / name}, which holds other pictures ({other}): give another "
+                "generate.name=, or leave it out."
+            )
+        return images / name
+    if has_own_prompts(config):
+        return images / f"{_slug(config)}-{key[:6]}"
+    plain = images / ("captions" if config.benchmark.name == "none" else config.benchmark.name)
+    own = plain.with_name(f"{plain.name}-{key[:6]}")
+    return own if own.exists() or _other_set(plain, settings) is not None else plain
+
+
+def _slug(config: Config) -> str:
+    """Return a folder's name for the user's prompts: their file's name, or the first words of the one prompt."""
+    path = config.generate.prompt_file
+    text = Path(path).stem if path is not None else str(config.generate.prompt)
+    return re.sub(r"\W+", "-", text.lower())[:_SLUG_LENGTH].strip("-_") or "prompts"
+
+
+def _other_set(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """Say in what a set in `folder` differs from `settings`; None where there is no other.
+
+    Pictures that no record speaks of are another set only where no folder beside them is of this one.
+    """
+    unknown = ours = False
+    for variant in _visible(folder):
+        record = _record(variant)
+        if record is None:
+            unknown |= not _is_vacant(variant)
+            continue
+        made_from = record.get("made_from", {})
+        found = {key: value for key, value in made_from.items() if key not in _OF_MODEL}
+        if fingerprint(found) != fingerprint(settings):
+            return f"made with {first_difference(found, settings)}"
+        ours = True
+    return "which no manifest.json describes" if unknown and not ours else None
+
+
+def variant_folder(folder: Path, header: Header) -> Path:
+    """Return where the pictures with this header lie, or are to lie: `folder`, or one beside it if that is taken."""
+    named = folder.with_name(f"{folder.name}-{header.fingerprint[:6]}")
+    further = (named.with_name(f"{named.name}-{number}") for number in count(2))
+    for place in (folder, named):
+        record = _record(place)
+        if record is not None and record.get("fingerprint") == header.fingerprint:
+            return place
+    for place in chain((folder, named), further):
+        record = _record(place)
+        if _is_vacant(place) or (record is not None and record.get("fingerprint") == header.fingerprint):
+            return place
+    raise AssertionError("there is always a further name")
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of the pictures in a folder, complete or not; None where nothing says whose they are."""
+    for name in ("manifest.json", "unfinished.json"):
+        if (folder / name).is_file():
+            return read_json(folder / name, "The record of pictures")
+    return None
+
+
+def _visible(folder: Path) -> list[Path]:
+    """List what lies in a folder, but for temporary files of an interrupted command."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+
+
+def _is_vacant(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not _visible(folder))

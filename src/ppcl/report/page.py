@@ -1,0 +1,130 @@
+"""The report's page: what its template is given, in the order in which it is read."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ppcl.artifacts.files import read_json
+from ppcl.artifacts.scores import ComparedRow
+from ppcl.context import Run
+from ppcl.report.made import link, links_of, made_by, trainings_in_words
+from ppcl.report.sheets import Sheet
+from ppcl.report.text import MEANINGS, billions, notes_of, plugs_in_words, plugs_of, result_of, score_columns
+
+SMALL, LARGE = 256, 512  # pixels of embedded pictures: of a contact sheet, and of the user's own prompts
+
+
+def render(
+    run: Run,
+    facts: Mapping[str, Any],
+    rows: Sequence[ComparedRow],
+    plots: Mapping[str, Path],
+    compared: Sheet,
+    own: Sequence[Sheet],
+) -> str:
+    """The page as HTML that needs no other file; its links to folders of the run are relative.
+
+    `facts` are those of `report.json`, `plots` are files by what they show, `compared` are pictures of the prompts that
+    variants are compared on, and `own` are those of the user's own prompts.
+    """
+    template = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string((Path(__file__).parent / "template.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        title=f"{run.config.name}: {run.config.model.name} pruned",
+        sentence=_sentence(run, facts, rows),
+        headlines=headlines(rows),
+        plots={name: _embedded_plot(path) for name, path in plots.items() if path.exists()},
+        compared=_section(run, compared, SMALL),
+        own=[_section(run, sheet, LARGE) for sheet in own],
+        columns=score_columns(rows, details=True),
+        result=result_of([row.name for row in rows]),
+        notes=[*notes_of(rows, run.benchmark.label), *_how_measured(run)],
+        intervals_known=any(row.score_interval is not None for row in rows),
+        variants=[
+            {"name": row.name, "meaning": MEANINGS.get(row.name, ""), "plugs": plugs_in_words(plugs_of(row))}
+            for row in rows
+        ],
+        choice=_choice(facts.get("choice")),
+        trainings=trainings_in_words(facts["trainings"]),
+        commands=facts["commands"],
+        links=links_of(run),
+        intervals="\n".join(_pruned(run, facts["intervals"])),
+        versions=read_json(run.folder / "versions.json", "The versions"),
+    )
+
+
+def _sentence(run: Run, facts: Mapping[str, Any], rows: Sequence[ComparedRow]) -> str:
+    """What was pruned, with which data and how, in one sentence."""
+    teacher = next(row for row in rows if row.name == "teacher")
+    model = run.config.model
+    path = "" if model.path is None else f" ({model.path})"
+    return (
+        f"{model.name}{path}, {teacher.num_layers} blocks and {billions(teacher.params)} parameters, pruned on "
+        f"{facts['data']['words']}; {made_by(run)}; {facts['date']}, seed {facts['seed']}, ppcl {facts['version']}."
+    )
+
+
+def headlines(rows: Sequence[ComparedRow]) -> list[dict[str, str]]:
+    """The few numbers that decide: of the variant that the run was made for, beside the teacher."""
+    name = result_of([row.name for row in rows])
+    if name is None:
+        return []
+    teacher, result = (next(row for row in rows if row.name == each) for each in ("teacher", name))
+    shown = [
+        {"value": f"{teacher.num_layers} to {result.num_layers}", "label": "blocks"},
+        {"value": f"{100 * result.params_ratio:.0f}%", "label": "of the parameters"},
+        {"value": f"{teacher.latency_ms / result.latency_ms:.2f}x", "label": "speed of a denoising step"},
+    ]
+    if result.drop_percent is not None:
+        shown.append({"value": f"{result.drop_percent:.1f}%", "label": f"of the score lost by {name}"})
+    elif result.velocity_error is not None:
+        shown.append({"value": f"{result.velocity_error:.4f}", "label": f"velocity error of {name}, held-out"})
+    elif result.latent_distance is not None:
+        shown.append({"value": f"{result.latent_distance:.2f}", "label": f"latent distance of {name} to the teacher"})
+    return shown
+
+
+def _how_measured(run: Run) -> list[str]:
+    each = run.benchmark.images_per_prompt
+    pictures = f" with {each} pictures each" if each > 1 else ""
+    return [
+        f"measured over {len(run.prompts) // each} prompts{pictures}, with equal seeds and settings",
+        "step: one denoising step with guidance at batch 1, variants take turns while timed",
+    ]
+
+
+def _choice(choice: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The budget as it is typed, and what its plan has plugged in."""
+    if choice is None:
+        return None
+    key, value, _ = choice["budget"]
+    return {"budget": f"budget.{key}={value:g}", "plugs": plugs_in_words(choice["plugged"])}
+
+
+def _section(run: Run, sheet: Sheet, largest: int) -> dict[str, Any]:
+    return {
+        "name": sheet.folder.name,
+        "href": link(run, sheet.folder),
+        "remark": sheet.remark,
+        "captions": sheet.captions,
+        "rows": sheet.cells(largest),
+        "judged": sheet.judged,
+    }
+
+
+def _embedded_plot(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _pruned(run: Run, intervals: Mapping[str, list[list[int]]]) -> list[str]:
+    """List the intervals and width sets, a line per stack and kind."""
+    lines = [f"{stack}: " + " ".join(f"[{u}, {v}]" for u, v in pairs) for stack, pairs in intervals.items()]
+    for stack, sets in run.width.items():
+        lines += [f"{stack} without {kind}: " + " ".join(map(str, indices)) for kind, indices in sets.items()]
+    return lines

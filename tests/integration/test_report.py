@@ -1,0 +1,130 @@
+"""The report's page says what the reader who decides needs, in that order, with and without a benchmark."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pytest
+from commands import BATCH, succeed
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ppcl.context import Run
+from ppcl.report.made import data_of
+from ppcl.validation import parse
+
+ORDER = ["Pictures", "Variants", "How it was made", "Diagnosis"]
+
+
+def page_of(run: Path) -> str:
+    return unescape((run / "report" / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def copy(chain: Path, chain_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A copy of that run, and the command that writes its report again."""
+    runs = tmp_path_factory.mktemp("report")
+    shutil.copytree(chain, runs / "chain")
+    kept = [argument for argument in chain_command if not argument.startswith(("stages=", "paths.runs_dir="))]
+    return runs / "chain", [*kept, f"paths.runs_dir={runs}", f"paths.cache_dir={chain.parent / 'cache'}"]
+
+
+def change_scores(run: Path, **changes: object) -> None:
+    for path in (run / "scores").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_page_is_in_the_order_of_what_matters(chain: Path, teacher: Path) -> None:
+    page = page_of(chain)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ORDER
+    (sentence,) = re.findall(r'<p class="lead">(.*?)</p>', page)
+    for said in (str(teacher), "6 blocks", "the shapes world: 32x32 toy pictures", "method ppcl", "seed 42"):
+        assert said in sentence
+    assert page.index("<table>") < page.index("cka and delta curves")
+
+
+def test_the_page_tells_how_it_was_made(chain: Path) -> None:
+    page = page_of(chain)
+    cost = json.loads((chain / "training" / "depth.json").read_text())
+    assert f"<td>depth</td><td>{cost['steps']}</td>" in page
+    report = json.loads((chain / "report" / "report.json").read_text())
+    assert report["trainings"]["depth"] == cost
+    again = next(iter(report["commands"].values()))
+    assert again in page
+    first, run, *settings, stages = shlex.split(again)
+    assert (first, run) == ("ppcl", f"run={chain}")
+    assert f"generate.batch_size={BATCH}" in settings
+    assert stages == "stages=[probe,detect,depth,export,generate,evaluate,report]"
+    assert report["data"]["name"] == "shapes"
+
+
+def test_every_variant_is_explained_with_its_plugs(chain: Path) -> None:
+    page = page_of(chain)
+    pairs = json.loads((chain / "plan" / "plan.json").read_text())["intervals"]["transformer_blocks"]
+    names = ", ".join(f"{u}-{v}" for u, v in pairs)
+    assert f"<div>students in transformer_blocks: {names}</div>" in page
+    assert f"<div>cut to their first block in transformer_blocks: {names}</div>" in page
+
+
+def test_the_users_own_prompts_are_shown(copy: tuple[Path, list[str]]) -> None:
+    run, command = copy
+    assert "Your prompts" not in page_of(run)
+    drawn = ["generate.prompt='a <b>red</b> circle'", "generate.variants=[teacher,ppcl-depth]", "seed=7"]
+    succeed(*command, *drawn, "stages=[generate]")
+    succeed(*command, "stages=[report]")
+    text = (run / "report" / "report.html").read_text(encoding="utf-8")
+    mine = text.partition("Your prompts")[2].partition("<h2>")[0]
+    assert mine.count("<img") == 2
+    assert "a &lt;b&gt;red&lt;/b&gt; circle" in mine
+    assert "seed 7" in mine
+    (target,) = re.findall('href="(.*?)"', mine)
+    assert (run / "report" / target / "teacher" / "manifest.json").exists()
+
+
+def test_scores_have_their_intervals(copy: tuple[Path, list[str]]) -> None:
+    run, command = copy
+    change_scores(run, score_interval=0.034, velocity_error=0.25, latent_distance=None)
+    succeed(*command, "stages=[report]")
+    page = page_of(run)
+    assert re.search(r"<td>\d\.\d{3} ± 0\.03</td>", page)
+    assert "<td>0.2500</td>" in page
+    assert "latent" not in page
+    assert json.loads((run / "report" / "report.json").read_text())["variants"][0]["velocity_error"] == 0.25
+
+
+def test_a_run_without_a_benchmark_has_a_page(copy: tuple[Path, list[str]]) -> None:
+    run, command = copy
+    change_scores(run, scores=None, score_interval=None, velocity_error=0.25, latent_distance=1.5)
+    (run / "report" / "quality.png").unlink()
+    succeed(*command, "stages=[report]")
+    page = page_of(run)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ORDER
+    assert "<th>score</th>" not in page
+    assert "<b>0.2500</b>velocity error of ppcl-depth" in page
+    assert "<td>1.500</td>" in page
+    assert (run / "report" / "quality.png").exists()
+    assert all(
+        row["drop_percent"] is None for row in json.loads((run / "report" / "report.json").read_text())["variants"]
+    )
+
+
+def test_own_data_is_named_and_counted(settings: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    lines = [json.dumps({"image": f"{number}.png", "caption": "a red circle"}) for number in range(5)]
+    (source / "metadata.jsonl").write_text("\n".join(lines))
+    for number in range(4):  # one is not there
+        Image.new("RGB", (40, 40)).save(source / f"{number}.png")
+    data = ["data=folder", f"data.path={source}", "data.held_out=0.4"]
+    succeed(*settings, f"paths.runs_dir={tmp_path}", "name=own", *data, "stages=[cache]")
+    config = parse(OmegaConf.load(tmp_path / "own" / "config.yaml"))
+    found = data_of(Run(config, tmp_path / "own"))
+    assert found["samples"] == 4
+    assert found["words"] == f"4 captioned pictures of {source}, 40% of them held out"
+    (source / "metadata.jsonl").unlink()
+    assert data_of(Run(config, tmp_path / "own"))["words"] == f"captioned pictures of {source}, 40% of them held out"

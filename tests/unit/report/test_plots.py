@@ -1,0 +1,50 @@
+"""Plots that a reader can tell apart: names beside points, and axes that fit what was measured."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.text import Annotation, Text
+from PIL import Image
+from scored import MEASURED, SCORES, compared
+
+from ppcl.report.plots import contact_sheet, label_points, quality_against_size
+
+NAMES = ["teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned"]
+
+
+@pytest.mark.parametrize("place", [(50.0, 0.5), (0.0, 0.0), (100.0, 1.0)])
+def test_names_of_variants_that_score_alike_do_not_collide(place: tuple[float, float]) -> None:
+    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    axis.set(xlim=(-12, 112), ylim=(-0.05, 1.05))
+    label_points(axis, NAMES, [(*place, 0.02)] * len(NAMES))
+    figure.canvas.draw()
+    labels = [text for text in axis.texts if isinstance(text, Annotation)]
+    assert [label.get_text() for label in labels] == NAMES
+    boxes = [Text.get_window_extent(label) for label in labels]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 for box in boxes)
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("rows", "drawn"),
+    [
+        (compared(SCORES, **MEASURED), True),
+        (compared(dict.fromkeys(SCORES), velocity_error=0.1), True),
+        (compared(dict.fromkeys(SCORES), latent_distance=0.1), True),
+        (compared(dict.fromkeys(SCORES)), False),
+    ],
+)
+def test_quality_is_whatever_was_measured(rows: list, drawn: bool, tmp_path: Path) -> None:
+    assert quality_against_size(tmp_path / "quality.png", rows, (0.0, 1.0)) == drawn
+    assert (tmp_path / "quality.png").exists() == drawn
+
+
+def test_a_contact_sheet_of_one_picture(tmp_path: Path) -> None:
+    contact_sheet(tmp_path / "sheet.png", {"teacher": [Image.new("RGB", (8, 8))]}, ["a prompt"], {})
+    with Image.open(tmp_path / "sheet.png") as image:
+        image.verify()

@@ -1,0 +1,81 @@
+"""Words and tables that stages, the report's page and the terminal share."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from scored import MEASURED, SCORES, compared
+
+from ppcl.config import STORED_VARIANTS
+from ppcl.report.text import (
+    MEANINGS,
+    duration,
+    notes_of,
+    plugs_in_words,
+    plugs_of,
+    result_of,
+    score_columns,
+    score_table,
+)
+
+
+def test_the_terminals_table_of_a_large_model_has_at_most_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(score_table(compared(SCORES, **MEASURED)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 2 + len(SCORES)  # a heading of two lines
+    assert max(map(len, lines)) <= 80
+    assert "ppcl-finetuned" in lines[-1]
+
+
+def test_a_score_has_its_interval() -> None:
+    columns = score_columns(compared(SCORES, **MEASURED), details=True)
+    assert columns["score"][0] == "0.878 ± 0.03"
+    assert columns["two\nobject"][0] == "0.44"
+    assert columns["drop\n%"] == ["0.0", "0.0", "0.0", "100.0"]
+    assert columns["velocity\nerror"][0] == "0.0123"
+    assert columns["latent\ndistance"][0] == "0.568"
+    assert columns["of the\nteacher"][-1] == "48.9%"
+    assert score_columns(compared(SCORES))["score"][0] == "0.878"
+
+
+def test_columns_without_a_value_are_left_out() -> None:
+    assert "velocity\nerror" not in score_columns(compared(SCORES))
+    rows = compared(dict.fromkeys(SCORES), velocity_error=0.0)
+    columns = score_columns(rows, details=True)
+    assert not {"score", "drop\n%", "two\nobject", "latent\ndistance"} & columns.keys()
+    assert columns["velocity\nerror"] == ["0.0000"] * 4  # nought is a value
+
+
+def test_notes_speak_of_what_the_table_has() -> None:
+    assert [note.partition(":")[0] for note in notes_of(compared(SCORES), "share")] == ["score", "drop"]
+    unscored = notes_of(compared(dict.fromkeys(SCORES), velocity_error=0.1, latent_distance=0.1), "share")
+    assert [note.partition(":")[0] for note in unscored] == ["velocity error", "latent distance"]
+
+
+def test_every_variant_is_explained() -> None:
+    assert MEANINGS.keys() == {*STORED_VARIANTS}
+
+
+def test_a_run_is_about_its_furthest_variant() -> None:
+    assert result_of(["teacher", "removed", "ppcl-depth", "ppcl-planned", "ppcl-finetuned"]) == "ppcl-finetuned"
+    assert result_of(["teacher", "removed", "ppcl-depth", "ppcl-mixed"]) == "ppcl-depth"
+    assert result_of(["teacher", "removed"]) == "removed"
+    assert result_of(["teacher"]) is None
+
+
+def test_plugs_are_told_by_stack() -> None:
+    rows = compared(SCORES)
+    assert plugs_in_words(plugs_of(rows[0])) == []
+    assert plugs_in_words(plugs_of(rows[1])) == ["cut to their first block in transformer_blocks: 3-5"]
+    names = ["encoder.blocks.1-2", "encoder.blocks.4-6", "b.7.ffn", "b.8.ffn", "b.8.text"]
+    assert plugs_in_words(names) == [
+        "students in encoder.blocks: 1-2, 4-6",
+        "projectors for FFNs in b: 7, 8",
+        "projectors for text streams in b: 8",
+    ]
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 48.2, 837, 9000)] == ["0 s", "48 s", "14 min", "2 h 30 min"]
