@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ from ppcl.launch import is_first
 from ppcl.layers import Layout
 from ppcl.options import identity
 from ppcl.pictures.sets import set_folder, set_settings
+from ppcl.progress import Item, heading, track
 from ppcl.teacher_model import TeacherModel
 from ppcl.validation.model import num_layers
 from ppcl.validation.outputs import has_own_prompts
@@ -50,7 +52,16 @@ class Run:
         return self.config.strategy.kind == "single" or is_first()
 
     def say(self, stage: str, text: str) -> None:
-        self.console.print(f"[bold cyan]{stage:>9}[/]  {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(heading(stage) + escape(text), highlight=False, soft_wrap=True)
+
+    @property
+    def progress_console(self) -> Console:
+        """The console that progress is shown on: a silent one with `trainer.progress=false`."""
+        return self.console if self.config.trainer.progress else Console(quiet=True)
+
+    def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+        """Yield `items` and show how many of `total` are done, by default of all of them."""
+        return track(items, description, total, console=self.progress_console)
 
     def record_versions(self) -> None:
         """Write `versions.json`: what this run was made with."""
@@ -145,8 +156,10 @@ class Run:
         return self.base / "plan" / "plan.json"
 
     @property
-    def costs_path(self) -> Path:
-        return self.base / "plan" / ("costs-removed.json" if self.config.distill.mode == "none" else "costs.json")
+    def costs_paths(self) -> tuple[Path, Path]:
+        """Measured costs of plugs: where this run writes them, and where the run it is based on may have them."""
+        name = "costs-removed.json" if self.config.distill.mode == "none" else "costs.json"
+        return self.folder / "plan" / name, self.base / "plan" / name
 
     @property
     def plugs_folder(self) -> Path:

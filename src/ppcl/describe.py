@@ -15,7 +15,8 @@ def describe(run: Run) -> None:
     if "pretrain" in run.config.stages:  # there is no model yet
         return
     run.say("model", describe_model(run))
-    if any(STAGES[stage].data or stage == "cache" for stage in run.config.stages):
+    reads = any(STAGES[stage].data or stage == "cache" for stage in run.config.stages)
+    if reads and run.config.data.name != "none":  # a student learns from boundaries without any data
         run.say("data", describe_data(run))
 
 

@@ -32,7 +32,7 @@ def both_ways(command: list[str]) -> Path:
     """With an online training, boundaries, and a training from them."""
     succeed(*command, "name=online", "stages=[depth]")
     outcome = succeed(*command, "name=written", "stages=[boundaries]")
-    assert "GB for 10 steps" in outcome.out
+    assert "MB for 10 steps" in outcome.out
     succeed(*command, "name=offline", "stages=[depth]", FROM)
     return Path(next(a for a in reversed(command) if a.startswith("paths.runs_dir=")).partition("=")[2])
 
@@ -95,6 +95,23 @@ def test_written_again_nothing_changes(command: list[str], runs: Path) -> None:
     assert digests(folder_of(runs)) == before
 
 
+def test_the_folder_above_names_the_set_that_fits(command: list[str], runs: Path, tmp_path: Path) -> None:
+    """Nobody has to copy a fingerprint; where two sets fit, the sentence names both."""
+    shutil.copytree(runs / "cache" / "boundaries", tmp_path / "sets")
+    (whole,) = (tmp_path / "sets").iterdir()
+    half = tmp_path / "sets" / "half"  # of a run that was killed
+    shutil.copytree(whole, half, ignore=shutil.ignore_patterns("boundaries.json"))
+    given = [*command, FROM, f"paths.runs_dir={tmp_path}", f"distill.boundaries={tmp_path / 'sets'}", "stages=[depth]"]
+    succeed(*given, "name=above")
+    assert_same_tensors(plug_tensors(tmp_path / "above"), plug_tensors(runs / "online"))
+    refused = ppcl(*given, "name=none", "distill.batch_size=5")
+    assert f"{whole} was written with distill.batch_size=4, not 5" in refused.err
+    shutil.copy(whole / "boundaries.json", half)
+    refused = ppcl(*given, "name=two")
+    assert f"holds 2 sets of boundaries that fit ({whole.name}, half)" in refused.err
+    succeed(*given, f"distill.boundaries={whole}", "name=two")
+
+
 @pytest.mark.parametrize("pattern", ["*/train-0000.json", "*/train-0001.safetensors", "*/boundaries.json"])
 def test_killed_and_resumed_they_are_the_same(command: list[str], runs: Path, tmp_path: Path, pattern: str) -> None:
     arguments = [*command, f"paths.runs_dir={tmp_path}", "name=killed", "stages=[boundaries]"]
@@ -110,7 +127,7 @@ def test_killed_and_resumed_they_are_the_same(command: list[str], runs: Path, tm
 def test_replayed_steps_come_round_again(command: list[str], runs: Path, tmp_path: Path) -> None:
     replay = [f"paths.runs_dir={tmp_path}", "distill.replay=3"]
     outcome = succeed(*command, *replay, "name=replayed", "stages=[boundaries]")
-    assert "GB for 4 steps" in outcome.out
+    assert "MB for 4 steps" in outcome.out
     succeed(*command, *replay, FROM, "name=replayed", "stages=[depth]")
     replayed, online = plug_tensors(tmp_path / "replayed"), plug_tensors(runs / "online")
     assert replayed.keys() == online.keys()
@@ -147,5 +164,5 @@ def test_a_full_disk_is_seen_after_one_step(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     outcome = ppcl(*command, f"paths.runs_dir={tmp_path}", "name=full", "stages=[boundaries]")
     assert outcome.code == 2
-    assert "GB free" in outcome.err
+    assert "1.00 KB free" in outcome.err
     assert not list(tmp_path.rglob("train-*"))

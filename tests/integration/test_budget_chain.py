@@ -192,6 +192,24 @@ def test_the_tuned_model_is_the_planned_one_with_other_weights(planned: Path, bo
     assert len(changed) > 0.9 * len(tuned)
 
 
+def test_tuning_tells_and_records_what_it_gained(
+    planned: Path, options: list[str], board: Plugboard, tmp_path: Path
+) -> None:
+    """The error before is that of the planned model, measured on the batches that plans are measured on."""
+    for folder in ("plan", "plugs"):
+        shutil.copytree(planned / folder, tmp_path / "budget" / folder)
+    said = succeed(*options, f"paths.runs_dir={tmp_path}", f"budget.params={BUDGET}", FINETUNE).out
+    record = load(tmp_path / "budget" / "finetuned" / "ppcl.json")
+    errors = record["velocity_error"]
+    assert f"held-out velocity error {errors['before']:.4f} -> {errors['after']:.4f}" in said
+    assert errors == load(planned / "finetuned" / "ppcl.json")["velocity_error"]
+    assert record["fingerprint"] == load(planned / "finetuned" / "ppcl.json")["fingerprint"]
+    chosen = set(load(planned / "plan" / "choice.json")["plugged"])
+    points = load(planned / "plan" / "costs.json")["frontier"]["velocity"]
+    measured = [point["velocity_error"] for point in points if set(point["plugged"]) == chosen]
+    assert all(errors["before"] == pytest.approx(value, rel=1e-4) for value in measured)
+
+
 def test_export_takes_the_tuned_model(planned: Path) -> None:
     exported = load(planned / "export" / "ppcl.json")
     assert exported["variant"] == "ppcl-finetuned"
@@ -277,10 +295,47 @@ def test_distillation_losses_may_be_the_cost(again: list[str], tmp_path: Path) -
     assert choice["predicted_error"] == pytest.approx(losses)
 
 
-@pytest.mark.parametrize(
-    "budget", ["budget.params=0.05", "budget.params=1000", "budget.latency_ratio=1000", "budget.memory_gb=1e-6"]
-)
-def test_a_budget_out_of_reach_names_the_range(again: list[str], tmp_path: Path, budget: str) -> None:
+@pytest.mark.parametrize("budget", ["params=1", "params=1e12", "latency_ratio=1000", "memory_gb=1000"])
+def test_a_budget_larger_than_the_model_plugs_nothing_in(again: list[str], tmp_path: Path, budget: str) -> None:
+    outcome = succeed(*again, f"budget.{budget}", PLAN)
+    assert load(tmp_path / "budget" / "plan" / "choice.json")["plugged"] == []
+    assert "nothing to plug in: the teacher fits the budget" in outcome.out
+
+
+def test_the_frontier_is_printed_when_it_is_measured(planned: Path, again: list[str], tmp_path: Path) -> None:
+    """Later only the choice, with what was reused and what was written."""
+    (tmp_path / "budget" / "plan" / "costs.json").unlink()
+    first = succeed(*again, f"budget.params={BUDGET}", PLAN).out
+    assert "velocity error" in first
+    assert "at equal size, plans by budget.cost=velocity have" in first
+    again_said, other = (succeed(*again, f"budget.params={value}", PLAN).out for value in (BUDGET, 0.8))
+    assert "plan  wrote" not in again_said
+    assert again_said.count("plan  reused") == 2
+    assert "choice.json and frontier.png" in again_said
+    assert other.count("plan  wrote") == 1
+    assert "velocity error" not in again_said + other
+
+
+def test_measured_costs_of_another_setting_are_kept_or_replaced_as_the_sentence_says(
+    again: list[str], tmp_path: Path
+) -> None:
+    budget, changed = f"budget.params={BUDGET}", "budget.num_batches=2"
+    before = digests(tmp_path / "budget" / "plan")
+    outcome = ppcl(*again, budget, changed, PLAN)
+    assert outcome.code == 2
+    assert "num_batches=4, now 2" in outcome.err
+    advice = re.search(r"add (name=OTHER paths\.base_run=\S+) to measure beside them, or delete that file", outcome.err)
+    assert advice, outcome.err
+    succeed(*again, budget, changed, PLAN, *advice[1].split())
+    assert (tmp_path / "OTHER" / "plan" / "costs.json").exists()
+    assert digests(tmp_path / "budget" / "plan") == before
+    (tmp_path / "budget" / "plan" / "costs.json").unlink()
+    succeed(*again, budget, changed, PLAN)
+    assert load(tmp_path / "budget" / "plan" / "costs.json")["made_from"]["num_batches"] == 2
+
+
+@pytest.mark.parametrize("budget", ["budget.params=0.05", "budget.params=1000", "budget.memory_gb=1e-6"])
+def test_a_budget_out_of_reach_names_the_least(again: list[str], tmp_path: Path, budget: str) -> None:
     before = digests(tmp_path / "budget")
     outcome = ppcl(*again, budget, PLAN)
     assert outcome.code == 2
@@ -293,8 +348,7 @@ def test_a_budget_out_of_reach_names_the_range(again: list[str], tmp_path: Path,
     if measure != "latency_ratio":  # where noise may make a plug cost time
         least = whole - savings(costs, [*PLUG_NAMES, *PROJECTORS], measure)
         written = f"{least / whole:.3f}" if measure == "params" else f"{least:.3g}"
-        assert f"from {written} " in outcome.err
-    assert "from " in outcome.err
+        assert f"with every plug in, {written} " in outcome.err
     assert digests(tmp_path / "budget") == before
 
 

@@ -18,12 +18,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ppcl.config import DataConfig
-from ppcl.data.cached import CachedStream, read_entries
+from ppcl.data.cached import CachedStream, held_out_keys, held_out_share, read_entries
 from ppcl.data.worlds import shapes
+from ppcl.errors import UsageError
 from ppcl.families.registry import get_family
 
 SHARDS, PER_SHARD = 3, 20
-BAD = ("no caption", "no picture", "does not decode", "below data.min_text_accuracy", "its .json is none")
+BAD = ("no caption", "no picture", "does not decode", "below data.min_text_accuracy", "its .json does not read as JSON")
 
 
 def scene_of(number: int) -> shapes.Scene:
@@ -140,6 +141,89 @@ def test_a_stream_is_its_seed_and_step_and_epochs_differ(cached: Path, teacher: 
     assert 0.35 < empty.float().mean() < 0.65
 
 
+def stream_of(cached: Path, batch_size: int, *, held_out: bool, share: float | None = 0.3) -> CachedStream:
+    """A stream of the cache of sixty, whose source is said to be PICTURES."""
+    config = DataConfig(name="webdataset", path="PICTURES", held_out=share)
+    return CachedStream(get_family("qwen_image", {}), cached, config, 5, batch_size, held_out=held_out)
+
+
+def test_a_batch_larger_than_any_size_has_pictures_several_times(cached: Path, teacher: Path) -> None:
+    """Each as often as the others in an epoch, in batches of one size, and each time with noise of its own."""
+    pipeline = DiffusionPipeline.from_pretrained(teacher)
+    config = DataConfig(name="webdataset", held_out=0.3)
+    family = get_family("qwen_image", pipeline.transformer.config)
+    stream = CachedStream(family, cached, config, 5, 48, held_out=False)
+    samples = [entry for entries in stream.buckets.values() for entry in entries]
+    assert len(stream.buckets) == 2
+    assert stream.steps_per_epoch == len(samples) < 48
+    batches = [stream.entries(step) for step in range(stream.steps_per_epoch)]
+    assert all(len(batch) == 48 and len({entry.size for entry in batch}) == 1 for batch in batches)
+    drawn = [entry.key for batch in batches for entry in batch]
+    assert {key: drawn.count(key) for key in drawn} == dict.fromkeys([entry.key for entry in samples], 48)
+    keys = [entry.key for entry in batches[0]]
+    first, second = (row for row, key in enumerate(keys) if key == keys[0] and keys[:row].count(key) < 2)
+    batch = stream(0)
+    assert batch.sigmas[first] != batch.sigmas[second]
+    assert not torch.equal(batch.target[first], batch.target[second])
+    assert stream.entries(stream.steps_per_epoch) != batches[0]
+
+
+def test_sizes_that_fill_a_batch_have_no_picture_twice(cached: Path) -> None:
+    """What fills none is left out then, as ever: batches of large sets are the same as they always were."""
+    stream = stream_of(cached, 20, held_out=False)
+    sizes = sorted(len(entries) for entries in stream.buckets.values())
+    assert sizes[0] < 20 <= sizes[1]
+    assert stream.steps_per_epoch == 1
+    assert len({entry.key for entry in stream.entries(0)}) == 20
+
+
+@pytest.mark.parametrize(
+    ("count", "share"), [(1, 0.2), (160, 0.2), (200, 0.16), (1600, 0.02), (1_000_000, 0.02), (0, 0.2)]
+)
+def test_by_default_32_samples_are_held_out_within_bounds(count: int, share: float) -> None:
+    assert held_out_share(DataConfig(held_out=None), count) == share
+    assert held_out_share(DataConfig(held_out=0.07), count) == 0.07
+
+
+def test_one_sample_is_held_out_where_chance_gives_none(cached: Path) -> None:
+    kept, rest = (stream_of(cached, 1, held_out=held, share=1e-9) for held in (True, False))
+    assert (kept.steps_per_epoch, rest.steps_per_epoch) == (1, 59)
+    (entry,) = kept.entries(0)
+    # The first one that a larger share would take.
+    assert all(entry.key in held_out_keys([e.key for e in read_entries(cached)], share) for share in (0.02, 0.1, 0.5))
+
+
+def test_only_an_empty_set_is_refused(cached: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.held_out=0\.999999 keeps all 60 samples of data\.path=PICTURES"):
+        stream_of(cached, 4, held_out=False, share=0.999999)
+    shutil.copy(cached / "empty.safetensors", tmp_path)
+    with pytest.raises(UsageError, match=r"data\.path=PICTURES has no sample that could be used"):
+        stream_of(tmp_path, 4, held_out=True)
+
+
+def test_a_few_pictures_go_through_probes_and_training(command: list[str], tmp_path: Path) -> None:
+    """With the default share, which artifacts carry as the number that it comes to."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    rows = ["image,caption"]
+    for number in range(9):
+        (folder / f"{number}.png").write_bytes(png(scene_of(number)))
+        rows.append(f"{number}.png,{scene_of(number).caption}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    settings = [a for a in command if not a.startswith(("data", "paths.runs_dir"))]
+    few = [*settings, "data=folder", f"data.path={folder}", f"paths.runs_dir={tmp_path}", "name=few", INTERVALS]
+    large = ["probe.batch_size=32", "distill.batch_size=16", "stages=[cache,probe,depth]"]
+    assert "9 samples of 1 unit cached" in succeed(*few, *large).out
+    record = json.loads((tmp_path / "few" / "plugs" / "transformer_blocks.1-2.json").read_text())
+    assert record["made_from"]["data"]["held_out"] == 0.2
+    assert succeed(*few, *large, "data.held_out=0.2").out.count("reused") == 3
+    outcome = ppcl(*few, *large, "data.held_out=0.02")
+    assert outcome.code == 2
+    assert "data.held_out=0.2, now 0.02" in outcome.err
+    outcome = ppcl(*few, f"paths.cache_dir={tmp_path / 'none'}", "stages=[probe]")
+    assert "run 'stages=[cache]' first" in outcome.err
+
+
 def test_every_training_runs_without_encoders(command: list[str], cached: Path, teacher: Path, tmp_path: Path) -> None:
     """From a folder that has none of them any more, and the cache alone."""
     bare = tmp_path / "bare"
@@ -224,7 +308,7 @@ def test_a_table_does_as_well(command: list[str], tmp_path: Path, kind: str) -> 
     arguments = [a for a in command if a != "data=webdataset"]
     arguments += ["data=folder", f"data.path={tmp_path}", f"paths.runs_dir={tmp_path / 'runs'}", "name=table"]
     outcome = succeed(*arguments, "stages=[cache]")
-    assert "5 samples of 1 units cached, 1 left out" in outcome.out
+    assert "5 samples of 1 unit cached, 1 left out" in outcome.out
     assert "pictures/5.png: its file cannot be read" in outcome.out
     captions = [
         item["caption"]
@@ -273,7 +357,7 @@ def test_a_full_disk_is_seen_before_anything_is_encoded(
     arguments = [*command, f"paths.runs_dir={tmp_path}", "name=full", "stages=[cache]"]
     outcome = ppcl(*arguments)
     assert outcome.code == 2
-    assert "GB free" in outcome.err
+    assert "KB free" in outcome.err
     assert read_entries(cache_of(arguments)) == []
 
 

@@ -84,7 +84,7 @@ def command(family: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def cached(command: list[str]) -> Path:
     outcome = succeed(*command, "name=cache", "stages=[cache]")
-    assert f"{SAMPLES} samples of 1 units cached, 2 left out" in outcome.out
+    assert f"{SAMPLES} samples of 1 unit cached, 2 left out" in outcome.out
     assert "no-given: no given picture: none of given0, given1" in outcome.out
     assert "broken: its picture does not decode" in outcome.out
     (folder,) = Path(command[-1].partition("=")[2]).glob("cache/data/*")
@@ -153,7 +153,7 @@ def test_a_table_does_as_well(family: str, command: list[str], cached: Path) -> 
     arguments = [a for a in command if a != "data=webdataset"]
     arguments += ["data=folder", f"data.path={table}", "data.given=[edit_image]", f"paths.runs_dir={table / 'runs'}"]
     outcome = succeed(*arguments, "name=table", "stages=[cache]")
-    assert f"{SAMPLES} samples of 1 units cached, 1 left out" in outcome.out
+    assert f"{SAMPLES} samples of 1 unit cached, 1 left out" in outcome.out
     assert "given pictures; the model takes" in outcome.out
     (folder,) = (table / "runs" / "cache" / "data").iterdir()
     assert [entry.given for entry in read_entries(folder)] == [entry.given for entry in read_entries(cached)]

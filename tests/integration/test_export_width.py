@@ -131,6 +131,54 @@ def plugged(teacher: Path, pruned: Path) -> np.ndarray:
     return images
 
 
+def as_teacher(command: list[str], folder: Path, *arguments: str) -> list[str]:
+    """The command with the pipeline in `folder` for its teacher, and no width sets."""
+    ours = ("model.path", "width", "name=", "intervals")
+    return [*(a for a in command if not a.startswith(ours)), f"model.path={folder}", "name=again", *arguments]
+
+
+@pytest.mark.parametrize(
+    "stage", ["probe", "detect", "boundaries", "depth", "width", "plan", "finetune", "export", "quantize"]
+)
+def test_it_is_not_pruned_again_and_the_sentence_says_what_is(
+    command: list[str], pruned: Path, teacher: Path, stage: str
+) -> None:
+    extra = {"width": ["width=auto"], "quantize": ["quantize=int8"]}.get(stage, [])
+    outcome = ppcl(*as_teacher(command, pruned / "export", f"stages=[{stage}]", *extra))
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert f"'stages=[{stage}]' cannot prune model.path={pruned / 'export'}" in outcome.err
+    assert "PrunedQwenImageTransformer2DModel" in outcome.err
+    advised = outcome.err.partition("set model.path to its teacher, ")[2].partition(",")[0]
+    assert Path(advised) == teacher  # which is what the run pruned
+    assert not (pruned.parent / "again").exists()
+
+
+def test_it_is_drawn_and_scored_like_any_model(command: list[str], pruned: Path, tmp_path: Path) -> None:
+    runs = [f"paths.runs_dir={tmp_path}", "generate.variants=[teacher]", "stages=[generate,evaluate]"]
+    succeed(*as_teacher(command, pruned / "export", *runs))
+    scores = json.loads((tmp_path / "again" / "scores" / "teacher.json").read_text())
+    weights, _ = read_tensors(pruned / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert scores["params"] == sum(value.numel() for value in weights.values())
+
+
+def test_an_export_pruned_in_depth_alone_is_pruned_again(command: list[str], pruned: Path, tmp_path: Path) -> None:
+    """With blocks counted in the model that is given, and parameters that are those of what comes out."""
+    runs = [f"paths.runs_dir={tmp_path}", f"paths.base_run={pruned}", INTERVALS, "width=none", "stages=[export]"]
+    succeed(*(a for a in command if not a.startswith("width")), *runs, "export.variant=ppcl-depth")
+    first = tmp_path / "width" / "export"
+    again = ["intervals.transformer_blocks=[[1,2]]", f"paths.runs_dir={tmp_path}", "stages=[plan,depth,export]"]
+    succeed(*as_teacher(command, first, *again))
+    plan = json.loads((tmp_path / "again" / "plan" / "plan.json").read_text())
+    assert plan["num_layers"] == {"transformer_blocks": 4}
+    sizes = []
+    for folder in (first, tmp_path / "again" / "export"):
+        weights, _ = read_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        sizes.append(sum(value.numel() for value in weights.values()))
+        assert json.loads((folder / "transformer" / "config.json").read_text())["num_layers"] in (3, 4)
+    assert sizes == [plan["parameters"]["teacher"], plan["parameters"]["student"]]
+
+
 def test_with_ppcl_no_flag_is_needed_and_it_can_be_saved_again(
     pruned: Path, plugged: np.ndarray, tmp_path: Path
 ) -> None:

@@ -70,13 +70,14 @@ def test_every_stage_is_quiet(settings: list[str], lora: Path, tmp_path: Path) -
     commands = [
         counting,
         [*settings, f"paths.runs_dir={tmp_path}", "name=detected", "stages=[probe,detect]"],
-        [*common, "name=whole", *given, stages],
+        [*common, "name=whole", "trainer.progress=true", *given, stages],
         [*common, "name=recovery", *recovery],
         [*common, "name=drawn", *drawing],
     ]
     done = ppcl_process(json.dumps(commands), python=COMMANDS, anew=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    assert "\n\n" not in done.stdout  # a bar that is erased leaves an empty line where nothing can be erased
     assert "modules are of blocks that are gone" in done.stdout  # which ppcl says itself
 
 

@@ -151,7 +151,12 @@ def test_what_is_left_on_disk_is_the_same(single: Path, shared: Path) -> None:
     files = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (shared, single)]
     assert files[0] == files[1]
     for name in ("plan/width.json", "finetuned/ppcl.json", "finetuned/transformer/config.json"):
-        assert json.loads((shared / name).read_text()) == json.loads((single / name).read_text())
+        found, expected = (json.loads((run / name).read_text()) for run in (shared, single))
+        if name == "finetuned/ppcl.json":  # measured on all ranks together
+            errors = found.pop("velocity_error"), expected.pop("velocity_error")
+            assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+            assert 0 < errors[0]["after"] != errors[0]["before"]
+        assert found == expected
 
 
 def test_what_ranks_have_trained_one_process_reuses(options: list[str], shared: Path) -> None:

@@ -14,16 +14,22 @@ from ppcl.errors import UsageError
 
 FORMAT_VERSION = 1
 
+ADVICE = "give this run another name=, or delete that file to make it anew"
+
 
 def fingerprint(made_from: Mapping[str, Any]) -> str:
-    """A short hash of the JSON form of what an artifact is made from."""
+    """Return a hash, 16 hex digits, of the JSON form of `made_from`; the order of its keys does not matter."""
     canonical = json.dumps(made_from, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @dataclass
 class Header:
-    """The beginning of every artifact's JSON."""
+    """The first keys of every artifact's JSON file: its format, and everything that it was made from.
+
+    `made_from` holds the settings and the fingerprints of other artifacts that the content depends on. Two artifacts
+    with the same header have the same content.
+    """
 
     format: str
     made_from: dict[str, Any]
@@ -43,29 +49,32 @@ class Header:
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
-    """The first key in which two `made_from` differ, with both values."""
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if before != after:
-            if isinstance(before, dict) and isinstance(after, dict):
-                return first_difference(before, after, f"{prefix}{key}.")
-            return f"{prefix}{key}={before!r}, now {after!r}"
+    """Name the first key whose values differ in two `made_from`, with both values: `distill.steps=6, now 12`.
+
+    Values are compared in their JSON form, as files hold them: a tuple equals the list of its items. Returns `nothing`
+    where all are equal.
+    """
+    before, after = (json.loads(json.dumps(values, default=str)) for values in (old, new))
+    for key in sorted({*before, *after}):
+        was, now = before.get(key), after.get(key)
+        if was != now:
+            if isinstance(was, dict) and isinstance(now, dict):
+                return first_difference(was, now, f"{prefix}{key}.")
+            return f"{prefix}{key}={was!r}, now {now!r}"
     return "nothing"
 
 
 def is_current(path: Path, header: Header, advice: str | None = None) -> bool:
-    """Whether the artifact whose JSON is `path` exists and was made from just this.
+    """Return whether the artifact whose JSON file is `path` exists and has this header.
 
-    Raises `UsageError` where one exists that was made from something else: it is not ours to replace. The sentence ends
-    with `advice`, by default to choose another name or to delete that file.
+    Raises `UsageError` where it exists with another header, since only the user may replace it. The sentence
+    ends with `advice`, what to do instead: by default, to choose another name or to delete that file.
     """
     if not path.exists():
         return False
     found = read_json(path, header.format)
     if found.get("fingerprint") == header.fingerprint:
         return True
-    asked = json.loads(json.dumps(header.made_from, default=str))  # as the file has it: lists in place of tuples
     raise UsageError(
-        f"{path} was made with {first_difference(found.get('made_from', {}), asked)}: "
-        f"{advice or 'give this run another name=, or delete that file to make it anew'}."
+        f"{path} was made with {first_difference(found.get('made_from', {}), header.made_from)}: {advice or ADVICE}."
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.artifacts.files import read_json, write_json
-from ppcl.artifacts.headers import Header
+from ppcl.artifacts.headers import Header, is_current
 from ppcl.errors import UsageError
 
 Interval = tuple[int, int]  # [u, v], inclusive, 0-based: one block replaces the teacher's blocks u to v
@@ -38,6 +38,21 @@ class PruningPlan:
 
     def header(self) -> Header:
         return Header("ppcl.plan", self.made_from)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether `stages=[plan]` has counted it from given intervals: the configuration alone makes it again."""
+        return {"family", "arch", "intervals"} <= self.made_from.keys()
+
+    def is_current(self, path: Path, advice: str) -> bool:
+        """Return whether `path` holds this plan; one that was only counted may be replaced.
+
+        Raises `UsageError`, which ends with `advice`, where another plan lies there that was detected or written by
+        hand.
+        """
+        if path.exists() and (found := PruningPlan.load(path)).is_counted:
+            return found.header().fingerprint == self.header().fingerprint
+        return is_current(path, self.header(), advice)
 
     def save(self, path: Path) -> None:
         body = asdict(self)

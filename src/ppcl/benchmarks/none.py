@@ -74,12 +74,12 @@ def _captions(family: Family, config: Config) -> Iterator[str]:
     """Yield the captions of held-out samples of a cache, in a fixed order; one made before they were kept has none."""
     import torch
 
-    from ppcl.data.cached import is_held_out
+    from ppcl.data.cached import held_out_keys
     from ppcl.data.training import TrainingData
     from ppcl.teacher_model import TeacherModel
 
     data = TrainingData(config, TeacherModel(config, family, torch.device("cpu")))
-    for record in sorted(data.cache_folder.glob("*-[0-9][0-9][0-9].json")):
-        for item in read_json(record, "A cache's part")["samples"]:
-            if item.get("caption") and is_held_out(item["key"], config.data.held_out):
-                yield item["caption"]
+    records = sorted(data.cache_folder.glob("*-[0-9][0-9][0-9].json"))
+    samples = [item for record in records for item in read_json(record, "A cache's part")["samples"]]
+    held_out = held_out_keys([item["key"] for item in samples], data.held_out)
+    yield from (item["caption"] for item in samples if item["key"] in held_out and item.get("caption"))

@@ -1,8 +1,9 @@
-"""Latents and prompt embeddings on disk, and the stream of batches made of them: no encoder is loaded any more.
+"""Read cached latents and prompt embeddings, and make batches of them: no encoder is loaded any more.
 
-A folder of parts, `UNIT-NNN.safetensors` with `NNN.<name>` tensors per sample and a JSON that lists them; per unit of
-the source a `UNIT.json`, written last, with what was skipped; and `empty.safetensors`, the empty prompt. A sample of an
-edit has an empty prompt of its own, `NNN.empty.<name>`, since prompts speak of the given pictures.
+A cache is a folder of parts. A part is `UNIT-NNN.safetensors`, with tensors `NNN.<name>` for each sample, and a JSON
+file that lists its samples. Every unit of the source also has a `UNIT.json`, written last, with the samples that were
+left out. `empty.safetensors` is the empty prompt. A sample of an edit has an empty prompt of its own,
+`NNN.empty.<name>`, since the text encoder also reads the given pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ OWN, SHARED = "empty.", "shared"
 
 @dataclass(frozen=True)
 class Entry:
-    """One cached sample: where it lies, and the height and width in tokens of its latents, and of given pictures."""
+    """One cached sample: its place in a part, and height and width in tokens of its latents and given pictures."""
 
     key: str
     part: Path
@@ -46,12 +47,12 @@ class Entry:
 
 
 def unit_record(name: str) -> str:
-    """The file that says a unit is cached to its end."""
+    """Return the name of the file whose presence says that a unit is completely cached."""
     return f"{name}.json"
 
 
 def trimmed(conditions: Conditions) -> Conditions:
-    """One sample's conditions `[L, ...]` without padding."""
+    """Return one sample's conditions `[L, ...]` without their padding."""
     mask = conditions.get(MASK)
     if mask is None:
         return conditions
@@ -60,9 +61,10 @@ def trimmed(conditions: Conditions) -> Conditions:
 
 
 def difference(empty: Conditions, prompt: Conditions) -> Conditions:
-    """A sample's own empty prompt without the rows at its start that its `prompt` has too; `emptied` adds them.
+    """Return a sample's own empty prompt without its first rows that equal those of `prompt`; `emptied` adds them.
 
-    A causal text encoder says the same of given pictures whatever instruction follows, and they are most of both.
+    The given pictures come first and take most rows, and a causal text encoder encodes them alike whatever text
+    follows.
     """
     length = min(map(len, (*empty.values(), *prompt.values())))
     same = [(value[:length] == prompt[name][:length]).reshape(length, -1).all(dim=1) for name, value in empty.items()]
@@ -71,14 +73,14 @@ def difference(empty: Conditions, prompt: Conditions) -> Conditions:
 
 
 def emptied(tensors: Conditions) -> Conditions:
-    """A sample's conditions with its own empty prompt in place of its prompt."""
+    """Return a sample's conditions with its own empty prompt in place of its prompt."""
     shared = int(tensors[OWN + SHARED])
     found = {name: value for name, value in tensors.items() if not name.startswith(OWN)}
     return {n: torch.cat([v[:shared], tensors[OWN + n]]) if OWN + n in tensors else v for n, v in found.items()}
 
 
 def stacked(samples: Sequence[Conditions]) -> Conditions:
-    """Conditions of several samples `[B, ...]`, those of unequal length padded with zeros to the longest."""
+    """Return the conditions of several samples as `[B, ...]`, padded with zeros to the longest."""
     batch: Conditions = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -88,13 +90,28 @@ def stacked(samples: Sequence[Conditions]) -> Conditions:
     return batch
 
 
-def is_held_out(key: str, share: float) -> bool:
-    """Whether a sample is one of the `share` that is kept from training, by its key alone."""
-    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < share * 0x1_0000_0000
+def _hash(key: str) -> int:
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16)
+
+
+def held_out_share(config: DataConfig, count: int) -> float:
+    """Return the share of `count` samples that is kept from training: `data.held_out`, by default about 32 samples.
+
+    By default it is at least 0.02 and at most 0.2.
+    """
+    return max(0.02, min(0.2, 32 / max(1, count))) if config.held_out is None else config.held_out
+
+
+def held_out_keys(keys: Sequence[str], share: float) -> set[str]:
+    """Return the keys of the samples that are kept from training, each chosen by its own hash, but never none.
+
+    By chance none of a few may fall into the `share`; then it is the one with the smallest hash.
+    """
+    return {key for key in keys if _hash(key) < share * 0x1_0000_0000} or set(sorted(keys, key=_hash)[:1])
 
 
 def read_entries(folder: Path) -> list[Entry]:
-    """Every cached sample, in a fixed order."""
+    """Return every cached sample, in a fixed order."""
     entries = []
     for record in sorted(folder.glob("*-[0-9][0-9][0-9].json")):
         part = record.with_suffix(".safetensors")
@@ -107,7 +124,7 @@ def read_entries(folder: Path) -> list[Entry]:
 
 @lru_cache(maxsize=64)
 def _opened(part: Path) -> tuple[Any, dict[int, list[str]]]:
-    """A part, and what tensors each of its samples has there."""
+    """Return an open part, and the names of each sample's tensors in it."""
     file = safe_open(part, framework="pt")
     names: dict[int, list[str]] = {}
     for key in file.keys():  # noqa: SIM118 - a file, not a mapping
@@ -117,7 +134,12 @@ def _opened(part: Path) -> tuple[Any, dict[int, list[str]]]:
 
 
 class CachedStream(Stream):
-    """Batches of one bucket each, every sample once an epoch but for those that fill no batch; shuffled anew each."""
+    """Batches of cached samples; those of a batch are of one size (a bucket). Every epoch is shuffled anew.
+
+    An epoch holds every sample once, but for the last few of a bucket, which fill no batch. Where no bucket fills a
+    single batch, an epoch holds every sample `batch_size` times: pictures come several times in a batch, each time
+    with its own noise and noise level.
+    """
 
     from_disk = True
 
@@ -127,20 +149,20 @@ class CachedStream(Stream):
         super().__init__(family, config, seed, batch_size)
         self.empty, _ = read_tensors(folder / EMPTY)
         self.buckets: dict[tuple[tuple[int, int], ...], list[Entry]] = {}
-        for entry in read_entries(folder):
-            if is_held_out(entry.key, config.held_out) == held_out:
+        entries = read_entries(folder)
+        share = held_out_share(config, len(entries))
+        kept = held_out_keys([entry.key for entry in entries], share)
+        for entry in entries:
+            if (entry.key in kept) == held_out:
                 self.buckets.setdefault((entry.size, *entry.given), []).append(entry)
-        self.steps_per_epoch = sum(len(entries) // batch_size for entries in self.buckets.values())
-        if not self.steps_per_epoch:
-            kind = "held-out" if held_out else "training"
-            most = max((len(entries) for entries in self.buckets.values()), default=0)
-            raise UsageError(
-                f"{folder} holds at most {most} {kind} samples of one size, and a batch takes {batch_size}: cache "
-                "more, or lower the batch size."
-            )
+        if not self.buckets:
+            raise _empty(config, folder, len(entries), share)
+        sizes = [len(bucket) for bucket in self.buckets.values()]
+        self.rounds = 1 if max(sizes) >= batch_size else batch_size
+        self.steps_per_epoch = sum(size * self.rounds // batch_size for size in sizes)
 
     def entries(self, step: int) -> list[Entry]:
-        """Return the samples of batch number `step`."""
+        """Return the `batch_size` samples of batch number `step`."""
         epoch, number = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[number]
 
@@ -149,7 +171,8 @@ class CachedStream(Stream):
         rng = np.random.default_rng([self.seed, epoch])
         batches = []
         for size in sorted(self.buckets):
-            found = [self.buckets[size][index] for index in rng.permutation(len(self.buckets[size]))]
+            bucket = self.buckets[size]
+            found = [bucket[index] for _ in range(self.rounds) for index in rng.permutation(len(bucket))]
             whole = len(found) // self.batch_size * self.batch_size
             batches += [found[start : start + self.batch_size] for start in range(0, whole, self.batch_size)]
         return [batches[index] for index in rng.permutation(len(batches))]
@@ -168,3 +191,23 @@ class CachedStream(Stream):
             tensors = {name: part.get_tensor(prefix + name) for name in wanted}
             conditions.append(emptied(tensors) if drop else tensors)
         return torch.stack(latents), entries[0].size, stacked(conditions)
+
+
+def _empty(config: DataConfig, folder: Path, count: int, share: float) -> UsageError:
+    """The error of a set without samples, of `count` that are cached in `folder`."""
+    source = f"data.path={config.path}" if config.cache is None else f"data.cache={config.cache}"
+    if not count:
+        return UsageError(
+            f"{source} has no sample that could be used, neither to train on nor for data.held_out={share:g}: each "
+            f"JSON in {folder} says why samples were left out; mend them, delete that folder, and run 'stages=[cache]' "
+            "again."
+        )
+    if count == 1:
+        return UsageError(
+            f"{source} has a single sample, which data.held_out={share:g} keeps from training: add pictures with "
+            "captions, and run 'stages=[cache]' again."
+        )
+    return UsageError(
+        f"data.held_out={share:g} keeps all {count} samples of {source} from training: lower data.held_out, or leave "
+        "it out."
+    )

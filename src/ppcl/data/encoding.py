@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,10 +91,13 @@ class Encoder:
         return found
 
 
-def encode_samples(encoder: Encoder, samples: list[Sample]) -> tuple[tuple[dict[str, Tensor], list], list]:
+def encode_samples(
+    encoder: Encoder, samples: list[Sample], advance: Callable[[int], None] = lambda count: None
+) -> tuple[tuple[dict[str, Tensor], list], list]:
     """Return `(tensors, records)` of the samples that can be encoded, and a list of those that cannot, with reasons.
 
-    Tensors are named `NNN.NAME`, where NNN is the sample's position in the list of records.
+    Tensors are named `NNN.NAME`, where NNN is the sample's position in the list of records. `advance` is called after
+    each batch, with its number of samples.
     """
     images, kept, bad = [], [], []
     for sample in samples:
@@ -126,4 +129,5 @@ def encode_samples(encoder: Encoder, samples: list[Sample]) -> tuple[tuple[dict[
             tensors |= {prefix + name: value.contiguous() for name, value in conditions.items()}
             record = {"key": sample.key, "caption": sample.caption, "size": list(size)}
             records.append(record | ({"given": conditions[SIZES].tolist()} if SIZES in conditions else {}))
+        advance(len(pictures))
     return (tensors, records), bad

@@ -1,7 +1,7 @@
-"""Pictures with captions on disk: webdataset shards, or a folder with a CSV or JSONL; read unit by unit.
+"""Read pictures with captions from webdataset shards or from a folder with a CSV or JSONL table, unit by unit.
 
-A unit is what is cached, or found cached, as a whole: a shard, or a thousand rows of a table. What is no good in
-one comes out as a `Skipped` with its reason; a shard that is cut short yields what lies before the cut.
+A unit is what is cached as a whole: a shard, or a thousand rows of a table. A sample that cannot be used comes out as a
+`Skipped` with its reason. A shard that is cut short yields the samples before the cut.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROWS = 1000
 
 @dataclass
 class Sample:
-    """A picture with its caption; of an edit the outcome, its instruction and the pictures `given`."""
+    """A picture with its caption; for an edit, the result, its instruction, and the `given` pictures."""
 
     key: str
     caption: str
@@ -38,20 +38,22 @@ class Sample:
     given: Sequence[bytes] = ()
 
     def open(self) -> list[Image.Image]:
-        """The decoded pictures, `image` and those given; raises what PIL raises."""
+        """Return the decoded pictures, `image` first, then those given. Raises what PIL raises."""
         pictures = [Image.open(io.BytesIO(content)) for content in (self.image, *self.given)]
         return [picture.convert("RGB") for picture in pictures]
 
 
 @dataclass
 class Skipped:
+    """A sample that cannot be used, and why."""
+
     key: str
     why: str
 
 
 @dataclass
 class Unit(ABC):
-    """Samples that are read in one go; `size` and `changed` tell it from another of its name."""
+    """Samples that are read in one go. `size` in bytes and `changed`, a time, detect that its file was replaced."""
 
     name: str
     size: int
@@ -59,15 +61,17 @@ class Unit(ABC):
 
     @abstractmethod
     def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
-        """Its samples, good and bad, in order."""
+        """Yield its samples in order, including those that cannot be used."""
 
     @abstractmethod
     def count(self) -> int:
-        """How many pictures it has, at a glance."""
+        """Return how many pictures it has, without decoding any."""
 
 
 @dataclass
 class Shard(Unit):
+    """A .tar file: pictures, each with a .json or .txt of the same name."""
+
     path: Path
 
     def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
@@ -85,7 +89,7 @@ class Shard(Unit):
             try:
                 facts = json.loads(member["json"]) if "json" in member else {}
             except ValueError:
-                yield Skipped(key, "its .json is none")
+                yield Skipped(key, "its .json does not read as JSON")
                 continue
             if "txt" in member:
                 facts = {config.captions[0]: member["txt"].decode("utf-8", "replace")} | facts
@@ -100,12 +104,14 @@ class Shard(Unit):
                 for member in archive:
                     found += Path(member.name).name.partition(".")[2].lower() in IMAGES
         except tarfile.TarError:
-            pass  # reading it says so
+            pass  # reading the shard reports the damage
         return found
 
 
 @dataclass
 class Rows(Unit):
+    """Up to a thousand rows of a table, from row number `start` on."""
+
     table: Path
     start: int
     rows: Sequence[Mapping[str, Any]]
@@ -130,13 +136,14 @@ class Rows(Unit):
 
 
 def _picture(member: Mapping[str, Any], prefix: str) -> bytes | None:
+    """Return the picture of a shard's member, or the one whose suffix begins with `prefix`."""
     return next((member[prefix + name] for name in IMAGES if prefix + name in member), None)
 
 
 def _files(cell: Any) -> list[str]:
-    """The files that a cell of a table names: none, one, or a list, in a CSV as JSON."""
+    """Return the files that a cell of a table names: none, one, or a list, which a CSV holds as JSON."""
     if isinstance(cell, str) and cell.startswith("["):
-        with suppress(ValueError):  # a strange name of a file, which is then not found
+        with suppress(ValueError):  # then it is a file's name, if an unusual one
             cell = json.loads(cell)
     return [str(file) for file in cell] if isinstance(cell, list) else [str(cell)] if cell else []
 
@@ -147,7 +154,7 @@ def _sample(key: str, facts: Any, image: bytes | None, given: Sequence[bytes], c
     if config.given and not given:
         return Skipped(key, f"no given picture: none of {', '.join(config.given)}")
     if not isinstance(facts, Mapping):
-        return Skipped(key, "its .json is none")
+        return Skipped(key, "its .json holds no object with named values")
     caption = next((str(facts[name]).strip() for name in config.captions if facts.get(name)), "")
     if not caption:
         return Skipped(key, f"no caption: none of {', '.join(config.captions)}")
@@ -156,14 +163,14 @@ def _sample(key: str, facts: Any, image: bytes | None, given: Sequence[bytes], c
         try:
             low = float(accuracy) < config.min_text_accuracy
         except (TypeError, ValueError):
-            return Skipped(key, f"text_accuracy={accuracy} is no number")
+            return Skipped(key, f"text_accuracy={accuracy} is not a number")
         if low:
             return Skipped(key, f"text_accuracy={accuracy} is below data.min_text_accuracy={config.min_text_accuracy}")
     return Sample(key, caption, image, given)
 
 
 def find_units(config: DataConfig) -> list[Unit]:
-    """Every unit of `data.path`, in a fixed order; `UsageError` where there is none."""
+    """Return every unit of `data.path`, in a fixed order. Raises `UsageError` if there is none."""
     return _tables(config) if config.name == "folder" else _shards(config)
 
 
@@ -194,7 +201,7 @@ def _tables(config: DataConfig) -> list[Unit]:
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (UnicodeDecodeError, ValueError, csv.Error):
-        raise UsageError(f"data.path={path} does not read as {path.suffix or 'a table'}; mend it first.") from None
+        raise UsageError(f"data.path={path} does not read as {path.suffix or 'a table'}; correct the file first.") from None
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise UsageError(f"data.path={path} holds no rows with named columns.")
     stat = path.stat()

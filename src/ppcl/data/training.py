@@ -1,7 +1,8 @@
-"""Training and calibration data of a run: which batches there are, and what they are made from."""
+"""Provide a run's training and calibration batches, and the identity of the data they are made from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import Header
 from ppcl.config import Config
-from ppcl.data.cached import EMPTY, CachedStream, unit_record
+from ppcl.data.cached import EMPTY, CachedStream, held_out_share, unit_record
 from ppcl.data.encoding import source_header
 from ppcl.data.sources import find_units
 from ppcl.data.streams import ShapesStream, Stream, encode_world
@@ -29,7 +30,7 @@ class TrainingData:
 
     @cached_property
     def cache_header(self) -> Header:
-        """Header of the cache of this data; of a cache that is given, the header it has."""
+        """The header of this data's cache; with `data.cache`, the one that lies there."""
         if self.config.data.cache is None:
             return source_header(self.config, find_units(self.config.data), self.teacher.encoder_identity)
         content = read_json(self.cache_folder / "cache.json", "data.cache:")
@@ -45,20 +46,46 @@ class TrainingData:
 
     @property
     def cache_folder(self) -> Path:
+        """The folder of the cache: `data.cache`, or one in `paths.cache_dir` that is named by its fingerprint."""
         if self.config.data.cache is not None:
             return Path(self.config.data.cache)
         return Path(self.config.paths.cache_dir) / "data" / self.cache_header.fingerprint
 
     @property
     def source_identity(self) -> dict[str, Any]:
-        """The cache's part of what an artifact is made from; nothing for the shapes world."""
+        """The cache and the share held out, as artifacts' headers name them; empty for the shapes world."""
         if self.config.data.name == "shapes":
             return {}
-        return {"cache": self.cache_header.fingerprint, "held_out": self.config.data.held_out}
+        return {"cache": self.cache_header.fingerprint, "held_out": self.held_out}
+
+    @cached_property
+    def held_out(self) -> float:
+        """The share of the cached samples that is kept from training; by default it depends on their number."""
+        data = self.config.data
+        if data.held_out is not None:
+            return data.held_out
+        folder = self._whole_cache()
+        records = (read_json(folder / unit_record(unit), "A cache's unit") for unit in self._units)
+        return held_out_share(data, sum(record["samples"] for record in records))
+
+    @property
+    def _units(self) -> Iterable[str]:
+        """The names of the cache's units, each of which has a record there once it is whole."""
+        return self.cache_header.made_from["units"]
+
+    def _whole_cache(self) -> Path:
+        """Return the folder of the cache; `UsageError` where it is not written to its end."""
+        folder = self.cache_folder
+        missing = [unit for unit in self._units if not (folder / unit_record(unit)).exists()]
+        if missing or not (folder / EMPTY).exists():
+            raise UsageError(
+                f"{folder} lacks {missing[0] if missing else EMPTY}: run 'stages=[cache]' first, to its end."
+            )
+        return folder
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The training data's part of what an artifact is made from."""
+        """Everything that training batches depend on, as artifacts' headers name it."""
         data = self.config.data
         drawn = ("train_seed", "calibration_seed", "eval_seed", "caption_dropout", "timesteps", "shift")
         return {"name": data.name} | {key: getattr(data, key) for key in drawn} | self.source_identity
@@ -68,24 +95,23 @@ class TrainingData:
         return encode_world(self.teacher.family, self.teacher.pipeline)
 
     def stream(self, seed: int, batch_size: int) -> Stream:
-        """Batches of the configured data; those of the calibration seed are of samples kept from training."""
+        """Return the batches of `seed`. The calibration seed's are of samples that are kept from training.
+
+        Raises `UsageError` if the cache is incomplete.
+        """
         data, teacher = self.config.data, self.teacher
         if data.name == "shapes":
             return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size, self._captions)
-        folder = self.cache_folder
-        missing = [unit for unit in self.cache_header.made_from["units"] if not (folder / unit_record(unit)).exists()]
-        if missing or not (folder / EMPTY).exists():
-            raise UsageError(
-                f"{folder} lacks {missing[0] if missing else EMPTY}: run 'stages=[cache]' first, to its end."
-            )
-        return CachedStream(teacher.family, folder, data, seed, batch_size, held_out=seed == data.calibration_seed)
+        held_out = seed == data.calibration_seed
+        return CachedStream(teacher.family, self._whole_cache(), data, seed, batch_size, held_out=held_out)
 
     def shared_stream(self, seed: int, batch_size: int) -> Stream:
-        """`stream` for trainings: with several ranks, each batch holds this rank's rows alone."""
+        """Return the same stream for a training: with several ranks, each batch has only this rank's rows."""
         stream = self.stream(seed, batch_size)
         if self.config.strategy.kind != "single":
             stream.share = rank()
         return stream
 
     def to_device(self, batch: Any) -> Any:
+        """Return the batch with its tensors on the teacher's device."""
         return move_data_to_device(batch, self.teacher.device)

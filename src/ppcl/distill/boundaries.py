@@ -61,38 +61,55 @@ def boundaries_folder(run: Run) -> Path:
     return Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run).fingerprint
 
 
-def read_record(run: Run) -> dict[str, Any]:
-    """Return the content of `boundaries.json`, which is written when boundaries are complete.
+def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of complete boundaries that fit this run, and the content of their `boundaries.json`.
 
-    Raises `UsageError` if it does not exist, or if the boundaries do not fit this run: other `model.dtype`,
-    `distill.batch_size` or `distill.init`, an interval that they lack, or too few steps.
+    `distill.boundaries` may also name the folder above. Raises `UsageError` if no complete boundaries are there, if
+    none fit this run (another `model.dtype`, `distill.batch_size` or `distill.init`, an interval that they lack, or
+    too few steps), or if several do.
     """
     folder = boundaries_folder(run)
-    record = folder / "boundaries.json"
-    if not record.exists():
+    found = [folder / "boundaries.json"]  # written last: it says that the rest is complete
+    if not found[0].exists():
+        found = sorted(folder.glob("*/boundaries.json"))
+    if not found:
         raise UsageError(f"{folder} holds no boundaries, or not all of them: run 'stages=[boundaries]' first.")
-    found = read_json(record, "The record of boundaries")
-    made_from = found["made_from"]
-    wanted = {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items() if pairs}
+    records = {path.parent: read_json(path, "The record of boundaries") for path in found}
+    misfits = {path: _misfit(run, path, record["made_from"]) for path, record in records.items()}
+    fitting = [path for path, misfit in misfits.items() if misfit is None]
+    if not fitting:
+        raise UsageError(next(filter(None, misfits.values())))
+    if len(fitting) > 1:
+        raise UsageError(
+            f"distill.boundaries={folder} holds {len(fitting)} sets of boundaries that fit "
+            f"({', '.join(path.name for path in fitting)}): add the name of one to it."
+        )
+    return fitting[0], records[fitting[0]]
+
+
+def _misfit(run: Run, folder: Path, made_from: dict[str, Any]) -> str | None:
+    """Return the sentence that says why the boundaries in `folder` do not fit this run; None if they do."""
+    distill = run.config.distill
     given = {
         "model.dtype": (made_from["model"]["dtype"], run.config.model.dtype),
-        "distill.batch_size": (made_from["batch_size"], run.config.distill.batch_size),
-        "distill.init": (made_from["init"], run.config.distill.init),
+        "distill.batch_size": (made_from["batch_size"], distill.batch_size),
+        "distill.init": (made_from["init"], distill.init),
     }
     for key, (written, asked) in given.items():
         if written != asked:
-            raise UsageError(f"{folder} was written with {key}={written}, not {asked}: set {key}={written}.")
-    for stack, pairs in wanted.items():
-        missing = [pair for pair in pairs if pair not in made_from["intervals"].get(stack, [])]
+            return f"{folder} was written with {key}={written}, not {asked}: set {key}={written}."
+    for stack, pairs in run.intervals.items():
+        there = made_from["intervals"].get(stack, [])
+        missing = [list(pair) for pair in pairs if list(pair) not in there]
         if missing:
-            raise UsageError(f"{folder} has no boundaries of {stack} {missing[0]}: run 'stages=[boundaries]' for it.")
+            return f"{folder} has no boundaries of {stack} {missing[0]}: run 'stages=[boundaries]' for it."
     if made_from["steps"] < num_stored(run):
-        raise UsageError(
-            f"{folder} holds {made_from['steps']} steps, and distill.steps={run.config.distill.steps} with "
-            f"distill.replay={run.config.distill.replay} needs {num_stored(run)}: raise distill.replay, or write "
-            "boundaries for more steps."
+        return (
+            f"{folder} holds {made_from['steps']} steps, and distill.steps={distill.steps} with "
+            f"distill.replay={distill.replay} needs {num_stored(run)}: raise distill.replay, or write boundaries for "
+            "more steps."
         )
-    return found
+    return None
 
 
 def initial_students(run: Run, intervals: Intervals, folder: Path) -> dict[str, nn.Module]:

@@ -1,8 +1,10 @@
-"""Fine-tuning: the pruned model learns the teacher's output (paper section 4.1)."""
+"""Fine-tune the pruned model on the teacher's output (paper section 4.1)."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,13 +27,13 @@ from ppcl.training.sharding import Sharding, skeleton, whole_state
 class FineTune(ManualOptimization):
     """Output distillation, ||v_S - v_T||^2, with an optional flow-matching loss, ||v_S - (n - x_0)||^2.
 
-    `stands_for` says which of the teacher's blocks each of the student's gives the output of: with
-    `feature_weight` their image streams are compared too, which is ours and not the paper's. With `lora_rank`
-    the student is given a LoRA, which `seed` starts, and just that is trained.
-    The teacher is held outside the module tree: neither saved nor trained. `ema` is an exponential mean
-    of the student's parameters, kept where `ema_decay` is above 0; `result` is what to keep.
-    What is trained is held in float32 whatever the teacher is in, and computes in `precision`.
-    With `sharding` all three are sharded, and a student may share parameters with the teacher.
+    `stands_for` maps each block of the student to the teacher's block whose output it stands for. With
+    `feature_weight` the image streams of these pairs are compared too, which the paper does not do.
+    With `lora_rank` only a LoRA on the student is trained; `seed` initialises it.
+    The teacher is not a submodule: it is neither saved nor trained. `ema`, an exponential mean of the student's
+    parameters, exists if `ema_decay` is above 0. `result` is the model to keep.
+    Trainable parameters are float32 whatever the teacher's dtype is, and compute in `precision`.
+    With `sharding` teacher, student and mean are sharded, and the student may share parameters with the teacher.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class FineTune(ManualOptimization):
             student.requires_grad_(True)
         self.student: Any = student
         self.config = config
+        self.is_sharded = sharding is not None
         self._skeleton: tuple[Any, ...] = ()
         if sharding is not None:
             self._skeleton = (skeleton(student),)
@@ -70,16 +73,18 @@ class FineTune(ManualOptimization):
 
     @property
     def result(self) -> nn.Module:
+        """The model to keep: the mean of the weights if there is one, else the student."""
         return self.ema if self.ema is not None else self.student
 
     def whole_result(self) -> nn.Module:
-        """Return the result, put together where it is sharded; then only rank 0 may use it."""
+        """Return `result` with all its parameters; gathered from shards, it is complete only on rank 0."""
         if not self._skeleton:
             return self.result
         self._skeleton[0].load_state_dict(whole_state(self.result), assign=True, strict=is_first())
         return self._skeleton[0]
 
     def _copy(self) -> nn.Module:
+        """Return a copy of the student; of a sharded one, a plain module that holds copies of its shards."""
         if not self._skeleton:
             return copy.deepcopy(self.student)
         copied = copy.deepcopy(self._skeleton[0])
@@ -91,10 +96,45 @@ class FineTune(ManualOptimization):
         if not self._skeleton:
             self._teacher[0].to(self.device)
 
-    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """`output` and `flow`, mean squared errors, and `feature`, the mean relative error of image streams.
+    @torch.no_grad()
+    def velocity_error(self, batches: Iterable[TrainingBatch]) -> float:
+        """Return ||v_S - v_T||^2 / ||v_T||^2 over `batches`, v_S being the velocity of the weights in `result`.
 
-        Those that have a weight, and their weighted `loss`.
+        Every rank must call it, with its own rows of each batch; all get the value of the whole batches.
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self._result_to_run() as model:
+            for batch in batches:
+                with computing(self.precision, batch.sigmas.device):
+                    velocity = batch.prediction(model(**batch.inputs)[0]).double()
+                target = batch.prediction(self._teacher[0](**batch.inputs)[0]).double()
+                found = torch.stack([(velocity - target).square().sum(), target.square().sum()])
+                sums += batch.average(found).cpu()
+        return (sums[0] / sums[1]).item()
+
+    @contextmanager
+    def _result_to_run(self) -> Iterator[nn.Module]:
+        """Give the block a model that runs with the weights of `result`.
+
+        A sharded mean only holds shards and cannot run, so the student takes over its weights for the block.
+        """
+        if self.ema is None or not self.is_sharded:
+            yield self.result
+            return
+        own = [parameter.detach().clone() for parameter in self.student.parameters()]
+        for parameter, mean in zip(self.student.parameters(), self.ema.parameters(), strict=True):
+            parameter.copy_(mean)
+        try:
+            yield self.student
+        finally:
+            for parameter, value in zip(self.student.parameters(), own, strict=True):
+                parameter.copy_(value)
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Return every term with a weight, and their weighted sum `loss`; all are scalars.
+
+        `output` is the mean of (v_S - v_T)^2, `flow` the mean of (v_S - (n - x_0))^2, and `feature` the mean relative
+        error of the blocks' image streams.
         """
         config = self.config
         weights = {"output": config.output_weight, "flow": config.flow_weight, "feature": config.feature_weight}
@@ -118,13 +158,13 @@ class FineTune(ManualOptimization):
         return terms | {"loss": torch.stack([weights[key] * value for key, value in terms.items()]).sum()}
 
     def _run(self, model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, dict[BlockKey, Tensor]]:
-        """A model's velocity, and its blocks' image streams where the features are compared."""
+        """Return a model's velocity, and with `feature_weight` also its blocks' image streams."""
         features: dict[BlockKey, Tensor] = {}
         if not self.config.feature_weight:
             return batch.prediction(model(**batch.inputs)[0]), features
 
         def keep(call: BlockCall) -> None:
-            if "image" in call.outputs:  # blocks of some stacks have text alone
+            if "image" in call.outputs:  # some stacks have only a text stream
                 features[call.key] = call.outputs["image"]
 
         velocity = observe(self.family, model, batch.inputs, keep)
@@ -145,7 +185,7 @@ class FineTune(ManualOptimization):
 
     @torch.no_grad()
     def _average(self) -> None:
-        # Short at first, so that the mean is not one of the start.
+        # The mean is short at first, so that the initial weights do not dominate it.
         decay = min(self.config.ema_decay, (1 + self.global_step) / (10 + self.global_step))
         for mean, now in zip(self.ema.parameters(), self.student.parameters(), strict=True):
             mean.lerp_(now.to(mean.dtype), 1 - decay)

@@ -13,10 +13,10 @@ from ppcl.artifacts.files import read_json
 from ppcl.command import OF_COMMAND, as_overrides
 from ppcl.config import Config
 from ppcl.context import Run
-from ppcl.data.cached import unit_record
+from ppcl.data.cached import held_out_share, unit_record
 from ppcl.errors import UsageError
 from ppcl.options import declared
-from ppcl.report.text import duration
+from ppcl.progress import duration
 from ppcl.stages import STAGES
 from ppcl.validation.pruning import resolve_intervals
 
@@ -55,9 +55,10 @@ def data_of(run: Run) -> dict[str, Any]:
     if data.name == "shapes":
         return {"name": "shapes", "words": "the shapes world: 32x32 toy pictures"}
     samples = _cached_samples(run)
-    count = "captioned pictures" if samples is None else f"{samples:,} captioned pictures"
     path = data.path or data.cache
-    words = f"{count} of {path}, {100 * data.held_out:g}% of them held out"
+    words = f"captioned pictures of {path}"
+    if samples is not None:
+        words = f"{samples:,} {words}, {100 * held_out_share(data, samples):.3g}% of them held out"
     return {"name": data.name, "path": path, "samples": samples, "words": words}
 
 

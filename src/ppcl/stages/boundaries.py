@@ -1,7 +1,6 @@
-"""Writes the teacher's activations where intervals begin and end; students then learn without the teacher.
+"""Write the teacher's activations at the boundaries of intervals, from which students learn without the teacher.
 
-One pass of the teacher serves every interval and every training from them, on any machine
-(`distill.boundaries=FOLDER`).
+One pass of the teacher serves every interval and every later training, on any machine (`distill.boundaries=FOLDER`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import is_current
@@ -23,16 +21,21 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
 from ppcl.distill.boundaries import boundaries_folder, boundaries_header, held_out_steps, num_stored
 from ppcl.errors import UsageError
+from ppcl.report.text import counted, in_bytes
 from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
+from ppcl.variants.reach import check_reachable
 
-MARGIN = 1.05  # of the estimate, that must be free
+MARGIN = 1.05  # free space must exceed the estimate by this factor
 
 
 def run(run: Run) -> None:
+    """Write held-out and training steps of every interval; go on after the last complete shard of a killed try."""
+    check_reachable(run, run.intervals)
     folder, header = boundaries_folder(run), boundaries_header(run)
-    if is_current(folder / "boundaries.json", header):
-        run.say("bounds", f"reused {folder}")
+    advice = f"give another folder as distill.boundaries=, or delete {folder} to write it anew"
+    if is_current(folder / "boundaries.json", header, advice):
+        run.say("boundaries", f"reused {folder}")
         return
     pairs = [(stack, pair) for stack in run.family.stacks for pair in run.intervals.get(stack, [])]
     names = [plug_name(stack, pair) for stack, pair in pairs]
@@ -41,7 +44,7 @@ def run(run: Run) -> None:
         student = student_block(list(stack_of(transformer, stack)), pair, run.config.distill.init)
         state = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
         write_tensors(folder / name / "init.safetensors", state, {})
-        for leftover in (folder / name).glob(".*.tmp"):  # of a killed try
+        for leftover in (folder / name).glob(".*.tmp"):  # a killed process leaves them
             leftover.unlink()
     config = run.config
     kinds = {
@@ -57,18 +60,21 @@ def run(run: Run) -> None:
         if kind == TRAIN and start < steps:
             _check_space(run, stream, folder, pairs, steps - start)
         shards = range(start, steps, STEPS_PER_SHARD)
-        for first in track(shards, f"{kind} boundaries", console=run.console, transient=True):
+        for first in run.track(shards, f"{kind} boundaries"):
             batches = [run.data.to_device(stream(step)) for step in range(first, min(first + STEPS_PER_SHARD, steps))]
             _write_steps(run, batches, writers, pairs)
         for writer in writers.values():
             writer.flush()
     write_json(folder / "boundaries.json", header.to_json())
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    run.say("bounds", f"wrote {num_stored(run)} steps of {len(names)} intervals to {folder} ({size / 1e9:.2f} GB)")
+    run.say(
+        "boundaries",
+        f"wrote {counted(num_stored(run), 'step')} of {counted(len(names), 'interval')} to {folder} ({in_bytes(size)})",
+    )
 
 
 def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
-    """An interval by the block it ends with."""
+    """Return each interval's stack and last block, by which its writer is found."""
     return [(stack, pair[1]) for stack, pair in pairs]
 
 
@@ -76,7 +82,7 @@ def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
 def _write_steps(
     run: Run, batches: list[TrainingBatch], writers: Mapping[Any, BoundaryWriter], pairs: list[Any]
 ) -> None:
-    """One pass of the teacher, to the last interval's end, for a few steps at once."""
+    """Run the teacher up to the last interval's end on a few batches, and give each writer its boundaries."""
     starts = {(stack, pair[0]): (stack, pair[1]) for stack, pair in pairs}
     masks = [run.family.masks(batch.inputs) for batch in batches]
     inputs = [NotedInputs(batch.inputs) for batch in batches]
@@ -99,14 +105,15 @@ def _write_steps(
 
 
 def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: int) -> None:
-    """One step's bytes times how many there are, against what is free."""
+    """Say how much disk `steps` steps take, by the size of the first; `UsageError` where that is not free."""
     trial = {key: BoundaryWriter(folder, TRAIN) for key in pairs_keys(pairs)}
     _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())
     free = shutil.disk_usage(folder).free
-    run.say("bounds", f"about {needed / 1e9:.2f} GB for {steps} steps; {free / 1e9:.1f} GB are free")
+    run.say("boundaries", f"about {in_bytes(needed)} for {counted(steps, 'step')}; {in_bytes(free)} are free")
     if needed * MARGIN > free:
         raise UsageError(
-            f"paths.cache_dir={run.config.paths.cache_dir} has {free / 1e9:.1f} GB free, and {steps} steps take about "
-            f"{needed / 1e9:.1f} GB: name another folder, raise distill.replay, or lower distill.steps."
+            f"{folder} has {in_bytes(free)} free, and {counted(steps, 'step')} need about {in_bytes(needed)}: name a "
+            "folder with more room as distill.boundaries= or paths.cache_dir=, raise distill.replay, or lower "
+            "distill.steps."
         )

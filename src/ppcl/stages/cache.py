@@ -1,13 +1,11 @@
-"""Encodes pictures and captions once, so that no later stage loads a text encoder or a VAE."""
+"""Encode pictures and captions once, so that no later stage loads a text encoder or a VAE."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-
-from rich.progress import track
 
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import is_current
@@ -18,41 +16,45 @@ from ppcl.data.encoding import Encoder, encode_samples
 from ppcl.data.sources import Sample, Skipped, Unit, find_units
 from ppcl.errors import UsageError
 from ppcl.launch import rank
+from ppcl.progress import counter
+from ppcl.report.text import counted, in_bytes
 
-MARGIN = 1.05  # of the estimate, that must be free
+MARGIN = 1.05  # free space must exceed the estimate by this factor
 
 
 def run(run: Run) -> None:
+    """Encode the units of `data.path` that are not cached yet; of several ranks each takes its share."""
     config = run.config.data
     units, folder = find_units(config), run.data.cache_folder
     header = run.data.cache_header
     number, count = rank()
     if not is_current(folder / "cache.json", header):
-        write_json(folder / "cache.json", header.to_json())  # first: what lies here is of this making
+        write_json(folder / "cache.json", header.to_json())  # first, so that the folder says what its files belong to
     mine = [unit for unit in units[number::count] if not (folder / unit_record(unit.name)).exists()]
     if not mine and (folder / EMPTY).exists():
         run.say("cache", f"reused {folder}")
         return
     encoder = Encoder(run.config, run.family, run.teacher.pipeline)
     write_tensors(folder / EMPTY, encoder.prompts([""])[0], {"fingerprint": header.fingerprint})
-    _check_space(run, encoder, mine, folder)
-    totals = [0, 0]
-    for unit in track(mine, "caching", console=run.console, transient=True):
-        stored, skipped = _cache_unit(run, encoder, unit, folder)
-        totals[0] += stored
-        totals[1] += len(skipped)
-        for item in skipped[:3]:
-            run.say("cache", f"{unit.name}: left out {item['key']}: {item['why']}")
-    done = sum((folder / unit_record(unit.name)).exists() for unit in units)
-    run.say("cache", f"{totals[0]} samples of {len(mine)} units cached, {totals[1]} left out, in {folder}")
-    if done < len(units):
-        run.say("cache", f"{len(units) - done} of {len(units)} units are other ranks'")
+    samples = sum(unit.count() for unit in mine)
+    _check_space(run, encoder, mine, samples, folder)
+    stored = left_out = 0
+    with counter("caching", samples, console=run.progress_console) as advance:
+        for unit in mine:
+            kept, skipped = _cache_unit(run, encoder, unit, folder, advance)
+            stored += kept
+            left_out += len(skipped)
+            for item in skipped[:3]:
+                run.say("cache", f"{unit.name}: left out {item['key']}: {item['why']}")
+    told = f"{counted(stored, 'sample')} of {counted(len(mine), 'unit')} cached, {left_out} left out"
+    run.say("cache", f"{told}, in {folder}")
+    others = sum(not (folder / unit_record(unit.name)).exists() for unit in units)
+    if others:
+        run.say("cache", f"other ranks cache {counted(others, 'unit')} of {len(units)}")
 
 
-def _check_space(run: Run, encoder: Encoder, units: list[Unit], folder: Path) -> None:
-    """One sample's bytes times how many there are, against what is free."""
-    if not units:
-        return
+def _check_space(run: Run, encoder: Encoder, units: list[Unit], samples: int, folder: Path) -> None:
+    """Say how much disk `samples` samples take, by the size of the first; `UsageError` where that is not free."""
     first = next((item for unit in units for item in unit.read(run.config.data) if isinstance(item, Sample)), None)
     if first is None:
         return
@@ -60,27 +62,32 @@ def _check_space(run: Run, encoder: Encoder, units: list[Unit], folder: Path) ->
     if not found:
         return  # it is left out below, with its reason
     each = sum(tensor.nbytes for tensor in found.values())
-    samples = sum(unit.count() for unit in units)
     needed, free = each * samples, shutil.disk_usage(folder).free
-    run.say("cache", f"about {needed / 1e9:.2f} GB for {samples} samples; {free / 1e9:.1f} GB are free")
+    run.say("cache", f"about {in_bytes(needed)} for {counted(samples, 'sample')}; {in_bytes(free)} are free")
     if needed * MARGIN > free:
         raise UsageError(
-            f"paths.cache_dir={run.config.paths.cache_dir} has {free / 1e9:.1f} GB free, and {samples} samples take "
-            f"about {needed / 1e9:.1f} GB: name another folder, or fewer samples."
+            f"paths.cache_dir={run.config.paths.cache_dir} has {in_bytes(free)} free, and "
+            f"{counted(samples, 'sample')} take about {in_bytes(needed)}: name another folder, or cache fewer samples."
         )
 
 
-def _cache_unit(run: Run, encoder: Encoder, unit: Unit, folder: Path) -> tuple[int, list[dict[str, str]]]:
-    """Write a unit's parts, then its record; parts that an earlier try left whole are kept."""
+def _cache_unit(
+    run: Run, encoder: Encoder, unit: Unit, folder: Path, advance: Callable[[int], None]
+) -> tuple[int, list[dict[str, str]]]:
+    """Write a unit's parts, then its record; parts that an earlier try left whole are kept.
+
+    `advance` is called with how many samples were encoded since its last call. Returns how many were stored, and the
+    key and the reason of each that was left out.
+    """
     size, skipped, stored = run.config.data.samples_per_file, [], 0
     stem = unit_record(unit.name).removesuffix(".json")
-    for leftover in folder.glob(f".{stem}*.tmp"):  # of a killed try; no other rank has this unit
+    for leftover in folder.glob(f".{stem}*.tmp"):  # a killed process leaves them; no other rank has this unit
         leftover.unlink()
     for part, chunk in enumerate(_chunks(unit.read(run.config.data), size)):
         skipped += [{"key": item.key, "why": item.why} for item in chunk if isinstance(item, Skipped)]
         record = folder / f"{stem}-{part:03d}.json"
         if not record.exists():
-            found, bad = encode_samples(encoder, [item for item in chunk if isinstance(item, Sample)])
+            found, bad = encode_samples(encoder, [item for item in chunk if isinstance(item, Sample)], advance)
             write_tensors(record.with_suffix(".safetensors"), found[0], {"unit": unit.name})
             write_json(record, {"samples": found[1], "skipped": bad})
         content = read_json(record, "A cache's part")
@@ -91,7 +98,7 @@ def _cache_unit(run: Run, encoder: Encoder, unit: Unit, folder: Path) -> tuple[i
 
 
 def _chunks(items: Iterable[Sample | Skipped], size: int) -> Iterator[list[Sample | Skipped]]:
-    """Lists of `size` items, good or bad: which part a sample lies in does not depend on decoding it."""
+    """Yield lists of `size` items, including skipped ones, so that a sample's part never depends on the others."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk

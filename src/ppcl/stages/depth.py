@@ -1,11 +1,10 @@
-"""Stage 1.3: one student block per interval, distilled from the teacher's own activations (Eq. 6-7)."""
+"""Stage 1.3: distil one student block per interval from the teacher's own activations (Eq. 6-7)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
 from torch import nn
 
 from ppcl.artifacts.headers import Header, fingerprint, is_current
@@ -14,16 +13,22 @@ from ppcl.artifacts.plugs import Plug
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
-from ppcl.distill.boundaries import boundaries_folder, held_out_steps, initial_students, num_stored, read_record
+from ppcl.distill.boundaries import held_out_steps, initial_students, num_stored, stored_boundaries
 from ppcl.distill.depth import DepthDistillation, DepthFromBoundaries
 from ppcl.errors import UsageError
 from ppcl.options import identity
+from ppcl.report.text import counted
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
+from ppcl.validation.pruning import resolve_intervals
+from ppcl.variants.reach import check_reachable
 
 
 def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals:
-    """The intervals called `names` (`transformer_blocks.3-5`, or `3-5` where that is plain); None for all."""
+    """Return the intervals called `names`, or all of them for None.
+
+    A name is `transformer_blocks.3-5`, or `3-5` if only one stack has that interval. Raises `UsageError` for any other.
+    """
     if names is None:
         return intervals
     every = {plug_name(stack, pair): (stack, pair) for stack, pairs in intervals.items() for pair in pairs}
@@ -38,10 +43,10 @@ def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals
 
 
 def plug_header(run: Run, stack: str, pair: Interval) -> Header:
-    """Header of one student; parallel students do not depend on one another."""
+    """Return the header of one student; students that train in parallel do not depend on one another."""
     settings = identity(run.config.distill)
     if run.config.distill.from_boundaries:
-        record = read_record(run)
+        _, record = stored_boundaries(run)
         made_from = {
             "model": record["made_from"]["model"],
             "stack": stack,
@@ -66,14 +71,17 @@ def plug_header(run: Run, stack: str, pair: Interval) -> Header:
 
 
 def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
-    """Where training just these intervals keeps its state: jobs that share a run's folder share no checkpoint."""
+    """Return folder and header of the checkpoint of a training of just these intervals.
+
+    Jobs that train other intervals in the same run's folder have other checkpoints.
+    """
     names = [plug_name(stack, pair) for stack, pairs in intervals.items() for pair in pairs]
     header = Header("ppcl.depth", plug_header(run, "", (0, 0)).made_from | {"intervals": names})
     return run.plugs_folder / f"checkpoint-{fingerprint({'intervals': names})}", header
 
 
 def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
-    """The module, its batches by step, held-out batches by step, and the teacher's blocks."""
+    """Return the training module, its batches by step, held-out batches by step, and the teacher's blocks."""
     config, transformer = run.config.distill, run.teacher.pipeline.transformer
     module = DepthDistillation(run.family, transformer, intervals, config, run.precision)
     stream = run.data.shared_stream(run.config.data.train_seed, config.batch_size)
@@ -82,8 +90,8 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
 
 
 def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
-    """The same without a teacher."""
-    folder = boundaries_folder(run)
+    """Return the same for a training from boundaries on disk: there is no teacher, and so it has no blocks."""
+    folder, _ = stored_boundaries(run)
     students = initial_students(run, intervals, folder)
     module = DepthFromBoundaries(run.family, intervals, students, run.config.distill, run.precision)
     folders = [folder / plug_name(stack, pair) for stack, pair in module.pairs]
@@ -91,14 +99,26 @@ def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation,
     return module, stream, BoundaryStream(folders, HELD_OUT, len(held_out_steps(run))), []
 
 
+def _advice(run: Run) -> str:
+    """Return what to do about students that were trained with other settings."""
+    other = "name=OTHER"
+    if resolve_intervals(run.config) is None and "detect" not in run.config.stages:
+        other += f" intervals=from_plan intervals.path={run.plan_path}"
+    if run.config.paths.base_run is not None:
+        other += " and without paths.base_run="
+    return f"train others with {other}, or delete {run.plugs_folder} to train them anew"
+
+
 def run(run: Run) -> None:
+    """Train the students that are missing, all at once, and write each with its held-out loss before and after."""
     config, folder = run.config.distill, run.plugs_folder
+    check_reachable(run, run.intervals)
     chosen = select_intervals(run.intervals, config.intervals)
     missing: Intervals = {}
     for stack, pairs in chosen.items():
         for pair in pairs:
             record = folder / f"{plug_name(stack, pair)}.json"
-            if not is_current(record, plug_header(run, stack, pair)):
+            if not is_current(record, plug_header(run, stack, pair), _advice(run)):
                 missing.setdefault(stack, []).append(pair)
     if not missing:
         discard_checkpoint(run, _checkpoint_of(run, chosen)[0])
@@ -106,14 +126,15 @@ def run(run: Run) -> None:
         return
     checkpoints, header = _checkpoint_of(run, chosen)
     if config.mode == "sequential" or check_resumable(checkpoints, header, sharded=run.teacher.sharded):
-        missing = chosen  # a chain trains as one; a run killed between two plugs has only to write them
+        missing = chosen  # a chain trains as one; a run killed while it wrote plugs resumes at its last step
     else:
         checkpoints, header = _checkpoint_of(run, missing)
         check_resumable(checkpoints, header, sharded=run.teacher.sharded)
     module, stream, heldout, blocks = (_from_boundaries if config.from_boundaries else _from_teacher)(run, missing)
 
     def measure(description: str) -> list[dict[str, float]]:
-        steps = track(held_out_steps(run), description, console=run.console, transient=True)
+        """Return the held-out losses of each interval's student."""
+        steps = run.track(held_out_steps(run), description)
         place(run, module)
         return module.heldout(run.data.to_device(heldout(step)) for step in steps)
 
@@ -138,4 +159,4 @@ def run(run: Run) -> None:
         )
     for finished in (checkpoints, _checkpoint_of(run, chosen)[0]):
         discard_checkpoint(run, finished)
-    run.say("depth", f"wrote {len(module.pairs)} plugs to {folder}")
+    run.say("depth", f"wrote {counted(len(module.pairs), 'plug')} to {folder}")

@@ -1,4 +1,4 @@
-"""Stage 1.2: runs the configured method and writes its plan, curves and similarity maps."""
+"""Stage 1.2: find intervals by the configured method; write the plan, its curves and similarity maps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
-from rich.progress import track
-
 from ppcl.artifacts.files import write_json
-from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.plan import PruningPlan
 from ppcl.artifacts.probes import Probes
 from ppcl.context import Run
@@ -22,10 +19,11 @@ from ppcl.report import plots
 from ppcl.report.text import show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import check_intervals
+from ppcl.variants.reach import check_reachable
 
 
 def _deltas(curves: Curves) -> Curves:
-    """delta(u, k) = cka(u, k - 1) - cka(u, k) (Eq. 4) for every curve; None where it is undefined."""
+    """Return delta(u, k) = cka(u, k - 1) - cka(u, k) (Eq. 4) of every curve; None where it is undefined."""
     return {
         stack: {
             stream: [[None, *(None if a is None or b is None else a - b for a, b in pairwise(row))] for row in table]
@@ -36,12 +34,18 @@ def _deltas(curves: Curves) -> Curves:
 
 
 def run(run: Run) -> None:
+    """Detect intervals on calibration data and write `plan/plan.json`, or reuse the one that is there."""
     method = run.config.method
     made_from = {"detection": run.probe_settings, "method": identity(method)}
     plan = PruningPlan(run.config.model.family, run.num_layers, {}, made_from)
-    if is_current(run.plan_path, plan.header()):
+    advice = "give this run another name=, or delete that file to detect anew"
+    if run.config.paths.base_run is not None:
+        advice = "leave out paths.base_run= to detect in this run"
+    if plan.is_current(run.plan_path, advice):
         run.say("detect", f"reused {run.plan_path}")
-        show_plan(run, PruningPlan.load(run.plan_path))
+        found_before = PruningPlan.load(run.plan_path)
+        show_plan(run, found_before)
+        check_reachable(run, found_before.intervals)
         return
     stream = run.data.stream(run.config.data.calibration_seed, method.batch_size)
 
@@ -50,7 +54,7 @@ def run(run: Run) -> None:
             yield run.data.to_device(batch)
 
     def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-        return track(items, "simulation", total, console=run.console, transient=True)
+        return run.track(items, "simulation", total)
 
     teacher = Teacher(
         run.family, run.teacher.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
@@ -73,3 +77,4 @@ def run(run: Run) -> None:
     plan.save(run.plan_path)
     show_plan(run, plan)
     run.say("detect", f"wrote {folder}")
+    check_reachable(run, plan.intervals)

@@ -1,4 +1,4 @@
-"""Stage 3: all parameters of the pruned model, tuned on the teacher's output (paper section 4.1)."""
+"""Stage 3: tune all parameters of the pruned model on the teacher's output (paper section 4.1)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any, cast
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
-from ppcl.data.batches import StepLoader, TrainingBatch
+from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.finetune import FineTune
 from ppcl.options import identity
 from ppcl.streaming import still
 from ppcl.surgery.adapter import merge_lora
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
-from ppcl.training.sharding import Sharding
+from ppcl.training.sharding import Sharding, place
+from ppcl.variants.costs import FIRST_BATCH
 from ppcl.variants.plugs import required_plugs
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import another_run, finetuned_folder, made_of, planned
 
 
 def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
-    """Header of a tuned model."""
+    """Return the header of a tuned model; `arranged` says which plugs it started from."""
     made_from = {
         "model": run.teacher.identity,
         "layout": asdict(run.layout),
@@ -35,6 +36,7 @@ def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
 
 
 def run(run: Run) -> None:
+    """Tune the planned model, or all plugs without a budget; write it with its velocity error before and after."""
     config, folder = run.config.finetune, finetuned_folder(run)
     plugs = required_plugs(run)
     plan = planned(run, plugs)
@@ -49,7 +51,7 @@ def run(run: Run) -> None:
     switch(plan)
     with still(*(teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept)):
         student = switch.board.standalone()
-        if not run.teacher.sharded:  # sharding copies what is shared
+        if not run.teacher.sharded:  # sharding gives each model its own copy of shared parameters
             student = copy.deepcopy(student)
     stands_for = switch.board.stands_for
     switch.restore()
@@ -57,24 +59,38 @@ def run(run: Run) -> None:
     seed = run.config.data.train_seed
     transformer = run.teacher.pipeline.transformer
     module = FineTune(run.family, transformer, student, config, stands_for, sharding, seed, run.precision)
-    # Behind the batches that depth and width learned from.
+    # Later batches than those that depth and width trained on.
     stream = run.data.shared_stream(seed, config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps, ahead=stream.from_disk)
     blocks = [b for model in (transformer, student) for b in run.family.blocks(model).values()]
+    before = _velocity_error(run, module, "before tuning")
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
+    after = _velocity_error(run, module, "after tuning")
     result = cast(Any, module.whole_result())
     if run.writes:
         with atomic_folder(folder) as temporary:
             if config.lora_rank:
                 merge_lora(result, run.teacher.pipeline, temporary)
             result.to(run.teacher.dtype).save_pretrained(temporary / "transformer")
-            write_json(
-                temporary / "ppcl.json",
-                header.to_json() | {"plugged": [*plan.students, *plan.removed, *plan.projectors]},
-            )
+            facts = {
+                "plugged": [*plan.students, *plan.removed, *plan.projectors],
+                "velocity_error": {"before": before, "after": after},  # held-out
+            }
+            write_json(temporary / "ppcl.json", header.to_json() | facts)
     discard_checkpoint(run, checkpoints)
+    run.say("finetune", f"held-out velocity error {before:.4f} -> {after:.4f}")
     run.say("finetune", f"wrote {folder}")
 
 
+def _velocity_error(run: Run, module: FineTune, description: str) -> float:
+    """Measure the held-out velocity error on the part of the calibration data that a plan's costs are measured on."""
+    place(run, module)
+    size = run.config.finetune.batch_size
+    stream = run.data.shared_stream(run.config.data.calibration_seed, size)
+    steps = run.track(batch_numbers(size, FIRST_BATCH, FIRST_BATCH + 4), description)
+    return module.velocity_error(run.data.to_device(stream(step)) for step in steps)
+
+
 def _later(stream: Any, step: int) -> TrainingBatch:
+    """Return batch number `step` after the first 500,000 samples of `stream`."""
     return stream(500_000 // stream.batch_size + step)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.progress import Progress
 from torch import Tensor
 
 from ppcl.artifacts.files import atomic_folder, write_json
@@ -21,16 +20,19 @@ from ppcl.context import Run
 from ppcl.pictures.drawing import decoded_latents, draw, equipped
 from ppcl.pictures.images import Drawing, drawings, given_to, prompts_of, save_image, save_prompts
 from ppcl.pictures.latents import save_latents
+from ppcl.progress import counter
 from ppcl.report.plots import image_grid
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import variants_of
 
 
-def _draw_variant(run: Run, drawing: Drawing, progress: Progress, board: Plugboard) -> int:
+def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> int:
     """Draw the pictures that are missing; return how many."""
     with equipped(run, board) as (pipeline, arguments):
-        return _draw_missing(run, drawing, progress, partial(_draw_batch, run, pipeline, arguments))
+        draw_batch = partial(_draw_batch, run, pipeline, arguments)
+        with counter(drawing.variant.name, len(run.prompts), console=run.progress_console) as advance:
+            return _draw_missing(run, drawing, draw_batch, advance)
 
 
 def _draw_batch(
@@ -43,14 +45,13 @@ def _draw_batch(
     return images, latents
 
 
-def _draw_missing(run: Run, drawing: Drawing, progress: Progress, draw_batch: Any) -> int:
+def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any, advance: Callable[[int], None]) -> int:
     folder, header, count = drawing.folder, drawing.header, len(run.prompts)
     name, size = drawing.variant.name, run.config.generate.batch_size
     settings = {"variant": name, **header.made_from, "fingerprint": header.fingerprint}
     # The manifest in progress says whose pictures these are; it is deleted when all are there.
     unfinished = folder / "unfinished.json"
     write_json(unfinished, header.to_json())
-    task = progress.add_task(name, total=count)
     drawn = 0
     for start in range(0, count, size):
         numbers = range(start, min(start + size, count))
@@ -63,7 +64,7 @@ def _draw_missing(run: Run, drawing: Drawing, progress: Progress, draw_batch: An
                 if not path.exists():
                     save_image(image, path, json.dumps(text))
             drawn += len(paths)
-        progress.advance(task, len(paths))
+        advance(len(paths))
     save_prompts(run, folder)
     image_grid(folder / "grid.png", [Image.open(folder / f"{number:05d}.png") for number in range(count)])
     write_json(folder / "manifest.json", header.to_json() | {"num_images": count})
@@ -114,13 +115,12 @@ def run(run: Run) -> None:
     missing = [drawing for drawing in missing if not _reuse_teacher(run, drawing)]
     run.family.check_prompts(run.teacher.pipeline, prompts_of(run))
     switch = Switch(run, plugs)
-    with Progress(console=run.console, transient=True) as progress:
-        for drawing in missing:
-            switch(drawing.variant)
-            drawn = _draw_variant(run, drawing, progress, switch.board)
-            name, folder = drawing.variant.name, drawing.folder
-            if name == "teacher":
-                with suppress(OSError):  # another job of the sweep was first
-                    _hand_over(folder, _teacher_cache(run, drawing.header))
-            run.say("generate", f"{name}: {drawn} of {len(run.prompts)} pictures drawn, in {folder}")
+    for drawing in missing:
+        switch(drawing.variant)
+        drawn = _draw_variant(run, drawing, switch.board)
+        name, folder = drawing.variant.name, drawing.folder
+        if name == "teacher":
+            with suppress(OSError):  # another job of the sweep was first
+                _hand_over(folder, _teacher_cache(run, drawing.header))
+        run.say("generate", f"{name}: {drawn} of {len(run.prompts)} pictures drawn, in {folder}")
     switch.restore()

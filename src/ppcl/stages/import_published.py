@@ -1,4 +1,4 @@
-"""What the PPCL authors published: a model as a folder that ppcl and diffusers load, a training checkpoint as plugs."""
+"""Import what the PPCL authors published: a model as a pipeline folder, or a training checkpoint as plugs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors.torch import save_file
 
 from ppcl import __version__
@@ -36,6 +35,7 @@ SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def run(run: Run) -> None:
+    """Write `imported/` from a published model, or `plugs/` from a training checkpoint."""
     source = open_source(run.config)
     if isinstance(source, Training):
         _write_plugs(run, source)
@@ -44,6 +44,7 @@ def run(run: Run) -> None:
 
 
 def _state_of(path: Path) -> list[int]:
+    """Return size and modification time of a file, which tell a changed one."""
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
@@ -55,7 +56,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
     intervals = resolve_intervals(run.config)
     if published.is_stock and intervals is None:
         run.say(
-            "import",
+            "import_published",
             f"{path} is the stock class with {published.num_layers} blocks: diffusers loads it as it is, so nothing is "
             "written; with intervals= it is, and takes the full model's LoRAs and ControlNets",
         )
@@ -71,13 +72,13 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
     }
     header = Header("ppcl.imported", made_from)
     if is_current(folder / "ppcl.json", header):
-        run.say("import", f"reused {folder}")
+        run.say("import_published", f"reused {folder}")
         return
     facts = _text_projector_facts(run, source)
     with torch.device("meta"):
         model = published.model_class.from_config(published.arch)
     provenance = _provenance(run, source, header)
-    if intervals is not None:  # else nobody knows which of the full model's blocks these are
+    if intervals is not None:  # without them it is unknown which of the full model's blocks these are
         model.register_to_config(ppcl=provenance)
     with atomic_folder(folder) as temporary:
         model.save_config(temporary / "transformer")
@@ -88,7 +89,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
 
 
 def _text_projector_facts(run: Run, source: PublishedFolder) -> dict[str, Any]:
-    """How txt_proj is read, and the evidence: whole maps have a diagonal around 1, residual ones around 0."""
+    """Return how txt_proj is read, and the evidence: whole maps have a mean diagonal around 1, residual ones 0."""
     if not source.published.text:
         return {}
     weights = list(source.text_projectors())
@@ -99,7 +100,7 @@ def _text_projector_facts(run: Run, source: PublishedFolder) -> dict[str, Any]:
     if plain:
         facts["txt_proj_rounded_off"] = max(map(lost, weights))
         told += f"; W - I rounds off at most {facts['txt_proj_rounded_off']:.1e} of W"
-    run.say("import", told)
+    run.say("import_published", told)
     return facts
 
 
@@ -121,11 +122,11 @@ def _provenance(run: Run, source: PublishedFolder, header: Header) -> dict[str, 
 
 
 def _write_weights(run: Run, source: PublishedFolder, folder: Path) -> None:
-    """File by file: no more than one is held."""
+    """Convert the weights file by file, so that only one is in memory at a time."""
     names = {file: file.name if len(source.files) > 1 else SINGLE_FILE for file in source.files}
     index: dict[str, str] = {}
     size = 0
-    for file in track(source.files, "converting", console=run.console, transient=True):
+    for file in run.track(source.files, "converting"):
         state = dict(convert(source.published, source.tensors(file)))
         save_file(state, folder / names[file], {"format": "pt"})
         index |= dict.fromkeys(state, names[file])
@@ -136,7 +137,7 @@ def _write_weights(run: Run, source: PublishedFolder, folder: Path) -> None:
 
 
 def _write_pipeline(source: PublishedFolder, folder: Path, ours: bool) -> None:
-    """The other components beside the transformer, its code, and an index that names its class."""
+    """Copy the other components beside the transformer, and write its code and an index that names its class."""
     index: dict[str, Any] = {}
     if source.pipeline is not None:
         index = read_json(source.pipeline / "model_index.json", "The pipeline's index")
@@ -149,7 +150,7 @@ def _write_pipeline(source: PublishedFolder, folder: Path, ours: bool) -> None:
     index["transformer"] = ["ppcl" if ours else "diffusers", config["_class_name"]]
     write_json(folder / "model_index.json", index)
     add_code(folder)
-    if source.pipeline is None:  # it only told which code goes beside the transformer
+    if source.pipeline is None:  # the index was needed only to add the code
         (folder / "model_index.json").unlink()
 
 
@@ -158,7 +159,7 @@ def _tell(run: Run, source: PublishedFolder, folder: Path) -> None:
     sizes = {key: torch.Size(shape).numel() for key, shape in published.shapes.items()}
     added = sum(sizes[key] for key in published.identity)
     run.say(
-        "import",
+        "import_published",
         f"{published.num_layers} blocks, {len(published.text)} without a text stream, {len(published.ffn)} without "
         f"FFN: {published.model_class.__name__} with {billions(sum(sizes.values()))} parameters"
         + (f", {billions(added)} of them output projectors that it had none of (zero)" if added else ""),
@@ -167,7 +168,7 @@ def _tell(run: Run, source: PublishedFolder, folder: Path) -> None:
     if source.pipeline is None:
         target = json.dumps(str(folder / "transformer"))
         loads = f"{published.model_class.__name__}.from_pretrained({target})"
-    run.say("import", f"wrote {folder}; {loads} loads it")
+    run.say("import_published", f"wrote {folder}; {loads} loads it")
 
 
 # A training checkpoint.
@@ -209,7 +210,7 @@ def _write_plugs(run: Run, training: Training) -> None:
         )
         parts.append(projector)
     stale = [part for part in parts if not is_current(folder / f"{part.name}.json", part.header)]
-    for part in track(stale, "writing plugs", console=run.console, transient=True):
+    for part in run.track(stale, "writing plugs"):
         part.save(folder)
     told = f"{len(training.students)} students, {len(training.projectors)} projectors"
-    run.say("import", f"wrote {told} to {folder}" if stale else f"reused {folder}")
+    run.say("import_published", f"wrote {told} to {folder}" if stale else f"reused {folder}")

@@ -1,31 +1,29 @@
-"""Counts what a set of intervals leaves of a model, without weights, and writes it down as a plan."""
+"""Count what intervals and width sets leave of a model, without weights; with a budget, choose what to plug in."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.plan import Choice, PruningPlan
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.report import plots
-from ppcl.report.text import billions, show_frontier, show_plan
+from ppcl.report.text import billions, counted, in_bytes, show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import budget_of, resolve_intervals, resolve_width
-from ppcl.variants.costs import compare_costs, measure, target_of
+from ppcl.variants.costs import measure, target_of
 from ppcl.variants.planner import choose, total_saving
 from ppcl.variants.plugs import required_plugs
 
 
 def run(run: Run) -> None:
+    """Choose plugs for the budget; without one, count given intervals and write `plan/plan.json`."""
     if budget_of(run.config) is not None:
-        from ppcl.stages.plan import plan_budget  # loads the teacher, which counting does without
-
         plan_budget(run)
         return
     intervals = resolve_intervals(run.config)
     if intervals is None:
-        # Detection follows in this run or happened in it before; there is nothing to count yet.
+        # Nothing to count: this run's detection comes after this stage, or has counted its intervals already.
         if run.plan_path.exists():
             show_plan(run, PruningPlan.load(run.plan_path))
         else:
@@ -36,8 +34,11 @@ def run(run: Run) -> None:
     if width:
         made_from |= {"width": width, "layout": asdict(run.layout)}
     plan = PruningPlan(model.family, run.num_layers, intervals, made_from, width=width)
-    if is_current(run.plan_path, plan.header()):
-        plan = PruningPlan.load(run.plan_path)
+    path = run.folder / "plan" / "plan.json"  # not `run.plan_path`: the run that this one is based on is only read
+    advice = "leave out intervals= to use these intervals, or give name=OTHER to count others"
+    reused = plan.is_current(path, advice)
+    if reused:
+        plan = PruningPlan.load(path)
     else:
         plan.parameters = count_parameters(run.family, model.arch, intervals, width, run.layout)
         if run.config.intervals.remark:
@@ -45,13 +46,13 @@ def run(run: Run) -> None:
                 "remark": run.config.intervals.remark,
                 "as_printed": run.config.intervals.as_printed,
             }
-        plan.save(run.plan_path)
+        plan.save(path)
     show_plan(run, plan)
-    run.say("plan", f"wrote {run.plan_path}")
+    run.say("plan", f"{'reused' if reused else 'wrote'} {path}")
 
 
 def plan_budget(run: Run) -> None:
-    """Choose what to plug in for the configured budget, by costs that are measured once."""
+    """Choose the cheapest plugs that meet the budget, by costs that are measured once; write `plan/choice.json`."""
     budget = budget_of(run.config)
     assert budget is not None
     name, value = budget
@@ -60,17 +61,10 @@ def plan_budget(run: Run) -> None:
     units, overlaps, teacher = costs.units, costs.overlaps, costs.teacher
     if cost not in costs.frontier:
         raise UsageError(
-            f"budget.cost={cost} is not known of every plug, since not all were distilled here: use "
+            f"budget.cost={cost} is not known of every plug, since not all of them were distilled here: use "
             "budget.cost=velocity."
         )
     saving = target_of(name, value, teacher, units, overlaps)
-    show_frontier(run, costs.frontier[cost])
-    if len(costs.frontier) > 1:
-        run.say(
-            "plan",
-            f"by measured velocity error the plans' error is {compare_costs(costs.frontier):.2f}x that of plans by "
-            "distillation loss (mean over the frontier)",
-        )
     plugged = choose(units, name, saving, cost, overlaps)
     if plugged is None:
         raise UsageError(f"budget.{name}={value:g}: no set of plugs saves enough; 'stages=[plan]' lists what is there.")
@@ -79,12 +73,16 @@ def plan_budget(run: Run) -> None:
     latency = 1 - total_saving(units, overlaps, plugged, "latency_ratio")
     memory = teacher.memory_gb - total_saving(units, overlaps, plugged, "memory_gb")
     error = sum(unit.costs[cost] for unit in units if unit.name in plugged)
-    Choice((name, value, cost), plugged, round(params), ratio, latency, memory, error).save(run.choice_path)
-    plots.frontier(run.choice_path.with_name("frontier.png"), costs.frontier, ratio)
+    choice = Choice((name, value, cost), plugged, round(params), ratio, latency, memory, error)
+    path, picture = run.choice_path, run.choice_path.with_name("frontier.png")
+    reused = path.exists() and picture.exists() and Choice.load(path) == choice
+    if not reused:
+        choice.save(path)
+        plots.frontier(picture, costs.frontier, ratio)
     run.say(
         "plan",
-        f"budget.{name}={value:g}: {len(plugged)} of {len(units)} plugs, {billions(round(params))} ({ratio:.3f}), "
-        f"latency {latency:.3f}, {memory:.3g} GB",
+        f"budget.{name}={value:g}: {len(plugged)} of {counted(len(units), 'plug')}, {billions(round(params))} "
+        f"parameters ({ratio:.3f} of the teacher's), latency {latency:.3f}, {in_bytes(memory * 1e9)}",
     )
     run.say("plan", " ".join(plugged) or "nothing to plug in: the teacher fits the budget")
-    run.say("plan", f"wrote {run.choice_path} and frontier.png")
+    run.say("plan", f"{'reused' if reused else 'wrote'} {path} and frontier.png")

@@ -1,4 +1,4 @@
-"""Pretraining of the embedded teachers by flow matching; the only stage that trains from nothing."""
+"""Pretrain an embedded teacher by flow matching, from random weights or from an earlier teacher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 
 
 def teacher_header(run: Run) -> Header:
-    """Header of a pretrained teacher; one that it continues enters by its own fingerprint, not by its path."""
+    """Return the header of a pretrained teacher; a teacher that it continues is named by fingerprint, not by path."""
     config = run.config.pretrain
     settings = identity(config)
     if config.init is not None:
@@ -36,7 +36,7 @@ def teacher_header(run: Run) -> Header:
 
 
 def _start(run: Run) -> Any:
-    """A pipeline whose transformer is to be trained: untrained, an earlier one, or another family's in its place."""
+    """Return the pipeline to train: a new one, an earlier one, or a new one with another family's transformer."""
     config = run.config.pretrain
     build = import_module(builders()[str(run.config.model.builder)]).build_pipeline
     layers = {} if config.num_layers is None else {"num_layers": config.num_layers}
@@ -46,12 +46,13 @@ def _start(run: Run) -> Any:
         return pipeline
     earlier = DiffusionPipeline.from_pretrained(local_folder(config.init), dtype=torch.float32)
     if type(earlier) is type(pipeline):
-        return earlier  # with the text encoder that it has learned to read
+        return earlier  # with its own text encoder, whose embeddings the transformer was trained on
     pipeline.transformer.load_state_dict(earlier.transformer.state_dict())
     return pipeline
 
 
 def run(run: Run) -> None:
+    """Train the teacher and write it to `teacher/` as a pipeline folder."""
     config, folder = run.config.pretrain, run.folder / "teacher"
     header = teacher_header(run)
     if is_current(folder / "ppcl.json", header):
@@ -75,8 +76,8 @@ def run(run: Run) -> None:
     loader = StepLoader(stream, config.steps)
     blocks = run.family.blocks(pipeline.transformer).values()
     fit(run, "pretrain", module, loader, checkpoints, header, config.checkpoint_every, blocks)
-    # Half the bytes, and no loss that a picture shows. The text encoder stays float32: what the
-    # transformer has learned is to read just these embeddings.
+    # bfloat16 halves the size, and pictures show no difference. The text encoder stays float32, since the
+    # transformer was trained on exactly its embeddings.
     pipeline.transformer.to("cpu", torch.bfloat16)
     with atomic_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)

@@ -1,8 +1,7 @@
-"""Stage 1.1: one residual linear probe per block and stream (paper Eq. 1-2)."""
+"""Stage 1.1: fit one residual linear probe per block and stream (paper Eq. 1-2)."""
 
 from __future__ import annotations
 
-from rich.progress import track
 from torch import Tensor
 
 from ppcl.artifacts.headers import is_current
@@ -12,6 +11,7 @@ from ppcl.methods.probes import fit_probes, relative_residuals, train_probes
 
 
 def run(run: Run) -> None:
+    """Fit the probes and write them to the cache, where all runs on this teacher find them."""
     settings, folder = run.config.probe, run.probe_folder
     header = Probes.header_for(run.probe_settings)
     if is_current(folder / "probes.json", header):
@@ -19,7 +19,7 @@ def run(run: Run) -> None:
         return
     stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
     family, transformer = run.family, run.teacher.pipeline.transformer
-    # Fitted on the first batches, judged on later ones, trained on those after both.
+    # The first batches fit the probes, the next ones measure them, and training takes those after both.
     judged = settings.num_batches + settings.num_heldout_batches
     batches = [run.data.to_device(stream(step)) for step in range(judged)]
     heldout = batches[settings.num_batches :]
@@ -28,8 +28,8 @@ def run(run: Run) -> None:
     )
     count = len(family.blocks(transformer)) * len(family.masks(batches[0].inputs))
     residuals: dict[str, float] = {}
-    trained: dict[str, tuple[Tensor, Tensor]] = {}  # training takes all at once
-    for fit in track(fits, "probes", count, console=run.console, transient=True):
+    trained: dict[str, tuple[Tensor, Tensor]] = {}  # all are held: a training step updates every probe
+    for fit in run.track(fits, "probes", count):
         if settings.train_steps:
             zero = settings.init == "zero"
             trained[fit.key] = (fit.weight * 0, fit.bias * 0) if zero else (fit.weight, fit.bias)
@@ -37,7 +37,7 @@ def run(run: Run) -> None:
             write_probe(folder, header, fit.key, fit.weight, fit.bias)
             residuals[fit.key] = fit.residual.value
     if settings.train_steps:
-        steps = track(range(settings.train_steps), "probe training", console=run.console, transient=True)
+        steps = run.track(range(settings.train_steps), "probe training")
         training = (run.data.to_device(stream(judged + step)) for step in steps)
         trained = train_probes(family, transformer, training, trained, lr=settings.lr)
         residuals = relative_residuals(family, transformer, heldout, trained)

@@ -1,4 +1,4 @@
-"""Writes the pruned pipeline with few bits a weight, as diffusers' own quantisation configs have it."""
+"""Write the pruned pipeline with 8 or 4 bits a weight, in the format of diffusers' own quantisation configs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from rich.progress import track
 
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
@@ -35,7 +33,7 @@ Fit = Callable[..., None]
 
 
 def quantized_header(run: Run, name: str, arranged: dict[str, Any], finetuned: str | None) -> Header:
-    """Header of a quantised model; calibration data is part of it only where rounding uses some."""
+    """Return the header of a quantised model; calibration data is part of it only if rounding uses it."""
     config, data = run.config.quantize, run.config.data
     settings: dict[str, Any] = {"scheme": config.scheme, "skip": sorted(config.skip)}
     if config.scheme != "nf4":
@@ -53,6 +51,7 @@ def quantized_header(run: Run, name: str, arranged: dict[str, Any], finetuned: s
 
 
 def run(run: Run) -> None:
+    """Quantise the variant that `quantize.variant` names, by default the furthest one, and write its pipeline."""
     config, folder = run.config.quantize, quantized_folder(run)
     if config.scheme == "nf4":
         require_bitsandbytes()
@@ -106,9 +105,9 @@ def _widths(model: Any, names: Iterable[str]) -> str:
 
 
 def quantize(run: Run, model: Any, chosen: list[str], config: Any, fit: Fit = round_linears) -> None:
-    """Give the layers `chosen` torchao's weights, and `model` what diffusers says of a model that it quantised.
+    """Quantise the layers `chosen` by torchao, and give `model` the config entry that diffusers gives such models.
 
-    `fit` rounds layers to the moments of their inputs, where rounding is by least squares.
+    `fit` rounds layers by the second moments of their inputs if `quantize.rounding=least_squares`.
     """
     settings = run.config.quantize
     if settings.rounding == "nearest":
@@ -119,7 +118,7 @@ def quantize(run: Run, model: Any, chosen: list[str], config: Any, fit: Fit = ro
         stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
         batches = [run.data.to_device(stream(step)) for step in range(settings.num_batches)]
         how = {"scheme": settings.scheme, "group_size": settings.group_size, "damping": settings.damping}
-        show = partial(track, description="rounding", console=run.console, transient=True)
+        show = partial(run.track, description="rounding")
         nearest = partial(_to_nearest, model, outside, config)
         round_blocks(run.family, model, batches, chosen, partial(fit, **how), prepare=nearest, each_block=show)
     declare(model, config)
@@ -131,7 +130,7 @@ def _to_nearest(model: Any, names: Iterable[str], config: Any) -> None:
 
 
 def _to_nf4(run: Run, model: Any, kept: list[str]) -> Any:
-    """bitsandbytes replaces layers while a model is loaded: from a folder that is gone afterwards."""
+    """Return `model` in nf4; it goes through a temporary folder, as bitsandbytes quantises while it loads."""
     from diffusers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(**nf4_settings(run.teacher.dtype, kept))

@@ -1,4 +1,4 @@
-"""A LoRA of the full model, written anew for the pruned one; blocks without a place are named."""
+"""Rewrite a LoRA of the full model for the pruned one, and name the modules that have no place in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ppcl.surgery.remap import adapter_metadata, remap_lora
 
 
 def _pruned_transformer(run: Run) -> Any:
-    """The exported transformer without its weights: names and sizes are all that is asked of it."""
+    """Return the exported transformer on the meta device: only its names and shapes are needed."""
     folder = Path(run.config.lora.model or run.folder / "export") / "transformer"
     if not (folder / "config.json").exists():
         raise UsageError(f"lora.model: {folder.parent} holds no exported model; run 'stages=[export]' first.")
@@ -34,6 +34,7 @@ def _pruned_transformer(run: Run) -> Any:
 
 
 def run(run: Run) -> None:
+    """Write `lora/NAME.safetensors`, which `pipeline.load_lora_weights` takes on the export."""
     path = Path(str(run.config.lora.path))
     target = run.folder / "lora" / f"{path.stem}.safetensors"
     transformer = _pruned_transformer(run)
@@ -45,8 +46,8 @@ def run(run: Run) -> None:
         "model": transformer.config.get("ppcl", {}).get("fingerprint"),
     }
     header = Header("ppcl.lora", made_from)
-    if is_current(target.with_suffix(".json"), header):
-        run.say("lora", f"reused {target}")
+    if is_current(target.with_suffix(".json"), header, "delete that file to make it anew"):
+        run.say("remap_lora", f"reused {target}")
         return
     state, peft = read_lora(run, path)
     found = remap_lora(state, transformer, source=run.config.lora.source, metadata=peft)
@@ -55,8 +56,10 @@ def run(run: Run) -> None:
         save_file(found.state, temporary, metadata)
     write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped})
     modules = len({key.split(".lora_")[0] for key in found.state})
-    run.say("lora", f"{modules} modules mapped, {len(found.dropped)} dropped: the pruned model has no place for them")
+    run.say(
+        "remap_lora", f"{modules} modules mapped, {len(found.dropped)} dropped: the pruned model has no place for them"
+    )
     if found.dropped:
         few = ", ".join(found.dropped[:3])
-        run.say("lora", f"dropped: {few}{', ...' if len(found.dropped) > 3 else ''}; all in {target.stem}.json")
-    run.say("lora", f"wrote {target}; pipeline.load_lora_weights takes it")
+        run.say("remap_lora", f"dropped: {few}{', ...' if len(found.dropped) > 3 else ''}; all in {target.stem}.json")
+    run.say("remap_lora", f"wrote {target}; pipeline.load_lora_weights takes it")

@@ -1,14 +1,14 @@
-"""Stage 2: linear projectors in place of text streams and FFNs (paper Eq. 8-12)."""
+"""Stage 2: replace text streams and FFNs by linear projectors (paper Eq. 8-12)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import PruningPlan, Width
@@ -21,19 +21,20 @@ from ppcl.layers import references
 from ppcl.methods.similarity import similarity_maps
 from ppcl.methods.width import ffn_errors, select_ffn, select_text
 from ppcl.options import identity
-from ppcl.report.text import show_plan
+from ppcl.report.text import counted, show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
 from ppcl.variants.plugs import required_removals, required_students
+from ppcl.variants.reach import check_reachable
 
 
 def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -> Header:
-    """Header of one projector; `students` holds the fingerprints of trained students by name."""
+    """Return the header of one projector; `students` has the fingerprints of trained students by name."""
     width, distill = run.config.width, identity(run.config.distill)
     for key in ("mode", "init", "steps", "lr"):
-        del distill[key]  # width has its own, or they are of students alone
+        del distill[key]  # width has keys of its own for these, or they concern only students
     place, reference = item.place, item.reference
     made_from = {
         "model": run.teacher.identity,
@@ -50,20 +51,21 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
 
 
 def _calibration(run: Run, start: int, stop: int, description: str, *, shared: bool = False) -> Iterator[TrainingBatch]:
-    """Held-out batches; `shared` ones are divided among ranks, of the others each rank sees all rows."""
+    """Yield held-out batches `start` to `stop`, of at least 16 samples each.
+
+    With `shared`, each rank gets its own rows of a batch; otherwise every rank gets all rows.
+    """
     size = run.config.distill.batch_size
     stream = (run.data.shared_stream if shared else run.data.stream)(run.config.data.calibration_seed, size)
-    for step in track(batch_numbers(size, start, stop), description, console=run.console, transient=True):
+    for step in run.track(batch_numbers(size, start, stop), description):
         yield run.data.to_device(stream(step))
 
 
 def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
-    """The sets of `width=auto`, with the numbers they were chosen by."""
+    """Return the sets that `width=auto` selects, and the measurements they were chosen by."""
     config, family, teacher = run.config.width, run.family, run.teacher.pipeline.transformer
     if config.num_text == 0 and config.num_ffn == 0:
         raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
-    if config.num_ffn > len(kept):
-        raise UsageError(f"width.num_ffn={config.num_ffn} exceeds the {len(kept)} blocks that are kept.")
     here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
     stop = config.num_batches
 
@@ -98,8 +100,15 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     return {stack: sets for stack, sets in width.items() if any(sets.values())}, scores
 
 
+def _has_plan(path: Path, plan: PruningPlan) -> bool:
+    """Return whether `path` holds this plan; sets that were given may be replaced, selected ones may not."""
+    if path.exists() and PruningPlan.load(path).made_from.get("width", {}).get("source") in ("given", "plan"):
+        return PruningPlan.load(path).header().fingerprint == plan.header().fingerprint
+    return is_current(path, plan.header(), "delete that file to select anew")
+
+
 def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> PruningPlan:
-    """The run's plan with width sets: given, or selected and written down."""
+    """Return the run's plan with its width sets: read from disk, given, or selected now; new ones are written."""
     config = run.config.width
     selection = {key: getattr(config, key) for key in ("source", "text_output", "keep_text_query")}
     if config.source == "auto":
@@ -109,7 +118,7 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
         selection["sets"] = run.width
     made_from = {"model": run.teacher.identity, "intervals": run.intervals, "students": students, "width": selection}
     plan = PruningPlan(run.config.model.family, run.num_layers, run.intervals, made_from)
-    if is_current(run.width_path, plan.header()):
+    if _has_plan(run.width_path, plan):
         return PruningPlan.load(run.width_path)
     if config.source == "auto":
         plan.width, plan.scores = _select(run, kept)
@@ -123,6 +132,7 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
 
 
 def run(run: Run) -> None:
+    """Select the width sets if they are not given, then fit and train the projectors that are missing."""
     config, folder = run.config.width, run.plugs_folder
     plugs = required_students(run)
     students = {name: plug.header.fingerprint for name, plug in plugs.items()}
@@ -135,10 +145,11 @@ def run(run: Run) -> None:
 
     teacher, kept = parts()
     plan = _plan(run, kept, students)
-    if run.teacher.sharded:  # whatever selecting has made shards of is needed whole again
+    if run.teacher.sharded:  # selecting has sharded blocks that are now needed whole
         run.teacher.forget_pipeline()
         teacher, kept = parts()
     show_plan(run, plan)
+    check_reachable(run, run.intervals, plan.width)
     distill = replace(run.config.distill, steps=max(config.steps, 1), lr=config.lr, mode="parallel")
 
     def distillation(only: Collection[str] | None = None) -> WidthDistillation:
@@ -146,7 +157,8 @@ def run(run: Run) -> None:
         return WidthDistillation(*arguments, linear_weight=config.linear_weight, only=only, precision=run.precision)
 
     headers = {item.name: projector_header(run, item, students) for item in distillation().pruned}
-    stale = [name for name, header in headers.items() if not is_current(folder / f"{name}.json", header)]
+    advice = f"delete {folder}/*.text.json and {folder}/*.ffn.json to train all projectors anew"
+    stale = [name for name, header in headers.items() if not is_current(folder / f"{name}.json", header, advice)]
     made_from = {"projectors": {name: header.fingerprint for name, header in headers.items()}}
     header = Header("ppcl.width", made_from)
     checkpoints = folder / f"checkpoint-width-{fingerprint({'projectors': stale})}"
@@ -179,10 +191,11 @@ def run(run: Run) -> None:
         change = f"{losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}"
         run.say("width", f"{item.name}: held-out loss {change}")
     discard_checkpoint(run, checkpoints)
-    run.say("width", f"wrote {len(stale)} projectors to {folder}")
+    run.say("width", f"wrote {counted(len(stale), 'projector')} to {folder}")
 
 
 def _projector(run: Run, module: WidthDistillation, number: int, header: Header, losses: dict[str, float]) -> Projector:
+    """Return the trained projector of pruned place `number`; with several ranks only rank 0 gets its tensors."""
     item = module.pruned[number]
     state = {
         f"{module.surgery.projectors[key]}.{name}": value.clone()

@@ -1,4 +1,4 @@
-"""The loop of every training: Lightning's trainer, and checkpoints that resume exactly."""
+"""Run a training: Lightning's trainer, with checkpoints from which it resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from ppcl.training.strategies import SHARDED, processes
 
 
 def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> bool:
-    """Whether `folder` holds a checkpoint of just this training; `UsageError` if of another one.
+    """Return whether `folder` holds a checkpoint of exactly this training.
 
-    `sharded`: of a training that shards, which no other can read, nor it theirs.
+    Raises `UsageError` for a checkpoint of other settings, or a damaged one. `sharded`: this training shards its
+    module, and can read only checkpoints of such trainings.
     """
     record = folder / "checkpoint.json"
-    if not is_current(record, header):
+    advice = f"go on with that setting, or delete {folder} to train anew"
+    if not is_current(record, header, advice):
         return False
     mine, other = (SHARDED, "last.ckpt") if sharded else ("last.ckpt", SHARDED)
     if not (folder / mine).exists():
@@ -62,15 +64,15 @@ def fit(
 ) -> None:
     """Train `module` for the loader's steps, from the last checkpoint in `folder` if there is one.
 
-    A run killed at any moment and started again ends with the weights of one never interrupted:
-    batches depend on the step alone, and model, optimisers and the step are restored together.
-    `blocks` are those that a step runs: `trainer.compile` compiles them for as long as the training lasts.
+    A training killed at any moment and started again ends with the same weights as an uninterrupted one: batches
+    depend only on the step, and module, optimisers and step are restored together. `blocks` are those that a step
+    runs; `trainer.compile` compiles them for the time of the training. Raises `UsageError` if the training stops early.
     """
     resumable = check_resumable(folder, header, sharded=run.teacher.sharded)
-    barrier()  # before the first rank changes what others look at
+    barrier()  # all ranks must have looked before rank 0 changes the folder
     if run.writes:
         if not resumable:
-            shutil.rmtree(folder, ignore_errors=True)  # a checkpoint nobody vouches for is not resumed
+            shutil.rmtree(folder, ignore_errors=True)  # without its record a checkpoint may be of other settings
         write_json(folder / "checkpoint.json", header.to_json())
     barrier()
     if resumable:
@@ -94,7 +96,7 @@ def fit(
         accelerator=run.config.trainer.accelerator,
         logger=logger,
         callbacks=callbacks,
-        enable_progress_bar=False,  # ours counts steps
+        enable_progress_bar=False,  # `StepProgress` counts steps instead
         enable_model_summary=False,
         log_every_n_steps=min(25, loader.num_steps),
         default_root_dir=run.folder,
@@ -104,7 +106,7 @@ def fit(
     try:
         with compiled(blocks if run.config.trainer.compile else ()):
             trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # how Lightning passes Ctrl-C on
+    except SystemExit:  # Lightning raises it for Ctrl-C
         raise KeyboardInterrupt from None
     finally:
         finish_logger(logger)
@@ -114,11 +116,11 @@ def fit(
 
 @contextmanager
 def compiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """`blocks` with compiled forwards, eager again afterwards, where batches of every size are drawn.
+    """Compile the forwards of `blocks` within the context; afterwards they are eager again, for batches of any size.
 
-    Only the forwards: `compile_repeated_blocks` compiles the hooks of a block too, and taps come and go.
+    Only forwards are compiled: `compile_repeated_blocks` would compile hooks too, and taps come and go.
     """
-    eager = [(block, vars(block).get("forward")) for block in blocks]  # offloading has put its own there
+    eager = [(block, vars(block).get("forward")) for block in blocks]  # offloading may have replaced it
     for block, _ in eager:
         block.forward = torch.compile(block.forward)
     try:
@@ -131,6 +133,6 @@ def compiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def discard_checkpoint(run: Run, folder: Path) -> None:
-    """Remove a finished training's checkpoint: its result is on disk as an artifact by now."""
+    """Remove the checkpoint of a finished training, whose result is on disk as an artifact."""
     if run.writes:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,38 +1,54 @@
-"""A progress bar that counts steps of one training, not epochs of a loader."""
+"""Progress of a training, in optimisation steps: Lightning's own bar counts epochs of a loader."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ppcl.progress import Clock, Lines, draws_bars
+
 
 class StepProgress(L.Callback):
-    """Shows `description`, steps done, the loss, and the time left; disappears at the end."""
+    """Shows the stage's name, the steps done, the loss and the time left.
 
-    def __init__(self, description: str, console: Console) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=console,
-            transient=True,
-        )
-        self.description = description
+    A terminal gets a bar that disappears at the end, any other console plain lines (`ppcl.progress`).
+    """
+
+    def __init__(self, description: str, console: Console, clock: Clock = time.monotonic) -> None:
+        self.description, self.console, self.clock = description, console, clock
+        self._bar: Progress | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.bar.start()
-        self.task = self.bar.add_task(self.description, total=trainer.max_steps, completed=trainer.global_step, loss="")
+        total, done = trainer.max_steps, trainer.global_step
+        if draws_bars(self.console):
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.description, total=total, completed=done, loss="")
+        else:
+            self._lines = Lines(self.console, self.description, total, done=done, unit="step ", clock=self.clock)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.bar.update(self.task, completed=trainer.global_step, loss=f"loss {float(outputs['loss']):.4f}")
+        done = trainer.global_step
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, loss=f"loss {float(outputs['loss']):.4f}")
+        elif self._lines.due(done):
+            self._lines.write(done, f"loss {float(outputs['loss']):.4f}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.bar.stop()
+        if self._bar is not None:
+            self._bar.stop()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ppcl.artifacts.files import check_safetensors, read_json
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
+from ppcl.families.facts import FamilyFacts
 from ppcl.families.registry import FAMILIES, builders, family_of_pipeline
 from ppcl.paths import is_toy_folder, local_folder
 from ppcl.stages import STAGES
@@ -55,6 +57,7 @@ def check_model(config: Config) -> None:
             )
         if model.family not in ("auto", found):
             raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
+        _check_whole(config, arch, FAMILIES[found])
         model.family = found
         model.arch = {key: value for key, value in arch.items() if not key.startswith("_")}
         for file in sorted(folder.rglob("*.safetensors")):
@@ -65,6 +68,24 @@ def check_model(config: Config) -> None:
         needs = ", ".join(needing)
         raise UsageError(f"'stages=[{needs}]' need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
+
+
+def _check_whole(config: Config, arch: dict[str, Any], facts: FamilyFacts) -> None:
+    """Raise `UsageError` where a model that is pruned in width is to be pruned again: stages know only stock blocks."""
+    kind = arch.get("_class_name")
+    if kind not in facts.pruned_models:
+        return
+    draws = {"generate", "evaluate", "report"}
+    pruning = [f"'stages=[{stage}]'" for stage in config.stages if stage not in {"cache", "remap_lora", *draws}]
+    if draws & {*config.stages}:
+        pruning += [f"variant {name}" for name in config.generate.variants or () if name != "teacher"]
+    if pruning:
+        base = arch.get("ppcl", {}).get("base_model")
+        raise UsageError(
+            f"{pruning[0]} cannot prune model.path={config.model.path}, whose transformer is pruned in width ({kind}): "
+            f"set model.path to its teacher{f', {base},' if base else ''} or to an export that is pruned in depth "
+            "alone; generate.variants=[teacher] draws it as it is."
+        )
 
 
 def _needs_weights(config: Config, stage: str) -> bool:
@@ -172,7 +193,7 @@ def check_data(config: Config) -> None:
     if data.given and (data.cache is not None or not edits):
         why = "data.cache has them" if edits else f"model.family={config.model.family} is given no pictures"
         raise UsageError(f"data.given={data.given}: {why}; drop it.")
-    if not 0 < data.held_out < 1:
+    if data.held_out is not None and not 0 < data.held_out < 1:
         raise UsageError(f"data.held_out={data.held_out} must lie between 0 and 1.")
     if not data.captions:
         raise UsageError("data.captions=[] names no key that a caption stands under.")

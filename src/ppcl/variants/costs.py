@@ -1,4 +1,4 @@
-"""Measures what every plug costs and saves, once, on one plugboard."""
+"""Measure what every plug costs and saves, once, on one plugboard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from ppcl.artifacts.costs import Costs, Frontier, Overlap, Point, TeacherCost, Unit
@@ -19,7 +18,7 @@ from ppcl.data.batches import TrainingBatch, batch_numbers
 from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import denoising_step
-from ppcl.report.text import billions
+from ppcl.report.text import billions, show_frontier
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.width import width_surgery
 from ppcl.taps import BlockCall, BlockKey, observe, stack_of
@@ -32,11 +31,14 @@ NUM_POINTS = 16
 
 COSTS = ("velocity", "loss")
 
-_FIRST_BATCH = 100_000  # of the calibration stream: far behind what anything was fitted to
+FIRST_BATCH = 100_000  # of the calibration stream: far behind all batches that anything was fitted to
 
 
 def find_units(plugs: Plugs) -> list[Unit]:
-    """Every plug as a unit: a projector needs its base, and all that lies between it and its reference."""
+    """Return every plug as a unit, without costs.
+
+    A projector needs the student or removal that it was fitted in, and every plug between it and its reference block.
+    """
     shorter = [*plugs.students, *plugs.removals]
     units = [Unit(name) for name in shorter]
     starts = {(stack, interval[0]): name for name in shorter for stack, interval in [plugs.interval(name)]}
@@ -56,7 +58,7 @@ def find_units(plugs: Plugs) -> list[Unit]:
 
 @torch.no_grad()
 def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]) -> float:
-    """||v - v_T||^2 / ||v_T||^2 of the model's output against the teacher's."""
+    """Return ||v - v_T||^2 / ||v_T||^2 of the model's velocity v against the teacher's, `targets`, over all batches."""
     error = total = 0.0
     for batch, target in zip(batches, targets, strict=True):
         target = batch.prediction(target).double()
@@ -69,7 +71,7 @@ def heldout_batches(run: Run) -> list[TrainingBatch]:
     """`budget.num_batches` held-out batches that nothing was fitted to, on the run's device."""
     size = run.config.distill.batch_size
     stream = run.data.stream(run.config.data.calibration_seed, size)
-    numbers = batch_numbers(size, _FIRST_BATCH, _FIRST_BATCH + run.config.budget.num_batches)
+    numbers = batch_numbers(size, FIRST_BATCH, FIRST_BATCH + run.config.budget.num_batches)
     return [run.data.to_device(stream(number)) for number in numbers]
 
 
@@ -80,7 +82,7 @@ def velocities(transformer: nn.Module, batches: Sequence[TrainingBatch]) -> list
 
 
 def _losses(plugs: Plugs, name: str) -> dict[str, float]:
-    """The held-out distillation loss of a plug; nothing for one that was not distilled here."""
+    """Return the held-out distillation loss of a plug; nothing for one that was not distilled here."""
     trained = plugs.students | plugs.projectors
     known = name in trained and "heldout_loss" in trained[name].losses
     return {"loss": distillation_loss(trained[name])} if known else {}
@@ -177,7 +179,7 @@ def _measure_savings(meter: Meter, before: set[str], after: set[str], changed: s
 
 def _measure_units(run: Run, plugs: Plugs, meter: Meter) -> list[Unit]:
     units = find_units(plugs)
-    for unit in track(units, "costs of plugs", console=run.console, transient=True):
+    for unit in run.track(units, "costs of plugs"):
         after = closure(units, [unit.name])
         before = after - {unit.name}
         unit.savings = _measure_savings(meter, before, after, _changed_blocks(plugs, unit.name))
@@ -186,7 +188,7 @@ def _measure_units(run: Run, plugs: Plugs, meter: Meter) -> list[Unit]:
 
 
 def _measure_overlaps(run: Run, plugs: Plugs, units: list[Unit], meter: Meter) -> list[Overlap]:
-    """The text and the FFN projectors of one block: the text's FFN goes with either."""
+    """Measure what the text and FFN projectors of one block save in common: either removes the text stream's FFN."""
     by_name = {unit.name: unit for unit in units}
     overlaps = []
     for name, item in plugs.projectors.items():
@@ -205,13 +207,13 @@ def _measure_frontier(run: Run, units: list[Unit], overlaps: list[Overlap], mete
     for cost in known_costs(units):
         choices = frontier(units, "params", cost, NUM_POINTS, overlaps)
         points[cost] = []
-        for names in track(choices, f"frontier by {cost}", console=run.console, transient=True):
+        for names in run.track(choices, f"frontier by {cost}"):
             points[cost].append(_point(units, overlaps, names, cost, meter))
     return points
 
 
 def known_costs(units: Sequence[Unit]) -> list[str]:
-    """The kinds of cost that are known of every unit."""
+    """Return the kinds of cost that are known of every unit."""
     return [cost for cost in COSTS if all(cost in unit.costs for unit in units)]
 
 
@@ -231,8 +233,11 @@ def _point(units: list[Unit], overlaps: list[Overlap], names: list[str], cost: s
 
 
 def measure(run: Run, plugs: Plugs) -> Costs:
-    """Costs and savings of every plug, and the frontier under each kind of cost; measured once, then read from disk."""
-    path = run.costs_path
+    """Return costs and savings of every plug, and the frontier under each kind of cost.
+
+    They are measured once and read from disk after that: from this run, or from the run that it is based on.
+    """
+    path, of_base = run.costs_paths
     sampling = run.config.model.sampling
     made_from = {
         "model": run.teacher.identity,
@@ -244,7 +249,11 @@ def measure(run: Run, plugs: Plugs) -> Costs:
         "data": run.data.identity,
     }
     header = Header("ppcl.costs", made_from)
-    if is_current(path, header):
+    advice = f"add name=OTHER paths.base_run={run.base} to measure beside them, or delete that file to measure anew"
+    if of_base != path and of_base.exists() and Costs.load(of_base).header.fingerprint == header.fingerprint:
+        run.say("plan", f"reused {of_base}")
+        return Costs.load(of_base)
+    if is_current(path, header, advice):
         run.say("plan", f"reused {path}")
         return Costs.load(path)
     switch = Switch(run, plugs)
@@ -255,8 +264,20 @@ def measure(run: Run, plugs: Plugs) -> Costs:
     costs = Costs(header, teacher, units, overlaps, _measure_frontier(run, units, overlaps, meter))
     switch.restore()
     costs.save(path)
+    _show(run, costs)
     run.say("plan", f"wrote {path}")
     return costs
+
+
+def _show(run: Run, costs: Costs) -> None:
+    """Print the frontier under the configured kind of cost, and what the two kinds are worth."""
+    show_frontier(run, costs.frontier.get(run.config.budget.cost, costs.frontier["velocity"]))
+    if len(costs.frontier) > 1:
+        run.say(
+            "plan",
+            f"at equal size, plans by budget.cost=velocity have {compare_costs(costs.frontier):.2f} times the velocity "
+            "error of plans by budget.cost=loss (geometric mean over the frontier)",
+        )
 
 
 def compare_costs(points: Frontier) -> float:
@@ -276,21 +297,25 @@ def compare_costs(points: Frontier) -> float:
 def target_of(
     name: str, value: float, teacher: TeacherCost, units: Sequence[Unit], overlaps: Sequence[Overlap] = ()
 ) -> float:
-    """Return the saving that `budget.<name>=<value>` needs; `UsageError` says what can be reached where that cannot."""
+    """Return what `budget.<name>=<value>` has to save, in the units of `Unit.savings`.
+
+    It is 0 or less where the teacher fits the budget as it is. Raises `UsageError`, which names the least that the
+    plugs reach, where all of them together save too little.
+    """
     whole = {"params": teacher.params, "memory_gb": teacher.memory_gb, "latency_ratio": 1.0}[name]
     allowed = value * whole if name == "params" and value <= 1 else value
     saving = whole - allowed
     most = greatest_saving(units, name, overlaps)
-    least = whole - most
 
     def written(amount: float) -> str:
         if name == "params":
             return f"{amount / whole:.3f} ({billions(round(amount))})"
         return f"{amount:.3g}"
 
-    if saving > most * (1 + 1e-9) or saving < 0:
+    if saving > most * (1 + 1e-9):
         raise UsageError(
-            f"budget.{name}={value:g} is out of reach: this run's plugs make any budget from {written(least)} to "
-            f"{written(whole)}; train more of them for less."
+            f"budget.{name}={value:g} is out of reach: with every plug in, {written(whole - most)} is left of the "
+            f"teacher's {written(whole)}; raise the budget, or train more plugs: more intervals, or projectors "
+            "(width=auto 'stages=[width,plan]')."
         )
     return saving

@@ -1,8 +1,8 @@
-"""Chooses what to plug in under a budget: the cheapest set of plugs that saves enough (plug and play).
+"""Choose what to plug in under a budget: the cheapest set of plugs that saves enough.
 
-Costs and savings of plugs are taken as additive but for pairs that save some of the same, so the choice is
-a knapsack with precedences: a 0/1 linear programme, solved exactly. What it predicts is measured
-afterwards, by whoever asks.
+Costs and savings are assumed to add up, except for pairs of plugs that save some of the same. The choice is then a
+knapsack problem with precedences: a 0/1 linear programme, which is solved exactly. Callers measure the real error of
+a choice afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def total_saving(units: Sequence[Unit], overlaps: Sequence[Overlap], names: Iter
 
 
 def closure(units: Sequence[Unit], names: Iterable[str]) -> set[str]:
-    """`names` with everything they need, directly or not."""
+    """Return `names` and everything that they need, directly or through others."""
     needs = {unit.name: unit.needs for unit in units}
     found: set[str] = set()
     waiting = list(names)
@@ -38,7 +38,11 @@ def closure(units: Sequence[Unit], names: Iterable[str]) -> set[str]:
 def _solve(
     units: Sequence[Unit], overlaps: Sequence[Overlap], measure: str, objective: np.ndarray, saving: float | None
 ) -> set[str] | None:
-    """The closed set that minimises the sum of `objective` (units, then overlaps) and saves `saving` or more."""
+    """Return the set that minimises the sum of `objective` and saves at least `saving`; None if no set does.
+
+    The set has everything that its units need. `objective` has an entry per unit, then one per overlap. With
+    `saving=None` nothing has to be saved.
+    """
     index = {unit.name: number for number, unit in enumerate(units)}
     size = len(units) + len(overlaps)  # the units, then whether both of each overlapping pair are taken
     constraints = []
@@ -77,7 +81,7 @@ def _savings(units: Sequence[Unit], overlaps: Sequence[Overlap], measure: str) -
 
 
 def greatest_saving(units: Sequence[Unit], measure: str, overlaps: Sequence[Overlap] = ()) -> float:
-    """The most that any choice saves; measured savings of single units may be below zero."""
+    """Return the most that any choice saves, which may leave units out: a measured saving can be negative."""
     if not units:
         return 0.0
     saved = _savings(units, overlaps, measure)
@@ -88,10 +92,9 @@ def greatest_saving(units: Sequence[Unit], measure: str, overlaps: Sequence[Over
 def choose(
     units: Sequence[Unit], measure: str, saving: float, cost: str, overlaps: Sequence[Overlap] = ()
 ) -> list[str] | None:
-    """The names, in order, whose costs sum to the least and whose savings to `saving` or more; None if none do.
+    """Return the names of the cheapest units that together save at least `saving`, in order; None if none do.
 
-    A unit that costs nothing by the measurement (its noise may even be negative) goes in only where the
-    saving needs it.
+    A unit whose measured cost is zero or, by noise, negative is chosen only if the saving needs it.
     """
     if saving <= 0 or not units:
         return [] if saving <= 0 else None
@@ -112,7 +115,7 @@ def choose(
 def frontier(
     units: Sequence[Unit], measure: str, cost: str, num_points: int, overlaps: Sequence[Overlap] = ()
 ) -> list[list[str]]:
-    """Choices for savings from nothing to everything in equal steps, each once."""
+    """Return the choices for `num_points` savings in equal steps from nothing to everything, without repetitions."""
     everything = total_saving(units, overlaps, [unit.name for unit in units], measure)
     choices: list[list[str]] = []
     for point in range(num_points):

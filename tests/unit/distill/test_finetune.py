@@ -239,3 +239,21 @@ def test_a_lora_is_all_that_is_trained(family, teacher, student, batch, make_bat
     inner = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}
     dead = (".txt_", ".to_add_out", ".add_q_proj")  # of the last block, whose text output reaches nothing
     assert {name for name in inner - trained if not (".1." in name and any(part in name for part in dead))} == set()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_velocity_error_is_that_of_the_weights_that_are_kept(family, teacher, student, make_batch, decay):
+    module = FineTune(family, teacher, student, settings(ema_decay=decay))
+    batches = [make_batch(step, LENGTHS) for step in (100, 101)]
+    for _ in range(2):
+        error = size = 0.0
+        with torch.no_grad():
+            for batch in batches:
+                target = teacher(**batch.inputs)[0]
+                error += (module.result(**batch.inputs)[0] - target).square().sum().item()
+                size += target.square().sum().item()
+        state, random = state_of(module), torch.get_rng_state()
+        assert module.velocity_error(batches) == pytest.approx(error / size, rel=1e-5)
+        assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), random)
+        train(module, make_batch, LENGTHS)

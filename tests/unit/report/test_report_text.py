@@ -10,7 +10,6 @@ from scored import MEASURED, SCORES, compared
 from ppcl.config import STORED_VARIANTS
 from ppcl.report.text import (
     MEANINGS,
-    duration,
     notes_of,
     plugs_in_words,
     plugs_of,
@@ -75,7 +74,3 @@ def test_plugs_are_told_by_stack() -> None:
         "projectors for FFNs in b: 7, 8",
         "projectors for text streams in b: 8",
     ]
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (0.4, 48.2, 837, 9000)] == ["0 s", "48 s", "14 min", "2 h 30 min"]

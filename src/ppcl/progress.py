@@ -1,0 +1,128 @@
+"""Progress of long work: rich's bar on a terminal, elsewhere a plain line now and then. Importing this loads no torch.
+
+A log file, a pipe, or a cluster's output cannot redraw a bar. There a line comes at every 5% of the work, but no sooner
+than 10 seconds after the last one, and after a minute in any case. Work of less than 10 seconds prints nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+
+Item = TypeVar("Item")
+Clock = Callable[[], float]
+
+PARTS = 20  # a line after each of these equal parts of the work
+SHORTEST, LONGEST = 10.0, 60.0  # seconds from one line to the next
+
+
+def draws_bars(console: Console) -> bool:
+    """Whether `console` can redraw what it shows: a terminal or a notebook."""
+    return console.is_interactive or console.is_jupyter
+
+
+def heading(label: str) -> str:
+    """The coloured first column of everything that stages print: the name of the stage."""
+    return f"[bold cyan]{escape(label):>10}[/]  "
+
+
+class Lines:
+    """Plain lines for work of `total` items (None where nobody knows), of which `done` are done already.
+
+    `unit` stands before the count: `depth  step 120/400  loss 0.1234  about 3 min left`. `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        label: str,
+        total: int | None,
+        *,
+        done: int = 0,
+        unit: str = "",
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.console, self.label, self.total, self.unit, self.clock = console, label, total, unit, clock
+        self.first, self.start = done, clock()
+        self.last, self.last_time = done, self.start
+
+    def due(self, done: int) -> bool:
+        """Whether a line is due now that `done` items are done. The last item needs none: its stage says so itself."""
+        if self.console.quiet or done == self.total:
+            return False
+        waited = self.clock() - self.last_time
+        enough = self.total and done * PARTS // self.total > self.last * PARTS // self.total
+        return waited >= LONGEST or bool(enough and waited >= SHORTEST)
+
+    def write(self, done: int, *facts: str) -> None:
+        """Write a line, with `facts` between the count and the time left."""
+        self.last, self.last_time = done, self.clock()
+        count = f"{self.unit}{done}" if self.total is None else f"{self.unit}{done}/{self.total}"
+        left = self._left(done)
+        parts = [count, *facts, *([left] if left else [])]
+        self.console.print(heading(self.label) + escape("  ".join(parts)), highlight=False, soft_wrap=True)
+
+    def _left(self, done: int) -> str | None:
+        """The time that the rest takes at the pace so far; None where that is not known."""
+        if self.total is None or done <= self.first:
+            return None
+        return f"about {duration((self.last_time - self.start) / (done - self.first) * max(0, self.total - done))} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: `48 s`, `14 min`, `2 h 30 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def counter(
+    description: str, total: int | None, *, console: Console, clock: Clock = time.monotonic
+) -> Iterator[Callable[[int], None]]:
+    """Show on `console` how many of `total` items are done.
+
+    Gives the block a function that it calls with how many items were done since the last call. `clock` gives seconds,
+    and times the plain lines.
+    """
+    if draws_bars(console):
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    lines, done = Lines(console, description, total, clock=clock), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if lines.due(done):
+            lines.write(done)
+
+    yield advance
+
+
+def track(
+    items: Iterable[Item],
+    description: str,
+    total: int | None = None,
+    *,
+    console: Console,
+    clock: Clock = time.monotonic,
+) -> Iterator[Item]:
+    """Yield `items` and show on `console` how many of `total` are done; by default `total` is their length.
+
+    An item is done when the next one is asked for. `clock` gives seconds, and times the plain lines.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with counter(description, total, console=console, clock=clock) as advance:
+        for item in items:
+            yield item
+            advance(1)
