@@ -224,6 +224,7 @@ def test_a_lora_goes_onto_quantised_weights(again: list[str], run: Path, teacher
     QwenImagePipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(transformer))
     shutil.copytree(run / "quantized", tmp_path / "few" / "quantized")
     own = ["stages=[generate]", "generate.variants=[ppcl-quantized]", "generate.prompt=a red circle"]
+    own.append("generate.name=prompts")
     picture = tmp_path / "few" / "images" / "prompts" / "ppcl-quantized" / "00000.png"
     drawn = []
     for loras in ("[]", f"[{tmp_path / 'lora' / 'pytorch_lora_weights.safetensors'}]"):

@@ -164,8 +164,9 @@ def test_distances_to_the_teacher_are_measured_and_latents_kept(command: list[st
 
 def test_own_prompts_are_compared_and_have_no_score(command: list[str], run: Path) -> None:
     own = ["generate.prompt=a red circle", "generate.num_images=2"]
-    succeed(*command, "stages=[generate,evaluate]", *own)
+    succeed(*command, SCORE, *own)
     (name,) = sets(run)
+    assert "a red circle" in (run / "report" / name / "report.html").read_text()
     rows = {path.stem: json.loads(path.read_text()) for path in (run / "scores" / name).glob("*.json")}
     assert rows.keys() == {"teacher", "removed", "ppcl-depth"}
     assert all(row["scores"] is row["score_interval"] is None for row in rows.values())

@@ -11,7 +11,7 @@ import pytest
 from commands import INTERVALS, ppcl, succeed
 from PIL import Image
 
-from ppcl.data.cached import is_held_out
+from ppcl.data.cached import held_out_keys
 from ppcl.data.worlds import shapes
 
 NUM_PICTURES = 80
@@ -35,7 +35,7 @@ def command(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> li
 @pytest.fixture(scope="module")
 def run(command: list[str]) -> Path:
     """The folder of that run, drawn and compared with nothing but defaults."""
-    succeed(*command, "stages=[cache,generate,evaluate]")
+    succeed(*command, "stages=[cache,generate,evaluate,report]")
     return Path(next(a for a in command[::-1] if a.startswith("paths.runs_dir=")).partition("=")[2]) / "own"
 
 
@@ -46,7 +46,8 @@ def test_the_first_distinct_captions_of_held_out_pictures_are_drawn(run: Path) -
     prompts = [line["prompt"] for line in lines]
     records = sorted((run.parent / "cache" / "data").glob("*/*-[0-9][0-9][0-9].json"))
     samples = [item for path in records for item in json.loads(path.read_text())["samples"]]
-    held_out = [item["caption"] for item in samples if is_held_out(item["key"], 0.4)]
+    keys = held_out_keys([item["key"] for item in samples], 0.4)
+    held_out = [item["caption"] for item in samples if item["key"] in keys]
     assert prompts == [*dict.fromkeys(held_out)][:8]
     assert len(list((folder / "removed").glob("0*.png"))) == 8
 
@@ -59,6 +60,7 @@ def test_rows_have_distances_in_place_of_scores(run: Path) -> None:
         assert row["latency_ms"] > 0
     assert rows["teacher"]["velocity_error"] == rows["teacher"]["latent_distance"] == 0
     assert min(rows["removed"]["velocity_error"], rows["removed"]["latent_distance"]) > 0
+    assert (run / "report" / "captions" / "report.html").exists()
 
 
 def test_a_cache_without_captions_asks_for_prompts(command: list[str], run: Path, tmp_path: Path) -> None:
