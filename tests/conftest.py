@@ -15,6 +15,7 @@ MOST_WORKERS = 8  # each takes 1.5 GB, and the longest file is as long on more
 # Files that take longest, by what they took: started first, so that no worker is left alone with one at the end.
 LONGEST = [
     "test_strategies",
+    "test_wheel",
     "test_families",
     "test_pins",
     "test_foreign_families",
@@ -33,6 +34,7 @@ LONGEST = [
     "test_export_width",
     "test_cache_edits",
     "test_multirun",
+    "test_api",
 ]
 
 

@@ -51,6 +51,11 @@ def load(folder: str | Path, **settings: Any) -> Any:
     folder = Path(folder)
     if (folder / "model_index.json").is_file():
         return _load_pipeline(folder, **settings)
+    if not any((*folder.glob("config.yaml"), *folder.glob("*/config.yaml"))):
+        raise UsageError(
+            f"{folder} is neither the folder of a run, which has a config.yaml, nor of a pipeline, which has a "
+            "model_index.json: give one, such as runs/demo or runs/demo/export."
+        )
     results = Results(folder)
     if settings:
         raise UsageError(f"{next(iter(settings))}= is for the folder of a pipeline, and {folder} is that of a run.")

@@ -99,6 +99,8 @@ def _written(value: Any) -> str:
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
+    if re.fullmatch(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*", str(value), re.IGNORECASE):
+        return str(value)  # a word, which a shell takes as it is
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(str(value), Quote.single).with_quotes()

@@ -157,7 +157,7 @@ def test_a_run_without_a_pruned_model_says_so(settings: list[str], tmp_path: Pat
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path, trained: Path) -> None:
-    with pytest.raises(package.UsageError, match=f"{tmp_path} is not the folder of a run, which has a config.yaml"):
+    with pytest.raises(package.UsageError, match=f"{tmp_path} is neither the folder of a run, which has a config.yaml"):
         package.load(tmp_path)
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(package.UsageError, match="is not YAML"):

@@ -213,7 +213,7 @@ def test_the_model_as_it_is_needs_no_intervals(settings, tmp_path) -> None:
     assert len(pictures(command, "alone", "teacher")) == 1
     outcome = ppcl(*command, "name=pruned", "generate.variants=[teacher,removed]")
     assert outcome.code == 2
-    assert "intervals are not given" in outcome.err
+    assert "needs intervals" in outcome.err
 
 
 def test_a_class_that_there_is_not_is_named_before_anything_is_written(settings, tmp_path) -> None:

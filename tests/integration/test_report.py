@@ -128,3 +128,22 @@ def test_own_data_is_named_and_counted(settings: list[str], tmp_path: Path) -> N
     assert found["words"] == f"4 captioned pictures of {source}, 40% of them held out"
     (source / "metadata.jsonl").unlink()
     assert data_of(Run(config, tmp_path / "own"))["words"] == f"captioned pictures of {source}, 40% of them held out"
+
+
+def test_its_commands_work(copy: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, command = copy
+    succeed(*command, "stages=[report]")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a blue circle\na red cross\n")
+    again, draw, show = json.loads((run / "report" / "report.json").read_text())["commands"].values()
+    assert succeed(*shlex.split(again)[1:]).out.count("reused") >= 6
+    succeed(*shlex.split(draw)[1:])
+    succeed(*shlex.split(show)[1:])
+    assert "a blue circle</p>" in page_of(run)
+
+
+def test_asked_again_by_default_the_report_keeps_every_variant_with_scores(copy: tuple[Path, list[str]]) -> None:
+    run, _ = copy
+    succeed(f"run={run}", "stages=[report]", "generate.batch_size=6")
+    rows = json.loads((run / "report" / "report.json").read_text())["variants"]
+    assert [row["name"] for row in rows] == ["teacher", "removed", "ppcl-depth", "ppcl-mixed"]

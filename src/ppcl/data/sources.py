@@ -201,7 +201,7 @@ def _tables(config: DataConfig) -> list[Unit]:
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (UnicodeDecodeError, ValueError, csv.Error):
-        raise UsageError(f"data.path={path} does not read as {path.suffix or 'a table'}; correct it first.") from None
+        raise UsageError(f"data.path={path} does not read as {path.suffix or 'a table'}; correct the file.") from None
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise UsageError(f"data.path={path} holds no rows with named columns.")
     stat = path.stat()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
 from ppcl.artifacts.files import read_json
+from ppcl.command import OF_COMMAND, as_overrides
 from ppcl.config import Config
 from ppcl.context import Run
 from ppcl.data.cached import held_out_share, unit_record
@@ -37,7 +35,6 @@ _LEFT = {
     "generate": "images",
     "evaluate": "scores",
 }
-_OF_COMMAND = ("generate.", "lora.", "published.", "strategy.")
 _FOLDERS = {
     "export": "the pruned pipeline, which diffusers loads",
     "quantized": "the same with few bits a weight",
@@ -132,21 +129,11 @@ def commands_of(run: Run) -> dict[str, str]:
     }
 
 
-def _settings(run: Run) -> Iterator[str]:
+def _settings(run: Run) -> list[str]:
     """Overrides for what `run=` does not take from the run's folder, where it is not the default."""
     usual = {name: value for name, value, *_ in declared(Config())}
-    for name, value, *_ in declared(run.config):
-        if name.startswith(_OF_COMMAND) and value != usual[name]:
-            yield f"{name}={_written(value)}"
-
-
-def _written(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
-    if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value):
-        return QuotedString(value, Quote.single).with_quotes()
-    return "null" if value is None else str(value)
+    said = {name: value for name, value, *_ in declared(run.config) if value != usual[name]}
+    return as_overrides({name: value for name, value in said.items() if name.partition(".")[0] in OF_COMMAND[1:]})
 
 
 def link(run: Run, path: Path) -> str:

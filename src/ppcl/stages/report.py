@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from ppcl import __version__
 from ppcl.artifacts.files import atomic_path, read_json, write_json
 from ppcl.artifacts.plugs import load_plugs, load_projectors
 from ppcl.artifacts.scores import ComparedRow
+from ppcl.config import STORED_VARIANTS
 from ppcl.context import Run
+from ppcl.errors import UsageError
 from ppcl.pictures.images import benchmark_header
 from ppcl.pictures.scores import read_rows
 from ppcl.report import plots
@@ -17,12 +20,31 @@ from ppcl.report.made import commands_of, data_of, trainings_of
 from ppcl.report.page import render
 from ppcl.report.sheets import compared_sheet, own_sheets
 from ppcl.validation.pruning import budget_of
+from ppcl.variants.variants import default_variants
+
+
+def _rows(run: Run) -> list[ComparedRow]:
+    """The variants that are asked for; by default what is drawn by default, and whatever else has scores."""
+    if run.config.generate.variants is not None:
+        return read_rows(run)
+    usual = default_variants(run)
+    names = [name for name in STORED_VARIANTS if name in usual or any(run.scores_folder.glob(f"{name}*.json"))]
+    try:
+        return read_rows(run, names)
+    except UsageError:  # scores of something that this run has replaced since
+        return read_rows(run)
 
 
 def _losses(run: Run) -> dict[str, dict[str, float]]:
     """Held-out losses of students and projectors before and after training; imported ones have none."""
     trained = load_plugs(run.plugs_folder) | load_projectors(run.plugs_folder)
     return {name: plug.losses for name, plug in trained.items() if plug.losses}
+
+
+def _choice_path(run: Run, rows: list[ComparedRow]) -> Path | None:
+    """The file of the plan's choice, where there is one and some variant in `rows` is made of it."""
+    planned = budget_of(run.config) is not None or {"ppcl-planned", "ppcl-finetuned"} & {row.name for row in rows}
+    return run.known_choice_path if planned and run.known_choice_path.exists() else None
 
 
 def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
@@ -47,13 +69,14 @@ def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
     } | benchmark_header(run)
     if run.width:
         facts["width"] = run.width
-    if budget_of(run.config) is not None and run.choice_path.exists():
-        facts["choice"] = read_json(run.choice_path, "The plan's choice")
+    choice = _choice_path(run, rows)
+    if choice is not None:
+        facts["choice"] = read_json(choice, "The plan's choice")
     return facts
 
 
 def run(run: Run) -> None:
-    rows, folder, plan = read_rows(run), run.report_folder, run.plan_path.parent
+    rows, folder, plan = _rows(run), run.report_folder, run.plan_path.parent
     folder.mkdir(parents=True, exist_ok=True)
     compared = compared_sheet(run, [row.name for row in rows])
     plots.contact_sheet(folder / "samples.png", compared.rows, compared.captions, compared.fails)
@@ -65,8 +88,9 @@ def run(run: Run) -> None:
     if losses:
         plots.distillation_losses(folder / "losses.png", losses)
         drawn["losses"] = folder / "losses.png"
-    if budget_of(run.config) is not None:
-        drawn["frontier"] = run.choice_path.with_name("frontier.png")
+    choice = _choice_path(run, rows)
+    if choice is not None:
+        drawn["frontier"] = choice.with_name("frontier.png")
     facts = _facts(run, rows)
     page = render(run, facts, rows, drawn, compared, own_sheets(run.folder / "images", compared.folder))
     with atomic_path(folder / "report.html") as temporary:
