@@ -59,7 +59,8 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     config = run.config
     budgeted = stage == "plan" and budget_of(config) is not None
     if stage == "detect" and "probe" not in made and load_method(config.method).needs_probes:
-        if not (run.probe_folder / "probes.json").exists():
+        # A plan that was detected before is reused, whatever has become of the probes.
+        if not run.plan_path.exists() and not (run.probe_folder / "probes.json").exists():
             raise UsageError("'stages=[detect]' reads probes, and there are none for this model: add probe to stages.")
     elif stage in ("boundaries", "depth"):
         _check_intervals(run, stage, made)
