@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from ppcl.context import Run
 
-# Keys that `run=FOLDER` does not take from the folder's record. They say what is asked for now, and of how many
-# processes, and not what the run's artifacts are made from.
-OF_COMMAND = ("stages", "generate", "lora", "published", "strategy",
+# Keys that `run=FOLDER` does not take from the folder's record. They say what is asked for now, by how many processes
+# and on which device, and not what the run's artifacts are made from.
+OF_COMMAND = ("stages", "generate", "lora", "published", "strategy", "model.streaming", "trainer.accelerator",
               "export.push_to_hub", "export.private", "export.commit_message")  # fmt: skip
 
 
