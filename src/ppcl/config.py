@@ -1,4 +1,8 @@
-"""The typed configuration: every key there is, its type and its default."""
+"""The typed configuration: one dataclass for each group of keys, with types, defaults and allowed values.
+
+`conf/` fills these groups, and `ppcl.validation` checks them. Keys that are declared with `option` state their bounds,
+and whether artifacts depend on them. None is written `null` on the command line and in YAML.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +13,52 @@ from omegaconf import MISSING
 
 from ppcl.options import option
 
+# The models that a run can draw and score, each an arrangement of the teacher, students and projectors:
+#   removed: the teacher without blocks u+1 to v of every interval [u, v], untrained: the baseline.
+#   ppcl-depth: a student for every interval. ppcl-mixed: for the share `generate.plug_fraction` of them.
+#   ppcl-width: all students and all projectors. ppcl-planned: those that 'stages=[plan]' has chosen.
+#   ppcl-finetuned: the planned model after fine-tuning. ppcl-quantized: the model of 'stages=[quantize]'.
 VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
-STORED_VARIANTS = (*VARIANTS, "ppcl-quantized")  # the last needs a folder of a stage that few runs have
+STORED_VARIANTS = (*VARIANTS, "ppcl-quantized")  # the last one exists only after 'stages=[quantize]'
 
 
 @dataclass
 class SamplingConfig:
-    """How a picture is drawn; every variant that is compared is drawn alike."""
+    """How pictures are drawn. All variants of a run are drawn with the same settings.
+
+    `height`, `width`: the size of a picture in pixels.
+    `num_inference_steps`: denoising steps per picture.
+    `true_cfg_scale`: scale of classifier-free guidance. Above 1 every step runs the model twice, with the prompt and
+        with `negative_prompt`.
+    `guidance_scale`: the guidance input of a guidance-distilled model such as FLUX.1-dev; for a DiT, the scale of its
+        classifier-free guidance. Other models ignore it.
+    `max_sequence_length`: the most prompt tokens that the text encoder passes on.
+    `scheduler`: entries that replace those of the model's own scheduler config, such as `shift: 3.0`.
+    """
 
     height: int = 1328
     width: int = 1328
     num_inference_steps: int = 50
     true_cfg_scale: float = 4.0
     negative_prompt: str = ""
-    guidance_scale: float = 3.5  # the input of a guidance-distilled model
-    max_sequence_length: int = 512  # prompt tokens
-    scheduler: dict[str, Any] = option(factory=dict, before={})  # over the model's own, such as shift: 3.0
+    guidance_scale: float = 3.5
+    max_sequence_length: int = 512
+    scheduler: dict[str, Any] = option(factory=dict, before={})
 
 
 @dataclass
 class ModelConfig:
-    """`path` is a pipeline folder, `embedded:<name>` or a hub id; `arch` its transformer's config.
+    """The teacher: the diffusion pipeline whose transformer is pruned.
 
-    `family=auto` reads the family from `path/model_index.json`; an empty `arch` is read from there.
-    `streaming`: the teacher's blocks stay in their files and come one ahead of use, two at a time in memory.
+    `family`: the model family, a name in `ppcl.families`. `auto` reads it from `path/model_index.json`.
+    `path`: a pipeline folder, `embedded:NAME` for a teacher that is shipped with ppcl, or a Hugging Face Hub id
+        `owner/name`. None: there are no weights, and only stages that need none can run.
+    `revision`: the branch, tag or commit to load from the Hub. None: the default branch.
+    `dtype`: the dtype that weights are loaded in and the teacher computes in.
+    `streaming`: true leaves the weights of the teacher's blocks on disk. A block is loaded just before it is used and
+        the next one is prefetched, so that at most two are in memory.
+    `builder`: the module that builds an embedded teacher, for `stages=[pretrain]`. None for all other models.
+    `arch`: the entries of the transformer's `config.json`, which replace these where `path` is a folder.
     """
 
     name: str = MISSING
@@ -48,11 +74,15 @@ class ModelConfig:
 
 @dataclass
 class IntervalsConfig:
-    """Intervals by name or a list per block stack, or `source`: `detect` (this run's detection), `plan` (file `path`).
+    """The intervals [u, v] of adjacent blocks. Block u becomes a student that replaces blocks u to v.
 
-    `names`: `STACK.U-V` each, such as `transformer_blocks.3-5` or `encoder.blocks.5-7`, of any stack that the model
-    has, as files, logs and `distill.intervals` name them. The two stacks that most models have can be given as keys
-    of their own instead.
+    `source`: `detect` takes the intervals given here, or without any those that `stages=[detect]` finds in this run.
+        `plan` reads them from `path`, the JSON file of a pruning plan.
+    `family`: the model family that the intervals belong to. Any other is refused. None: no check.
+    `names`: the intervals of all block stacks, each written `STACK.U-V`, such as `transformer_blocks.3-5` or
+        `encoder.blocks.5-7`. Files, logs and `distill.intervals` use the same names.
+    `transformer_blocks`, `single_transformer_blocks`: the intervals of that stack as pairs [u, v], in place of `names`.
+    `remark`, `as_printed`: a note, and the intervals as the paper prints them. They are only copied into the plan.
     """
 
     source: str = option("detect", choices=("detect", "plan"))
@@ -67,7 +97,11 @@ class IntervalsConfig:
 
 @dataclass
 class WidthSet:
-    """Blocks of one stack, by their index in the teacher."""
+    """The blocks of one stack that are pruned in width, by their index in the teacher.
+
+    `text`: blocks whose text stream is replaced by linear projectors.
+    `ffn`: blocks whose FFNs are replaced by linear projectors.
+    """
 
     text: list[int] = field(default_factory=list)
     ffn: list[int] = field(default_factory=list)
@@ -75,15 +109,26 @@ class WidthSet:
 
 @dataclass
 class WidthConfig:
-    """Blocks whose text stream or FFN becomes linear projectors (Eq. 8-9), and how these are trained.
+    """Width pruning (stage 2, Eq. 8-12): which text streams and FFNs become linear projectors, and their training.
 
-    `source`: `none`, `given` (the sets), `plan` (the file `path`), or `auto`: text streams whose output has a
-    CKA of `text_threshold` or more with their reference's, deeper ones first and at most `num_text`, and the
-    `num_ffn` FFNs that are most nearly linear.
-    `text_output`: `last` keeps one output projector per run of text-pruned blocks, which reads the text of the
-    run's reference; `each` one per block, which reads the text of the block before it.
-    `names`: the sets of `given` by name, `STACK.N.text` and `STACK.N.ffn` each, of any stack that the model has; the
-    two stacks that most models have can be given as keys of their own instead.
+    `source`: where the width sets, that is the blocks to prune, come from. `none`: there are none. `given`: the keys
+        below. `plan`: the file `path`, the JSON of a pruning plan. `auto`: `stages=[width]` selects them.
+    `family`: the model family that given sets belong to. Any other is refused. None: no check.
+    `names`: the given sets of all block stacks, each entry written `STACK.N.text` or `STACK.N.ffn`.
+    `transformer_blocks`, `single_transformer_blocks`: the given sets of that stack, in place of `names`.
+    `text_threshold`: `auto` selects text streams whose output has at least this CKA with the output of their reference,
+        which is the nearest earlier block with an intact text stream. Deeper blocks are selected first.
+    `num_text`: the most text streams per stack that `auto` selects. None: no limit.
+    `num_ffn`: the most FFNs that `auto` selects, over all stacks. It takes those that a linear map fits best.
+    `text_output`: `last` gives each run of adjacent text-pruned blocks one output projector, which reads the text of
+        the run's reference (the authors' code). `each` gives every block its own, which reads the text of the block
+        before it (the paper).
+    `keep_text_query`: whether a text-pruned block keeps its text query projection, though no output depends on it.
+    `ridge`: ridge penalty of the least squares that initialise the projectors.
+    `num_batches`: batches of calibration data for these least squares.
+    `steps`: training steps after that; 0 leaves the projectors as least squares made them.
+    `lr`: learning rate. All other training settings are those of `distill`.
+    `linear_weight`: weight of the alignment loss of Eq. 12, which is added to the loss of Eq. 11.
     """
 
     source: str = option("none", choices=("none", "given", "plan", "auto"))
@@ -106,10 +151,16 @@ class WidthConfig:
 
 @dataclass
 class BudgetConfig:
-    """Limits on the pruned model's cost; at most one is set. None of them: everything that has a plug goes in.
+    """A limit on the cost of the pruned model, for `stages=[plan]`. At most one of the first three keys may be set.
 
-    `params` up to 1 is a share of the teacher's parameters, above 1 a count. `cost` is what a plug is charged
-    with: `velocity`, the error of the model's output with that plug alone, or `loss`, its distillation loss.
+    With all of them None there is no limit, and every trained student and projector is plugged in.
+
+    `params`: up to 1 the share of the teacher's parameters that may be left, above 1 their number.
+    `memory_gb`: peak memory of one forward of the transformer in GB, weights and activations.
+    `latency_ratio`: duration of one denoising step, relative to the teacher's.
+    `cost`: how much quality a plug (a student or projector) is taken to cost. `velocity`: the error of the model's
+        output that it adds on held-out data. `loss`: its own held-out distillation loss.
+    `num_batches`: held-out batches to measure that error on.
     """
 
     params: float | None = None
@@ -121,6 +172,16 @@ class BudgetConfig:
 
 @dataclass
 class ProbeConfig:
+    """The linear probes of stage 1.1 (Eq. 1-2): one residual linear map per block and stream, by ridge regression.
+
+    `num_batches`: calibration batches that the probes are fitted to.
+    `num_heldout_batches`: further batches, on which their residuals are measured.
+    `ridge`: ridge penalty of the normal equations.
+    `bias`: whether a probe has a bias.
+    `init`: what training starts from: the `closed_form` solution, or `zero`, for which `train_steps` must be above 0.
+    `train_steps`: steps of gradient descent after that; 0 for none. `lr`: their learning rate.
+    """
+
     num_batches: int = option(16, least=1)
     num_heldout_batches: int = option(4, least=1)
     batch_size: int = 32
@@ -133,10 +194,20 @@ class ProbeConfig:
 
 @dataclass
 class MethodConfig:
-    """How intervals are found: `rule` is a module of `ppcl.methods`, the rest are its parameters.
+    """How `stages=[detect]` finds the intervals (stage 1.2, Eq. 3-5).
 
-    `start` and `end` bound the blocks that may lie in an interval; `min_cka` is the acceptance threshold:
-    an interval whose surrogate's cka lies below it is left out. `settings` are keys that only that rule has.
+    `name`: the method's name in plans and reports.
+    `rule`: a module of `ppcl.methods`: `lp`, `lp_a`, `lp_b` or `cka_sensitivity`.
+    `stream`: the stream whose CKA decides: `image`, `text`, or the `mean` of both.
+    `debiased`: whether to use the debiased estimate of CKA.
+    `start`, `end`: the first and the last block that an interval may contain. `end` None: the last block of the stack.
+    `min_length`: the fewest blocks in an interval.
+    `min_cka`: acceptance threshold. An interval [u, v] with cka(u, v) below it is left out.
+    `threshold`: for `lp_a`, the CKA below which an interval ends.
+    `extend`: for `lp_b` only, the numbers of the intervals (from 0) whose end moves from v to v + 1. None: all of them.
+    `num_remove`: for `cka_sensitivity`, the number of blocks to remove.
+    `num_samples`, `num_timesteps`: calibration samples, and the number of noise levels at which each is used.
+    `settings`: keys that only the rule itself declares.
     """
 
     name: str = "ppcl"
@@ -158,12 +229,24 @@ class MethodConfig:
 
 @dataclass
 class DataConfig:
-    """Streams of the shapes world, or of what `stages=[cache]` made of `path` (`webdataset` or `folder`).
+    """Pictures with captions, for calibration and training.
 
-    The three seeds must differ, so that no stage sees another's samples. `held_out` is the share of the cached samples
-    that is kept from training, for calibration and held-out losses; None means 32 samples, but at least 0.02 and at
-    most 0.2 of all. `cache` names the folder of a cache, where its source is not. `given` names, for an edit model,
-    where a sample's given pictures stand.
+    `name`: `shapes` renders 32x32 toy pictures. `webdataset` and `folder` read your pictures: .tar shards, or a folder
+        with a table. `stages=[cache]` encodes these once. `none`: there is no data.
+    `path`: the shards or the folder. `cache`: the folder of a cache that was made elsewhere, in place of `path`.
+    `captions`: the keys or columns that may hold a caption. The first that a sample has is taken.
+    `given`: for an edit model, the file suffixes in a shard, or the table's columns, that hold the pictures given to
+        it.
+    `min_text_accuracy`: leaves out samples whose `text_accuracy` is lower. None: keeps all.
+    `aspects`: shapes that pictures are cut to, as `width:height`, each with the area of `model.sampling`.
+    `held_out`: the share of cached samples that is kept from training, for calibration and held-out losses, between 0
+        and 1. None: as many as make 32 samples, but at least 2% and at most 20% of all.
+    `samples_per_file`: samples in one file of a cache. `encode_batch_size`: samples that are encoded at once.
+    `train_seed`, `calibration_seed`, `eval_seed`: the seeds of training batches, of held-out batches and of the prompts
+        that are scored. They must differ, so that nothing is measured on samples that it was fitted to.
+    `caption_dropout`: the share of training captions that are replaced by the empty one, for classifier-free guidance.
+    `timesteps`: the distribution of noise levels sigma in (0, 1): `logit_normal` or `uniform`.
+    `shift`: maps sigma to s sigma / (1 + (s - 1) sigma); above 1 there is more noise, below 1 less.
     """
 
     name: str = option("shapes", choices=("shapes", "webdataset", "folder", "none"))
@@ -186,7 +269,15 @@ class DataConfig:
 
 @dataclass
 class TrainingConfig:
-    """AdamW under a cosine with warm-up; the values are the paper's."""
+    """Settings of distillation and fine-tuning: AdamW, linear warm-up, cosine decay. The defaults are the paper's.
+
+    `batch_size`: samples per step, over all ranks together.
+    `min_lr_ratio`: the learning rate at the end, relative to `lr`.
+    `warmup_steps`: steps over which the learning rate rises to `lr`.
+    `max_grad_norm`: gradients with a larger norm are scaled down to it. None: no clipping.
+    `gradient_checkpointing`: recompute activations in the backward pass, which takes less memory and more time.
+    `checkpoint_every`: steps from one checkpoint to the next. A killed training resumes from the last one.
+    """
 
     steps: int = option(6000, least=1)
     batch_size: int = option(2, least=1)
@@ -203,14 +294,20 @@ class TrainingConfig:
 
 @dataclass
 class DistillConfig(TrainingConfig):
-    """Settings of students, which learn from the teacher's activations.
+    """Depth distillation (stage 1.3, Eq. 6-7): how students are trained to replace the intervals.
 
-    `mode`: students learn in `parallel`, each by itself, or in a `sequential` chain. With `none` there are no students,
-    and intervals are cut to their first block.
-    `losses`: the weight of each loss between a block's output and the teacher's; `ppcl.distill.losses` has them.
-
-    `from_boundaries`: students learn from what `stages=[boundaries]` wrote, in `boundaries` or the cache.
-    `replay`: how many steps learn from one pass of the teacher then.
+    `mode`: `parallel` gives every student the teacher's own activations as input. `sequential` gives it the output of
+        the student before it (an ablation of the paper). `none` trains no students: each interval is cut to its first
+        block.
+    `init`: what a student of the interval [u, v] starts from: the `first` block u (the paper), the `middle` block
+        (u + v) // 2 (the authors' script), or the `average` of blocks u to v.
+    `losses`: weights, by name, of the losses between the student's output and the teacher's. `ppcl.distill.losses`
+        defines `direction` (Eq. 6), `magnitude` and `relative`.
+    `magnitude_weight`: an older key, which is added to `losses.magnitude`.
+    `intervals`: names of the intervals to train, such as `transformer_blocks.3-5`. None: all.
+    `from_boundaries`: whether to read the teacher's activations from disk, where `stages=[boundaries]` stored them.
+    `boundaries`: the folder of these activations. None: a folder in the cache.
+    `replay`: training steps per stored batch. At r, `steps` / r batches are stored, and each is used r times.
     """
 
     mode: str = option("parallel", choices=("parallel", "sequential", "none"))
@@ -225,12 +322,18 @@ class DistillConfig(TrainingConfig):
 
 @dataclass
 class FinetuneConfig(TrainingConfig):
-    """Full-parameter tuning of what the plan plugs in; without a budget that is every plug there is.
+    """Fine-tuning (stage 3) of the pruned model as a whole, with the students and projectors that the plan has chosen.
 
-    `output_weight` weighs the squared distance to the teacher's velocity, `flow_weight` the flow-matching loss,
-    `feature_weight` the relative distance of each block's image stream to what the teacher has there.
-    `optimizer`: `adamw`, or `muon` for the matrices inside blocks with AdamW on the rest. `lora_rank` above 0
-    trains a LoRA of all linear layers in the blocks in place of all parameters.
+    Without a budget that is all of them.
+
+    `lora_rank`: above 0 trains a LoRA of that rank on all linear layers of the blocks; 0 trains all parameters.
+    `optimizer`: `adamw`, or `muon` for the matrices inside blocks, with learning rate `muon_lr`, and AdamW for the
+        rest.
+    `output_weight`: weight of the squared distance to the teacher's velocity, ||v_S - v_T||^2.
+    `flow_weight`: weight of the flow-matching loss on the data, ||v_S - (n - x_0)||^2.
+    `feature_weight`: weight of the relative distance between the image stream of each block and that of the teacher's
+        block which it replaces. The paper does not have it.
+    `ema_decay`: above 0 keeps an exponential moving average of the weights with that decay as the result.
     """
 
     steps: int = option(1000, least=1)
@@ -248,9 +351,16 @@ class FinetuneConfig(TrainingConfig):
 
 @dataclass
 class PretrainConfig:
-    """`init` continues from the folder of a pretrained teacher, or `embedded:<name>`, in place of fresh weights.
+    """Training of an embedded teacher by flow matching, for `stages=[pretrain]`.
 
-    Of another family's only the transformer is taken, which must be of the same shape.
+    `init`: the folder of an earlier teacher, or `embedded:NAME`, to continue from. A teacher of another family must
+        have a transformer of the same shape, and only its transformer is used. None: random weights.
+    `num_layers`: the number of blocks. None: as many as the model's builder makes by default.
+    `muon_lr`, `adam_lr`: learning rates of Muon, for the matrices inside blocks, and of AdamW, for all other
+        parameters.
+    `warmup_steps`: steps over which both rise linearly.
+    `decay`: the share of `steps`, at the end, over which both fall linearly to 0.
+    `checkpoint_every`: steps from one checkpoint to the next.
     """
 
     init: str | None = None
@@ -266,10 +376,15 @@ class PretrainConfig:
 
 @dataclass
 class ExportConfig:
-    """`variant` as in `generate.variants`; None exports the furthest that the run has come.
+    """The pipeline folder that `stages=[export]` writes, and where else it goes.
 
-    `single_file` writes what ComfyUI loads beside the folder, in `single_file_dtype`. `push_to_hub` is the name of
-    a repository, `owner/name`; `private` None is the account's default for one that is made.
+    `variant`: the variant to export. None: the newest result of this run.
+    `single_file`: also write the transformer as one file for ComfyUI, beside the folder, in `single_file_dtype`
+        (`bfloat16`, `float16` or `float32`).
+    `max_shard_size`: the largest weight file, such as `5GB`; larger weights are split. None: the limit of diffusers.
+    `push_to_hub`: the Hugging Face repository, `owner/name`, to upload the folder to. None: no upload.
+    `private`: whether a repository that is created for it is private. None: the account's default.
+    `commit_message`: the message of that upload. None: a default one.
     """
 
     variant: str | None = option(None, choices=VARIANTS[1:])
@@ -283,10 +398,12 @@ class ExportConfig:
 
 @dataclass
 class LoraConfig:
-    """A LoRA of the full model for `stages=[remap_lora]`; `model` is the exported one, by default this run's.
+    """The LoRA of the full model that `stages=[remap_lora]` rewrites for the pruned model.
 
-    `source`: what a student block takes of the blocks u to v it stands for: the LoRA of the `first`, u, or one
-    of higher rank that adds the `mean` or the `sum` of all.
+    `path`: its safetensors file.
+    `model`: the folder of an exported model. None: this run's export.
+    `source`: what a student of the interval [u, v] gets: the LoRA of its `first` block, u, or the `mean` or the `sum`
+        of the LoRAs of blocks u to v, as one LoRA of higher rank. `generate.loras` are mapped in the same way.
     """
 
     path: str | None = None
@@ -296,12 +413,11 @@ class LoraConfig:
 
 @dataclass
 class ImportConfig:
-    """A model or checkpoint that the PPCL authors published, for `stages=[import_published]`.
+    """A model or checkpoint published by the PPCL authors, for `stages=[import_published]`.
 
-    `path` is a pipeline's folder, a transformer's, or the `diffusion_pytorch_model.bin` of their training.
-
-    `residual`: whether a folder's txt_proj adds to what it reads; None leaves that to its config. `ehs_same`: the
-    groups [a, b] that a checkpoint's text projectors were trained in, all of them.
+    `path`: a pipeline folder, a transformer folder, or the `diffusion_pytorch_model.bin` of a training.
+    `residual`: whether the text projector txt_proj of a folder adds to its input. None: as the folder's config says.
+    `ehs_same`: for a checkpoint with text projectors, all groups [a, b] of blocks that they were trained in.
     """
 
     path: str | None = None
@@ -311,11 +427,24 @@ class ImportConfig:
 
 @dataclass
 class GenerateConfig:
-    """`variants` is any of `VARIANTS`; None draws the teacher, `removed`, and the newest result of the run.
+    """The pictures that `stages=[generate]` draws.
 
-    `name` names the set of pictures: they lie in `images/<name>`. `plug_fraction` is ppcl-mixed's share of students.
-    `prompt`, or `prompt_file` with one a line, takes the benchmark's place; `images` are the pictures that an
-    edit model is given with each. `num_images` is of each prompt that is no benchmark's.
+    `variants`: the variants to draw. None: the teacher, `removed`, and the newest result of this run.
+    `name`: the name of this set of pictures, which is stored in `images/NAME`. None: a name made from the prompt or the
+        benchmark.
+    `plug_fraction`: for the variant `ppcl-mixed`, the share of the intervals that are students; the others stay
+        teacher.
+    `batch_size`: pictures that are drawn at once.
+    `prompt`, `prompt_file`: one prompt, or a text file with one prompt a line, in place of the benchmark's prompts.
+    `num_images`: pictures per prompt, for prompts that are not a benchmark's. Each has its own seed.
+    `images`: files of the pictures that an edit model is given with each prompt.
+    `loras`: safetensors files of LoRAs of the full model, and `lora_scale` their strength. Each is mapped to every
+        variant.
+    `controlnet`: the folder or Hub id of a ControlNet for the full model, `control_image` the file of its input
+        picture, and `control_scale` its strength.
+    `compile`: whether to run the blocks through `torch.compile`, each on its own.
+    `offload`: what waits in host memory until it runs, to save GPU memory: `model` is whole models (text encoder,
+        transformer, VAE), `group` single blocks, `none` nothing.
     """
 
     variants: list[str] | None = option(None, choices=STORED_VARIANTS)
@@ -337,9 +466,13 @@ class GenerateConfig:
 
 @dataclass
 class BenchmarkConfig:
-    """`name` is a module of `ppcl.benchmarks`, `settings` what its class has of its own.
+    """The benchmark that pictures are scored by.
 
-    `auto` is `shapes` for a teacher and data of the shapes world, else `none`, which scores nothing.
+    `name`: a module of `ppcl.benchmarks`. `none` gives no score, only the distance to the teacher. `auto` is `shapes`
+        for a toy teacher on the toy data, else `none`; validation replaces it.
+    `settings`: the fields of the benchmark's class.
+    `prompts_per_category`: prompts that the benchmark `shapes` draws in each of its categories.
+    `latency_repeats`: timed repetitions of a denoising step, of which the median is reported.
     """
 
     name: str = "auto"
@@ -350,8 +483,15 @@ class BenchmarkConfig:
 
 @dataclass
 class TrainerConfig:
-    """`precision` is of what learns, held in float32: `32-true` or `bf16-mixed`; the teacher's is `model.dtype`.
-    `compile`: blocks that trainings run, each on its own; worth its minute or two from a thousand steps on.
+    """The device, and how training computes.
+
+    `accelerator`: `auto`, `cpu`, `gpu` or `cuda`. `auto` takes a GPU where there is one.
+    `precision`: of trained modules: `32-true` or `bf16-mixed` (autocast). Their parameters are float32 in both. None:
+        `bf16-mixed` if `model.dtype` is a half precision, else `32-true`.
+    `num_threads`: CPU threads of torch. None: as many as torch chooses.
+    `compile`: whether trainings run the blocks through `torch.compile`, each on its own. Compiling takes a minute or
+        two, which pays from about 1,000 steps on.
+    `progress`: whether to show progress.
     """
 
     accelerator: str = "auto"
@@ -363,12 +503,12 @@ class TrainerConfig:
 
 @dataclass
 class StrategyConfig:
-    """How the ranks that torchrun or srun started share the training stages: `kind` is `single` (there is one),
-    `ddp` (each holds everything and learns from its rows of a batch), or `fsdp` (teacher, students and optimiser
-    states are sharded as well).
+    """How the ranks that torchrun or srun started share the training stages.
 
-    `cpu_offload` keeps an fsdp's shards in host memory but while a block runs. A rank that has waited
-    `timeout_minutes` for another within a training gives up.
+    `kind`: `single` is one process. `ddp`: each rank holds the teacher and all trained modules, and computes on its own
+        rows of each batch. `fsdp`: teacher, students and optimiser states are sharded over the ranks.
+    `cpu_offload`: with `fsdp`, whether shards stay in host memory except while their block runs.
+    `timeout_minutes`: how long a rank waits for another one within a training before it gives up.
     """
 
     kind: str = option("single", choices=("single", "ddp", "fsdp"))
@@ -378,6 +518,12 @@ class StrategyConfig:
 
 @dataclass
 class LoggerConfig:
+    """Where the metrics of trainings and evaluations are logged.
+
+    `kind`: `csv` writes files in the run's folder, `wandb` logs to Weights & Biases, `none` logs nothing.
+    `project`, `mode`: the project and the mode of wandb. The modes `offline` and `disabled` need no account.
+    """
+
     kind: str = option("csv", choices=("csv", "wandb", "none"))
     project: str = "ppcl"
     mode: str = option("offline", choices=("online", "offline", "disabled"))
@@ -385,7 +531,13 @@ class LoggerConfig:
 
 @dataclass
 class PathsConfig:
-    """`base_run`: the folder of a run whose intervals, width sets, plugs and measured costs this one uses."""
+    """Folders on disk.
+
+    `runs_dir`: the parent folder of all runs.
+    `cache_dir`: encoded data, probes and the teacher's pictures, which all runs share.
+    `base_run`: the folder of an earlier run whose intervals, width sets, students, projectors and measured costs this
+        run reads. It is not changed. None: this run has its own.
+    """
 
     runs_dir: str = "runs"
     cache_dir: str = "runs/cache"
@@ -394,12 +546,16 @@ class PathsConfig:
 
 @dataclass
 class QuantizeConfig:
-    """Few bits a weight for `stages=[quantize]`: `scheme` is `int8` or `int4` by torchao, or `nf4` by bitsandbytes.
+    """Weight quantisation, for `stages=[quantize]`.
 
-    `group_size`: how many neighbouring weights of a row share an int4's scale and zero point; of int8 a row does.
-    `rounding`: to the `nearest`, or by `least_squares` on `num_batches` of calibration data, to what gives most nearly
-    the outputs that a layer had; then `damping` is relative to the mean square of its inputs.
-    `skip`: patterns of the names of layers that stay as they are. `variant` as in `export.variant`, or the teacher.
+    `scheme`: `int8` or `int4` by torchao, `nf4` by bitsandbytes, or `none`.
+    `group_size`: for `int4`, how many neighbouring weights of a row share a scale and a zero point: 32, 64 or 128. For
+        `int8` each row has one scale.
+    `rounding`: `nearest`, or `least_squares`, which rounds so that a layer's outputs on calibration data change least.
+    `skip`: patterns of the names of layers that are not quantised.
+    `num_batches`, `batch_size`: the calibration batches for `least_squares`, and their samples.
+    `damping`: ridge penalty of `least_squares`, relative to the mean square of a layer's inputs.
+    `variant`: the variant to quantise. None: the newest result of this run.
     """
 
     scheme: str = option("none", choices=("none", "int8", "int4", "nf4"))
@@ -414,7 +570,14 @@ class QuantizeConfig:
 
 @dataclass
 class Config:
-    """The root of `conf/config.yaml`. `run`: the folder of an earlier run to go on in; its record has it as None."""
+    """The root of the configuration, which `conf/config.yaml` fills.
+
+    `name`: the run's name. Its folder is `paths.runs_dir`/`name`.
+    `stages`: the stages to run. They run in the order of `ppcl.stages.STAGES`, however they are listed.
+    `run`: the folder of an earlier run to continue. Its recorded configuration applies, except for the keys that this
+        command gives. The recorded configuration always has None here.
+    `seed`: the seed of the first picture that `stages=[generate]` draws. Picture number n has the seed `seed` + n.
+    """
 
     name: str = MISSING
     stages: list[str] = MISSING
@@ -442,5 +605,5 @@ class Config:
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
-# Groups that take keys of their own; whoever reads them checks these.
+# Groups that may contain keys not declared here. The code that reads such a group checks its keys.
 OPEN_GROUPS = ("benchmark.settings", "distill.losses", "method.settings", "model.sampling.scheduler")
