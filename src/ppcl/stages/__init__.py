@@ -1,7 +1,7 @@
-"""The table of stages, in the order in which they run. Importing this loads no torch.
+"""The table of all stages, in the order in which they run. Importing this loads no torch.
 
-Each stage is the module of its name beside this file, with a function `run(run)`. A stage knows the artifacts it reads
-and writes, never another stage.
+Each stage is the module of its name in this folder, with a function `run(run)`. Stages communicate through the files
+that they write into the run's folder and the cache. None of them imports another.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Stage:
-    """Declares one stage.
+    """Describes one stage: its help line, what it needs, and how several ranks share it.
 
-    `help`: its line in `ppcl --help`.
-    `weights`: it needs the teacher's weights.
-    `data`: it needs pictures with captions, cached or of the shapes world.
-    `encoders`: it needs the VAE and the text encoders.
-    `whole`: it needs the whole teacher in memory at once, which `model.streaming=true` rules out.
-    `ranks`: how several ranks share it. They `train` together, they `divide` the work, or rank 0 (`first`) does it
-    alone while the others wait.
+    `help`: the description in `ppcl --help`.
+    `weights`: whether it needs the teacher's weights.
+    `data`: whether it reads pictures with captions, either cached ones or rendered toy pictures.
+    `encoders`: whether it needs the VAE and the text encoders.
+    `whole`: whether the whole teacher must be in memory at once, which `model.streaming=true` does not allow.
+    `ranks`: how several ranks share the work. `train`: all ranks train together. `divide`: each rank does a part.
+        `first`: rank 0 does everything while the others wait.
     """
 
     help: str
@@ -32,49 +32,47 @@ class Stage:
 
 
 STAGES = {
-    "pretrain": Stage("train an embedded teacher from nothing (it is shipped; rarely needed)", whole=True),
+    "pretrain": Stage("train an embedded toy teacher from random weights (rarely needed: ppcl ships them)", whole=True),
     "cache": Stage(
-        "encode pictures and captions (data=webdataset, folder); no encoder is loaded after that",
+        "encode pictures and captions once (data=webdataset, folder), so that training loads no encoder",
         weights=True,
         encoders=True,
         ranks="divide",
     ),
     "probe": Stage("fit one linear map per block and stream", weights=True, data=True),
-    "detect": Stage("find runs of adjacent blocks that are nearly one linear map", weights=True, data=True),
+    "detect": Stage("find intervals: runs of adjacent blocks that together are nearly linear", weights=True, data=True),
     "boundaries": Stage(
-        "write the teacher's activations at intervals, to distil without it (distill.from_boundaries=true)",
+        "store the teacher's activations, to distil without the teacher (distill.from_boundaries=true)",
         weights=True,
         data=True,
     ),
     "depth": Stage(
-        "distil one student block per run from the teacher's own activations", weights=True, data=True, ranks="train"
+        "distil one student block per interval from the teacher's activations", weights=True, data=True, ranks="train"
     ),
     "import_published": Stage(
-        "read a model or a training checkpoint of the PPCL authors (published.path=DIR or FILE)", whole=True
+        "convert a model or training checkpoint of the PPCL authors (published.path=DIR or FILE)", whole=True
     ),
-    "width": Stage(
-        "put linear projectors in the place of text streams and FFNs", weights=True, data=True, ranks="train"
-    ),
-    "plan": Stage("count what is left (no weights needed); with budget.params=0.6 or alike choose what to plug in"),
+    "width": Stage("replace text streams and FFNs by linear projectors", weights=True, data=True, ranks="train"),
+    "plan": Stage("count the parameters left (needs no weights); with a budget, choose students and projectors"),
     "finetune": Stage(
-        "tune all parameters of the pruned model on the teacher's output", weights=True, data=True, ranks="train"
+        "train all parameters of the pruned model on the teacher's output", weights=True, data=True, ranks="train"
     ),
     "export": Stage(
         "write the pruned pipeline as a folder that plain diffusers loads", weights=True, encoders=True, whole=True
     ),
     "quantize": Stage(
-        "write the pruned pipeline with 8 or 4 bits a weight (quantize=int8, int4 or nf4)", weights=True, whole=True
+        "write the pruned pipeline with 8-bit or 4-bit weights (quantize=int8, int4 or nf4)", weights=True, whole=True
     ),
-    "remap_lora": Stage("write a LoRA of the full model anew for the pruned one (lora.path=FILE)"),
+    "remap_lora": Stage("convert a LoRA of the full model for the pruned model (lora.path=FILE)"),
     "generate": Stage("draw every variant with the same prompts and seeds", weights=True, encoders=True, whole=True),
     "evaluate": Stage(
         "score the pictures; measure parameters, latency, memory", weights=True, encoders=True, whole=True
     ),
-    "report": Stage("one HTML page, report.json and samples.png"),
+    "report": Stage("write an HTML page, report.json and samples.png"),
 }
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.ranks == "train")
 
 
 def help_lines() -> str:
-    """The stages as `ppcl --help` lists them, one a line."""
+    """Return the names and descriptions of all stages as `ppcl --help` prints them, one stage a line."""
     return "\n".join(f"  {name:<17} {stage.help}" for name, stage in STAGES.items())

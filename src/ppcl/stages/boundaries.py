@@ -1,6 +1,7 @@
-"""Write the teacher's activations at the boundaries of intervals, from which students learn without the teacher.
+"""Store the teacher's activations at the ends of all intervals, so that students can be trained without the teacher.
 
-One pass of the teacher serves every interval and every later training, on any machine (`distill.boundaries=FOLDER`).
+For an interval [u, v] these are the inputs of block u and the outputs of block v. One pass of the teacher serves all
+intervals and all later trainings, also on other machines (`distill.boundaries=FOLDER`).
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
 from ppcl.variants.reach import check_reachable
 
-MARGIN = 1.05  # free space must exceed the estimate by this factor
+MARGIN = 1.05  # the estimated size times this must be free on disk
 
 
 def run(run: Run) -> None:
-    """Write held-out and training steps of every interval; go on after the last complete shard of a killed try."""
+    """Store the boundaries of all intervals for held-out and training steps, and each student's initial weights.
+
+    If an earlier attempt was killed, this continues after its last complete shard. Raises `UsageError` if the budget
+    cannot be reached with these intervals, if the folder holds boundaries made with other settings, or if the disk has
+    too little space.
+    """
     check_reachable(run, run.intervals)
     folder, header = boundaries_folder(run), boundaries_header(run)
     advice = f"give another folder as distill.boundaries=, or delete {folder} to write it anew"
@@ -74,7 +80,10 @@ def run(run: Run) -> None:
 
 
 def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
-    """Return each interval's stack and last block, by which its writer is found."""
+    """Return (stack, last block) of each interval in `pairs`, the key of its writer.
+
+    `pairs`: (stack, (u, v)) of each interval.
+    """
     return [(stack, pair[1]) for stack, pair in pairs]
 
 
@@ -82,7 +91,7 @@ def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
 def _write_steps(
     run: Run, batches: list[TrainingBatch], writers: Mapping[Any, BoundaryWriter], pairs: list[Any]
 ) -> None:
-    """Run the teacher up to the last interval's end on a few batches, and give each writer its boundaries."""
+    """Run the teacher on a few batches, up to the end of the last interval, and add the boundaries to each writer."""
     starts = {(stack, pair[0]): (stack, pair[1]) for stack, pair in pairs}
     masks = [run.family.masks(batch.inputs) for batch in batches]
     inputs = [NotedInputs(batch.inputs) for batch in batches]
@@ -105,7 +114,10 @@ def _write_steps(
 
 
 def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: int) -> None:
-    """Say how much disk `steps` steps take, by the size of the first; `UsageError` where that is not free."""
+    """Print an estimate of the disk space that `steps` steps take, from the size of the first step.
+
+    Raises `UsageError` if less is free.
+    """
     trial = {key: BoundaryWriter(folder, TRAIN) for key in pairs_keys(pairs)}
     _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())

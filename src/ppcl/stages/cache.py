@@ -1,4 +1,4 @@
-"""Encode pictures and captions once, so that no later stage loads a text encoder or a VAE."""
+"""Encode pictures and captions once and store the results, so that no later stage loads a text encoder or a VAE."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ from ppcl.launch import rank
 from ppcl.progress import counter
 from ppcl.report.text import counted, in_bytes
 
-MARGIN = 1.05  # free space must exceed the estimate by this factor
+MARGIN = 1.05  # the estimated size times this must be free on disk
 
 
 def run(run: Run) -> None:
-    """Encode the units of `data.path` that are not cached yet; of several ranks each takes its share."""
+    """Encode every unit of `data.path` (a shard, or up to 1,000 rows of a table) that is not cached yet.
+
+    Several ranks divide the units among themselves. Samples that cannot be used are left out and counted. Raises
+    `UsageError` if the disk has too little space.
+    """
     config = run.config.data
     units, folder = find_units(config), run.data.cache_folder
     header = run.data.cache_header
     number, count = rank()
     if not is_current(folder / "cache.json", header):
-        write_json(folder / "cache.json", header.to_json())  # first, so that the folder says what its files belong to
+        write_json(folder / "cache.json", header.to_json())  # written first, to identify the files that follow
     mine = [unit for unit in units[number::count] if not (folder / unit_record(unit.name)).exists()]
     if not mine and (folder / EMPTY).exists():
         run.say("cache", f"reused {folder}")
@@ -54,13 +58,16 @@ def run(run: Run) -> None:
 
 
 def _check_space(run: Run, encoder: Encoder, units: list[Unit], samples: int, folder: Path) -> None:
-    """Say how much disk `samples` samples take, by the size of the first; `UsageError` where that is not free."""
+    """Print an estimate of the disk space that `samples` samples take, from the size of the first one.
+
+    Raises `UsageError` if less is free.
+    """
     first = next((item for unit in units for item in unit.read(run.config.data) if isinstance(item, Sample)), None)
     if first is None:
         return
     (found, _), _ = encode_samples(encoder, [first])
     if not found:
-        return  # it is left out below, with its reason
+        return  # `_cache_unit` reports why the sample is left out
     each = sum(tensor.nbytes for tensor in found.values())
     needed, free = each * samples, shutil.disk_usage(folder).free
     run.say("cache", f"about {in_bytes(needed)} for {counted(samples, 'sample')}; {in_bytes(free)} are free")
@@ -74,14 +81,14 @@ def _check_space(run: Run, encoder: Encoder, units: list[Unit], samples: int, fo
 def _cache_unit(
     run: Run, encoder: Encoder, unit: Unit, folder: Path, advance: Callable[[int], None]
 ) -> tuple[int, list[dict[str, str]]]:
-    """Write a unit's parts, then its record; parts that an earlier try left whole are kept.
+    """Encode one unit, and write its parts and then its record. Whole parts of an earlier, killed attempt are kept.
 
-    `advance` is called with how many samples were encoded since its last call. Returns how many were stored, and the
-    key and the reason of each that was left out.
+    `advance`: called with the number of samples encoded since its last call. Returns the number of stored samples, and
+        key and reason (`key`, `why`) of each sample that was left out.
     """
     size, skipped, stored = run.config.data.samples_per_file, [], 0
     stem = unit_record(unit.name).removesuffix(".json")
-    for leftover in folder.glob(f".{stem}*.tmp"):  # a killed process leaves them; no other rank has this unit
+    for leftover in folder.glob(f".{stem}*.tmp"):  # files of a killed process; no other rank writes this unit
         leftover.unlink()
     for part, chunk in enumerate(_chunks(unit.read(run.config.data), size)):
         skipped += [{"key": item.key, "why": item.why} for item in chunk if isinstance(item, Skipped)]
@@ -98,7 +105,7 @@ def _cache_unit(
 
 
 def _chunks(items: Iterable[Sample | Skipped], size: int) -> Iterator[list[Sample | Skipped]]:
-    """Yield lists of `size` items, including skipped ones, so that a sample's part never depends on the others."""
+    """Yield lists of `size` items, skipped ones included: a sample's part must not depend on the other samples."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk

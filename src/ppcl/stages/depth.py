@@ -1,4 +1,7 @@
-"""Stage 1.3: distil one student block per interval from the teacher's own activations (Eq. 6-7)."""
+"""Stage 1.3: train one student block per interval on the teacher's activations (paper Eq. 6-7).
+
+With `distill.from_boundaries` the activations come from disk, and the teacher is not loaded.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,10 @@ from ppcl.variants.reach import check_reachable
 
 
 def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals:
-    """Return the intervals called `names`, or all of them for None.
+    """Return the intervals of `intervals` that `names` lists, or all of them if `names` is None.
 
-    A name is `transformer_blocks.3-5`, or `3-5` if only one stack has that interval. Raises `UsageError` for any other.
+    A name is `STACK.U-V`, such as `transformer_blocks.3-5`, or `U-V` if only one stack has that interval. Raises
+    `UsageError` for a name that does not match exactly one interval.
     """
     if names is None:
         return intervals
@@ -43,7 +47,10 @@ def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals
 
 
 def plug_header(run: Run, stack: str, pair: Interval) -> Header:
-    """Return the header of one student; students that train in parallel do not depend on one another."""
+    """Return the header of the student of interval `pair`, which lists everything that its weights depend on.
+
+    With `distill.mode=parallel` that does not include the other intervals; a sequential student depends on all of them.
+    """
     settings = identity(run.config.distill)
     if run.config.distill.from_boundaries:
         _, record = stored_boundaries(run)
@@ -71,9 +78,9 @@ def plug_header(run: Run, stack: str, pair: Interval) -> Header:
 
 
 def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
-    """Return folder and header of the checkpoint of a training of just these intervals.
+    """Return the checkpoint folder and its header for a training of exactly these intervals.
 
-    Jobs that train other intervals in the same run's folder have other checkpoints.
+    Jobs that train other intervals in the same run therefore have checkpoints of their own.
     """
     names = [plug_name(stack, pair) for stack, pairs in intervals.items() for pair in pairs]
     header = Header("ppcl.depth", plug_header(run, "", (0, 0)).made_from | {"intervals": names})
@@ -81,7 +88,11 @@ def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
 
 
 def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
-    """Return the training module, its batches by step, held-out batches by step, and the teacher's blocks."""
+    """Return what a training with the teacher in memory needs.
+
+    These are the training module, the training batches and the held-out batches as functions of the step, and the
+    teacher's blocks, to be compiled.
+    """
     config, transformer = run.config.distill, run.teacher.pipeline.transformer
     module = DepthDistillation(run.family, transformer, intervals, config, run.precision)
     stream = run.data.shared_stream(run.config.data.train_seed, config.batch_size)
@@ -90,7 +101,7 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
 
 
 def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
-    """Return the same for a training from boundaries on disk: there is no teacher, and so it has no blocks."""
+    """Return the same four for a training from stored activations. The list of the teacher's blocks is empty."""
     folder, _ = stored_boundaries(run)
     students = initial_students(run, intervals, folder)
     module = DepthFromBoundaries(run.family, intervals, students, run.config.distill, run.precision)
@@ -100,7 +111,7 @@ def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation,
 
 
 def _advice(run: Run) -> str:
-    """Return what to do about students that were trained with other settings."""
+    """Return the remedy for students in this run that were trained with other settings, for an error message."""
     other = "name=OTHER"
     if resolve_intervals(run.config) is None and "detect" not in run.config.stages:
         other += f" intervals=from_plan intervals.path={run.plan_path}"
@@ -110,7 +121,12 @@ def _advice(run: Run) -> str:
 
 
 def run(run: Run) -> None:
-    """Train the students that are missing, all at once, and write each with its held-out loss before and after."""
+    """Train the students that do not exist yet, all in one training, and write each of them to `plugs/`.
+
+    With each student its held-out loss before and after the training is stored. A killed training resumes from its last
+    checkpoint. Raises `UsageError` if the budget cannot be reached with these intervals, or if the run has students or
+    checkpoints of other settings.
+    """
     config, folder = run.config.distill, run.plugs_folder
     check_reachable(run, run.intervals)
     chosen = select_intervals(run.intervals, config.intervals)
@@ -126,14 +142,14 @@ def run(run: Run) -> None:
         return
     checkpoints, header = _checkpoint_of(run, chosen)
     if config.mode == "sequential" or check_resumable(checkpoints, header, sharded=run.teacher.sharded):
-        missing = chosen  # a chain trains as one; a run killed while it wrote plugs resumes at its last step
+        missing = chosen  # a chain trains as one; a run killed while writing plugs resumes at the last step
     else:
         checkpoints, header = _checkpoint_of(run, missing)
         check_resumable(checkpoints, header, sharded=run.teacher.sharded)
     module, stream, heldout, blocks = (_from_boundaries if config.from_boundaries else _from_teacher)(run, missing)
 
     def measure(description: str) -> list[dict[str, float]]:
-        """Return the held-out losses of each interval's student."""
+        """Return the losses of each interval's student on the held-out batches, by name."""
         steps = run.track(held_out_steps(run), description)
         place(run, module)
         return module.heldout(run.data.to_device(heldout(step)) for step in steps)

@@ -1,4 +1,7 @@
-"""Stage 1.2: find intervals by the configured method; write the plan, its curves and similarity maps."""
+"""Stage 1.2: find the intervals with the configured method (paper Eq. 3-5).
+
+Writes the plan, the CKA curves behind it, and maps of the similarity between all pairs of blocks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from ppcl.variants.reach import check_reachable
 
 
 def _deltas(curves: Curves) -> Curves:
-    """Return delta(u, k) = cka(u, k - 1) - cka(u, k) (Eq. 4) of every curve; None where it is undefined."""
+    """Return delta(u, k) = cka(u, k - 1) - cka(u, k) (Eq. 4) for every curve, with None where a value is missing."""
     return {
         stack: {
             stream: [[None, *(None if a is None or b is None else a - b for a, b in pairwise(row))] for row in table]
@@ -34,7 +37,11 @@ def _deltas(curves: Curves) -> Curves:
 
 
 def run(run: Run) -> None:
-    """Detect intervals on calibration data and write `plan/plan.json`, or reuse the one that is there."""
+    """Detect intervals on calibration data and write `plan/plan.json`. A plan made with the same settings is reused.
+
+    Raises `UsageError` if the plan on disk was made with other settings, if an interval does not fit the model, or if
+    the budget cannot be reached with the intervals.
+    """
     method = run.config.method
     made_from = {"detection": run.probe_settings, "method": identity(method)}
     plan = PruningPlan(run.config.model.family, run.num_layers, {}, made_from)

@@ -1,4 +1,4 @@
-"""Scores the pictures of every variant, measures their distance to the teacher, and what a denoising step costs."""
+"""Evaluate every variant: score its pictures, compare them with the teacher's, and time a denoising step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ LOGGED = ("num_layers", "params_ratio", "drop_percent", "latency_ms", "velocity_
 
 
 def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dict[str, Any]]:
-    """By variant what its row says of the model, and not of its pictures."""
+    """Return the measurements of each variant's model, by the variant's name.
+
+    They are its size, latency (ms), peak memory (MB), held-out velocity error ||v - v_T||^2 / ||v_T||^2, and the
+    students, projectors and removals that it consists of.
+    """
     inputs = denoising_step(run)
     passes = run.family.num_passes(run.config.model.sampling)
 
@@ -51,7 +55,7 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
     measured = {}
     for variant in variants:
         name, transformer = variant.name, switch(variant)
-        params = cast(Any, transformer).num_parameters()  # of quantised weights too
+        params = cast(Any, transformer).num_parameters()  # also right for packed 4-bit weights
         resident = weight_bytes(transformer)
         measured[name] = {
             "num_layers": sum(len(kept) for kept in switch.board.kept.values()),
@@ -67,6 +71,11 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
 
 
 def run(run: Run) -> None:
+    """Write the scores and measurements of every variant, print them as a table and log them.
+
+    Pictures are compared with the teacher's by the distance of their latents. Existing records with the same settings
+    are reused. Raises `UsageError` if pictures are missing, or if records have other settings.
+    """
     variants, plugs = variants_of(run)
     headers = score_headers(run, variants, plugs)
     records = {name: score_record(run, name) for name in headers}

@@ -1,6 +1,8 @@
-"""Writes the pruned pipeline as a folder that diffusers loads: the stock class, or ours with its code beside it.
+"""Write the pruned pipeline as a folder that `DiffusionPipeline.from_pretrained` loads.
 
-On request a single file for ComfyUI is made from that folder, and both go to the Hub.
+A model that is pruned only in depth has the stock transformer class of diffusers. One that is pruned in width has a
+class of its own, whose code is in the folder. On request this stage also writes a single file for ComfyUI, and uploads
+the results to the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -25,10 +27,15 @@ from ppcl.variants.plugs import Plugs
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import Variant, another_run, made_of, variants_of
 
-SINGLE_FILE = "export.safetensors"  # beside the folder
+SINGLE_FILE = "export.safetensors"  # in the run's folder, next to `export/`
 
 
 def run(run: Run) -> None:
+    """Write `export/`, then the single file, the model card and the upload, as far as they are asked for.
+
+    Raises `UsageError` if an export with other settings is in the way, or if a single file is asked for and the model
+    is pruned in width.
+    """
     config, folder = run.config.export, run.folder / "export"
     name = config.variant or furthest(run)
     (variant,), plugs = variants_of(run, [name])
@@ -66,6 +73,7 @@ def run(run: Run) -> None:
 
 
 def _write_folder(run: Run, folder: Path, variant: Variant, plugs: Plugs, header: Header) -> None:
+    """Write the pipeline with `variant` as its transformer, its model card and its record, all or nothing."""
     pipeline = run.teacher.pipeline
     switch = Switch(run, plugs)
     switch(variant)
@@ -89,14 +97,17 @@ def _write_folder(run: Run, folder: Path, variant: Variant, plugs: Plugs, header
 
 
 class _SingleFile:
-    """`export.safetensors` beside the folder, made from it alone: an export that is there is not loaded again."""
+    """Writes `export.safetensors`, the transformer in one file for ComfyUI, from the exported folder.
+
+    Raises `UsageError` if the file exists and was made from another export or in another dtype.
+    """
 
     def __init__(self, run: Run, export: Header) -> None:
         self.run, self.dtype = run, run.config.export.single_file_dtype
         self.path = run.folder / SINGLE_FILE
         self.header = Header("ppcl.single_file", {"export": export.fingerprint, "dtype": self.dtype})
         self.exists = self.path.exists()
-        # Its header is all the record it needs: the file is renamed when it is whole.
+        # The fingerprint in its metadata is enough: the file gets its name only after it is written completely.
         if self.exists and read_metadata(self.path).get("ppcl.fingerprint") != self.header.fingerprint:
             raise UsageError(
                 f"{self.path} was made from another export or with another export.single_file_dtype than "
@@ -104,6 +115,7 @@ class _SingleFile:
             )
 
     def write(self, folder: Path) -> None:
+        """Write the file from `folder/transformer`, unless it exists."""
         run = self.run
         if self.exists:
             run.say("export", f"reused {self.path}")
@@ -127,15 +139,15 @@ class _SingleFile:
 
 
 def _complete_card(run: Run, path: Path, variant: str) -> None:
-    """Put into the card what lies beside the folder: how the single file is used, and the scores.
+    """Update two sections of the model card at `path`: the use of the single file, and the scores of `variant`.
 
-    The rest of the card stays as it is, and so do scores where there are no others.
+    The first is removed if there is no single file. The scores stay as they are if this run has no current ones.
     """
     card = path.read_text(encoding="utf-8")
     layers = read_json(path.parent / "ppcl.json", "The export's record")["kept_layers"].values()
     usage = single_file_section(run.config.model.family, sum(map(len, layers)))
     changed = with_section(card, "single file", usage if (run.folder / SINGLE_FILE).exists() else "")
-    # Where this command evaluates, it does so after this; what is there now may be refused then.
+    # If this command also evaluates, it does so after this stage, so scores that exist now may be outdated.
     rows = [] if "evaluate" in run.config.stages else _scores(run, variant)
     if rows:
         changed = with_section(changed, "evaluation", evaluation_section(rows, run.benchmark.label))
@@ -145,7 +157,7 @@ def _complete_card(run: Run, path: Path, variant: str) -> None:
 
 
 def _scores(run: Run, variant: str) -> list[ComparedRow]:
-    """Return the scores of the teacher and of `variant` if this run has both for its present configuration."""
+    """Return the scores of the teacher and of `variant`, or none if the current configuration has no valid ones."""
     if not (run.folder / "scores").exists():
         return []
     from ppcl.pictures.scores import read_rows

@@ -1,4 +1,4 @@
-"""Stage 3: tune all parameters of the pruned model on the teacher's output (paper section 4.1)."""
+"""Stage 3: train all parameters of the pruned model on the teacher's output (paper section 4.1)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from ppcl.variants.variants import another_run, finetuned_folder, made_of, plann
 
 
 def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
-    """Return the header of a tuned model; `arranged` says which plugs it started from."""
+    """Return the header of a fine-tuned model, which lists everything that its weights depend on.
+
+    `arranged`: the students, projectors and removals that the training starts from.
+    """
     made_from = {
         "model": run.teacher.identity,
         "layout": asdict(run.layout),
@@ -36,7 +39,12 @@ def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
 
 
 def run(run: Run) -> None:
-    """Tune the planned model, or all plugs without a budget; write it with its velocity error before and after."""
+    """Fine-tune the planned model and write it to `finetuned/`, with its held-out velocity error before and after.
+
+    Without a budget the planned model has every student and projector. A killed training resumes from its last
+    checkpoint. Raises `UsageError` if students or projectors are missing, or if `finetuned/` or the checkpoint has
+    other settings.
+    """
     config, folder = run.config.finetune, finetuned_folder(run)
     plugs = required_plugs(run)
     plan = planned(run, plugs)
@@ -51,7 +59,7 @@ def run(run: Run) -> None:
     switch(plan)
     with still(*(teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept)):
         student = switch.board.standalone()
-        if not run.teacher.sharded:  # sharding gives each model its own copy of shared parameters
+        if not run.teacher.sharded:  # a sharded student gets its own copy of shared parameters anyway
             student = copy.deepcopy(student)
     stands_for = switch.board.stands_for
     switch.restore()
@@ -59,7 +67,7 @@ def run(run: Run) -> None:
     seed = run.config.data.train_seed
     transformer = run.teacher.pipeline.transformer
     module = FineTune(run.family, transformer, student, config, stands_for, sharding, seed, run.precision)
-    # Later batches than those that depth and width trained on.
+    # Other batches than those that the stages depth and width train on.
     stream = run.data.shared_stream(seed, config.batch_size)
     loader = StepLoader(partial(_later, stream), config.steps, ahead=stream.from_disk)
     blocks = [b for model in (transformer, student) for b in run.family.blocks(model).values()]
@@ -83,7 +91,7 @@ def run(run: Run) -> None:
 
 
 def _velocity_error(run: Run, module: FineTune, description: str) -> float:
-    """Measure the held-out velocity error on the part of the calibration data that a plan's costs are measured on."""
+    """Return the velocity error on the held-out batches that the plan's costs are measured on."""
     place(run, module)
     size = run.config.finetune.batch_size
     stream = run.data.shared_stream(run.config.data.calibration_seed, size)

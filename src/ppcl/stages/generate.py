@@ -1,4 +1,4 @@
-"""Draws every variant with the same prompts, seeds and settings through the stock diffusers pipeline."""
+"""Draw the pictures of every variant, with the same prompts, seeds and settings, through the diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ppcl.variants.variants import variants_of
 
 
 def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> int:
-    """Draw the pictures that are missing; return how many."""
+    """Draw the pictures of one variant that do not exist yet, and return their number."""
     with equipped(run, board) as (pipeline, arguments):
         draw_batch = partial(_draw_batch, run, pipeline, arguments)
         with counter(drawing.variant.name, len(run.prompts), console=run.progress_console) as advance:
@@ -38,7 +38,7 @@ def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> int:
 def _draw_batch(
     run: Run, pipeline: Any, arguments: Mapping[str, Any], numbers: Sequence[int]
 ) -> tuple[list[Any], list[Tensor]]:
-    """Pictures of the prompts `numbers`, and their final latents as the VAE was given them."""
+    """Return the pictures of the prompts with these numbers, and the final latents of each as the VAE gets them."""
     texts = [run.prompts[number].text for number in numbers]
     with decoded_latents(pipeline) as latents:
         images = draw(run, pipeline, texts, numbers, [given_to(run, number) for number in numbers], **arguments)
@@ -46,10 +46,14 @@ def _draw_batch(
 
 
 def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any, advance: Callable[[int], None]) -> int:
+    """Draw and save the missing pictures of a variant, batch by batch, then its grid and its manifest.
+
+    Returns the number of pictures in the batches that were drawn. `advance` is called with the size of each batch.
+    """
     folder, header, count = drawing.folder, drawing.header, len(run.prompts)
     name, size = drawing.variant.name, run.config.generate.batch_size
     settings = {"variant": name, **header.made_from, "fingerprint": header.fingerprint}
-    # The manifest in progress says whose pictures these are; it is deleted when all are there.
+    # Identifies the pictures of an interrupted run. It is deleted when all pictures exist.
     unfinished = folder / "unfinished.json"
     write_json(unfinished, header.to_json())
     drawn = 0
@@ -73,12 +77,12 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any, advance: Callable
 
 
 def _teacher_cache(run: Run, header: Header) -> Path:
-    """The teacher's pictures are the same for all runs of a sweep."""
+    """Return the folder in the cache with the teacher's pictures, which all runs of a sweep share."""
     return Path(run.config.paths.cache_dir) / "images" / header.fingerprint
 
 
 def _reuse_teacher(run: Run, drawing: Drawing) -> bool:
-    """Take the teacher's pictures from the cache, where they are."""
+    """Copy the teacher's pictures from the cache, and return whether that was possible."""
     cached = _teacher_cache(run, drawing.header)
     if drawing.variant.name != "teacher" or not is_current(cached / "manifest.json", drawing.header):
         return False
@@ -88,7 +92,10 @@ def _reuse_teacher(run: Run, drawing: Drawing) -> bool:
 
 
 def _hand_over(source: Path, target: Path) -> None:
-    """Links where the file system can, since no picture is ever changed in place; else copies."""
+    """Copy a folder of pictures, by hard links where the file system supports them.
+
+    Links are safe because pictures are never changed in place.
+    """
 
     def link(path: str, copy: str) -> None:
         try:
@@ -101,6 +108,11 @@ def _hand_over(source: Path, target: Path) -> None:
 
 
 def run(run: Run) -> None:
+    """Draw all variants into the folder of this set of pictures. Complete sets are reused, interrupted ones completed.
+
+    Raises `UsageError` if a variant is not available, if a prompt does not suit the model, or if the folder holds
+    pictures of other settings.
+    """
     variants, plugs = variants_of(run)
     every = drawings(run, variants, plugs)
     run.say("generate", f"{', '.join(variant.name for variant in variants)}: in {run.set_folder}")
@@ -120,7 +132,7 @@ def run(run: Run) -> None:
         drawn = _draw_variant(run, drawing, switch.board)
         name, folder = drawing.variant.name, drawing.folder
         if name == "teacher":
-            with suppress(OSError):  # another job of the sweep was first
+            with suppress(OSError):  # another job of the sweep has already stored them
                 _hand_over(folder, _teacher_cache(run, drawing.header))
         run.say("generate", f"{name}: {drawn} of {len(run.prompts)} pictures drawn, in {folder}")
     switch.restore()

@@ -1,4 +1,7 @@
-"""Import what the PPCL authors published: a model as a pipeline folder, or a training checkpoint as plugs."""
+"""Import what the PPCL authors published.
+
+A model becomes a pipeline folder, and a training checkpoint becomes the students and projectors of this run.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,11 @@ SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def run(run: Run) -> None:
-    """Write `imported/` from a published model, or `plugs/` from a training checkpoint."""
+    """Write `imported/` from a published model, or `plugs/` from a training checkpoint.
+
+    Raises `UsageError` if the source cannot be read, does not fit the configuration, or if existing files were imported
+    from another source.
+    """
     source = open_source(run.config)
     if isinstance(source, Training):
         _write_plugs(run, source)
@@ -44,7 +51,7 @@ def run(run: Run) -> None:
 
 
 def _state_of(path: Path) -> list[int]:
-    """Return size and modification time of a file, which tell a changed one."""
+    """Return size and modification time of a file, by which a change of the file is detected."""
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
@@ -52,6 +59,12 @@ def _state_of(path: Path) -> list[int]:
 
 
 def _write_model(run: Run, source: PublishedFolder) -> None:
+    """Convert a published model to `imported/`.
+
+    A model of the stock class is converted only if `intervals` are given, since diffusers loads it as it is. The
+    intervals say which blocks of the full model it has kept, so that LoRAs and ControlNets of the full model can be
+    mapped to it.
+    """
     published, path = source.published, Path(str(run.config.published.path))
     intervals = resolve_intervals(run.config)
     if published.is_stock and intervals is None:
@@ -78,7 +91,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
     with torch.device("meta"):
         model = published.model_class.from_config(published.arch)
     provenance = _provenance(run, source, header)
-    if intervals is not None:  # without them it is unknown which of the full model's blocks these are
+    if intervals is not None:  # without intervals it is unknown which blocks of the full model were kept
         model.register_to_config(ppcl=provenance)
     with atomic_folder(folder) as temporary:
         model.save_config(temporary / "transformer")
@@ -89,7 +102,10 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
 
 
 def _text_projector_facts(run: Run, source: PublishedFolder) -> dict[str, Any]:
-    """Return how txt_proj is read, and the evidence: whole maps have a mean diagonal around 1, residual ones 0."""
+    """Return how the text projectors were read, and the mean of their diagonals as evidence.
+
+    The diagonal of a plain map x -> W x is around 1, that of a residual map x -> x + W x around 0.
+    """
     if not source.published.text:
         return {}
     weights = list(source.text_projectors())
@@ -105,6 +121,7 @@ def _text_projector_facts(run: Run, source: PublishedFolder) -> dict[str, Any]:
 
 
 def _provenance(run: Run, source: PublishedFolder, header: Header) -> dict[str, Any]:
+    """Return what the exported config says about the model: its base model and the blocks that were pruned."""
     config, published, intervals = run.config, source.published, resolve_intervals(run.config)
     found = {"version": __version__, "variant": "imported", "fingerprint": header.fingerprint}
     if intervals is None:
@@ -122,7 +139,7 @@ def _provenance(run: Run, source: PublishedFolder, header: Header) -> dict[str, 
 
 
 def _write_weights(run: Run, source: PublishedFolder, folder: Path) -> None:
-    """Convert the weights file by file, so that only one is in memory at a time."""
+    """Convert the weights file by file, so that only one file is in memory at a time."""
     names = {file: file.name if len(source.files) > 1 else SINGLE_FILE for file in source.files}
     index: dict[str, str] = {}
     size = 0
@@ -137,7 +154,10 @@ def _write_weights(run: Run, source: PublishedFolder, folder: Path) -> None:
 
 
 def _write_pipeline(source: PublishedFolder, folder: Path, ours: bool) -> None:
-    """Copy the other components beside the transformer, and write its code and an index that names its class."""
+    """Write the rest of the pipeline to `folder`: the other components, the transformer's code and `model_index.json`.
+
+    `ours`: whether the transformer's class is one of ppcl, not of diffusers.
+    """
     index: dict[str, Any] = {}
     if source.pipeline is not None:
         index = read_json(source.pipeline / "model_index.json", "The pipeline's index")
@@ -155,6 +175,7 @@ def _write_pipeline(source: PublishedFolder, folder: Path, ours: bool) -> None:
 
 
 def _tell(run: Run, source: PublishedFolder, folder: Path) -> None:
+    """Print the size of the imported model and how to load it."""
     published = source.published
     sizes = {key: torch.Size(shape).numel() for key, shape in published.shapes.items()}
     added = sum(sizes[key] for key in published.identity)
@@ -175,6 +196,7 @@ def _tell(run: Run, source: PublishedFolder, folder: Path) -> None:
 
 
 def _write_plugs(run: Run, training: Training) -> None:
+    """Write the students and projectors of a training checkpoint to `plugs/`, unless they exist."""
     path, folder = Path(str(run.config.published.path)), run.plugs_folder
     made_from = {
         "model": run.teacher.identity,

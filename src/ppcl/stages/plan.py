@@ -1,4 +1,7 @@
-"""Count what intervals and width sets leave of a model, without weights; with a budget, choose what to plug in."""
+"""Count the parameters that intervals and width sets leave, which needs no weights.
+
+With a budget, choose which students and projectors to plug in.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,17 @@ from ppcl.variants.plugs import required_plugs
 
 
 def run(run: Run) -> None:
-    """Choose plugs for the budget; without one, count given intervals and write `plan/plan.json`."""
+    """Choose plugs for the budget; without a budget, count the given intervals and write `plan/plan.json`.
+
+    Without given intervals it only prints the detected ones, if there are any. Raises `UsageError` if the budget cannot
+    be reached, or if the plan on disk has other intervals.
+    """
     if budget_of(run.config) is not None:
         plan_budget(run)
         return
     intervals = resolve_intervals(run.config)
     if intervals is None:
-        # Nothing to count: this run's detection comes after this stage, or has counted its intervals already.
+        # Nothing to count: `stages=[detect]` counts the intervals that it finds.
         if run.plan_path.exists():
             show_plan(run, PruningPlan.load(run.plan_path))
         else:
@@ -34,7 +41,7 @@ def run(run: Run) -> None:
     if width:
         made_from |= {"width": width, "layout": asdict(run.layout)}
     plan = PruningPlan(model.family, run.num_layers, intervals, made_from, width=width)
-    path = run.folder / "plan" / "plan.json"  # not `run.plan_path`: the run that this one is based on is only read
+    path = run.folder / "plan" / "plan.json"  # `run.plan_path` may be in another run, which is only read
     advice = "leave out intervals= to use these intervals, or give name=OTHER to count others"
     reused = plan.is_current(path, advice)
     if reused:
@@ -52,7 +59,11 @@ def run(run: Run) -> None:
 
 
 def plan_budget(run: Run) -> None:
-    """Choose the cheapest plugs that meet the budget, by costs that are measured once; write `plan/choice.json`."""
+    """Choose the plugs that meet the budget at the least cost in quality. Write `plan/choice.json` and `frontier.png`.
+
+    Costs and savings of all plugs are measured once and reused. Raises `UsageError` if no choice meets the budget, or
+    if `budget.cost` is not known for every plug.
+    """
     budget = budget_of(run.config)
     assert budget is not None
     name, value = budget

@@ -1,4 +1,4 @@
-"""Pretrain an embedded teacher by flow matching, from random weights or from an earlier teacher."""
+"""Pretrain an embedded toy teacher by flow matching, from random weights or from an earlier teacher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 
 
 def teacher_header(run: Run) -> Header:
-    """Return the header of a pretrained teacher; a teacher that it continues is named by fingerprint, not by path."""
+    """Return the header of a pretrained teacher, which lists everything that its weights depend on.
+
+    An earlier teacher (`pretrain.init`) is listed by its fingerprint, so that its folder can move.
+    """
     config = run.config.pretrain
     settings = identity(config)
     if config.init is not None:
@@ -36,7 +39,7 @@ def teacher_header(run: Run) -> Header:
 
 
 def _start(run: Run) -> Any:
-    """Return the pipeline to train: a new one, an earlier one, or a new one with another family's transformer."""
+    """Return the pipeline to train: a new one, an earlier one, or a new one with another family's weights."""
     config = run.config.pretrain
     build = import_module(builders()[str(run.config.model.builder)]).build_pipeline
     layers = {} if config.num_layers is None else {"num_layers": config.num_layers}
@@ -46,13 +49,17 @@ def _start(run: Run) -> Any:
         return pipeline
     earlier = DiffusionPipeline.from_pretrained(local_folder(config.init), dtype=torch.float32)
     if type(earlier) is type(pipeline):
-        return earlier  # with its own text encoder, whose embeddings the transformer was trained on
+        return earlier  # its text encoder too: the transformer was trained on those embeddings
     pipeline.transformer.load_state_dict(earlier.transformer.state_dict())
     return pipeline
 
 
 def run(run: Run) -> None:
-    """Train the teacher and write it to `teacher/` as a pipeline folder."""
+    """Train the teacher and write it to `teacher/` as a pipeline folder.
+
+    A killed training resumes from its last checkpoint. Raises `UsageError` if `teacher/` or the checkpoint was made
+    with other settings.
+    """
     config, folder = run.config.pretrain, run.folder / "teacher"
     header = teacher_header(run)
     if is_current(folder / "ppcl.json", header):

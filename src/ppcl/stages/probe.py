@@ -11,7 +11,11 @@ from ppcl.methods.probes import fit_probes, relative_residuals, train_probes
 
 
 def run(run: Run) -> None:
-    """Fit the probes and write them to the cache, where all runs on this teacher find them."""
+    """Fit the probes l(x) = x + W x + b and write them to the cache, for all runs with the same teacher and data.
+
+    W and b are the ridge regression of a block's residual y - x on its input x, optionally trained further by gradient
+    descent. The relative residual ||l(x) - y||^2 / ||y - x||^2 on held-out batches is printed and stored.
+    """
     settings, folder = run.config.probe, run.probe_folder
     header = Probes.header_for(run.probe_settings)
     if is_current(folder / "probes.json", header):
@@ -19,7 +23,7 @@ def run(run: Run) -> None:
         return
     stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
     family, transformer = run.family, run.teacher.pipeline.transformer
-    # The first batches fit the probes, the next ones measure them, and training takes those after both.
+    # The stream's first batches fit the probes, the next ones measure the residuals, and later ones train.
     judged = settings.num_batches + settings.num_heldout_batches
     batches = [run.data.to_device(stream(step)) for step in range(judged)]
     heldout = batches[settings.num_batches :]
@@ -28,7 +32,7 @@ def run(run: Run) -> None:
     )
     count = len(family.blocks(transformer)) * len(family.masks(batches[0].inputs))
     residuals: dict[str, float] = {}
-    trained: dict[str, tuple[Tensor, Tensor]] = {}  # all are held: a training step updates every probe
+    trained: dict[str, tuple[Tensor, Tensor]] = {}  # a training step updates all probes, so all are in memory
     for fit in run.track(fits, "probes", count):
         if settings.train_steps:
             zero = settings.init == "zero"

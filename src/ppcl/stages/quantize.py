@@ -1,4 +1,4 @@
-"""Write the pruned pipeline with 8 or 4 bits a weight, in the format of diffusers' own quantisation configs."""
+"""Write the pruned pipeline with 8-bit or 4-bit weights, in the formats of diffusers' quantisation configs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ Fit = Callable[..., None]
 
 
 def quantized_header(run: Run, name: str, arranged: dict[str, Any], finetuned: str | None) -> Header:
-    """Return the header of a quantised model; calibration data is part of it only if rounding uses it."""
+    """Return the header of a quantised model, which lists everything that its weights depend on.
+
+    `arranged`: the students, projectors and removals of variant `name`. `finetuned`: the fingerprint of the fine-tuned
+        model, if the variant is one. Calibration data is listed only for `quantize.rounding=least_squares`.
+    """
     config, data = run.config.quantize, run.config.data
     settings: dict[str, Any] = {"scheme": config.scheme, "skip": sorted(config.skip)}
     if config.scheme != "nf4":
@@ -51,7 +55,11 @@ def quantized_header(run: Run, name: str, arranged: dict[str, Any], finetuned: s
 
 
 def run(run: Run) -> None:
-    """Quantise the variant that `quantize.variant` names, by default the furthest one, and write its pipeline."""
+    """Quantise `quantize.variant`, or by default this run's newest result, and write its pipeline to `quantized/`.
+
+    Raises `UsageError` if the library that the scheme needs is missing, if no layer can be quantised, or if
+    `quantized/` was made with other settings.
+    """
     config, folder = run.config.quantize, quantized_folder(run)
     if config.scheme == "nf4":
         require_bitsandbytes()
@@ -101,13 +109,15 @@ def run(run: Run) -> None:
 
 
 def _widths(model: Any, names: Iterable[str]) -> str:
+    """Return the different input widths of the named layers, as a list in words."""
     return ", ".join(map(str, sorted({model.get_submodule(name).in_features for name in names})))
 
 
 def quantize(run: Run, model: Any, chosen: list[str], config: Any, fit: Fit = round_linears) -> None:
-    """Quantise the layers `chosen` by torchao, and give `model` the config entry that diffusers gives such models.
+    """Quantise the layers of `model` named in `chosen` with torchao, in place, and add the entry to its config.
 
-    `fit` rounds layers by the second moments of their inputs if `quantize.rounding=least_squares`.
+    `config`: the quantisation config of diffusers. `fit`: with `quantize.rounding=least_squares`, rounds the weights of
+        layers, given the second moments of their inputs.
     """
     settings = run.config.quantize
     if settings.rounding == "nearest":
@@ -130,7 +140,10 @@ def _to_nearest(model: Any, names: Iterable[str], config: Any) -> None:
 
 
 def _to_nf4(run: Run, model: Any, kept: list[str]) -> Any:
-    """Return `model` in nf4; it goes through a temporary folder, as bitsandbytes quantises while it loads."""
+    """Return `model` in nf4.
+
+    It is written to a temporary folder and loaded again, since bitsandbytes quantises a model as it loads it.
+    """
     from diffusers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(**nf4_settings(run.teacher.dtype, kept))

@@ -1,4 +1,4 @@
-"""Rewrite a LoRA of the full model for the pruned one, and name the modules that have no place in it."""
+"""Convert a LoRA of the full model for the pruned model. Modules that the pruned model does not have are dropped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from ppcl.surgery.remap import adapter_metadata, remap_lora
 
 
 def _pruned_transformer(run: Run) -> Any:
-    """Return the exported transformer on the meta device: only its names and shapes are needed."""
+    """Return the exported transformer on the meta device, since only names and shapes are needed.
+
+    Raises `UsageError` if there is no export, or if it is of another family.
+    """
     folder = Path(run.config.lora.model or run.folder / "export") / "transformer"
     if not (folder / "config.json").exists():
         raise UsageError(f"lora.model: {folder.parent} holds no exported model; run 'stages=[export]' first.")
@@ -34,7 +37,11 @@ def _pruned_transformer(run: Run) -> Any:
 
 
 def run(run: Run) -> None:
-    """Write `lora/NAME.safetensors`, which `pipeline.load_lora_weights` takes on the export."""
+    """Write `lora/NAME.safetensors` for `pipeline.load_lora_weights` of the exported pipeline.
+
+    The names of dropped modules are stored in `lora/NAME.json`. Raises `UsageError` if there is no exported model, if
+    the file is no LoRA, or if an earlier result has other settings.
+    """
     path = Path(str(run.config.lora.path))
     target = run.folder / "lora" / f"{path.stem}.safetensors"
     transformer = _pruned_transformer(run)

@@ -1,4 +1,4 @@
-"""Writes one page, one JSON and one contact sheet: what was pruned, what that saved and what it cost."""
+"""Write an HTML page, `report.json` and a contact sheet: what was pruned, what that saved and how quality changed."""
 
 from __future__ import annotations
 
@@ -24,31 +24,34 @@ from ppcl.variants.variants import default_variants
 
 
 def _rows(run: Run) -> list[ComparedRow]:
-    """The variants that are asked for; by default what is drawn by default, and whatever else has scores."""
+    """Return the scores of `generate.variants`; by default those of all variants that are drawn by default or have scores.
+
+    If some of these scores are outdated, only the variants drawn by default are returned.
+    """
     if run.config.generate.variants is not None:
         return read_rows(run)
     usual = default_variants(run)
     names = [name for name in STORED_VARIANTS if name in usual or any(run.scores_folder.glob(f"{name}*.json"))]
     try:
         return read_rows(run, names)
-    except UsageError:  # scores of something that this run has replaced since
+    except UsageError:  # some scores are outdated, since this run has trained their variant anew
         return read_rows(run)
 
 
 def _losses(run: Run) -> dict[str, dict[str, float]]:
-    """Held-out losses of students and projectors before and after training; imported ones have none."""
+    """Return the held-out losses of each student and projector. Imported ones have none and are left out."""
     trained = load_plugs(run.plugs_folder) | load_projectors(run.plugs_folder)
     return {name: plug.losses for name, plug in trained.items() if plug.losses}
 
 
 def _choice_path(run: Run, rows: list[ComparedRow]) -> Path | None:
-    """The file of the plan's choice, where there is one and some variant in `rows` is made of it."""
+    """Return the file of the plan's choice if a budget is set or a variant in `rows` depends on it, else None."""
     planned = budget_of(run.config) is not None or {"ppcl-planned", "ppcl-finetuned"} & {row.name for row in rows}
     return run.known_choice_path if planned and run.known_choice_path.exists() else None
 
 
 def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
-    """The content of `report.json`."""
+    """Return the content of `report.json`."""
     keys = ("name", "num_layers", "params", "params_ratio", "scores", "score_interval", "drop_percent",
             "velocity_error", "latent_distance", "latency_ms", "peak_memory_mb", "students", "projectors",
             "removed")  # fmt: skip
@@ -76,6 +79,10 @@ def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
 
 
 def run(run: Run) -> None:
+    """Write `report/report.html`, `report.json` and `samples.png`.
+
+    Raises `UsageError` if a variant has no current scores.
+    """
     rows, folder, plan = _rows(run), run.report_folder, run.plan_path.parent
     folder.mkdir(parents=True, exist_ok=True)
     compared = compared_sheet(run, [row.name for row in rows])

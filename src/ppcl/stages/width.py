@@ -1,4 +1,4 @@
-"""Stage 2: replace text streams and FFNs by linear projectors (paper Eq. 8-12)."""
+"""Stage 2: replace text streams and FFNs by linear projectors, and train these (paper Eq. 8-12)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,14 @@ from ppcl.variants.reach import check_reachable
 
 
 def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -> Header:
-    """Return the header of one projector; `students` has the fingerprints of trained students by name."""
+    """Return the header of the projector of `item`, which lists everything that its weights depend on.
+
+    `students`: fingerprints of the trained students, by name. A projector depends on the student that it is part of,
+        and on the one that it reads text from.
+    """
     width, distill = run.config.width, identity(run.config.distill)
     for key in ("mode", "init", "steps", "lr"):
-        del distill[key]  # width has keys of its own for these, or they concern only students
+        del distill[key]  # `width` has its own keys for these, or only students use them
     place, reference = item.place, item.reference
     made_from = {
         "model": run.teacher.identity,
@@ -51,9 +55,9 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
 
 
 def _calibration(run: Run, start: int, stop: int, description: str, *, shared: bool = False) -> Iterator[TrainingBatch]:
-    """Yield held-out batches `start` to `stop`, of at least 16 samples each.
+    """Yield held-out batches `start` to `stop` of at least 16 samples each, with a progress bar named `description`.
 
-    With `shared`, each rank gets its own rows of a batch; otherwise every rank gets all rows.
+    With `shared`, each rank gets its own rows of every batch; otherwise every rank gets all rows.
     """
     size = run.config.distill.batch_size
     stream = (run.data.shared_stream if shared else run.data.stream)(run.config.data.calibration_seed, size)
@@ -62,7 +66,11 @@ def _calibration(run: Run, start: int, stop: int, description: str, *, shared: b
 
 
 def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
-    """Return the sets that `width=auto` selects, and the measurements they were chosen by."""
+    """Return the width sets that `width=auto` selects, and the CKA values and errors that they were selected by.
+
+    Text streams are selected by CKA with the output of their reference, FFNs by the held-out error of their linear fit.
+    Raises `UsageError` if `width.num_text` and `width.num_ffn` are both 0.
+    """
     config, family, teacher = run.config.width, run.family, run.teacher.pipeline.transformer
     if config.num_text == 0 and config.num_ffn == 0:
         raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
@@ -101,14 +109,17 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
 
 
 def _has_plan(path: Path, plan: PruningPlan) -> bool:
-    """Return whether `path` holds this plan; sets that were given may be replaced, selected ones may not."""
+    """Return whether `path` holds exactly this plan.
+
+    A plan with given sets may be replaced. One with selected sets may not, so that raises `UsageError` if it differs.
+    """
     if path.exists() and PruningPlan.load(path).made_from.get("width", {}).get("source") in ("given", "plan"):
         return PruningPlan.load(path).header().fingerprint == plan.header().fingerprint
     return is_current(path, plan.header(), "delete that file to select anew")
 
 
 def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> PruningPlan:
-    """Return the run's plan with its width sets: read from disk, given, or selected now; new ones are written."""
+    """Return the run's plan with its width sets: read from disk, given, or selected now. A new plan is written."""
     config = run.config.width
     selection = {key: getattr(config, key) for key in ("source", "text_output", "keep_text_query")}
     if config.source == "auto":
@@ -132,7 +143,12 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
 
 
 def run(run: Run) -> None:
-    """Select the width sets if they are not given, then fit and train the projectors that are missing."""
+    """Select the width sets if they are not given, then fit and train the projectors that do not exist yet.
+
+    Least squares initialise the projectors, and `width.steps` steps train them. Each is written to `plugs/` with its
+    held-out losses. A killed training resumes from its last checkpoint. Raises `UsageError` if students are missing, if
+    the budget cannot be reached, or if projectors or the checkpoint have other settings.
+    """
     config, folder = run.config.width, run.plugs_folder
     plugs = required_students(run)
     students = {name: plug.header.fingerprint for name, plug in plugs.items()}
@@ -145,7 +161,7 @@ def run(run: Run) -> None:
 
     teacher, kept = parts()
     plan = _plan(run, kept, students)
-    if run.teacher.sharded:  # selecting has sharded blocks that are now needed whole
+    if run.teacher.sharded:  # `_plan` may have sharded blocks that are needed whole from here on
         run.teacher.forget_pipeline()
         teacher, kept = parts()
     show_plan(run, plan)
@@ -195,7 +211,7 @@ def run(run: Run) -> None:
 
 
 def _projector(run: Run, module: WidthDistillation, number: int, header: Header, losses: dict[str, float]) -> Projector:
-    """Return the trained projector of pruned place `number`; with several ranks only rank 0 gets its tensors."""
+    """Return the trained projector of `module.pruned[number]`. With several ranks only rank 0 gets its tensors."""
     item = module.pruned[number]
     state = {
         f"{module.surgery.projectors[key]}.{name}": value.clone()
