@@ -1,4 +1,4 @@
-"""The context of a run: its configuration, folder and console, its teacher and data, and what earlier stages left."""
+"""The run that every stage works on: its settings, folder, console, teacher, data, and earlier results."""
 
 from __future__ import annotations
 
@@ -38,33 +38,38 @@ PACKAGES = ("torch", "lightning", "diffusers", "transformers", "hydra-core", "sa
 
 
 class Run:
-    """The context that every stage is given. Folders: `run.folder / "plan"` and so on, one per kind of artifact."""
+    """The context that is passed to every stage. Properties load what they return on first use.
+
+    Each kind of artifact has its own folder in `run.folder`: `plan`, `plugs`, `finetuned`, `images`, `scores` and so
+    on.
+    """
 
     def __init__(self, config: Config, folder: Path, console: Console | None = None) -> None:
         self.config = config
         self.folder = folder
         self.console = console or Console()
-        self.image_folders: dict[str, Path] = {}  # by variant, as `ppcl.pictures.images.drawings` has found them
+        self.image_folders: dict[str, Path] = {}  # of each variant, filled by `ppcl.pictures.images.drawings`
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes what all ranks have made together."""
+        """Whether this process writes the results of work that all ranks did together: rank 0 does."""
         return self.config.strategy.kind == "single" or is_first()
 
     def say(self, stage: str, text: str) -> None:
+        """Print a line under the name of `stage`."""
         self.console.print(heading(stage) + escape(text), highlight=False, soft_wrap=True)
 
     @property
     def progress_console(self) -> Console:
-        """The console that progress is shown on: a silent one with `trainer.progress=false`."""
+        """The console that progress bars are drawn on. With `trainer.progress=false` it is silent."""
         return self.console if self.config.trainer.progress else Console(quiet=True)
 
     def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
-        """Yield `items` and show how many of `total` are done, by default of all of them."""
+        """Yield `items` with a progress bar. `total` is their number, by default `len(items)`."""
         return track(items, description, total, console=self.progress_console)
 
     def record_versions(self) -> None:
-        """Write `versions.json`: what this run was made with."""
+        """Write `versions.json`, with the versions of Python, ppcl and the main libraries."""
         found = {"ppcl": __version__, "python": platform.python_version()}
         for name in PACKAGES:
             try:
@@ -92,12 +97,12 @@ class Run:
 
     @property
     def precision(self) -> str:
-        """Lightning precision of the trained modules."""
+        """The Lightning precision of training, `32-true` or `bf16-mixed`."""
         return resolve_precision(self.config)
 
     @cached_property
     def benchmark(self) -> Benchmark:
-        """The configured benchmark; pictures of the user's own prompts have none that scores them."""
+        """The configured benchmark. Pictures of the user's own prompts have the benchmark `none`, without a score."""
         config = self.config.benchmark
         if has_own_prompts(self.config) or config.name == "none":
             settings = config.settings if config.name == "none" else {}
@@ -106,7 +111,11 @@ class Run:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """The prompt of each picture to draw, in their order."""
+        """The prompt of each picture, in drawing order; a prompt comes once for each of its pictures.
+
+        Raises `UsageError` if the benchmark has no prompts for this model, or gives a wrong number of pictures with
+        one.
+        """
         name, family = self.config.benchmark.name, self.family
         prompts = self.benchmark.prompts(family, self.config)
         if not prompts:
@@ -120,25 +129,26 @@ class Run:
                 )
         return [prompt for prompt in prompts for _ in range(self.benchmark.images_per_prompt)]
 
-    # What earlier stages left.
+    # Results of earlier stages.
 
     @cached_property
     def set_settings(self) -> dict[str, Any]:
-        """What all variants of the configured set of pictures share, as headers hold it."""
+        """The settings that all variants of the configured set of pictures share, as their headers store them."""
         return set_settings(self.config, self.benchmark, self.prompts)
 
     @property
     def set_folder(self) -> Path:
-        """The folder of the configured set of pictures, with a folder for each variant."""
+        """The folder of the configured set of pictures. It has one folder for each variant."""
         return set_folder(self.folder / "images", self.config, self.set_settings)
 
     @property
     def scores_folder(self) -> Path:
-        """Scores of the configured set of pictures; of all sets but the first of shapes in folders of their own."""
+        """The scores of the configured set: `scores/` for the first set of `shapes`, `scores/SET` for all others."""
         return self._of_set("scores")
 
     @property
     def report_folder(self) -> Path:
+        """The report on the configured set: `report/` for the first set of `shapes`, `report/SET` for all others."""
         return self._of_set("report")
 
     def _of_set(self, kind: str) -> Path:
@@ -147,7 +157,7 @@ class Run:
 
     @property
     def base(self) -> Path:
-        """Where intervals, width sets, plugs and their costs lie: in this run, or in the one it is based on."""
+        """The folder with the intervals, width sets, plugs and costs to use: `paths.base_run`, or this run's folder."""
         base = self.config.paths.base_run
         return self.folder if base is None else Path(base)
 
@@ -157,7 +167,7 @@ class Run:
 
     @property
     def costs_paths(self) -> tuple[Path, Path]:
-        """Measured costs of plugs: where this run writes them, and where the run it is based on may have them."""
+        """The file that this run writes measured costs to, and the file that `paths.base_run` may have them in."""
         name = "costs-removed.json" if self.config.distill.mode == "none" else "costs.json"
         return self.folder / "plan" / name, self.base / "plan" / name
 
@@ -167,12 +177,15 @@ class Run:
 
     @property
     def has_intervals(self) -> bool:
-        """Whether intervals are given, or this run has detected some."""
+        """Whether the configuration gives intervals, or this run has detected some."""
         return resolve_intervals(self.config) is not None or self.plan_path.exists()
 
     @cached_property
     def intervals(self) -> Intervals:
-        """The intervals given, or else those this run detected."""
+        """The intervals given in the configuration, else those that this run has detected.
+
+        Raises `UsageError` if there are none, or if the plan on disk is for another model.
+        """
         given = resolve_intervals(self.config)
         if given is not None:
             return given
@@ -198,12 +211,15 @@ class Run:
 
     @property
     def known_choice_path(self) -> Path:
-        """The choice of this run's plan, or, without one, that of the run it is based on."""
+        """The plan's choice in this run, or if there is none, that of the run in `paths.base_run`."""
         return self.choice_path if self.choice_path.exists() else self.base / "plan" / "choice.json"
 
     @cached_property
     def width(self) -> Width:
-        """The width sets given, or else those this run selected."""
+        """The width sets given in the configuration, else those that this run has selected.
+
+        Raises `UsageError` if none have been selected yet, or if they do not fit the intervals.
+        """
         given = resolve_width(self.config)
         if given is None:
             if not self.width_path.exists():
@@ -214,7 +230,7 @@ class Run:
 
     @property
     def probe_settings(self) -> dict[str, Any]:
-        """Settings that probes are made from."""
+        """Everything that the probes depend on, as their header stores it."""
         data = self.config.data
         calibration = {"seed": data.calibration_seed, "timesteps": data.timesteps, "shift": data.shift}
         return {
@@ -225,9 +241,10 @@ class Run:
 
     @property
     def probe_folder(self) -> Path:
-        """Probes are the teacher's, not the run's: they lie in the cache, under what they were made from."""
+        """The folder of the probes: in the cache, under their fingerprint, since all runs on a teacher share them."""
         return Path(self.config.paths.cache_dir) / "probes" / Probes.header_for(self.probe_settings).fingerprint
 
     @property
     def num_layers(self) -> dict[str, int]:
+        """The number of blocks of the teacher, by block stack."""
         return num_layers(self.config)

@@ -1,6 +1,6 @@
-"""Defaults that depend on the model and the data: resolvers that files in `conf/` call, as `${by_size:400,6000}`.
+"""Default values that depend on the model and the data: resolvers for `conf/`, used as in `${by_size:400,6000}`.
 
-They read small files and headers only, and never raise: the checks that follow refuse a wrong path in a sentence.
+They read small files and headers only. They never raise, since the validation that follows reports wrong paths.
 Importing this loads no torch.
 """
 
@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from ppcl.paths import conf_dir, is_toy_folder, local_folder
 
-TINY = 100_000_000  # parameters; below, the settings of the embedded teachers fit better than the paper's
+TINY = 100_000_000  # parameters; smaller models train better with the toy teachers' settings than with the paper's
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def register_resolvers() -> None:
-    """Make the functions below known to OmegaConf under the names that `conf/` uses."""
+    """Register the functions below with OmegaConf, under their own names."""
     OmegaConf.register_new_resolver("by_size", by_size, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
     OmegaConf.register_new_resolver("data_name", data_name, replace=True)
@@ -33,7 +33,7 @@ def register_resolvers() -> None:
 
 
 def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
-    """Return `tiny` for a model with fewer than 100M parameters, else `large`."""
+    """Return `tiny` for a model with fewer than 100M parameters, else `large` (also if the number is unknown)."""
     model = _root_.model
     if model.path is None:
         return tiny if model.get("builder") else large
@@ -42,15 +42,18 @@ def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
 
 
 def by_data(toy: Any, own: Any, *, _root_: Any) -> Any:
-    """Return `toy` for the shapes world, and `own` for pictures of the user's."""
+    """Return `toy` if the data are rendered toy pictures (`data=shapes`), else `own`."""
     return toy if _root_.data.name == "shapes" else own
 
 
 def data_name(*, _root_: Any) -> str:
-    """Return the kind of data: of `data.path` by what lies there; without one `shapes` for a toy model, else `none`."""
+    """Return the value of `data.name` for `data=auto`: `webdataset`, `folder`, `shapes` or `none`.
+
+    `data.path` or `data.cache` decide. Without both it is `shapes` for a toy model and `none` for any other.
+    """
     path, cache = _root_.data.path, _root_.data.cache
     if path is not None:
-        # A pattern of shards is no path that exists; of a folder the files in it decide.
+        # A pattern such as DIR/{000..099}.tar does not exist as a path. For a folder, its files decide.
         tars = ".tar" in str(path) or (Path(path).is_dir() and any(Path(path).glob("*.tar")))
         return "webdataset" if tars else "folder"
     if cache is not None:
@@ -62,9 +65,10 @@ def data_name(*, _root_: Any) -> str:
 
 
 def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:
-    """Return what the folder `model.path` says of a setting, or `otherwise` where it says nothing.
+    """Return the default value of a setting for the model in `model.path`, or `otherwise` if that is unknown.
 
-    `key` is `dtype`, that of the stored weights, or a setting of `model.sampling`, as models of its family are sampled.
+    `key`: `dtype`, for the dtype of the stored weights, or a key of `model.sampling`, which is taken from `conf/model`
+        for the model's family.
     """
     path = _root_.model.path
     folder = None if path is None else local_folder(path)
@@ -76,7 +80,10 @@ def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def stored_weights(folder: Path) -> tuple[int, str]:
-    """Number of parameters of the transformer in a pipeline folder, and the dtype of most of them; 0 if unknown."""
+    """Return the number of parameters of the transformer in a pipeline folder, and the dtype of most of them.
+
+    Returns 0 and `float32` if there are no readable weights.
+    """
     counts: Counter[str] = Counter()
     for file in (folder / "transformer").glob("*.safetensors"):
         try:
@@ -98,7 +105,7 @@ def _pipeline_class(folder: Path) -> str:
 
 
 def _family_sampling(pipeline_class: str, toy: bool) -> dict[str, Any]:
-    """`sampling` of the model in `conf/model` that is of the same family, and tiny just if this one is."""
+    """Return `sampling` from `conf/model` for a model of the same family that is also a toy model, or also not one."""
     from ppcl.families.registry import family_of_pipeline
 
     family = family_of_pipeline(pipeline_class)
@@ -108,7 +115,7 @@ def _family_sampling(pipeline_class: str, toy: bool) -> dict[str, Any]:
 
 
 def _read_model(name: str) -> dict[str, Any]:
-    """A file of `conf/model` with what it inherits from others there."""
+    """Return the content of a file in `conf/model`, merged with the files that it inherits from."""
     content = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
     merged: dict[str, Any] = {}
     for parent in [_read_model(other) for other in content.pop("defaults", []) if other != "_self_"]:

@@ -1,4 +1,4 @@
-"""Says, at the start of a command, which model and which data its stages work on."""
+"""Print which model and which data a command works on."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ppcl.validation.model import model_folder
 
 
 def describe(run: Run) -> None:
-    """Print a line about the model, and one about the data where a stage of the command reads some."""
-    if "pretrain" in run.config.stages:  # there is no model yet
+    """Print a line about the model and, if a stage of the command reads data, one about the data."""
+    if "pretrain" in run.config.stages:  # the model does not exist yet
         return
     run.say("model", describe_model(run))
     reads = any(STAGES[stage].data or stage == "cache" for stage in run.config.stages)
-    if reads and run.config.data.name != "none":  # a student learns from boundaries without any data
+    if reads and run.config.data.name != "none":  # training from stored boundaries needs no data
         run.say("data", describe_data(run))
 
 
 def describe_model(run: Run) -> str:
-    """Return name, blocks and parameters of the teacher's transformer, and where it comes from."""
+    """Return a description of the teacher: name, family, number of blocks, parameters, and where it comes from."""
     model, folder = run.config.model, model_folder(run.config.model)
     blocks = " + ".join(str(count) for count in run.num_layers.values())
     known = 0 if folder is None else stored_weights(folder)[0]
@@ -30,7 +30,7 @@ def describe_model(run: Run) -> str:
 
 
 def describe_data(run: Run) -> str:
-    """Return what the run's data is, and how much of it there is."""
+    """Return a description of the run's data: what it is, where it is, and how much there is."""
     data = run.config.data
     if data.name == "shapes":
         return "the shapes world: 32x32 toy pictures with captions, endless"

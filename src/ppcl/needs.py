@@ -1,6 +1,6 @@
-"""Checks, when a command starts, that every stage will find what it needs: on disk, or made by an earlier stage.
+"""Checks, when a command starts, that each stage will find its inputs, on disk or from an earlier stage of the command.
 
-Without this a command could train for hours and only then say that its last stage lacks something.
+Without these checks a command could train for hours before its last stage fails for a missing file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from ppcl.stages import STAGES
 from ppcl.validation.model import model_folder
 from ppcl.validation.pruning import budget_of
 
-# Stages that arrange plugs, and so need students and projectors.
+# Stages that build variants, and so need students and projectors.
 _ARRANGING = ("finetune", "export", "quantize", "generate", "evaluate", "report")
 
 
 def check_needs(run: Run) -> None:
-    """Raise `UsageError` for the first stage of the command that will lack something; loads no weights."""
+    """Raise `UsageError` for the first stage of the command that would lack an input, a device or a library.
+
+    Loads no weights.
+    """
     _check_machine(run)
     made: set[str] = set()
     for stage in STAGES:  # in the order in which they run
@@ -55,11 +58,11 @@ def _has_vae(folder: Path) -> bool:
 
 
 def _check_stage(run: Run, stage: str, made: set[str]) -> None:
-    """Check one stage, given the names of the stages that run before it in this command."""
+    """Check the inputs of one stage. `made`: the stages that run before it in this command."""
     config = run.config
     budgeted = stage == "plan" and budget_of(config) is not None
     if stage == "detect" and "probe" not in made and load_method(config.method).needs_probes:
-        # A plan that was detected before is reused, whatever has become of the probes.
+        # An earlier plan is reused, and then the probes are not needed.
         if not run.plan_path.exists() and not (run.probe_folder / "probes.json").exists():
             raise UsageError("'stages=[detect]' reads probes, and there are none for this model: add probe to stages.")
     elif stage in ("boundaries", "depth"):
@@ -95,7 +98,7 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
 
 
 def _variants(run: Run, stage: str) -> list[str]:
-    """Names of the variants that a stage is asked for; none where it takes what there is."""
+    """Return the variants that a stage is asked for by name, or none if it takes its default ones."""
     config = run.config
     if stage == "finetune":
         return ["ppcl-planned"]
@@ -116,7 +119,7 @@ def _check_intervals(run: Run, stage: str, made: set[str]) -> None:
 def _check_students(run: Run, stage: str, made: set[str]) -> None:
     if run.config.distill.mode == "none" or {"depth", "import_published"} & made:
         return
-    if not run.has_intervals:  # those that this command detects
+    if not run.has_intervals:  # this command is about to detect them
         raise UsageError(f"'stages=[{stage}]' needs a student for every interval: add depth to stages.")
     names = [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
     _check_records(run, stage, "depth", names)

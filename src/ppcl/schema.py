@@ -1,4 +1,4 @@
-"""Everything that Hydra must know before it composes `conf/`. Importing this loads no torch."""
+"""Registers what Hydra needs before it can compose `conf/`. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ppcl.stages import help_lines
 
 
 def register_schema() -> None:
-    """Register `Config` as the root that `conf/config.yaml` fills, and the resolvers that files in `conf/` call."""
+    """Register `Config` as the schema of `conf/config.yaml`, and the resolvers that files in `conf/` use."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 

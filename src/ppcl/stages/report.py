@@ -24,9 +24,10 @@ from ppcl.variants.variants import default_variants
 
 
 def _rows(run: Run) -> list[ComparedRow]:
-    """Return the scores of `generate.variants`; by default those of all variants that are drawn by default or have scores.
+    """Return the scores of `generate.variants`, or by default of all variants that have scores.
 
-    If some of these scores are outdated, only the variants drawn by default are returned.
+    By default the variants that are drawn by default must have scores too. If some scores are outdated, only these are
+    returned.
     """
     if run.config.generate.variants is not None:
         return read_rows(run)

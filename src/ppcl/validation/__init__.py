@@ -1,6 +1,6 @@
-"""Checks the configuration once, before anything is loaded, and says what it names.
+"""Checks the configuration once, before anything heavy is loaded. Every error names the key, its value and a remedy.
 
-Below this boundary stages see plain dataclasses and never ask whether a value makes sense.
+After these checks stages work with plain dataclasses, and do not check values again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ppcl.validation.values import at_least, one_of
 
 
 def parse(raw: DictConfig) -> Config:
-    """The composed Hydra config as a checked `Config`; raises `UsageError`."""
+    """Return the composed Hydra configuration as a checked `Config`; raises `UsageError` for a wrong key or value."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
         config = OmegaConf.to_object(merged)
@@ -61,7 +61,7 @@ def _refuse_unknown(group: Any, raw: DictConfig, prefix: str = "") -> None:
 
 
 def check_options(config: Config) -> None:
-    """Bounds and choices that keys declare in `ppcl.config`; None always means that nothing is asked for."""
+    """Check the bounds and choices that keys declare in `ppcl.config`; raises `UsageError`. None is always allowed."""
     for key, value, least, choices in declared(config):
         for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if choices is not None and each is not None:
@@ -71,7 +71,10 @@ def check_options(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    """Every check that needs no model: values, their combinations, and the files that are named."""
+    """Check values, their combinations, and the files that they name; raises `UsageError` for the first mistake.
+
+    It also replaces `auto` values by what they stand for. No model is loaded.
+    """
     if not config.stages:
         raise UsageError(f"'stages=[]' asks for nothing: name some of {', '.join(STAGES)}.")
     for stage in config.stages:
@@ -112,7 +115,7 @@ def check(config: Config) -> None:
             raise UsageError(
                 f"distill.losses={distill.losses} weighs nothing: give one of {', '.join(LOSSES)} a weight."
             )
-        # Those of no weight change nothing: an artifact is the same with and without them.
+        # Losses of weight 0 are dropped, so that they do not change fingerprints.
         distill.losses = {name: weight for name, weight in distill.losses.items() if weight}
     if distill.mode == "none":
         for stage in ("depth", "boundaries"):

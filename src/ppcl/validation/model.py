@@ -1,4 +1,4 @@
-"""Checks which model is configured, and that its weights are there."""
+"""Checks of the model, its weights and its data."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ from ppcl.validation.values import aspect_ratio, one_of
 
 
 def is_toy(model: ModelConfig) -> bool:
-    """Whether the model is of the shapes world: a shipped teacher, or a folder of one that was trained like them."""
+    """Return whether the model draws toy pictures: a shipped teacher, or a folder of one that was trained like them."""
     if model.builder is not None:
         return True
     return model.path is not None and is_toy_folder(local_folder(model.path))
 
 
 def model_folder(model: ModelConfig) -> Path | None:
-    """The local folder of the model's pipeline; None for a hub id or a model without weights."""
+    """Return the local pipeline folder of the model; None for a Hub id, or for a model without weights."""
     if model.path is None:
         return None
     path = local_folder(model.path)
-    # `owner/name` that is no folder here is a hub id; anything else was meant as a path.
+    # `owner/name` is a Hub id unless such a folder exists. Everything else is a path.
     looks_like_hub_id = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~"))
     return None if looks_like_hub_id and not path.exists() else path
 
 
 def num_layers(config: Config) -> dict[str, int]:
-    """Blocks per stack of the configured model."""
+    """Return the number of blocks of the configured model, by block stack."""
     return {stack: int(config.model.arch[key]) for stack, key in FAMILIES[config.model.family].stacks.items()}
 
 
 def check_model(config: Config) -> None:
+    """Check that `model.path` is a readable pipeline of a known family. Take `model.family` and `model.arch` from it.
+
+    Raises `UsageError` if it is not, or if a stage needs weights and there are none.
+    """
     model = config.model
     folder = model_folder(model)
     if folder is not None:
@@ -71,7 +75,10 @@ def check_model(config: Config) -> None:
 
 
 def _check_whole(config: Config, arch: dict[str, Any], facts: FamilyFacts) -> None:
-    """Raise `UsageError` where a model that is pruned in width is to be pruned again: stages know only stock blocks."""
+    """Raise `UsageError` if a stage would prune a model that is already pruned in width.
+
+    Stages can only prune the stock blocks of diffusers. `arch`: the transformer's config.
+    """
     kind = arch.get("_class_name")
     if kind not in facts.pruned_models:
         return
@@ -90,12 +97,15 @@ def _check_whole(config: Config, arch: dict[str, Any], facts: FamilyFacts) -> No
 
 def _needs_weights(config: Config, stage: str) -> bool:
     if stage == "depth" and config.distill.from_boundaries and config.distill.boundaries is not None:
-        return False  # what the teacher said is on disk
+        return False  # the teacher's activations are on disk
     return STAGES[stage].weights
 
 
 def check_pretrain(config: Config) -> None:
-    """Pretraining makes a teacher; the stages after it read one, from `model.path`, in a run of their own."""
+    """Check the settings of `stages=[pretrain]`; raises `UsageError`.
+
+    It must be the only stage, since all others need the teacher that it makes.
+    """
     if len(set(config.stages)) > 1:
         raise UsageError(
             f"stages={config.stages} mixes pretrain with stages that read a teacher: run 'stages=[pretrain]' alone, "
@@ -124,7 +134,7 @@ def check_pretrain(config: Config) -> None:
 
 
 def check_streaming(config: Config) -> None:
-    """A streamed teacher is read block by block: what wants all of it, or its speed, runs without."""
+    """Raise `UsageError` if `model.streaming` is set and a stage needs the whole teacher in memory, or times it."""
     if not config.model.streaming:
         return
     whole = [stage for stage in config.stages if STAGES[stage].whole]
@@ -144,7 +154,7 @@ def check_streaming(config: Config) -> None:
 
 
 def _needs_data(config: Config, stage: str) -> bool:
-    """Whether a stage reads pictures and captions, with the settings it has."""
+    """Return whether a stage, with its present settings, reads pictures and captions."""
     if stage == "depth" and config.distill.from_boundaries and config.distill.boundaries is not None:
         return False
     if stage == "plan":
@@ -158,7 +168,7 @@ def _needs_data(config: Config, stage: str) -> bool:
 
 
 def check_data(config: Config) -> None:
-    """Check that there is data where a stage needs some, and that its settings fit each other."""
+    """Check that there is data if a stage needs it, and that its settings fit together; raises `UsageError`."""
     data = config.data
     if data.name == "none":
         needing = [stage for stage in config.stages if _needs_data(config, stage) or stage == "cache"]

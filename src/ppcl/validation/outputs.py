@@ -1,4 +1,4 @@
-"""Pictures, LoRAs, exports, and what is imported."""
+"""Checks of everything that is drawn, exported, quantised or imported, and of LoRAs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ppcl.validation.values import one_of
 
 
 def has_own_prompts(config: Config) -> bool:
-    """Whether pictures are of the user's prompts, and not of the benchmark's."""
+    """Return whether the user gives prompts (`generate.prompt` or `prompt_file`), so the benchmark's are not used."""
     return config.generate.prompt is not None or config.generate.prompt_file is not None
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 prompt file."""
+    """Return the non-empty lines of a prompt file; raises `UsageError` if it is missing, empty or not UTF-8."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (FileNotFoundError, IsADirectoryError):
@@ -42,7 +42,11 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def resolve_benchmark(config: Config) -> None:
-    """Replace `benchmark=auto` by what fits; refuse `shapes` for a model or data of another world."""
+    """Replace `benchmark=auto` by `shapes` or `none`.
+
+    Raises `UsageError` if `shapes` is asked for and the model or the data are no toy ones, or if pictures are to be
+    drawn and there are no prompts for them.
+    """
     toy, data = is_toy(config.model), config.data.name
     if config.benchmark.name == "auto":
         config.benchmark.name = "shapes" if toy and data == "shapes" else "none"
@@ -64,14 +68,14 @@ def resolve_benchmark(config: Config) -> None:
 
 
 def check_benchmark(config: Config) -> None:
-    """The benchmark's own settings, which its module knows; it is imported for nothing else yet."""
+    """Check `benchmark.settings` by loading the benchmark with them, if a stage uses it or there are any."""
     draws = {"generate", "evaluate", "report"} & set(config.stages) and not has_own_prompts(config)
     if draws or config.benchmark.settings:
         load_benchmark(config.benchmark.name, config.benchmark.settings)
 
 
 def check_generate(config: Config) -> None:
-    """Check prompts, LoRAs, ControlNet and given pictures of `generate`."""
+    """Check the prompts, LoRAs, ControlNet and given pictures of `generate`; raises `UsageError`."""
     generate, family = config.generate, config.model.family
     if generate.offload != "none":
         if {*config.stages} - {"plan", "generate"}:
@@ -133,7 +137,7 @@ def _check_takes_lora(key: str, family: str) -> None:
 
 
 def check_adapter(config: Config) -> None:
-    """A LoRA that fine-tuning trains in place of all parameters."""
+    """Check `finetune.lora_rank`: LoRAs must be possible for the family, and need AdamW."""
     finetune = config.finetune
     if finetune.lora_rank:
         _check_takes_lora(f"finetune.lora_rank={finetune.lora_rank}", config.model.family)
@@ -161,7 +165,7 @@ def _check_lora_file(key: str, value: str) -> None:
 
 
 def refuse_single_file(why: str) -> NoReturn:
-    """A model pruned in width has no single file."""
+    """Raise the `UsageError` that a model pruned in width cannot be one file. `why`: what prunes it in width."""
     raise UsageError(
         f"export.single_file=true is not for a model pruned in width ({why}): ComfyUI would skip the keys it does not "
         "know and draw noise; set export.variant=ppcl-depth or export.single_file=false."
@@ -169,6 +173,7 @@ def refuse_single_file(why: str) -> NoReturn:
 
 
 def check_export(config: Config) -> None:
+    """Check the settings of `stages=[export]`; raises `UsageError`."""
     export, family = config.export, config.model.family
     one_of("export.single_file_dtype", export.single_file_dtype, tuple(DTYPES))
     if export.single_file_dtype != "bfloat16" and not export.single_file:
@@ -180,7 +185,7 @@ def check_export(config: Config) -> None:
             f"export.single_file=true: ComfyUI has no model of family {family}, only {', '.join(layouts())}; "
             "set export.single_file=false."
         )
-    # Of a budget's choice only its plan knows what it plugs in; the stage asks it before it loads the model.
+    # With a budget only the plan tells whether projectors are plugged in, so the stage itself checks that later.
     everything = export.variant == "ppcl-width" or (
         export.variant in (None, "ppcl-planned", "ppcl-finetuned") and budget_of(config) is None
     )
@@ -200,7 +205,7 @@ def check_export(config: Config) -> None:
 
 
 def check_import(config: Config) -> None:
-    """Reads headers only; a file that is no good leaves nothing behind."""
+    """Check that `published.path` can be imported, from its headers alone; raises `UsageError`."""
     if config.published.path is None:
         raise UsageError(
             "'stages=[import_published]' needs published.path: a folder that the PPCL authors published, or the .bin "
@@ -214,7 +219,7 @@ def check_import(config: Config) -> None:
 
 
 def check_quantize(config: Config) -> None:
-    """A scheme, and settings that mean something to it."""
+    """Check that there is a scheme if it is needed, and that the other settings suit it; raises `UsageError`."""
     quantize = config.quantize
     if "quantize" in config.stages and quantize.scheme == "none":
         raise UsageError("'stages=[quantize]' needs a scheme: quantize=int8, quantize=int4 or quantize=nf4.")

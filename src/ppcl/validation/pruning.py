@@ -1,4 +1,4 @@
-"""Intervals, width sets, plans and budgets: whether they fit the model, and each other."""
+"""Checks that intervals, width sets, plans and budgets fit the model and each other."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from ppcl.families.registry import FAMILIES
 from ppcl.layers import check_counts, check_width_sets, kept_layers
 from ppcl.validation.model import num_layers
 
-_KEYS = ("transformer_blocks", "single_transformer_blocks")  # stacks that are also keys of `intervals` and `width`
+_KEYS = ("transformer_blocks", "single_transformer_blocks")  # stacks with their own keys in `intervals` and `width`
 
 
 def check_intervals(
     intervals: Intervals, layers: dict[str, int], where: str, first: int = 0, last: int = 0, *, named: bool = False
 ) -> None:
-    """Each [u, v] has u < v, lies in its stack, and follows the one before it.
+    """Raise `UsageError` unless every interval [u, v] has u < v, lies in its stack, and follows the one before it.
 
-    Neither blocks before `first` nor the `last` ones of a stack are touched. `named`: intervals are written as names
-    under the key `where`.
+    `layers`: the number of blocks by stack. `where`: the key or file that gives the intervals, for the message.
+        `first`,
+    `last`: the family does not allow students before block `first`, nor intervals with one of a stack's `last` blocks.
+    `named`: whether the intervals are given by name, for the message.
     """
 
     def place(stack: str, u: int, v: int) -> str:
@@ -65,7 +67,7 @@ def check_intervals(
 
 
 def check_plan(plan: PruningPlan, config: Config, path: Path) -> None:
-    """A plan serves only a model of its family and depth."""
+    """Raise `UsageError` if the plan at `path` is for another family or depth, or if its intervals are invalid."""
     layers = num_layers(config)
     if plan.family != config.model.family or plan.num_layers != layers:
         raise UsageError(
@@ -79,7 +81,11 @@ def check_plan(plan: PruningPlan, config: Config, path: Path) -> None:
 def _read_names(
     config: Config, key: str, names: Sequence[str], read: Callable[[str], Any], form: str, ending: str
 ) -> list[Any]:
-    """Read the `names` under `key` by `read`; `UsageError` for a malformed name, or one of no stack."""
+    """Return what `read` makes of each name, in the order of stacks and blocks.
+
+    `key`: the key that gives the `names`. `form`, `ending`: how a name is written, for the message. Raises `UsageError`
+        for a malformed name, or for a stack that the model does not have.
+    """
     stacks = FAMILIES[config.model.family].stacks
     found = []
     for name in names:
@@ -93,7 +99,7 @@ def _read_names(
 
 
 def _given_intervals(config: Config) -> tuple[Intervals, str | None]:
-    """The intervals in the configuration, and the key that gives them; None where none does."""
+    """Return the intervals in the configuration, and the key that gives them (None if there are none)."""
     given: Intervals = {
         stack: [tuple(pair) for pair in pairs]  # type: ignore[misc]
         for stack in _KEYS
@@ -110,7 +116,10 @@ def _given_intervals(config: Config) -> tuple[Intervals, str | None]:
 
 
 def resolve_intervals(config: Config) -> Intervals | None:
-    """The intervals the configuration gives; None where detection is to find them."""
+    """Return the intervals that the configuration gives, directly or in a plan; None if they are to be detected.
+
+    Raises `UsageError` if they are invalid, of another family, or given in two ways.
+    """
     given, key = _given_intervals(config)
     if config.intervals.source == "plan":
         if key is not None:
@@ -139,7 +148,7 @@ def resolve_intervals(config: Config) -> Intervals | None:
 
 
 def _given_width(config: Config) -> tuple[Width, str | None]:
-    """The width sets in the configuration, and the key that gives them; None where none does."""
+    """Return the width sets in the configuration, and the key that gives them (None if there are none)."""
     given: Width = {
         stack: {"text": sorted(sets.text), "ffn": sorted(sets.ffn)}
         for stack in _KEYS
@@ -157,7 +166,10 @@ def _given_width(config: Config) -> tuple[Width, str | None]:
 
 
 def resolve_width(config: Config) -> Width | None:
-    """The width sets the configuration gives, empty for `width=none`; None where the stage is to select them."""
+    """Return the width sets that the configuration gives, directly or in a plan; None if the stage is to select them.
+
+    They are empty for `width=none`. Raises `UsageError` if they contradict `width.source` or are of another family.
+    """
     settings = config.width
     given, key = _given_width(config)
     if key is not None and settings.source != "given":
@@ -186,7 +198,7 @@ def resolve_width(config: Config) -> Width | None:
 
 
 def check_width(config: Config, width: Width, intervals: Intervals, where: str = "width") -> None:
-    """Every block that `width` names is kept by `intervals` and can be pruned."""
+    """Raise `UsageError` unless every block that `width` names is kept by `intervals` and can be pruned in width."""
     layers, known = num_layers(config), FAMILIES[config.model.family]
     for stack, sets in width.items():
         if stack not in layers:
@@ -198,6 +210,7 @@ def check_width(config: Config, width: Width, intervals: Intervals, where: str =
 
 
 def check_width_group(config: Config, intervals: Intervals | None) -> None:
+    """Check the width sets against `intervals` and the stages, and the losses of `finetune`; raises `UsageError`."""
     width = resolve_width(config)
     if width is not None and intervals is not None:
         check_width(config, width, intervals)
@@ -215,7 +228,7 @@ def check_width_group(config: Config, intervals: Intervals | None) -> None:
 
 
 def budget_of(config: Config) -> tuple[str, float] | None:
-    """The one budget that is set, by name, or None."""
+    """Return name and value of the budget, such as (`params`, 0.6), or None; raises `UsageError` if two are set."""
     budget = config.budget
     found = {
         name: value for name in ("params", "memory_gb", "latency_ratio") if (value := getattr(budget, name)) is not None
@@ -226,6 +239,7 @@ def budget_of(config: Config) -> tuple[str, float] | None:
 
 
 def check_budget(config: Config) -> None:
+    """Raise `UsageError` if the budget is not above 0, or if there are no weights to measure costs with."""
     budget = budget_of(config)
     if budget is not None and budget[1] <= 0:
         raise UsageError(f"budget.{budget[0]}={budget[1]:g} must be above 0.")
