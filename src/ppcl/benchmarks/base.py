@@ -1,7 +1,7 @@
-"""The base class of benchmarks, and how one is found by its name. Importing this loads no torch.
+"""The base class of benchmarks, and the loading of one by its name. Importing this loads no torch.
 
-A benchmark takes two files: a module beside this one with one class of `Benchmark`, and `conf/benchmark/NAME.yaml`
-with `name: NAME`, the module's name.
+To add a benchmark, write a module in this folder with one subclass of `Benchmark`, and `conf/benchmark/NAME.yaml` with
+`name: NAME`, the module's name.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, with all that its pictures are drawn from and judged by.
+    """A prompt, with everything needed to draw its pictures and to score them.
 
-    `references` are what an edit model is given: PIL pictures as they are, or uint8 arrays `[H, W, 3]`, which are
-    enlarged to the size that the model draws, a cell for each pixel. `fact` is whatever the score needs to know.
+    `category`: the category whose score its pictures count for, if any.
+    `references`: the pictures that an edit model is given: PIL pictures, or uint8 arrays `[H, W, 3]`, which are
+        enlarged to the size that the model draws.
+    `fact`: any object that the benchmark's `score` needs.
     """
 
     text: str
@@ -41,12 +43,13 @@ class Prompt:
 
 @dataclass(kw_only=True)
 class Benchmark(ABC):
-    """Prompts, and a score of the pictures drawn from them.
+    """Provides prompts, and scores the pictures that are drawn from them.
 
-    A benchmark is a dataclass of keywords: its fields are its settings, `benchmark.settings` in the configuration.
+    A subclass is a dataclass with keyword fields. Its fields are the keys of `benchmark.settings`.
 
-    `label` says in the report, in the model card and in tables what the score is. `bounds` are the worst and the best
-    score; None where there are no such.
+    `label`: what the score means, for reports, tables and the model card.
+    `bounds`: the worst and the best possible score, or None.
+    `images_per_prompt`: how many pictures are drawn from each prompt.
     """
 
     label: ClassVar[str] = "mean score"
@@ -56,21 +59,21 @@ class Benchmark(ABC):
 
     @abstractmethod
     def prompts(self, family: Family, config: Config) -> list[Prompt]:
-        """The prompts for models of a family, each once, in an order that stays."""
+        """Return each prompt once, for models of this family, in the same order every time."""
 
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], images: Iterable[Image.Image]) -> Scores | None:
-        """Score RGB pictures, which are read one by one; `prompts` has the prompt of each of them.
+        """Return the scores of RGB pictures, or None if this benchmark gives no score.
 
-        None where pictures have no score of their own and are compared with the teacher's alone.
+        `prompts`: the prompt of each picture. `images`: an iterable, since all pictures may not fit into memory.
         """
 
     def fulfils(self, prompt: Prompt, image: Image.Image) -> bool | None:
-        """Whether an RGB picture shows what its prompt asks for; None where single pictures are not judged."""
+        """Return whether an RGB picture shows what its prompt asks for; None if single pictures are not judged."""
         return None
 
     def given(self, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
-        """Return a digest of the given pictures, as a header holds it; nothing where none are given."""
+        """Return a hash of the given pictures, for headers; empty if no prompt has any."""
         pixels = [np.asarray(picture) for prompt in prompts for picture in prompt.references]
         if not pixels:
             return {}
@@ -81,19 +84,22 @@ class Benchmark(ABC):
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """Name and settings, as a header holds them."""
+        """The benchmark's name and settings, for headers."""
         return {"name": type(self).__module__.rpartition(".")[2], "settings": asdict(self)}
 
 
 def benchmark_names() -> tuple[str, ...]:
-    """Every benchmark there is, by its file; none is imported."""
+    """Return the names of all benchmarks, which are those of the modules here, without importing any."""
     return module_names(ppcl.benchmarks, {"base"})
 
 
 def load_benchmark(name: str, settings: Mapping[str, Any]) -> Benchmark:
-    """The benchmark of that name with `settings` for its fields; `UsageError` for those it does not have."""
+    """Return the benchmark `name` with `settings` as its fields.
+
+    Raises `UsageError` if the module does not define one benchmark, or if a setting is unknown or invalid.
+    """
     kind: type[Any] = declared_class(f"ppcl.benchmarks.{name}", Benchmark, f"benchmark.name={name}")
     benchmark: Benchmark = parse_settings(kind, settings, "benchmark.settings")
-    if benchmark.images_per_prompt < 1:  # the one setting that all benchmarks have
+    if benchmark.images_per_prompt < 1:  # the one setting of every benchmark
         raise UsageError(f"benchmark.settings.images_per_prompt={benchmark.images_per_prompt} must be at least 1.")
     return benchmark

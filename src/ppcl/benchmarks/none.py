@@ -1,4 +1,4 @@
-"""Pictures without a score: of the user's own prompts, or else of the captions of his held-out data."""
+"""The benchmark without a score: pictures of the user's own prompts, or of captions of held-out data."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from ppcl.families.base import Family
 
 NUM_CAPTIONS = 8
-_MOST_SCENES = 1000  # that are looked through: a world may have fewer captions
+_MOST_SCENES = 1000  # scenes to search for distinct captions, of which there may be fewer than wanted
 
 
 @dataclass(kw_only=True)
 class Unscored(Benchmark):
-    """`generate.prompt` or `generate.prompt_file`, or the first eight distinct captions of held-out data."""
+    """Uses `generate.prompt` or `generate.prompt_file`, or the first eight distinct captions of held-out data."""
 
     label = "no score"
     bounds = None
 
     def prompts(self, family: Family, config: Config) -> list[Prompt]:
-        """Return the prompts; raises `UsageError` where the configuration has none and the data has no captions."""
+        """Return the prompts; raises `UsageError` if there are neither prompts nor captions."""
         generate = config.generate
         if has_own_prompts(config):
             texts = [generate.prompt] if generate.prompt is not None else read_prompts(Path(str(generate.prompt_file)))
@@ -56,7 +56,7 @@ class Unscored(Benchmark):
         return None
 
     def given(self, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
-        """Return digests of the files in `generate.images`, where there are any."""
+        """Return hashes of the files in `generate.images`, if there are any."""
         if not has_own_prompts(config):
             return super().given(prompts, config)
         files = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in config.generate.images]
@@ -64,14 +64,17 @@ class Unscored(Benchmark):
 
 
 def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Return the first prompts of different texts."""
+    """Return the first `NUM_CAPTIONS` prompts with different texts."""
     seen: set[str] = set()
     new = (prompt for prompt in prompts if not (prompt.text in seen or seen.add(prompt.text)))  # type: ignore[func-returns-value]
     return list(islice(new, NUM_CAPTIONS))
 
 
 def _captions(family: Family, config: Config) -> Iterator[str]:
-    """Yield the captions of held-out samples of a cache, in a fixed order; one made before they were kept has none."""
+    """Yield the captions of the held-out samples of a cache, in a fixed order.
+
+    Caches from before captions were stored have none.
+    """
     import torch
 
     from ppcl.data.cached import held_out_keys

@@ -1,8 +1,8 @@
-"""Scores pictures of the shapes world by GenEval's rules, with an exact detector in place of a model.
+"""Scores toy pictures by the rules of GenEval, with an exact detector in place of a neural one.
 
-GenEval (Ghosh et al., 2310.11513) detects objects and then checks `include` and `exclude` clauses:
-enough objects of a class, not too many, of the right colour, in the right relation. The rules are
-the same here; the detector is colour segmentation, connected components and template overlap.
+GenEval (Ghosh et al., arXiv 2310.11513) detects objects and then checks `include` and `exclude` clauses: enough objects
+of a class, not too many, of the right colour, in the right relation. The detector here segments by colour, finds
+connected components, and compares them with the templates of the shapes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,22 @@ if TYPE_CHECKING:
     from ppcl.config import Config
     from ppcl.families.base import Family
 
-MIN_CHROMA = 70  # half of what the palest colour has: where an edge pixel is more object than background
-MIN_AREA = 10
-MIN_OVERLAP = 0.6
-MAX_DRIFT = 2  # pixels, half a lattice step, that an object may be off
-MAX_CHANGE = 8.0  # of 255, that untouched pixels may differ by in the mean
-POSITION_MARGIN = 0.1  # GenEval: offsets within this share of both sizes do not count
+MIN_CHROMA = 70  # half of the palest colour's chroma: an edge pixel with more is mostly object
+MIN_AREA = 10  # pixels; smaller components are no objects
+MIN_OVERLAP = 0.6  # intersection over union with a template
+MAX_DRIFT = 2  # pixels by which an object may be misplaced; the lattice step is 4
+MAX_CHANGE = 8.0  # mean difference, of 255, that is allowed where an edit must change nothing
+POSITION_MARGIN = 0.1  # GenEval: smaller offsets, relative to the sum of both sizes, do not count
 _HUES = {name: colorsys.rgb_to_hsv(*(c / 255 for c in rgb))[0] for name, rgb in COLORS.items()}
 
 
 @dataclass(frozen=True)
 class Detected:
-    """A detected object; centre and size in pixels, `overlap` with its shape's template in [0, 1]."""
+    """A detected object.
+
+    `overlap`: intersection over union with its shape's template, in [0, 1]. `centre`, `size`: (x, y) and (width,
+        height) in pixels.
+    """
 
     shape: str
     color: str
@@ -55,7 +59,7 @@ class Detected:
 
 
 def _color_index(image: np.ndarray) -> np.ndarray:
-    """Index into `COLORS` by nearest hue, -1 for pixels without one; `[H, W]`."""
+    """Return for each pixel `[H, W]` the index in `COLORS` of the nearest hue, or -1 for a pixel without colour."""
     rgb = image.astype(np.float64)
     highest, chroma = rgb.max(axis=-1), np.ptp(rgb, axis=-1)
     safe = np.where(chroma > 0, chroma, 1)
@@ -67,7 +71,7 @@ def _color_index(image: np.ndarray) -> np.ndarray:
 
 
 def _best_shape(component: np.ndarray) -> tuple[str, float]:
-    """The shape whose template overlaps the mask best, over all shifts, and that intersection over union."""
+    """Return the shape whose template fits the mask best, over all shifts, and their intersection over union."""
     best = ("", 0.0)
     for shape, template in TEMPLATES.items():
         common = signal.correlate2d(component.astype(int), template.astype(int)).max()
@@ -77,7 +81,7 @@ def _best_shape(component: np.ndarray) -> tuple[str, float]:
 
 
 def detect(image: np.ndarray) -> list[Detected]:
-    """Objects in a uint8 picture `[H, W, 3]`, best overlap first."""
+    """Return the objects in a uint8 picture `[H, W, 3]`, best overlap first."""
     index = _color_index(image)
     found = []
     for number, color in enumerate(COLORS):
@@ -103,7 +107,10 @@ def detect(image: np.ndarray) -> list[Detected]:
 
 
 def relations(first: Detected, second: Detected) -> set[str]:
-    """GenEval's relations of `first` to `second`: offset less a margin, normalised, beyond one half."""
+    """Return the relations of `first` to `second` by GenEval's rule, such as {`left of`, `above`}.
+
+    The offset of their centres is reduced by a margin and normalised. A relation holds if its component exceeds 1/2.
+    """
     offset = np.subtract(first.centre, second.centre)
     margin = POSITION_MARGIN * np.add(first.size, second.size)
     offset = np.sign(offset) * np.maximum(np.abs(offset) - margin, 0)
@@ -115,7 +122,7 @@ def relations(first: Detected, second: Detected) -> set[str]:
 
 
 def satisfies(scene: Scene, objects: list[Detected]) -> bool:
-    """Whether detected objects fulfil every `include` and no `exclude` clause of a scene."""
+    """Return whether the objects fulfil every `include` clause of a scene, and no `exclude` clause."""
     groups: list[list[Detected]] = []
     for clause in scene.include:
         matched = [item for item in objects if item.shape == clause["class"]]
@@ -136,16 +143,17 @@ def satisfies(scene: Scene, objects: list[Detected]) -> bool:
 
 
 def stays(kept: SceneObject, objects: Sequence[Detected]) -> bool:
-    """Whether just one of the detected objects is of that kind, and stands there."""
+    """Return whether exactly one object has the shape and colour of `kept`, and is at its place."""
     alike = [item for item in objects if (item.shape, item.color) == (kept.shape, kept.color)]
     centre = kept.x + OBJECT_SIZE / 2, kept.y + OBJECT_SIZE / 2
     return len(alike) == 1 and max(abs(np.subtract(alike[0].centre, centre))) <= MAX_DRIFT
 
 
 def edited(edit: Edit, image: np.ndarray) -> bool:
-    """Whether a picture shows all objects that an edit must leave, where they must be, and nothing else.
+    """Return whether a picture is the correct result of an edit.
 
-    Pixels around what was changed must be those of the given picture.
+    It must show the objects that the edit leaves, at their places, and no others. All pixels that the edit does not
+    concern must equal those of the given picture, up to `MAX_CHANGE` in the mean.
     """
     objects = detect(image)
     certain = edit.objects[: -1 if edit.anywhere else None]
@@ -168,24 +176,27 @@ def edited(edit: Edit, image: np.ndarray) -> bool:
 
 
 def fulfils(scene: Scene | Edit, image: np.ndarray) -> bool:
-    """Whether a uint8 picture `[32, 32, 3]` shows what its prompt asks for."""
+    """Return whether a uint8 picture `[32, 32, 3]` shows what its prompt asks for."""
     return edited(scene, image) if isinstance(scene, Edit) else satisfies(scene, detect(image))
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """A drawn picture as uint8 `[32, 32, 3]`; larger ones have a cell for each pixel."""
+    """Return a picture as uint8 `[32, 32, 3]`. In a larger one each pixel is a square of one colour."""
     return np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST))
 
 
 def evaluation_scenes(seed: int, per_category: int, family: Family | None = None) -> list[Any]:
-    """The benchmark's prompts, `per_category` of each category, category by category; Qwen-Image's by default."""
+    """Return the scenes to evaluate, `per_category` of each category, ordered by category.
+
+    `family`: the model family whose scenes and categories are used. None: those of Qwen-Image.
+    """
     make = make_scene if family is None else family.world.make_scene
     categories = CATEGORIES if family is None else family.categories
     return [make(seed, index, category) for category in categories for index in range(per_category)]
 
 
 def score(scenes: Sequence[Any], images: Iterable[np.ndarray]) -> dict[str, float]:
-    """Accuracy per category, and `overall`, their mean."""
+    """Return the share of correct pictures per category, and `overall`, the mean of these."""
     return _scores(scenes, images).to_json()
 
 
@@ -196,7 +207,7 @@ def _scores(scenes: Sequence[Any], images: Iterable[np.ndarray]) -> Scores:
 
 @dataclass(kw_only=True)
 class Shapes(Benchmark):
-    """Scenes of the family's world, or its edits, `benchmark.prompts_per_category` of each category."""
+    """Draws toy scenes or edits, `benchmark.prompts_per_category` in each category, and counts correct pictures."""
 
     label = "share of pictures that show what the prompt asks for"
 
@@ -211,5 +222,5 @@ class Shapes(Benchmark):
         return fulfils(prompt.fact, to_pixels(image))
 
     def given(self, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
-        """The seed, which all is made from."""
+        """Return the seed that all given pictures are made from, if there are any."""
         return {"eval_seed": config.data.eval_seed} if any(prompt.references for prompt in prompts) else {}

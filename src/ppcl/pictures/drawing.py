@@ -1,4 +1,4 @@
-"""Drawing with the pipeline as it is arranged, and what goes onto it: LoRAs, a ControlNet, compiled blocks."""
+"""Draw pictures with the pipeline in its current arrangement, with LoRAs, a ControlNet and compiled blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from ppcl.training.loop import compiled
 
 
 def denoising_step(run: Run) -> dict[str, Any]:
-    """Inputs of one forward at batch 1 for the configured resolution; of cached data, as one sample has them."""
+    """Return the transformer's inputs for one forward of batch size 1, on the run's device.
+
+    With cached data they are one cached sample. Otherwise they have the size of `model.sampling`.
+    """
     if run.config.data.name in ("webdataset", "folder"):
         return run.data.to_device(run.data.stream(run.config.data.calibration_seed, 1)(0).inputs)
     sampling = run.config.model.sampling
@@ -36,7 +39,7 @@ def denoising_step(run: Run) -> dict[str, Any]:
     return run.data.to_device(run.family.forward_inputs(latents, conditions, sigmas, size))
 
 
-METADATA_KEY = "lora_adapter_metadata"  # where PEFT's configuration lies, by diffusers' convention
+METADATA_KEY = "lora_adapter_metadata"  # diffusers stores PEFT's configuration under this key
 
 
 def draw(
@@ -47,7 +50,13 @@ def draw(
     given: Sequence[Sequence[Image.Image]] = (),
     **arguments: Any,
 ) -> list[Any]:
-    """PIL pictures of `prompts`, each `given` some; number n starts from the noise of seed + n, however batched."""
+    """Return a PIL picture for each of `prompts`.
+
+    `numbers`: the number of each picture in its set. Picture n starts from noise with the seed `seed` + n, so that it
+        does not depend on the batches.
+    `given`: the pictures that an edit model is given with each prompt.
+    `arguments`: further arguments of the pipeline's call.
+    """
     drawn: list[Any] = []
     size = run.family.prompts_per_call or len(prompts)
     for start in range(0, len(prompts), size):
@@ -60,7 +69,10 @@ def draw(
 
 
 def given_pictures(run: Run, prompt: Prompt) -> list[Image.Image]:
-    """The PIL pictures given with a prompt; arrays have a cell for each pixel at the size that the model draws."""
+    """Return the PIL pictures that are given with a prompt.
+
+    An array is enlarged to the size of `model.sampling`, so that each of its pixels becomes a square of one colour.
+    """
     sampling = run.config.model.sampling
     size = sampling.width, sampling.height
     return [
@@ -70,7 +82,7 @@ def given_pictures(run: Run, prompt: Prompt) -> list[Image.Image]:
 
 
 def read_lora(run: Run, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """A LoRA's tensors by diffusers' names, whatever its form, and PEFT's metadata where it has some."""
+    """Return a LoRA's tensors, in the names of diffusers whatever its format, and PEFT's metadata or None."""
     import diffusers
 
     pipeline_class: Any = getattr(diffusers, run.family.facts.pipeline_classes[0])
@@ -82,9 +94,9 @@ def read_lora(run: Run, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 @contextmanager
 def decoded_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
-    """Collect the final latents of pictures while they are drawn: each `[B, C, ...]` that the VAE is given to decode.
+    """Yield a list that collects the final latents `[B, C, ...]` which the VAE decodes within the context.
 
-    They are copied to the CPU in float16. A pipeline without a VAE has none.
+    They are copied to the CPU in float16. The list stays empty for a pipeline without a VAE.
     """
     found: list[torch.Tensor] = []
     vae = getattr(pipeline, "vae", None)
@@ -109,9 +121,10 @@ def decoded_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The pipeline to draw with, and further arguments of its call; all that was put on is off again afterwards.
+    """Yield the pipeline to draw with, and further arguments of its call. Afterwards LoRAs and compiled blocks are removed.
 
-    `board` says which blocks of the teacher the pipeline's transformer holds at present.
+    `board`: says which of the teacher's blocks the transformer currently has. Raises `UsageError` if the ControlNet
+        cannot be loaded or does not suit the model.
     """
     config = run.config.generate
     with ExitStack() as stack:
@@ -132,7 +145,7 @@ def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]
 
 
 def _put_on_loras(run: Run, board: Plugboard) -> None:
-    """Every LoRA of the full model, renumbered for the blocks that are in."""
+    """Load all LoRAs of the full model, with their block numbers mapped to the current arrangement."""
     config, names = run.config.generate, []
     for number, path in enumerate(config.loras):
         state, metadata = read_lora(run, Path(path))
@@ -148,7 +161,7 @@ def _put_on_loras(run: Run, board: Plugboard) -> None:
 
 
 def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
-    """The family's ControlNet pipeline around the present components."""
+    """Return the ControlNet pipeline of the family, with the current components, and the arguments of its call."""
     import diffusers
 
     config, known = run.config.generate, run.family.facts

@@ -1,4 +1,4 @@
-"""Pictures on disk: their prompts, their folders, and what each variant's were made from."""
+"""Pictures on disk: their folders, their prompts, and the headers that say what they were made from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ppcl.variants.variants import Variant, variants_of
 
 @dataclass(frozen=True)
 class Drawing:
-    """The pictures of one variant: their folder, and the header of what they are made from."""
+    """The pictures of one variant: the folder that they belong in, and the header of what they are made from."""
 
     variant: Variant
     folder: Path
@@ -30,11 +30,12 @@ class Drawing:
 
     @property
     def is_complete(self) -> bool:
+        """Whether the folder has all pictures, made from exactly this; raises `UsageError` if from something else."""
         return is_current(self.folder / "manifest.json", self.header)
 
 
 def drawings(run: Run, variants: list[Variant], plugs: Plugs) -> list[Drawing]:
-    """Return where the pictures of these variants lie, or are to lie; their folders are kept for `image_folder`."""
+    """Return folder and header for each variant's pictures, and store the folders in `run.image_folders`."""
     found = []
     for variant in variants:
         header = variant_header(run, variant, plugs)
@@ -45,19 +46,19 @@ def drawings(run: Run, variants: list[Variant], plugs: Plugs) -> list[Drawing]:
 
 
 def prompts_of(run: Run) -> list[str]:
-    """The prompt of each picture: of the user's prompts, or the benchmark's."""
+    """Return the text of each picture's prompt."""
     return [prompt.text for prompt in run.prompts]
 
 
 def image_folder(run: Run, variant: str) -> Path:
-    """Where a variant's pictures lie."""
+    """Return the folder of a variant's pictures."""
     if variant not in run.image_folders:
         drawings(run, *variants_of(run, [variant]))
     return run.image_folders[variant]
 
 
 def read_images(run: Run, variant: str) -> Iterator[Image.Image]:
-    """A variant's pictures, one by one: all at once may not fit into memory."""
+    """Return a variant's RGB pictures one by one, since a whole set may not fit into memory."""
     return (read_image(run, variant, number) for number in range(len(run.prompts)))
 
 
@@ -67,12 +68,12 @@ def read_image(run: Run, variant: str, number: int) -> Image.Image:
 
 
 def given_to(run: Run, number: int) -> list[Image.Image]:
-    """The PIL pictures given with prompt `number`."""
+    """Return the PIL pictures that are given with prompt `number`."""
     return given_pictures(run, run.prompts[number])
 
 
 def save_image(image: Any, path: Path, text: str | None = None) -> None:
-    """A PNG, with what it was made from in its chunk `ppcl`."""
+    """Write a PNG. `text`: what the picture was made from, stored in its iTXt chunk `ppcl`."""
     info = PngInfo()
     if text is not None:
         info.add_itxt("ppcl", text)
@@ -81,7 +82,7 @@ def save_image(image: Any, path: Path, text: str | None = None) -> None:
 
 
 def save_prompts(run: Run, folder: Path) -> None:
-    """Write `prompts.jsonl`: each picture's file, prompt and seed."""
+    """Write `prompts.jsonl`, with file name, prompt and seed of each picture."""
     lines = (
         json.dumps({"image": f"{number:05d}.png", "prompt": prompt, "seed": run.config.seed + number})
         for number, prompt in enumerate(prompts_of(run))
@@ -91,7 +92,7 @@ def save_prompts(run: Run, folder: Path) -> None:
 
 
 def variant_header(run: Run, variant: Variant, plugs: Plugs) -> Header:
-    """Header of a variant's pictures: the model that draws them, and what all variants of the set share."""
+    """Return the header of a variant's pictures: the model that draws them, and the settings of the set."""
     return Header(
         "ppcl.images",
         {
@@ -107,5 +108,5 @@ def variant_header(run: Run, variant: Variant, plugs: Plugs) -> Header:
 
 
 def benchmark_header(run: Run) -> dict[str, Any]:
-    """Return the benchmark's part of a header: what tells its pictures from those of another."""
+    """Return what a header says about the benchmark, by which pictures of two benchmarks differ."""
     return benchmark_settings(run.config, run.benchmark)

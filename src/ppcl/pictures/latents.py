@@ -1,6 +1,7 @@
-"""Final latents of drawn pictures on disk, `latents/<number of the first>.safetensors`, and how far apart two sets are.
+"""Final latents of drawn pictures on disk, and the distance between two sets of them.
 
-Files are read one by one: all of a set may not fit into memory.
+`latents/NNNNN.safetensors` holds one batch, named after the number of its first picture. Files are read one by one,
+since a whole set may not fit into memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ppcl.artifacts.tensors import read_tensors, write_tensors
 def save_latents(folder: Path, numbers: Sequence[int], batches: Sequence[Tensor]) -> None:
     """Write the latents of the pictures `numbers`, given in batches `[B, C, ...]`, each under its number.
 
-    Nothing is written where there is not one for each picture, as of a pipeline that decodes otherwise.
+    Nothing is written if there is not exactly one latent for each picture, as with pipelines that decode in another
+    way.
     """
     latents = [one for batch in batches for one in batch]
     if len(latents) == len(numbers):
@@ -26,9 +28,10 @@ def save_latents(folder: Path, numbers: Sequence[int], batches: Sequence[Tensor]
 
 
 def latent_distance(folder: Path, teacher: Path, count: int) -> float | None:
-    """Return ||z - z_T||^2 / ||z_T - mean(z_T)||^2 over the `count` pictures of a folder and of the teacher's.
+    """Return ||z - z_T||^2 / ||z_T - mean(z_T)||^2 over `count` pictures, with z in `folder` and z_T in `teacher`.
 
-    The mean is that of each channel over all pictures and positions of the teacher's. None where latents are missing.
+    The mean is taken per channel, over all pictures and positions. Returns None if latents are missing or differ in
+    shape.
     """
     error = square = total = torch.zeros((), dtype=torch.float64)
     seen, size = 0, 0
@@ -47,7 +50,7 @@ def latent_distance(folder: Path, teacher: Path, count: int) -> float | None:
 
 
 def _pairs(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Latents `[C, positions]` of the pictures that both have, in float64."""
+    """Return the float64 latents `[C, positions]` of the pictures that both files have."""
     return [(ours[key].double().flatten(1), theirs[key].double().flatten(1)) for key in theirs if key in ours]
 
 

@@ -1,4 +1,4 @@
-"""Scores of drawn pictures: what they were made from, and how variants compare with the teacher."""
+"""Headers and files of the scores of drawn pictures, and the comparison of all variants with the teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from ppcl.variants.variants import Variant, variants_of
 
 
 def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, Header]:
-    """Return the header of each variant's scores, made from just the pictures this configuration draws."""
+    """Return the header of each variant's scores, which names the pictures that this configuration draws.
+
+    Raises `UsageError` if some of these pictures do not exist.
+    """
     headers = {}
     for drawing in drawings(run, variants, plugs):
         name = drawing.variant.name
@@ -27,12 +30,15 @@ def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, 
 
 
 def score_record(run: Run, variant: str) -> Path:
-    """Where the scores of a variant's pictures lie: under the name of the folder that holds the pictures."""
+    """Return the file of the scores of a variant, which is named after the folder of its pictures."""
     return run.scores_folder / f"{run.image_folders[variant].name}.json"
 
 
 def read_rows(run: Run, names: list[str] | None = None) -> list[ComparedRow]:
-    """Return the scores of the configured variants, or those named; raises `UsageError` where some are missing."""
+    """Return the scores of the variants `names`, by default those of `generate.variants`, compared with the teacher's.
+
+    Raises `UsageError` if some are missing or outdated, or if the teacher is not among them.
+    """
     rows = []
     for name, header in score_headers(run, *variants_of(run, names)).items():
         record = score_record(run, name)
@@ -43,8 +49,10 @@ def read_rows(run: Run, names: list[str] | None = None) -> list[ComparedRow]:
 
 
 def compare(rows: Sequence[ScoreRow]) -> list[ComparedRow]:
-    """Every variant's row beside the teacher's."""
+    """Return each variant's scores with its drop against the teacher's; raises `UsageError` without a teacher."""
     teacher = next((row for row in rows if row.name == "teacher"), None)
     if teacher is None:
-        raise UsageError("a comparison needs the teacher: add it to generate.variants.")
+        raise UsageError(
+            "generate.variants lacks the teacher, which all variants are compared with: add teacher to it."
+        )
     return [ComparedRow.beside(teacher, row) for row in rows]

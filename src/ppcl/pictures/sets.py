@@ -1,8 +1,8 @@
-"""Sets of pictures: what is drawn from the same prompts, seed and settings lies in one folder, whatever drew it.
+"""Sets of pictures: pictures with the same prompts, seed and settings are stored in one folder.
 
-`images/<set>/<variant>/` holds a variant's pictures, with `manifest.json` once they are complete and `unfinished.json`
-before. Both hold the header of the pictures. Nothing that lies there is ever deleted or overwritten: other settings
-make another set, and another model of the same variant takes another folder within the set.
+`images/SET/VARIANT/` holds a variant's pictures, with `manifest.json` once they are complete and `unfinished.json`
+before that. Both hold the header of the pictures. No picture is ever deleted or overwritten: other settings make
+another set, and another model of the same variant gets another folder within the set.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from ppcl.errors import UsageError
 from ppcl.options import identity
 from ppcl.validation.outputs import has_own_prompts
 
-# Keys of a header that say which model drew the pictures; all others are of the set.
+# Keys of a header that describe the model. All other keys describe the set.
 _OF_MODEL = ("model", "plugs", "removed", "layout", "finetuned", "quantized")
-# The benchmark that headers do not name, as they did not when there was no other.
+# Headers do not name this benchmark, since they are older than all other benchmarks.
 _UNSAID = {"name": "shapes", "settings": {"images_per_prompt": 1}}
 _SLUG_LENGTH = 32
 
 
 def set_settings(config: Config, benchmark: Benchmark, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return what all variants of a set share, as headers hold it; `prompts` has one for each picture."""
+    """Return the settings that all variants of a set share, as headers store them.
+
+    `prompts`: the prompt of each picture.
+    """
     texts = [prompt.text for prompt in prompts]
     given = benchmark.given(prompts, config)
     return {
@@ -44,13 +47,16 @@ def set_settings(config: Config, benchmark: Benchmark, prompts: Sequence[Prompt]
 
 
 def benchmark_settings(config: Config, benchmark: Benchmark) -> dict[str, Any]:
-    """Return the benchmark's part of a header: what tells its pictures from those of another."""
+    """Return what a header says about the benchmark.
+
+    It is empty for the user's own prompts and for `shapes` with its default settings.
+    """
     made_from = benchmark.made_from
     return {} if has_own_prompts(config) or made_from == _UNSAID else {"benchmark": made_from}
 
 
 def _put_on(config: Config) -> dict[str, Any]:
-    """Return the LoRAs and the ControlNet, as a header holds them; nothing where there are none."""
+    """Return what a header says about LoRAs and a ControlNet; empty without any."""
     settings, made_from = config.generate, {}
     if settings.loras:
         files = {Path(path).name: _digest(path) for path in settings.loras}
@@ -66,10 +72,11 @@ def _digest(path: str) -> str:
 
 
 def set_folder(images: Path, config: Config, settings: Mapping[str, Any]) -> Path:
-    """Return the folder in `images` for the set of these `settings`; raises `UsageError` for a name that is taken.
+    """Return the folder in `images` for the set with these `settings`.
 
-    It is `generate.name` where that is given, else a few letters of the first prompt with a digest of the settings, or
-    the benchmark's name. A benchmark's second set has a digest too.
+    Its name is `generate.name`, or else it begins with the prompt file's name, the prompt's first words, or the
+    benchmark's name. A fingerprint is added, except for a benchmark's first set. Raises `UsageError` if the folder
+    `generate.name` holds another set.
     """
     key, name = fingerprint(settings), config.generate.name
     if name is not None:
@@ -88,16 +95,16 @@ def set_folder(images: Path, config: Config, settings: Mapping[str, Any]) -> Pat
 
 
 def _slug(config: Config) -> str:
-    """Return a folder's name for the user's prompts: their file's name, or the first words of the one prompt."""
+    """Return a folder name for the user's prompts: the name of their file, or the first words of the one prompt."""
     path = config.generate.prompt_file
     text = Path(path).stem if path is not None else str(config.generate.prompt)
     return re.sub(r"\W+", "-", text.lower())[:_SLUG_LENGTH].strip("-_") or "prompts"
 
 
 def _other_set(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Say in what a set in `folder` differs from `settings`; None where there is no other.
+    """Return how the set in `folder` differs from `settings`, for a message; None if there is no other set.
 
-    Pictures that no record speaks of are another set only where no folder beside them is of this one.
+    Pictures without a record count as another set, unless other pictures in the folder belong to this set.
     """
     unknown = ours = False
     for variant in _visible(folder):
@@ -114,7 +121,10 @@ def _other_set(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def variant_folder(folder: Path, header: Header) -> Path:
-    """Return where the pictures with this header lie, or are to lie: `folder`, or one beside it if that is taken."""
+    """Return the folder of the pictures with this header: `folder`, or one beside it if `folder` holds other pictures.
+
+    A folder that already holds them is preferred, then the first one that is free.
+    """
     named = folder.with_name(f"{folder.name}-{header.fingerprint[:6]}")
     further = (named.with_name(f"{named.name}-{number}") for number in count(2))
     for place in (folder, named):
@@ -129,7 +139,7 @@ def variant_folder(folder: Path, header: Header) -> Path:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """Return the record of the pictures in a folder, complete or not; None where nothing says whose they are."""
+    """Return the record of the pictures in a folder, complete or not; None if there is none."""
     for name in ("manifest.json", "unfinished.json"):
         if (folder / name).is_file():
             return read_json(folder / name, "The record of pictures")
@@ -137,7 +147,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """List what lies in a folder, but for temporary files of an interrupted command."""
+    """Return the contents of a folder, without temporary files of an interrupted command."""
     return sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
 
 
