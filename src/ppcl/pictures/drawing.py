@@ -121,7 +121,7 @@ def decoded_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield the pipeline to draw with, and further arguments of its call. Afterwards LoRAs and compiled blocks are removed.
+    """Yield the pipeline to draw with, and further arguments of its call. Afterwards LoRAs and compilation are undone.
 
     `board`: says which of the teacher's blocks the transformer currently has. Raises `UsageError` if the ControlNet
         cannot be loaded or does not suit the model.

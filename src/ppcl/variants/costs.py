@@ -1,4 +1,7 @@
-"""Measure what every plug costs and saves, once, on one plugboard."""
+"""Measure the cost in quality and the savings of every plug (student, removal or projector).
+
+They are measured once, on one model, and stored.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +30,17 @@ from ppcl.variants.plugs import Plugs
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import distillation_loss
 
-NUM_POINTS = 16
+NUM_POINTS = 16  # of the frontier
 
 COSTS = ("velocity", "loss")
 
-FIRST_BATCH = 100_000  # of the calibration stream: far behind all batches that anything was fitted to
+FIRST_BATCH = 100_000  # first batch of the calibration stream to measure on; nothing is fitted to batches this late
 
 
 def find_units(plugs: Plugs) -> list[Unit]:
-    """Return every plug as a unit, without costs.
+    """Return every plug as a unit of the planner, without costs and savings.
 
-    A projector needs the student or removal that it was fitted in, and every plug between it and its reference block.
+    A projector needs the student or removal that it was fitted in, and all plugs between its block and its reference.
     """
     shorter = [*plugs.students, *plugs.removals]
     units = [Unit(name) for name in shorter]
@@ -58,7 +61,10 @@ def find_units(plugs: Plugs) -> list[Unit]:
 
 @torch.no_grad()
 def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]) -> float:
-    """Return ||v - v_T||^2 / ||v_T||^2 of the model's velocity v against the teacher's, `targets`, over all batches."""
+    """Return ||v - v_T||^2 / ||v_T||^2, summed over all batches, for the model's velocity v and the teacher's v_T.
+
+    `targets`: the teacher's output for each batch, as `velocities` returns it.
+    """
     error = total = 0.0
     for batch, target in zip(batches, targets, strict=True):
         target = batch.prediction(target).double()
@@ -68,7 +74,7 @@ def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], tar
 
 
 def heldout_batches(run: Run) -> list[TrainingBatch]:
-    """`budget.num_batches` held-out batches that nothing was fitted to, on the run's device."""
+    """Return `budget.num_batches` held-out batches that nothing is fitted to, on the run's device."""
     size = run.config.distill.batch_size
     stream = run.data.stream(run.config.data.calibration_seed, size)
     numbers = batch_numbers(size, FIRST_BATCH, FIRST_BATCH + run.config.budget.num_batches)
@@ -77,19 +83,22 @@ def heldout_batches(run: Run) -> list[TrainingBatch]:
 
 @torch.no_grad()
 def velocities(transformer: nn.Module, batches: Sequence[TrainingBatch]) -> list[Tensor]:
-    """The output of a model for each batch."""
+    """Return the output of a model for each batch."""
     return [transformer(**batch.inputs)[0] for batch in batches]
 
 
 def _losses(plugs: Plugs, name: str) -> dict[str, float]:
-    """Return the held-out distillation loss of a plug; nothing for one that was not distilled here."""
+    """Return the held-out distillation loss of a plug, or nothing if the plug was not trained by ppcl."""
     trained = plugs.students | plugs.projectors
     known = name in trained and "heldout_loss" in trained[name].losses
     return {"loss": distillation_loss(trained[name])} if known else {}
 
 
 class Meter:
-    """Measures arrangements of one board: parameters, velocity error, and how long the changed blocks take."""
+    """Measures the model with different sets of plugs: parameters, velocity error, and time of the changed blocks.
+
+    All methods take sets of plug names.
+    """
 
     def __init__(self, run: Run, board: Plugboard) -> None:
         self.run, self.board = run, board
@@ -119,10 +128,12 @@ class Meter:
         return sum(parameter.numel() for parameter in self.board.transformer.parameters())
 
     def params(self, names: set[str]) -> int:
+        """Return the number of parameters."""
         self.board(*names)
         return self._count()
 
     def error(self, names: set[str]) -> float:
+        """Return the held-out velocity error against the teacher. Errors are remembered."""
         key = frozenset(names)
         if key not in self.errors:
             self.board(*names)
@@ -130,7 +141,7 @@ class Meter:
         return self.errors[key]
 
     def _modules(self, names: set[str]) -> dict[BlockKey, tuple[nn.Module, dict[str, Any]]]:
-        """Each block that an arrangement runs, with arguments it takes."""
+        """Return every block of the model with these plugs, and arguments to call it with."""
         self.board(*names)
         found = {}
         for stack, kept in self.board.kept.items():
@@ -144,7 +155,7 @@ class Meter:
         return found
 
     def milliseconds_saved(self, before: set[str], after: set[str], changed: set[BlockKey]) -> float:
-        """Time the changed blocks before and after, in turns, and return the difference in milliseconds."""
+        """Return the milliseconds by which the `changed` blocks are faster with plugs `after` than `before`."""
         sides = {"before": self._modules(before), "after": self._modules(after)}
 
         def timed(side: str) -> Any:
@@ -188,7 +199,7 @@ def _measure_units(run: Run, plugs: Plugs, meter: Meter) -> list[Unit]:
 
 
 def _measure_overlaps(run: Run, plugs: Plugs, units: list[Unit], meter: Meter) -> list[Overlap]:
-    """Measure what the text and FFN projectors of one block save in common: either removes the text stream's FFN."""
+    """Measure what a block's text and FFN projectors save in common: both remove the text stream's FFN."""
     by_name = {unit.name: unit for unit in units}
     overlaps = []
     for name, item in plugs.projectors.items():
@@ -213,7 +224,7 @@ def _measure_frontier(run: Run, units: list[Unit], overlaps: list[Overlap], mete
 
 
 def known_costs(units: Sequence[Unit]) -> list[str]:
-    """Return the kinds of cost that are known of every unit."""
+    """Return the kinds of cost that every unit has."""
     return [cost for cost in COSTS if all(cost in unit.costs for unit in units)]
 
 
@@ -233,9 +244,10 @@ def _point(units: list[Unit], overlaps: list[Overlap], names: list[str], cost: s
 
 
 def measure(run: Run, plugs: Plugs) -> Costs:
-    """Return costs and savings of every plug, and the frontier under each kind of cost.
+    """Return the costs and savings of every plug, and the frontier (cheapest choices by size) for each kind of cost.
 
-    They are measured once and read from disk after that: from this run, or from the run that it is based on.
+    They are measured once and then read from disk, also from the run in `paths.base_run`. Raises `UsageError` if the
+    file on disk was measured with other plugs or settings.
     """
     path, of_base = run.costs_paths
     sampling = run.config.model.sampling
@@ -270,7 +282,7 @@ def measure(run: Run, plugs: Plugs) -> Costs:
 
 
 def _show(run: Run, costs: Costs) -> None:
-    """Print the frontier under the configured kind of cost, and what the two kinds are worth."""
+    """Print the frontier for `budget.cost`, and how well the two kinds of cost predict quality."""
     show_frontier(run, costs.frontier.get(run.config.budget.cost, costs.frontier["velocity"]))
     if len(costs.frontier) > 1:
         run.say(
@@ -281,10 +293,9 @@ def _show(run: Run, costs: Costs) -> None:
 
 
 def compare_costs(points: Frontier) -> float:
-    """Compare the two kinds of cost by the frontiers they lead to.
+    """Return the velocity error of plans made with the cost `velocity`, relative to plans made with `loss`.
 
-    Returns the geometric mean of the velocity cost's measured error over the loss cost's, at like sizes; below 1 plans
-    by velocity are better.
+    It is the geometric mean over pairs of plans of similar size. Below 1 the cost `velocity` makes better plans.
     """
     ratios = []
     for ours in points["velocity"]:
@@ -297,10 +308,10 @@ def compare_costs(points: Frontier) -> float:
 def target_of(
     name: str, value: float, teacher: TeacherCost, units: Sequence[Unit], overlaps: Sequence[Overlap] = ()
 ) -> float:
-    """Return what `budget.<name>=<value>` has to save, in the units of `Unit.savings`.
+    """Return the saving that `budget.<name>=<value>` requires, in the units of `Unit.savings`.
 
-    It is 0 or less where the teacher fits the budget as it is. Raises `UsageError`, which names the least that the
-    plugs reach, where all of them together save too little.
+    It is 0 or less if the teacher already meets the budget. Raises `UsageError`, which names the smallest possible
+    budget, if all plugs together save too little.
     """
     whole = {"params": teacher.params, "memory_gb": teacher.memory_gb, "latency_ratio": 1.0}[name]
     allowed = value * whole if name == "params" and value <= 1 else value

@@ -1,8 +1,8 @@
-"""Choose what to plug in under a budget: the cheapest set of plugs that saves enough.
+"""Choose the set of plugs that saves enough at the least cost in quality.
 
-Costs and savings are assumed to add up, except for pairs of plugs that save some of the same. The choice is then a
-knapsack problem with precedences: a 0/1 linear programme, which is solved exactly. Callers measure the real error of
-a choice afterwards.
+Costs and savings are assumed to be additive, except for pairs of plugs whose savings overlap. The choice is then a
+knapsack problem with precedence constraints, which is solved exactly as a 0/1 linear programme. Callers measure the
+true error of a choice afterwards.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ppcl.artifacts.costs import Overlap, Unit
 
 
 def total_saving(units: Sequence[Unit], overlaps: Sequence[Overlap], names: Iterable[str], measure: str) -> float:
-    """Return the saving of `names` together."""
+    """Return what the units `names` save together. `measure`: `params`, `memory_gb` or `latency_ratio`."""
     chosen = set(names)
     saved = sum(unit.savings[measure] for unit in units if unit.name in chosen)
     return saved - sum(overlap.savings[measure] for overlap in overlaps if chosen.issuperset(overlap.names))
 
 
 def closure(units: Sequence[Unit], names: Iterable[str]) -> set[str]:
-    """Return `names` and everything that they need, directly or through others."""
+    """Return `names` and everything that they need, directly or indirectly."""
     needs = {unit.name: unit.needs for unit in units}
     found: set[str] = set()
     waiting = list(names)
@@ -38,13 +38,15 @@ def closure(units: Sequence[Unit], names: Iterable[str]) -> set[str]:
 def _solve(
     units: Sequence[Unit], overlaps: Sequence[Overlap], measure: str, objective: np.ndarray, saving: float | None
 ) -> set[str] | None:
-    """Return the set that minimises the sum of `objective` and saves at least `saving`; None if no set does.
+    """Return the set of units with the least sum of `objective` that saves at least `saving`, or None if there is none.
 
-    The set has everything that its units need. `objective` has an entry per unit, then one per overlap. With
-    `saving=None` nothing has to be saved.
+    The set contains everything that its units need. `objective`: an entry for each unit, then one for each overlap.
+    `saving`: None if nothing has to be saved.
     """
     index = {unit.name: number for number, unit in enumerate(units)}
-    size = len(units) + len(overlaps)  # the units, then whether both of each overlapping pair are taken
+    size = len(units) + len(
+        overlaps
+    )  # a variable for each unit, then one for each overlap: 1 if both its units are chosen
     constraints = []
 
     def constrain(weights: dict[int, float], least: float) -> None:
@@ -81,7 +83,7 @@ def _savings(units: Sequence[Unit], overlaps: Sequence[Overlap], measure: str) -
 
 
 def greatest_saving(units: Sequence[Unit], measure: str, overlaps: Sequence[Overlap] = ()) -> float:
-    """Return the most that any choice saves, which may leave units out: a measured saving can be negative."""
+    """Return the largest saving of any choice. That is not always all units: a measured saving can be negative."""
     if not units:
         return 0.0
     saved = _savings(units, overlaps, measure)
@@ -92,9 +94,9 @@ def greatest_saving(units: Sequence[Unit], measure: str, overlaps: Sequence[Over
 def choose(
     units: Sequence[Unit], measure: str, saving: float, cost: str, overlaps: Sequence[Overlap] = ()
 ) -> list[str] | None:
-    """Return the names of the cheapest units that together save at least `saving`, in order; None if none do.
+    """Return the names of the cheapest units that save at least `saving`, in order; None if no choice saves enough.
 
-    A unit whose measured cost is zero or, by noise, negative is chosen only if the saving needs it.
+    A unit whose measured cost is 0, or negative by noise, is chosen only if its saving is needed.
     """
     if saving <= 0 or not units:
         return [] if saving <= 0 else None
@@ -115,7 +117,7 @@ def choose(
 def frontier(
     units: Sequence[Unit], measure: str, cost: str, num_points: int, overlaps: Sequence[Overlap] = ()
 ) -> list[list[str]]:
-    """Return the choices for `num_points` savings in equal steps from nothing to everything, without repetitions."""
+    """Return the best choices for `num_points` savings, in equal steps from none to all of it, without repetitions."""
     everything = total_saving(units, overlaps, [unit.name for unit in units], measure)
     choices: list[list[str]] = []
     for point in range(num_points):

@@ -1,4 +1,4 @@
-"""The plugs that a run needs: trained students and projectors, checked against its teacher."""
+"""The plugs that a run needs: trained students and projectors, checked against the run's teacher, and removals."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from ppcl.errors import UsageError
 
 @dataclass
 class Plugs:
-    """All that can be plugged in: trained students and projectors, and removals, by name.
+    """Everything that can be plugged into a run's teacher, by name.
 
-    Removals are intervals that are cut to their first block; a run has these or students.
+    `students`: trained blocks that replace intervals.
+    `projectors`: linear maps that replace text streams and FFNs.
+    `removals`: intervals (stack, (u, v)) that are cut to their first block without training. A run with `distill=none`
+        has these in place of students.
     """
 
     students: dict[str, Plug] = field(default_factory=dict)
@@ -28,13 +31,13 @@ class Plugs:
         return [*self.students, *self.removals, *self.projectors]
 
     def interval(self, name: str) -> tuple[str, Interval]:
-        """Stack and interval of a student or a removal."""
+        """Return stack and interval of a student or a removal."""
         return (
             self.removals[name] if name in self.removals else (self.students[name].stack, self.students[name].interval)
         )
 
     def fingerprints(self, names: Iterable[str]) -> dict[str, str]:
-        """Fingerprints of the trained ones among `names`."""
+        """Return the fingerprints of the students and projectors among `names`."""
         every = self.students | self.projectors
         return {name: every[name].header.fingerprint for name in names if name not in self.removals}
 
@@ -49,19 +52,19 @@ def _check_teacher(run: Run, plugs: dict[str, Any]) -> None:
 
 
 def required_removals(run: Run) -> dict[str, tuple[str, Interval]]:
-    """Every interval of this run with `distill=none`, where nothing is trained to stand for one; else nothing."""
+    """Return all intervals of this run as removals, by name, with `distill=none`; nothing otherwise."""
     if run.config.distill.mode != "none":
         return {}
     return {removal_name(stack, pair): (stack, pair) for stack, pairs in run.intervals.items() for pair in pairs}
 
 
 def student_names(run: Run) -> list[str]:
-    """The names of the students that stand for this run's intervals, trained or not."""
+    """Return the names of the students of this run's intervals, whether they are trained or not."""
     return [plug_name(stack, pair) for stack, pairs in run.intervals.items() for pair in pairs]
 
 
 def projector_names(run: Run) -> list[str]:
-    """The names of the projectors of this run's width sets, trained or not."""
+    """Return the names of the projectors of this run's width sets, whether they are trained or not."""
     return [
         projector_name(stack, index, kind)
         for stack, sets in run.width.items()
@@ -71,7 +74,10 @@ def projector_names(run: Run) -> list[str]:
 
 
 def required_students(run: Run) -> dict[str, Plug]:
-    """The trained student of every interval of this run, by name; none with `distill=none`."""
+    """Return the trained student of every interval of this run, by name; nothing with `distill=none`.
+
+    Raises `UsageError` if one is missing or was distilled from another teacher.
+    """
     if run.config.distill.mode == "none":
         return {}
     plugs = load_plugs(run.plugs_folder)
@@ -85,7 +91,10 @@ def required_students(run: Run) -> dict[str, Plug]:
 
 
 def required_projectors(run: Run, further: Iterable[str] = ()) -> dict[str, Projector]:
-    """The trained projectors of this run's width sets, and those named `further`, by name; none for `width=none`."""
+    """Return the trained projectors of this run's width sets, and those named in `further`, by name.
+
+    Raises `UsageError` if one is missing, or was fitted to another teacher or in a student that this run does not have.
+    """
     names = [*dict.fromkeys([*projector_names(run), *further])]
     found = load_projectors(run.plugs_folder) if names else {}
     missing = [name for name in names if name not in found]
@@ -105,4 +114,5 @@ def required_projectors(run: Run, further: Iterable[str] = ()) -> dict[str, Proj
 
 
 def required_plugs(run: Run) -> Plugs:
+    """Return all plugs of this run; raises `UsageError` if one is missing."""
     return Plugs(required_students(run), required_projectors(run), required_removals(run))

@@ -1,4 +1,4 @@
-"""Whether a budget of parameters can be reached at all: known when the intervals are, before anything is trained."""
+"""Check whether `budget.params` can be reached, as soon as intervals are known and before anything is trained."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MORE = {
 
 
 def check_reachable(run: Run, intervals: Intervals, width: Width | None = None) -> None:
-    """Raise `UsageError` if more parameters than `budget.params` are left with all `intervals` and `width` plugged in.
+    """Raise `UsageError` if even with all `intervals` and `width` sets plugged in more than `budget.params` are left.
 
-    `width`: the sets that were selected; None for the configured ones, and with `width=auto` for the largest sets that
-    it may select. The sentence names the least that can be reached. Does nothing without `budget.params`.
+    `width`: the selected sets. None: the configured ones, or with `width=auto` the largest that it may select. The
+        error names the smallest possible budget. Does nothing without `budget.params`.
     """
     budget, arch = run.config.budget.params, run.config.model.arch
     if budget is None:
@@ -44,10 +44,10 @@ def check_reachable(run: Run, intervals: Intervals, width: Width | None = None) 
 
 
 def largest_width(run: Run, intervals: Intervals) -> Width:
-    """Return the width sets that leave the fewest parameters: those given, or the most that `width=auto` may select.
+    """Return the width sets that leave the fewest parameters: the given ones, or the largest that `width=auto` can select.
 
-    It may select any text stream but the first of a stack, at most `width.num_text` in each, and `width.num_ffn` FFNs
-    of all stacks.
+    It can select every text stream except the first of each stack, up to `width.num_text` per stack, and
+    `width.num_ffn` FFNs of all stacks together.
     """
     given, settings, family = resolve_width(run.config), run.config.width, run.family
     if given is not None or family.width is None:
@@ -62,7 +62,7 @@ def largest_width(run: Run, intervals: Intervals) -> Width:
         sets = width | {stack: width[stack] | {"ffn": ffn}}
         return count_parameters(family, run.config.model.arch, intervals, sets, run.layout)["student"]
 
-    # Blocks of one stack are alike but for their text stream, so one of each kind says what an FFN saves.
+    # Blocks of a stack differ only in whether they have a text stream, so one of each kind tells what an FFN saves.
     kinds = []
     for stack, blocks in kept.items():
         text = width[stack]["text"]

@@ -1,4 +1,4 @@
-"""Turns the run's pipeline into any of its variants."""
+"""Switches a run's pipeline from one variant to another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ppcl.variants.variants import Variant, finetuned_folder, quantized_folder
 
 
 class Switch:
-    """Makes the run's pipeline any of its variants. Leave it with `restore`."""
+    """Callable that turns the run's pipeline into a variant. Call `restore` at the end to get the teacher back."""
 
     def __init__(self, run: Run, plugs: Plugs) -> None:
         self.run = run
@@ -27,7 +27,7 @@ class Switch:
         self.teacher_size = sum(parameter.numel() for parameter in transformer.parameters())
 
     def __call__(self, variant: Variant) -> nn.Module:
-        """Arrange the pipeline's transformer as `variant` and return it."""
+        """Put `variant` into the pipeline as its transformer, and return that."""
         self.board.arrange(students=variant.students, removed=variant.removed, projectors=variant.projectors)
         if variant.quantized:
             self.run.teacher.pipeline.transformer = self.quantized
@@ -48,11 +48,12 @@ class Switch:
         return self._quantized
 
     def _load(self, folder: Path) -> Any:
-        """The transformer in `folder`, of the class of the present arrangement."""
+        """Return the transformer in `folder`. Its class depends on the plugs that are currently in the board."""
         model_class: Any = type(self.board.standalone())
         model = model_class.from_pretrained(folder / "transformer", dtype=self.run.teacher.dtype)
         return model.to(self.run.device).eval().requires_grad_(False)
 
     def restore(self) -> None:
+        """Turn the pipeline back into the teacher's."""
         self.board()
         self.run.teacher.pipeline.transformer = self.teacher

@@ -1,4 +1,4 @@
-"""The variants of a model that are drawn and scored side by side, as arrangements of one plugboard."""
+"""The variants of a model that are drawn and compared, each described by the plugs it contains."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ from ppcl.variants.plugs import (
 
 @dataclass(frozen=True)
 class Variant:
-    """Plugs that are in, and intervals that are cut to their first block; the rest is teacher.
+    """A model made of the teacher and these plugs. Where there is no plug, the teacher's blocks remain.
 
-    `finetuned` is the fingerprint of a tuned model that takes the place of all that, `quantized` that of a quantised
-    one that takes the place of either; None where there is none.
+    `students`, `projectors`: names of the plugs.
+    `removed`: names of the intervals that are cut to their first block.
+    `finetuned`: the fingerprint of the fine-tuned model, which replaces the model made of these plugs. None: it is not
+        used.
+    `quantized`: the same for the quantised model, which replaces either.
     """
 
     name: str
@@ -42,7 +45,7 @@ class Variant:
 
 
 def made_of(variant: Variant, plugs: Plugs) -> dict[str, Any]:
-    """Plugs that are in and intervals that are cut: an arrangement's part of what an artifact is made from."""
+    """Return what a header says about the plugs and removals of a variant."""
     made_from: dict[str, Any] = {"plugs": plugs.fingerprints([*variant.students, *variant.projectors])}
     return made_from | ({"removed": variant.removed} if variant.removed else {})
 
@@ -56,7 +59,7 @@ def quantized_folder(run: Run) -> Path:
 
 
 def _quantized_base(run: Run) -> str:
-    """The variant that this run's quantised model was made from."""
+    """Return the variant that this run's quantised model was made from; raises `UsageError` without such a model."""
     record = quantized_folder(run) / "ppcl.json"
     if not record.exists():
         raise UsageError(f"{record} does not exist: run 'stages=[quantize]' first.")
@@ -64,7 +67,7 @@ def _quantized_base(run: Run) -> str:
 
 
 def _arranged(name: str, plugs: Plugs, names: Iterable[str]) -> Variant:
-    """The variant `name` with just these students, removals and projectors in."""
+    """Return the variant `name` with exactly the plugs `names`."""
     names = list(names)
     removed = [plug_name(*plugs.removals[each]) for each in names if each in plugs.removals]
     students = [each for each in names if each in plugs.students]
@@ -72,7 +75,10 @@ def _arranged(name: str, plugs: Plugs, names: Iterable[str]) -> Variant:
 
 
 def planned(run: Run, plugs: Plugs) -> Variant:
-    """Return the arrangement of the plan's choice; everything is in where there is neither a choice nor a budget."""
+    """Return the variant `ppcl-planned`: the plugs that `stages=[plan]` has chosen. Without a plan and a budget it is all.
+
+    Raises `UsageError` if the budget has no plan yet, or if the plan is for another budget or for plugs that are gone.
+    """
     budget, path = budget_of(run.config), run.known_choice_path
     if not path.exists():
         if budget is None:
@@ -90,7 +96,7 @@ def planned(run: Run, plugs: Plugs) -> Variant:
 
 
 def tuned_record(run: Run) -> dict[str, Any]:
-    """Return the record of this run's tuned model; raises `UsageError` where there is none."""
+    """Return the record of this run's fine-tuned model; raises `UsageError` if there is none."""
     path = finetuned_folder(run) / "ppcl.json"
     if not path.exists():
         raise UsageError(f"{path} does not exist: run 'stages=[finetune]' first.")
@@ -98,7 +104,11 @@ def tuned_record(run: Run) -> dict[str, Any]:
 
 
 def tuned(run: Run, plugs: Plugs) -> Variant:
-    """Return the tuned model's arrangement as it is recorded; under a budget, what is planned must equal it."""
+    """Return the variant `ppcl-finetuned`, with the plugs that its record names.
+
+    Raises `UsageError` if these plugs have changed since, if the budget's plan has others, or if `width` settings
+    differ.
+    """
     path, record = finetuned_folder(run) / "ppcl.json", tuned_record(run)
     budget = budget_of(run.config)
     if budget is None:
@@ -123,7 +133,7 @@ def tuned(run: Run, plugs: Plugs) -> Variant:
 
 
 def based_on_this(run: Run) -> str:
-    """Return overrides of a new run that takes its plugs from this one, or from what this one is based on."""
+    """Return the overrides of a new run that uses the plugs of this one, for an error message."""
     runs, name, number = Path(run.config.paths.runs_dir), run.config.name, 2
     while (runs / f"{name}-{number}").exists():
         number += 1
@@ -132,9 +142,9 @@ def based_on_this(run: Run) -> str:
 
 
 def another_run(run: Run, folder: Path, variant: Variant | None = None) -> str:
-    """Return the advice for what lies in `folder` and was made of the plugs, or of `variant`, with other settings.
+    """Return the remedy for a result in `folder` that was made from other plugs or settings, for an error message.
 
-    A run that takes the plugs of this one does not have its tuned model.
+    A fine-tuned `variant` exists only in this run, so the remedy cannot be a new run.
     """
     if variant is not None and variant.finetuned:
         return f"move or delete {folder} to make it anew"
@@ -142,7 +152,10 @@ def another_run(run: Run, folder: Path, variant: Variant | None = None) -> str:
 
 
 def default_variants(run: Run) -> list[str]:
-    """Return what is drawn where `generate.variants` is None: teacher, smallest honest baseline, and newest result."""
+    """Return the variants that are drawn for `generate.variants=null`.
+
+    These are the teacher, `removed` (the baseline without training), the newest result, and the quantised model if any.
+    """
     names = ["teacher", "removed"] if run.has_intervals else ["teacher"]
     newest = _newest(run)
     names += [newest] if newest else []
@@ -150,7 +163,7 @@ def default_variants(run: Run) -> list[str]:
 
 
 def _newest(run: Run) -> str | None:
-    """The variant that this run has come to; None where nothing has been trained or planned."""
+    """Return the variant that this run has made last; None if nothing has been trained or planned."""
     if (finetuned_folder(run) / "ppcl.json").exists():
         return "ppcl-finetuned"
     if not run.has_intervals:
@@ -168,13 +181,13 @@ def _newest(run: Run) -> str | None:
 
 
 def cost(plug: Plug) -> float:
-    """Held-out distillation loss per block saved: what plugging this student in costs."""
+    """Return the held-out distillation loss of a student per block that it saves."""
     u, v = plug.interval
     return distillation_loss(plug) / (v - u)
 
 
 def distillation_loss(plug: Plug | Projector) -> float:
-    """Return the held-out loss of a plug after its training; `UsageError` for an imported one."""
+    """Return the held-out loss of a plug after training; raises `UsageError` for an imported plug."""
     if "heldout_loss" not in plug.losses:
         raise UsageError(
             f"{plug.name} was imported, so its distillation loss is not known: choose by budget.cost=velocity, and "
@@ -184,7 +197,10 @@ def distillation_loss(plug: Plug | Projector) -> float:
 
 
 def variants_of(run: Run, names: list[str] | None = None) -> tuple[list[Variant], Plugs]:
-    """The configured variants, or those named, and the plugs they use; reads no model."""
+    """Return the variants `names`, by default the configured ones, and the plugs that they use. Loads no model.
+
+    Raises `UsageError` if a variant is not available.
+    """
     if names is None:
         names = default_variants(run) if run.config.generate.variants is None else run.config.generate.variants
     plugs = Plugs()
@@ -197,7 +213,7 @@ def variants_of(run: Run, names: list[str] | None = None) -> tuple[list[Variant]
 
 
 def _recorded_projectors(run: Run, used: set[str]) -> list[str]:
-    """Projectors that are in the plan's choice or in the tuned model, whatever `width` says in this configuration."""
+    """Return the projectors in the plan's choice or the fine-tuned model, configured in `width` or not."""
     if budget_of(run.config) is not None:
         return []
     names: list[str] = []
