@@ -1,4 +1,4 @@
-"""How a run was made: its data, what its trainings cost, the command that repeats it, and where things lie."""
+"""Facts on how a run was made: its data, cost of trainings, commands that repeat or continue it, and files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ppcl.progress import duration
 from ppcl.stages import STAGES
 from ppcl.validation.pruning import resolve_intervals
 
-# What each stage leaves in a run's folder, but those whose results are shared by all runs.
+# What each stage writes to a run's folder. Stages that write to the cache are left out.
 _LEFT = {
     "pretrain": "teacher",
     "detect": "plan/curves.json",
@@ -36,11 +36,11 @@ _LEFT = {
     "evaluate": "scores",
 }
 _FOLDERS = {
-    "export": "the pruned pipeline, which diffusers loads",
-    "quantized": "the same with few bits a weight",
+    "export": "the pruned pipeline, for diffusers",
+    "quantized": "the pruned pipeline with 8-bit or 4-bit weights",
     "finetuned": "the fine-tuned model",
     "plugs": "every trained student and projector",
-    "plan": "intervals, costs and the choice",
+    "plan": "intervals, measured costs, and the plugs that the plan has chosen",
     "images": "all pictures",
     "scores": "scores of each variant",
     "training": "the cost of each training",
@@ -50,7 +50,10 @@ _FOLDERS = {
 
 
 def data_of(run: Run) -> dict[str, Any]:
-    """The data that a run learns from: its `name`, `path` and number of `samples` where these are known, in `words`."""
+    """Return a description of the training data: `name` and `words`; for pictures also `path` and number of `samples`.
+
+    `samples` is None if the cache or its source is gone.
+    """
     data = run.config.data
     if data.name == "shapes":
         return {"name": "shapes", "words": "the shapes world: 32x32 toy pictures"}
@@ -63,7 +66,7 @@ def data_of(run: Run) -> dict[str, Any]:
 
 
 def _cached_samples(run: Run) -> int | None:
-    """How many samples the cache of the data holds; None where the cache or its source is not there."""
+    """Return the number of samples in the data's cache; None if the cache or its source is gone."""
     try:
         units = run.data.cache_header.made_from["units"]
         records = [read_json(run.data.cache_folder / unit_record(unit), "The cache") for unit in units]
@@ -73,7 +76,7 @@ def _cached_samples(run: Run) -> int | None:
 
 
 def trainings_of(run: Run) -> dict[str, dict[str, float]]:
-    """The cost of every training by its stage, also of those in the run that this one is based on."""
+    """Return the cost of each training by its stage, including those of the run in `paths.base_run`."""
     found = {}
     for folder in (run.base, run.folder):
         for path in (folder / "training").glob("*.json"):
@@ -83,7 +86,7 @@ def trainings_of(run: Run) -> dict[str, dict[str, float]]:
 
 
 def trainings_in_words(trainings: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """A row per training: stage, steps, time, time of a step, peak memory of a step."""
+    """Return a table row for each training: stage, steps, duration, time per step, peak memory of a step."""
     return [
         [
             stage,
@@ -97,20 +100,23 @@ def trainings_in_words(trainings: Mapping[str, Mapping[str, float]]) -> list[lis
 
 
 def made_by(run: Run) -> str:
-    """How intervals were found: by which method, or that they were given."""
+    """Return a phrase that says which method found the intervals, or that they were given."""
     if resolve_intervals(run.config) is not None:
         return "intervals as given"
     return f"intervals found by method {run.config.method.name}"
 
 
 def _shown(path: Path) -> str:
-    """A path as one types it: relative to the working directory where it lies in it."""
+    """Return a path as a user would type it: relative to the working directory if it is inside, and quoted."""
     path, here = path.absolute(), Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def commands_of(run: Run) -> dict[str, str]:
-    """Commands to paste, by what they do: those that go on from this run take all else from its folder."""
+    """Return commands to copy, by what they do.
+
+    They use `run=FOLDER`, which takes the configuration from the run's folder.
+    """
     stages = ["cache"] if run.config.data.name != "shapes" else []
     for stage, left in _LEFT.items():
         if any(run.folder.glob(left)):
@@ -130,19 +136,19 @@ def commands_of(run: Run) -> dict[str, str]:
 
 
 def _settings(run: Run) -> list[str]:
-    """Overrides for what `run=` does not take from the run's folder, where it is not the default."""
+    """Return overrides for the keys that `run=FOLDER` does not take from the folder, where they are not the default."""
     usual = {name: value for name, value, *_ in declared(Config())}
     said = {name: value for name, value, *_ in declared(run.config) if value != usual[name]}
     return as_overrides({name: value for name, value in said.items() if name.partition(".")[0] in OF_COMMAND[1:]})
 
 
 def link(run: Run, path: Path) -> str:
-    """The relative address of a file or folder, as the page has it."""
+    """Return the address of a file or folder relative to the report, for use in a URL."""
     return quote(Path(os.path.relpath(path, run.report_folder)).as_posix())
 
 
 def links_of(run: Run) -> list[dict[str, str]]:
-    """Links from the page to what the run, or the one that it is based on, has left."""
+    """Return name, address and meaning of each folder and file of this run, or else of `paths.base_run`."""
     links = []
     for name, meaning in _FOLDERS.items():
         for folder in (run.folder, run.base):

@@ -1,4 +1,4 @@
-"""The report's page: what its template is given, in the order in which it is read."""
+"""Renders the report as an HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ppcl.report.made import link, links_of, made_by, trainings_in_words
 from ppcl.report.sheets import Sheet
 from ppcl.report.text import MEANINGS, billions, notes_of, plugs_in_words, plugs_of, result_of, score_columns
 
-SMALL, LARGE = 256, 512  # pixels of embedded pictures: of a contact sheet, and of the user's own prompts
+SMALL, LARGE = 256, 512  # pixels per side of pictures in the comparison, and of the user's own prompts
 
 
 def render(
@@ -28,10 +28,11 @@ def render(
     compared: Sheet,
     own: Sequence[Sheet],
 ) -> str:
-    """The page as HTML that needs no other file; its links to folders of the run are relative.
+    """Return the report as HTML. All pictures are embedded, and links to the run's folders are relative.
 
-    `facts` are those of `report.json`, `plots` are files by what they show, `compared` are pictures of the prompts that
-    variants are compared on, and `own` are those of the user's own prompts.
+    `facts`: the content of `report.json`. `rows`: the scores of all variants. `plots`: the files of plots by name.
+        `compared`: the pictures of the prompts that variants are compared on. `own`: pictures of the user's own
+        prompts.
     """
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -61,7 +62,7 @@ def render(
 
 
 def _sentence(run: Run, facts: Mapping[str, Any], rows: Sequence[ComparedRow]) -> str:
-    """What was pruned, with which data and how, in one sentence."""
+    """Return one sentence that says what was pruned, on which data, and how the intervals were found."""
     teacher = next(row for row in rows if row.name == "teacher")
     name, path = BaseModel.of(run).name, run.config.model.path
     place = "" if path in (None, name) else f" ({path})"
@@ -72,7 +73,7 @@ def _sentence(run: Run, facts: Mapping[str, Any], rows: Sequence[ComparedRow]) -
 
 
 def headlines(rows: Sequence[ComparedRow]) -> list[dict[str, str]]:
-    """The few numbers that decide: of the variant that the run was made for, beside the teacher."""
+    """Return the most important numbers of the run's main result, compared with the teacher: `value` and `label`."""
     name = result_of([row.name for row in rows])
     if name is None:
         return []
@@ -92,6 +93,7 @@ def headlines(rows: Sequence[ComparedRow]) -> list[dict[str, str]]:
 
 
 def _how_measured(run: Run) -> list[str]:
+    """Return notes on how pictures were scored and steps were timed."""
     each = run.benchmark.images_per_prompt
     pictures = f" with {each} pictures each" if each > 1 else ""
     return [
@@ -101,7 +103,7 @@ def _how_measured(run: Run) -> list[str]:
 
 
 def _choice(choice: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The budget as it is typed, and what its plan has plugged in."""
+    """Return the budget as an override, and the plugs that its plan has chosen in words."""
     if choice is None:
         return None
     key, value, _ = choice["budget"]
@@ -109,6 +111,7 @@ def _choice(choice: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _section(run: Run, sheet: Sheet, largest: int) -> dict[str, Any]:
+    """Return a sheet's pictures and texts as the template expects them. `largest`: the largest side in pixels."""
     return {
         "name": sheet.folder.name,
         "href": link(run, sheet.folder),
@@ -124,7 +127,7 @@ def _embedded_plot(path: Path) -> str:
 
 
 def _pruned(run: Run, intervals: Mapping[str, list[list[int]]]) -> list[str]:
-    """List the intervals and width sets, a line per stack and kind."""
+    """Return the intervals and width sets as lines, one for each stack and kind."""
     lines = [f"{stack}: " + " ".join(f"[{u}, {v}]" for u, v in pairs) for stack, pairs in intervals.items()]
     for stack, sets in run.width.items():
         lines += [f"{stack} without {kind}: " + " ".join(map(str, indices)) for kind, indices in sets.items()]

@@ -1,4 +1,4 @@
-"""Plots and contact sheets: similarity curves and maps, quality against size, the frontier, losses, pictures."""
+"""Plots and contact sheets as PNG files: CKA curves and maps, quality by size, the frontier, losses, and pictures."""
 
 from __future__ import annotations
 
@@ -43,13 +43,17 @@ mpl.rcParams.update(
 
 
 def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a PNG and close it."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
 
 
 def interval_curves(path: Path, curve: list[list[float | None]], intervals: list[Interval]) -> None:
-    """cka(u, k) and delta(u, k) along k for every detected u; the end v is marked."""
+    """Plot cka(u, k) and delta(u, k) (Eq. 3-4) against k for the first block u of each interval, and mark its end v.
+
+    `curve`: cka(u, k) as `[u][k]`, None where it is not defined.
+    """
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
     for number, (u, v) in enumerate(intervals):
         row = np.array([np.nan if value is None else value for value in curve[u]], dtype=float)
@@ -73,7 +77,10 @@ def interval_curves(path: Path, curve: list[list[float | None]], intervals: list
 
 
 def similarity_maps(path: Path, maps: dict[str, list[list[float | None]]]) -> None:
-    """CKA between every two blocks' outputs, a panel per map, two to a row; None is left white."""
+    """Plot the CKA between the outputs of all pairs of blocks, a panel for each map. Missing values stay white.
+
+    `maps`: tables `[block][block]` by title.
+    """
     columns = min(2, len(maps))
     rows = -(-len(maps) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.8 + 3.2 * columns, 3.3 * rows), squeeze=False)
@@ -91,10 +98,10 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float | None]]]) -> No
 
 
 def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[float, float] | None) -> bool:
-    """Draw quality against the share of the teacher's parameters, a point per variant; return whether there is any.
+    """Plot each variant's quality against its share of the teacher's parameters; return whether there was any to plot.
 
-    Quality is the overall score with its 95% confidence interval. The axis reaches from the worst to the best score,
-    `bounds`, where there are such. Without scores it is the distance of latents or the velocity error.
+    Quality is the overall score with its 95% confidence interval, on an axis over `bounds` (the worst and best score)
+    if these are given. Without scores it is the latent distance, and without that the velocity error.
     """
     label, values = _quality(rows)
     shown = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None]
@@ -120,7 +127,7 @@ def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[
 
 
 def _quality(rows: Sequence[ComparedRow]) -> tuple[str, list[float | None]]:
-    """The label of the quality axis, and the value of each row on it."""
+    """Return the label of the quality axis, and each row's value on it (None where it is missing)."""
     if any(row.scores is not None for row in rows):
         return "overall score (higher is better)", [row.scores.overall if row.scores else None for row in rows]
     latents = [row.latent_distance for row in rows]
@@ -130,8 +137,11 @@ def _quality(rows: Sequence[ComparedRow]) -> tuple[str, list[float | None]]:
 
 
 def label_points(axis: Any, names: Sequence[str], points: Sequence[tuple[float, float, float]]) -> None:
-    """Name every point `(x, y, half of its error bar)` beside it, where no other point or name is."""
-    axis.figure.canvas.draw()  # the layout, which pixels depend on
+    """Write a name beside each point, where it overlaps no other point or name.
+
+    `points`: (x, y, half of the error bar) in data coordinates.
+    """
+    axis.figure.canvas.draw()  # fixes the layout, so that positions in pixels are known
     renderer = axis.figure.canvas.get_renderer()
     size = 7 * axis.figure.dpi / 72
     taken = []
@@ -163,7 +173,10 @@ def label_points(axis: Any, names: Sequence[str], points: Sequence[tuple[float, 
 
 
 def frontier(path: Path, points: Frontier, chosen: float) -> None:
-    """Measured velocity error of the planner's points against parameters, a line per cost; the choice is marked."""
+    """Plot the measured velocity error of the planner's choices against their size, a line for each kind of cost.
+
+    `chosen`: the share of parameters of the actual choice, which is marked.
+    """
     figure, axis = plt.subplots(figsize=(5.6, 3.4))
     names = {"velocity": "planned by velocity error", "loss": "planned by distillation loss"}
     for number, (cost, line) in enumerate(points.items()):
@@ -181,7 +194,7 @@ def frontier(path: Path, points: Frontier, chosen: float) -> None:
 
 
 def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None:
-    """Held-out loss of every student and projector before and after distillation."""
+    """Plot the held-out loss of each student and projector before and after training."""
     figure, axis = plt.subplots(figsize=(6.4, 0.9 + (0.42 if len(losses) <= 12 else 0.24) * len(losses)))
     names = list(losses)[::-1]
     before = [losses[name]["heldout_before"] for name in names]
@@ -198,9 +211,9 @@ def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None
 def contact_sheet(
     path: Path, rows: Mapping[str, list[Image.Image]], captions: list[str], fails: Mapping[str, list[bool | None]]
 ) -> None:
-    """One row per variant, one column per prompt; a picture that fails its prompt has a red frame.
+    """Draw pictures in a table, with a row for each variant and a column for each prompt.
 
-    One that is not judged, None, has the frame of one that does not fail; so has a row that `fails` does not have.
+    `fails`: for each variant, whether its pictures fail their prompts. These get a red frame. None: not judged.
     """
     figure, axes = plt.subplots(
         len(rows), len(captions), figsize=(1.12 * len(captions) + 1.6, 1.15 * len(rows) + 1.2), squeeze=False
@@ -219,7 +232,7 @@ def contact_sheet(
 
 
 def image_grid(path: Path, images: list[Image.Image], columns: int = 10, largest: int = 256) -> None:
-    """Pictures edge to edge on white, left to right; those wider than `largest` pixels are reduced."""
+    """Write pictures edge to edge in rows. Pictures wider than `largest` pixels are reduced."""
     width, height = images[0].size
     scale = min(1.0, largest / width)
     width, height, gap = round(width * scale), round(height * scale), 4
@@ -234,7 +247,7 @@ def image_grid(path: Path, images: list[Image.Image], columns: int = 10, largest
 
 
 def _wrap(caption: str, width: int = 15, most: int = 6) -> str:
-    """A caption in narrow lines; those of a long prompt after the first few would leave pictures no room."""
+    """Return a caption in lines of about `width` characters, cut after `most` lines."""
     lines = [""]
     for word in caption.split():
         if lines[-1] and len(lines[-1]) + len(word) >= width:

@@ -1,4 +1,4 @@
-"""Pictures for the report: a few of each set of prompts that the run has drawn, by variant."""
+"""Selects pictures for the report: some prompts of each set that the run has drawn, by variant."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from ppcl.context import Run
 from ppcl.pictures.drawing import given_pictures
 from ppcl.pictures.images import image_folder, read_image
 
-PER_CATEGORY, WITHOUT_CATEGORIES = 2, 12
-OWN_SETS, OWN_PROMPTS = 3, 6
-_LOSSLESS = 128  # pixels; wider pictures are embedded as JPEG
+PER_CATEGORY, WITHOUT_CATEGORIES = 2, 12  # prompts per category, and prompts in all if there are no categories
+OWN_SETS, OWN_PROMPTS = 3, 6  # sets of the user's own prompts, and prompts of each
+_LOSSLESS = 128  # pixels; wider pictures are embedded as JPEG, others as PNG
 
 
 @dataclass
 class Sheet:
-    """Some pictures of one set: a row per variant, a column per prompt.
+    """Pictures of one set, with a row for each variant and a column for each prompt.
 
-    `fails`, by variant: whether a picture does not show what its prompt asks for; None where that is not judged.
+    `folder`: the folder of the set.
+    `fails`: for each variant, whether its pictures fail their prompts; None where that is not judged.
+    `remark`: a line to print with the sheet.
     """
 
     folder: Path
@@ -39,10 +41,11 @@ class Sheet:
 
     @property
     def judged(self) -> bool:
+        """Whether any picture was judged by its prompt."""
         return any(fails is not None for row in self.fails.values() for fails in row)
 
     def cells(self, largest: int) -> list[dict[str, Any]]:
-        """Rows as the page's template takes them, with pictures of at most `largest` pixels a side."""
+        """Return the rows as the template expects them, with pictures of at most `largest` pixels per side."""
         return [
             {
                 "name": name,
@@ -63,7 +66,7 @@ class Sheet:
 
 
 def embedded(image: Image.Image, largest: int) -> str:
-    """A picture as a data URI; a large one is reduced to `largest` pixels a side."""
+    """Return a picture as a data URI, reduced to `largest` pixels per side."""
     small = image.width <= _LOSSLESS
     if not small:
         image = image.copy()
@@ -74,7 +77,7 @@ def embedded(image: Image.Image, largest: int) -> str:
 
 
 def some_of(categories: Sequence[Hashable]) -> list[int]:
-    """Numbers of the first few prompts of each category, or of more prompts where there is only one category."""
+    """Return the numbers of the first prompts of each category, or of more prompts if there is only one category."""
     groups: dict[Hashable, list[int]] = {}
     for number, category in enumerate(categories):
         groups.setdefault(category, []).append(number)
@@ -83,22 +86,23 @@ def some_of(categories: Sequence[Hashable]) -> list[int]:
 
 
 def compared_sheet(run: Run, names: Sequence[str]) -> Sheet:
-    """Pictures of the prompts that the variants `names` are compared on; those that fail theirs are marked."""
+    """Return pictures of the variants `names` for some of the prompts that they are compared on."""
     each = run.benchmark.images_per_prompt
     numbers = [each * number for number in some_of([prompt.category for prompt in run.prompts[::each]])]
     prompts = [run.prompts[number] for number in numbers]
     rows = {name: [read_image(run, name, number) for number in numbers] for name in names}
     verdicts = {name: map(run.benchmark.fulfils, prompts, images) for name, images in rows.items()}
     fails = {name: [None if good is None else not good for good in row] for name, row in verdicts.items()}
-    if all(prompt.references for prompt in prompts):  # an edit means nothing without what was edited
+    if all(prompt.references for prompt in prompts):  # show the picture to edit beside the results
         rows = {"given": [given_pictures(run, prompt)[0].convert("RGB") for prompt in prompts]} | rows
     return Sheet(image_folder(run, names[0]).parent, [prompt.text for prompt in prompts], rows, fails)
 
 
 def own_sheets(images: Path, compared: Path) -> list[Sheet]:
-    """The newest few sets of the user's own prompts in the folder `images`: teacher and furthest variant.
+    """Return the newest sets of the user's own prompts in the folder `images`, at most `OWN_SETS`.
 
-    The set `compared` and other benchmarks' are left out.
+    Each has the pictures of the teacher and of the latest variant. The set `compared` and sets of benchmarks are left
+    out.
     """
     newest: dict[Path, float] = {}
     for manifest in images.glob("*/*/manifest.json"):
@@ -110,12 +114,12 @@ def own_sheets(images: Path, compared: Path) -> list[Sheet]:
 
 
 def _is_own(folder: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether a set is of the user's prompts: a header names any benchmark but `shapes`."""
+    """Return whether a set has the user's prompts. Headers name every benchmark except `shapes`."""
     return "benchmark" not in made_from and not re.fullmatch(r"shapes(-[0-9a-f]{6})?", folder.name)
 
 
 def _own_sheet(folder: Path) -> Sheet | None:
-    """The first picture of the first few prompts of a set, by the teacher and by the furthest variant in it."""
+    """Return the first picture of some of a set's prompts, by the teacher and the latest variant; None without any."""
     drawn: dict[str, Path] = {}
     for manifest in sorted(folder.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime):
         found = re.fullmatch(rf"({'|'.join(STORED_VARIANTS)})(-[0-9a-f]{{6}}(-\d+)?)?", manifest.parent.name)

@@ -1,4 +1,4 @@
-"""Tables and lines that stages print, and the words that tables and pages share."""
+"""Tables and lines that stages print, and words that tables and the report share."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from ppcl.artifacts.plan import PruningPlan, read_plug_name, read_projector_name
 from ppcl.artifacts.scores import ComparedRow, ScoreRow
 from ppcl.context import Run
 
-# Names of variants are the same whatever method chose the intervals.
+# The meaning of each variant. It does not depend on the method that found the intervals.
 MEANINGS = {
     "teacher": "the full model, before pruning",
-    "removed": "the baseline without training: of every interval only the first block is left",
-    "ppcl-depth": "every interval is replaced by its trained student block, whatever method chose the intervals",
-    "ppcl-mixed": "only the students with the lowest distillation loss are in; the rest is the teacher",
-    "ppcl-width": "everything is in: all students (or removals) and all projectors; rarely good untuned",
-    "ppcl-planned": "what the budget's plan chose of all this; everything, if no budget was set",
+    "removed": "the baseline without training: of each interval only the first block is kept",
+    "ppcl-depth": "each interval is replaced by its trained student block",
+    "ppcl-mixed": "only the intervals with the lowest distillation loss are replaced by students",
+    "ppcl-width": "all students (or removals) and all projectors; usually needs fine-tuning",
+    "ppcl-planned": "the students and projectors chosen for the budget; all of them without a budget",
     "ppcl-finetuned": "the planned model after fine-tuning all its parameters on the teacher's output",
-    "ppcl-quantized": "this run's result with 8 or 4 bits a weight",
+    "ppcl-quantized": "this run's result with 8-bit or 4-bit weights",
 }
-# What a run is made for, best first.
+# Variants in the order in which they count as a run's main result.
 _RESULTS = ("ppcl-finetuned", "ppcl-planned", "ppcl-width", "ppcl-depth", "ppcl-mixed", "ppcl-quantized", "removed")
 
 
 def result_of(names: Sequence[str]) -> str | None:
-    """The variant among `names` that a decision is about: the furthest one; None where only the teacher is there."""
+    """Return the variant among `names` that is the run's main result; None if there is only the teacher."""
     return next((name for name in _RESULTS if name in names), None)
 
 
 def billions(count: int) -> str:
-    """20430401088 -> `20.430B`; 3029488 -> `3.029M`."""
+    """Return a number of parameters in words: 20430401088 -> `20.430B`, 3029488 -> `3.029M`."""
     return f"{count / 1e9:.3f}B" if count >= 1e8 else f"{count / 1e6:.3f}M"
 
 
@@ -50,7 +50,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def plugs_in_words(names: Iterable[str]) -> list[str]:
-    """The plugs `names` by kind and block stack, a line for each: `students in transformer_blocks: 3-5, 9-11`."""
+    """Return plugs as lines, one for each kind and stack, such as `students in transformer_blocks: 3-5, 9-11`."""
     lines: dict[str, list[str]] = {}
     for name in names:
         removed = name.removesuffix(".removed")
@@ -66,14 +66,14 @@ def plugs_in_words(names: Iterable[str]) -> list[str]:
 
 
 def plugs_of(row: ScoreRow) -> list[str]:
-    """Names of all that is plugged into a variant: students, removals and projectors."""
+    """Return the names of all plugs of a variant: students, removals and projectors."""
     return [*row.students, *(f"{name}.removed" for name in row.removed), *row.projectors]
 
 
 def score_columns(rows: Sequence[ComparedRow], *, details: bool = False) -> dict[str, list[str]]:
-    """The table of variants: its columns by title, a cell per row; a column without any value is left out.
+    """Return the table of variants as columns by title, with a cell for each row. Empty columns are left out.
 
-    `details` adds the share of the teacher's parameters and the score of each category.
+    `details`: add the share of the teacher's parameters, and the score of each category.
     """
     categories = {name: None for row in rows if row.scores and details for name in row.scores.categories}
     columns: dict[str, list[str | None]] = {
@@ -102,7 +102,7 @@ def _number(value: float | None, digits: int) -> str | None:
 
 
 def _score(row: ScoreRow) -> str | None:
-    """The overall score, and half of its confidence interval: `0.878 ± 0.03`."""
+    """Return the overall score with half of its confidence interval: `0.878 ± 0.03`."""
     if row.scores is None:
         return None
     margin = "" if row.score_interval is None else f" ± {row.score_interval:.2f}"
@@ -110,7 +110,7 @@ def _score(row: ScoreRow) -> str | None:
 
 
 def notes_of(rows: Sequence[ComparedRow], label: str) -> list[str]:
-    """A sentence for each measure in the table of `rows`; `label` says what the score is."""
+    """Return an explanation of each measure in the table of `rows`. `label`: what the score means."""
     notes = []
     if any(row.scores is not None for row in rows):
         margin = (
@@ -131,7 +131,7 @@ def notes_of(rows: Sequence[ComparedRow], label: str) -> list[str]:
 
 
 def show_plan(run: Run, plan: PruningPlan) -> None:
-    """Print a plan: its intervals, and what is left of blocks and parameters."""
+    """Print a plan: its intervals and width sets, and how many blocks and parameters are left."""
     counts = plan.parameters
     for stack, pairs in plan.intervals.items():
         run.say("plan", f"{stack}: {' '.join(f'[{u},{v}]' for u, v in pairs)}")
@@ -149,7 +149,7 @@ def show_plan(run: Run, plan: PruningPlan) -> None:
 
 
 def score_table(rows: Sequence[ComparedRow]) -> Table:
-    """The table of variants for a terminal, at most 80 columns wide."""
+    """Return the table of variants for a terminal, at most 80 columns wide."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     columns = score_columns(rows)
     for title in columns:
@@ -160,13 +160,14 @@ def score_table(rows: Sequence[ComparedRow]) -> Table:
 
 
 def show_scores(run: Run, rows: Sequence[ComparedRow]) -> None:
-    """Print the table of variants, and what its measures mean."""
+    """Print the table of variants and an explanation of its measures."""
     run.console.print(score_table(rows))
     for note in notes_of(rows, run.benchmark.label):
         run.say("evaluate", note)
 
 
 def show_frontier(run: Run, points: list[Point]) -> None:
+    """Print the points of a frontier as a table."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("params", "ratio", "blocks", "plugs", "latency", "GB", "predicted", "velocity error"):
         table.add_column(title, justify="right")

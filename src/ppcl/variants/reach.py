@@ -44,7 +44,7 @@ def check_reachable(run: Run, intervals: Intervals, width: Width | None = None) 
 
 
 def largest_width(run: Run, intervals: Intervals) -> Width:
-    """Return the width sets that leave the fewest parameters: the given ones, or the largest that `width=auto` can select.
+    """Return the width sets that leave the fewest parameters: those given, or the largest that `width=auto` can select.
 
     It can select every text stream except the first of each stack, up to `width.num_text` per stack, and
     `width.num_ffn` FFNs of all stacks together.

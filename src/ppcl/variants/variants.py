@@ -75,7 +75,7 @@ def _arranged(name: str, plugs: Plugs, names: Iterable[str]) -> Variant:
 
 
 def planned(run: Run, plugs: Plugs) -> Variant:
-    """Return the variant `ppcl-planned`: the plugs that `stages=[plan]` has chosen. Without a plan and a budget it is all.
+    """Return the variant `ppcl-planned`: the plugs that `stages=[plan]` has chosen, or all without a plan and a budget.
 
     Raises `UsageError` if the budget has no plan yet, or if the plan is for another budget or for plugs that are gone.
     """
