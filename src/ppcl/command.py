@@ -1,7 +1,6 @@
-"""What a command does: compose its configuration from overrides, check it, record it in its folder, run its stages.
+"""Runs a command: composes its configuration from overrides, checks and records it, and runs its stages.
 
-`ppcl` on the command line and `ppcl.run` in Python both come through here. Importing this loads neither torch nor
-Hydra.
+`ppcl` on the command line and `ppcl.run` in Python both use this. Importing this loads neither torch nor Hydra.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 
     from ppcl.context import Run
 
-# Keys that `run=FOLDER` does not take from the folder's record. They say what is asked for now, by how many processes
-# and on which device, and not what the run's artifacts are made from.
+# Keys that `run=FOLDER` does not take from the recorded configuration. They belong to the command: what it does, with
+# how many processes and on which device. No result of the run depends on them.
 OF_COMMAND = ("stages", "generate", "lora", "published", "strategy", "model.streaming", "trainer.accelerator",
               "export.push_to_hub", "export.private", "export.commit_message")  # fmt: skip
 
@@ -35,10 +34,10 @@ OF_COMMAND = ("stages", "generate", "lora", "published", "strategy", "model.stre
 
 
 def compose(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
-    """Compose the configuration that `ppcl *overrides` has, unchecked; return it with the run's folder.
+    """Return the configuration that `ppcl *overrides` has, not yet checked, and the run's folder.
 
-    It leaves no trace in Hydra's global state and may be called within an application of Hydra. Raises `UsageError`
-    for an unknown group choice, and the errors of Hydra and OmegaConf, which `in_words` translates.
+    It leaves Hydra's global state as it was, so it can be called within a Hydra application. Raises `UsageError` for an
+    unknown choice of a group, and errors of Hydra and OmegaConf, which `in_words` turns into `UsageError`.
     """
     check_choices(overrides)
     import hydra
@@ -62,7 +61,7 @@ def compose(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
 
 
 def check_choices(overrides: Sequence[str]) -> None:
-    """Raise `UsageError` for the first `group=choice` without a file; Hydra would print a page about it."""
+    """Raise `UsageError` for the first `group=choice` without a file. Hydra's own message would fill a page."""
     for override in overrides:
         group, _, choice = override.lstrip("+").partition("=")
         folder = conf_dir() / group
@@ -75,7 +74,10 @@ def check_choices(overrides: Sequence[str]) -> None:
 
 
 def as_overrides(settings: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    """Return overrides as strings: of a mapping, `key=value` for every value, with nested keys joined by dots."""
+    """Return overrides as strings. A mapping gives `key=value` for every value, with nested keys joined by dots.
+
+    Raises `UsageError` for a single string.
+    """
     if isinstance(settings, str):
         raise UsageError(f"{settings!r} is one string: give a list of overrides, such as [{settings!r}].")
     if not isinstance(settings, Mapping):
@@ -90,7 +92,7 @@ def as_overrides(settings: Sequence[str] | Mapping[str, Any]) -> list[str]:
 
 
 def _written(value: Any) -> str:
-    """Return a value in the grammar of Hydra's overrides."""
+    """Return a value in the syntax of Hydra's overrides."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
@@ -100,17 +102,20 @@ def _written(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
     if re.fullmatch(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*", str(value), re.IGNORECASE):
-        return str(value)  # a word, which a shell takes as it is
+        return str(value)  # a word that needs no quotes
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(str(value), Quote.single).with_quotes()
 
 
-# Going on in an earlier run
+# Continuing an earlier run
 
 
 def read_record(folder: Path, key: str = "run=") -> DictConfig:
-    """Return the configuration that a run recorded in its folder; `UsageError` where there is none. `key` names it."""
+    """Return the configuration that is recorded in a run's folder.
+
+    `key`: the override that names the folder, for the message. Raises `UsageError` if there is no readable record.
+    """
     from omegaconf import DictConfig, OmegaConf
     from yaml import YAMLError
 
@@ -129,9 +134,10 @@ def read_record(folder: Path, key: str = "run=") -> DictConfig:
 
 
 def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Return what `raw.run` recorded, with the keys `OF_COMMAND` and all that `overrides` say taken from `raw`.
+    """Return the configuration of a command with `run=FOLDER`, or `raw` without it.
 
-    A group choice replaces its whole group. Without `run` it is `raw`.
+    It is the recorded configuration, except for the keys `OF_COMMAND` and those in `overrides`, which are taken from
+    `raw`. A group choice replaces its whole group. Raises `UsageError` for overrides that contradict `run=FOLDER`.
     """
     if raw.run is None:
         return raw
@@ -156,7 +162,9 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
         elif key not in ("run", "experiment", "sampling") and not (key.startswith("hydra") or override.is_delete()):
             said.append(key)
-    present = OmegaConf.to_container(raw, resolve=False)  # what depends on model or data is resolved in the new place
+    present = OmegaConf.to_container(
+        raw, resolve=False
+    )  # interpolations are resolved later, with the new model and data
     for key in said:
         value: Any = present
         for part in key.split("."):
@@ -170,7 +178,10 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def prepare(overrides: Sequence[str], console: Console | None = None) -> Run:
-    """Return the run that `ppcl *overrides` would work in, checked; nothing is written and no stage is run."""
+    """Return the run that `ppcl *overrides` would use, with its configuration checked. Nothing is written or run.
+
+    Raises `UsageError` for a wrong configuration.
+    """
     from ppcl.quiet import quiet_messages
     from ppcl.validation import parse
 
@@ -186,7 +197,7 @@ def prepare(overrides: Sequence[str], console: Console | None = None) -> Run:
 def execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Console | None = None) -> None:
     """Check the composed configuration, record it in `folder`, and run its stages in order.
 
-    A command that is refused leaves the folder's record as it was, and removes the folder if it is empty.
+    If the command is refused with a `UsageError`, the folder's earlier record is restored, and a new folder is removed.
     """
     from omegaconf.errors import OmegaConfBaseException
 
@@ -211,7 +222,7 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
     shared = _meet(raw)
     with shared():
         config = parse(raw)
-    from ppcl.context import Run  # loads torch, which a refused command is spared
+    from ppcl.context import Run  # loads torch, so it comes after the checks
 
     silent = config.strategy.kind != "single" and not is_first()
     run = Run(config, folder, Console(quiet=True) if silent else console)
@@ -226,16 +237,19 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
     try:
         _run_stages(run, shared)
     except UsageError:
-        for path, content in before.items():  # a refused command leaves the folder's record as it was
+        for path, content in before.items():  # restore the earlier record
             path.write_bytes(content)
-        if not before and set(folder.iterdir()) <= set(records):  # and none of nothing
+        if not before and set(folder.iterdir()) <= set(records):  # the folder is new and has nothing else
             for path in records:
                 path.unlink(missing_ok=True)
         raise
 
 
 def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
-    """Start the process group if there are other ranks; return a context that succeeds on all of them or on none."""
+    """Start the process group if there are several ranks.
+
+    Returns a function that makes a context in which an error on any rank is raised on all of them.
+    """
     if raw.strategy.kind not in ("ddp", "fsdp") or not launched():
         return nullcontext
     from ppcl import parallel
@@ -245,7 +259,7 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
 
 
 def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run the stages one after the other. Rank 0 alone runs those that ranks neither train nor divide."""
+    """Run the stages one after the other. A stage that ranks do not share runs on rank 0 only."""
     from ppcl.describe import describe
     from ppcl.needs import check_needs
     from ppcl.quiet import quiet_progress
@@ -253,7 +267,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
     from ppcl.validation.pruning import budget_of
 
     config = run.config
-    if set(config.stages) != {"plan"} or budget_of(config):  # counting needs neither library's pipelines
+    if set(config.stages) != {"plan"} or budget_of(config):  # counting loads no pipelines, which print progress
         quiet_progress()
     if config.trainer.num_threads is not None:
         import torch
@@ -269,12 +283,12 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
                 import_module(f"ppcl.stages.{stage}").run(run)
 
 
-# Errors in words
+# Errors in plain words
 
 
 @contextmanager
 def in_words() -> Iterator[None]:
-    """Turn errors of Hydra and OmegaConf, and of files that cannot be read or written, into a `UsageError`."""
+    """Turn errors of Hydra and OmegaConf, and failures to read or write files, into `UsageError` within the context."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -291,7 +305,7 @@ def in_words() -> Iterator[None]:
         raise failure from error
 
 
-# What OmegaConf says of a value, and of what kind the value should have been.
+# Patterns in OmegaConf's messages about a wrong value, and what the value should have been.
 _KINDS = {
     r"to Integer|type hint 'int'": "a whole number",
     r"to Float|type hint 'float'": "a number",
@@ -302,11 +316,11 @@ _KINDS = {
 
 
 def sentence(error: Exception) -> str:
-    """Return the error in one sentence, in terms of the override that caused it where that is known."""
+    """Return an error as one sentence, which names the override that caused it if that is known."""
     text = " ".join(str(error).split())
     if isinstance(error, UsageError):
         return text
-    override = getattr(error, "override", None)  # of one that could not be parsed
+    override = getattr(error, "override", None)  # an override that Hydra could not parse
     if override is not None:
         if "=" not in override:
             return f"{override} is no override: write KEY=VALUE, such as 'stages=[plan]'."
@@ -335,7 +349,7 @@ def sentence(error: Exception) -> str:
 
 
 def _wrong_kind(override: str, cause: str, kind: str) -> str:
-    """Return the sentence for an override whose value is not of the right kind."""
+    """Return the sentence for an override whose value is not of the right kind, such as `a number`."""
     from ppcl.config import Config
     from ppcl.options import declared
 
@@ -353,8 +367,8 @@ def _wrong_kind(override: str, cause: str, kind: str) -> str:
 
 
 def failed_access(error: Exception) -> UsageError | None:
-    """Return the system's reason for a failed read or write as a `UsageError`; None for any other error."""
-    found = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors words it
+    """Return a failure to read or write a file as a `UsageError` with the system's reason; None for other errors."""
+    found = re.search(r"\(os error (\d+)\)", str(error))  # the wording of safetensors
     if isinstance(error, OSError) and (error.filename or error.errno):
         reason = f"{error.filename or 'writing'}: {error.strerror}"
     elif found:

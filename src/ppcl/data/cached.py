@@ -1,9 +1,11 @@
-"""Read cached latents and prompt embeddings, and make batches of them: no encoder is loaded any more.
+"""Reads cached latents and prompt embeddings and makes batches of them, without loading any encoder.
 
-A cache is a folder of parts. A part is `UNIT-NNN.safetensors`, with tensors `NNN.<name>` for each sample, and a JSON
-file that lists its samples. Every unit of the source also has a `UNIT.json`, written last, with the samples that were
-left out. `empty.safetensors` is the empty prompt. A sample of an edit has an empty prompt of its own,
-`NNN.empty.<name>`, since the text encoder also reads the given pictures.
+A cache is a folder of parts. A part is a file `UNIT-NNN.safetensors`, with tensors `NNN.NAME` for each sample, and a
+JSON file that lists its samples. Each unit of the source also has a file `UNIT.json`, which is written last and lists
+the samples that were left out.
+
+`empty.safetensors` holds the empty prompt. Samples of an edit have their own empty prompt, `NNN.empty.NAME`, since the
+text encoder also reads the given pictures.
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ from ppcl.families.base import Conditions, Family
 
 MASK = "prompt_embeds_mask"
 LATENTS = "latents"
-SIZES = "image_sizes"  # of given pictures
+SIZES = "image_sizes"  # sizes of the given pictures
 EMPTY = "empty.safetensors"
 OWN, SHARED = "empty.", "shared"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cached sample: its place in a part, and height and width in tokens of its latents and given pictures."""
+    """A cached sample: number `number` in the file `part`.
+
+    `size`, `given`: (height, width) in tokens of its latents, and of each given picture's.
+    """
 
     key: str
     part: Path
@@ -47,12 +52,12 @@ class Entry:
 
 
 def unit_record(name: str) -> str:
-    """Return the name of the file whose presence says that a unit is completely cached."""
+    """Return the name of the file that exists once a unit is completely cached."""
     return f"{name}.json"
 
 
 def trimmed(conditions: Conditions) -> Conditions:
-    """Return one sample's conditions `[L, ...]` without their padding."""
+    """Return one sample's conditions `[L, ...]` without padding tokens."""
     mask = conditions.get(MASK)
     if mask is None:
         return conditions
@@ -61,10 +66,10 @@ def trimmed(conditions: Conditions) -> Conditions:
 
 
 def difference(empty: Conditions, prompt: Conditions) -> Conditions:
-    """Return a sample's own empty prompt without its first rows that equal those of `prompt`; `emptied` adds them.
+    """Return a sample's own empty prompt without the first rows that equal those of `prompt`. `emptied` is the inverse.
 
-    The given pictures come first and take most rows, and a causal text encoder encodes them alike whatever text
-    follows.
+    The given pictures come first and make up most rows. A causal text encoder encodes them alike whatever text follows,
+    so these rows need not be stored twice.
     """
     length = min(map(len, (*empty.values(), *prompt.values())))
     same = [(value[:length] == prompt[name][:length]).reshape(length, -1).all(dim=1) for name, value in empty.items()]
@@ -73,14 +78,14 @@ def difference(empty: Conditions, prompt: Conditions) -> Conditions:
 
 
 def emptied(tensors: Conditions) -> Conditions:
-    """Return a sample's conditions with its own empty prompt in place of its prompt."""
+    """Return a sample's conditions with its prompt replaced by its own empty prompt, as `difference` stored it."""
     shared = int(tensors[OWN + SHARED])
     found = {name: value for name, value in tensors.items() if not name.startswith(OWN)}
     return {n: torch.cat([v[:shared], tensors[OWN + n]]) if OWN + n in tensors else v for n, v in found.items()}
 
 
 def stacked(samples: Sequence[Conditions]) -> Conditions:
-    """Return the conditions of several samples as `[B, ...]`, padded with zeros to the longest."""
+    """Return the conditions of several samples as one batch `[B, ...]`, padded with zeros to the longest."""
     batch: Conditions = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -91,27 +96,29 @@ def stacked(samples: Sequence[Conditions]) -> Conditions:
 
 
 def _hash(key: str) -> int:
+    """Return a hash of a sample's key, from 0 to 2^32 - 1."""
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16)
 
 
 def held_out_share(config: DataConfig, count: int) -> float:
-    """Return the share of `count` samples that is kept from training: `data.held_out`, by default about 32 samples.
+    """Return the share of `count` samples that is kept from training.
 
-    By default it is at least 0.02 and at most 0.2.
+    It is `data.held_out` or, if that is None, the share that makes 32 samples, but at least 0.02 and at most 0.2.
     """
     return max(0.02, min(0.2, 32 / max(1, count))) if config.held_out is None else config.held_out
 
 
 def held_out_keys(keys: Sequence[str], share: float) -> set[str]:
-    """Return the keys of the samples that are kept from training, each chosen by its own hash, but never none.
+    """Return the keys of the samples that are kept from training.
 
-    By chance none of a few may fall into the `share`; then it is the one with the smallest hash.
+    Each key is chosen by its own hash, so that it does not depend on the others. At least one is chosen: if no hash
+    falls into the `share`, it is the key with the smallest.
     """
     return {key for key in keys if _hash(key) < share * 0x1_0000_0000} or set(sorted(keys, key=_hash)[:1])
 
 
 def read_entries(folder: Path) -> list[Entry]:
-    """Return every cached sample, in a fixed order."""
+    """Return all samples of a cache, in a fixed order; raises `UsageError` for a damaged part."""
     entries = []
     for record in sorted(folder.glob("*-[0-9][0-9][0-9].json")):
         part = record.with_suffix(".safetensors")
@@ -124,7 +131,7 @@ def read_entries(folder: Path) -> list[Entry]:
 
 @lru_cache(maxsize=64)
 def _opened(part: Path) -> tuple[Any, dict[int, list[str]]]:
-    """Return an open part, and the names of each sample's tensors in it."""
+    """Return an open part, and the tensor names of each of its samples."""
     file = safe_open(part, framework="pt")
     names: dict[int, list[str]] = {}
     for key in file.keys():  # noqa: SIM118 - a file, not a mapping
@@ -134,11 +141,14 @@ def _opened(part: Path) -> tuple[Any, dict[int, list[str]]]:
 
 
 class CachedStream(Stream):
-    """Batches of cached samples; those of a batch are of one size (a bucket). Every epoch is shuffled anew.
+    """Batches of cached samples. All samples of a batch have one size (a bucket), and each epoch is shuffled anew.
 
-    An epoch holds every sample once, but for the last few of a bucket, which fill no batch. Where no bucket fills a
-    single batch, an epoch holds every sample `batch_size` times: pictures come several times in a batch, each time
-    with its own noise and noise level.
+    `held_out`: whether to use the samples that are kept from training, or all others.
+
+    An epoch has every sample once, except for the last few of a bucket that do not fill a batch. If no bucket fills a
+    single batch, an epoch has every sample `batch_size` times, each time with its own noise and noise level.
+
+    Raises `UsageError` if there are no samples.
     """
 
     from_disk = True
@@ -168,6 +178,7 @@ class CachedStream(Stream):
 
     @lru_cache(maxsize=2)  # noqa: B019 - streams live as long as a stage
     def _epoch(self, epoch: int) -> list[list[Entry]]:
+        """Return the batches of an epoch, shuffled by `seed` and the epoch's number."""
         rng = np.random.default_rng([self.seed, epoch])
         batches = []
         for size in sorted(self.buckets):
@@ -194,7 +205,7 @@ class CachedStream(Stream):
 
 
 def _empty(config: DataConfig, folder: Path, count: int, share: float) -> UsageError:
-    """The error of a set without samples, of `count` that are cached in `folder`."""
+    """Return the error for a stream without samples. `count`: how many the cache in `folder` has in all."""
     source = f"data.path={config.path}" if config.cache is None else f"data.cache={config.cache}"
     if not count:
         return UsageError(

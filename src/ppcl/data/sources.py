@@ -1,7 +1,7 @@
-"""Read pictures with captions from webdataset shards or from a folder with a CSV or JSONL table, unit by unit.
+"""Reads pictures with captions from webdataset shards, or from a folder with a CSV or JSONL table.
 
-A unit is what is cached as a whole: a shard, or a thousand rows of a table. A sample that cannot be used comes out as a
-`Skipped` with its reason. A shard that is cut short yields the samples before the cut.
+The source is divided into units that are cached as a whole: a shard, or up to 1,000 rows of a table. A sample that
+cannot be used is returned as `Skipped`, with the reason. A shard that is cut short gives the samples before the cut.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from ppcl.config import DataConfig
 from ppcl.errors import UsageError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-ROWS = 1000
+ROWS = 1000  # of a table, in one unit
 
 
 @dataclass
 class Sample:
-    """A picture with its caption; for an edit, the result, its instruction, and the `given` pictures."""
+    """An undecoded picture with its caption. For an edit: its result, its instruction, and the pictures to edit.
+
+    `given`: the pictures to edit. `key`: the sample's name in the shard, its file name, or its row.
+    """
 
     key: str
     caption: str
@@ -38,7 +41,7 @@ class Sample:
     given: Sequence[bytes] = ()
 
     def open(self) -> list[Image.Image]:
-        """Return the decoded pictures, `image` first, then those given. Raises what PIL raises."""
+        """Return the decoded RGB pictures, first `image`, then `given`. Raises PIL's errors for a damaged file."""
         pictures = [Image.open(io.BytesIO(content)) for content in (self.image, *self.given)]
         return [picture.convert("RGB") for picture in pictures]
 
@@ -53,7 +56,10 @@ class Skipped:
 
 @dataclass
 class Unit(ABC):
-    """Samples that are read in one go. `size` in bytes and `changed`, a time, detect that its file was replaced."""
+    """Samples that are read and cached together.
+
+    `size`, `changed`: size in bytes and modification time in ns of its file, by which a replaced file is detected.
+    """
 
     name: str
     size: int
@@ -61,16 +67,16 @@ class Unit(ABC):
 
     @abstractmethod
     def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
-        """Yield its samples in order, including those that cannot be used."""
+        """Yield all samples in order, including those that cannot be used."""
 
     @abstractmethod
     def count(self) -> int:
-        """Return how many pictures it has, without decoding any."""
+        """Return the number of pictures without decoding any."""
 
 
 @dataclass
 class Shard(Unit):
-    """A .tar file: pictures, each with a .json or .txt of the same name."""
+    """A .tar file of pictures, each with a .json or .txt file of the same name."""
 
     path: Path
 
@@ -110,7 +116,7 @@ class Shard(Unit):
 
 @dataclass
 class Rows(Unit):
-    """Up to a thousand rows of a table, from row number `start` on."""
+    """Up to 1,000 rows of a table, beginning at row number `start`."""
 
     table: Path
     start: int
@@ -136,19 +142,20 @@ class Rows(Unit):
 
 
 def _picture(member: Mapping[str, Any], prefix: str) -> bytes | None:
-    """Return the picture of a shard's member, or the one whose suffix begins with `prefix`."""
+    """Return the picture in a shard's member, or with `prefix`, such as `edit_image.`, the given one of that name."""
     return next((member[prefix + name] for name in IMAGES if prefix + name in member), None)
 
 
 def _files(cell: Any) -> list[str]:
-    """Return the files that a cell of a table names: none, one, or a list, which a CSV holds as JSON."""
+    """Return the files that a table's cell names: none, one, or several as a list (in a CSV as JSON)."""
     if isinstance(cell, str) and cell.startswith("["):
-        with suppress(ValueError):  # then it is a file's name, if an unusual one
+        with suppress(ValueError):  # not JSON, so it is the name of a file
             cell = json.loads(cell)
     return [str(file) for file in cell] if isinstance(cell, list) else [str(cell)] if cell else []
 
 
 def _sample(key: str, facts: Any, image: bytes | None, given: Sequence[bytes], config: DataConfig) -> Sample | Skipped:
+    """Return a sample, or why it cannot be used. `facts`: its keys or columns, among them the caption."""
     if image is None:
         return Skipped(key, "no picture")
     if config.given and not given:
@@ -170,7 +177,7 @@ def _sample(key: str, facts: Any, image: bytes | None, given: Sequence[bytes], c
 
 
 def find_units(config: DataConfig) -> list[Unit]:
-    """Return every unit of `data.path`, in a fixed order. Raises `UsageError` if there is none."""
+    """Return all units of `data.path`, in a fixed order; raises `UsageError` if it has none or a table is invalid."""
     return _tables(config) if config.name == "folder" else _shards(config)
 
 

@@ -1,4 +1,4 @@
-"""Provide a run's training and calibration batches, and the identity of the data they are made from."""
+"""Provides a run's training and held-out batches, and the identity of the data for fingerprints."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from ppcl.teacher_model import TeacherModel
 
 
 class TrainingData:
-    """Batches for `teacher`, from the shapes world or from a cache of encoded pictures."""
+    """Batches for `teacher`, of rendered toy pictures or from a cache of encoded pictures."""
 
     def __init__(self, config: Config, teacher: TeacherModel) -> None:
         self.config, self.teacher = config, teacher
 
     @cached_property
     def cache_header(self) -> Header:
-        """The header of this data's cache; with `data.cache`, the one that lies there."""
+        """The header of the data's cache; with `data.cache`, the one in that folder.
+
+        Raises `UsageError` if that cache was encoded by another model's encoders.
+        """
         if self.config.data.cache is None:
             return source_header(self.config, find_units(self.config.data), self.teacher.encoder_identity)
         content = read_json(self.cache_folder / "cache.json", "data.cache:")
@@ -46,21 +49,21 @@ class TrainingData:
 
     @property
     def cache_folder(self) -> Path:
-        """The folder of the cache: `data.cache`, or one in `paths.cache_dir` that is named by its fingerprint."""
+        """The folder of the cache: `data.cache`, or a folder in `paths.cache_dir` named by its fingerprint."""
         if self.config.data.cache is not None:
             return Path(self.config.data.cache)
         return Path(self.config.paths.cache_dir) / "data" / self.cache_header.fingerprint
 
     @property
     def source_identity(self) -> dict[str, Any]:
-        """The cache and the share held out, as artifacts' headers name them; empty for the shapes world."""
+        """The cache and the held-out share, as headers store them; empty for toy pictures."""
         if self.config.data.name == "shapes":
             return {}
         return {"cache": self.cache_header.fingerprint, "held_out": self.held_out}
 
     @cached_property
     def held_out(self) -> float:
-        """The share of the cached samples that is kept from training; by default it depends on their number."""
+        """The share of cached samples that is kept from training. Its default depends on their number."""
         data = self.config.data
         if data.held_out is not None:
             return data.held_out
@@ -70,11 +73,11 @@ class TrainingData:
 
     @property
     def _units(self) -> Iterable[str]:
-        """The names of the cache's units, each of which has a record there once it is whole."""
+        """The names of the cache's units. Each has a record once it is completely cached."""
         return self.cache_header.made_from["units"]
 
     def _whole_cache(self) -> Path:
-        """Return the folder of the cache; `UsageError` where it is not written to its end."""
+        """Return the folder of the cache; raises `UsageError` if the cache is not complete."""
         folder = self.cache_folder
         missing = [unit for unit in self._units if not (folder / unit_record(unit)).exists()]
         if missing or not (folder / EMPTY).exists():
@@ -85,19 +88,21 @@ class TrainingData:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that training batches depend on, as artifacts' headers name it."""
+        """Everything that training batches depend on, as headers store it."""
         data = self.config.data
         drawn = ("train_seed", "calibration_seed", "eval_seed", "caption_dropout", "timesteps", "shift")
         return {"name": data.name} | {key: getattr(data, key) for key in drawn} | self.source_identity
 
     @cached_property
     def _captions(self) -> EncodedPrompts:
+        """The captions of the toy pictures, encoded by the teacher."""
         return encode_world(self.teacher.family, self.teacher.pipeline)
 
     def stream(self, seed: int, batch_size: int) -> Stream:
-        """Return the batches of `seed`. The calibration seed's are of samples that are kept from training.
+        """Return the batches of `seed`, as a function of the step.
 
-        Raises `UsageError` if the cache is incomplete.
+        With `data.calibration_seed` they are made of the samples that are kept from training, with any other seed of
+        all others. Raises `UsageError` if the cache is not complete.
         """
         data, teacher = self.config.data, self.teacher
         if data.name == "shapes":
@@ -106,12 +111,12 @@ class TrainingData:
         return CachedStream(teacher.family, self._whole_cache(), data, seed, batch_size, held_out=held_out)
 
     def shared_stream(self, seed: int, batch_size: int) -> Stream:
-        """Return the same stream for a training: with several ranks, each batch has only this rank's rows."""
+        """Return the same as `stream`, but with several ranks each batch has only this rank's rows."""
         stream = self.stream(seed, batch_size)
         if self.config.strategy.kind != "single":
             stream.share = rank()
         return stream
 
     def to_device(self, batch: Any) -> Any:
-        """Return the batch with its tensors on the teacher's device."""
+        """Return a batch with its tensors moved to the teacher's device."""
         return move_data_to_device(batch, self.teacher.device)

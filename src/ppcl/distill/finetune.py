@@ -1,4 +1,4 @@
-"""Fine-tune the pruned model on the teacher's output (paper section 4.1)."""
+"""Fine-tuning of the pruned model on the teacher's output (paper section 4.1)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from ppcl.training.sharding import Sharding, skeleton, whole_state
 class FineTune(ManualOptimization):
     """Output distillation, ||v_S - v_T||^2, with an optional flow-matching loss, ||v_S - (n - x_0)||^2.
 
-    `stands_for` maps each block of the student to the teacher's block whose output it stands for. With
-    `feature_weight` the image streams of these pairs are compared too, which the paper does not do.
-    With `lora_rank` only a LoRA on the student is trained; `seed` initialises it.
-    The teacher is not a submodule: it is neither saved nor trained. `ema`, an exponential mean of the student's
-    parameters, exists if `ema_decay` is above 0. `result` is the model to keep.
-    Trainable parameters are float32 whatever the teacher's dtype is, and compute in `precision`.
-    With `sharding` teacher, student and mean are sharded, and the student may share parameters with the teacher.
+    `stands_for`: for each block of the student, the teacher's block whose output it should reproduce. With
+        `feature_weight` their image streams are compared too, which the paper does not do.
+    `sharding`: shards teacher, student and moving average. The student may then share parameters with the teacher.
+    `seed`: initialises the LoRA with `lora_rank`, when only the LoRA is trained.
+    `precision`: of the student's forward. Trainable parameters are float32 whatever the teacher's dtype is.
+
+    The teacher is not a submodule, so it is neither trained nor saved in checkpoints. `ema` is the exponential moving
+    average of the student's parameters, or None with `ema_decay=0`. `result` is the model to keep.
     """
 
     def __init__(
@@ -73,18 +74,18 @@ class FineTune(ManualOptimization):
 
     @property
     def result(self) -> nn.Module:
-        """The model to keep: the mean of the weights if there is one, else the student."""
+        """The model to keep: the moving average of the weights if there is one, else the student."""
         return self.ema if self.ema is not None else self.student
 
     def whole_result(self) -> nn.Module:
-        """Return `result` with all its parameters; gathered from shards, it is complete only on rank 0."""
+        """Return `result` with all parameters. If they are gathered from shards, only rank 0 has them."""
         if not self._skeleton:
             return self.result
         self._skeleton[0].load_state_dict(whole_state(self.result), assign=True, strict=is_first())
         return self._skeleton[0]
 
     def _copy(self) -> nn.Module:
-        """Return a copy of the student; of a sharded one, a plain module that holds copies of its shards."""
+        """Return a copy of the student. Of a sharded student it is a plain module with copies of the shards."""
         if not self._skeleton:
             return copy.deepcopy(self.student)
         copied = copy.deepcopy(self._skeleton[0])
@@ -98,9 +99,9 @@ class FineTune(ManualOptimization):
 
     @torch.no_grad()
     def velocity_error(self, batches: Iterable[TrainingBatch]) -> float:
-        """Return ||v_S - v_T||^2 / ||v_T||^2 over `batches`, v_S being the velocity of the weights in `result`.
+        """Return ||v_S - v_T||^2 / ||v_T||^2 over `batches`, with the velocity v_S of `result`.
 
-        Every rank must call it, with its own rows of each batch; all get the value of the whole batches.
+        All ranks must call it, each with its own rows of the batches. Each gets the value over all rows.
         """
         sums = torch.zeros(2, dtype=torch.float64)
         with self._result_to_run() as model:
@@ -114,9 +115,9 @@ class FineTune(ManualOptimization):
 
     @contextmanager
     def _result_to_run(self) -> Iterator[nn.Module]:
-        """Give the block a model that runs with the weights of `result`.
+        """Provide a model within the context that runs with the weights of `result`.
 
-        A sharded mean only holds shards and cannot run, so the student takes over its weights for the block.
+        A sharded moving average cannot run, so the student takes over its weights within the context.
         """
         if self.ema is None or not self.is_sharded:
             yield self.result
@@ -131,10 +132,10 @@ class FineTune(ManualOptimization):
                 parameter.copy_(value)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Return every term with a weight, and their weighted sum `loss`; all are scalars.
+        """Return each loss with a weight above 0, unweighted, and their weighted sum as `loss`. All are scalars.
 
-        `output` is the mean of (v_S - v_T)^2, `flow` the mean of (v_S - (n - x_0))^2, and `feature` the mean relative
-        error of the blocks' image streams.
+        `output`: the mean of (v_S - v_T)^2. `flow`: the mean of (v_S - (n - x_0))^2. `feature`: the mean relative error
+            of the blocks' image streams.
         """
         config = self.config
         weights = {"output": config.output_weight, "flow": config.flow_weight, "feature": config.feature_weight}
@@ -158,7 +159,7 @@ class FineTune(ManualOptimization):
         return terms | {"loss": torch.stack([weights[key] * value for key, value in terms.items()]).sum()}
 
     def _run(self, model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, dict[BlockKey, Tensor]]:
-        """Return a model's velocity, and with `feature_weight` also its blocks' image streams."""
+        """Return a model's velocity and, with `feature_weight`, the image stream of each of its blocks."""
         features: dict[BlockKey, Tensor] = {}
         if not self.config.feature_weight:
             return batch.prediction(model(**batch.inputs)[0]), features
@@ -185,7 +186,7 @@ class FineTune(ManualOptimization):
 
     @torch.no_grad()
     def _average(self) -> None:
-        # The mean is short at first, so that the initial weights do not dominate it.
+        # The decay is smaller at first, so that the initial weights do not dominate the average.
         decay = min(self.config.ema_decay, (1 + self.global_step) / (10 + self.global_step))
         for mean, now in zip(self.ema.parameters(), self.student.parameters(), strict=True):
             mean.lerp_(now.to(mean.dtype), 1 - decay)

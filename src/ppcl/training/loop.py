@@ -1,4 +1,4 @@
-"""Run a training: Lightning's trainer, with checkpoints from which it resumes to the same bits."""
+"""Runs a training with Lightning, with checkpoints from which it resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from ppcl.training.strategies import SHARDED, processes
 
 
 def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> bool:
-    """Return whether `folder` holds a checkpoint of exactly this training.
+    """Return whether `folder` has a checkpoint of exactly this training.
 
-    Raises `UsageError` for a checkpoint of other settings, or a damaged one. `sharded`: this training shards its
-    module, and can read only checkpoints of such trainings.
+    `sharded`: whether this training is sharded (`fsdp`). Sharded and other trainings cannot read each other's
+        checkpoints. Raises `UsageError` for a checkpoint of other settings or of the other kind, and for a damaged one.
     """
     record = folder / "checkpoint.json"
     advice = f"go on with that setting, or delete {folder} to train anew"
@@ -62,17 +62,22 @@ def fit(
     checkpoint_every: int,
     blocks: Iterable[nn.Module],
 ) -> None:
-    """Train `module` for the loader's steps, from the last checkpoint in `folder` if there is one.
+    """Train `module` for the steps of `loader`, resuming from the last checkpoint in `folder` if there is one.
 
-    A training killed at any moment and started again ends with the same weights as an uninterrupted one: batches
-    depend only on the step, and module, optimisers and step are restored together. `blocks` are those that a step
-    runs; `trainer.compile` compiles them for the time of the training. Raises `UsageError` if the training stops early.
+    A training that is killed and started again ends with the same weights as an uninterrupted one: batches depend only
+    on the step, and module, optimisers and step are restored together.
+
+    `header`: identifies the training. It is stored with the checkpoints.
+    `checkpoint_every`: steps from one checkpoint to the next.
+    `blocks`: the blocks that a step runs, which `trainer.compile` compiles for the duration of the training.
+
+    Raises `UsageError` if the training stops early, or as `check_resumable` does.
     """
     resumable = check_resumable(folder, header, sharded=run.teacher.sharded)
     barrier()  # all ranks must have looked before rank 0 changes the folder
     if run.writes:
         if not resumable:
-            shutil.rmtree(folder, ignore_errors=True)  # without its record a checkpoint may be of other settings
+            shutil.rmtree(folder, ignore_errors=True)  # a checkpoint without a record may have other settings
         write_json(folder / "checkpoint.json", header.to_json())
     barrier()
     if resumable:
@@ -116,9 +121,10 @@ def fit(
 
 @contextmanager
 def compiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Compile the forwards of `blocks` within the context; afterwards they are eager again, for batches of any size.
+    """Compile the forward methods of `blocks` within the context. Afterwards they run eagerly, for any batch size.
 
-    Only forwards are compiled: `compile_repeated_blocks` would compile hooks too, and taps come and go.
+    Only `forward` is compiled. `compile_repeated_blocks` of diffusers would also compile hooks, which change during a
+    run.
     """
     eager = [(block, vars(block).get("forward")) for block in blocks]  # offloading may have replaced it
     for block, _ in eager:
@@ -133,6 +139,6 @@ def compiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def discard_checkpoint(run: Run, folder: Path) -> None:
-    """Remove the checkpoint of a finished training, whose result is on disk as an artifact."""
+    """Delete the checkpoint of a finished training, whose result has been written."""
     if run.writes:
         shutil.rmtree(folder, ignore_errors=True)
