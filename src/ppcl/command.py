@@ -377,4 +377,4 @@ def failed_access(error: Exception) -> UsageError | None:
         reason = "writing a checkpoint failed: is the disk full?"
     else:
         return None
-    return UsageError(f"{reason}; nothing that was whole is lost, and the same command goes on from there.")
+    return UsageError(f"{reason}; finished files are intact, and the same command continues from them.")

@@ -83,7 +83,9 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
         for name, maker in (("ppcl-finetuned", "finetune"), ("ppcl-quantized", "quantize")):
             record = run.folder / {"finetune": "finetuned", "quantize": "quantized"}[maker] / "ppcl.json"
             if name in names and maker not in made and not record.exists():
-                raise UsageError(f"'stages=[{stage}]' is to take {name}, and {record} does not exist: add {maker}.")
+                raise UsageError(
+                    f"'stages=[{stage}]' needs {name}, and {record} does not exist: add {maker} to stages."
+                )
     if stage == "evaluate" and "generate" not in made and not (run.folder / "images").is_dir():
         raise UsageError(
             f"'stages=[evaluate]' scores pictures, and {run.folder / 'images'} has none: add generate to stages."

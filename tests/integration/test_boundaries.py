@@ -143,7 +143,7 @@ def test_replayed_steps_come_round_again(command: list[str], runs: Path, tmp_pat
         (["intervals.transformer_blocks=[[0,1]]"], "no boundaries of transformer_blocks [0, 1]"),
         (["distill.mode=sequential"], "needs distill.mode=parallel"),
         (["distill.boundaries=/nonesuch"], "/nonesuch holds no boundaries"),
-        (["distill.from_boundaries=false", "distill.replay=2"], "distill.replay=2 means nothing"),
+        (["distill.from_boundaries=false", "distill.replay=2"], "distill.replay=2 has no effect"),
     ],
 )
 def test_boundaries_that_do_not_fit_are_refused(

@@ -233,7 +233,10 @@ REFUSED = {
         (f"{NAMES}[blocks.3-6]",): f"{NAMES}blocks.3-6 is out of range; the model's blocks are 0 to 5.",
         (f"{NAMES}[blocks.3-4,blocks.2-3]",): f"{NAMES}blocks.3-4 overlaps or precedes [2, 3]; "
         "intervals are disjoint and ordered.",
-        ("intervals=from_plan", f"{NAMES}[blocks.1-2]"): "intervals.names and intervals=from_plan exclude each other.",
+        (
+            "intervals=from_plan",
+            f"{NAMES}[blocks.1-2]",
+        ): "intervals.names and intervals=from_plan exclude each other: give one.",
         (GIVEN, "width.names=[blocsk.3.ffn]"): f"width.names=blocsk.3.ffn: {NO_STACK}",
         (GIVEN, "width.names=[blocks.ffn]"): "width.names=blocks.ffn is no name: "
         "write STACK.N.text or STACK.N.ffn, such as blocks.3.ffn.",

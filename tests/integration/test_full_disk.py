@@ -37,7 +37,7 @@ def test_a_full_disk(settings: list[str], trained: Path, tmp_path: Path, extra: 
     assert failed.returncode == 2, failed.stderr
     sentence = failed.stderr.strip().splitlines()[-1]
     assert "File too large" in sentence or "is the disk full?" in sentence
-    assert "nothing that was whole is lost" in sentence
+    assert "finished files are intact" in sentence
     after = digests(tmp_path / "full" / "plugs")
     assert {name: after.get(name) for name in before} == before
     assert not list(tmp_path.rglob(".*.tmp"))

@@ -123,7 +123,7 @@ def test_a_board_removes_by_name(settings: list[str], trained: Path, teacher: Pa
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["stages=[depth]"], "'stages=[depth]' has nothing to do with distill.mode=none"),
+        (["stages=[depth]"], "'stages=[depth]' cannot run with distill.mode=none"),
         (["stages=[generate]", "generate.variants=[teacher,ppcl-depth]"], "no variant ppcl-depth: use removed"),
         (["stages=[plan]", "budget.params=0.66", "budget.cost=loss"], "budget.cost=loss is not known of every plug"),
     ],

@@ -91,14 +91,14 @@ def check(config: Config) -> None:
     if config.probe.init == "zero" and not config.probe.train_steps:
         raise UsageError("probe.init=zero needs probe.train_steps: probes that start from nothing have to learn.")
     if method.extend is not None and method.rule != "lp_b":
-        raise UsageError(f"method.extend={method.extend} means nothing to method.rule={method.rule}: use lp_b.")
+        raise UsageError(f"method.extend={method.extend} has no effect with method.rule={method.rule}: use lp_b.")
     if not 0 < config.generate.plug_fraction < 1:
         raise UsageError(f"generate.plug_fraction={config.generate.plug_fraction} must lie between 0 and 1.")
     seeds = (config.data.train_seed, config.data.calibration_seed, config.data.eval_seed)
     if len(set(seeds)) < 3:
         raise UsageError(
-            f"data.train_seed, calibration_seed and eval_seed are {seeds}: they must differ, or a stage would be "
-            "judged on what it was fitted to."
+            f"data.train_seed, calibration_seed and eval_seed are {seeds}: make them different, or results are "
+            "measured on samples that they were fitted to."
         )
     base = config.paths.base_run
     if base is not None and not Path(base).is_dir():
@@ -113,7 +113,7 @@ def check(config: Config) -> None:
                 raise UsageError(f"distill.losses.{name} is no loss; there are {', '.join(LOSSES)}.")
         if not any(distill.losses.values()) and not distill.magnitude_weight:
             raise UsageError(
-                f"distill.losses={distill.losses} weighs nothing: give one of {', '.join(LOSSES)} a weight."
+                f"distill.losses={distill.losses} has no weight above 0: give one of {', '.join(LOSSES)} such a weight."
             )
         # Losses of weight 0 are dropped, so that they do not change fingerprints.
         distill.losses = {name: weight for name, weight in distill.losses.items() if weight}
@@ -121,7 +121,7 @@ def check(config: Config) -> None:
         for stage in ("depth", "boundaries"):
             if stage in config.stages:
                 raise UsageError(
-                    f"'stages=[{stage}]' has nothing to do with distill.mode=none, which trains no students."
+                    f"'stages=[{stage}]' cannot run with distill.mode=none, which trains no students: leave it out."
                 )
         draws = {"generate", "evaluate", "report"} & set(config.stages)
         drawn = config.generate.variants or [] if draws else []
@@ -138,7 +138,7 @@ def check(config: Config) -> None:
         raise UsageError("distill.from_boundaries=true needs distill.mode=parallel: a chain has no boundaries on disk.")
     if (distill.replay > 1 or distill.boundaries) and not distill.from_boundaries and "boundaries" not in config.stages:
         key = f"replay={distill.replay}" if distill.replay > 1 else f"boundaries={distill.boundaries}"
-        raise UsageError(f"distill.{key} means nothing without distill.from_boundaries=true.")
+        raise UsageError(f"distill.{key} has no effect: add distill.from_boundaries=true, or leave it out.")
     if "pretrain" in config.stages:
         resolve_benchmark(config)
         check_pretrain(config)
@@ -152,7 +152,9 @@ def check(config: Config) -> None:
         check_adapter(config)
     intervals = resolve_intervals(config)
     if intervals is not None and "detect" in config.stages:
-        raise UsageError("intervals are given, so 'stages=[detect]' would decide nothing: drop one of them.")
+        raise UsageError(
+            "intervals are given, so 'stages=[detect]' has nothing to find: leave out the stage or the intervals."
+        )
     check_width_group(config, intervals)
     check_budget(config)
     if "export" in config.stages:

@@ -191,7 +191,9 @@ def check_data(config: Config) -> None:
         raise UsageError(f"data={data.name} needs data.path, pictures to encode, or data.cache, a folder of such.")
     if data.cache is not None:
         if "cache" in config.stages:
-            raise UsageError(f"data.cache={data.cache} is made already: give data.path to make one, or drop the stage.")
+            raise UsageError(
+                f"data.cache={data.cache} exists, so there is nothing to cache: give data.path, or leave out cache."
+            )
         if not (Path(data.cache) / "cache.json").exists():
             raise UsageError(f"data.cache={data.cache} holds no cache.json; name a folder that 'stages=[cache]' made.")
     edits = FAMILIES[config.model.family].max_references > 0
@@ -202,11 +204,11 @@ def check_data(config: Config) -> None:
         )
     if data.given and (data.cache is not None or not edits):
         why = "data.cache has them" if edits else f"model.family={config.model.family} is given no pictures"
-        raise UsageError(f"data.given={data.given}: {why}; drop it.")
+        raise UsageError(f"data.given={data.given}: {why}; leave it out.")
     if data.held_out is not None and not 0 < data.held_out < 1:
-        raise UsageError(f"data.held_out={data.held_out} must lie between 0 and 1.")
+        raise UsageError(f"data.held_out={data.held_out} must lie between 0 and 1, such as 0.1.")
     if not data.captions:
-        raise UsageError("data.captions=[] names no key that a caption stands under.")
+        raise UsageError("data.captions=[] names no key for captions; give some, such as [caption].")
     if not data.aspects:
         raise UsageError("data.aspects=[] leaves no shape to cut pictures to; write some, such as 1:1.")
     for aspect in data.aspects:

@@ -85,16 +85,19 @@ def check_generate(config: Config) -> None:
                 f"generate.offload={generate.offload} draws one variant a command: give generate.variants=[NAME]."
             )
     if generate.prompt is not None and generate.prompt_file is not None:
-        raise UsageError(f"generate.prompt_file={generate.prompt_file} and generate.prompt exclude each other.")
+        raise UsageError(
+            f"generate.prompt_file={generate.prompt_file} and generate.prompt exclude each other: give one."
+        )
     if generate.prompt is not None and not generate.prompt.strip():
-        raise UsageError("generate.prompt is empty; write what the picture shall show.")
+        raise UsageError("generate.prompt is empty; describe the picture, or leave it out.")
     for path in generate.loras:
         _check_lora_file("generate.loras", path)
         _check_takes_lora(f"generate.loras={path}", family)
     if generate.controlnet is not None:
         if not FAMILIES[family].controlnet_classes:
             raise UsageError(
-                f"generate.controlnet={generate.controlnet}: model.family={family} takes none in diffusers."
+                f"generate.controlnet={generate.controlnet}: diffusers has no ControlNet for model.family={family}; "
+                "leave it out."
             )
         if generate.control_image is None:
             raise UsageError(f"generate.controlnet={generate.controlnet} needs generate.control_image, a picture.")
@@ -131,7 +134,7 @@ def _check_given_images(config: Config) -> None:
 
 def _check_takes_lora(key: str, family: str) -> None:
     if not FAMILIES[family].takes_lora:
-        raise UsageError(f"{key}: model.family={family} takes no LoRA in diffusers; leave it out.")
+        raise UsageError(f"{key}: model.family={family} cannot load LoRAs in diffusers; leave it out.")
     if find_spec("peft") is None:
         raise UsageError(f"{key} needs peft: pip install 'peft>=0.18'.")
 
@@ -178,7 +181,8 @@ def check_export(config: Config) -> None:
     one_of("export.single_file_dtype", export.single_file_dtype, tuple(DTYPES))
     if export.single_file_dtype != "bfloat16" and not export.single_file:
         raise UsageError(
-            f"export.single_file_dtype={export.single_file_dtype} means nothing without export.single_file=true."
+            f"export.single_file_dtype={export.single_file_dtype} has no effect: add export.single_file=true, or leave "
+            "it out."
         )
     if export.single_file and family not in layouts():
         raise UsageError(
@@ -201,7 +205,9 @@ def check_export(config: Config) -> None:
         check_repo_id(export.push_to_hub)
     for key in ("private", "commit_message"):
         if getattr(export, key) is not None and export.push_to_hub is None:
-            raise UsageError(f"export.{key}={getattr(export, key)} means nothing without export.push_to_hub.")
+            raise UsageError(
+                f"export.{key}={getattr(export, key)} has no effect: add export.push_to_hub, or leave it out."
+            )
 
 
 def check_import(config: Config) -> None:
@@ -228,7 +234,8 @@ def check_quantize(config: Config) -> None:
             raise UsageError(f"quantize.group_size={quantize.group_size} is no group: give 32, 64 or 128 for int4.")
     elif quantize.group_size is not None:
         raise UsageError(
-            f"quantize.group_size={quantize.group_size} means nothing to quantize.scheme={quantize.scheme}."
+            f"quantize.group_size={quantize.group_size} is only for quantize.scheme=int4, not {quantize.scheme}: leave "
+            "it out."
         )
     if quantize.scheme == "nf4" and quantize.rounding != "nearest":
         raise UsageError(f"quantize.rounding={quantize.rounding}: bitsandbytes rounds nf4 to the nearest by itself.")

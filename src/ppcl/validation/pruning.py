@@ -123,7 +123,7 @@ def resolve_intervals(config: Config) -> Intervals | None:
     given, key = _given_intervals(config)
     if config.intervals.source == "plan":
         if key is not None:
-            raise UsageError(f"{key} and intervals=from_plan exclude each other.")
+            raise UsageError(f"{key} and intervals=from_plan exclude each other: give one.")
         if config.intervals.path is None:
             raise UsageError("intervals=from_plan needs intervals.path, the JSON file of a pruning plan.")
         path = Path(config.intervals.path)
@@ -136,8 +136,8 @@ def resolve_intervals(config: Config) -> Intervals | None:
         return None
     if config.intervals.family not in (None, config.model.family):
         raise UsageError(
-            f"these intervals are of family {config.intervals.family}; model={config.model.name} is "
-            f"{config.model.family}."
+            f"these intervals are for family {config.intervals.family}, and model={config.model.name} is of family "
+            f"{config.model.family}: give intervals for that model."
         )
     facts, named = FAMILIES[config.model.family], config.intervals.names is not None
     where = "intervals.names" if named else "intervals"
@@ -192,7 +192,8 @@ def resolve_width(config: Config) -> Width | None:
             )
         if settings.family not in (None, config.model.family):
             raise UsageError(
-                f"these width sets are of family {settings.family}; model={config.model.name} is {config.model.family}."
+                f"these width sets are for family {settings.family}, and model={config.model.name} is of family "
+                f"{config.model.family}: give sets for that model, or width=auto."
             )
     return given
 
@@ -222,9 +223,11 @@ def check_width_group(config: Config, intervals: Intervals | None) -> None:
     if not 0 < config.width.text_threshold <= 1:
         raise UsageError(f"width.text_threshold={config.width.text_threshold} must lie between 0 and 1.")
     if not 0 <= config.finetune.ema_decay < 1:
-        raise UsageError(f"finetune.ema_decay={config.finetune.ema_decay} must lie in [0, 1).")
+        raise UsageError(f"finetune.ema_decay={config.finetune.ema_decay} must be at least 0 and below 1.")
     if config.finetune.output_weight == config.finetune.flow_weight == 0:
-        raise UsageError("finetune.output_weight and finetune.flow_weight are both 0: no loss sees the output.")
+        raise UsageError(
+            "finetune.output_weight and finetune.flow_weight are both 0, so no loss trains the output: set one."
+        )
 
 
 def budget_of(config: Config) -> tuple[str, float] | None:
