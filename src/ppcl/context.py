@@ -80,19 +80,23 @@ class Run:
 
     @cached_property
     def family(self) -> Family:
+        """The model family, which knows the transformer's blocks and inputs."""
         return get_family(self.config.model.family, self.config.model.arch, self.config.model.sampling)
 
     @cached_property
     def device(self) -> torch.device:
+        """The device of the teacher: the GPU if there is one and `trainer.accelerator` allows it, else the CPU."""
         wants_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda")
         return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
 
     @cached_property
     def teacher(self) -> TeacherModel:
+        """The teacher. Its weights are loaded when its pipeline is first used."""
         return TeacherModel(self.config, self.family, self.device)
 
     @cached_property
     def data(self) -> TrainingData:
+        """The training and held-out batches."""
         return TrainingData(self.config, self.teacher)
 
     @property
@@ -163,6 +167,7 @@ class Run:
 
     @property
     def plan_path(self) -> Path:
+        """The plan of the detected intervals, in this run or in `paths.base_run`."""
         return self.base / "plan" / "plan.json"
 
     @property
@@ -173,6 +178,7 @@ class Run:
 
     @property
     def plugs_folder(self) -> Path:
+        """The folder of the trained students and projectors, in this run or in `paths.base_run`."""
         return self.base / "plugs"
 
     @property
@@ -199,14 +205,17 @@ class Run:
 
     @property
     def layout(self) -> Layout:
+        """The structure of blocks that are pruned in width."""
         return Layout(self.config.width.text_output, self.config.width.keep_text_query)
 
     @property
     def width_path(self) -> Path:
+        """The plan with the width sets, in this run or in `paths.base_run`."""
         return self.base / "plan" / "width.json"
 
     @property
     def choice_path(self) -> Path:
+        """The file that `stages=[plan]` writes the plugs chosen for the budget to."""
         return self.folder / "plan" / "choice.json"
 
     @property

@@ -63,6 +63,7 @@ def read_images(run: Run, variant: str) -> Iterator[Image.Image]:
 
 
 def read_image(run: Run, variant: str, number: int) -> Image.Image:
+    """Return picture `number` of a variant, in RGB."""
     with Image.open(image_folder(run, variant) / f"{number:05d}.png") as image:
         return image.convert("RGB")
 

@@ -88,10 +88,9 @@ def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
 
 
 def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
-    """Return what a training with the teacher in memory needs.
+    """Return module, training batches, held-out batches and blocks of a training with the teacher in memory.
 
-    These are the training module, the training batches and the held-out batches as functions of the step, and the
-    teacher's blocks, to be compiled.
+    Batches are functions of the step. The blocks are the teacher's, which `trainer.compile` compiles.
     """
     config, transformer = run.config.distill, run.teacher.pipeline.transformer
     module = DepthDistillation(run.family, transformer, intervals, config, run.precision)
@@ -101,7 +100,7 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
 
 
 def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
-    """Return the same four for a training from stored activations. The list of the teacher's blocks is empty."""
+    """Return the same for a training from stored activations. There is no teacher, so the list of its blocks is empty."""
     folder, _ = stored_boundaries(run)
     students = initial_students(run, intervals, folder)
     module = DepthFromBoundaries(run.family, intervals, students, run.config.distill, run.precision)

@@ -35,7 +35,7 @@ def _rows(run: Run) -> list[ComparedRow]:
     names = [name for name in STORED_VARIANTS if name in usual or any(run.scores_folder.glob(f"{name}*.json"))]
     try:
         return read_rows(run, names)
-    except UsageError:  # some scores are outdated, since this run has trained their variant anew
+    except UsageError:  # some scores are outdated: their variant has been trained again
         return read_rows(run)
 
 

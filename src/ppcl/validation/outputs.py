@@ -152,6 +152,7 @@ def check_adapter(config: Config) -> None:
 
 
 def check_lora(config: Config) -> None:
+    """Check `lora.path`, and that the model's family can load LoRAs; raises `UsageError`."""
     if config.lora.path is None:
         raise UsageError("'stages=[remap_lora]' needs lora.path, the safetensors file of a LoRA of the full model.")
     _check_lora_file("lora.path", config.lora.path)

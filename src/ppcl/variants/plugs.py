@@ -28,6 +28,7 @@ class Plugs:
 
     @property
     def names(self) -> list[str]:
+        """The names of all plugs."""
         return [*self.students, *self.removals, *self.projectors]
 
     def interval(self, name: str) -> tuple[str, Interval]:

@@ -37,12 +37,14 @@ class Switch:
 
     @property
     def finetuned(self) -> Any:
+        """The fine-tuned transformer, loaded on first use."""
         if self._finetuned is None:
             self._finetuned = self._load(finetuned_folder(self.run))
         return self._finetuned
 
     @property
     def quantized(self) -> Any:
+        """The quantised transformer, loaded on first use."""
         if self._quantized is None:
             self._quantized = self._load(quantized_folder(self.run))
         return self._quantized

@@ -51,10 +51,12 @@ def made_of(variant: Variant, plugs: Plugs) -> dict[str, Any]:
 
 
 def finetuned_folder(run: Run) -> Path:
+    """Return the folder of this run's fine-tuned model."""
     return run.folder / "finetuned"
 
 
 def quantized_folder(run: Run) -> Path:
+    """Return the folder of this run's quantised model."""
     return run.folder / "quantized"
 
 
