@@ -100,7 +100,7 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
 
 
 def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
-    """Return the same for a training from stored activations. There is no teacher, so the list of its blocks is empty."""
+    """Return the same for a training from stored activations. It has no teacher, so the list of blocks is empty."""
     folder, _ = stored_boundaries(run)
     students = initial_students(run, intervals, folder)
     module = DepthFromBoundaries(run.family, intervals, students, run.config.distill, run.precision)
