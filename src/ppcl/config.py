@@ -58,7 +58,7 @@ class ModelConfig:
     `streaming`: true leaves the weights of the teacher's blocks on disk. A block is loaded just before it is used and
         the next one is prefetched, so that at most two are in memory.
     `builder`: the module that builds an embedded teacher, for `stages=[pretrain]`. None for all other models.
-    `arch`: the entries of the transformer's `config.json`, which replace these where `path` is a folder.
+    `arch`: the transformer's config. If `path` is a folder, the entries of its `config.json` replace these.
     """
 
     name: str = MISSING
