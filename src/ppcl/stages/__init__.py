@@ -2,6 +2,11 @@
 
 Each stage is the module of its name in this folder, with a function `run(run)`. Stages communicate through the files
 that they write into the run's folder and the cache. None of them imports another.
+
+Terms that all stages use: a plug is a module that replaces part of the teacher. It is a student, which replaces the
+blocks of an interval, or a projector, which replaces a text stream or an FFN. A variant is the teacher with some plugs.
+A header lists everything that a file was made from, and a fingerprint is its hash. A file is reused if the fingerprint
+is still the same.
 """
 
 from __future__ import annotations

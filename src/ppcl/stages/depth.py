@@ -141,7 +141,7 @@ def run(run: Run) -> None:
         return
     checkpoints, header = _checkpoint_of(run, chosen)
     if config.mode == "sequential" or check_resumable(checkpoints, header, sharded=run.teacher.sharded):
-        missing = chosen  # a chain trains as one; a run killed while writing plugs resumes at the last step
+        missing = chosen  # a chain trains as one; resume if killed while writing plugs
     else:
         checkpoints, header = _checkpoint_of(run, missing)
         check_resumable(checkpoints, header, sharded=run.teacher.sharded)
