@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ppcl.artifacts.files import read_json
 from ppcl.artifacts.plan import plug_name, projector_name
 from ppcl.context import Run
 from ppcl.errors import UsageError
@@ -71,11 +72,12 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
             _check_projectors(run, stage, made)
     elif stage in _ARRANGING:
         names = _variants(run, stage)
-        if any(name != "teacher" for name in names):
+        arranged = {_quantized_base(run) if name == "ppcl-quantized" else name for name in names}
+        if arranged - {"teacher"}:
             _check_intervals(run, stage, made)
-        if any(name.startswith("ppcl") for name in names):
+        if any(name.startswith("ppcl") for name in arranged):
             _check_students(run, stage, made)
-        if {"ppcl-width", "ppcl-planned", "ppcl-finetuned"} & set(names):
+        if {"ppcl-width", "ppcl-planned", "ppcl-finetuned"} & arranged:
             _check_projectors(run, stage, made)
         for name, maker in (("ppcl-finetuned", "finetune"), ("ppcl-quantized", "quantize")):
             record = run.folder / {"finetune": "finetuned", "quantize": "quantized"}[maker] / "ppcl.json"
@@ -103,6 +105,14 @@ def _variants(run: Run, stage: str) -> list[str]:
         asked = config.export.variant if stage == "export" else config.quantize.variant
         return ["ppcl-planned"] if asked is None and "import_published" not in config.stages else [asked or "teacher"]
     return config.generate.variants or []
+
+
+def _quantized_base(run: Run) -> str:
+    """The variant that this run's quantised model is made from, or is going to be."""
+    record = run.folder / "quantized" / "ppcl.json"
+    if record.exists():
+        return str(read_json(record, "The record of the quantised model")["made_from"]["variant"])
+    return run.config.quantize.variant or "ppcl-planned"
 
 
 def _check_intervals(run: Run, stage: str, made: set[str]) -> None:

@@ -266,7 +266,7 @@ def test_groups_that_divide_some_layers_leave_the_others(again: list[str], tmp_p
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [
-        (["stages=[quantize]"], ["stages=[quantize] needs a scheme", "quantize=int4"]),
+        (["stages=[quantize]"], ["'stages=[quantize]' needs a scheme", "quantize=int4"]),
         (["quantize.scheme=int3"], ["quantize.scheme=int3", "int8, int4, nf4"]),
         (["quantize=int4", "quantize.rounding=up"], ["quantize.rounding=up", "least_squares"]),
         (["quantize=int4", "quantize.group_size=null"], ["quantize.group_size=None", "64"]),
@@ -277,7 +277,7 @@ def test_groups_that_divide_some_layers_leave_the_others(again: list[str], tmp_p
         (["quantize=int4", "quantize.group_size=96"], ["quantize.group_size=96", "their widths are 64, 256"]),
         (["quantize=int4", "quantize.skip=['*']"], ["quantize.skip", "it leaves none"]),
         (["quantize=int3"], ["quantize=int3 is unknown", "int4"]),
-        (["stages=[generate]", "generate.variants=[ppcl-quantized]"], ["run stages=[quantize] first"]),
+        (["stages=[generate]", "generate.variants=[ppcl-quantized]"], ["ppcl.json does not exist: add quantize"]),
     ],
     ids=lambda value: " ".join(value) if "=" in str(value[0]) else "",
 )
@@ -306,7 +306,7 @@ def test_without_torchao_it_is_said(
     monkeypatch.setitem(sys.modules, "torchao", None)
     outcome = ppcl(*again, *INT4)
     assert outcome.code == 2
-    assert "quantize.scheme=int4 needs torchao, which is not installed: pip install" in outcome.err
+    assert "quantize.scheme=int4 needs torchao: pip install" in outcome.err
     assert not (tmp_path / "few" / "quantized").exists()
     outcome = ppcl(*command, VARIANTS, "stages=[generate]")
     assert outcome.code == 2

@@ -147,7 +147,7 @@ def test_projectors_of_students_are_none_of_removals(
     assert "use width=none" in outcome.err
     plain = [part for part in removal if not part.startswith("width.")]
     succeed(*plain, "stages=[plan]", "budget.params=0.7")
-    assert (tmp_path / "trained" / "plan" / "costs-removed.json").exists()
+    assert (tmp_path / "removed" / "plan" / "costs-removed.json").exists()
 
 
 def test_a_board_finds_removals_by_their_projectors(run: Path, teacher: Path) -> None:
