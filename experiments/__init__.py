@@ -1,4 +1,4 @@
-"""Experiments, run from the repository's root: `python -m experiments.pareto.run`."""
+"""The experiments. Run them from the repository's root, as `python -m experiments.pareto.run`."""
 
 from ppcl.quiet import quiet_messages
 

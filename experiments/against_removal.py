@@ -1,4 +1,7 @@
-"""Write the experiment's results.csv from the runs of against_removal.sh, and print the means."""
+"""Write results.csv of `experiments/flux` or `experiments/edit` from the runs of against_removal.sh; print the means.
+
+python -m experiments.against_removal flux
+"""
 
 from __future__ import annotations
 

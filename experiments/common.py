@@ -1,4 +1,4 @@
-"""What the experiments share: runs configured as on the command line, scores of an arrangement, and tables."""
+"""Functions that the experiments share: make runs as the command line does, score pipelines, write tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEEDS = (10, 11, 12)
 
 
 def make_run(name: str, *overrides: str) -> Run:
-    """Return the run that `ppcl name=<name> <overrides>` would work in, without running a stage."""
+    """Return the run that `ppcl name=<name> <overrides>` would use, without running a stage."""
     quiet_progress()
     run = prepare([f"name={name}", *overrides])
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,10 @@ def make_run(name: str, *overrides: str) -> Run:
 
 
 def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
-    """Return the scores of the run's pipeline as it is arranged now, on `per_category` prompts; keeps no pictures."""
+    """Draw `per_category` prompts of each category with the run's pipeline as it is now; return the scores by name.
+
+    The pictures are not kept.
+    """
     sizes = replace(run.config.benchmark, prompts_per_category=per_category)
     prompts = run.benchmark.prompts(run.family, replace(run.config, benchmark=sizes))
     images = []
@@ -42,7 +45,7 @@ def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
 
 
 def read_rows(name: str, variants: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return a row per variant and seed of the sweep `name`; `variants` maps each variant to its label."""
+    """Return a row per variant and seed of the sweep in `runs/<name>`; `variants` maps each variant to its label."""
     rows = []
     for record in sorted((Path("runs") / name).glob("*/config.yaml")):
         results = ppcl.load(record.parent)
@@ -70,7 +73,7 @@ def collect(target: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows`, with the first one's keys as header and floats to six digits."""
+    """Write `rows` as CSV. The keys of the first row are the header; floats are written to six digits."""
     with path.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -79,11 +82,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file. All values are strings."""
     with path.open(newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 
 def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
-    """Return mean and sample standard deviation; the latter is 0 for a single value."""
+    """Return the mean and the sample standard deviation, which is 0 for a single value."""
     found = list(values)
     return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0

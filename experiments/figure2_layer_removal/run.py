@@ -1,4 +1,4 @@
-"""Figure 2: one, two or three blocks removed, side by side or apart, over positions."""
+"""Figure 2: score the teacher without one, two or three blocks, adjacent or apart, at every position."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from ppcl.variants.costs import velocity_error
 
 HERE = Path(__file__).parent
 
-PER_CATEGORY = 5  # 90 pictures a removal over the seeds, thousands a curve
+PER_CATEGORY = 5  # 90 pictures of each removal over all seeds, and thousands for each curve
 STACK = "transformer_blocks"
 KINDS = ("1", "2 contiguous", "2 apart", "3 contiguous", "3 apart")
 
 
 def removals(num_layers: int, rng: np.random.Generator) -> list[tuple[str, int, list[int]]]:
-    """Return kind, position and blocks of each removal. Blocks apart start at `position`; the rest is random."""
+    """Return the kind, position and blocks of each removal.
+
+    `position` is the first adjacent block, or one of the blocks apart. The others of those are drawn at random.
+    """
     found = []
     for position in range(num_layers):
         found.append(("1", position, [position]))
@@ -64,7 +67,10 @@ def main() -> None:
 
 
 def plot() -> None:
-    """Plot each kind's mean over the seeds by position, without those that drew block 0: it hides all else."""
+    """Plot the mean over the seeds of each kind of removal, by position.
+
+    Removals apart that drew block 0 at random are left out: losing it would hide every other effect.
+    """
     rows = read_csv(HERE / "results.csv")
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharex=True)
     labels = {"overall": "overall score", "velocity_error": "relative error of the velocity"}

@@ -1,4 +1,4 @@
-"""Figure 3: the surrogate's cka(u, k) and its differences, and the intervals they give, over three calibration sets."""
+"""Figure 3: cka(u, k) of the linear surrogate, its differences, and the intervals found, for three calibration sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figure 5: CKA between the outputs of every two blocks per stream, with and without their largest channels."""
+"""Figure 5: the CKA of every two blocks' outputs, by stream, with and without the channels of most variance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ppcl.report import plots
 
 HERE = Path(__file__).parent
 
-TOP_CHANNELS = 2  # of 64: what massive activations would hide in
+TOP_CHANNELS = 2  # of 64; very large activations would be in these
 
 
 def main() -> None:

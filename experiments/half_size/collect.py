@@ -1,4 +1,4 @@
-"""Write results.csv from the runs of the sweep, and print the mean drop."""
+"""Write results.csv from the runs of the sweep, and print the mean loss of score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Score the tuned models on prompts that were used for no training and no choice."""
+"""Score the fine-tuned models on prompts that nothing was trained on and nothing was chosen by.
+
+python -m experiments.half_size.fresh_prompts [EVAL_SEED ..]
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A LoRA of the teacher on pruned models: from which of the teacher's blocks should a student take it?
+"""Put a LoRA of the teacher onto pruned models: which block's part of it should a student take?
 
-The LoRA paints the background dark. Its effect on a pruned model is compared with its effect on the teacher, with
-each of `lora.source`'s choices, on the plugs as distilled and after fine-tuning.
+The LoRA paints the background dark. Its effect on a pruned model is compared with its effect on the teacher, for each
+value of `lora.source`, before and after fine-tuning.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PER_CATEGORY = 10
 
 
 class DarkStream(ShapesStream):
-    """Batches of the shapes world with a dark background."""
+    """Draws batches of the shapes world with a dark background."""
 
     def __call__(self, step: int) -> Any:
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
@@ -49,7 +49,7 @@ class DarkStream(ShapesStream):
 
 
 def train_lora(run: Any) -> dict[str, torch.Tensor]:
-    """Train a LoRA of all attention and MLP layers of the teacher, by flow matching on dark pictures."""
+    """Train a LoRA of the teacher's attention and MLP layers by flow matching on dark pictures; return its tensors."""
     transformer = run.teacher.pipeline.transformer
     torch.manual_seed(0)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2"]
@@ -74,7 +74,11 @@ def train_lora(run: Any) -> dict[str, torch.Tensor]:
 def look(
     run: Any, held_out: list[Any], target: list[torch.Tensor] | None
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """Return the velocity's error against `target` and the background's brightness; the detector needs light."""
+    """Return measures by name, and the velocities on the held-out batches.
+
+    The measures are the relative error of the velocities against `target`, if given, and the background's brightness.
+    Scores are not among them, because the detector needs a light background.
+    """
     transformer = run.teacher.pipeline.transformer
     with torch.no_grad():
         velocity = [transformer(**batch.inputs)[0] for batch in held_out]

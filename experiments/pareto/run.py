@@ -1,4 +1,4 @@
-"""Quality against parameters of the planner's points, under both of its costs, without fine-tuning."""
+"""Score models of all sizes without fine-tuning, as the planner chooses them by either of its two costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = {"velocity": "planned by velocity error", "loss": "planned by distillat
 
 
 def points_of(seed: int) -> list[dict]:
-    """Draw and score every second point of both frontiers of half_size's run with that seed."""
+    """Score every second size that the planner offers by each cost, with the plugs of half_size for this seed."""
     base = f"paths.base_run=runs/half_size/{seed}"
     run = make_run(f"pareto/{seed}", "experiment=half_size", f"data.train_seed={seed}", base)
     plugs = required_plugs(run)

@@ -1,4 +1,4 @@
-"""The quality that 8 and 4 bits cost the tuned half-size models and the teacher, by rounding method."""
+"""Measure the quality that 8 and 4 bits cost the fine-tuned half-size models and the teacher, by rounding method."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 
 PER_CATEGORY = 60
-HELD_OUT = 4  # batches, far behind those of calibration
+HELD_OUT = 4  # batches; their numbers are far above those of the calibration batches
 OWN = "own inputs"
 EVERYTHING = ("quantize.skip=[]",)
-# By name: the configuration, and whether the pictures are scored.
+# Each name: the overrides, and whether pictures are scored.
 INT4 = ("quantize=int4",)
 NEAREST = (*INT4, "quantize.rounding=nearest")
 VARIANTS: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -47,27 +47,37 @@ TEACHER = ("int8 nearest", "int4 nearest", "int4 least squares")
 
 
 def to_own_inputs(layers: Any, moments: Any, **settings: Any) -> None:
-    """Round by GPTQ's objective: keep each layer's output on its present inputs, not on the unrounded model's."""
+    """Round by GPTQ's objective: keep each layer's output on the inputs it has now.
+
+    `least_squares` keeps the output that the layer has in the unrounded model, on that model's inputs.
+    """
     own = copy.copy(moments)
     own.cross, own.sum_given = own.gram, own.sum_rounded
     round_linears(layers, own, **settings)
 
 
 def velocities(run: Run, model: Any) -> torch.Tensor:
+    """Return the velocities of `model` on the held-out batches, in float64."""
     stream = run.data.stream(run.config.data.calibration_seed, 32)
     with torch.no_grad():
         return torch.cat([model(**stream(1000 + step).inputs)[0] for step in range(HELD_OUT)]).double()
 
 
 def pictures(run: Run) -> np.ndarray:
-    """Return 60 pictures `[60, H, W, 3]` in [0, 1] of the pipeline as it is arranged, from the same noise each time."""
+    """Draw with the run's pipeline as it is now; return pictures `[60, H, W, 3]` in [0, 1].
+
+    Prompts and noise are the same in every call.
+    """
     prompts = run.prompts[:: len(run.prompts) // 60][:60]
     images = draw(run, run.teacher.pipeline, [prompt.text for prompt in prompts], range(60))
     return np.stack([np.asarray(to_pixels(image), dtype=float) / 255 for image in images])
 
 
 def measure(base: str, seed: int, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return a row without quantisation, then one for each way to quantise variant `base` of the run with that seed."""
+    """Return rows of variant `base` of half_size's run with that seed.
+
+    The first row is the unquantised model. Then there is one for each of `names`, which are keys of `VARIANTS`.
+    """
     common = ("experiment=half_size", f"data.train_seed={seed}", "trainer.compile=false")
     common += (f"benchmark.prompts_per_category={PER_CATEGORY}",)
     run = make_run(f"half_size/{seed}", *common)

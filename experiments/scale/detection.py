@@ -1,9 +1,9 @@
-"""Detection from captured activations against forwards of the surrogate (Eq. 3): same probes, same batches.
+"""Time detection against three plain ways to detect intervals, with the same probes and batches.
 
-Three rivals, each of which finds the same intervals:
-- `forwards`: for every u < k the model with blocks u + 1..k replaced by their probes, run up to k.
-- `forwards, walk`: the same for those pairs alone that Algorithm 1 comes to; no curves are left to draw.
-- `chain`: the teacher runs once; from its output at u the probes u + 1, u + 2.. one after another, for every u.
+Ours computes cka(u, k) of the surrogate (Eq. 3) from activations that it keeps. The others find the same intervals:
+- `forwards`: for every u < k, replace blocks u + 1 to k by their probes, and run the model up to block k.
+- `forwards, walk`: the same, but only for the pairs that Algorithm 1 visits. It gives no complete curves to draw.
+- `chain`: run the teacher once. For every u, apply probes u + 1, u + 2, .. in turn to its output at block u.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ppcl.ops.cka import centre, cka
 from ppcl.taps import BlockCall, Streams, observe
 
 ROUNDS = 3
-TIMESTEPS = 4  # half of the default; every way takes time in proportion
+TIMESTEPS = 4  # half of the default; the time of every way is proportional to it
 
 
 class ProbeBlock(nn.Module):
@@ -50,7 +50,7 @@ class ProbeBlock(nn.Module):
 
 
 class Surrogates:
-    """Computes cka(u, k), the mean over streams, samples and noise levels, by running the surrogates."""
+    """Computes cka(u, k) plainly, by running surrogates. The value is a mean over streams, samples and noise levels."""
 
     def __init__(self, run: Run, probes: Probes, batches: list[TrainingBatch]) -> None:
         self.family, self.batches = run.family, batches
@@ -59,7 +59,7 @@ class Surrogates:
         self.probes = [ProbeBlock(probes, index) for index in range(len(self.blocks))]
 
     def similarity(self, batch: TrainingBatch, before: Streams, after: Streams) -> Tensor:
-        """Return the CKA `[B]` of two outputs."""
+        """Return the CKA `[B]` of two blocks' outputs, a mean over the streams."""
         masks = self.family.masks(batch.inputs)
         pairs = (
             (centre(before[name].double(), mask), centre(after[name].double(), mask)) for name, mask in masks.items()
@@ -68,6 +68,7 @@ class Surrogates:
 
     @torch.no_grad()
     def by_forward(self, u: int, k: int) -> float:
+        """Return cka(u, k) from a forward pass of the model with blocks u + 1 to k replaced by probes."""
         arranged = [*self.blocks[: u + 1], *self.probes[u + 1 : k + 1], *self.blocks[k + 1 :]]
         found = []
         self.model.transformer_blocks = nn.ModuleList(arranged)
@@ -85,6 +86,7 @@ class Surrogates:
 
     @torch.no_grad()
     def by_chain(self) -> dict[Interval, float]:
+        """Return cka(u, k) for every pair u < k, from one forward pass of the teacher for each batch."""
         found: dict[Interval, list[Tensor]] = {}
         for batch in self.batches:
             outputs: dict[int, Streams] = {}
@@ -98,6 +100,7 @@ class Surrogates:
 
 
 def figures(tiny: bool) -> dict[str, Any]:
+    """Return this module's figures by name. With `tiny` they only show that the code runs."""
     settings = ("method.min_cka=0.9945", "trainer=cpu", "trainer.progress=false", "stages=[probe]")
     ppcl.run(["name=bench/detection", *settings])
     run = make_run("bench/detection", *settings)
@@ -160,4 +163,5 @@ def figures(tiny: bool) -> dict[str, Any]:
 
 
 def every_pair(count: int) -> Iterator[Interval]:
+    """Return all pairs u < k of `count` blocks."""
     return ((u, k) for u in range(count) for k in range(u + 1, count))

@@ -1,8 +1,10 @@
-"""Full-size models with random weights on one GPU: a distillation step, and what the paper's sets save in drawing.
+"""Measure full-size models with random weights on one GPU: steps of distillation, and of drawing with pruned models.
 
-python -m experiments.scale.gpu [--only PHASE ..] [--output gpu.json]; without a path to $OUT/gpu.json.
-A phase that fails says so in the file and leaves the others. `--tiny` runs all of it on a CPU. `distill_streamed`
-writes the teacher's 41 GB to --folder first, and reads them from there.
+    python -m experiments.scale.gpu [--only PHASE ..] [--output gpu.json]
+
+The default output is $OUT/gpu.json, or runs/bench/gpu.json where OUT is not set. If a phase fails, the file has its
+error, and the other phases still run. `--tiny` runs everything on a CPU. `distill_streamed` first writes the teacher's
+41 GB to --folder, and then reads its blocks from there.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ CAP = 24 * 2**30
 REPEATS = 20
 QWEN = ("model=qwen_image", "intervals=qwen_image_paper", "width=qwen_image_paper")
 FLUX = ("model=flux_dev", "intervals=flux_dev_paper")
-TEXT = {"qwen_image": 128, "flux": 512}  # tokens of a prompt; FLUX's are always so many
-# With the same numbers of blocks; heads of 16 channels and pictures of 64 x 64.
+TEXT = {"qwen_image": 128, "flux": 512}  # tokens of a prompt; FLUX always has 512
+# For `--tiny`: the same numbers of blocks, but heads of 16 channels and pictures of 64 x 64.
 TINY = ("model.arch.attention_head_dim=16", "model.arch.num_attention_heads=2", "model.arch.joint_attention_dim=32")
 TINY += (
     "model.arch.axes_dims_rope=[4,6,6]",
@@ -65,7 +67,7 @@ class Bench:
         return make_run("bench/gpu", *overrides, *(TINY if self.tiny else ()))
 
     def model(self, run: Run, model_class: Any, config: dict[str, Any]) -> Any:
-        """Return a model with random weights, made on the device in its own dtype, without a copy elsewhere."""
+        """Return a model with random weights, made directly on the device and in its own dtype."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, run.config.model.dtype))
         try:
@@ -78,7 +80,7 @@ class Bench:
         return self.model(run, run.family.transformer_class, run.config.model.arch)
 
     def streamed_teacher(self, run: Run) -> Any:
-        """Return the teacher streamed from files, two blocks at a time on the device; the files stay."""
+        """Return the teacher streamed from files, with two blocks at a time on the device. The files are kept."""
         assert self.folder is not None
         write_teacher(self.folder, run.config.model.arch)
         return load_streamed(run.family, self.folder / "transformer", self.device, run.teacher.dtype)
@@ -115,10 +117,12 @@ class Bench:
 
 
 def distill(bench: Bench, teacher: str) -> Figures:
-    """Steps with the last interval, so that the teacher runs 58 of its 60 blocks.
+    """Return the time and peak memory of a depth step that trains the student of the last interval.
 
-    `teacher`: `resident` on the whole card; `streamed` from its files, or `offloaded` to host memory by diffusers, a
-    block at a time and within 24 GB.
+    The teacher runs 58 of its 60 blocks for it. `teacher` says where its weights are:
+    - `resident`: on the card, of which all memory may be used;
+    - `streamed`: in files, read block by block; at most 24 GB of the card are used;
+    - `offloaded`: in host memory, moved block by block by diffusers; at most 24 GB of the card are used.
     """
     run = bench.run(*QWEN)
     pair = run.intervals["transformer_blocks"][-1]
@@ -133,7 +137,7 @@ def distill(bench: Bench, teacher: str) -> Figures:
         torch.cuda.reset_peak_memory_stats()
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total) if capped else 1.0)
-    if teacher == "offloaded":  # behind the student, which is a plain copy
+    if teacher == "offloaded":  # after the student was made, so that the student is a plain copy
         model.enable_group_offload(
             bench.device, offload_type="block_level", num_blocks_per_group=1, use_stream=not bench.tiny
         )
@@ -155,10 +159,10 @@ def distill(bench: Bench, teacher: str) -> Figures:
 
 
 def denoise(bench: Bench, run: Run, models: dict[str, nn.Module], compile: bool) -> Figures:
-    """Return latency and peak memory of a denoising step with guidance, and their ratios to the first model's."""
+    """Return each model's latency and peak memory for a denoising step with guidance, and ratios to the first model."""
     inputs = bench.batch(run).inputs
     if "encoder_hidden_states_mask" in inputs:
-        inputs["encoder_hidden_states_mask"] = None  # as the pipeline does where nothing is padded
+        inputs["encoder_hidden_states_mask"] = None  # the pipeline does the same where nothing is padded
     passes = run.family.num_passes(run.config.model.sampling)
 
     def step(model: nn.Module) -> None:
@@ -186,7 +190,7 @@ def denoise(bench: Bench, run: Run, models: dict[str, nn.Module], compile: bool)
 
 
 def qwen(bench: Bench, compile: bool) -> Figures:
-    """The paper's 12B (0.577 of the latency) and 10B (0.557)."""
+    """Measure the paper's 12B and 10B models. The paper's latencies are 0.577 and 0.557 of the teacher's."""
     run = bench.run(*QWEN)
     models = {
         "base": bench.teacher(run),
@@ -197,7 +201,10 @@ def qwen(bench: Bench, compile: bool) -> Figures:
 
 
 def flux(bench: Bench, compile: bool) -> Figures:
-    """The paper's 8B (0.748), which names no set: every dual-stream interval and four single-stream ones leave 7.9B."""
+    """Measure a model like the paper's 8B, whose latency there is 0.748 of the teacher's.
+
+    The paper does not say which blocks it removes. Every dual-stream interval and four single-stream ones leave 7.9B.
+    """
     run = bench.run(*FLUX)
     intervals = run.intervals | {"single_transformer_blocks": run.intervals["single_transformer_blocks"][:4]}
     return denoise(bench, run, {"base": bench.teacher(run), "8B": bench.pruned(run, intervals)}, compile)

@@ -1,4 +1,4 @@
-"""Turns, ratios and their spread; the time and the memory of a trainer's steps."""
+"""Time several ways in turns, compute ratios and their spread, and measure the time and memory of training steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from ppcl.efficiency import LiveBytes
 
 
 def in_turns(ways: Mapping[str, Callable[[], Iterable[float]]], rounds: int) -> dict[str, list[float]]:
-    """Return each way's seconds from `rounds` turns, in the order A B C A B C: noise then affects all alike."""
+    """Run the ways in turns, A B C A B C, `rounds` times; return the seconds of each.
+
+    Other load on the machine then affects all of them alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -25,7 +28,7 @@ def in_turns(ways: Mapping[str, Callable[[], Iterable[float]]], rounds: int) -> 
 
 
 def speedup(seconds: Mapping[str, Sequence[float]], slow: str, fast: str, unit: str) -> dict[str, Any]:
-    """Return how many times as fast `fast` is: the ratio of the medians, and the lowest and highest of single turns."""
+    """Return how many times as fast `fast` is as `slow`: ratio of medians, lowest and highest ratio of single turns."""
     ratios = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
     medians = {name: statistics.median(seconds[name]) for name in (slow, fast)}
     return {
@@ -45,7 +48,7 @@ def fit(
     callback: L.Callback,
     accelerator: str = "cpu",
 ) -> None:
-    """Run Lightning's loop for `steps` steps on one batch; nothing is written."""
+    """Train for `steps` steps on one batch by Lightning's loop, without writing anything to disk."""
     trainer = L.Trainer(
         max_steps=steps,
         accelerator=accelerator,
@@ -60,7 +63,7 @@ def fit(
 
 
 class StepTimes(L.Callback):
-    """Records the seconds of each step but the first `skip`, which allocate memory."""
+    """Records the seconds of each step, except for the first `skip` steps, which allocate memory."""
 
     def __init__(self, skip: int) -> None:
         self.skip = skip
@@ -81,9 +84,9 @@ class StepTimes(L.Callback):
 
 
 class StepMemory(L.Callback):
-    """The peak of what is made during the second step and lives: gradients, and what they are computed from.
+    """Records the peak, in bytes, of tensors that the second step makes: gradients, activations and temporaries.
 
-    With `given_gradients` they are there before, and the peak is that of activations and temporaries alone.
+    With `given_gradients` the gradients exist before that step. Then only activations and temporaries are counted.
     """
 
     def __init__(self, given_gradients: bool) -> None:
@@ -104,9 +107,10 @@ class StepMemory(L.Callback):
 
 
 def step_memory_mb(module: Any, batch: TrainingBatch) -> dict[str, float]:
-    """Return the peak memory of a step above the teacher's weights, in MB (1e6 bytes).
+    """Return the peak memory of a step above the teacher's weights, in MB (1e6 bytes), counted in two ways.
 
-    `activations`: nothing of the students counts. `with_students`: their weights, gradients and AdamW's two states do.
+    `activations`: activations and temporaries alone. `with_students`: also the students' weights, gradients and the two
+    states of AdamW.
     """
     peaks = {}
     for name, given in (("activations", True), ("with_students", False)):
@@ -118,4 +122,5 @@ def step_memory_mb(module: Any, batch: TrainingBatch) -> dict[str, float]:
 
 
 def weight_bytes(module: nn.Module) -> int:
+    """Return the bytes of all parameters."""
     return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""Peak memory of probes and of a depth step, above the teacher's weights, against the number of blocks."""
+"""Measure the peak memory of probes and of a depth step, above the teacher's weights, by the number of blocks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ BLOCKS = (20, 40, 60)
 
 
 def by_blocks(counts: Sequence[int] = BLOCKS, **size: Any) -> list[dict[str, float]]:
-    """A row per number of blocks, in MB (1e6 bytes). A third of the blocks goes: intervals [0, 1], [3, 4], [6, 7]..
+    """Return a row per number of blocks, in MB (1e6 bytes), for the intervals [0, 1], [3, 4], [6, 7], ..
 
-    `depth` counts nothing of the students, nor does `published`, the step of the published loop; `depth_with_students`
-    counts their weights, gradients and optimiser states, `depth_one_interval` those of a job that trains the last
-    interval alone.
+    - `depth` and `published`: activations and temporaries of a step, of ours and of the published loop's.
+    - `depth_with_students`: the same for ours, with the students' weights, gradients and optimiser states.
+    - `depth_one_interval`: the same for a job that only trains the last interval.
     """
     rows = []
     for count in counts:
@@ -29,7 +29,7 @@ def by_blocks(counts: Sequence[int] = BLOCKS, **size: Any) -> list[dict[str, flo
         family, teacher, batch = get_family("qwen_image"), make_teacher(chosen), make_batch(chosen)
         with LiveBytes() as recorder:
             for _ in fit_probes(family, teacher, [batch, batch], ridge=1e-6, bias=True):
-                pass  # the stage writes each to its file
+                pass  # as the stage does, which writes each to its file
         pairs = [(u, u + 1) for u in range(0, count - 1, 3)]
 
         def step(pairs: list, way: str, teacher: Any = teacher, batch: Any = batch) -> dict[str, float]:
@@ -51,7 +51,7 @@ def by_blocks(counts: Sequence[int] = BLOCKS, **size: Any) -> list[dict[str, flo
 
 
 def of_paper_set() -> dict[str, Any]:
-    """Measure our step and the published one at the paper's 60 blocks and 13 intervals, in a narrow model."""
+    """Compare the memory of our step and the published one, for the paper's 60 blocks and 13 intervals, but narrow."""
     run = make_run("bench/memory", "model=qwen_image", "intervals=qwen_image_paper")
     size = Size(num_layers=60, heads=2)
     teacher, batch = make_teacher(size), make_batch(size)
@@ -62,6 +62,7 @@ def of_paper_set() -> dict[str, Any]:
 
 
 def figures(tiny: bool) -> dict[str, Any]:
+    """Return this module's figures by name. With `tiny` they only show that the code runs."""
     rows = by_blocks(BLOCKS[:1] if tiny else BLOCKS)
     for row in rows:
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)

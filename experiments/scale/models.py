@@ -1,4 +1,4 @@
-"""Qwen-Image transformers of any size with random weights, and batches for them."""
+"""Make Qwen-Image transformers of any size with random weights, and batches for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ CHANNELS, TEXT_WIDTH, HEAD = 64, 256, 64
 
 @dataclass(frozen=True)
 class Size:
-    """`heads` of 64 channels; `side` x `side` image tokens and `text` of a prompt; `batch` of both."""
+    """The size of a model and its batches.
+
+    The model has `heads` heads of 64 channels each. A sample has `side` x `side` image tokens and `text` prompt tokens,
+    and a batch has `batch` samples.
+    """
 
     num_layers: int = 20
     heads: int = 8
@@ -35,13 +39,15 @@ class Size:
         return self.batch * (self.side**2 + self.text)
 
 
-# Chosen like detection's on the embedded teacher: 16 of 20 blocks, nine of which go; the last ends a block early.
+# Like those that detection finds on the embedded teacher, but for the last one, which ends a block earlier. They cover
+# 16 of 20 blocks and remove nine.
 INTERVALS: list[Interval] = [(0, 1), (3, 5), (6, 7), (9, 11), (13, 14), (15, 16), (17, 18)]
 TINY = Size(num_layers=9, heads=1, side=6, text=8)
 TINY_INTERVALS: list[Interval] = [(0, 1), (3, 5), (6, 7)]
 
 
 def make_teacher(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Return a frozen Qwen-Image transformer with random weights."""
     torch.manual_seed(seed)
     model = QwenImageTransformer2DModel(
         patch_size=2,
@@ -57,7 +63,7 @@ def make_teacher(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) 
 
 
 def make_batch(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> TrainingBatch:
-    """Return a random batch of prompts of one length, without padding."""
+    """Return a random batch whose prompts all have the same length, without padding."""
     generator = torch.Generator().manual_seed(seed)
     latents, noise = torch.randn(2, size.batch, size.side**2, CHANNELS, generator=generator).to(dtype)
     conditions = {

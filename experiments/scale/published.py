@@ -1,16 +1,18 @@
-"""The published training loop of depth distillation, written anew for comparison with our step.
+"""The published training step of depth distillation, rewritten for comparison with our step.
 
-What the script does in a step, in its default setting (OPPO-Mente-Lab/Qwen-Image-Pruning, commit 4d054b3):
-- The teacher's blocks run without gradient, up to the last interval's end and no further.
+A step of the published script, in its default setting (OPPO-Mente-Lab/Qwen-Image-Pruning, commit 4d054b3):
+- The teacher's blocks run without gradient, up to the end of the last interval and no further.
 - When block u of an interval has run, its student is called with block u's inputs, under gradient checkpointing.
-- Then the student is called a second time, also checkpointed, on what the student before it gave when it was called
-  that way: a chain of students. The first interval's output begins the chain. No loss reads any of it.
-- When block v has run, the loss of the first call is added to a sum, with all that its gradient needs.
-- One backward over the sum, behind the pass; then the optimiser.
+- Then the student is called a second time, also checkpointed. Its inputs are now the outputs of the previous student's
+  second call, so these calls form a chain of students. It starts with the first interval's output. No loss reads it.
+- When block v has run, the loss of the first call is added to a sum, which keeps everything that its gradient needs.
+- After the teacher's pass there is one backward pass over the sum, and then the optimiser's step.
 
-Left out, in the rival's favour: the final norm and projection of an output that nothing reads. Left out, as not of
-the loop: DeepSpeed, 8-bit optimiser states in host memory, bf16 (which is a variant of the bench). Left as ours: padded
-text stays out of the loss, of which the script, whose batch is one prompt, knows nothing.
+Differences from the script:
+- The final norm and projection are left out, since nothing reads their output. This makes the published step faster.
+- DeepSpeed, 8-bit optimiser states in host memory and bf16 are left out, since they are not part of the loop. The bench
+  measures bf16 separately.
+- Padded text is left out of the loss, as in ours. The script has no padding, because its batch is one prompt.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from ppcl.taps import BlockCall, Streams, observe
 
 
 class PublishedDistillation(DepthDistillation):
-    """`DepthDistillation` with the published loop; students, optimiser and trainer are the same."""
+    """`DepthDistillation` with the published step. Students, optimiser and trainer are the same."""
 
     def learn(self, batch: TrainingBatch, done: Any = None) -> list[Terms]:
-        logged = self.forward_losses(batch)  # the pass's own tensors are gone before the backward, as there
+        logged = self.forward_losses(batch)  # as there, the pass's own tensors are freed before the backward
         self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
         return [{key: value.detach() for key, value in terms.items()} for terms in logged]
 
@@ -65,7 +67,7 @@ class PublishedDistillation(DepthDistillation):
 
 
 def plain_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """Eq. 6 of one stream `[B, tokens, D]`: the mean squared distance of unit vectors over valid tokens."""
+    """Return Eq. 6 of one stream `[B, tokens, D]`: the mean squared distance of unit vectors over valid tokens."""
     teacher_unit = teacher.float() / teacher.float().norm(dim=-1, keepdim=True)
     student_unit = student.float() / student.float().norm(dim=-1, keepdim=True)
     distances = mse_loss(student_unit, teacher_unit, reduction="none").sum(dim=-1)  # [B, tokens]

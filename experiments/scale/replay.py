@@ -1,7 +1,8 @@
-"""A whole training of depth by the published loop, beside the teacher, and from boundaries on disk, with replay.
+"""Time whole depth trainings: by the published loop, beside the teacher, and from boundaries on disk with replay.
 
-On the embedded teacher and its pictures, so that a final loss means something; every way is the real stage, timed from
-its call to its plugs: making batches, the teacher's passes, writing, reading, held-out losses before and after.
+The embedded teacher and its pictures are used, so that the final losses are meaningful. Each way runs the real stages,
+timed from the call until the plugs are written. This includes making batches, the teacher's passes, writing and
+reading boundaries, and held-out losses before and after.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from ppcl.stages import depth
 
 ROUNDS = 3
 STEPS, BATCH = 160, 32
-# As dense as the paper's Qwen-Image set, which has 13 intervals in 58 blocks and takes two blocks from each.
+# As dense as the paper's Qwen-Image set, which has 13 intervals in 58 blocks, and removes two blocks in each.
 PAIRS = [(1, 3), (6, 8), (11, 13), (16, 18)]
 REPLAYS = (1, 16)
 FOLDER = Path("runs/bench/boundaries")
 
 
 def prepare(way: str, overrides: tuple[str, ...], steps: int) -> Any:
-    """Return a run in an empty folder, with its teacher loaded."""
+    """Return a run with an empty cache folder, with its teacher loaded."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     given = f"intervals.{STACK}={[list(pair) for pair in PAIRS]}".replace(" ", "")
     settings = ("distill=tiny", f"distill.steps={steps}", f"distill.batch_size={BATCH}", "trainer=cpu", given)
@@ -44,6 +45,7 @@ def prepare(way: str, overrides: tuple[str, ...], steps: int) -> Any:
 
 
 def figures(tiny: bool) -> dict[str, Any]:
+    """Return this module's figures by name. With `tiny` they only show that the code runs."""
     steps = 8 if tiny else STEPS
     losses: dict[str, list[float]] = {}
     costs: dict[str, dict[str, float]] = {}
@@ -52,7 +54,7 @@ def figures(tiny: bool) -> dict[str, Any]:
         def train() -> list[float]:
             run = prepare(name, overrides, steps)
             start = time.perf_counter()
-            for stage in stages:  # without loading the teacher, which is none of what is timed
+            for stage in stages:  # called directly: loading the teacher is not timed
                 import_module(f"ppcl.stages.{stage}").run(run)
             seconds = time.perf_counter() - start
             losses.setdefault(name, []).append(
@@ -68,7 +70,7 @@ def figures(tiny: bool) -> dict[str, Any]:
     online = way("published", ("depth",), "distill.gradient_checkpointing=true")
 
     def published() -> list[float]:
-        with mock.patch.object(depth, "DepthDistillation", PublishedDistillation):  # the same stage, its step
+        with mock.patch.object(depth, "DepthDistillation", PublishedDistillation):  # the same stage, other step
             return online()
 
     ways = {"published": published, "beside the teacher": way("beside", ("depth",))}

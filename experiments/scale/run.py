@@ -1,7 +1,7 @@
-"""`make bench`: compare ours with plain implementations, in one run on one machine; writes runs/bench/bench.json.
+"""`make bench`: compare ppcl with plain implementations on this machine; write runs/bench/bench.json and .csv.
 
-Each figure is measured in a process of its own: what it took of memory goes with it, and nothing of it is left to the
-next. That process ends with this one, however this one ends.
+Each module of figures is measured in a process of its own, so that no memory is left over for the next one. Such a
+process ends when this one ends, even if this one is killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from experiments.common import write_csv
 from ppcl.artifacts.files import read_json, write_json
 
 OUTPUT = Path("runs/bench/bench.json")
-# By what `--only` calls it: the module whose `figures`, a function of `tiny`, returns figures by name.
+# The keys are values of `--only`. Each module has a function `figures(tiny)`, which returns figures by name.
 FIGURES = {
     "step": "experiments.scale.steps",
     "boundaries": "experiments.scale.replay",
@@ -38,11 +38,11 @@ FIGURES = {
     "stream": "experiments.scale.streaming",
 }
 PR_SET_PDEATHSIG = 1
-GRACE = 10  # seconds that a figure has to end its own commands and to remove its temporary folders
+GRACE = 10  # seconds in which a process has to end its own commands and remove its temporary folders
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine. `load` is that of other programs at the start; figures from a busy machine mean nothing."""
+    """Describe the machine. `load` is the load average at the start: figures from a busy machine mean nothing."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "processor": models[0].partition(": ")[2] if models else platform.processor(),
@@ -65,17 +65,17 @@ def as_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def stop(number: int, frame: Any) -> None:
-    """Exit with a shell's code for the signal, by an exception, so that every `with` and `finally` is run."""
+    """Handle a signal: exit with the shell's code for it. SystemExit lets every `with` and `finally` run."""
     raise SystemExit(128 + number)
 
 
 def measure(name: str, tiny: bool, parent: int, results: Connection) -> None:
-    """Send a figure's machine, content and seconds through `results`; runs in a process of its own."""
-    os.setpgid(0, 0)  # with all that it starts; Ctrl-C then reaches the parent alone, which says so once
+    """Run in a process of its own: measure figures, and send the machine, the figures and the seconds to `results`."""
+    os.setpgid(0, 0)  # a group with all that it starts: Ctrl-C then reaches only the parent, which reports it once
     signal.signal(signal.SIGTERM, stop)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it was gone before it could be watched
+    if os.getppid() != parent:  # the parent ended before prctl could watch it
         return
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hardware notes and tips
@@ -87,12 +87,15 @@ def measure(name: str, tiny: bool, parent: int, results: Connection) -> None:
 
 
 def measured(name: str, tiny: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """Return what `measure` sends from a process of its own, which has ended on return and after an interruption."""
-    context = multiprocessing.get_context("spawn")  # a fork would begin with all that this process holds
+    """Run `measure` in a process of its own; return what it sends.
+
+    The process has ended when this function returns or is interrupted.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would start with this process's memory
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(name, tiny, os.getpid(), sender))
     process.start()
-    sender.close()  # the end of the process is then the end of the pipe
+    sender.close()  # so that the pipe is closed when the process ends
     try:
         found = receiver.recv()
         process.join(GRACE)

@@ -1,4 +1,4 @@
-"""One training step of depth distillation against the published loop's: time, memory, losses."""
+"""Compare one training step of depth distillation with the published one: time, memory and losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ppcl.distill.depth import DepthDistillation
 from ppcl.families.registry import get_family
 from ppcl.training.loop import compiled
 
-ROUNDS, STEPS = 3, 2  # turns of each way, and timed steps of a turn
+ROUNDS, STEPS = 3, 2  # turns of each way, and timed steps in each turn
 UNIT = "seconds a step"
 OURS = "ours, no checkpointing"
 ONE = "ours, one interval a job"
@@ -28,16 +28,16 @@ ONE = "ours, one interval a job"
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute a training step, in the settings of a run."""
+    """One way to compute a training step, given by settings that a run can have."""
 
     module: type[DepthDistillation] = DepthDistillation
     gradient_checkpointing: bool = False
-    dtype: torch.dtype = torch.float32  # model.dtype: the teacher's; students then learn in mixed precision
+    dtype: torch.dtype = torch.float32  # model.dtype, the teacher's; with bfloat16 students train in mixed precision
     compile: bool = False  # trainer.compile
 
 
-# Like for like: the published step as it is, and OURS, of which one graph is no larger than what checkpointing makes
-# anew. The best of ours is the fastest.
+# `step_speedup` compares the published step as it is with OURS. OURS needs no checkpointing: it keeps the graph of one
+# interval, which is no larger than the graph that checkpointing rebuilds. `step_speedup_best` uses our fastest way.
 WAYS = {
     "published": Way(PublishedDistillation, gradient_checkpointing=True),
     "ours": Way(gradient_checkpointing=True),
@@ -50,14 +50,15 @@ WAYS = {
 
 
 def make_module(way: Way, teacher: Any, pairs: list[Interval]) -> Any:
+    """Return the Lightning module that trains students of these intervals in this way."""
     settings = DistillConfig(gradient_checkpointing=way.gradient_checkpointing)
     precision = "32-true" if way.dtype == torch.float32 else "bf16-mixed"
     return way.module(get_family("qwen_image"), teacher, {STACK: pairs}, settings, precision)
 
 
 def losses(module: Any, batch: TrainingBatch) -> list[float]:
-    """Return each interval's loss as a step computes it; no step is taken."""
-    module.manual_backward = lambda loss: loss.backward()  # no trainer
+    """Return the loss of each interval as a step computes it, without updating any weight."""
+    module.manual_backward = lambda loss: loss.backward()  # there is no trainer
     found = [terms["loss"].item() for terms in module.learn(batch)]
     module.zero_grad()
     del module.manual_backward
@@ -68,13 +69,14 @@ def block_passes(pairs: list[Interval]) -> dict[str, int]:
     """Return the number of block forwards in a step; a backward counts as two."""
     teacher, count = pairs[-1][1] + 1, len(pairs)
     return {
-        "published": teacher + 4 * count + (count - 1),  # forward, again for the backward, backward; the chain
+        "published": teacher + 4 * count + (count - 1),  # forward, recomputed, backward (2); chain
         "ours": teacher + 4 * count,
         "ours, no checkpointing": teacher + 3 * count,
     }
 
 
 def figures(tiny: bool) -> dict[str, Any]:
+    """Return this module's figures by name. With `tiny` they only show that the code runs."""
     size, pairs = (TINY, TINY_INTERVALS) if tiny else (Size(), INTERVALS)
     dtypes = {way.dtype for way in WAYS.values()}
     teachers, batches = ({dtype: make(size, dtype) for dtype in dtypes} for make in (make_teacher, make_batch))
@@ -82,7 +84,7 @@ def figures(tiny: bool) -> dict[str, Any]:
     with ExitStack() as stack:
         modules, first_seconds = {}, {}
         for name, way in WAYS.items():
-            # A shell of its own where blocks are compiled, with the same weights.
+            # Compiled blocks need a model object of their own. It shares the weights.
             own = teachers[way.dtype]
             if way.compile:
                 own = copy.deepcopy(own, {id(p): p for p in own.parameters()})
@@ -133,6 +135,6 @@ def figures(tiny: bool) -> dict[str, Any]:
 
 
 def _memory(memory: dict[str, dict[str, float]], kind: str, ours: str = OURS) -> dict[str, Any]:
-    """Return the ratio of memory, below 1 where ours takes less. The count is exact and has no spread."""
+    """Return our memory over the published loop's. The count is exact, so the ratio has no spread."""
     of = {name: memory[name][kind] for name in ("published", ours)}
     return {"ratio": of[ours] / of["published"], "of": of, "unit": f"MB above the teacher's weights, {kind}"}

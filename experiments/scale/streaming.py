@@ -1,8 +1,9 @@
-"""Peak resident memory of stages with a streamed teacher, by number of blocks, and for 20 billion parameters.
+"""Measure the peak resident memory of stages with a streamed teacher.
 
-`run.py --only stream` measures the growth. The full size is a command of its own, which writes 41 GB:
+`experiments.scale.run --only stream` measures how it grows with the number of blocks. The full-size model, with 20
+billion parameters, has a command of its own, which writes 41 GB to FOLDER:
 
-python -m experiments.scale.streaming FOLDER
+    python -m experiments.scale.streaming FOLDER
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ STAGES = ("probe", "depth")
 STEPS = ["distill.steps=3", "distill.batch_size=16"]
 
 
-# Not what the parent is told of its child: that counts memory that the parent had when it forked.
+# The child reads its own peak memory. The figure that the system gives the parent would include the memory that the
+# parent had when it forked.
 CHILD = """
 import sys
 from pathlib import Path
@@ -49,7 +51,7 @@ finally:
 
 
 def peak(*arguments: str) -> dict[str, float]:
-    """Run `ppcl` with these arguments; return its peak resident memory in gigabytes, and its seconds."""
+    """Run `ppcl` with these arguments; return its peak resident memory in GB (1e9 bytes), and its seconds."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "peak"
@@ -59,7 +61,7 @@ def peak(*arguments: str) -> dict[str, float]:
 
 
 def growth(counts: Sequence[int] = (20, 60), width: int = 512) -> dict[str, Any]:
-    """Measure the peak memory of probe and depth by the teacher's number of blocks, streamed and resident."""
+    """Return the peak memory in GB of `probe` and `depth` by number of blocks, with streamed and resident teachers."""
     found: dict[str, Any] = {"blocks": list(counts), "width": width}
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +90,7 @@ def growth(counts: Sequence[int] = (20, 60), width: int = 512) -> dict[str, Any]
 
 
 def _random(shapes: dict[str, tuple[int, ...]], pool: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """Return tensors of those shapes, cut from one pool of random numbers."""
+    """Return tensors of these shapes, each copied from a random place of `pool`."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -99,7 +101,10 @@ def _random(shapes: dict[str, tuple[int, ...]], pool: torch.Tensor, seed: int) -
 
 
 def write_teacher(folder: Path, arch: dict[str, Any]) -> None:
-    """Write a pipeline folder with a random bfloat16 Qwen-Image transformer of that `arch`, one file for each block."""
+    """Write a pipeline folder with a random bfloat16 Qwen-Image transformer of this `arch`, with a file for each block.
+
+    Files that exist are kept.
+    """
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(**arch)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -130,7 +135,10 @@ def write_teacher(folder: Path, arch: dict[str, Any]) -> None:
 
 
 def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) -> None:
-    """Write what `stages=[cache]` writes, with random latents and prompts."""
+    """Write a cache as `stages=[cache]` would, of `count` random latents and prompts.
+
+    Latents have `size` (height and width in tokens), and prompts have `tokens` tokens.
+    """
 
     def sample() -> Iterator[tuple[str, torch.Tensor]]:
         yield "latents", torch.randn(size[0] * size[1], 64).to(torch.bfloat16)
@@ -148,7 +156,7 @@ def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) ->
 
 
 def full(folder: Path) -> dict[str, Any]:
-    """Measure the probe stage and a few depth steps of one interval on the full-size model, on this machine's CPU."""
+    """Return the peak memory and seconds of probes and of three depth steps on the full-size model, on a CPU."""
     arch = yaml.safe_load((conf_dir() / "model" / "qwen_image.yaml").read_text())["arch"]
     write_teacher(folder / "teacher", arch)
     torch.manual_seed(0)
@@ -166,6 +174,7 @@ def full(folder: Path) -> dict[str, Any]:
 
 
 def figures(tiny: bool) -> dict[str, Any]:
+    """Return this module's figures by name. With `tiny` they only show that the code runs."""
     found = growth((4, 8), 64) if tiny else growth()
     peaks = {stage: dict(zip(found["blocks"], found[f"{stage}_streamed_gb"], strict=True)) for stage in STAGES}
     ratios = {stage: max(of.values()) / min(of.values()) for stage, of in peaks.items()}

@@ -1,4 +1,4 @@
-"""Write results.csv from the runs of the sweep (a row per variant and seed), and draw the plot."""
+"""Write results.csv from the runs of the sweep (a row per variant, seed and fine-tuning), and draw the plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ppcl.report import plots
 
 HERE = Path(__file__).parent
 
-# The paper's order; each row adds to the one before it, from `dp` on.
+# In the paper's order. From `dp` on, each row adds something to the row before it.
 LABELS = {
     "baseline": "baseline (CKA sensitivity)",
     "lp_a": "LP-a",
@@ -28,11 +28,15 @@ LABELS = {
 
 
 def read(folder: Path, pattern: str) -> dict[str, dict]:
+    """Return the contents of the JSON files under `folder` that match `pattern`, by their names without suffix."""
     return {path.stem: json.loads(path.read_text()) for path in folder.glob(pattern)}
 
 
 def row_of(folder: Path, label: str, base: Path | None = None) -> dict:
-    """Return a run's scores and training costs, with those of its plugs, which run `base` trained."""
+    """Return the scores and training costs of the run in `folder`.
+
+    If run `base` trained the plugs, the costs of its trainings are included.
+    """
     config = yaml.safe_load((folder / "config.yaml").read_text())
     scores = read(folder, "scores/*.json")
     spent = [*read(folder, "training/*.json").values(), *(read(base, "training/*.json").values() if base else [])]
@@ -54,7 +58,10 @@ def row_of(folder: Path, label: str, base: Path | None = None) -> dict:
 
 
 def rows_of(runs: Path, label: str) -> list[dict]:
-    """Return a row per finished run: folder `<seed>` before fine-tuning, `<seed>-<steps>` after it."""
+    """Return a row per finished run under `runs`/`label`.
+
+    Folders are called `<seed>` before fine-tuning, and `<seed>-<steps>` after it.
+    """
     rows = []
     for folder in sorted(runs.glob(f"{label}/[0-9]*")):
         if len(list(folder.glob("scores/*.json"))) == 2:

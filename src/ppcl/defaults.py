@@ -27,6 +27,7 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 def register_resolvers() -> None:
     """Register the functions below with OmegaConf, under their own names."""
     OmegaConf.register_new_resolver("by_size", by_size, replace=True)
+    OmegaConf.register_new_resolver("optimizer", optimizer, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
     OmegaConf.register_new_resolver("data_name", data_name, replace=True)
     OmegaConf.register_new_resolver("of_model", of_model, replace=True)
@@ -39,6 +40,11 @@ def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
         return tiny if model.get("builder") else large
     count, _ = stored_weights(local_folder(model.path))
     return tiny if 0 < count < TINY else large
+
+
+def optimizer(*, _root_: Any) -> str:
+    """Return the optimiser of fine-tuning: AdamW for a LoRA, else by the size of the model."""
+    return "adamw" if _root_.finetune.lora_rank else by_size("muon", "adamw", _root_=_root_)
 
 
 def by_data(toy: Any, own: Any, *, _root_: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Commands, and what the tests compare: shared by the files beside this one."""
+"""Functions that the integration tests share: run commands, and compare the files that they leave."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ VARIANTS = "generate.variants=[teacher,removed,ppcl-depth,ppcl-mixed]"
 NUM_PROMPTS = 12
 BATCH = 6
 
-# Dies where power may fail: all is written and flushed, the final name is not given yet. A rename from
-# another folder is no rename where that is another file system, but a copy that can stop half way: 8.
+# Simulates a power failure: the process dies when a file is written and flushed, but has not got its final name. Exit
+# code 9 is the expected one. Code 8 means that the temporary file was in another folder: on another file system its
+# rename would be a copy, which can stop half way.
 DIE_AT_RENAME = """
 import fnmatch, os, sys
 pattern = sys.argv.pop(1)
@@ -49,7 +50,7 @@ main()
 
 @dataclass
 class Outcome:
-    """What a command left on the console."""
+    """The exit code and the console output of a command."""
 
     code: int
     out: str
@@ -57,7 +58,7 @@ class Outcome:
 
 
 def ppcl(*arguments: str) -> Outcome:
-    """The console script, called in this process; a process of its own would spend its time on imports."""
+    """Run the console script in this process, which saves the time of importing everything again."""
     from ppcl.cli import main
 
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -73,16 +74,17 @@ def ppcl(*arguments: str) -> Outcome:
 
 
 def succeed(*arguments: str) -> Outcome:
-    """`ppcl`, which must end well."""
+    """Run `ppcl` and assert that it exits with 0."""
     outcome = ppcl(*arguments)
     assert outcome.code == 0, outcome.err
     return outcome
 
 
 def ppcl_process(*arguments: str, python: str | None = None, anew: bool = False) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own; `python` may prepare that process first, and has to call `main`.
+    """Run `ppcl` in a process of its own.
 
-    With `python` it is a copy of this process, unless `anew` asks for one that has imported nothing.
+    `python`: code for that process to run in place of `main`. It may prepare the process, and has to call `main`. It
+    then runs in a fork of this process. With `anew`, or on a machine with a GPU, it runs in a new Python.
     """
     if python is not None and not anew and not torch.cuda.is_available():
         return _forked(python, arguments)
@@ -93,9 +95,9 @@ def ppcl_process(*arguments: str, python: str | None = None, anew: bool = False)
 
 
 def _forked(python: str, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """`python` in a copy of this process, which has imported all that a new one would spend its time on.
+    """Run the code `python` in a fork of this process, where all imports are done already.
 
-    Without a GPU this process has one thread that computes, which is what a copy can go on with.
+    A fork only keeps the thread that calls it. Without a GPU that is enough, since only one thread computes.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
@@ -113,7 +115,7 @@ def _forked(python: str, arguments: tuple[str, ...]) -> subprocess.CompletedProc
                 code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
             except BaseException:
                 traceback.print_exc()
-            finally:  # nothing that pytest has yet to do may happen twice
+            finally:  # leave without pytest's own exit handlers, which must run once
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
@@ -124,7 +126,7 @@ def _forked(python: str, arguments: tuple[str, ...]) -> subprocess.CompletedProc
 
 
 def start_until(folder: Path, pattern: str, arguments: list[str]) -> subprocess.Popen[str]:
-    """The command in a process group of its own, returned as soon as `folder` holds a file like `pattern`."""
+    """Start the command in a process group of its own; return as soon as `folder` has a file that matches `pattern`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "ppcl", *arguments],
         cwd=REPOSITORY,
@@ -132,7 +134,7 @@ def start_until(folder: Path, pattern: str, arguments: list[str]) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Tests in the background of a shell inherit that Ctrl-C is ignored, and so would Python.
+        # A shell's background jobs ignore Ctrl-C (SIGINT), and their children inherit that. The command must not.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not list(folder.glob(pattern)):
@@ -142,14 +144,14 @@ def start_until(folder: Path, pattern: str, arguments: list[str]) -> subprocess.
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """`kill -9` to the command and whatever it started."""
+    """Send SIGKILL to the command and to everything that it started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Every file under `folder` by its content."""
+    """Return the SHA-256 of every file under `folder`, by relative path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -158,12 +160,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def modified(*folders: Path) -> dict[str, int]:
-    """Every file under `folders` by the time it was written."""
+    """Return the modification time in nanoseconds of every file under `folders`, by path."""
     return {str(p): p.stat().st_mtime_ns for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def plug_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a run's plugs."""
+    """Return all tensors of a run's plugs, by `<plug>/<key>`."""
     from ppcl.artifacts.plugs import load_plugs
 
     plugs = load_plugs(run / "plugs")
@@ -171,7 +173,7 @@ def plug_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    """Bit for bit."""
+    """Assert that both have the same keys and equal tensors, bit for bit, and are not empty."""
     assert left.keys() == right.keys()
     assert left
     for key, value in left.items():

@@ -1,4 +1,7 @@
-"""Families that ppcl knows nothing of, on diffusers' own classes: each says how it is tapped and called, no more."""
+"""Four families that ppcl does not ship: Wan, Z-Image, SD3 and HunyuanVideo, with their classes of diffusers.
+
+Each describes how its blocks' streams are read and how its transformer is called. That is all a family needs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ NUM_SAMPLES = 24
 
 
 class Wan(Family):
-    """Video latents `[C, F, H, W]`; blocks are called by position, and text is no stream: it only attends to it."""
+    """Wan, for video: latents are `[C, F, H, W]`, and blocks are called with positional arguments.
+
+    Text is not a stream. Blocks only attend to it.
+    """
 
     def streams_in(self, stack, kwargs, inputs):
         return {"image": kwargs["hidden_states"]}
@@ -43,9 +49,9 @@ class Wan(Family):
 
 
 class ZImage(Family):
-    """Takes and returns lists; image and text are one sequence, each padded to a multiple of 32 tokens.
+    """Z-Image: takes and returns lists. Image and text are one sequence, each padded to a multiple of 32 tokens.
 
-    Its time runs from noise to data, and so does its velocity.
+    Timesteps and velocity go from noise to data, unlike those of the other families.
     """
 
     def _lengths(self, inputs):
@@ -84,7 +90,7 @@ class ZImage(Family):
 
 
 class SD3(DualStreamFamily):
-    """Its last block is of another structure and returns no text."""
+    """Stable Diffusion 3: the last block differs from the others, and returns no text."""
 
     def masks(self, inputs):
         return {"image": None, "text": None}
@@ -100,7 +106,7 @@ class SD3(DualStreamFamily):
 
 
 class HunyuanVideo(Family):
-    """Text goes through blocks of its own first, in a stack within the text embedder."""
+    """HunyuanVideo: text first passes through a stack of its own, which lies inside the text embedder."""
 
     def streams_in(self, stack, kwargs, inputs):
         if stack == REFINER:
@@ -127,7 +133,7 @@ class HunyuanVideo(Family):
 
 @dataclass(frozen=True)
 class Foreign:
-    """A family, its tiny model, and what is pruned of it."""
+    """A family, a tiny model of it, and the intervals and budget that the tests prune it with."""
 
     facts: FamilyFacts
     arch: dict[str, Any]
@@ -140,7 +146,7 @@ class Foreign:
         return getattr(diffusers, self.facts.transformer)
 
     def conditions(self, length: int) -> dict[str, Tensor]:
-        """Random conditions of a prompt of that many tokens, under the family's own names."""
+        """Return random conditions for a prompt of `length` tokens, by the names that the family uses."""
         mask, tokens = torch.ones(length, dtype=torch.bool), torch.randn(length, 16)
         return {
             "wan": {"umt5": torch.randn(8, 16)},
@@ -150,7 +156,7 @@ class Foreign:
         }[self.facts.name]
 
     def write_teacher(self, folder: Path) -> None:
-        """An untrained pipeline without encoders."""
+        """Save an untrained pipeline without encoders."""
         torch.manual_seed(0)
         model = self.transformer_class(**self.arch)
         pipeline_class: Any = getattr(diffusers, self.facts.pipeline_classes[0])
@@ -159,7 +165,7 @@ class Foreign:
         pipeline_class(**others | {"transformer": model, "scheduler": scheduler}).save_pretrained(folder)
 
     def write_cache(self, folder: Path) -> None:
-        """Random latents and conditions, as stages=[cache] leaves them."""
+        """Write a cache of random latents and conditions, in the format of `stages=[cache]`."""
         torch.manual_seed(1)
         tensors, records, unit = {}, [], "made"
         for number in range(NUM_SAMPLES):
