@@ -87,7 +87,8 @@ def plan_budget(run: Run) -> None:
     memory = teacher.memory_gb - total_saving(units, overlaps, plugged, "memory_gb")
     error = sum(unit.costs[cost] for unit in units if unit.name in plugged)
     choice = Choice((name, value, cost), plugged, round(params), ratio, latency, memory, error)
-    check_choice(run, plugs, plugged)
+    if "finetune" in run.config.stages:  # which would refuse another choice than that of the tuned model, too late
+        check_choice(run, plugs, plugged)
     path, picture = run.choice_path, run.choice_path.with_name("frontier.png")
     reused = path.exists() and picture.exists() and Choice.load(path) == choice
     if not reused:
