@@ -125,8 +125,8 @@ def tuned(run: Run, plugs: Plugs) -> Variant:
             raise UsageError(f"{path} was tuned from other plugs than there are: {another_run(run, path.parent)}.")
         key, value = budget
         raise UsageError(
-            f"{path} was tuned from other plugs than budget.{key}={value:g} plugs in: give budget.{key}=null to use what "
-            f"was tuned, or run 'stages=[plan,finetune]' under another name=, as in {based_on_this(run)}."
+            f"{path} was tuned from other plugs than budget.{key}={value:g} plugs in: give budget.{key}=null to use "
+            f"what was tuned, or run 'stages=[plan,finetune]' under another name=, as in {based_on_this(run)}."
         )
     layout = asdict(run.layout)
     if arranged.projectors and made_from.get("layout", layout) != layout:
