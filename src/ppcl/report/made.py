@@ -159,10 +159,14 @@ def commands_of(run: Run) -> dict[str, str]:
 
 
 def _settings(run: Run) -> list[str]:
-    """Return overrides for the keys that `run=FOLDER` does not take from the folder, where they are not the default."""
+    """Return overrides for the keys that `run=FOLDER` does not take from the folder, where they are not the default.
+
+    Stages and uploads are left out.
+    """
+    keys = [key for key in OF_COMMAND if key != "stages" and not key.startswith("export.")]
     usual = {name: value for name, value, *_ in declared(Config())}
     said = {name: value for name, value, *_ in declared(run.config) if value != usual[name]}
-    return as_overrides({name: value for name, value in said.items() if name.partition(".")[0] in OF_COMMAND[1:]})
+    return as_overrides({name: value for name, value in said.items() if {name, name.partition(".")[0]} & {*keys}})
 
 
 def link(run: Run, path: Path) -> str:
