@@ -110,7 +110,7 @@ def _written(value: Any) -> str:
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
-    if re.fullmatch(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*", str(value), re.IGNORECASE | re.ASCII):
+    if re.fullmatch(r"(?!(null|true|false|nan|inf)$)[a-z_/][\w./-]*", str(value), re.IGNORECASE | re.ASCII):
         return str(value)  # a word that needs no quotes
     from hydra.core.override_parser.types import Quote, QuotedString
 

@@ -10,12 +10,12 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from commands import succeed
+from commands import VARIANTS, succeed
 from omegaconf import OmegaConf
 from PIL import Image
 
 from ppcl.context import Run
-from ppcl.report.made import data_of
+from ppcl.report.made import commands_of, data_of, trainings_of
 from ppcl.validation import parse
 
 ORDER = ["Pictures", "Variants", "How it was made", "Diagnosis"]
@@ -62,6 +62,7 @@ def test_the_page_tells_how_it_was_made(chain: Path) -> None:
     assert not any(setting.startswith("generate.batch_size=") for setting in settings)  # run= takes it from the record
     assert stages == "stages=[probe,detect,depth,export,generate,evaluate,report]"
     assert report["data"]["name"] == "shapes"
+    assert settings == [VARIANTS, "trainer.accelerator=cpu"]
 
 
 def test_every_variant_is_explained_with_its_plugs(chain: Path) -> None:
@@ -126,7 +127,7 @@ def test_own_data_is_named_and_counted(settings: list[str], tmp_path: Path) -> N
     config = parse(OmegaConf.load(tmp_path / "own" / "config.yaml"))
     found = data_of(Run(config, tmp_path / "own"))
     assert found["samples"] == 4
-    assert found["words"] == f"4 captioned pictures of {source}, 40% of them held out"
+    assert found["words"] == f"4 captioned pictures of {source}, 2 of them held out"
     (source / "metadata.jsonl").unlink()
     assert data_of(Run(config, tmp_path / "own"))["words"] == f"captioned pictures of {source}"
 
@@ -141,6 +142,32 @@ def test_its_commands_work(copy: tuple[Path, list[str]], tmp_path: Path, monkeyp
     succeed(*shlex.split(draw)[1:])
     succeed(*shlex.split(show)[1:])
     assert "a blue circle</p>" in page_of(run)
+
+
+@pytest.mark.parametrize("name", ["mine, all", "it's $5", "bäume", "plain-1.2"])
+def test_its_commands_name_any_folder(name: str, chain: Path, tmp_path: Path) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    run = Run(parse(OmegaConf.load(chain / "config.yaml")), tmp_path / name)
+    for command in commands_of(run).values():
+        override = OverridesParser.create().parse_override(shlex.split(command)[1])
+        assert (override.key_or_group, override.value()) == ("run", str(tmp_path / name))
+
+
+def test_a_run_caches_again_only_what_it_has_cached(chain: Path, tmp_path: Path) -> None:
+    run = Run(parse(OmegaConf.load(chain / "config.yaml")), tmp_path)
+    given = [("none", None, None), ("folder", None, "cached"), ("folder", "pictures", None)]
+    stages = []
+    for run.config.data.name, run.config.data.path, run.config.data.cache in given:
+        stages.append(shlex.split(next(iter(commands_of(run).values())))[-1])
+        assert "None" not in data_of(run)["words"]
+    assert stages == ["stages=[report]", "stages=[report]", "stages=[cache,report]"]
+
+
+def test_a_training_that_lacks_a_number_is_left_out(chain: Path, tmp_path: Path) -> None:
+    shutil.copytree(chain / "training", tmp_path / "training")
+    (tmp_path / "training" / "finetune.json").write_text('{"steps": 6}')
+    assert list(trainings_of(Run(parse(OmegaConf.load(chain / "config.yaml")), tmp_path))) == ["depth"]
 
 
 def test_asked_again_by_default_the_report_keeps_every_variant_with_scores(copy: tuple[Path, list[str]]) -> None:

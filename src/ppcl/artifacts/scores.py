@@ -101,9 +101,26 @@ class ScoreRow:
                 key: content.get(key) if key in later else content[key] for key in cls.__dataclass_fields__
             }
             scores = content["scores"]
-            return cls(**values | {"scores": None if scores is None else Scores.from_json(scores)})
+            row = cls(**values | {"scores": None if scores is None else Scores.from_json(scores)})
+            if row._is_sound():
+                return row
         except (KeyError, TypeError, AttributeError):
-            raise UsageError(f"{path} holds no scores; delete it and run 'stages=[evaluate]' again.") from None
+            pass
+        raise UsageError(f"{path} holds no scores; delete it and run 'stages=[evaluate]' again.")
+
+    def _is_sound(self) -> bool:
+        """Return whether every value is of its kind; a file that was edited by hand may hold others."""
+        scores = [] if self.scores is None else [self.scores.overall, *self.scores.categories.values()]
+        further = [self.score_interval, self.velocity_error, self.latent_distance]
+        positive = [self.num_layers, self.params, self.latency_ms]
+        numbers = [*positive, self.peak_memory_mb, *scores, *(value for value in further if value is not None)]
+        lists = [self.students, self.projectors, self.removed]
+        return (
+            isinstance(self.name, str)
+            and all(isinstance(value, (int, float)) for value in numbers)
+            and min(positive) > 0
+            and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+        )
 
     def to_json(self) -> dict[str, Any]:
         return vars(self) | {"scores": None if self.scores is None else self.scores.to_json()}

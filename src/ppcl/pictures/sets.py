@@ -23,7 +23,7 @@ from ppcl.options import identity
 from ppcl.validation.outputs import has_own_prompts
 
 # Keys of a header that describe the model. All other keys describe the set.
-_OF_MODEL = ("model", "plugs", "removed", "layout", "finetuned", "quantized")
+OF_MODEL = ("model", "plugs", "removed", "layout", "finetuned", "quantized")
 # Headers do not name this benchmark, since they are older than all other benchmarks.
 _UNSAID = {"name": "shapes", "settings": {"images_per_prompt": 1}}
 _SLUG_LENGTH = 32
@@ -95,10 +95,14 @@ def set_folder(images: Path, config: Config, settings: Mapping[str, Any]) -> Pat
 
 
 def _slug(config: Config) -> str:
-    """Return a folder name for the user's prompts: the name of their file, or the first words of the one prompt."""
+    """Return a folder name for the user's prompts: the name of their file, or the first words of the one prompt.
+
+    It is not `shapes`, since sets of that benchmark are known by their folders alone.
+    """
     path = config.generate.prompt_file
     text = Path(path).stem if path is not None else str(config.generate.prompt)
-    return re.sub(r"\W+", "-", text.lower())[:_SLUG_LENGTH].strip("-_") or "prompts"
+    slug = re.sub(r"\W+", "-", text.lower())[:_SLUG_LENGTH].strip("-_") or "prompts"
+    return "shapes-prompts" if slug == "shapes" else slug
 
 
 def _other_set(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -113,7 +117,7 @@ def _other_set(folder: Path, settings: Mapping[str, Any]) -> str | None:
             unknown |= not _is_vacant(variant)
             continue
         made_from = record.get("made_from", {})
-        found = {key: value for key, value in made_from.items() if key not in _OF_MODEL}
+        found = {key: value for key, value in made_from.items() if key not in OF_MODEL}
         if fingerprint(found) != fingerprint(settings):
             return f"made with {first_difference(found, settings)}"
         ours = True

@@ -13,7 +13,7 @@ from ppcl.artifacts.files import read_json
 from ppcl.command import OF_COMMAND, as_overrides
 from ppcl.config import Config
 from ppcl.context import Run
-from ppcl.data.cached import held_out_share, unit_record
+from ppcl.data.cached import held_out_keys, held_out_share, read_entries
 from ppcl.errors import UsageError
 from ppcl.options import declared
 from ppcl.progress import duration
@@ -49,38 +49,55 @@ _FOLDERS = {
 }
 
 
-def data_of(run: Run) -> dict[str, Any]:
-    """Return a description of the training data: `name` and `words`; for pictures also `path` and number of `samples`.
+# The numbers in the record of a training.
+_COSTS = ("steps", "seconds", "seconds_per_step", "peak_memory_mb")
 
-    `samples` is None if the cache or its source is gone.
+
+def data_of(run: Run) -> dict[str, Any]:
+    """Return a description of the training data: `name` and `words`; for pictures also `path` and numbers of samples.
+
+    `samples` counts all of them, `held_out` those that are kept from training. Both are None if the cache or its source
+    is gone.
     """
     data = run.config.data
     if data.name == "shapes":
         return {"name": "shapes", "words": "the shapes world: 32x32 toy pictures"}
-    samples = _cached_samples(run)
+    if data.name == "none":
+        return {"name": "none", "words": "no data"}
+    samples, held_out = _cached_samples(run)
     path = data.path or data.cache
     words = f"captioned pictures of {path}"
     if samples is not None:
-        words = f"{samples:,} {words}, {100 * held_out_share(data, samples):.3g}% of them held out"
-    return {"name": data.name, "path": path, "samples": samples, "words": words}
+        words = f"{samples:,} {words}, {held_out:,} of them held out"
+    return {"name": data.name, "path": path, "samples": samples, "held_out": held_out, "words": words}
 
 
-def _cached_samples(run: Run) -> int | None:
-    """Return the number of samples in the data's cache; None if the cache or its source is gone."""
+def _cached_samples(run: Run) -> tuple[int, int] | tuple[None, None]:
+    """Return the number of samples in the data's cache, and of those kept from training.
+
+    Both are None if the cache or its source is gone.
+    """
     try:
-        units = run.data.cache_header.made_from["units"]
-        records = [read_json(run.data.cache_folder / unit_record(unit), "The cache") for unit in units]
+        keys = [entry.key for entry in read_entries(run.data.cache_folder)]
     except UsageError:
-        return None
-    return sum(record["samples"] for record in records)
+        return None, None
+    if not keys:
+        return None, None
+    kept = held_out_keys(keys, held_out_share(run.config.data, len(keys)))
+    return len(keys), sum(key in kept for key in keys)
 
 
 def trainings_of(run: Run) -> dict[str, dict[str, float]]:
-    """Return the cost of each training by its stage, including those of the run in `paths.base_run`."""
+    """Return the cost of each training by its stage, including those of the run in `paths.base_run`.
+
+    A record that lacks a number is left out.
+    """
     found = {}
     for folder in (run.base, run.folder):
         for path in (folder / "training").glob("*.json"):
-            found[path.stem] = read_json(path, "The training's cost")
+            cost = read_json(path, "The training's cost")
+            if all(isinstance(cost.get(key), (int, float)) for key in _COSTS):
+                found[path.stem] = cost
     order = list(STAGES)
     return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
@@ -107,9 +124,14 @@ def made_by(run: Run) -> str:
 
 
 def _shown(path: Path) -> str:
-    """Return a path as a user would type it: relative to the working directory if it is inside, and quoted."""
+    """Return a path as a user would type it: relative to the working directory if it is inside."""
     path, here = path.absolute(), Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _quoted(override: str) -> str:
+    """Return an override quoted for the shell where that is needed, by double quotes if it has single ones itself."""
+    return f'"{override}"' if "'" in override and not {*'"$`\\!'} & {*override} else shlex.quote(override)
 
 
 def commands_of(run: Run) -> dict[str, str]:
@@ -117,29 +139,34 @@ def commands_of(run: Run) -> dict[str, str]:
 
     They use `run=FOLDER`, which takes the configuration from the run's folder.
     """
-    stages = ["cache"] if run.config.data.name != "shapes" else []
+    stages = ["cache"] if run.config.data.path is not None else []
     for stage, left in _LEFT.items():
         if any(run.folder.glob(left)):
             stages += ["probe", stage] if stage == "detect" else [stage]
     if run.config.distill.from_boundaries and "depth" in stages:
         stages.append("boundaries")
     again = f"'stages=[{','.join(sorted({*stages, 'report'}, key=list(STAGES).index))}]'"
-    folder, settings = _shown(run.folder), "".join(f" {shlex.quote(item)}" for item in _settings(run))
+    settings = "".join(f" {_quoted(item)}" for item in _settings(run))
+    (folder,) = map(_quoted, as_overrides({"run": _shown(run.folder)}))
     given = " 'generate.images=[picture.png]'" if run.family.facts.max_references else ""
     launcher = "ppcl" if run.config.strategy.kind == "single" else "torchrun --nproc-per-node N -m ppcl"
     return {
-        "Run it again; what is there is reused": f"{launcher} run={folder}{settings} {again}",
-        "Draw your own prompts, one a line in prompts.txt": f"ppcl run={folder} 'stages=[generate]' "
+        "Run it again; what is there is reused": f"{launcher} {folder}{settings} {again}",
+        "Draw your own prompts, one a line in prompts.txt": f"ppcl {folder} 'stages=[generate]' "
         f"generate.prompt_file=prompts.txt{given}",
-        "Show them here": f"ppcl run={folder}{settings} 'stages=[report]'",
+        "Show them here": f"ppcl {folder}{settings} 'stages=[report]'",
     }
 
 
 def _settings(run: Run) -> list[str]:
-    """Return overrides for the keys that `run=FOLDER` does not take from the folder, where they are not the default."""
+    """Return overrides for the keys that `run=FOLDER` does not take from the folder, where they are not the default.
+
+    Stages and uploads are left out.
+    """
+    keys = [key for key in OF_COMMAND if key != "stages" and not key.startswith("export.")]
     usual = {name: value for name, value, *_ in declared(Config())}
     said = {name: value for name, value, *_ in declared(run.config) if value != usual[name]}
-    return as_overrides({name: value for name, value in said.items() if name.partition(".")[0] in OF_COMMAND[1:]})
+    return as_overrides({name: value for name, value in said.items() if {name, name.partition(".")[0]} & {*keys}})
 
 
 def link(run: Run, path: Path) -> str:

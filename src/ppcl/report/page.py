@@ -66,9 +66,10 @@ def _sentence(run: Run, facts: Mapping[str, Any], rows: Sequence[ComparedRow]) -
     teacher = next(row for row in rows if row.name == "teacher")
     name, path = BaseModel.of(run).name, run.config.model.path
     place = "" if path in (None, name) else f" ({path})"
+    data = "without data" if run.config.data.name == "none" else f"on {facts['data']['words']}"
     return (
-        f"{name}{place}, {teacher.num_layers} blocks and {billions(teacher.params)} parameters, pruned on "
-        f"{facts['data']['words']}; {made_by(run)}; {facts['date']}, seed {facts['seed']}, ppcl {facts['version']}."
+        f"{name}{place}, {teacher.num_layers} blocks and {billions(teacher.params)} parameters, pruned "
+        f"{data}; {made_by(run)}; {facts['date']}, seed {facts['seed']}, ppcl {facts['version']}."
     )
 
 

@@ -227,7 +227,7 @@ def contact_sheet(
                 spine.set(visible=True, color="#c0392b" if wrong else "#9aa7b1", linewidth=2 if wrong else 0.8)
         axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=11)
     for axis, caption in zip(axes[0], captions, strict=True):
-        axis.set_title(_wrap(caption), fontsize=9, color=INK)
+        axis.set_title(_wrap(caption), fontsize=9, color=INK, parse_math=False)  # $ is a dollar in a prompt
     save_figure(figure, path)
 
 

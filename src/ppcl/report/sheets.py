@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ from typing import Any
 from PIL import Image
 
 from ppcl.artifacts.files import read_json
+from ppcl.artifacts.headers import fingerprint
 from ppcl.config import STORED_VARIANTS
 from ppcl.context import Run
+from ppcl.errors import UsageError
 from ppcl.pictures.drawing import given_pictures
-from ppcl.pictures.images import image_folder, read_image
+from ppcl.pictures.images import image_folder, read_image, variant_header
+from ppcl.pictures.sets import OF_MODEL
+from ppcl.variants.variants import variants_of
 
 PER_CATEGORY, WITHOUT_CATEGORIES = 2, 12  # prompts per category, and prompts in all if there are no categories
 OWN_SETS, OWN_PROMPTS = 3, 6  # sets of the user's own prompts, and prompts of each
@@ -98,19 +102,57 @@ def compared_sheet(run: Run, names: Sequence[str]) -> Sheet:
     return Sheet(image_folder(run, names[0]).parent, [prompt.text for prompt in prompts], rows, fails)
 
 
-def own_sheets(images: Path, compared: Path) -> list[Sheet]:
+def model_key(made_from: Mapping[str, Any]) -> str:
+    """Return a fingerprint of the model that a header of pictures names, whatever their prompts and settings are."""
+    return fingerprint({key: value for key, value in made_from.items() if key in OF_MODEL})
+
+
+def current_model(run: Run, variant: str) -> str | None:
+    """Return the `model_key` of the model that `variant` is in this run now; None if the run has no such variant."""
+    try:
+        (found,), plugs = variants_of(run, [variant])
+        return model_key(variant_header(run, found, plugs).made_from)
+    except UsageError:
+        return None
+
+
+def own_sheets(
+    images: Path, compared: Path, current: Callable[[str], str | None], say: Callable[[str], None]
+) -> list[Sheet]:
     """Return the newest sets of the user's own prompts in the folder `images`, at most `OWN_SETS`.
 
-    Each has the pictures of the teacher and of the latest variant. The set `compared` and sets of benchmarks are left
-    out.
+    Each has the pictures of the teacher and of the furthest variant, as far as they are of the run's current models.
+    The set `compared` and sets of benchmarks are left out. So are damaged sets and those of other models, with a line.
+
+    `current`: returns the `model_key` of a variant's current model, or None.
+    `say`: prints a line.
     """
     newest: dict[Path, float] = {}
     for manifest in images.glob("*/*/manifest.json"):
         folder = manifest.parent.parent
-        if folder != compared and _is_own(folder, read_json(manifest, "The pictures").get("made_from", {})):
+        if folder != compared:
             newest[folder] = max(newest.get(folder, 0.0), manifest.stat().st_mtime)
-    folders = sorted(newest, key=lambda folder: newest[folder], reverse=True)[:OWN_SETS]
-    return [sheet for folder in folders if (sheet := _own_sheet(folder)) is not None]
+    sheets: list[Sheet] = []
+    for folder in sorted(newest, key=lambda folder: newest[folder], reverse=True):
+        if len(sheets) == OWN_SETS:
+            break
+        try:
+            sheet = _own_sheet(folder, current)
+        except _DAMAGED as error:
+            what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+            say(
+                f"{folder} is left out, since a file in it is missing or damaged ({what}); delete it and draw it again."
+            )
+            continue
+        if isinstance(sheet, Sheet):
+            sheets.append(sheet)
+        elif sheet:
+            say(f"{folder} is left out: {sheet}")
+    return sheets
+
+
+# What reading a set raises if a file was deleted, cut off, or edited by hand. A damaged PNG is a SyntaxError.
+_DAMAGED = (UsageError, OSError, SyntaxError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def _is_own(folder: Path, made_from: Mapping[str, Any]) -> bool:
@@ -118,25 +160,51 @@ def _is_own(folder: Path, made_from: Mapping[str, Any]) -> bool:
     return "benchmark" not in made_from and not re.fullmatch(r"shapes(-[0-9a-f]{6})?", folder.name)
 
 
-def _own_sheet(folder: Path) -> Sheet | None:
-    """Return the first picture of some of a set's prompts, by the teacher and the latest variant; None without any."""
-    drawn: dict[str, Path] = {}
-    for manifest in sorted(folder.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime):
+def _own_sheet(folder: Path, current: Callable[[str], str | None]) -> Sheet | str | None:
+    """Return the first picture of some of a set's prompts, by the teacher and by the furthest variant of the run.
+
+    Returns None if they are not the user's own prompts, and a sentence if all pictures are of other models.
+    """
+    drawn: dict[str, dict[str, Path]] = {}  # for each variant the folder of each model, by its key
+    for manifest in sorted(folder.glob("*/manifest.json")):
+        made_from = read_json(manifest, "The pictures").get("made_from", {})
+        if not _is_own(folder, made_from):
+            return None
         found = re.fullmatch(rf"({'|'.join(STORED_VARIANTS)})(-[0-9a-f]{{6}}(-\d+)?)?", manifest.parent.name)
         if found:
-            drawn[found[1]] = manifest.parent
-    furthest = max(drawn, key=STORED_VARIANTS.index, default=None)
-    names = [name for name in STORED_VARIANTS if name in drawn and name in ("teacher", furthest)]
+            drawn.setdefault(found[1], {})[model_key(made_from)] = manifest.parent
+    shown, without = _shown(drawn, current)
+    outdated = f"pictures of {' and '.join(without)} are not of this run's current model"
+    if not shown:
+        return f"its {outdated}." if without else None
     firsts: dict[str, dict[str, Any]] = {}
-    for line in (drawn[names[-1]] / "prompts.jsonl").read_text(encoding="utf-8").splitlines() if names else ():
+    for line in (list(shown.values())[-1] / "prompts.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         firsts.setdefault(record["prompt"], record)
-    shown = list(firsts.values())[:OWN_PROMPTS]
-    if not shown:
+    records = list(firsts.values())[:OWN_PROMPTS]
+    if not records:
         return None
-    rows = {name: [_read(drawn[name] / record["image"]) for record in shown] for name in names}
-    remark = f"{len(firsts)} prompt{'s' if len(firsts) > 1 else ''}, seed {shown[0]['seed']}"
-    return Sheet(folder, [record["prompt"] for record in shown], rows, remark=remark)
+    rows = {name: [_read(place / record["image"]) for record in records] for name, place in shown.items()}
+    remark = f"{len(firsts)} prompt{'s' if len(firsts) > 1 else ''}, seed {records[0]['seed']}"
+    remark += f"; {outdated} and left out" if without else ""
+    return Sheet(folder, [record["prompt"] for record in records], rows, remark=remark)
+
+
+def _shown(
+    drawn: Mapping[str, Mapping[str, Path]], current: Callable[[str], str | None]
+) -> tuple[dict[str, Path], list[str]]:
+    """Return the folders of the teacher and of the furthest variant, and the variants passed over for their models."""
+    shown: dict[str, Path] = {}
+    without: list[str] = []
+    for name in reversed(STORED_VARIANTS):
+        if name not in drawn or (shown and name != "teacher"):
+            continue
+        place = drawn[name].get(current(name) or "")
+        if place is None:
+            without.append(name)
+        else:
+            shown[name] = place
+    return {name: shown[name] for name in reversed(shown)}, without[::-1]
 
 
 def _read(path: Path) -> Image.Image:

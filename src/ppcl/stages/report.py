@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ppcl.pictures.scores import read_rows
 from ppcl.report import plots
 from ppcl.report.made import commands_of, data_of, trainings_of
 from ppcl.report.page import render
-from ppcl.report.sheets import compared_sheet, own_sheets
+from ppcl.report.sheets import compared_sheet, current_model, own_sheets
 from ppcl.validation.pruning import budget_of
 from ppcl.variants.variants import default_variants
 
@@ -100,7 +101,9 @@ def run(run: Run) -> None:
     if choice is not None:
         drawn["frontier"] = choice.with_name("frontier.png")
     facts = _facts(run, rows)
-    page = render(run, facts, rows, drawn, compared, own_sheets(run.folder / "images", compared.folder))
+    current, say = cache(partial(current_model, run)), partial(run.say, "report")
+    own = own_sheets(run.folder / "images", compared.folder, current, say)
+    page = render(run, facts, rows, drawn, compared, own)
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     write_json(folder / "report.json", facts)

@@ -1,6 +1,7 @@
 """Benchmarks found by the name of their file, with settings of their own; and scores as they are kept."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -175,9 +176,13 @@ def test_a_row_is_read_as_it_was_written(tmp_path):
     content = json.loads(path.read_text())
     assert list(content)[:5] == ["format", "version", "fingerprint", "made_from", "name"]
     assert content["scores"] == {"a": 0.8, "overall": 0.8}
-    for key in ("scores", "params"):
-        path.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
-        with pytest.raises(UsageError, match="holds no scores"):
+    damaged = [{k: v for k, v in content.items() if k != key} for key in ("scores", "params")]
+    edits = {"params": "x", "latency_ms": 0, "students": None, "removed": [1], "velocity_error": "low"}
+    damaged += [content | {key: value} for key, value in edits.items()]
+    damaged += [content | {"scores": scores} for scores in ([1], {"overall": None}, {"a": 1}, {"a": "x", "overall": 1})]
+    for edited in damaged:
+        path.write_text(json.dumps(edited))
+        with pytest.raises(UsageError, match=re.escape(f"{path} holds no scores")):
             ScoreRow.load(path)
 
 

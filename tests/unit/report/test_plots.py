@@ -48,3 +48,9 @@ def test_a_contact_sheet_of_one_picture(tmp_path: Path) -> None:
     contact_sheet(tmp_path / "sheet.png", {"teacher": [Image.new("RGB", (8, 8))]}, ["a prompt"], {})
     with Image.open(tmp_path / "sheet.png") as image:
         image.verify()
+
+
+@pytest.mark.parametrize("prompt", ["US$ 5 { US$ 6 }", "from $1 to $2", "$\\frac{$", "$$"])
+def test_a_dollar_in_a_prompt_is_a_dollar(prompt: str, tmp_path: Path) -> None:
+    contact_sheet(tmp_path / "sheet.png", {"teacher": [Image.new("RGB", (8, 8))]}, [prompt], {})
+    assert (tmp_path / "sheet.png").exists()
