@@ -28,6 +28,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 		"$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
+	@echo "Done. Next: . $(VENV)/bin/activate && ppcl experiment=try"
 
 .PHONY: setup
 setup: $(VENV)/.ready ## Make .venv and install ppcl with its development tools

@@ -19,6 +19,11 @@ def main() -> None:
     """Console script `ppcl`. A user's mistake prints one sentence and exits with 2; without arguments it helps."""
     if len(sys.argv) == 1:
         sys.argv.append("--help")
+    if sys.argv[1:] == ["--version"]:
+        from ppcl import __version__
+
+        print(f"ppcl {__version__}")
+        return
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, not printed and swallowed
     try:
@@ -61,6 +66,8 @@ def main() -> None:
         app()
     except (UsageError, HydraException, OmegaConfBaseException) as error:  # of composing, which every rank does alike
         complain(error if is_first() else SaidElsewhere())
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         failure = failed_access(error)
         if failure is None:

@@ -9,11 +9,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import fields
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppcl.config import GenerateConfig
 from ppcl.errors import UsageError
 from ppcl.launch import is_first, launched
 from ppcl.paths import conf_dir
@@ -26,8 +28,15 @@ if TYPE_CHECKING:
 
 # Keys that `run=FOLDER` does not take from the recorded configuration. They belong to the command: what it does, with
 # how many processes and on which device. No result of the run depends on them.
-OF_COMMAND = ("stages", "generate", "lora", "published", "strategy", "model.streaming", "trainer.accelerator",
-              "export.push_to_hub", "export.private", "export.commit_message")  # fmt: skip
+OF_COMMAND = (
+    *("stages", "lora", "published", "strategy", "model.streaming", "trainer.accelerator"),
+    *("export.push_to_hub", "export.private", "export.commit_message"),
+    *(f"generate.{item.name}" for item in fields(GenerateConfig) if item.name not in ("batch_size", "plug_fraction")),
+)
+# Stages that only draw and measure. With `run=FOLDER` their settings, such as another seed, are not recorded.
+_LOOKING = {"generate", "evaluate", "report"}
+# What data there is follows from where it lies.
+_BY_PATH = ("data.name", "data.captions", "data.shift")
 
 
 # Composing
@@ -84,7 +93,7 @@ def as_overrides(settings: Sequence[str] | Mapping[str, Any]) -> list[str]:
         return [str(item) for item in settings]
     found = []
     for key, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             found += as_overrides({f"{key}.{inner}": item for inner, item in value.items()})
         else:
             found.append(f"{key}={_written(value)}")
@@ -96,16 +105,17 @@ def _written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
-        return repr(value)
+        return repr(int(value) if isinstance(value, int) else float(value))  # numpy's numbers print otherwise
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
-    if re.fullmatch(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*", str(value), re.IGNORECASE):
+    if re.fullmatch(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*", str(value), re.IGNORECASE | re.ASCII):
         return str(value)  # a word that needs no quotes
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    return QuotedString(str(value), Quote.single).with_quotes()
+    text = str(value).replace("${", "\\${")  # text, and no interpolation
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 # Continuing an earlier run
@@ -162,6 +172,8 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
         elif key not in ("run", "experiment", "sampling") and not (key.startswith("hydra") or override.is_delete()):
             said.append(key)
+            if key in ("data.path", "data.cache"):
+                said += _BY_PATH
     present = OmegaConf.to_container(
         raw, resolve=False
     )  # interpolations are resolved later, with the new model and data
@@ -218,6 +230,7 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
     from ppcl.validation import parse
 
     quiet_messages()  # before anything that imports torch or diffusers
+    looking = raw.run is not None and {*raw.stages} <= _LOOKING
     raw = continued(raw, overrides)
     shared = _meet(raw)
     with shared():
@@ -226,7 +239,7 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
 
     silent = config.strategy.kind != "single" and not is_first()
     run = Run(config, folder, Console(quiet=True) if silent else console)
-    if silent:
+    if silent or looking:
         _run_stages(run, shared)
         return
     records = (folder / "config.yaml", folder / "versions.json")
@@ -323,7 +336,7 @@ def sentence(error: Exception) -> str:
     override = getattr(error, "override", None)  # an override that Hydra could not parse
     if override is not None:
         if "=" not in override:
-            return f"{override} is no override: write KEY=VALUE, such as 'stages=[plan]'."
+            return f"{override} is no override: write KEY=VALUE, such as experiment=try; `ppcl --help` lists more."
         key = override.partition("=")[0]
         return f"{override} cannot be read: close brackets and quotes; write text as '{key}=\"TEXT\"'."
     found = re.match(r"Could not override '([^']*)'", text)

@@ -147,17 +147,18 @@ class Run:
 
     @property
     def scores_folder(self) -> Path:
-        """The scores of the configured set: `scores/` for the first set of `shapes`, `scores/SET` for all others."""
+        """The scores of the configured set: `scores/` for a run's first set, `scores/SET` for all others."""
         return self._of_set("scores")
 
     @property
     def report_folder(self) -> Path:
-        """The report on the configured set: `report/` for the first set of `shapes`, `report/SET` for all others."""
+        """The report on the configured set: `report/` for a run's first set, `report/SET` for all others."""
         return self._of_set("report")
 
     def _of_set(self, kind: str) -> Path:
         name = self.set_folder.name
-        return self.folder / kind if name == "shapes" else self.folder / kind / name
+        plain = name in ("shapes", "captions")  # the first set of the shapes benchmark, or of held-out captions
+        return self.folder / kind if plain else self.folder / kind / name
 
     @property
     def base(self) -> Path:

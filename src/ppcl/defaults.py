@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,6 @@ def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:
     return found.get(key, otherwise)
 
 
-@lru_cache(maxsize=8)
 def stored_weights(folder: Path) -> tuple[int, str]:
     """Return the number of parameters of the transformer in a pipeline folder, and the dtype of most of them.
 

@@ -82,19 +82,27 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
             _check_students(run, stage, made)
         if {"ppcl-width", "ppcl-planned", "ppcl-finetuned"} & arranged:
             _check_projectors(run, stage, made)
+        if budget_of(config) and {"ppcl-planned", "ppcl-finetuned"} & arranged and "plan" not in made:
+            _check_choice(run, stage)
         for name, maker in (("ppcl-finetuned", "finetune"), ("ppcl-quantized", "quantize")):
             record = run.folder / {"finetune": "finetuned", "quantize": "quantized"}[maker] / "ppcl.json"
             if name in names and maker not in made and not record.exists():
                 raise UsageError(
                     f"'stages=[{stage}]' needs {name}, and {record} does not exist: add {maker} to stages."
                 )
-    if stage == "evaluate" and "generate" not in made and not (run.folder / "images").is_dir():
+    if stage in ("evaluate", "report") and "teacher" not in (config.generate.variants or ["teacher"]):
         raise UsageError(
-            f"'stages=[evaluate]' scores pictures, and {run.folder / 'images'} has none: add generate to stages."
+            f"'stages=[{stage}]' compares variants with the teacher: add teacher to "
+            f"'generate.variants=[{','.join(config.generate.variants or [])}]'."
         )
-    if stage == "report" and "evaluate" not in made and not (run.folder / "scores").is_dir():
+    trained = {"depth", "width", "finetune", "quantize"} & made  # makes a model that has not been drawn yet
+    if stage == "evaluate" and "generate" not in made and (trained or not (run.folder / "images").is_dir()):
         raise UsageError(
-            f"'stages=[report]' shows scores, and {run.folder / 'scores'} has none: add evaluate to stages."
+            f"'stages=[evaluate]' scores pictures, and {run.folder / 'images'} has none yet: add generate to stages."
+        )
+    if stage == "report" and "evaluate" not in made and (trained or not (run.folder / "scores").is_dir()):
+        raise UsageError(
+            f"'stages=[report]' shows scores, and {run.folder / 'scores'} has none yet: add evaluate to stages."
         )
     needs_export = stage == "remap_lora" and config.lora.model is None and "export" not in made
     if needs_export and not (run.folder / "export").is_dir():
@@ -118,6 +126,11 @@ def _quantized_base(run: Run) -> str:
     if record.exists():
         return str(read_json(record, "The record of the quantised model")["made_from"]["variant"])
     return run.config.quantize.variant or "ppcl-planned"
+
+
+def _check_choice(run: Run, stage: str) -> None:
+    if not run.known_choice_path.exists():
+        raise UsageError(f"'stages=[{stage}]' takes the budget's choice, and there is none yet: add plan to stages.")
 
 
 def _check_intervals(run: Run, stage: str, made: set[str]) -> None:

@@ -189,9 +189,7 @@ def test_a_finished_run_draws_again_and_again(finished: Path) -> None:
     for prompt in ("a red circle", "a blue square, a red circle"):
         succeed(f"run={finished}", "stages=[generate]", f'generate.prompt="{prompt}"', "generate.variants=[ppcl-depth]")
         after = OmegaConf.load(finished / "config.yaml")
-        assert after.generate.prompt == prompt
-        for key in ("name", "model", "distill", "intervals", "paths", "run"):
-            assert after.get(key) == record.get(key), key
+        assert after == record  # drawing changes nothing of what the run is
         shutil.rmtree(finished / "images")
     assert modified(finished / "plugs") == plugs
 
@@ -291,7 +289,7 @@ def test_without_arguments_it_helps_and_makes_no_folder(tmp_path: Path, monkeypa
         ("trainer.compile=x", "trainer.compile=x: 'x' is not true or false; write one, such as trainer.compile=false."),
         ("stages=plan", "stages=plan: 'plan' is not a list; write 'stages=[plan]'."),
         ("stages=[plan", "stages=[plan cannot be read: close brackets and quotes; write text as 'stages=\"TEXT\"'."),
-        ("plan", "plan is no override: write KEY=VALUE, such as 'stages=[plan]'."),
+        ("plan", "plan is no override: write KEY=VALUE, such as experiment=try"),
         ("method=ppcl,ppcl_lp_a", "method=ppcl,ppcl_lp_a names several choices: name one, or add --multirun"),
         ("generate.prompt=a, b", "write 'generate.prompt=[a, b]' for a list, 'generate.prompt=\"a, b\"' for text"),
         ("intervals.transformer_blocks=[[1,b]]", "intervals.transformer_blocks=[[1,b]]: 'b' is not a whole number."),

@@ -307,7 +307,6 @@ def test_the_frontier_is_printed_when_it_is_measured(planned: Path, again: list[
     (tmp_path / "budget" / "plan" / "costs.json").unlink()
     first = succeed(*again, f"budget.params={BUDGET}", PLAN).out
     assert "velocity error" in first
-    assert "at equal size, plans by budget.cost=velocity have" in first
     again_said, other = (succeed(*again, f"budget.params={value}", PLAN).out for value in (BUDGET, 0.8))
     assert "plan  wrote" not in again_said
     assert again_said.count("plan  reused") == 2
@@ -471,3 +470,24 @@ def test_a_loss_that_is_not_a_number_stops_and_loses_nothing(options: list[str],
     assert zipfile.is_zipfile(run / "finetune-checkpoint" / "last.ckpt")
     assert not (run / "finetuned").exists()
     assert digests(run / "plugs") == digests(planned / "plugs")
+
+
+def test_a_tuned_runs_choice_is_not_replaced_by_a_command_that_is_refused(
+    again: list[str], planned: Path, tmp_path: Path
+) -> None:
+    choice = tmp_path / "budget" / "plan" / "choice.json"
+    before = choice.read_bytes()
+    refused = ppcl(*again, "budget.params=0.8", "stages=[plan,finetune]")
+    assert refused.code == 2
+    assert "is tuned for another choice" in refused.err
+    assert choice.read_bytes() == before
+    advice = re.search(r"as in (name=\S+) (paths.base_run=\S+), or", refused.err)
+    assert advice, refused.err
+    succeed(*again, "budget.params=0.8", "stages=[plan,finetune]", *advice.groups())
+
+
+def test_a_budgets_choice_is_needed_from_the_start(again: list[str], tmp_path: Path) -> None:
+    (tmp_path / "budget" / "plan" / "choice.json").unlink()
+    refused = ppcl(*again, "budget.params=0.8", "stages=[export]")
+    assert refused.code == 2
+    assert "add plan to stages" in refused.err

@@ -53,14 +53,14 @@ def test_the_first_distinct_captions_of_held_out_pictures_are_drawn(run: Path) -
 
 
 def test_rows_have_distances_in_place_of_scores(run: Path) -> None:
-    rows = {path.stem: json.loads(path.read_text()) for path in (run / "scores" / "captions").glob("*.json")}
+    rows = {path.stem: json.loads(path.read_text()) for path in (run / "scores").glob("*.json")}
     assert rows.keys() == {"teacher", "removed"}
     for row in rows.values():
         assert row["scores"] is None
         assert row["latency_ms"] > 0
     assert rows["teacher"]["velocity_error"] == rows["teacher"]["latent_distance"] == 0
     assert min(rows["removed"]["velocity_error"], rows["removed"]["latent_distance"]) > 0
-    assert (run / "report" / "captions" / "report.html").exists()
+    assert (run / "report" / "report.html").exists()
 
 
 def test_a_cache_without_captions_asks_for_prompts(command: list[str], run: Path, tmp_path: Path) -> None:

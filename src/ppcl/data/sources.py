@@ -197,7 +197,10 @@ def _tables(config: DataConfig) -> list[Unit]:
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.name in ("metadata.csv", "metadata.jsonl"))
         if not found:
-            raise UsageError(f"data.path={path} holds no metadata.csv or metadata.jsonl; name the table.")
+            raise UsageError(
+                f"data.path={path} holds neither .tar shards nor a table of captions: "
+                "write metadata.csv with the columns file_name and text into it."
+            )
         path = found[0]
     if not path.is_file():
         raise UsageError(f"data.path={path} does not exist; name a folder, a CSV or a JSONL.")

@@ -73,7 +73,12 @@ def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
     if not found[0].exists():
         found = sorted(folder.glob("*/boundaries.json"))
     if not found:
-        raise UsageError(f"{folder} holds no boundaries, or not all of them: run 'stages=[boundaries]' first.")
+        config = run.config.distill
+        raise UsageError(
+            f"{folder} holds no boundaries, or not all of them: run 'stages=[boundaries]' first, with just these "
+            f"settings (distill.steps={config.steps} distill.batch_size={config.batch_size} "
+            f"distill.replay={config.replay})."
+        )
     records = {path.parent: read_json(path, "The record of boundaries") for path in found}
     misfits = {path: _misfit(run, path, record["made_from"]) for path, record in records.items()}
     fitting = [path for path, misfit in misfits.items() if misfit is None]

@@ -45,7 +45,9 @@ STAGES = {
         ranks="divide",
     ),
     "probe": Stage("fit one linear map per block and stream", weights=True, data=True),
-    "detect": Stage("find intervals: runs of adjacent blocks that together are nearly linear", weights=True, data=True),
+    "detect": Stage(
+        "find intervals: groups of adjacent blocks that together are nearly linear", weights=True, data=True
+    ),
     "boundaries": Stage(
         "store the teacher's activations, to distil without the teacher (distill.from_boundaries=true)",
         weights=True,

@@ -19,6 +19,7 @@ from ppcl.launch import rank
 from ppcl.progress import counter
 from ppcl.report.text import counted, in_bytes
 
+FEW = 50  # samples, of which a handful are held out
 MARGIN = 1.05  # the estimated size times this must be free on disk
 
 
@@ -26,7 +27,7 @@ def run(run: Run) -> None:
     """Encode every unit of `data.path` (a shard, or up to 1,000 rows of a table) that is not cached yet.
 
     Several ranks divide the units among themselves. Samples that cannot be used are left out and counted. Raises
-    `UsageError` if the disk has too little space.
+    `UsageError` if the disk has too little space, or if no sample can be used.
     """
     config = run.config.data
     units, folder = find_units(config), run.data.cache_folder
@@ -52,6 +53,13 @@ def run(run: Run) -> None:
                 run.say("cache", f"{unit.name}: left out {item['key']}: {item['why']}")
     told = f"{counted(stored, 'sample')} of {counted(len(mine), 'unit')} cached, {left_out} left out"
     run.say("cache", f"{told}, in {folder}")
+    if not stored and len(mine) == len(units):
+        raise UsageError(
+            f"data.path={config.path} has no picture that can be used: the reasons are above, and in {folder}; correct "
+            "the files, and run this again."
+        )
+    if stored < FEW and len(mine) == len(units):
+        run.say("cache", f"{stored} are few: held-out figures will rest on a handful; a few hundred say more")
     others = sum(not (folder / unit_record(unit.name)).exists() for unit in units)
     if others:
         run.say("cache", f"other ranks cache {counted(others, 'unit')} of {len(units)}")

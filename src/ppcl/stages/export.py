@@ -54,6 +54,8 @@ def run(run: Run) -> None:
         run.say("export", f"reused {folder}")
     else:
         _write_folder(run, folder, variant, plugs, header)
+    if not variant.finetuned and run.base != run.folder and (run.base / "finetuned" / "ppcl.json").exists():
+        run.say("export", f"this is {name}, untuned: the tuned model of {run.base} is exported by run={run.base}")
     if single is not None:
         single.write(folder)
     _complete_card(run, folder / "README.md", name)

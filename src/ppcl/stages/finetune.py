@@ -12,6 +12,7 @@ from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.finetune import FineTune
+from ppcl.errors import UsageError
 from ppcl.options import identity
 from ppcl.streaming import still
 from ppcl.surgery.adapter import merge_lora
@@ -48,6 +49,11 @@ def run(run: Run) -> None:
     config, folder = run.config.finetune, finetuned_folder(run)
     plugs = required_plugs(run)
     plan = planned(run, plugs)
+    if not (plan.students or plan.removed or plan.projectors):
+        raise UsageError(
+            "'stages=[finetune]' has nothing to tune: the teacher fits the budget, so that no plug is in; lower the "
+            "budget, or leave out finetune."
+        )
     header = finetune_header(run, made_of(plan, plugs))
     if is_current(folder / "ppcl.json", header, another_run(run, folder)):
         run.say("finetune", f"reused {folder}")
@@ -87,6 +93,10 @@ def run(run: Run) -> None:
             write_json(temporary / "ppcl.json", header.to_json() | facts)
     discard_checkpoint(run, checkpoints)
     run.say("finetune", f"held-out velocity error {before:.4f} -> {after:.4f}")
+    if after >= before:
+        run.say(
+            "finetune", "this is no better than untuned: raise finetune.steps, lower finetune.lr, or use ppcl-planned"
+        )
     run.say("finetune", f"wrote {folder}")
 
 

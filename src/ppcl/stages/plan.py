@@ -17,6 +17,7 @@ from ppcl.validation.pruning import budget_of, resolve_intervals, resolve_width
 from ppcl.variants.costs import measure, target_of
 from ppcl.variants.planner import choose, total_saving
 from ppcl.variants.plugs import required_plugs
+from ppcl.variants.variants import check_choice
 
 
 def run(run: Run) -> None:
@@ -68,7 +69,8 @@ def plan_budget(run: Run) -> None:
     assert budget is not None
     name, value = budget
     cost = run.config.budget.cost
-    costs = measure(run, required_plugs(run))
+    plugs = required_plugs(run)
+    costs = measure(run, plugs)
     units, overlaps, teacher = costs.units, costs.overlaps, costs.teacher
     if cost not in costs.frontier:
         raise UsageError(
@@ -85,6 +87,8 @@ def plan_budget(run: Run) -> None:
     memory = teacher.memory_gb - total_saving(units, overlaps, plugged, "memory_gb")
     error = sum(unit.costs[cost] for unit in units if unit.name in plugged)
     choice = Choice((name, value, cost), plugged, round(params), ratio, latency, memory, error)
+    if "finetune" in run.config.stages:  # which would refuse another choice than that of the tuned model, too late
+        check_choice(run, plugs, plugged)
     path, picture = run.choice_path, run.choice_path.with_name("frontier.png")
     reused = path.exists() and picture.exists() and Choice.load(path) == choice
     if not reused:

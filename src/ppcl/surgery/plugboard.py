@@ -113,6 +113,9 @@ class Plugboard:
 
     def __call__(self, *names: str) -> Plugboard:
         """Plug in the named students, removals and projectors, with teacher blocks elsewhere."""
+        for name in names:
+            if not isinstance(name, str):
+                raise UsageError(f"{name!r} is not a name: pass names one by one, as board(*names).")
         projectors = [name for name in names if name in self.projectors]
         removed = [name.removesuffix(".removed") for name in names if name.endswith(".removed")]
         students = [name for name in names if name not in projectors and not name.endswith(".removed")]

@@ -81,7 +81,7 @@ def fit(
         write_json(folder / "checkpoint.json", header.to_json())
     barrier()
     if resumable:
-        run.say(stage, f"resuming from {folder / 'last.ckpt'}")
+        run.say(stage, f"resuming from the last checkpoint in {folder}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes and tips
     callbacks: list[Callback] = [
         ModelCheckpoint(

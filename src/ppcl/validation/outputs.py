@@ -28,7 +28,7 @@ def has_own_prompts(config: Config) -> bool:
 def read_prompts(path: Path) -> list[str]:
     """Return the non-empty lines of a prompt file; raises `UsageError` if it is missing, empty or not UTF-8."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (FileNotFoundError, IsADirectoryError):
         raise UsageError(
             f"generate.prompt_file={path} does not exist; name a text file with a prompt a line."

@@ -237,7 +237,10 @@ def budget_of(config: Config) -> tuple[str, float] | None:
         name: value for name in ("params", "memory_gb", "latency_ratio") if (value := getattr(budget, name)) is not None
     }
     if len(found) > 1:
-        raise UsageError(f"budget.{' and budget.'.join(found)} are both set: a plan serves one budget.")
+        raise UsageError(
+            f"budget.{' and budget.'.join(found)} are both set, and a plan serves one budget: add "
+            f"budget.{next(iter(found))}=null, or the like for the other."
+        )
     return next(iter(found.items()), None)
 
 

@@ -282,14 +282,8 @@ def measure(run: Run, plugs: Plugs) -> Costs:
 
 
 def _show(run: Run, costs: Costs) -> None:
-    """Print the frontier for `budget.cost`, and how well the two kinds of cost predict quality."""
+    """Print the frontier for `budget.cost`."""
     show_frontier(run, costs.frontier.get(run.config.budget.cost, costs.frontier["velocity"]))
-    if len(costs.frontier) > 1:
-        run.say(
-            "plan",
-            f"at equal size, plans by budget.cost=velocity have {compare_costs(costs.frontier):.2f} times the velocity "
-            "error of plans by budget.cost=loss (geometric mean over the frontier)",
-        )
 
 
 def compare_costs(points: Frontier) -> float:

@@ -123,15 +123,33 @@ def tuned(run: Run, plugs: Plugs) -> Variant:
     if {key: value for key, value in made_from.items() if key in ("plugs", "removed")} != made_of(arranged, plugs):
         if budget is None:
             raise UsageError(f"{path} was tuned from other plugs than there are: {another_run(run, path.parent)}.")
+        key, value = budget
         raise UsageError(
-            f"{path} was tuned from other plugs than budget.{budget[0]}={budget[1]:g} plugs in: leave the budget out "
-            f"to use what was tuned, or run 'stages=[plan,finetune]' under another name=, as in {based_on_this(run)}."
+            f"{path} was tuned from other plugs than budget.{key}={value:g} plugs in: give budget.{key}=null to use "
+            f"what was tuned, or run 'stages=[plan,finetune]' under another name=, as in {based_on_this(run)}."
         )
     layout = asdict(run.layout)
     if arranged.projectors and made_from.get("layout", layout) != layout:
         difference = first_difference(made_from["layout"], layout, "width.")
         raise UsageError(f"{path} was tuned with {difference}: repeat that setting.")
     return replace(arranged, name="ppcl-finetuned", finetuned=record["fingerprint"])
+
+
+def check_choice(run: Run, plugs: Plugs, plugged: list[str]) -> None:
+    """Raise `UsageError` if this run has a tuned model of other plugs than `plugged`.
+
+    A run has one choice and one tuned model of it: another choice would leave the tuned model without its own.
+    """
+    folder = finetuned_folder(run)
+    if not (folder / "ppcl.json").exists():
+        return
+    made_from = tuned_record(run)["made_from"]
+    arranged = made_of(_arranged("ppcl-planned", plugs, plugged), plugs)
+    if {key: value for key, value in made_from.items() if key in ("plugs", "removed")} != arranged:
+        raise UsageError(
+            f"{folder} is tuned for another choice than this budget's, so this run keeps that: make the other size a "
+            f"run of its own, as in {based_on_this(run)}, or delete {folder} first."
+        )
 
 
 def based_on_this(run: Run) -> str:
