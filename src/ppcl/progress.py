@@ -85,19 +85,19 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def counter(
-    description: str, total: int | None, *, console: Console, clock: Clock = time.monotonic
+    description: str, total: int | None, *, console: Console, done: int = 0, clock: Clock = time.monotonic
 ) -> Iterator[Callable[[int], None]]:
-    """Show on `console` how many of `total` items are done.
+    """Show on `console` how many of `total` items are done. `done`: how many an earlier command did.
 
     Gives the block a function that it calls with how many items were done since the last call. `clock` gives seconds,
     and times the plain lines.
     """
     if draws_bars(console):
         with Progress(console=console, transient=True) as bar:
-            task = bar.add_task(description, total=total)
+            task = bar.add_task(description, total=total, completed=done)
             yield lambda count: bar.advance(task, count)
         return
-    lines, done = Lines(console, description, total, clock=clock), 0
+    lines = Lines(console, description, total, done=done, clock=clock)
 
     def advance(count: int) -> None:
         nonlocal done

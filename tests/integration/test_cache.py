@@ -193,6 +193,14 @@ def test_one_sample_is_held_out_where_chance_gives_none(cached: Path) -> None:
     assert all(entry.key in held_out_keys([e.key for e in read_entries(cached)], share) for share in (0.02, 0.1, 0.5))
 
 
+def test_one_sample_is_left_for_training_where_chance_leaves_none() -> None:
+    keys = [key for key in map(str, range(100)) if key in held_out_keys([*map(str, range(100))], 0.2)]
+    assert len(held_out_keys(keys[:2], 0.2)) == len(held_out_keys(keys[:2] * 2, 0.2)) == 1
+    assert held_out_keys(keys, 0.2) < set(keys)
+    assert held_out_keys(keys[:1], 0.2) == set(keys[:1])  # a single sample is refused, with a remedy
+    assert held_out_keys(keys, 0.999999) == set(keys)  # so is what the user asks for
+
+
 def test_only_an_empty_set_is_refused(cached: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"data\.held_out=0\.999999 keeps all 60 samples of data\.path=PICTURES"):
         stream_of(cached, 4, held_out=False, share=0.999999)

@@ -19,6 +19,7 @@ from diffusers import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ppcl as package
 from ppcl.families.dit.tiny import build_pipeline as build_dit
@@ -133,6 +134,26 @@ def test_a_lora_of_the_full_model_goes_onto_every_variant(command, lora, teacher
     (image,) = pictures(command, "lora", "ppcl-depth")
     assert np.array_equal(image, drawn(pruned))
     assert not np.array_equal(image, plain)
+
+
+def test_two_loras_of_one_file_name_are_both_on(command, lora, teacher, tmp_path) -> None:
+    """Both are on the same modules. One pair in the other order, or one of them twice, are other pictures."""
+    torch.manual_seed(1)
+    other = {name: torch.randn_like(value) * 0.3 for name, value in load_file(lora).items()}
+    second = tmp_path / lora.name
+    save_file(other, second)
+    only = [*command, "name=two", "generate.variants=[teacher]"]
+    succeed(*only, f"generate.loras=[{lora},{second}]")
+    whole = load(teacher)
+    for name, path in (("a", lora), ("b", second)):
+        whole.load_lora_weights(path, adapter_name=name)
+    whole.set_adapters(["a", "b"], [1.0, 1.0])
+    (image,) = pictures(command, "two", "teacher")
+    assert np.array_equal(image, drawn(whole))
+    for number, loras in enumerate(([second], [second, second], [lora, lora]), 2):
+        succeed(*only, f"generate.loras=[{','.join(map(str, loras))}]")
+        found = pictures(command, "two", "teacher")
+        assert len(found) == number == len({image.tobytes() for image in found})
 
 
 def test_a_lora_is_off_again_for_the_next_command(command, lora) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from commands import INTERVALS, PLUG_NAMES, digests, modified, ppcl, succeed
 from PIL import Image
 from safetensors.torch import load_file
+
+from ppcl.api import run as draw
+from ppcl.errors import UsageError
+from ppcl.stages import generate
 
 SMALL = ["benchmark.prompts_per_category=1", "benchmark.latency_repeats=1"]
 DRAW, SCORE = "stages=[generate]", "stages=[generate,evaluate,report]"
@@ -137,6 +143,73 @@ def test_pictures_that_nothing_vouches_for_stay(command: list[str], run: Path) -
     succeed(*few, "generate.variants=[teacher,removed]")
     assert len(list((run / "images" / new).glob("removed-??????/0*.png"))) == 6
     assert digests(run / "images").items() > before.items()
+
+
+def meanwhile(patch: pytest.MonkeyPatch, other: Callable[[], object]) -> None:
+    """Do `other` in the midst of the next command, when it knows what to draw and has not begun."""
+    equipped, todo = generate.equipped, [other]
+
+    def after_the_other(*arguments: Any) -> Any:
+        if todo:
+            todo.pop()()
+        return equipped(*arguments)
+
+    patch.setattr(generate, "equipped", after_the_other)
+
+
+def assert_pictures_are_what_manifests_say(images: Path) -> None:
+    manifests = list(images.rglob("manifest.json"))
+    assert manifests
+    for manifest in manifests:
+        pictures = list(manifest.parent.glob("0*.png"))
+        assert len(pictures) == 6
+        said = {json.loads(Image.open(path).text["ppcl"])["fingerprint"] for path in pictures}
+        assert said == {json.loads(manifest.read_text())["fingerprint"]}
+    assert not list(images.rglob("unfinished.json"))
+
+
+def test_two_models_that_are_drawn_at_once_are_kept_apart(
+    command: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [*command, DRAW, "generate.variants=[ppcl-planned]"]
+
+    def draw_another() -> None:
+        choose(run, *PLUG_NAMES)
+        draw(few, quiet=True)
+
+    choose(run, PLUG_NAMES[0])
+    meanwhile(monkeypatch, draw_another)
+    draw(few, quiet=True)
+    assert len(list((run / "images" / "shapes").glob("ppcl-planned*"))) == 2
+    assert_pictures_are_what_manifests_say(run / "images")
+
+
+def test_two_sets_that_are_drawn_at_once_are_kept_apart(
+    command: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [*command, DRAW, "generate.variants=[teacher]", f"paths.cache_dir={run / 'cache'}"]
+    meanwhile(monkeypatch, lambda: draw([*few, "seed=43"], quiet=True))
+    draw(few, quiet=True)
+    assert len(sets(run)) == 2
+    named = [*few, "generate.name=cats", "generate.num_images=6"]
+    meanwhile(monkeypatch, lambda: draw([*named, "generate.prompt=a red circle"], quiet=True))
+    with pytest.raises(UsageError, match=r"holds other pictures \(made with prompts\.hash="):
+        draw([*named, "generate.prompt=a blue square"], quiet=True)
+    for images in (run / "images", run / "cache" / "images"):
+        assert len(list(images.rglob("manifest.json"))) == 3
+        assert_pictures_are_what_manifests_say(images)
+
+
+def test_pictures_that_are_gone_are_drawn_again(command: list[str], run: Path) -> None:
+    few = [*command, "generate.variants=[teacher,removed]"]
+    succeed(*few, DRAW)
+    before = digests(run / "images")
+    (run / "images" / "shapes" / "removed" / "00003.png").unlink()
+    refused = ppcl(*few, "stages=[evaluate]")
+    assert refused.code == 2
+    assert "removed lacks pictures: run 'stages=[generate]' for variant removed first" in refused.err
+    succeed(*few, DRAW)
+    assert digests(run / "images") == before
 
 
 def test_distances_to_the_teacher_are_measured_and_latents_kept(command: list[str], run: Path) -> None:

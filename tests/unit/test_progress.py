@@ -85,6 +85,13 @@ def test_a_counter_takes_jumps(console: Console, clock: Clock) -> None:
     assert lines(console) == ["   caching  32/200  about 3 min left", "   caching  64/200  about 2 min left"]
 
 
+def test_the_time_left_does_not_count_what_an_earlier_command_did(console: Console, clock: Clock) -> None:
+    with counter("teacher", 1000, console=console, done=900, clock=clock) as advance:
+        clock.now += 60
+        advance(10)
+    assert lines(console) == ["   teacher  910/1000  about 9 min left"]
+
+
 def test_a_silent_console_stays_silent(clock: Clock) -> None:
     console = Console(file=io.StringIO(), quiet=True)
     assert work(console, clock, 400, 1.0) == []

@@ -112,9 +112,14 @@ def held_out_keys(keys: Sequence[str], share: float) -> set[str]:
     """Return the keys of the samples that are kept from training.
 
     Each key is chosen by its own hash, so that it does not depend on the others. At least one is chosen: if no hash
-    falls into the `share`, it is the key with the smallest.
+    falls into the `share`, it is the key with the smallest. If all fall into it by chance, the key with the largest is
+    left for training. A `share` that leaves less than half a sample is taken at its word.
     """
-    return {key for key in keys if _hash(key) < share * 0x1_0000_0000} or set(sorted(keys, key=_hash)[:1])
+    ordered = sorted(set(keys), key=_hash)
+    chosen = [key for key in ordered if _hash(key) < share * 0x1_0000_0000] or ordered[:1]
+    if 1 < len(ordered) == len(chosen) and (1 - share) * len(ordered) >= 0.5:
+        chosen.pop()
+    return set(chosen)
 
 
 def read_entries(folder: Path) -> list[Entry]:

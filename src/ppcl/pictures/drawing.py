@@ -146,18 +146,21 @@ def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]
 
 def _put_on_loras(run: Run, board: Plugboard) -> None:
     """Load all LoRAs of the full model, with their block numbers mapped to the current arrangement."""
-    config, names = run.config.generate, []
+    config, pipeline, states = run.config.generate, run.teacher.pipeline, {}
+    modules = dict(pipeline.transformer.named_modules())  # before PEFT wraps some of them
     for number, path in enumerate(config.loras):
         state, metadata = read_lora(run, Path(path))
-        modules = dict(run.teacher.pipeline.transformer.named_modules())
         mapped = map_blocks(
             state, modules, board.kept, board.removed_intervals, source=run.config.lora.source, metadata=metadata
         )
-        names.append(f"lora_{number}")
-        run.teacher.pipeline.load_lora_weights(mapped.state, adapter_name=names[-1])
+        if mapped.state:
+            states[f"lora_{number}"] = mapped.state
         if mapped.dropped:
             run.say("generate", f"{Path(path).name}: {len(mapped.dropped)} modules are of blocks that are gone")
-    run.teacher.pipeline.set_adapters(names, [config.lora_scale] * len(names))
+    for name, state in states.items():
+        pipeline.load_lora_weights(state, adapter_name=name)
+    if states:
+        pipeline.set_adapters(list(states), [config.lora_scale] * len(states))
 
 
 def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:

@@ -15,7 +15,7 @@ from ppcl.artifacts.files import atomic_path
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.pictures.drawing import given_pictures
-from ppcl.pictures.sets import benchmark_settings, variant_folder
+from ppcl.pictures.sets import benchmark_settings, claim_variant, claimed_set, variant_folder
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.variants import Variant, variants_of
 
@@ -31,7 +31,10 @@ class Drawing:
     @property
     def is_complete(self) -> bool:
         """Whether the folder has all pictures, made from exactly this; raises `UsageError` if from something else."""
-        return is_current(self.folder / "manifest.json", self.header)
+        numbers = range(self.header.made_from["prompts"]["count"])
+        return is_current(self.folder / "manifest.json", self.header) and all(
+            picture_path(self.folder, number).exists() for number in numbers
+        )
 
 
 def drawings(run: Run, variants: list[Variant], plugs: Plugs) -> list[Drawing]:
@@ -43,6 +46,23 @@ def drawings(run: Run, variants: list[Variant], plugs: Plugs) -> list[Drawing]:
         run.image_folders[variant.name] = folder
         found.append(Drawing(variant, folder, header))
     return found
+
+
+def claim(run: Run, drawing: Drawing) -> Path:
+    """Return the folder to draw the pictures into, which no command that draws something else uses from now on.
+
+    Usually it is `drawing.folder`. It is another one if such a command has begun to draw there in the meantime. It is
+    also stored in `run.image_folders`.
+    """
+    name = drawing.variant.name
+    with claimed_set(run.folder / "images", run.config, run.set_settings) as folder:
+        run.image_folders[name] = claim_variant(folder / name, drawing.header)
+    return run.image_folders[name]
+
+
+def picture_path(folder: Path, number: int) -> Path:
+    """Return the file of picture `number` in the folder of a variant's pictures."""
+    return folder / f"{number:05d}.png"
 
 
 def prompts_of(run: Run) -> list[str]:
@@ -64,7 +84,7 @@ def read_images(run: Run, variant: str) -> Iterator[Image.Image]:
 
 def read_image(run: Run, variant: str, number: int) -> Image.Image:
     """Return picture `number` of a variant, in RGB."""
-    with Image.open(image_folder(run, variant) / f"{number:05d}.png") as image:
+    with Image.open(picture_path(image_folder(run, variant), number)) as image:
         return image.convert("RGB")
 
 

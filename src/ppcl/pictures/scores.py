@@ -24,7 +24,8 @@ def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, 
         name = drawing.variant.name
         if not drawing.is_complete:
             manifest = drawing.folder / "manifest.json"
-            raise UsageError(f"{manifest} does not exist: run 'stages=[generate]' for variant {name} first.")
+            lacking = f"{drawing.folder} lacks pictures" if manifest.exists() else f"{manifest} does not exist"
+            raise UsageError(f"{lacking}: run 'stages=[generate]' for variant {name} first.")
         headers[name] = Header("ppcl.scores", {"images": drawing.header.fingerprint})
     return headers
 

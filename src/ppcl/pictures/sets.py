@@ -3,18 +3,26 @@
 `images/SET/VARIANT/` holds a variant's pictures, with `manifest.json` once they are complete and `unfinished.json`
 before that. Both hold the header of the pictures. No picture is ever deleted or overwritten: other settings make
 another set, and another model of the same variant gets another folder within the set.
+
+Several commands may draw into one run at the same time. `unfinished.json` is therefore created exclusively: a command
+that finds one of other pictures takes another folder. Until a set has its first one, `images/SET/set.json` does the
+same for the set.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts.files import read_json
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, fingerprint, first_difference
 from ppcl.benchmarks.base import Benchmark, Prompt
 from ppcl.config import Config
@@ -27,6 +35,7 @@ OF_MODEL = ("model", "plugs", "removed", "layout", "finetuned", "quantized")
 # Headers do not name this benchmark, since they are older than all other benchmarks.
 _UNSAID = {"name": "shapes", "settings": {"images_per_prompt": 1}}
 _SLUG_LENGTH = 32
+_SET = "set.json"
 
 
 def set_settings(config: Config, benchmark: Benchmark, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -59,7 +68,9 @@ def _put_on(config: Config) -> dict[str, Any]:
     """Return what a header says about LoRAs and a ControlNet; empty without any."""
     settings, made_from = config.generate, {}
     if settings.loras:
-        files = {Path(path).name: _digest(path) for path in settings.loras}
+        pairs = [(Path(path).name, _digest(path)) for path in settings.loras]
+        by_name = dict(pairs)
+        files = by_name if len(by_name) == len(pairs) else pairs  # a dict would lose files of equal names
         made_from["loras"] = {"files": files, "scale": settings.lora_scale, "source": config.lora.source}
     if settings.controlnet:
         image = _digest(str(settings.control_image))
@@ -94,6 +105,23 @@ def set_folder(images: Path, config: Config, settings: Mapping[str, Any]) -> Pat
     return own if own.exists() or _other_set(plain, settings) is not None else plain
 
 
+@contextmanager
+def claimed_set(images: Path, config: Config, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield `set_folder`, which no other set takes. Within the context a variant has to be claimed in it.
+
+    Raises `UsageError` if the folder `generate.name` holds another set.
+    """
+    for _ in range(2):
+        folder = set_folder(images, config, settings)
+        created = _create(folder / _SET, {"settings": dict(settings)})
+        if _other_set(folder, settings) is None:
+            break
+        if created:  # another command has claimed a variant here since the folder was chosen
+            (folder / _SET).unlink(missing_ok=True)
+    yield folder
+    (folder / _SET).unlink(missing_ok=True)  # from now on the variant's record says whose folder it is
+
+
 def _slug(config: Config) -> str:
     """Return a folder name for the user's prompts: the name of their file, or the first words of the one prompt.
 
@@ -111,7 +139,14 @@ def _other_set(folder: Path, settings: Mapping[str, Any]) -> str | None:
     Pictures without a record count as another set, unless other pictures in the folder belong to this set.
     """
     unknown = ours = False
+    if (folder / _SET).is_file():
+        found = read_json(folder / _SET, "The settings of pictures").get("settings", {})
+        if fingerprint(found) != fingerprint(settings):
+            return f"made with {first_difference(found, settings)}"
+        ours = True
     for variant in _visible(folder):
+        if variant.name == _SET:
+            continue
         record = _record(variant)
         if record is None:
             unknown |= not _is_vacant(variant)
@@ -142,9 +177,41 @@ def variant_folder(folder: Path, header: Header) -> Path:
     raise AssertionError("there is always a further name")
 
 
+def claim_variant(folder: Path, header: Header) -> Path:
+    """Return `variant_folder`, with a record of this header in it, so that no other pictures are drawn there."""
+    while True:
+        place = variant_folder(folder, header)
+        created = _is_vacant(place) and _create(place / "unfinished.json", header.to_json())
+        record = _record(place)
+        if record is not None and record.get("fingerprint") == header.fingerprint:
+            return place
+        if created:  # another command has drawn all its pictures here since the folder was found vacant
+            (place / "unfinished.json").unlink(missing_ok=True)
+
+
+def _create(path: Path, content: Mapping[str, Any]) -> bool:
+    """Write a JSON file unless it exists, and return whether it was written. Of several processes only one writes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.new")
+    write_json(temporary, content)
+    try:
+        os.link(temporary, path)  # unlike a rename, this fails if the file exists
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                json.dump(content, file, indent=2)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
 def _record(folder: Path) -> dict[str, Any] | None:
     """Return the record of the pictures in a folder, complete or not; None if there is none."""
-    for name in ("manifest.json", "unfinished.json"):
+    # The manifest once more: a command that completes the pictures writes it, and then deletes the other file.
+    for name in ("manifest.json", "unfinished.json", "manifest.json"):
         if (folder / name).is_file():
             return read_json(folder / name, "The record of pictures")
     return None

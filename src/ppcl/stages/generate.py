@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,20 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ppcl.artifacts.files import atomic_folder, write_json
-from ppcl.artifacts.headers import Header, is_current
+from ppcl.artifacts.files import atomic_folder, atomic_path, write_json
+from ppcl.artifacts.headers import Header
 from ppcl.context import Run
 from ppcl.pictures.drawing import decoded_latents, draw, equipped
-from ppcl.pictures.images import Drawing, drawings, given_to, prompts_of, save_image, save_prompts
+from ppcl.pictures.images import (
+    Drawing,
+    claim,
+    drawings,
+    given_to,
+    picture_path,
+    prompts_of,
+    save_image,
+    save_prompts,
+)
 from ppcl.pictures.latents import save_latents
 from ppcl.progress import counter
 from ppcl.report.plots import image_grid
@@ -28,11 +38,13 @@ from ppcl.variants.variants import variants_of
 
 
 def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> int:
-    """Draw the pictures of one variant that do not exist yet, and return their number."""
+    """Draw the pictures of one variant that do not exist yet, and return their number.
+
+    The folder is claimed as late as possible, so that nothing is written for a LoRA or ControlNet that does not fit.
+    """
     with equipped(run, board) as (pipeline, arguments):
-        draw_batch = partial(_draw_batch, run, pipeline, arguments)
-        with counter(drawing.variant.name, len(run.prompts), console=run.progress_console) as advance:
-            return _draw_missing(run, drawing, draw_batch, advance)
+        claimed = replace(drawing, folder=claim(run, drawing))
+        return _draw_missing(run, claimed, partial(_draw_batch, run, pipeline, arguments))
 
 
 def _draw_batch(
@@ -45,35 +57,37 @@ def _draw_batch(
     return images, latents
 
 
-def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any, advance: Callable[[int], None]) -> int:
+def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> int:
     """Draw and save the missing pictures of a variant, batch by batch, then its grid and its manifest.
 
-    Returns the number of pictures in the batches that were drawn. `advance` is called with the size of each batch.
+    Returns the number of pictures in the batches that were drawn.
     """
     folder, header, count = drawing.folder, drawing.header, len(run.prompts)
     name, size = drawing.variant.name, run.config.generate.batch_size
     settings = {"variant": name, **header.made_from, "fingerprint": header.fingerprint}
-    # Identifies the pictures of an interrupted run. It is deleted when all pictures exist.
-    unfinished = folder / "unfinished.json"
-    write_json(unfinished, header.to_json())
-    drawn = 0
-    for start in range(0, count, size):
-        numbers = range(start, min(start + size, count))
-        paths = [folder / f"{number:05d}.png" for number in numbers]
-        if not all(path.exists() for path in paths):
+    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    missing = [batch for batch in batches if not all(picture_path(folder, number).exists() for number in batch)]
+    drawn = sum(map(len, missing))
+    with counter(name, count, done=count - drawn, console=run.progress_console) as advance:
+        for numbers in missing:
             images, latents = draw_batch(numbers)
             save_latents(folder, numbers, latents)
-            for number, image, path in zip(numbers, images, paths, strict=True):
+            for number, image in zip(numbers, images, strict=True):
                 text = settings | {"prompt": run.prompts[number].text, "seed": run.config.seed + number}
+                path = picture_path(folder, number)
                 if not path.exists():
                     save_image(image, path, json.dumps(text))
-            drawn += len(paths)
-        advance(len(paths))
+            advance(len(numbers))
     save_prompts(run, folder)
-    image_grid(folder / "grid.png", [Image.open(folder / f"{number:05d}.png") for number in range(count)])
-    write_json(folder / "manifest.json", header.to_json() | {"num_images": count})
-    unfinished.unlink()
+    image_grid(folder / "grid.png", [Image.open(picture_path(folder, number)) for number in range(count)])
+    _complete(folder, header, count)
     return drawn
+
+
+def _complete(folder: Path, header: Header, count: int) -> None:
+    """Record that a folder has all `count` pictures, in place of the record of unfinished ones."""
+    write_json(folder / "manifest.json", header.to_json() | {"num_images": count})
+    (folder / "unfinished.json").unlink(missing_ok=True)
 
 
 def _teacher_cache(run: Run, header: Header) -> Path:
@@ -84,27 +98,50 @@ def _teacher_cache(run: Run, header: Header) -> Path:
 def _reuse_teacher(run: Run, drawing: Drawing) -> bool:
     """Copy the teacher's pictures from the cache, and return whether that was possible."""
     cached = _teacher_cache(run, drawing.header)
-    if drawing.variant.name != "teacher" or not is_current(cached / "manifest.json", drawing.header):
+    if drawing.variant.name != "teacher" or not replace(drawing, folder=cached).is_complete:
         return False
-    _hand_over(cached, drawing.folder)
-    run.say("generate", f"reused {cached}, in {drawing.folder}")
+    folder = claim(run, drawing)
+    _link_all(cached, folder)
+    _complete(folder, drawing.header, len(run.prompts))
+    run.say("generate", f"reused {cached}, in {folder}")
     return True
 
 
-def _hand_over(source: Path, target: Path) -> None:
-    """Copy a folder of pictures, by hard links where the file system supports them.
+def _share_teacher(run: Run, drawing: Drawing, folder: Path) -> None:
+    """Copy the teacher's pictures from `folder` to the cache, unless it has them or one says that it is another's."""
+    cached = _teacher_cache(run, drawing.header)
+    ours = (_made_from(picture_path(folder, number)) for number in range(len(run.prompts)))
+    if replace(drawing, folder=cached).is_complete or any(found != drawing.header.fingerprint for found in ours):
+        return
+    with suppress(OSError), atomic_folder(cached) as temporary:  # another job of the sweep may store them, too
+        _link_all(folder, temporary)
+        _complete(temporary, drawing.header, len(run.prompts))
 
-    Links are safe because pictures are never changed in place.
+
+def _made_from(path: Path) -> str | None:
+    """Return the fingerprint in the text of a picture that `save_image` wrote; None if there is none."""
+    with Image.open(path) as image:
+        text = image.info.get("ppcl")
+    return json.loads(text).get("fingerprint") if text else None
+
+
+def _link_all(source: Path, target: Path) -> None:
+    """Copy a folder of pictures without its records, by hard links where the file system supports them.
+
+    Links are safe because pictures are never changed in place. Files that `target` already has stay.
     """
 
     def link(path: str, copy: str) -> None:
         try:
             os.link(path, copy)
+        except FileExistsError:
+            pass
         except OSError:
-            shutil.copy2(path, copy)
+            with atomic_path(Path(copy)) as temporary:
+                shutil.copy2(path, temporary)
 
-    with atomic_folder(target) as temporary:
-        shutil.copytree(source, temporary, copy_function=link, dirs_exist_ok=True)
+    records = shutil.ignore_patterns("manifest.json", "unfinished.json", ".*")
+    shutil.copytree(source, target, copy_function=link, ignore=records, dirs_exist_ok=True)
 
 
 def run(run: Run) -> None:
@@ -130,9 +167,9 @@ def run(run: Run) -> None:
     for drawing in missing:
         switch(drawing.variant)
         drawn = _draw_variant(run, drawing, switch.board)
-        name, folder = drawing.variant.name, drawing.folder
+        name = drawing.variant.name
+        folder = run.image_folders[name]
         if name == "teacher":
-            with suppress(OSError):  # another job of the sweep has already stored them
-                _hand_over(folder, _teacher_cache(run, drawing.header))
+            _share_teacher(run, drawing, folder)
         run.say("generate", f"{name}: {drawn} of {len(run.prompts)} pictures drawn, in {folder}")
     switch.restore()

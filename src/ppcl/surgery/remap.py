@@ -117,7 +117,8 @@ def map_blocks(
             for inner in sorted({name for _, _, name in inside}):
                 members = [f"{stack}.{index}.{inner}" for index in range(u, last + 1)]
                 members = [name for name in members if name in pairs]
-                target = modules.get(f"{stack}.{place}.{inner}")
+                found = modules.get(f"{stack}.{place}.{inner}")
+                target = getattr(found, "base_layer", found)  # PEFT wraps a layer that has a LoRA already
                 if not isinstance(target, nn.Linear):
                     continue
                 share = 1 / (last - u + 1) if source == "mean" else 1.0
