@@ -11,6 +11,7 @@ from torch import nn
 from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.scores import ScoreRow
 from ppcl.context import Run
+from ppcl.data.batches import TrainingBatch
 from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.export.quantized import weight_bytes
 from ppcl.pictures.drawing import denoising_step
@@ -19,10 +20,11 @@ from ppcl.pictures.latents import latent_distance
 from ppcl.pictures.scores import compare, score_headers, score_record
 from ppcl.report.text import show_scores
 from ppcl.training.loggers import finish_logger, make_logger
-from ppcl.variants.costs import heldout_batches, velocities, velocity_error
+from ppcl.variants.costs import FIRST_BATCH, velocities, velocity_error
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import Variant, variants_of
 
+NUM_HELDOUT = 64  # samples that the velocity error is measured on
 LOGGED = ("num_layers", "params_ratio", "drop_percent", "latency_ms", "velocity_error", "latent_distance")
 
 
@@ -44,7 +46,7 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
     latency = interleaved_latency_ms(
         dict.fromkeys(by_name, denoise), run.config.benchmark.latency_repeats, lambda name: switch(by_name[name])
     )
-    batches = heldout_batches(run) if run.config.data.name != "none" else []
+    batches = _heldout(run) if run.config.data.name != "none" else []
     targets = velocities(switch(Variant("teacher")), batches)
 
     def error(name: str, transformer: nn.Module) -> float | None:
@@ -68,6 +70,12 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
             "velocity_error": error(name, transformer),
         }
     return measured
+
+
+def _heldout(run: Run) -> list[TrainingBatch]:
+    """Return the held-out samples one by one, so that no setting of a training changes what is measured."""
+    stream = run.data.stream(run.config.data.calibration_seed, 1)
+    return [run.data.to_device(stream(FIRST_BATCH + number)) for number in range(NUM_HELDOUT)]
 
 
 def run(run: Run) -> None:
