@@ -212,6 +212,16 @@ def test_pictures_that_are_gone_are_drawn_again(command: list[str], run: Path) -
     assert digests(run / "images") == before
 
 
+def test_other_heldout_data_is_measured_again(command: list[str], run: Path) -> None:
+    few = [*command, "stages=[generate,evaluate]", "generate.variants=[teacher,removed]"]
+    errors = []
+    for change in ("budget.num_batches=1", "budget.num_batches=2", "data.calibration_seed=9"):
+        succeed(*few, change)
+        assert "reused " + str(run / "scores") in succeed(*few, change).out
+        errors.append(json.loads((run / "scores" / "removed.json").read_text())["velocity_error"])
+    assert len(set(errors)) == 3
+
+
 def test_distances_to_the_teacher_are_measured_and_latents_kept(command: list[str], run: Path) -> None:
     few = [*command, "stages=[generate,evaluate]", "generate.variants=[teacher,removed,ppcl-depth]"]
     succeed(*few, "generate.batch_size=4")

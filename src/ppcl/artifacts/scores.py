@@ -89,8 +89,9 @@ class ScoreRow:
     velocity_error: float | None = None
     latent_distance: float | None = None
 
-    def save(self, path: Path, header: Header) -> None:
-        write_json(path, header.to_json() | self.to_json())
+    def save(self, path: Path, header: Header, measured_with: Mapping[str, Any]) -> None:
+        """Write the row. `measured_with`: what the velocity error depends on besides the header."""
+        write_json(path, header.to_json() | self.to_json() | {"measured_with": dict(measured_with)})
 
     @classmethod
     def load(cls, path: Path) -> ScoreRow:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from ppcl.artifacts.headers import is_current
+from ppcl.artifacts.files import read_json
+from ppcl.artifacts.headers import first_difference, is_current
 from ppcl.artifacts.scores import ScoreRow
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
@@ -78,16 +80,29 @@ def _heldout(run: Run) -> list[TrainingBatch]:
     return [run.data.to_device(stream(FIRST_BATCH + number)) for number in range(NUM_HELDOUT)]
 
 
+def _measured_with(run: Run) -> dict[str, Any]:
+    """Return what the velocity error is measured with: the data, and how much of it; empty without data."""
+    return {} if run.config.data.name == "none" else {"data": run.data.identity, "samples": NUM_HELDOUT}
+
+
+def _was_measured(record: Path, measured_with: dict[str, Any]) -> bool:
+    """Return whether a row was measured with the same; False for a row from before this was stored."""
+    found = read_json(record, "The scores").get("measured_with")
+    return isinstance(found, dict) and first_difference(found, measured_with) == "nothing"
+
+
 def run(run: Run) -> None:
     """Write the scores and measurements of every variant, print them as a table and log them.
 
     Pictures are compared with the teacher's by the distance of their latents. Existing records with the same settings
-    are reused. Raises `UsageError` if pictures are missing, or if records have other settings.
+    and held-out data are reused. Raises `UsageError` if pictures are missing, or if records have other settings.
     """
     variants, plugs = variants_of(run)
     headers = score_headers(run, variants, plugs)
     records = {name: score_record(run, name) for name in headers}
-    if all(is_current(records[name], header) for name, header in headers.items()):
+    measured_with = _measured_with(run)
+    current = [is_current(records[name], header) for name, header in headers.items()]
+    if all(current) and all(_was_measured(record, measured_with) for record in records.values()):
         run.say("evaluate", f"reused {run.scores_folder}")
     else:
         switch = Switch(run, plugs)
@@ -104,7 +119,7 @@ def run(run: Run) -> None:
                 ),
                 **measured[name],
             )
-            row.save(records[name], header)
+            row.save(records[name], header, measured_with)
     rows = compare([ScoreRow.load(record) for record in records.values()])
     show_scores(run, rows)
     logger = make_logger(run, "evaluate")

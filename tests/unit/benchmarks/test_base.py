@@ -171,7 +171,7 @@ def row(name="teacher", overall=0.8, params=10):
 
 def test_a_row_is_read_as_it_was_written(tmp_path):
     path, header = tmp_path / "teacher.json", Header("ppcl.scores", {"images": "0"})
-    row().save(path, header)
+    row().save(path, header, {})
     assert ScoreRow.load(path) == row()
     content = json.loads(path.read_text())
     assert list(content)[:5] == ["format", "version", "fingerprint", "made_from", "name"]
