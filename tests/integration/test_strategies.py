@@ -277,7 +277,7 @@ def start_ranks(*arguments: str) -> list[subprocess.Popen[str]]:
     [
         # Found by both before anything is loaded; and by the first, for whom the second waits.
         (["stages=[depth]", "distill.batch_size=5"], "distill.batch_size=5 does not divide among 2 ranks: make it 6"),
-        (["stages=[report]"], "run stages=[depth] first"),
+        (["stages=[report]"], "add evaluate to stages"),
     ],
 )
 def test_a_mistake_is_said_once_and_ends_all(

@@ -235,8 +235,8 @@ def check_quantize(config: Config) -> None:
             raise UsageError(f"quantize.group_size={quantize.group_size} is no group: give 32, 64 or 128 for int4.")
     elif quantize.group_size is not None:
         raise UsageError(
-            f"quantize.group_size={quantize.group_size} is only for quantize.scheme=int4, not {quantize.scheme}: leave "
-            "it out."
+            f"quantize.group_size={quantize.group_size} is only for int4, and quantize.scheme={quantize.scheme} is "
+            "set: leave it out."
         )
     if quantize.scheme == "nf4" and quantize.rounding != "nearest":
         raise UsageError(f"quantize.rounding={quantize.rounding}: bitsandbytes rounds nf4 to the nearest by itself.")
