@@ -107,7 +107,7 @@ def _load_pipeline(folder: Path, **settings: Any) -> Any:
 
 
 class Results:
-    """What a run has made: its artifacts, read from its folder when they are asked for.
+    """Artifacts of a run, each read from the run's folder when it is asked for.
 
     `folder` is the run's folder. Artifacts that the run has not made are None, or empty.
     """
@@ -140,7 +140,7 @@ class Results:
 
     @property
     def choice(self) -> Choice | None:
-        """What the plan plugs in under its budget."""
+        """The plugs that `stages=[plan]` chose for the budget."""
         path = self.folder / "plan" / "choice.json"
         return Choice.load(path) if path.is_file() else None
 
@@ -238,12 +238,8 @@ class Results:
         return prepare(as_overrides(asked), Console(quiet=True))
 
     def _furthest(self) -> str:
-        from ppcl.export.folder import furthest
+        from ppcl.variants.variants import furthest
 
-        if self.plugs is None and self.finetuned is None and self.config.distill.mode != "none":
-            raise UsageError(
-                f"{self.folder} has no pruned model yet: run 'stages=[depth]' in it, or ask for pipeline('teacher')."
-            )
         return furthest(self._open("teacher"))
 
     def __repr__(self) -> str:

@@ -24,6 +24,7 @@ import ppcl
 assert "run" in dir(ppcl)
 print(*sorted({"torch", "diffusers", "hydra", "omegaconf", "rich"} & {*sys.modules}))
 """
+PAIRS = {"transformer_blocks": [(1, 2), (3, 4)]}
 SIZES = ["model.sampling.num_inference_steps=2", "trainer.num_threads=1", "trainer=cpu"]
 
 
@@ -45,8 +46,7 @@ def test_run_returns_what_the_run_has_made(settings: list[str], tmp_path: Path, 
     given = {"paths.runs_dir": tmp_path, "name": "mine, all", "stages": ["plan"]}
     results = package.run([*settings, *as_list(given), INTERVALS])
     assert results.folder == tmp_path / "mine, all"
-    assert results.plan is not None
-    assert results.plan.intervals == {"transformer_blocks": [(1, 2), (3, 4)]}
+    assert results.plan.intervals == PAIRS
     assert results.config.name == "mine, all"
     assert results.config.model.family == "qwen_image"
     assert "blocks      6 -> 4" in capsys.readouterr().out
@@ -86,9 +86,9 @@ def test_run_works_within_an_application_of_hydra(settings: list[str], tmp_path:
     """And leaves that one's state as it was."""
     command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "name=within", "stages=[plan]"]
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        assert package.run(command, quiet=True).plan is not None
+        assert package.run(command, quiet=True).plan.intervals == PAIRS
         assert compose("config", ["seed=3"]).seed == 3
-    assert package.run(command, quiet=True).plan is not None
+    assert package.run(command, quiet=True).plan.intervals == PAIRS
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,7 @@ def test_a_finished_run_is_loaded(chain: Path) -> None:
     assert next(iter(results.scores)) == "teacher"
     assert results.scores["ppcl-depth"].num_layers < NUM_LAYERS
     assert results.export == chain / "export"
-    assert results.report is not None
-    assert results.report.name == "report.html"
+    assert results.report == chain / "report" / "report.html"
     assert all(len(paths) > 1 for paths in results.images.values())
     said = repr(results)
     assert all(word in said for word in ("plan", "plugs", "export", "scores", "teacher", str(chain)))
@@ -173,7 +172,7 @@ def test_an_export_pruned_in_width_is_loaded_in_its_dtype(settings: list[str], t
     width = ["width.source=given", "width.transformer_blocks.ffn=[0]", "width.steps=1", "width.num_batches=1"]
     given = [*settings, *width, INTERVALS, f"paths.runs_dir={tmp_path}", "name=width", "distill.steps=1"]
     results = package.run([*given, "model.dtype=bfloat16", "stages=[depth,width,export]"], quiet=True)
-    assert results.export is not None
+    assert results.export == tmp_path / "width" / "export"
     pipeline = package.load(results.export)
     assert type(pipeline.transformer).__name__ == "PrunedQwenImageTransformer2DModel"
     assert pipeline.transformer.dtype == torch.bfloat16

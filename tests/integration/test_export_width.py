@@ -255,6 +255,6 @@ def test_a_projector_with_a_nan_is_refused_by_its_file(command: list[str], prune
 def test_sets_may_be_given_without_a_file(settings: list[str], pruned: Path, tmp_path: Path) -> None:
     """As the message on missing sets says: width.transformer_blocks.text=[...] or .ffn=[...]."""
     shutil.copytree(pruned, tmp_path / "width")
-    rest = ["width.lr=1e-3", f"paths.runs_dir={tmp_path}", "name=width", "stages=[width]"]
+    rest = [f"paths.runs_dir={tmp_path}", "name=width", "stages=[width]"]
     outcome = succeed(*settings, INTERVALS, "width.source=given", *SETS, *SHORT, *rest)
     assert "reused" in outcome.out

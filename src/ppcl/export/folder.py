@@ -17,20 +17,8 @@ from ppcl.export.model_card import (
     model_card,
 )
 from ppcl.validation.model import model_folder
-from ppcl.validation.pruning import budget_of
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import Variant, finetuned_folder
-
-
-def furthest(run: Run) -> str:
-    """Return the last variant that a run has made or plans: fine-tuned, planned, width-pruned or depth-pruned."""
-    if (finetuned_folder(run) / "ppcl.json").exists():
-        return "ppcl-finetuned"
-    if budget_of(run.config) is not None:
-        return "ppcl-planned"
-    if run.config.width.source != "none":
-        return "ppcl-width"
-    return "removed" if run.config.distill.mode == "none" else "ppcl-depth"
+from ppcl.variants.variants import Variant
 
 
 def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:

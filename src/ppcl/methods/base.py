@@ -22,7 +22,7 @@ Curves = dict[str, dict[str, list[list[float | None]]]]
 
 @dataclass
 class Teacher:
-    """What a method is given: the teacher, its family, and functions that supply data when called.
+    """Input of a method: the teacher, its family, and functions that supply data when called.
 
     `calibration`: starts a new pass over the calibration batches. `probes`: returns the fitted linear probes.
     `progress(items, total)`: wraps an iterable to show a progress bar.
@@ -37,7 +37,7 @@ class Teacher:
 
 @dataclass
 class Detection:
-    """What a method returns: the intervals, and the numbers they were chosen by.
+    """Result of a method: the intervals, and the numbers they were chosen by.
 
     `scores`: saved in the plan. `curves[stack][stream]`: `[M][M]` for the M blocks of a stack, shown in the report.
     """

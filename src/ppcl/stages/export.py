@@ -14,7 +14,7 @@ from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.export.folder import BaseModel, furthest, model_card_of, provenance_of
+from ppcl.export.folder import BaseModel, model_card_of, provenance_of
 from ppcl.export.model_card import (
     evaluation_section,
     single_file_section,
@@ -25,7 +25,7 @@ from ppcl.export.single_file import modelspec, read_metadata, write_single_file
 from ppcl.validation.outputs import refuse_single_file
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import Variant, another_run, made_of, variants_of
+from ppcl.variants.variants import Variant, another_run, furthest, made_of, variants_of
 
 SINGLE_FILE = "export.safetensors"  # in the run's folder, next to `export/`
 

@@ -11,7 +11,7 @@ from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.export.folder import furthest, model_card_of, provenance_of
+from ppcl.export.folder import model_card_of, provenance_of
 from ppcl.export.model_card import quantized_section, with_section
 from ppcl.export.quantized import (
     declare,
@@ -27,7 +27,7 @@ from ppcl.export.quantized import (
 from ppcl.export.remote_code import add_code
 from ppcl.export.rounding import round_blocks, round_linears
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import another_run, made_of, quantized_folder, variants_of
+from ppcl.variants.variants import another_run, furthest, made_of, quantized_folder, variants_of
 
 Fit = Callable[..., None]
 

@@ -182,6 +182,19 @@ def default_variants(run: Run) -> list[str]:
     return names + (["ppcl-quantized"] if (quantized_folder(run) / "ppcl.json").exists() else [])
 
 
+def furthest(run: Run) -> str:
+    """Return the variant that is exported and quantised by default: the newest result, or `removed` without students.
+
+    Raises `UsageError` if nothing has been trained or planned.
+    """
+    newest = _newest(run)
+    if newest is None and run.config.distill.mode == "none" and run.has_intervals:
+        return "removed"
+    if newest is None:
+        raise UsageError(f"{run.folder} has no pruned model yet: run 'stages=[depth]' in it first.")
+    return newest
+
+
 def _newest(run: Run) -> str | None:
     """Return the variant that this run has made last; None if nothing has been trained or planned."""
     if (finetuned_folder(run) / "ppcl.json").exists():
