@@ -170,7 +170,12 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
         if key == "sampling" and isinstance(choice, str):  # only some keys of model.sampling
             said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
-        elif key not in ("run", "experiment", "sampling") and not (key.startswith("hydra") or override.is_delete()):
+        elif key == "recipe" and isinstance(choice, str):  # only some keys of the groups that it names
+            groups = OmegaConf.load(conf_dir() / key / f"{choice}.yaml")
+            said += [f"{group!s}.{name!s}" for group in groups for name in groups[group]]
+        elif key not in ("run", "experiment", "sampling", "recipe") and not (
+            key.startswith("hydra") or override.is_delete()
+        ):
             said.append(key)
             if key in ("data.path", "data.cache"):
                 said += _BY_PATH

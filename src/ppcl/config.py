@@ -127,7 +127,7 @@ class WidthConfig:
     `ridge`: ridge penalty of the least squares that initialise the projectors.
     `num_batches`: batches of calibration data for these least squares.
     `steps`: training steps after that; 0 leaves the projectors as least squares made them.
-    `lr`: learning rate. All other training settings are those of `distill`.
+    `lr`: learning rate. None: `distill.relative_update` sets it. All other training settings are those of `distill`.
     `linear_weight`: weight of the alignment loss of Eq. 12, which is added to the loss of Eq. 11.
     """
 
@@ -145,7 +145,7 @@ class WidthConfig:
     ridge: float = option(1e-6, least=0)
     num_batches: int = option(16, least=1)
     steps: int = option(2000, least=0)
-    lr: float = option(1e-5, least=0)
+    lr: float | None = option(1e-5, least=0)
     linear_weight: float = option(1.0, least=0)
 
 
@@ -272,6 +272,7 @@ class TrainingConfig:
     """Settings of distillation and fine-tuning: AdamW, linear warm-up, cosine decay. The defaults are the paper's.
 
     `batch_size`: samples per step, over all ranks together.
+    `lr`: learning rate. None if `relative_update` sets the rates.
     `min_lr_ratio`: the learning rate at the end, relative to `lr`.
     `warmup_steps`: steps over which the learning rate rises to `lr`.
     `max_grad_norm`: gradients with a larger norm are scaled down to it. None: no clipping.
@@ -281,7 +282,7 @@ class TrainingConfig:
 
     steps: int = option(6000, least=1)
     batch_size: int = option(2, least=1)
-    lr: float = option(1e-5, least=0)
+    lr: float | None = option(1e-5, least=0)
     min_lr_ratio: float = 0.0
     warmup_steps: int = 16
     beta1: float = 0.9
@@ -302,7 +303,11 @@ class DistillConfig(TrainingConfig):
     `init`: what a student of the interval [u, v] starts from: the `first` block u (the paper), the `middle` block
         (u + v) // 2 (the authors' script), or the `average` of blocks u to v.
     `losses`: weights, by name, of the losses between the student's output and the teacher's. `ppcl.distill.losses`
-        defines `direction` (Eq. 6), `magnitude` and `relative`.
+        defines `direction` (Eq. 6), `magnitude`, `relative` and `relative_per_token`.
+    `optimizer`: `adamw`, or `muon` for the matrices inside blocks and AdamW for all other parameters. Muon needs
+        `relative_update`.
+    `relative_update`: the learning rate relative to the size of each parameter: 0.05 moves a matrix by 5% of its RMS a
+        step. One value suits models of all widths, see `ppcl.training.optimizers`. None: `lr` is the learning rate.
     `magnitude_weight`: an older key, which is added to `losses.magnitude`.
     `intervals`: names of the intervals to train, such as `transformer_blocks.3-5`. None: all.
     `from_boundaries`: whether to read the teacher's activations from disk, where `stages=[boundaries]` stored them.
@@ -313,6 +318,8 @@ class DistillConfig(TrainingConfig):
     mode: str = option("parallel", choices=("parallel", "sequential", "none"))
     init: str = option("first", choices=("first", "middle", "average"))
     losses: dict[str, float] = option(factory=lambda: {"direction": 1.0}, least=0, before={"direction": 1.0})
+    optimizer: str = option("adamw", choices=("adamw", "muon"), before="adamw")
+    relative_update: float | None = option(None, least=0, before=None)
     magnitude_weight: float = option(0.0, least=0)
     intervals: list[str] | None = option(None, identity=False)
     from_boundaries: bool = option(False, identity=False)
@@ -329,6 +336,7 @@ class FinetuneConfig(TrainingConfig):
     `lora_rank`: above 0 trains a LoRA of that rank on all linear layers of the blocks; 0 trains all parameters.
     `optimizer`: `adamw`, or `muon` for the matrices inside blocks, with learning rate `muon_lr`, and AdamW for the
         rest.
+    `relative_update`: as in `distill`, in place of `lr` and `muon_lr`.
     `output_weight`: weight of the squared distance to the teacher's velocity, ||v_S - v_T||^2.
     `flow_weight`: weight of the flow-matching loss on the data, ||v_S - (n - x_0)||^2.
     `feature_weight`: weight of the relative distance between the image stream of each block and that of the teacher's
@@ -343,6 +351,7 @@ class FinetuneConfig(TrainingConfig):
     lora_rank: int = option(0, least=0, before=0)
     optimizer: str = option("adamw", choices=("adamw", "muon"))
     muon_lr: float = option(0.01, least=0)
+    relative_update: float | None = option(None, least=0, before=None)
     output_weight: float = option(1.0, least=0)
     flow_weight: float = option(0.0, least=0)
     feature_weight: float = option(0.0, least=0)

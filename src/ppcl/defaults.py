@@ -27,6 +27,7 @@ def register_resolvers() -> None:
     """Register the functions below with OmegaConf, under their own names."""
     OmegaConf.register_new_resolver("by_size", by_size, replace=True)
     OmegaConf.register_new_resolver("optimizer", optimizer, replace=True)
+    OmegaConf.register_new_resolver("rate", rate, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
     OmegaConf.register_new_resolver("data_name", data_name, replace=True)
     OmegaConf.register_new_resolver("of_model", of_model, replace=True)
@@ -39,6 +40,11 @@ def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
         return tiny if model.get("builder") else large
     count, _ = stored_weights(local_folder(model.path))
     return tiny if 0 < count < TINY else large
+
+
+def rate(lr: float, group: str = "distill", *, _root_: Any) -> float | None:
+    """Return the learning rate `lr`, or None if `relative_update` of `group` sets the rates instead."""
+    return None if _root_[group].get("relative_update") is not None else lr
 
 
 def optimizer(*, _root_: Any) -> str:

@@ -113,6 +113,12 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
     config = parse(raw)
     # What the file says is what the run sees: no default or other group silently wins.
     sections = dict.fromkeys(("", "experiment"), config) | {"sampling": config.model.sampling}
+    if group == "recipe":  # it sets keys of other groups
+        sections["recipe"] = config
+        found = {(part, key): getattr(getattr(config, part), key) for part in content for key in content[part]}
+        losses = {name: weight for name, weight in content["distill"].pop("losses").items() if weight}
+        assert found.pop(("distill", "losses")) == losses
+        assert found == {(part, key): value for part in content for key, value in content[part].items()}
     section = sections[group] if group in sections else getattr(config, group)
     resolved = {"model/auto": {"family", "path"}, "benchmark/auto": {"name"}}
     found_in_the_folder = resolved.get(file, {"path"} if group == "data" else set())
@@ -577,9 +583,11 @@ def test_what_ranks_can_share_is_not(auto, monkeypatch):
 
 
 def test_losses_are_weighed_by_name(auto):
-    assert parsed(*auto).distill.losses == {"direction": 1.0}
-    assert parsed(*auto, "distill.losses.relative=0.5").distill.losses == {"direction": 1.0, "relative": 0.5}
-    for wrong in ("distill.losses.relatve=0.5", "distill.losses.direction=-1", "distill.losses.direction=0"):
+    paper = [*auto, "recipe=paper"]
+    assert parsed(*auto).distill.losses == {"relative_per_token": 1.0}
+    assert parsed(*paper).distill.losses == {"direction": 1.0}
+    assert parsed(*paper, "distill.losses.relative=0.5").distill.losses == {"direction": 1.0, "relative": 0.5}
+    for wrong in ("distill.losses.relatve=0.5", "distill.losses.direction=-1", "distill.losses.relative_per_token=0"):
         with pytest.raises(UsageError, match=r"distill\.losses[.=]\S"):
             parsed(*auto, wrong)
 
@@ -593,7 +601,7 @@ def test_keys_that_a_plus_brought_past_hydra_are_refused(auto):
 
 
 def test_a_loss_without_weight_is_as_if_it_were_not_named(auto):
-    assert parsed(*auto, "distill.losses.relative=0").distill.losses == {"direction": 1.0}
+    assert parsed(*auto, "distill.losses.relative=0").distill.losses == {"relative_per_token": 1.0}
     for weight in ("nan", "inf"):
         with pytest.raises(UsageError, match=r"distill\.losses=\w+ must be"):
             parsed(*auto, f"distill.losses.relative={weight}")
@@ -611,10 +619,34 @@ def test_without_students_the_default_variants_need_none(auto):
 
 def test_settings_come_with_the_models_size(auto):
     small, large = parsed(*auto), parsed("model=qwen_image", "data=shapes")
-    assert (small.distill.steps, small.distill.lr, small.finetune.optimizer) == (400, 1e-3, "muon")
-    assert (large.distill.steps, large.distill.lr, large.finetune.optimizer) == (6000, 1e-5, "adamw")
+    assert (small.distill.steps, small.finetune.lr, small.finetune.optimizer) == (400, 2e-3, "muon")
+    assert (large.distill.steps, large.finetune.lr, large.finetune.optimizer) == (6000, 1e-5, "adamw")
     assert parsed(*auto, "distill.steps=7").distill.steps == 7
     assert parsed(*auto, "distill=paper").distill.steps == 6000
+
+
+def test_a_recipe_sets_the_rates_of_students_and_projectors(auto):
+    standard, paper, large = (
+        parsed(*auto, *more) for more in ([], ["recipe=paper"], ["recipe=paper", "distill=paper"])
+    )
+    assert (standard.distill.relative_update, standard.distill.lr, standard.width.lr) == (0.05, None, None)
+    assert (paper.distill.relative_update, paper.distill.lr, paper.width.lr) == (None, 1e-3, 1e-3)
+    assert large.distill.lr == 1e-5
+    assert parsed(*auto, "distill.relative_update=0.1").distill.relative_update == 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distill.lr=0.1"], "distill.lr=0.1 has no effect with distill.relative_update=0.05: set"),
+        (["width.lr=0.1"], "width.lr=0.1 has no effect with distill.relative_update=0.05: set"),
+        (["recipe=paper", "distill.lr=null"], "distill.lr=null needs distill.relative_update, such as 0.05"),
+        (["distill.relative_update=null"], "distill.optimizer=muon needs distill.relative_update, such as 0.05"),
+        (["finetune.relative_update=0.1", "finetune.lr=0.1"], "finetune.lr=0.1 has no effect with finetune.rel"),
+    ],
+)
+def test_a_training_has_its_rates_from_one_key(auto, overrides, message):
+    assert message in refused([*auto, *overrides])
 
 
 def test_sampling_and_dtype_come_with_the_pipeline_folder(auto, pipeline_folder, tmp_path):

@@ -20,7 +20,7 @@ from ppcl.parallel import mean_terms
 from ppcl.precision import computing
 from ppcl.surgery.adapter import add_lora
 from ppcl.taps import BlockCall, BlockKey, observe
-from ppcl.training.optimizers import adamw, cosine_schedule, muon, split_for_muon
+from ppcl.training.optimizers import cosine_schedule, optimizers_of
 from ppcl.training.sharding import Sharding, skeleton, whole_state
 
 
@@ -175,7 +175,8 @@ class FineTune(ManualOptimization):
         terms = self.losses(batch)
         (logged,) = mean_terms([terms], batch.average)
         loss = logged["loss"].detach()
-        self.refuse_infinite(loss, {"finetune.lr": self.config.lr})
+        key = "lr" if self.config.relative_update is None else "relative_update"
+        self.refuse_infinite(loss, {f"finetune.{key}": getattr(self.config, key)})
         self.manual_backward(terms["loss"])
         self.take_step(self.student, self.config.max_grad_norm)
         if self.ema is not None:
@@ -193,11 +194,6 @@ class FineTune(ManualOptimization):
 
     def configure_optimizers(self) -> tuple[list, list]:
         config = self.config
-        hidden, rest = split_for_muon(self.family, self.student)
-        if config.optimizer == "adamw":
-            hidden, rest = [], hidden + rest
-        optimizers: list[torch.optim.Optimizer] = []
-        if hidden:
-            optimizers.append(muon(hidden, config.muon_lr, config.weight_decay))
-        optimizers.append(adamw(rest, config))
+        blocks = list(self.family.blocks(self.student).values())
+        optimizers = optimizers_of(self.family, self.student, blocks, config)
         return optimizers, [cosine_schedule(optimizer, config) for optimizer in optimizers]

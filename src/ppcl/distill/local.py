@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.distill.losses import Terms, distill_losses, stream_terms
-from ppcl.distill.objective import ManualOptimization
+from ppcl.distill.objective import ManualOptimization, listed
 from ppcl.families.base import Family
 from ppcl.ops.losses import Average, norm_ratio
 from ppcl.parallel import mean_terms
 from ppcl.precision import computing
 from ppcl.taps import Streams
-from ppcl.training.optimizers import adamw, cosine_schedule
+from ppcl.training.optimizers import cosine_schedule, optimizers_of
 from ppcl.training.sharding import Sharding
 
 _AVERAGE_DECAY = 0.98
@@ -38,7 +38,7 @@ class LocalDistillation(ManualOptimization):
     """
 
     stage_name: str  # prefix of logged names
-    lr_key: str  # the configuration key of the learning rate, which an error message tells to lower
+    lr_key: str  # the configuration key of `lr`
 
     def __init__(
         self,
@@ -138,12 +138,11 @@ class LocalDistillation(ManualOptimization):
         return logged
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        optimizer: Any = self.optimizers()
         logged = mean_terms(self.learn(batch, self._descend), batch.average)
         self._descend(*self.parts.values())  # in sequential mode one backward pass gives all gradients, used here
-        optimizer.step()  # changes nothing, as no gradients are left; Lightning counts it as the global step
-        scheduler: Any = self.lr_schedulers()
-        scheduler.step()
+        listed(self.optimizers())[0].step()  # no gradients are left; Lightning counts it as the global step
+        for scheduler in listed(self.lr_schedulers()):
+            scheduler.step()
         losses = torch.stack([terms["loss"] for terms in logged])
         self.average_steps += 1
         # A plain mean at first, then an exponential moving average.
@@ -155,7 +154,7 @@ class LocalDistillation(ManualOptimization):
                 values = {f"{self.stage_name}/{name}/{key}": value for key, value in terms.items()}
                 self.log_dict(values, batch_size=len(batch.sigmas))
         total = losses.sum()
-        self.refuse_infinite(total, {self.lr_key: self.config.lr})
+        self.refuse_infinite(total, self._rates())
         return total
 
     def _descend(self, *parts: nn.Module) -> None:
@@ -165,8 +164,8 @@ class LocalDistillation(ManualOptimization):
             return
         for part in ready:
             self.prepare_gradients(part.parameters(), self.config.max_grad_norm)  # part by part: they stay independent
-        optimizer: Any = self.optimizers()
-        optimizer.optimizer.step()
+        for optimizer in listed(self.optimizers()):
+            optimizer.optimizer.step()
         for part in ready:
             part.zero_grad()
 
@@ -188,6 +187,10 @@ class LocalDistillation(ManualOptimization):
         return [{key: value / count for key, value in terms.items()} for terms in sums]
 
     def configure_optimizers(self) -> tuple[list, list]:
-        config = self.config
-        optimizer = adamw(self.parts.parameters(), config)
-        return [optimizer], [cosine_schedule(optimizer, config)]
+        optimizers = optimizers_of(self.family, self.parts, list(self.parts.values()), self.config)
+        return optimizers, [cosine_schedule(optimizer, self.config) for optimizer in optimizers]
+
+    def _rates(self) -> dict[str, float]:
+        """Return the learning rates by their configuration keys, which an error message tells to lower."""
+        relative = self.config.relative_update
+        return {"distill.relative_update": relative} if relative is not None else {self.lr_key: self.config.lr or 0.0}

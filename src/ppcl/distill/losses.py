@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppcl.config import DistillConfig
-from ppcl.ops.losses import Average, direction_loss, magnitude_loss, relative_error
+from ppcl.ops.losses import Average, direction_loss, magnitude_loss, relative_error, relative_error_per_token
 
 # loss(student, teacher, mask, average) -> scalar. Features are `[B, tokens, D]`. The mask `[B, tokens]` marks valid
 # tokens, None means all. `average` takes a number's mean over the ranks that share the batch.
@@ -20,6 +20,7 @@ LOSSES: dict[str, Loss] = {
     "direction": direction_loss,  # Eq. 6
     "magnitude": magnitude_loss,
     "relative": relative_error,
+    "relative_per_token": relative_error_per_token,
 }
 MAIN = "direction"  # logged under the stream's name alone
 

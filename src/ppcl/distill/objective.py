@@ -55,7 +55,7 @@ class ManualOptimization(L.LightningModule):
         `max_grad_norm`: the L2 norm that gradients are clipped to, None for no clipping.
         """
         self.prepare_gradients(module.parameters(), max_grad_norm)
-        optimizers, schedulers = _listed(self.optimizers()), _listed(self.lr_schedulers())
+        optimizers, schedulers = listed(self.optimizers()), listed(self.lr_schedulers())
         optimizers[0].step()
         for other in optimizers[1:]:
             other.optimizer.step()  # the bare optimiser: Lightning's wrapper would count another global step
@@ -64,5 +64,6 @@ class ManualOptimization(L.LightningModule):
             scheduler.step()
 
 
-def _listed(found: Any) -> list[Any]:
+def listed(found: Any) -> list[Any]:
+    """Return what Lightning gives for its optimisers or schedulers as a list: a single one comes bare."""
     return found if isinstance(found, list) else [found]

@@ -51,7 +51,8 @@ class Pretrain(ManualOptimization):
         return loss.detach()
 
     def configure_optimizers(self) -> tuple[list, list]:
-        hidden, rest = split_for_muon(self.family, self.transformer)
+        blocks = self.family.blocks(self.transformer).values()
+        hidden, rest = split_for_muon(self.family, self.transformer, blocks)
         adam = torch.optim.AdamW(rest, lr=self.hparams["adam_lr"], betas=(0.9, 0.95), fused=True)
         optimizers = [muon(hidden, self.hparams["muon_lr"], 0.01), adam]
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, self._lr_factor) for o in optimizers]

@@ -64,6 +64,22 @@ def norm_ratio(
     return _mean_over_tokens(student.float().norm(dim=-1) / teacher.float().norm(dim=-1), mask, average)
 
 
+def relative_error_per_token(
+    student: Float[Tensor, "batch tokens dim"],
+    teacher: Float[Tensor, "batch tokens dim"],
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+    average: Average = own,
+) -> Float[Tensor, ""]:
+    """Return the mean over valid tokens of ||s - t||^2 / ||t||^2, in float32.
+
+    Every token counts the same, however large its features are. `relative_error` weighs tokens by their size, so that
+    a few large ones can decide it. Puzzle (Model-Optimizer) distils blocks with this loss.
+    """
+    student, teacher = student.float(), teacher.float()
+    size = teacher.square().sum(dim=-1).clamp_min(1e-8)  # padded tokens may be zero
+    return _mean_over_tokens((student - teacher).square().sum(dim=-1) / size, mask, average)
+
+
 def relative_error(
     student: Float[Tensor, "batch tokens dim"],
     teacher: Float[Tensor, "batch tokens dim"],

@@ -2,48 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from ppcl.config import TrainingConfig
 from ppcl.families.base import Family
 
+# Root mean square of an update's elements, relative to the learning rate.
+_RMS_OF_UPDATE = {"muon": 0.2, "adamw": 1.0}
+# The RMS that a parameter of zeros, such as a fresh bias, is taken to have.
+_SIZE_OF_ZERO = 0.02
 
-def split_for_muon(family: Family, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trainable parameters of `model` in two lists: those for Muon, and all others (for AdamW).
 
-    Muon gets the matrices of attention and FFNs in blocks. It does not get modulation layers, nor the embeddings that
-    feed them (DiT has some in every block). The row of a class label rarely has a gradient, and Muon would scale an
-    update of that row to the size of one of the whole matrix.
+def matrices(family: Family, blocks: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    """Yield the weights of the linear layers in `blocks`, without those of modulation layers.
+
+    They are the matrices of attention and FFNs, and projectors. Modulation layers are told by `family.facts`.
     """
-    stacks = tuple(f"{stack}." for stack in family.stacks)
+    for block in blocks:
+        for name, module in block.named_modules():
+            modulation = any(part in f".{name}." for part in family.facts.modulations)
+            if isinstance(module, nn.Linear) and not modulation:
+                yield module.weight
+
+
+def split_for_muon(
+    family: Family, model: nn.Module, blocks: Iterable[nn.Module]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the trainable parameters of `model` in two lists: the `matrices` of `blocks` for Muon, and all others.
+
+    AdamW takes the others. They include modulation layers and the embeddings that feed them (DiT has some in every
+    block): the row of a class label rarely has a gradient, and Muon would scale an update of that row to the size of
+    one of the whole matrix.
+    """
+    chosen = {id(weight) for weight in matrices(family, blocks)}
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        modulation = any(part in name for part in family.facts.modulations)
-        matrix = parameter.ndim == 2 and name.startswith(stacks) and not modulation
-        (hidden if matrix else rest).append(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (hidden if id(parameter) in chosen else rest).append(parameter)
     return hidden, rest
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW with the settings of a training.
+@torch.no_grad()
+def root_mean_square(weight: Tensor) -> float:
+    """Return the root mean square of a tensor's elements. If it is sharded, all ranks must call this."""
+    mean = weight.detach().to(_device(weight)).float().square().mean()
+    return (mean.full_tensor() if isinstance(mean, DTensor) else mean).sqrt().item()
+
+
+def _device(tensor: Tensor) -> Any:
+    """Return the device to compute on: an offloaded shard is in host memory, where ranks cannot exchange it."""
+    return tensor.device_mesh.device_type if isinstance(tensor, DTensor) else tensor.device
+
+
+def relative_groups(
+    parameters: Iterable[nn.Parameter], optimizer: str, relative_update: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return a group for each of `parameters`, with the learning rate that moves it by `relative_update`.
+
+    An update then has an RMS of `relative_update` times the RMS that the parameter has now. So one rate suits models of
+    all widths: a matrix of 3,072 channels has weights of about 0.02, one of 64 channels some of 0.5.
+
+    `optimizer`: `muon` or `adamw`. AdamW moves all weights of a row alike, so its effect on the row's output grows with
+    the number of inputs, while the output itself grows with the square root of that number. Matrices with more than 16
+    inputs therefore get a smaller rate from AdamW, by a factor of 4 / sqrt(inputs). Muon needs no such factor.
+
+    The weights shrink by `relative_update * weight_decay` a step at the peak of the schedule, whatever their size.
+    """
+    groups = []
+    for parameter in parameters:
+        rate = relative_update * (root_mean_square(parameter) or _SIZE_OF_ZERO) / _RMS_OF_UPDATE[optimizer]
+        if optimizer == "adamw" and parameter.ndim > 1:
+            rate *= min(1.0, 4 * parameter[0].numel() ** -0.5)
+        decay = relative_update * weight_decay / rate if rate else 0.0
+        groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+    return groups
+
+
+def adamw(parameters: Iterable[Any], config: TrainingConfig) -> torch.optim.AdamW:
+    """Return AdamW with the settings of a training, for parameters or for groups of them.
 
     It is the fused version, which allocates no temporary copies of the parameters.
     """
     return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
+        parameters,
+        lr=config.lr or 0.0,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
-def muon(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Muon:
+def muon(parameters: Iterable[Any], lr: float, weight_decay: float) -> torch.optim.Muon:
     """Return Muon with updates scaled to the RMS of AdamW's, so that both can use learning rates of one size."""
-    return torch.optim.Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+class Muon(torch.optim.Muon):
+    """Muon that also takes weights sharded by FSDP.
+
+    The orthogonalised update of a matrix depends on all of its elements. So each update is gathered, orthogonalised on
+    every rank, and cut into shards again, one matrix at a time. Momentum and weights stay sharded.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        if not any(isinstance(weight, DTensor) for weight in weights):
+            return super().step(closure)
+        for group in self.param_groups:
+            found: tuple[list, list, list] = ([], [], [])
+            self._init_group(group, *found)  # the weights that have gradients, these, and their momentum
+            for weight, gradient, momentum in zip(*found, strict=True):
+                self._step_sharded(group, weight, gradient, momentum)
+        return None
+
+    @staticmethod
+    def _step_sharded(group: dict[str, Any], weight: Any, gradient: Tensor, momentum: Tensor) -> None:
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        sharded: Any = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        whole = sharded.to(_device(weight)).full_tensor()
+        update = _zeropower_via_newtonschulz(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        # Every rank has the whole update, so that it cuts out its own shard without asking another.
+        shard = distribute_tensor(update.to(weight.dtype), weight.device_mesh, weight.placements, src_data_rank=None)
+        rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], whole.shape)
+        weight.add_(shard.to(weight.device), alpha=-rate)
+
+
+def optimizers_of(
+    family: Family, model: nn.Module, blocks: Sequence[nn.Module], config: Any
+) -> list[torch.optim.Optimizer]:
+    """Return the optimisers of a training that updates `model`, whose `blocks` hold its matrices.
+
+    `config`: distillation or fine-tuning settings. `optimizer: muon` gives Muon the matrices and AdamW the rest. With
+    `relative_update` every parameter has a rate of its own, see `relative_groups`.
+    """
+    chosen: dict[str, Any] = {"muon": [], "adamw": [p for p in model.parameters() if p.requires_grad]}
+    if config.optimizer == "muon":
+        chosen["muon"], chosen["adamw"] = split_for_muon(family, model, blocks)
+    if config.relative_update is not None:
+        relative = config.relative_update, config.weight_decay
+        chosen = {name: relative_groups(parameters, name, *relative) for name, parameters in chosen.items()}
+    found: list[torch.optim.Optimizer] = []
+    if chosen["muon"]:
+        lr = config.muon_lr if config.relative_update is None else 0.0  # groups have their own
+        found.append(muon(chosen["muon"], lr, config.weight_decay))
+    if chosen["adamw"]:
+        found.append(adamw(chosen["adamw"], config))
+    return found
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> torch.optim.lr_scheduler.LambdaLR:

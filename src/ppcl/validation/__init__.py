@@ -70,6 +70,26 @@ def check_options(config: Config) -> None:
                 at_least(key, each, least)
 
 
+def check_rates(config: Config) -> None:
+    """Check that each training has its learning rates from one key; raises `UsageError`."""
+    distill, width, finetune = config.distill, config.width, config.finetune
+    for group, settings, relative in (
+        ("distill", distill, distill.relative_update),
+        ("width", width, distill.relative_update),
+        ("finetune", finetune, finetune.relative_update),
+    ):
+        other = "distill" if group == "width" else group
+        if settings.lr is not None and relative is not None:
+            raise UsageError(
+                f"{group}.lr={settings.lr} has no effect with {other}.relative_update={relative}: set "
+                f"{other}.relative_update, or recipe=paper, which trains with {group}.lr."
+            )
+        if settings.lr is None and relative is None:
+            raise UsageError(f"{group}.lr=null needs {other}.relative_update, such as 0.05: there is no learning rate.")
+    if distill.optimizer == "muon" and distill.relative_update is None:
+        raise UsageError("distill.optimizer=muon needs distill.relative_update, such as 0.05; distill.lr is AdamW's.")
+
+
 def check(config: Config) -> None:
     """Check values, their combinations, and the files that they name; raises `UsageError` for the first mistake.
 
@@ -105,18 +125,17 @@ def check(config: Config) -> None:
         raise UsageError(f"paths.base_run={base} is no folder: give that of a run whose plugs are to be used.")
     if config.generate.prompt_file is not None:
         read_prompts(Path(config.generate.prompt_file))
-    if distill.losses != {"direction": 1.0}:
+    check_rates(config)
+    if not {*distill.losses} <= {"direction", "relative_per_token"}:
         from ppcl.distill.losses import LOSSES  # loads torch
 
         for name in distill.losses:
             if name not in LOSSES:
                 raise UsageError(f"distill.losses.{name} is no loss; there are {', '.join(LOSSES)}.")
-        if not any(distill.losses.values()) and not distill.magnitude_weight:
-            raise UsageError(
-                f"distill.losses={distill.losses} has no weight above 0: give one of {', '.join(LOSSES)} such a weight."
-            )
-        # Losses of weight 0 are dropped, so that they do not change fingerprints.
-        distill.losses = {name: weight for name, weight in distill.losses.items() if weight}
+    if not any(distill.losses.values()) and not distill.magnitude_weight:
+        raise UsageError(f"distill.losses={distill.losses} has no weight above 0: set distill.losses.NAME=1 for one.")
+    # Losses of weight 0 are dropped, so that they do not change fingerprints.
+    distill.losses = {name: weight for name, weight in distill.losses.items() if weight}
     if distill.mode == "none":
         for stage in ("depth", "boundaries"):
             if stage in config.stages:

@@ -52,7 +52,7 @@ def test_a_forward_of_its_own_comes_back_even_after_an_error(block):
 def test_muon_takes_the_matrices_of_attention_and_ffns(builder):
     model = import_module(builders()[builder]).build_pipeline(0, 2).transformer
     family = get_family(builder.removeprefix("tiny_"))
-    hidden, rest = split_for_muon(family, model.requires_grad_(True))
+    hidden, rest = split_for_muon(family, model.requires_grad_(True), family.blocks(model).values())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert names.keys() == {id(parameter) for parameter in [*hidden, *rest]}
     parts = ("attn", "attn1", "ff", "ff_context", "img_mlp", "txt_mlp", "proj_mlp", "proj_out")
