@@ -36,7 +36,8 @@ def prepare(way: str, overrides: tuple[str, ...], steps: int) -> Any:
     """Return a run with an empty cache folder, with its teacher loaded."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     given = f"intervals.{STACK}={[list(pair) for pair in PAIRS]}".replace(" ", "")
-    settings = ("distill=tiny", f"distill.steps={steps}", f"distill.batch_size={BATCH}", "trainer=cpu", given)
+    sizes = (f"distill.steps={steps}", f"distill.batch_size={BATCH}")
+    settings = ("recipe=paper", "distill=tiny", *sizes, "trainer=cpu", given)
     quiet = ("trainer.progress=false", "logger=none", f"paths.cache_dir={FOLDER}/cache")
     run = make_run(f"bench/boundaries/{way}", *settings, *quiet, *overrides)
     run.console.quiet = True

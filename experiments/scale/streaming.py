@@ -31,7 +31,7 @@ from ppcl.paths import conf_dir
 HERE = Path(__file__).parent
 QUIET = ["trainer=cpu", "trainer.progress=false", "logger=none"]
 STAGES = ("probe", "depth")
-STEPS = ["distill.steps=3", "distill.batch_size=16"]
+STEPS = ["recipe=paper", "distill.steps=3", "distill.batch_size=16"]
 
 
 # The child reads its own peak memory. The figure that the system gives the parent would include the memory that the
@@ -162,7 +162,7 @@ def full(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     write_cache(folder / "cache", size=(8, 8), tokens=16, count=64)
     common = [
-        *QUIET, "distill.steps=3", "distill.batch_size=8", "model=auto", f"model.path={folder}/teacher",
+        *QUIET, "recipe=paper", "distill.steps=3", "distill.batch_size=8", "model=auto", f"model.path={folder}/teacher",
         "model.streaming=true", "model.dtype=bfloat16",
         f"paths.runs_dir={folder}/runs", "data=folder", f"data.cache={folder}/cache", "data.held_out=0.5",
         "probe.num_batches=2", "probe.num_heldout_batches=1", "probe.batch_size=8",

@@ -304,7 +304,7 @@ def test_plugs_of_another_teacher_are_named(
 def test_checkpoint_of_another_training_is_named(command: list[str], trained: Path, tmp_path: Path) -> None:
     made_from = json.loads((trained / "plugs" / f"{PLUG_NAMES[0]}.json").read_text())["made_from"]
     made_from |= {"stack": "", "interval": [0, 0], "intervals": PLUG_NAMES}
-    made_from["distill"]["lr"] = 0.5
+    made_from["distill"]["relative_update"] = 0.5
     name = fingerprint({"intervals": PLUG_NAMES})
     folder = tmp_path / "runs" / "bad" / "plugs" / f"checkpoint-{name}"
     folder.mkdir(parents=True)
@@ -312,7 +312,7 @@ def test_checkpoint_of_another_training_is_named(command: list[str], trained: Pa
     (folder / "checkpoint.json").write_text(json.dumps(record))
     (folder / "last.ckpt").write_bytes(b"not read")
     outcome = ppcl(*command, INTERVALS, "stages=[depth]")
-    assert_one_sentence(outcome, str(folder / "checkpoint.json"), "distill.lr=0.5, now 0.001")
+    assert_one_sentence(outcome, str(folder / "checkpoint.json"), "distill.relative_update=0.5, now 0.05")
     assert (folder / "last.ckpt").read_bytes() == b"not read"
 
 

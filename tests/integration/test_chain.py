@@ -132,7 +132,7 @@ def test_second_run_reuses_everything(chain: Path, chain_command: list[str]) -> 
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ("distill.lr=0.002", "distill.lr=0.001, now 0.002"),
+        ("distill.relative_update=0.1", "distill.relative_update=0.05, now 0.1"),
         ("method.num_timesteps=3", "method.num_timesteps=2, now 3"),
     ],
 )

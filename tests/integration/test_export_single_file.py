@@ -24,7 +24,7 @@ from ppcl.families.registry import builders
 SINGLE = "export.single_file=true"
 TEXT, FFN = "transformer_blocks.3.text", "transformer_blocks.1.ffn"
 WIDTH = ["width.source=given", "width.transformer_blocks.text=[3]", "width.transformer_blocks.ffn=[1]"]
-SHORT = ["width.steps=0", "width.num_batches=1", "width.lr=1e-5"]
+SHORT = ["width.steps=0", "width.num_batches=1"]
 
 
 @pytest.fixture

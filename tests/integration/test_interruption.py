@@ -197,7 +197,9 @@ def test_checkpoint_of_nobody_is_not_resumed(settings: list[str], uninterrupted:
     command = [*settings, *LONG, INTERVALS, f"paths.runs_dir={tmp_path}", "name=stale", "stages=[depth]"]
     run = tmp_path / "stale"
     # A training with another rate dies after a checkpoint; its record is deleted as the refusal advises.
-    died = ppcl_process("*.safetensors", *command, "distill.steps=4", "distill.lr=0.5", python=DIE_AT_RENAME)
+    died = ppcl_process(
+        "*.safetensors", *command, "distill.steps=4", "distill.relative_update=0.5", python=DIE_AT_RENAME
+    )
     assert died.returncode == 9, died.stderr
     (checkpoints,) = run.glob("plugs/checkpoint-*")
     (checkpoints / "checkpoint.json").unlink()

@@ -57,14 +57,14 @@ def command(settings: list[str], tmp_path: Path) -> list[str]:
 
 def test_offline_runs_hold_their_own_configuration(command: list[str], tmp_path: Path) -> None:
     """Two jobs of one process: each has a run of its own, with its own values."""
-    sweep = ["distill.lr=0.001,0.002", "logger=wandb", "logger.mode=offline"]
+    sweep = ["distill.relative_update=0.01,0.02", "logger=wandb", "logger.mode=offline"]
     done = ppcl_process("--multirun", *command, *sweep)
     assert done.returncode == 0, done.stderr
-    for job, rate in (("0", 0.001), ("1", 0.002)):
+    for job, rate in (("0", 0.01), ("1", 0.02)):
         (run,) = (tmp_path / "logged" / job / "wandb").glob("offline-run-*/*.wandb")
         assert run.stat().st_size > 0
         config, logged = records(run)
-        assert config["distill"]["lr"] == rate
+        assert config["distill"]["relative_update"] == rate
         assert config["distill"]["steps"] == 6
         assert config["model"]["family"] == "qwen_image"
         assert "depth/loss" in logged
