@@ -147,7 +147,8 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration of a command with `run=FOLDER`, or `raw` without it.
 
     It is the recorded configuration, except for the keys `OF_COMMAND` and those in `overrides`, which are taken from
-    `raw`. A group choice replaces its whole group. Raises `UsageError` for overrides that contradict `run=FOLDER`.
+    `raw`. A group choice replaces its whole group; `distill=` keeps the recorded recipe. Raises `UsageError` for
+    overrides that contradict `run=FOLDER`.
     """
     if raw.run is None:
         return raw
@@ -155,6 +156,7 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
     from omegaconf import OmegaConf
 
     record = read_record(Path(raw.run))
+    recipes = {path.stem: _keys_of_recipe(path) for path in (conf_dir() / "recipe").glob("*.yaml")}
     said = list(OF_COMMAND)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, choice = override.key_or_group, override.value()
@@ -170,9 +172,15 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
         if key == "sampling" and isinstance(choice, str):  # only some keys of model.sampling
             said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
-        elif key == "recipe" and isinstance(choice, str):  # only some keys of the groups that it names
-            groups = OmegaConf.load(conf_dir() / key / f"{choice}.yaml")
-            said += [f"{group!s}.{name!s}" for group in groups for name in groups[group]]
+        elif key == "recipe" and isinstance(choice, str):
+            said += recipes[choice]
+            # A recorded learning rate stays where the recipe has a use for it.
+            relative = OmegaConf.select(raw, "distill.relative_update") is not None
+            rates = ("distill.lr", "width.lr")
+            said += [rate for rate in rates if (OmegaConf.select(record, rate) is None) != relative]
+        elif key == "distill" and isinstance(choice, str):  # its choices say nothing of what a recipe sets
+            of_recipes = {name for names in recipes.values() for name in names}
+            said += [name for name in (f"distill.{name!s}" for name in raw.distill) if name not in of_recipes]
         elif key not in ("run", "experiment", "sampling", "recipe") and not (
             key.startswith("hydra") or override.is_delete()
         ):
@@ -189,6 +197,14 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
         OmegaConf.update(record, key, value, merge=False, force_add=True)
     record.run = None
     return record
+
+
+def _keys_of_recipe(path: Path) -> list[str]:
+    """Return the full names of the keys that a choice of the group `recipe` sets."""
+    from omegaconf import OmegaConf
+
+    groups: Any = OmegaConf.load(path)
+    return [f"{group}.{name}" for group in groups for name in groups[group]]
 
 
 # Running

@@ -80,9 +80,10 @@ def check_rates(config: Config) -> None:
     ):
         other = "distill" if group == "width" else group
         if settings.lr is not None and relative is not None:
+            remedy = "finetune.relative_update=null" if group == "finetune" else "recipe=paper"
             raise UsageError(
                 f"{group}.lr={settings.lr} has no effect with {other}.relative_update={relative}: set "
-                f"{other}.relative_update, or recipe=paper, which trains with {group}.lr."
+                f"{other}.relative_update, or {remedy}, which trains with {group}.lr."
             )
         if settings.lr is None and relative is None:
             raise UsageError(f"{group}.lr=null needs {other}.relative_update, such as 0.05: there is no learning rate.")
