@@ -213,6 +213,7 @@ FOREIGN = {
                 "ZImageTransformer2DModel",
                 stacks={"layers": "n_layers"},
                 pipeline_classes=("ZImagePipeline",),
+                modulations=("adaLN_modulation",),
             ),
             {
                 "in_channels": 4,

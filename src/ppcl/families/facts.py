@@ -49,7 +49,8 @@ class FamilyFacts:
             differently.
         `residuals`: for each stack the argument of the forward that passes a ControlNet's residuals.
         `repeated_residuals`: stacks whose residuals are repeated from the first if there are fewer than blocks.
-        `modulations`: parts of the names of modulation matrices in blocks. AdamW trains these, not Muon.
+        `modulations`: parts of the names of modulation matrices in blocks that are not part of a norm. AdamW trains
+            them, not Muon.
 
     What it draws:
         `world`: the module of `ppcl.data.worlds` that makes synthetic pictures and captions for it.

@@ -20,14 +20,17 @@ _RMS_OF_UPDATE = {"muon": 0.2, "adamw": 1.0}
 _SIZE_OF_ZERO = 0.02
 
 
-def matrices(family: Family, blocks: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+def matrices(family: Family, blocks: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Yield the weights of the linear layers in `blocks`, without those of modulation layers.
 
-    They are the matrices of attention and FFNs, and projectors. Modulation layers are told by `family.facts`.
+    They are the matrices of attention and FFNs, and projectors. A modulation layer is part of a norm, as in diffusers'
+    `AdaLayerNormZero`, or is named by `family.facts.modulations`.
     """
     for block in blocks:
+        norms = [module for module in block.modules() if "Norm" in type(module).__name__]
+        of_norms = {id(part) for norm in norms for part in norm.modules()}
         for name, module in block.named_modules():
-            modulation = any(part in f".{name}." for part in family.facts.modulations)
+            modulation = id(module) in of_norms or any(part in f".{name}." for part in family.facts.modulations)
             if isinstance(module, nn.Linear) and not modulation:
                 yield module.weight
 

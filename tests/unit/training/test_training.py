@@ -1,14 +1,10 @@
-"""What trained stages share: blocks compiled for the length of a training, and which parameters are Muon's."""
-
-from importlib import import_module
+"""What trained stages share: blocks compiled for the length of a training."""
 
 import pytest
 import torch
 from torch import nn
 
-from ppcl.families.registry import builders, get_family
 from ppcl.training.loop import compiled
-from ppcl.training.optimizers import split_for_muon
 
 
 @pytest.fixture
@@ -46,18 +42,3 @@ def test_a_forward_of_its_own_comes_back_even_after_an_error(block):
     with pytest.raises(ZeroDivisionError), compiled([block]):
         1 / (block.forward is own)
     assert block.forward is own
-
-
-@pytest.mark.parametrize("builder", ["tiny_qwen_image", "tiny_flux", "tiny_dit"])
-def test_muon_takes_the_matrices_of_attention_and_ffns(builder):
-    model = import_module(builders()[builder]).build_pipeline(0, 2).transformer
-    family = get_family(builder.removeprefix("tiny_"))
-    hidden, rest = split_for_muon(family, model.requires_grad_(True), family.blocks(model).values())
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert names.keys() == {id(parameter) for parameter in [*hidden, *rest]}
-    parts = ("attn", "attn1", "ff", "ff_context", "img_mlp", "txt_mlp", "proj_mlp", "proj_out")
-    of_blocks = [names[id(parameter)].split(".") for parameter in hidden]
-    assert of_blocks
-    assert all(stack.endswith("_blocks") and part in parts for stack, _, part, *_ in of_blocks)
-    left = [names[id(parameter)] for parameter in rest if parameter.ndim == 2 and "_blocks." in names[id(parameter)]]
-    assert all("norm" in name or "_mod." in name for name in left)

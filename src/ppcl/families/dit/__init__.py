@@ -12,7 +12,6 @@ FACTS = (
         stacks={"transformer_blocks": "num_layers"},
         pipeline_classes=("DiTPipeline",),
         first_block=1,
-        modulations=(".norm",),
         pruned_models={"PrunedDiTTransformer2DModel": "ppcl.families.dit.transformer_dit_pruned"},
         builders={"tiny_dit": "ppcl.families.dit.tiny"},
         categories=("single_object", "colors"),

@@ -82,7 +82,6 @@ FACTS = (
             "single_transformer_blocks": "controlnet_single_block_samples",
         },
         repeated_residuals=("transformer_blocks",),
-        modulations=(".norm",),
         pruned_models={"PrunedFluxTransformer2DModel": "ppcl.families.flux.transformer_flux_pruned"},
         builders={"tiny_flux": "ppcl.families.flux.tiny"},
         controlnet_classes=("FluxControlNetModel", "FluxControlNetPipeline"),
