@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ppcl.ops.losses import direction_loss, magnitude_loss, norm_ratio, relative_error
+from ppcl.ops.losses import direction_loss, magnitude_loss, norm_ratio, relative_error, relative_error_per_token
 
 
 def features(seed=0):
@@ -33,11 +33,16 @@ def direction(s, t):
     return sum((a / norm(s) - b / norm(t)) ** 2 for a, b in zip(s, t, strict=True))
 
 
+def relative(s, t):
+    return norm([a - b for a, b in zip(s, t, strict=True)]) ** 2 / norm(t) ** 2
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     ("loss", "value"),
     [
         (direction_loss, direction),
+        (relative_error_per_token, relative),
         (magnitude_loss, lambda s, t: (math.log(norm(s)) - math.log(norm(t))) ** 2),
         (norm_ratio, lambda s, t: norm(s) / norm(t)),
     ],
@@ -48,7 +53,7 @@ def test_losses_equal_plain_loops(loss, value, mask):
     assert loss(student, teacher, mask).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [direction_loss, magnitude_loss, norm_ratio])
+@pytest.mark.parametrize("loss", [direction_loss, magnitude_loss, norm_ratio, relative_error_per_token])
 def test_masked_tokens_change_nothing(loss):
     student, teacher = features()
     before = loss(student, teacher, MASKS[1]).item()
@@ -62,6 +67,14 @@ def test_direction_is_blind_to_scale_and_magnitude_sees_nothing_else(scale):
     assert direction_loss(scale * teacher, teacher).item() == pytest.approx(0, abs=1e-10)
     assert magnitude_loss(scale * teacher, teacher).item() == pytest.approx(math.log(scale) ** 2, abs=1e-5)
     assert norm_ratio(scale * teacher, teacher).item() == pytest.approx(scale, rel=1e-5)
+
+
+def test_relative_error_per_token_weighs_a_small_token_like_a_large_one():
+    student, teacher = features()
+    sizes = torch.tensor([1e-3, 1.0, 50.0, 1e3, 0.1])[None, :, None]
+    expected = relative_error_per_token(student, teacher).item()
+    assert relative_error_per_token(sizes * student, sizes * teacher).item() == pytest.approx(expected, rel=1e-4)
+    assert relative_error(sizes * student, sizes * teacher).item() != pytest.approx(expected, rel=0.1)
 
 
 def test_direction_loss_spans_zero_to_four():
@@ -78,17 +91,21 @@ def test_half_precision_features_are_compared_in_float32():
     student[..., 0] = -300
     assert direction_loss(student, teacher).item() == pytest.approx(4 / 8, rel=1e-3)
     assert norm_ratio(student, teacher).item() == pytest.approx(1, rel=1e-3)
+    assert relative_error_per_token(student, teacher).item() == pytest.approx(4 / 8, rel=1e-3)
 
 
-def test_the_loss_reaches_the_student_and_only_valid_tokens():
+@pytest.mark.parametrize("loss", [direction_loss, relative_error_per_token])
+@pytest.mark.parametrize("padding", [0.0, 1e4])
+def test_the_loss_reaches_the_student_and_only_valid_tokens(loss, padding):
     student, teacher = features()
+    student[~MASKS[1]], teacher[~MASKS[1]] = padding, 0.0
     student.requires_grad_()
-    direction_loss(student, teacher, MASKS[1]).backward()
+    loss(student, teacher, MASKS[1]).backward()
     assert student.grad[~MASKS[1]].abs().max() == 0
     assert (student.grad[MASKS[1]].norm(dim=-1) > 0).all()
 
 
-@pytest.mark.parametrize("loss", [direction_loss, magnitude_loss, norm_ratio, relative_error])
+@pytest.mark.parametrize("loss", [direction_loss, magnitude_loss, norm_ratio, relative_error, relative_error_per_token])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch(loss, mask):
     """Each rank has a row, with 5 and 2 valid tokens; `average` is what all ranks would agree on."""
