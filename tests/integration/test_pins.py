@@ -269,6 +269,7 @@ def common(exact: Path) -> list[str]:
     """What the commands have in common: smallest sizes, every number that a header holds given here or in `conf`."""
     return [
         "model=auto",
+        "recipe=paper",
         f"model.path={exact}",
         "model.sampling.num_inference_steps=1",
         "probe.num_batches=1",
@@ -525,7 +526,7 @@ def test_demo(tmp_path: Path) -> None:
 
     Probes and plan by detection are the demo's own; plug and tuned model are of one given interval.
     """
-    command = ["experiment=demo", f"paths.runs_dir={tmp_path}", "trainer.progress=false"]
+    command = ["experiment=demo", "recipe=paper", f"paths.runs_dir={tmp_path}", "trainer.progress=false"]
     given = [*command, f"intervals.{STACK}=[[3,5]]", "width=none", "budget.params=null", "generate.variants=[teacher]"]
     run, name = tmp_path / "demo", f"{STACK}.3-5"
     layers = {"family": "qwen_image", "num_layers": {STACK: 20}, "intervals": {}, "scores": {}, "width": {}}
@@ -738,6 +739,23 @@ def test_losses(place: Path) -> None:
         found[f"{run}/{stage}"] = {key: float(value) for key, value in last.items() if key.startswith(f"{stage}/")}
         assert found[f"{run}/{stage}"]
     check("losses", found)
+
+
+def test_default_recipe(common: list[str], tmp_path: Path) -> None:
+    """Headers and losses of plugs by `recipe=standard`; all else here is by `recipe=paper`."""
+    command = [a for a in common if not a.startswith(("recipe=", "width.lr=", "distill.warmup_steps="))]
+    command += [INTERVALS, f"paths.runs_dir={tmp_path}", "name=standard", "stages=[depth,width]"]
+    # Muon rounds to bfloat16. The first steps of a long warm-up are small, as above.
+    command += ["distill.warmup_steps=100", "width.source=given", f"width.{STACK}.ffn=[0]"]
+    succeed(*command)
+    found = {}
+    for path in sorted((tmp_path / "standard" / "plugs").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert content["fingerprint"] == fingerprint_of(content)
+        kept = {key: content[key] for key in ("format", "version", "fingerprint", "made_from", "losses")}
+        found[path.stem] = without_varying(kept)
+    assert len(found) == 3
+    check("default_recipe", found)
 
 
 # Names that users write.
