@@ -94,9 +94,8 @@ def run(run: Run) -> None:
     discard_checkpoint(run, checkpoints)
     run.say("finetune", f"held-out velocity error {before:.4f} -> {after:.4f}")
     if after >= before:
-        run.say(
-            "finetune", "this is no better than untuned: raise finetune.steps, lower finetune.lr, or use ppcl-planned"
-        )
+        rate = "finetune.lr" if config.relative_update is None else "finetune.relative_update"
+        run.say("finetune", f"this is no better than untuned: raise finetune.steps, lower {rate}, or use ppcl-planned")
     run.say("finetune", f"wrote {folder}")
 
 
