@@ -1,4 +1,4 @@
-"""The two recipes: which parameters are whose in every family, and runs that were recorded before there was `recipe`."""
+"""The two recipes: which parameters are whose in every family, and runs from before there was `recipe`."""
 
 from __future__ import annotations
 
