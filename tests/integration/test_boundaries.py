@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +22,27 @@ from commands import (
     succeed,
 )
 
+from ppcl.command import prepare
+from ppcl.stages.depth import run as train
+
 FROM = "distill.from_boundaries=true"
 
 
 @pytest.fixture(scope="module")
 def command(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*settings, INTERVALS, "distill.steps=10", f"paths.runs_dir={tmp_path_factory.mktemp('boundaries')}"]
+
+
+@dataclass
+class Repeated:
+    """The first `count` batches of a stream, over and over."""
+
+    stream: Any
+    count: int
+    from_disk = False
+
+    def __call__(self, step: int) -> Any:
+        return self.stream(step % self.count)
 
 
 def both_ways(command: list[str]) -> Path:
@@ -124,7 +141,9 @@ def test_killed_and_resumed_they_are_the_same(command: list[str], runs: Path, tm
     assert {name: value for name, value in found.items() if not Path(name).name.startswith(".boundaries")} == whole
 
 
-def test_replayed_steps_come_round_again(command: list[str], runs: Path, tmp_path: Path) -> None:
+def test_replayed_steps_come_round_again(
+    command: list[str], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replay = [f"paths.runs_dir={tmp_path}", "distill.replay=3"]
     outcome = succeed(*command, *replay, "name=replayed", "stages=[boundaries]")
     assert "MB for 4 steps" in outcome.out
@@ -132,6 +151,18 @@ def test_replayed_steps_come_round_again(command: list[str], runs: Path, tmp_pat
     replayed, online = plug_tensors(tmp_path / "replayed"), plug_tensors(runs / "online")
     assert replayed.keys() == online.keys()
     assert not all(torch.equal(value, online[key]) for key, value in replayed.items())
+    # They are those of a training in memory that repeats its first batches.
+    run = prepare([*command, f"paths.runs_dir={tmp_path}", "name=repeated", "stages=[depth]"])
+    fresh, seed = run.data.shared_stream, run.config.data.train_seed
+
+    monkeypatch.setattr(run.data, "shared_stream", lambda of, size: Repeated(fresh(of, size), 4 if of == seed else 99))
+    train(run)
+    assert_same_tensors(replayed, plug_tensors(tmp_path / "repeated"))
+    # Killed behind its last checkpoint, it ends there too.
+    again = [*command, *replay, FROM, "name=killed", "stages=[depth]", "distill.checkpoint_every=4"]
+    assert ppcl_process("*.safetensors", *again, python=DIE_AT_RENAME).returncode == 9
+    assert "resuming from" in succeed(*again).out
+    assert_same_tensors(replayed, plug_tensors(tmp_path / "killed"))
 
 
 @pytest.mark.parametrize(
