@@ -4,6 +4,10 @@ What may differ: a matrix product of half the rows adds up in another order, whi
 its size. AdamW divides by that size, so that a single weight whose gradient nearly vanishes can be moved by a share of
 the learning rate (0.004 of it was seen), which says little; a tensor's root mean square difference says more. It is at
 most 1.5e-4 of the learning rate in any tensor; were denominators each rank's own, it would be 0.3 to 0.97.
+
+Muon, of the default recipe, rounds to bfloat16, which turns such a difference into one of a bit. In six steps
+its matrices move by 3 to 5% of their root mean square, and two ranks differ from one process by 0.22% at most. In
+the `LONG` training they move by 41 to 48%; taken up by another number of ranks it differs by 1.5%.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ LONG = [INTERVALS, "stages=[depth]", "distill.steps=30", "distill.checkpoint_eve
 STAGES = "stages=[depth,width,finetune,export]"
 LR = 1e-3
 TOLERANCE = 1e-3 * LR
+NEAR, NEAR_LONG = 0.005, 0.04  # of a tensor's root mean square
 
 
 def start(count: int, arguments: list[str]) -> subprocess.Popen[str]:
@@ -67,15 +72,17 @@ def kill_rank(process: subprocess.Popen[str], number: int) -> None:
     assert process.returncode > 0
 
 
+def all_plugs(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's students and projectors."""
+    projectors = load_projectors(run / "plugs").items()
+    trained = {f"{name}/{key}": value for name, item in projectors for key, value in item.state_dict.items()}
+    return plug_tensors(run) | trained
+
+
 def tensors(run: Path) -> dict[str, dict[str, torch.Tensor]]:
     """All tensors a run has trained, by kind."""
     return {
-        "plugs": plug_tensors(run)
-        | {
-            f"{name}/{key}": value
-            for name, item in load_projectors(run / "plugs").items()
-            for key, value in item.state_dict.items()
-        },
+        "plugs": all_plugs(run),
         "finetuned": load_file(run / "finetuned" / "transformer" / "diffusion_pytorch_model.safetensors"),
     }
 
@@ -84,10 +91,19 @@ def assert_close(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = TOLERANCE
 ) -> None:
     assert found.keys() == expected.keys()
-    distances = {
-        key: float((found[key].float() - value.float()).square().mean().sqrt()) for key, value in expected.items()
-    }
+    distances = {key: size_of(found[key].float() - value.float()) for key, value in expected.items()}
     assert {key: distance for key, distance in distances.items() if not distance <= tolerance} == {}
+
+
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """The same relative to the size of each tensor."""
+    assert found.keys() == expected.keys()
+    ratios = {key: size_of(found[key] - value) / size_of(value) for key, value in expected.items()}
+    assert {key: ratio for key, ratio in ratios.items() if not ratio <= tolerance} == {}
+
+
+def size_of(tensor: torch.Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +112,7 @@ def options(settings: list[str]) -> list[str]:
     return [
         *settings,
         INTERVALS,
+        "recipe=paper",
         f"distill.lr={LR}",
         "distill.max_grad_norm=0.05",
         "distill.magnitude_weight=0.1",
@@ -164,6 +181,28 @@ def test_what_ranks_have_trained_one_process_reuses(options: list[str], shared: 
     assert outcome.out.count("reused") == 3
 
 
+@pytest.fixture(scope="module")
+def standard(options: list[str]) -> list[str]:
+    """Students and projectors by the default recipe."""
+    without = ("recipe=", "distill.lr=", "width.lr=", "distill.magnitude_weight=")
+    return [*(option for option in options if not option.startswith(without)), "stages=[depth,width]"]
+
+
+@pytest.fixture(scope="module")
+def single_standard(standard: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("standard")
+    succeed(*standard, f"paths.runs_dir={runs}", "name=all")
+    return runs / "all"
+
+
+@pytest.mark.parametrize("strategy", [["ddp"], ["fsdp"], ["fsdp", "strategy.cpu_offload=true"]])
+def test_two_ranks_train_by_the_default_recipe(
+    standard: list[str], single_standard: Path, tmp_path: Path, strategy: list[str]
+) -> None:
+    launch(2, *standard, f"paths.runs_dir={tmp_path}", "name=all", f"strategy={strategy[0]}", *strategy[1:])
+    assert_near(all_plugs(tmp_path / "all"), all_plugs(single_standard), NEAR)
+
+
 @pytest.mark.parametrize("tuning", ["finetune.ema_decay=0.5", "finetune.lora_rank=2"])
 def test_sharded_in_host_memory_beside_a_teacher_in_half_precision(
     options: list[str], tmp_path: Path, tuning: str
@@ -229,7 +268,7 @@ def test_one_rank_takes_up_what_two_began(settings: list[str], killed: Path, lon
     assert refused.code == 2
     assert "holds a checkpoint of strategy=fsdp" in refused.err
     assert "resuming from" in launch(1, *command, "strategy=fsdp")
-    assert_close(plug_tensors(tmp_path / "long"), plug_tensors(long))
+    assert_near(plug_tensors(tmp_path / "long"), plug_tensors(long), NEAR_LONG)
 
 
 def test_two_ranks_take_up_what_one_began(settings: list[str], long: Path, tmp_path: Path) -> None:
@@ -238,7 +277,7 @@ def test_two_ranks_take_up_what_one_began(settings: list[str], long: Path, tmp_p
     wait_for(tmp_path / "long", "plugs/checkpoint-*/sharded.json", process)
     kill_rank(process, 0)
     assert "resuming from" in launch(2, *command)
-    assert_close(plug_tensors(tmp_path / "long"), plug_tensors(long))
+    assert_near(plug_tensors(tmp_path / "long"), plug_tensors(long), NEAR_LONG)
 
 
 def test_one_process_takes_up_a_ddp(settings: list[str], long: Path, tmp_path: Path) -> None:
@@ -247,7 +286,7 @@ def test_one_process_takes_up_a_ddp(settings: list[str], long: Path, tmp_path: P
     wait_for(tmp_path / "long", "plugs/checkpoint-*/last.ckpt", process)
     kill_rank(process, 0)
     assert "resuming from" in succeed(*command).out
-    assert_close(plug_tensors(tmp_path / "long"), plug_tensors(long))
+    assert_near(plug_tensors(tmp_path / "long"), plug_tensors(long), NEAR_LONG)
 
 
 # Bad input
