@@ -350,7 +350,7 @@ class FinetuneConfig(TrainingConfig):
     checkpoint_every: int = option(250, least=1, identity=False)
     lora_rank: int = option(0, least=0, before=0)
     optimizer: str = option("adamw", choices=("adamw", "muon"))
-    muon_lr: float = option(0.01, least=0)
+    muon_lr: float | None = option(0.01, least=0)
     relative_update: float | None = option(None, least=0, before=None)
     output_weight: float = option(1.0, least=0)
     flow_weight: float = option(0.0, least=0)

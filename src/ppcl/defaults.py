@@ -27,6 +27,7 @@ def register_resolvers() -> None:
     """Register the functions below with OmegaConf, under their own names."""
     OmegaConf.register_new_resolver("by_size", by_size, replace=True)
     OmegaConf.register_new_resolver("optimizer", optimizer, replace=True)
+    OmegaConf.register_new_resolver("with_muon", with_muon, replace=True)
     OmegaConf.register_new_resolver("rate", rate, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
     OmegaConf.register_new_resolver("data_name", data_name, replace=True)
@@ -45,6 +46,12 @@ def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
 def rate(lr: float, group: str = "distill", *, _root_: Any) -> float | None:
     """Return the learning rate `lr`, or None if `relative_update` of `group` sets the rates instead."""
     return None if _root_[group].get("relative_update") is not None else lr
+
+
+def with_muon(relative_update: float, *, _root_: Any) -> float | None:
+    """Return `relative_update` if fine-tuning gives Muon the matrices, else None."""
+    config = _root_.finetune
+    return relative_update if config.optimizer == "muon" and not config.lora_rank else None
 
 
 def optimizer(*, _root_: Any) -> str:

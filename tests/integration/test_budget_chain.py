@@ -364,7 +364,7 @@ def test_another_budget_needs_a_plan_of_its_own(again: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ("finetune.lr=0.5", "finetune.lr=0.002, now 0.5"),
+        ("finetune.relative_update=0.5", "finetune.relative_update=0.01, now 0.5"),
         ("finetune.ema_decay=0", "finetune.ema_decay=0.5, now 0.0"),
         ("finetune.optimizer=adamw", "finetune.optimizer='muon', now 'adamw'"),
     ],

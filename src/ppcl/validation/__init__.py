@@ -79,14 +79,18 @@ def check_rates(config: Config) -> None:
         ("finetune", finetune, finetune.relative_update),
     ):
         other = "distill" if group == "width" else group
-        if settings.lr is not None and relative is not None:
-            remedy = "finetune.relative_update=null" if group == "finetune" else "recipe=paper"
-            raise UsageError(
-                f"{group}.lr={settings.lr} has no effect with {other}.relative_update={relative}: set "
-                f"{other}.relative_update, or {remedy}, which trains with {group}.lr."
-            )
+        keys = ("lr", "muon_lr") if group == "finetune" else ("lr",)
+        for key in keys:
+            if getattr(settings, key) is not None and relative is not None:
+                remedy = "finetune.relative_update=null" if group == "finetune" else "recipe=paper"
+                raise UsageError(
+                    f"{group}.{key}={getattr(settings, key)} has no effect with {other}.relative_update={relative}: "
+                    f"set {other}.relative_update, or {remedy}, which trains with {group}.{key}."
+                )
         if settings.lr is None and relative is None:
             raise UsageError(f"{group}.lr=null needs {other}.relative_update, such as 0.05: there is no learning rate.")
+    if finetune.optimizer == "muon" and finetune.muon_lr is None and finetune.relative_update is None:
+        raise UsageError("finetune.muon_lr=null needs finetune.relative_update, such as 0.01: Muon has no rate.")
     if distill.optimizer == "muon" and distill.relative_update is None:
         raise UsageError("distill.optimizer=muon needs distill.relative_update, such as 0.05; distill.lr is AdamW's.")
 
