@@ -199,28 +199,30 @@ class Results:
         """Return how this run draws `count` prompts: size, steps and guidance, as arguments of its pipeline."""
         return _sampling(self._open("teacher"), count)
 
-    def pipeline(self, variant: str | None = None) -> Any:
+    def pipeline(self, variant: str | None = None, *, teacher_above: float | None = None) -> Any:
         """Load the diffusers pipeline with a variant of the model in it.
 
         `variant` is `teacher`, or one of those that `stages=[generate]` draws, such as `ppcl-finetuned`. By default it
         is the newest result: the exported pipeline if there is one, else the furthest variant the run has come to.
-        The pipeline is on the GPU if there is one. Raises `UsageError` where the run has not made that variant.
+        The pipeline is on the GPU if there is one. With `teacher_above`, the teacher draws in the variant's place at
+        noise levels sigma above that; its weights are then in memory, too. Raises `UsageError` where the run has not
+        made that variant.
         """
-        if variant is None and self.export is not None:
+        if variant is None and teacher_above is None and self.export is not None:
             device = self._open("teacher").device
             return _load_pipeline(self.export).to(device)
         if variant is None:
             variant = self._furthest()
         if variant not in STORED_VARIANTS:
             raise UsageError(f"{variant!r} is no variant; there are {', '.join(STORED_VARIANTS)}.")
-        run = self._open(variant)
+        run = self._open(variant, teacher_above)
         from ppcl.variants.switch import Switch
         from ppcl.variants.variants import variants_of
 
         (chosen,), plugs = variants_of(run, [variant])
         pipeline = run.teacher.pipeline
         if variant != "teacher":
-            Switch(run, plugs)(chosen)
+            Switch(run, plugs)(chosen, teacher_above)
         pipeline.set_progress_bar_config()  # diffusers' own default
         return pipeline
 
@@ -232,9 +234,10 @@ class Results:
             raise UsageError(f"{self.folder} has no plugs; run 'stages=[depth]' or 'stages=[width]' in it first.")
         return plug(self.pipeline("teacher"), self.plugs)
 
-    def _open(self, variant: str) -> Run:
+    def _open(self, variant: str, teacher_above: float | None = None) -> Run:
         """Return the context in which this run draws `variant`."""
-        asked = {"run": str(self.folder), "stages": ["generate"], "generate.variants": [variant]}
+        asked: dict[str, Any] = {"run": str(self.folder), "stages": ["generate"], "generate.variants": [variant]}
+        asked["generate.teacher_above"] = teacher_above
         return prepare(as_overrides(asked), Console(quiet=True))
 
     def _furthest(self) -> str:

@@ -443,6 +443,8 @@ class GenerateConfig:
         benchmark.
     `plug_fraction`: for the variant `ppcl-mixed`, the share of the intervals that are students; the others stay
         teacher.
+    `teacher_above`: the noise level sigma in [0, 1] above which the teacher draws in place of every pruned variant. It
+        takes no training, and the memory of the teacher and of what is added to it. None: pruned variants draw alone.
     `batch_size`: pictures that are drawn at once.
     `prompt`, `prompt_file`: one prompt, or a text file with one prompt a line, in place of the benchmark's prompts.
     `num_images`: pictures per prompt, for prompts that are not a benchmark's. Each has its own seed.
@@ -459,6 +461,7 @@ class GenerateConfig:
     variants: list[str] | None = option(None, choices=STORED_VARIANTS)
     name: str | None = None
     plug_fraction: float = 0.5
+    teacher_above: float | None = option(None, least=0, before=None)
     batch_size: int = option(60, least=1)
     prompt: str | None = None
     prompt_file: str | None = None

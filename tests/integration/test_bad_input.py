@@ -14,6 +14,8 @@ from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppc
 
 from ppcl.artifacts.headers import Header, fingerprint
 
+DRAW, ABOVE = "stages=[generate]", "generate.teacher_above=0.9"
+PICTURE = REPOSITORY / "experiments/demo/samples.png"
 GIVEN = "width.source=given"
 TEXT, FFN = "width.transformer_blocks.text=[{}]", "width.transformer_blocks.ffn=[{}]"
 
@@ -49,6 +51,11 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["stages=[probe,distil]"], ["stages=distil", "depth"]),
         (["stages=[]"], ["stages=[]"]),
+        ([DRAW, "generate.teacher_above=1.5"], ["generate.teacher_above=1.5", "from 0 to 1"]),
+        ([DRAW, "generate.teacher_above=-0.1"], ["generate.teacher_above=-0.1"]),
+        ([DRAW, ABOVE, "generate.variants=[teacher]"], [ABOVE, "no effect", "generate.variants"]),
+        ([DRAW, ABOVE, "generate.offload=model", "generate.variants=[removed]"], [ABOVE, "generate.offload=model"]),
+        ([DRAW, ABOVE, "generate.controlnet=DIR", f"generate.control_image={PICTURE}"], [ABOVE, "generate.controlnet"]),
         (["stages=[depth,export]", "model.streaming=true"], ["stages=[export]", "model.streaming=true", "of its own"]),
         (["stages=[plan]", "budget.params=0.6", "model.streaming=true"], ["stages=[plan]", "model.streaming=true"]),
         (["stages=[depth]", "distill.mode=sequential", "model.streaming=true"], ["sequential", "model.streaming=true"]),

@@ -111,17 +111,12 @@ def test_what_loses_its_text_has_one_and_ffns_are_chosen_from_all_blocks(chain: 
     assert {(stack, str(index)) for stack, sets in chosen.items() for index in sets["ffn"]} == set(least)
 
 
-@pytest.mark.parametrize(("name", "variant"), [("export", "ppcl-finetuned"), ("quantized", "ppcl-quantized")])
-def test_the_folder_draws_what_the_run_drew(chain: Path, name: str, variant: str) -> None:
-    run = chain / "pruned"
+def drawn(run: Path, pipeline: DiffusionPipeline, count: int = BATCH) -> list[np.ndarray]:
+    """Draw the run's first pictures with a pipeline, in one batch or as few as it takes."""
     config = OmegaConf.load(run / "config.yaml")
-    pipeline = DiffusionPipeline.from_pretrained(run / name, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    rows = {row["name"]: row for row in json.loads((run / "report" / "report.json").read_text())["variants"]}
-    assert rows[variant]["params"] == sum(p.numel() for p in pipeline.transformer.parameters())
-    assert rows["teacher"]["params"] > rows["ppcl-depth"]["params"] > rows["ppcl-width"]["params"]
-    folder = run / "images" / "shapes" / variant
-    lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()][:BATCH]
+    lines = [json.loads(line) for line in (run / "images/shapes/teacher/prompts.jsonl").read_text().splitlines()]
+    lines = lines[:count]
     sampling = SamplingConfig(**config.model.sampling)
     family = get_family(config.model.family)
     scenes = evaluation_scenes(config.data.eval_seed, config.benchmark.prompts_per_category, family)
@@ -134,8 +129,50 @@ def test_the_folder_draws_what_the_run_drew(chain: Path, name: str, variant: str
         arguments = family.sampling_arguments(sampling, len(generators))
         arguments |= family.prompt_arguments(pipeline, [line["prompt"] for line in lines[part]], given)
         images += pipeline(generator=generators, **arguments).images
-    for image, line in zip(images, lines, strict=True):
-        assert np.array_equal(np.asarray(image), np.asarray(Image.open(folder / line["image"]).convert("RGB")))
+    return [np.asarray(image) for image in images]
+
+
+def stored(run: Path, variant: str) -> list[np.ndarray]:
+    """Return the first pictures that the run itself has drawn with a variant."""
+    paths = sorted((run / "images" / "shapes" / variant).glob("0*.png"))[:BATCH]
+    return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+
+
+@pytest.mark.parametrize(("name", "variant"), [("export", "ppcl-finetuned"), ("quantized", "ppcl-quantized")])
+def test_the_folder_draws_what_the_run_drew(chain: Path, name: str, variant: str) -> None:
+    run = chain / "pruned"
+    pipeline = DiffusionPipeline.from_pretrained(run / name, dtype=torch.float32)
+    rows = {row["name"]: row for row in json.loads((run / "report" / "report.json").read_text())["variants"]}
+    assert rows[variant]["params"] == sum(p.numel() for p in pipeline.transformer.parameters())
+    assert rows["teacher"]["params"] > rows["ppcl-depth"]["params"] > rows["ppcl-width"]["params"]
+    np.testing.assert_array_equal(drawn(run, pipeline), stored(run, variant))
+
+
+@pytest.mark.parametrize("variant", ["ppcl-width", "ppcl-finetuned", "ppcl-quantized"])
+def test_the_teacher_draws_above_a_noise_level(chain: Path, variant: str) -> None:
+    """At 0 it draws everything, at 1 nothing, and in between the steps whose noise level in the scheduler is above."""
+    run = chain / "pruned"
+    results = ppcl.load(run)
+    middle = 0.5
+    for above, whose in ((0.0, "teacher"), (1.0, variant), (None, None)):
+        above = middle if above is None else above
+        pipeline = results.pipeline(variant, teacher_above=above)
+        model, forwards = pipeline.transformer, {"teacher": 0, "pruned": 0}
+
+        def count(module: torch.nn.Module, *_: object, model=model, forwards=forwards) -> None:
+            forwards["teacher" if module is model.teacher else "pruned"] += 1
+
+        for module in model.models:
+            module.register_forward_hook(count)
+        images = drawn(run, pipeline, BATCH if whose else 1)
+        if whose:
+            np.testing.assert_array_equal(images, stored(run, whose))
+        steps = pipeline.scheduler.timesteps / pipeline.scheduler.config.num_train_timesteps
+        middle = steps.mean().item()  # between the first and the last step of this family's scheduler
+        passes = sum(forwards.values()) / len(steps)
+        expected = len(steps) if above == 0 else int((steps > above).sum())
+        assert forwards == model.calls == {"teacher": expected * passes, "pruned": (len(steps) - expected) * passes}
+    assert 0 < forwards["teacher"] < sum(forwards.values())
 
 
 WITHOUT_PPCL = """

@@ -247,3 +247,45 @@ def test_a_class_that_there_is_not_is_named_before_anything_is_written(settings,
     assert not (tmp_path / "dragon" / "images").exists()
     succeed(*command, "name=circle", PROMPT)
     assert len(pictures(command, "circle", "teacher")) == 1
+
+
+def test_above_a_noise_level_the_teacher_draws(command, teacher, trained) -> None:
+    """Its pictures are a set of their own, and equal those of a pipeline whose blocks change places in between."""
+    steps = [*command, "name=levels", "model.sampling.num_inference_steps=4", "benchmark.latency_repeats=1"]
+    succeed(*steps)
+    outcome = succeed(*steps, "stages=[generate,evaluate,report]", "generate.teacher_above=0.7")
+    assert "ppcl-depth: 1 of 1 pictures drawn, " in outcome.out
+    images = folder_of(command, "levels") / "images"
+    (plain,) = images.glob("a-red-circle-??????")
+    (mixed,) = images.glob("a-red-circle-above-0.7-??????")
+    assert digests(mixed / "teacher")["00000.png"] == digests(plain / "teacher")["00000.png"]  # not drawn again
+    said = json.loads((mixed / "ppcl-depth" / "manifest.json").read_text())["made_from"]
+    other = json.loads((plain / "ppcl-depth" / "manifest.json").read_text())["made_from"]
+    assert said == other | {"teacher_above": 0.7}
+
+    pipeline, board = plugged(teacher, trained)
+    board()
+
+    def change(pipeline, step, timestep, tensors):
+        if pipeline.scheduler.sigmas[step + 1] <= 0.7:
+            board.all()
+        return tensors
+
+    expected = drawn(pipeline, num_inference_steps=4, callback_on_step_end=change)
+    share = (pipeline.scheduler.sigmas[:-1] > 0.7).float().mean().item()
+    assert 0 < share < 1
+    assert f"{100 * share:.0f}% of the steps by the teacher" in outcome.out
+    assert f"{100 * share:.0f}% of the steps, those at most noise, are the teacher's" in outcome.out
+    found = np.asarray(Image.open(mixed / "ppcl-depth" / "00000.png"))
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, np.asarray(Image.open(plain / "ppcl-depth" / "00000.png")))
+
+    rows = {path.stem: json.loads(path.read_text()) for path in folder_of(command, "levels").glob("scores/*/*.json")}
+    row, whole = rows["ppcl-depth"], rows["teacher"]
+    students = sum(parameter.numel() for student in board.students.values() for parameter in student.parameters())
+    assert row["teacher_share"] == share
+    assert "teacher_share" not in whole
+    assert row["params"] == whole["params"] + students
+    assert row["peak_memory_mb"] > whole["peak_memory_mb"]
+    assert 0 < row["velocity_error"] < 1
+    assert row["num_layers"] < whole["num_layers"]

@@ -74,6 +74,10 @@ class ScoreRow:
     overall score. `velocity_error` is ||v - v_T||^2 / ||v_T||^2 on held-out data. `latent_distance` is
     ||z - z_T||^2 / ||z_T - mean(z_T)||^2 of the final latents from equal seeds: 0 for the same pictures, about 2 for
     unrelated ones. Each of the three is None where it was not measured.
+
+    `teacher_share` is the share of denoising steps that the teacher runs in place of a pruned variant, None without
+    `generate.teacher_above`. With it, `latency_ms` is the mean over the steps of a picture, and parameters and memory
+    are those of both models.
     """
 
     name: str
@@ -88,16 +92,20 @@ class ScoreRow:
     score_interval: float | None = None
     velocity_error: float | None = None
     latent_distance: float | None = None
+    teacher_share: float | None = None
 
     def save(self, path: Path, header: Header, measured_with: Mapping[str, Any]) -> None:
         """Write the row. `measured_with`: what the velocity error depends on besides the header."""
-        write_json(path, header.to_json() | self.to_json() | {"measured_with": dict(measured_with)})
+        content = header.to_json() | self.to_json() | {"measured_with": dict(measured_with)}
+        if self.teacher_share is None:
+            del content["teacher_share"]  # most rows have none, and older records are without the key
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: Path) -> ScoreRow:
         content = read_json(path, "The scores")
         try:
-            later = ("score_interval", "velocity_error", "latent_distance")  # older records are without
+            later = ("score_interval", "velocity_error", "latent_distance", "teacher_share")  # not in older records
             values: dict[str, Any] = {
                 key: content.get(key) if key in later else content[key] for key in cls.__dataclass_fields__
             }
@@ -112,7 +120,7 @@ class ScoreRow:
     def _is_sound(self) -> bool:
         """Return whether every value is of its kind; a file that was edited by hand may hold others."""
         scores = [] if self.scores is None else [self.scores.overall, *self.scores.categories.values()]
-        further = [self.score_interval, self.velocity_error, self.latent_distance]
+        further = [self.score_interval, self.velocity_error, self.latent_distance, self.teacher_share]
         positive = [self.num_layers, self.params, self.latency_ms]
         numbers = [*positive, self.peak_memory_mb, *scores, *(value for value in further if value is not None)]
         lists = [self.students, self.projectors, self.removed]

@@ -155,6 +155,13 @@ class Family(ABC):
         inputs = self.forward_inputs(noisy, conditions, sigmas, size)
         return TrainingBatch(inputs, flow_matching.velocity(latents, noise), sigmas, as_tensor=self.as_tensor)
 
+    def noise_levels(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the noise levels sigma in [0, 1] of a forward, `[B]`, from its keyword arguments.
+
+        Most models are given sigma itself as their `timestep`.
+        """
+        return inputs["timestep"]
+
     def as_tensor(self, output: Any) -> Tensor:
         """Return the transformer's first output as one tensor in the form of the latents; most return one already."""
         return output

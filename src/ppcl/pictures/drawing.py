@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import safe_open
+from torch import nn
 
 from ppcl.benchmarks.base import Prompt
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.surgery.controlnet import hook_residuals
+from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.remap import map_blocks
 from ppcl.training.loop import compiled
@@ -136,12 +138,19 @@ def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]
         if config.controlnet:
             pipeline, arguments = _with_controlnet(run, board)
         if config.compile:
-            stack.enter_context(compiled(run.family.blocks(run.teacher.pipeline.transformer).values()))
+            stack.enter_context(compiled(_blocks(run)))
         if config.offload == "model":
             pipeline.enable_model_cpu_offload()
         elif config.offload == "group":
             pipeline.enable_group_offload(run.device, offload_type="block_level", num_blocks_per_group=1)
         yield pipeline, arguments
+
+
+def _blocks(run: Run) -> list[nn.Module]:
+    """Return all blocks of the pipeline's transformer, of both models if it switches between two."""
+    transformer = run.teacher.pipeline.transformer
+    models = transformer.models if isinstance(transformer, ByNoiseLevel) else [transformer]
+    return [block for model in models for block in run.family.blocks(model).values()]
 
 
 def _put_on_loras(run: Run, board: Plugboard) -> None:

@@ -14,10 +14,13 @@ from PIL.PngImagePlugin import PngInfo
 from ppcl.artifacts.files import atomic_path
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
+from ppcl.errors import UsageError
 from ppcl.pictures.drawing import given_pictures
 from ppcl.pictures.sets import benchmark_settings, claim_variant, claimed_set, variant_folder
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.variants import Variant, variants_of
+
+TEACHER_SHARE = "teacher_share"  # in the text of a picture
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,25 @@ def save_image(image: Any, path: Path, text: str | None = None) -> None:
         info.add_itxt("ppcl", text)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
+
+
+def told_by(path: Path) -> dict[str, Any]:
+    """Return what a picture that `save_image` wrote says that it was made from; empty if it says nothing."""
+    with Image.open(path) as image:
+        text = image.info.get("ppcl")
+    return json.loads(text) if text else {}
+
+
+def teacher_share(run: Run, variant: str) -> float:
+    """Return the share of denoising steps that the teacher ran for a variant's pictures, with `generate.teacher_above`.
+
+    All pictures of a set have the same steps. Raises `UsageError` if the first picture does not tell.
+    """
+    path = picture_path(image_folder(run, variant), 0)
+    share = told_by(path).get(TEACHER_SHARE)
+    if share is None:
+        raise UsageError(f"{path} does not say which steps the teacher ran: delete its folder and draw it again.")
+    return float(share)
 
 
 def save_prompts(run: Run, folder: Path) -> None:

@@ -52,6 +52,7 @@ def set_settings(config: Config, benchmark: Benchmark, prompts: Sequence[Prompt]
         "prompts": {"count": len(texts), "hash": fingerprint({"prompts": texts} | given)},
         **benchmark_settings(config, benchmark),
         **_put_on(config),
+        **({} if config.generate.teacher_above is None else {"teacher_above": config.generate.teacher_above}),
     }
 
 
@@ -86,8 +87,8 @@ def set_folder(images: Path, config: Config, settings: Mapping[str, Any]) -> Pat
     """Return the folder in `images` for the set with these `settings`.
 
     Its name is `generate.name`, or else it begins with the prompt file's name, the prompt's first words, or the
-    benchmark's name. A fingerprint is added, except for a benchmark's first set. Raises `UsageError` if the folder
-    `generate.name` holds another set.
+    benchmark's name, and says `generate.teacher_above`. A fingerprint is added, except for a benchmark's first set.
+    Raises `UsageError` if the folder `generate.name` holds another set.
     """
     key, name = fingerprint(settings), config.generate.name
     if name is not None:
@@ -98,9 +99,11 @@ def set_folder(images: Path, config: Config, settings: Mapping[str, Any]) -> Pat
                 "generate.name=, or leave it out."
             )
         return images / name
+    above = config.generate.teacher_above
+    suffix = "" if above is None else f"-above-{above:g}"
     if has_own_prompts(config):
-        return images / f"{_slug(config)}-{key[:6]}"
-    plain = images / ("captions" if config.benchmark.name == "none" else config.benchmark.name)
+        return images / f"{_slug(config)}{suffix}-{key[:6]}"
+    plain = images / (("captions" if config.benchmark.name == "none" else config.benchmark.name) + suffix)
     own = plain.with_name(f"{plain.name}-{key[:6]}")
     return own if own.exists() or _other_set(plain, settings) is not None else plain
 

@@ -84,6 +84,8 @@ def headlines(rows: Sequence[ComparedRow]) -> list[dict[str, str]]:
         {"value": f"{100 * result.params_ratio:.0f}%", "label": "of the parameters"},
         {"value": f"{teacher.latency_ms / result.latency_ms:.2f}x", "label": "speed of a denoising step"},
     ]
+    if result.teacher_share is not None:
+        shown.append({"value": f"{100 * result.teacher_share:.0f}%", "label": "of the steps run by the teacher"})
     if result.drop_percent is not None:
         shown.append({"value": f"{result.drop_percent:.1f}%", "label": f"of the score lost by {name}"})
     elif result.velocity_error is not None:

@@ -127,6 +127,12 @@ def notes_of(rows: Sequence[ComparedRow], label: str) -> list[str]:
             "latent distance: final latents to the teacher's from equal seeds, 0 for the same pictures, about 2 for "
             "unrelated ones"
         )
+    shares = [row.teacher_share for row in rows if row.teacher_share is not None]
+    if shares:
+        notes.append(
+            f"{100 * shares[0]:.0f}% of the steps, those at most noise, are the teacher's in place of each variant; "
+            "ms a step is the mean over all steps of a picture, parameters and memory are those of both models"
+        )
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,34 +18,40 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.export.quantized import weight_bytes
 from ppcl.pictures.drawing import denoising_step
-from ppcl.pictures.images import image_folder, read_images
+from ppcl.pictures.images import image_folder, read_images, teacher_share
 from ppcl.pictures.latents import latent_distance
 from ppcl.pictures.scores import compare, score_headers, score_record
 from ppcl.report.text import show_scores
+from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.training.loggers import finish_logger, make_logger
 from ppcl.variants.costs import FIRST_BATCH, velocities, velocity_error
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import Variant, variants_of
 
 NUM_HELDOUT = 64  # samples that the velocity error is measured on
-LOGGED = ("num_layers", "params_ratio", "drop_percent", "latency_ms", "velocity_error", "latent_distance")
+LOGGED = (
+    *("num_layers", "params_ratio", "drop_percent", "latency_ms", "velocity_error", "latent_distance"),
+    "teacher_share",
+)
 
 
 def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dict[str, Any]]:
     """Return the measurements of each variant's model, by the variant's name.
 
     They are its size, latency (ms), peak memory (MB), held-out velocity error ||v - v_T||^2 / ||v_T||^2, and the
-    students, projectors and removals that it consists of.
+    students, projectors and removals that it consists of. With `generate.teacher_above` teacher and pruned model are
+    timed apart, and the latency is their mean, weighted by the steps that each of them ran for a picture.
     """
     inputs = denoising_step(run)
     passes = run.family.num_passes(run.config.model.sampling)
+    above = run.config.generate.teacher_above
 
-    def denoise() -> None:
+    def denoise(model: nn.Module | None = None) -> None:
         with torch.inference_mode():
             for _ in range(passes):
-                run.teacher.pipeline.transformer(**inputs)
+                (model or run.teacher.pipeline.transformer)(**inputs)
 
-    by_name = {variant.name: variant for variant in variants}
+    by_name = {"teacher": Variant("teacher")} | {variant.name: variant for variant in variants}
     latency = interleaved_latency_ms(
         dict.fromkeys(by_name, denoise), run.config.benchmark.latency_repeats, lambda name: switch(by_name[name])
     )
@@ -59,19 +66,30 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
     measured = {}
     for variant in variants:
         name, transformer = variant.name, switch(variant)
+        num_layers = sum(len(kept) for kept in switch.board.kept.values())
+        share, models = None, [transformer]
+        if above is not None and name != "teacher":
+            transformer = switch(variant, above)
+            share, models = teacher_share(run, name), list(cast(ByNoiseLevel, transformer).models)
         params = cast(Any, transformer).num_parameters()  # also right for packed 4-bit weights
         resident = weight_bytes(transformer)
         measured[name] = {
-            "num_layers": sum(len(kept) for kept in switch.board.kept.values()),
+            "num_layers": num_layers,
             "params": params,
-            "latency_ms": latency[name],
-            "peak_memory_mb": peak_memory_mb(denoise, resident, run.device),
+            "latency_ms": latency[name] if share is None else _mean(latency["teacher"], latency[name], share),
+            "peak_memory_mb": max(peak_memory_mb(partial(denoise, each), resident, run.device) for each in models),
+            "teacher_share": share,
             "students": variant.students,
             "projectors": variant.projectors,
             "removed": variant.removed,
             "velocity_error": error(name, transformer),
         }
     return measured
+
+
+def _mean(teacher: float, pruned: float, share: float) -> float:
+    """Return the mean over the steps of a picture, of which the teacher runs `share`."""
+    return share * teacher + (1 - share) * pruned
 
 
 def _heldout(run: Run) -> list[TrainingBatch]:

@@ -149,8 +149,10 @@ def _complete_card(run: Run, path: Path, variant: str) -> None:
     layers = read_json(path.parent / "ppcl.json", "The export's record")["kept_layers"].values()
     usage = single_file_section(run.config.model.family, sum(map(len, layers)))
     changed = with_section(card, "single file", usage if (run.folder / SINGLE_FILE).exists() else "")
-    # If this command also evaluates, it does so after this stage, so scores that exist now may be outdated.
-    rows = [] if "evaluate" in run.config.stages else _scores(run, variant)
+    # If this command also evaluates, it does so after this stage, so scores that exist now may be outdated. Scores of
+    # pictures that the teacher helped to draw are not those of the exported model.
+    helped = run.config.generate.teacher_above is not None
+    rows = [] if helped or "evaluate" in run.config.stages else _scores(run, variant)
     if rows:
         changed = with_section(changed, "evaluation", evaluation_section(rows, run.benchmark.label))
     if changed != card:

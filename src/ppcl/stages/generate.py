@@ -20,6 +20,7 @@ from ppcl.artifacts.headers import Header
 from ppcl.context import Run
 from ppcl.pictures.drawing import decoded_latents, draw, equipped
 from ppcl.pictures.images import (
+    TEACHER_SHARE,
     Drawing,
     claim,
     drawings,
@@ -28,10 +29,12 @@ from ppcl.pictures.images import (
     prompts_of,
     save_image,
     save_prompts,
+    told_by,
 )
 from ppcl.pictures.latents import save_latents
 from ppcl.progress import counter
 from ppcl.report.plots import image_grid
+from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import variants_of
@@ -64,7 +67,8 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> int:
     """
     folder, header, count = drawing.folder, drawing.header, len(run.prompts)
     name, size = drawing.variant.name, run.config.generate.batch_size
-    settings = {"variant": name, **header.made_from, "fingerprint": header.fingerprint}
+    told = _own_header(drawing)
+    settings = {"variant": name, **told.made_from, "fingerprint": told.fingerprint}
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     missing = [batch for batch in batches if not all(picture_path(folder, number).exists() for number in batch)]
     drawn = sum(map(len, missing))
@@ -72,8 +76,10 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> int:
         for numbers in missing:
             images, latents = draw_batch(numbers)
             save_latents(folder, numbers, latents)
+            transformer = run.teacher.pipeline.transformer
+            share = {TEACHER_SHARE: transformer.teacher_share} if isinstance(transformer, ByNoiseLevel) else {}
             for number, image in zip(numbers, images, strict=True):
-                text = settings | {"prompt": run.prompts[number].text, "seed": run.config.seed + number}
+                text = settings | {"prompt": run.prompts[number].text, "seed": run.config.seed + number} | share
                 path = picture_path(folder, number)
                 if not path.exists():
                     save_image(image, path, json.dumps(text))
@@ -90,39 +96,41 @@ def _complete(folder: Path, header: Header, count: int) -> None:
     (folder / "unfinished.json").unlink(missing_ok=True)
 
 
-def _teacher_cache(run: Run, header: Header) -> Path:
-    """Return the folder in the cache with the teacher's pictures, which all runs of a sweep share."""
-    return Path(run.config.paths.cache_dir) / "images" / header.fingerprint
+def _own_header(drawing: Drawing) -> Header:
+    """Return the header of the drawing, for the teacher without what only changes the pruned variants of its set."""
+    made_from = dict(drawing.header.made_from)
+    if drawing.variant.name == "teacher":
+        made_from.pop("teacher_above", None)
+    return replace(drawing.header, made_from=made_from)
+
+
+def _teacher_cache(run: Run, drawing: Drawing) -> Drawing:
+    """Return the drawing in the cache with the teacher's pictures, which all runs of a sweep share."""
+    header = _own_header(drawing)
+    return replace(drawing, folder=Path(run.config.paths.cache_dir) / "images" / header.fingerprint, header=header)
 
 
 def _reuse_teacher(run: Run, drawing: Drawing) -> bool:
     """Copy the teacher's pictures from the cache, and return whether that was possible."""
-    cached = _teacher_cache(run, drawing.header)
-    if drawing.variant.name != "teacher" or not replace(drawing, folder=cached).is_complete:
+    cached = _teacher_cache(run, drawing)
+    if drawing.variant.name != "teacher" or not cached.is_complete:
         return False
     folder = claim(run, drawing)
-    _link_all(cached, folder)
+    _link_all(cached.folder, folder)
     _complete(folder, drawing.header, len(run.prompts))
-    run.say("generate", f"reused {cached}, in {folder}")
+    run.say("generate", f"reused {cached.folder}, in {folder}")
     return True
 
 
 def _share_teacher(run: Run, drawing: Drawing, folder: Path) -> None:
     """Copy the teacher's pictures from `folder` to the cache, unless it has them or one says that it is another's."""
-    cached = _teacher_cache(run, drawing.header)
-    ours = (_made_from(picture_path(folder, number)) for number in range(len(run.prompts)))
-    if replace(drawing, folder=cached).is_complete or any(found != drawing.header.fingerprint for found in ours):
+    cached = _teacher_cache(run, drawing)
+    ours = (told_by(picture_path(folder, number)).get("fingerprint") for number in range(len(run.prompts)))
+    if cached.is_complete or any(found != cached.header.fingerprint for found in ours):
         return
-    with suppress(OSError), atomic_folder(cached) as temporary:  # another job of the sweep may store them, too
+    with suppress(OSError), atomic_folder(cached.folder) as temporary:  # another job of the sweep may store them, too
         _link_all(folder, temporary)
-        _complete(temporary, drawing.header, len(run.prompts))
-
-
-def _made_from(path: Path) -> str | None:
-    """Return the fingerprint in the text of a picture that `save_image` wrote; None if there is none."""
-    with Image.open(path) as image:
-        text = image.info.get("ppcl")
-    return json.loads(text).get("fingerprint") if text else None
+        _complete(temporary, cached.header, len(run.prompts))
 
 
 def _link_all(source: Path, target: Path) -> None:
@@ -165,11 +173,14 @@ def run(run: Run) -> None:
     run.family.check_prompts(run.teacher.pipeline, prompts_of(run))
     switch = Switch(run, plugs)
     for drawing in missing:
-        switch(drawing.variant)
+        transformer = switch(drawing.variant, run.config.generate.teacher_above)
         drawn = _draw_variant(run, drawing, switch.board)
         name = drawing.variant.name
         folder = run.image_folders[name]
         if name == "teacher":
             _share_teacher(run, drawing, folder)
-        run.say("generate", f"{name}: {drawn} of {len(run.prompts)} pictures drawn, in {folder}")
+        share = ""
+        if isinstance(transformer, ByNoiseLevel) and drawn:
+            share = f", {100 * transformer.teacher_share:.0f}% of the steps by the teacher"
+        run.say("generate", f"{name}: {drawn} of {len(run.prompts)} pictures drawn{share}, in {folder}")
     switch.restore()

@@ -55,8 +55,8 @@ def _choice_path(run: Run, rows: list[ComparedRow]) -> Path | None:
 def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
     """Return the content of `report.json`."""
     keys = ("name", "num_layers", "params", "params_ratio", "scores", "score_interval", "drop_percent",
-            "velocity_error", "latent_distance", "latency_ms", "peak_memory_mb", "students", "projectors",
-            "removed")  # fmt: skip
+            "velocity_error", "latent_distance", "teacher_share", "latency_ms", "peak_memory_mb", "students",
+            "projectors", "removed")  # fmt: skip
     facts = {
         "name": run.config.name,
         "version": __version__,

@@ -110,6 +110,32 @@ def check_generate(config: Config) -> None:
             "those, spaces and any of ._-"
         )
     _check_given_images(config)
+    _check_teacher_above(config)
+
+
+def _check_teacher_above(config: Config) -> None:
+    """Check the value of `generate.teacher_above`, and that no other key asks for what a pair of models cannot do."""
+    generate, above = config.generate, config.generate.teacher_above
+    if above is None:
+        return
+    if not 0 <= above <= 1:
+        raise UsageError(f"generate.teacher_above={above:g} is no noise level: give one from 0 to 1, such as 0.9.")
+    if generate.variants == ["teacher"]:
+        raise UsageError(
+            f"generate.teacher_above={above:g} has no effect on the teacher: name a pruned variant in "
+            "generate.variants, or leave it out."
+        )
+    if generate.offload != "none":
+        raise UsageError(
+            f"generate.offload={generate.offload} is for one model, and generate.teacher_above={above:g} keeps the "
+            "teacher and the pruned one in memory: leave one of them out."
+        )
+    for key in ("loras", "controlnet"):
+        if getattr(generate, key):
+            raise UsageError(
+                f"generate.{key} is put onto one model, and generate.teacher_above={above:g} draws with two: leave one "
+                "of them out."
+            )
 
 
 def _check_picture(key: str, path: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ppcl.context import Run
+from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard, load_student
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.variants import Variant, finetuned_folder, quantized_folder
@@ -26,14 +27,20 @@ class Switch:
         self._quantized: Any = None
         self.teacher_size = sum(parameter.numel() for parameter in transformer.parameters())
 
-    def __call__(self, variant: Variant) -> nn.Module:
-        """Put `variant` into the pipeline as its transformer, and return that."""
+    def __call__(self, variant: Variant, teacher_above: float | None = None) -> nn.Module:
+        """Put `variant` into the pipeline as its transformer, and return that.
+
+        `teacher_above`: the noise level above which the teacher runs in the variant's place. None: it never does.
+        """
         self.board.arrange(students=variant.students, removed=variant.removed, projectors=variant.projectors)
-        if variant.quantized:
-            self.run.teacher.pipeline.transformer = self.quantized
-        else:
-            self.run.teacher.pipeline.transformer = self.finetuned if variant.finetuned else self.teacher
-        return self.run.teacher.pipeline.transformer
+        own = self.quantized if variant.quantized else self.finetuned if variant.finetuned else None
+        model = self.teacher if own is None else own
+        if teacher_above is not None and variant.name != "teacher":
+            pruned = self.board.standalone() if own is None else own
+            self.board()  # the teacher's own transformer has the teacher's blocks again
+            model = ByNoiseLevel(self.run.family, self.teacher, pruned, teacher_above)
+        self.run.teacher.pipeline.transformer = model
+        return model
 
     @property
     def finetuned(self) -> Any:

@@ -84,6 +84,10 @@ class DiT(Family):
             "return_dict": False,
         }
 
+    def noise_levels(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the middle of the noise levels that a timestep stands for."""
+        return (inputs["timestep"] + 0.5) / NUM_TIMESTEPS
+
     def called_apart(self, transformer: Any) -> list[nn.Module]:
         return [transformer.transformer_blocks[0].norm1.emb]  # the output head calls it
 
