@@ -196,7 +196,6 @@ class Sitting:
         teacher = None if cell.way == "teacher" else self.row(Cell(cell.teacher, "teacher"))
         with claimed(run.folder, wait=cell.way == "teacher") as free:
             if not free:
-                print(f"{run.folder.name}: another process is measuring this cell", flush=True)
                 return None
             found = self._found(cell, run, budget)  # it may have ended a moment ago
             if found is not None:
@@ -221,9 +220,9 @@ class Sitting:
             return {"error": float("nan"), "remark": "diverged"}
         if cell.recipe:
             cost = read_json(run.folder / "training" / "depth.json", "The cost of the training")
-            # A resumed training counts its own steps alone.
-            figures["seconds"] = cost["seconds_per_step"] * cell.steps
-            figures["peak_mb"] = cost["peak_memory_mb"]
+            # A resumed training has counted its own steps alone, and may have had too few for some of this.
+            figures["seconds"] = cost["seconds_per_step"] * cell.steps or None
+            figures["peak_mb"] = cost["peak_memory_mb"] or None
         measure = meter(run, switch)
         if cell.way == "removed":
             switch.board.remove()
@@ -240,7 +239,7 @@ class Sitting:
 
 
 @contextmanager
-def claimed(folder: Path, wait: bool) -> Iterator[bool]:
+def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
     """Hold `folder` for this process, and yield whether it does. `wait`: until another process has left it."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -250,6 +249,7 @@ def claimed(folder: Path, wait: bool) -> Iterator[bool]:
             held = True
         except BlockingIOError:
             held = False
+            print(f"{folder.name}: another process is measuring this cell", flush=True)
         yield held
     finally:
         os.close(handle)
@@ -289,6 +289,10 @@ def configured_rate(teacher: str, recipe: str) -> float:
 
 @cache
 def commit() -> str:
-    """Return the commit that is measured, with `-dirty` where files differ from it; empty outside of a clone."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+    """Return the commit that is measured, with `-dirty` if `src` or `conf` differ from it; empty outside of a clone."""
+    asked = ("rev-parse", "--short=7", "HEAD"), ("status", "--porcelain", "--", ":/src", ":/conf")
+    found, changes = (
+        subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+        for words in asked
+    )
+    return found + ("-dirty" if changes else "")

@@ -87,18 +87,25 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
 
 
-def number(value: str, digits: int) -> str:
-    """Return a number of a row with so many decimals; `-` where there is none."""
-    return f"{float(value):.{digits}f}" if value and not math.isnan(float(value)) else "-"
+def number(value: str | float, digits: int | None) -> str:
+    """Return a number of a row with so many decimals, None for three significant digits; `-` where there is none."""
+    if value == "" or math.isnan(float(value)):
+        return "-"
+    return f"{float(value):.{_decimals(float(value)) if digits is None else digits}f}"
 
 
-def spread(rows: Sequence[Row], key: str, digits: int) -> str:
-    """Return the mean over rows, with the standard deviation if there are several."""
+def _decimals(value: float) -> int:
+    return max(0, 2 - math.floor(math.log10(value))) if 0 < value < math.inf else 1
+
+
+def spread(rows: Sequence[Row], key: str, digits: int | None) -> str:
+    """Return the mean over rows, written as by `number`, with the standard deviation if there are several."""
     values = [float(row[key]) for row in rows if row[key]]
     if not values:
         return "-"
     mean, deviation = mean_and_spread(values)
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+    digits = _decimals(mean) if digits is None else digits
+    return number(mean, digits) + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 def heading(rows: Sequence[Row], teacher: str, digest: str) -> str:
@@ -112,7 +119,7 @@ def heading(rows: Sequence[Row], teacher: str, digest: str) -> str:
         row = removed[-1]
         line += (
             f". {100 * float(row['params_ratio']):.0f}% of the parameters are left. The same blocks removed: error "
-            f"{number(row['error'], 4)}, score {number(row['score'], 3)}, drop {number(row['drop_percent'], 1)}%"
+            f"{number(row['error'], None)}, score {number(row['score'], 3)}, drop {number(row['drop_percent'], 1)}%"
         )
     return line + "."
 
@@ -135,7 +142,7 @@ def rates_table(rows: Sequence[Row], steps: int) -> str:
                 elif row["remark"]:
                     cells.append(row["remark"])
                 else:
-                    text = f"{number(row['error'], 4)} ({number(row['score'], 2)})"
+                    text = f"{number(row['error'], None)} ({number(row['score'], 2)})"
                     cells.append(f"**{text}**" if row is top else text)
             costs = [
                 number(top["drop_percent"], 1),
@@ -181,7 +188,7 @@ def local_table(rows: Sequence[Row], steps: int, budgets: Mapping[str, tuple[int
     return "\n\n".join(parts)
 
 
-LOCAL_COLUMNS = {"error": 4, "score": 3, "drop_percent": 1, "seconds": 0, "peak_mb": 1}
+LOCAL_COLUMNS = {"error": None, "score": 3, "drop_percent": 1, "seconds": 0, "peak_mb": 1}
 
 
 def subset_errors(rows: Sequence[Row], subsets: Sequence[Row], teacher: str, digest: str, steps: int) -> dict[str, Any]:
@@ -191,7 +198,8 @@ def subset_errors(rows: Sequence[Row], subsets: Sequence[Row], teacher: str, dig
     for label, (recipe, rate) in labels.items():
         chosen = select(subsets, teacher=teacher, digest=digest, recipe=recipe, rate=rate)
         if chosen:
-            found[label] = {row["subset"]: float(row["error"]) for row in chosen}
+            newest = select(chosen, steps=chosen[-1]["steps"], seed=chosen[-1]["seed"])
+            found[label] = {row["subset"]: float(row["error"]) for row in newest}
     return found
 
 
@@ -204,8 +212,8 @@ def subsets_table(rows: Sequence[Row], subsets: Sequence[Row], steps: int) -> st
         for label, by_subset in errors.items():
             both = [(by_subset[n], papers[n]) for n in by_subset if n in papers]
             ratio = f"{sum(a for a, _ in both) / sum(b for _, b in both):.3f}" if both else "-"
-            lower = f"{sum(a < b for a, b in both)} of {len(both)}" if both else "-"
-            mean = f"{sum(by_subset.values()) / len(by_subset):.4f}"
+            lower = f"{sum(a < b for a, b in both)} of {len(both)}" if both and by_subset is not papers else "-"
+            mean = number(sum(by_subset.values()) / len(by_subset), None)
             lines.append([f"`{teacher}` ({digest[:8]})", label, str(len(by_subset)), mean, ratio, lower])
     header = ("teacher", "recipe", "subsets", "mean error", "of the paper's mean", "lower than the paper's")
     return table(header, lines) if lines else ""
@@ -298,8 +306,10 @@ def plot_rates(path: Path, rows: Sequence[Row], steps: int) -> bool:
 
 
 def _plain_log(side: Any) -> None:
-    """Label a logarithmic axis with plain numbers at 1, 2 and 5."""
-    side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Label a logarithmic axis, on which everything is drawn, with plain numbers, as many as have room."""
+    low, high = side.get_view_interval()
+    decades = math.log10(high / low)
+    side.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)))
     side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     side.set_minor_locator(NullLocator())
 
@@ -344,11 +354,11 @@ def plot_subsets(path: Path, rows: Sequence[Row], subsets: Sequence[Row], steps:
             )
             place = ends[1], factor * ends[1]
             axis.annotate(text, place, xytext=(5, 0), textcoords="offset points", va="center", color=plots.INK)
+        axis.margins(x=0.12)
         axis.set(xscale="log", yscale="log", xlabel="velocity error with the paper's students")
         for side in (axis.xaxis, axis.yaxis):
             _plain_log(side)
         axis.set_title(f"{teacher} ({digest[:8]})", loc="left", color=plots.INK, fontsize=10)
-        axis.margins(x=0.12)
     axes[0][0].set_ylabel("velocity error of the same subset")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     plots.save_figure(figure, path)

@@ -18,7 +18,7 @@ import torch
 
 from experiments.common import SEEDS
 from experiments.recipes import report
-from experiments.recipes.cells import HERE, KEYS, RECIPES, TEACHERS, Cell, Sitting, commit, meter
+from experiments.recipes.cells import HERE, KEYS, RECIPES, TEACHERS, Cell, Sitting, claimed, commit, meter
 from experiments.recipes.table import Table
 
 COLUMNS = (
@@ -101,14 +101,17 @@ def measure_subsets(work: Work, cell: Cell, row: Mapping[str, str]) -> None:
     if not missing:
         return
     run = cell.run()
-    switch = cell.switch(run)
-    measure = meter(run, switch)
-    for number in missing:
-        plugged = list(compress(names, chosen[number]))
-        switch.board.arrange(**{"students" if cell.recipe else "removed": plugged})
-        found = facts | {"subset": number, "error": measure(), "students": " ".join(plugged)}
-        work.subsets.add(found | {"date": date.today().isoformat(), "commit": commit()})
-    print(f"{run.folder.name}: {len(missing)} subsets", flush=True)
+    with claimed(run.folder) as free:
+        if not free:
+            return
+        switch = cell.switch(run)
+        measure = meter(run, switch)
+        for number in missing:
+            plugged = list(compress(names, chosen[number]))
+            switch.board.arrange(**{"students" if cell.recipe else "removed": plugged})
+            found = facts | {"subset": number, "error": measure(), "students": " ".join(plugged)}
+            work.subsets.add(found | {"date": date.today().isoformat(), "commit": commit()})
+        print(f"{run.folder.name}: {len(missing)} subsets", flush=True)
 
 
 def random_subsets(count: int, number: int, seed: int = 0) -> list[tuple[bool, ...]]:

@@ -138,7 +138,7 @@ def test_ratios_of_subsets_are_over_the_ones_both_recipes_have(table, elsewhere,
     for number in range(2):
         subsets.add(keys | {"recipe": "standard", "rate": 0.05, "subset": number, "error": 0.005})
     text = report.subsets_table(table.rows, subsets.rows, 250)
-    assert "| ours | 2 | 0.0050 | 0.333 | 2 of 2 |" in text
+    assert "| ours | 2 | 0.00500 | 0.333 | 2 of 2 |" in text
     assert report.plot_subsets(tmp_path / "subsets.png", table.rows, subsets.rows, 250)
     assert report.plot_rates(tmp_path / "rates.png", table.rows, 250)
 
@@ -163,9 +163,9 @@ def test_the_readme_has_a_place_for_each_table(tmp_path):
 
 
 def test_one_process_at_a_time_holds_a_cell(tmp_path):
-    with claimed(tmp_path / "cell", wait=False) as first, claimed(tmp_path / "cell", wait=False) as second:
+    with claimed(tmp_path / "cell") as first, claimed(tmp_path / "cell") as second:
         assert (first, second) == (True, False)
-    with claimed(tmp_path / "cell", wait=False) as again:
+    with claimed(tmp_path / "cell") as again:
         assert again
 
 
