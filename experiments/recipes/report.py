@@ -1,0 +1,365 @@
+"""Tables and plots of `experiments.recipes`, made from the rows of its CSV files alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from experiments.common import SEEDS, mean_and_spread
+from experiments.recipes.cells import BY_STEPS, RECIPES, configured_rate, steps_within
+from experiments.recipes.table import as_text
+from ppcl.artifacts.files import atomic_path
+from ppcl.report import plots
+
+Row = Mapping[str, str]
+
+UNITS = {"distill.relative_update": "relative update", "distill.lr": "AdamW's learning rate"}
+COLORS = {"per token": plots.PALETTE[0], "direction": plots.PALETTE[1], "removed": plots.PALETTE[5]}
+LOSSES = {
+    "standard": "per token", "per-token-adamw": "per token", "paper": "direction", "direction-muon": "direction",
+}  # fmt: skip
+
+
+# Choosing rows
+
+
+def teachers_of(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    """Return every teacher and digest in the rows, the newest digest of a teacher first."""
+    found = [*dict.fromkeys((row["teacher"], row["digest"]) for row in rows)][::-1]
+    order = [*dict.fromkeys(row["teacher"] for row in rows)]
+    return sorted(found, key=lambda pair: order.index(pair[0]))
+
+
+def select(rows: Iterable[Row], **facts: Any) -> list[Row]:
+    """Return the rows that have these values."""
+    wanted = {key: as_text(value) for key, value in facts.items()}
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
+def tried(rows: Sequence[Row], teacher: str, digest: str, recipe: str, steps: int) -> list[Row]:
+    """Return the rows of the group `rates` for one recipe, in the order of its rates."""
+    facts = {"way": "local", "teacher": teacher, "digest": digest, "recipe": recipe, "steps": steps}
+    found = select(rows, **facts, seed=SEEDS[0], budget=BY_STEPS)
+    listed = [as_text(rate) for rate in RECIPES[recipe].rates]
+    return sorted((row for row in found if row["rate"] in listed), key=lambda row: listed.index(row["rate"]))
+
+
+def best(rows: Sequence[Row]) -> Row:
+    """Return the row with the least velocity error; within one set of students it orders recipes as the score does."""
+    return min(rows, key=lambda row: math.inf if math.isnan(float(row["error"])) else float(row["error"]))
+
+
+def within(rows: Sequence[Row], minutes: float, steps: int, **facts: Any) -> list[Row]:
+    """Return, for every seed, the row of a training of `steps` that fits into `minutes`, else the one cut to these."""
+    cut = select(rows, **facts, budget=f"{minutes:g} min")
+    whole = [
+        row
+        for row in select(rows, **facts, steps=steps, budget=BY_STEPS)
+        if row["seed"] not in {other["seed"] for other in cut} and steps_within(minutes, row, rows) == steps
+    ]
+    return sorted([*cut, *whole], key=lambda row: row["seed"])
+
+
+def compared(rows: Sequence[Row], teacher: str, digest: str, steps: int) -> dict[str, tuple[str, str]]:
+    """Return the recipes of the groups `local` and `subsets`, each with its rate, by label."""
+    found = {}
+    for recipe, label in (("standard", "ours"), ("paper", "the paper's")):
+        found[label] = recipe, as_text(configured_rate(teacher, recipe))
+    options = tried(rows, teacher, digest, "paper", steps)
+    if len(options) == len(RECIPES["paper"].rates):
+        found["the paper's at its best rate"] = "paper", best(options)["rate"]
+    return found
+
+
+# Tables
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+
+
+def number(value: str | float, digits: int | None) -> str:
+    """Return a number of a row with so many decimals, None for three significant digits; `-` where there is none."""
+    if value == "" or math.isnan(float(value)):
+        return "-"
+    return f"{float(value):.{_decimals(float(value)) if digits is None else digits}f}"
+
+
+def _decimals(value: float) -> int:
+    return max(0, 2 - math.floor(math.log10(value))) if 0 < value < math.inf else 1
+
+
+def spread(rows: Sequence[Row], key: str, digits: int | None) -> str:
+    """Return the mean over rows, written as by `number`, with the standard deviation if there are several."""
+    values = [float(row[key]) for row in rows if row[key]]
+    if not values:
+        return "-"
+    mean, deviation = mean_and_spread(values)
+    digits = _decimals(mean) if digits is None else digits
+    return number(mean, digits) + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+
+
+def heading(rows: Sequence[Row], teacher: str, digest: str) -> str:
+    """Return a line on a teacher, and on the removal of the same blocks."""
+    facts = {"teacher": teacher, "digest": digest}
+    whole, removed = (select(rows, **facts, way=way) for way in ("teacher", "removed"))
+    line = f"`{teacher}` (weights {digest[:8]})"
+    if whole:
+        line += f", score {number(whole[-1]['score'], 3)}"
+    if removed:
+        row = removed[-1]
+        line += (
+            f". {100 * float(row['params_ratio']):.0f}% of the parameters are left. The same blocks removed: error "
+            f"{number(row['error'], None)}, score {number(row['score'], 3)}, drop {number(row['drop_percent'], 1)}%"
+        )
+    return line + "."
+
+
+def rates_table(rows: Sequence[Row], steps: int) -> str:
+    """Return the tables of the group `rates`: error and score of every recipe at every rate, its best rate bold."""
+    parts = []
+    for teacher, digest in teachers_of(rows):
+        lines: dict[str, list[list[str]]] = {}
+        for name, recipe in RECIPES.items():
+            found = tried(rows, teacher, digest, name, steps)
+            if not found:
+                continue
+            top = best(found)
+            cells = []
+            for rate in recipe.rates:
+                row = next(iter(select(found, rate=rate)), None)
+                if row is None:
+                    cells.append("")
+                elif row["remark"]:
+                    cells.append(row["remark"])
+                else:
+                    text = f"{number(row['error'], None)} ({number(row['score'], 2)})"
+                    cells.append(f"**{text}**" if row is top else text)
+            costs = [
+                number(top["drop_percent"], 1),
+                spread(found, "seconds", 0).split(" ")[0],
+                number(top["peak_mb"], 1),
+            ]
+            lines.setdefault(recipe.rate, []).append([recipe.label, *cells, *costs])
+        if not lines:
+            continue
+        parts.append(heading(rows, teacher, digest))
+        for key, found_lines in lines.items():
+            rates = next(recipe.rates for recipe in RECIPES.values() if recipe.rate == key)
+            header = [f"error (score) by {UNITS[key]}", *(f"{rate:g}" for rate in rates)]
+            parts.append(table([*header, "drop %", "seconds", "peak MB"], found_lines))
+    return "\n\n".join(parts)
+
+
+def local_table(rows: Sequence[Row], steps: int, budgets: Mapping[str, tuple[int, float]]) -> str:
+    """Return the table of the group `local`. `budgets`: steps and minutes by name."""
+    parts = []
+    for teacher, digest in teachers_of(rows):
+        lines = []
+        recipes = compared(rows, teacher, digest, steps)
+        for budget, (most, minutes) in budgets.items():
+            facts = {"way": "local", "teacher": teacher, "digest": digest}
+            found = {
+                label: within(rows, minutes, most, **facts, recipe=recipe, rate=rate)
+                for label, (recipe, rate) in recipes.items()
+            }
+            papers = [float(row["peak_mb"]) for row in found["the paper's"] if row["peak_mb"]]
+            for label, chosen in found.items():
+                if not chosen:
+                    continue
+                ended = ", ".join(dict.fromkeys(f"{row['steps']} ({row['budget']})" for row in chosen))
+                peaks = [float(row["peak_mb"]) for row in chosen if row["peak_mb"]]
+                ratio = f"{max(peaks) / max(papers):.2f}" if peaks and papers else "-"
+                shown = [spread(chosen, key, digits) for key, digits in LOCAL_COLUMNS.items()]
+                lines.append([budget, f"{label}, {float(recipes[label][1]):g}", ended, str(len(chosen)), *shown, ratio])
+        if lines:
+            parts.append(heading(rows, teacher, digest))
+            header = ("budget", "recipe, rate", "steps (ended by)", "seeds", "error", "score", "drop %", "seconds")
+            parts.append(table((*header, "peak MB", "of the paper's"), lines))
+    return "\n\n".join(parts)
+
+
+LOCAL_COLUMNS = {"error": None, "score": 3, "drop_percent": 1, "seconds": 0, "peak_mb": 1}
+
+
+def subset_errors(rows: Sequence[Row], subsets: Sequence[Row], teacher: str, digest: str, steps: int) -> dict[str, Any]:
+    """Return the errors of random subsets by subset, for each compared recipe and for removal, by label."""
+    found = {}
+    labels = compared(rows, teacher, digest, steps) | {"removed": ("", "")}
+    for label, (recipe, rate) in labels.items():
+        chosen = select(subsets, teacher=teacher, digest=digest, recipe=recipe, rate=rate)
+        if chosen:
+            newest = select(chosen, steps=chosen[-1]["steps"], seed=chosen[-1]["seed"])
+            found[label] = {row["subset"]: float(row["error"]) for row in newest}
+    return found
+
+
+def subsets_table(rows: Sequence[Row], subsets: Sequence[Row], steps: int) -> str:
+    """Return the table of the group `subsets`. Ratios are over the subsets that both recipes have."""
+    lines = []
+    for teacher, digest in teachers_of(subsets):
+        errors = subset_errors(rows, subsets, teacher, digest, steps)
+        papers = errors.get("the paper's", {})
+        for label, by_subset in errors.items():
+            both = [(by_subset[n], papers[n]) for n in by_subset if n in papers]
+            ratio = f"{sum(a for a, _ in both) / sum(b for _, b in both):.3f}" if both else "-"
+            lower = f"{sum(a < b for a, b in both)} of {len(both)}" if both and by_subset is not papers else "-"
+            mean = number(sum(by_subset.values()) / len(by_subset), None)
+            lines.append([f"`{teacher}` ({digest[:8]})", label, str(len(by_subset)), mean, ratio, lower])
+    header = ("teacher", "recipe", "subsets", "mean error", "of the paper's mean", "lower than the paper's")
+    return table(header, lines) if lines else ""
+
+
+def costs_table(rows: Sequence[Row]) -> str:
+    """Return what a cell costs, in minutes with drawing and scoring, by teacher and length of training."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["way"], row["teacher"], row["steps"], row["shared"]), []).append(row)
+    lines = []
+    for (way, teacher, steps, shared), found in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1])):
+        count, seconds = str(len(found)), spread(found, "seconds", 0)
+        lines.append([way, f"`{teacher}`", steps, shared, count, seconds, spread(found, "minutes", 1)])
+    return table(("way", "teacher", "steps", "shared machine", "cells", "seconds of training", "minutes a cell"), lines)
+
+
+def fill(path: Path, tables: Mapping[str, str]) -> None:
+    """Replace what stands in a Markdown file between `<!-- NAME -->` and `<!-- end of NAME -->`, for every table.
+
+    Does nothing if there is no such file. Raises `ValueError` for a table that has no place in it.
+    """
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8")
+    for name, content in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+        text, count = re.subn(pattern, lambda found, new=content: f"{found[1]}{new}\n{found[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{path} has {count} places for the table {name}")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# Plots
+
+
+def plot_rates(path: Path, rows: Sequence[Row], steps: int) -> bool:
+    """Plot error and score of every recipe against its rate, a row of panels for each teacher."""
+    shown = [
+        (teacher, digest) for teacher, digest in teachers_of(rows)
+        if any(tried(rows, teacher, digest, name, steps) for name in RECIPES)
+    ]  # fmt: skip
+    if not shown:
+        return False
+    units = [*dict.fromkeys(recipe.rate for recipe in RECIPES.values())]
+    figure, axes = plt.subplots(len(shown), 4, figsize=(11.5, 2.7 * len(shown) + 1.0), squeeze=False, sharex="col")
+    for line, (teacher, digest) in zip(axes, shown, strict=True):
+        of_teacher = {way: select(rows, way=way, teacher=teacher, digest=digest)[-1:] for way in ("teacher", "removed")}
+        for start, key in ((0, "error"), (2, "score")):
+            pair = line[start : start + 2]
+            pair[1].sharey(pair[0])
+            pair[1].tick_params(labelleft=False)
+            for axis, unit in zip(pair, units, strict=True):
+                for name, recipe in RECIPES.items():
+                    if recipe.rate == unit:
+                        found = tried(rows, teacher, digest, name, steps)
+                        _curve(axis, found, key, COLORS[LOSSES[name]])
+                for row in of_teacher["removed"]:
+                    axis.axhline(float(row[key]), color=COLORS["removed"], linestyle="--", linewidth=1.2)
+                for row in of_teacher["teacher"] if key == "score" else []:
+                    axis.axhline(float(row[key]), color=plots.INK, linestyle=":", linewidth=1.2)
+                axis.set_xscale("log")
+                values = next(recipe.rates for recipe in RECIPES.values() if recipe.rate == unit)
+                axis.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
+                axis.xaxis.set_minor_locator(NullLocator())
+            if key == "error":
+                pair[0].set_yscale("log")
+                _plain_log(pair[0].yaxis)
+            else:
+                pair[0].set_ylim(-0.03, 1.03)
+            pair[0].set_ylabel("velocity error" if key == "error" else "score")
+        line[0].set_title(f"{teacher} ({digest[:8]})", loc="left", color=plots.INK, fontsize=10)
+    for axis, unit in zip(axes[-1], [*units, *units], strict=True):
+        axis.set_xlabel(f"{'Muon' if unit.endswith('update') else 'AdamW'}: {unit.partition('.')[2]}")
+    handles = [
+        Line2D(
+            [], [], color=COLORS["per token"], marker="o", markersize=4, label="error per token (with Muon: standard)"
+        ),
+        Line2D([], [], color=COLORS["direction"], marker="o", markersize=4, label="direction (with AdamW: paper)"),
+        Line2D(
+            [], [], color=plots.INK, marker="o", markersize=9, markerfacecolor="none", linewidth=0, label="best rate"
+        ),
+        Line2D([], [], color=COLORS["removed"], linestyle="--", label="blocks removed"),
+        Line2D([], [], color=plots.INK, linestyle=":", label="teacher"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    plots.save_figure(figure, path)
+    return True
+
+
+def _plain_log(side: Any) -> None:
+    """Label a logarithmic axis, on which everything is drawn, with plain numbers, as many as have room."""
+    low, high = side.get_view_interval()
+    decades = math.log10(high / low)
+    side.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)))
+    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    side.set_minor_locator(NullLocator())
+
+
+def _curve(axis: Any, rows: Sequence[Row], key: str, color: str) -> None:
+    """Draw one recipe's values by rate, and a ring around the rate with the least error. Diverged ones are left out."""
+    drawn = [row for row in rows if row[key] and math.isfinite(float(row[key]))]
+    if drawn:
+        axis.plot(
+            [float(row["rate"]) for row in drawn], [float(row[key]) for row in drawn], "o-", color=color, markersize=4
+        )
+        top = best(drawn)
+        axis.plot(float(top["rate"]), float(top[key]), "o", color=color, markersize=9, markerfacecolor="none")
+
+
+def plot_subsets(path: Path, rows: Sequence[Row], subsets: Sequence[Row], steps: int) -> bool:
+    """Plot each subset's error against that of the paper's recipe as configured, a panel for each teacher."""
+    shown = {pair: subset_errors(rows, subsets, *pair, steps) for pair in teachers_of(subsets)}
+    shown = {pair: errors for pair, errors in shown.items() if "the paper's" in errors}
+    if not shown:
+        return False
+    figure, axes = plt.subplots(1, len(shown), figsize=(1.2 + 4.0 * len(shown), 4.4), squeeze=False)
+    styles = {
+        "removed": (COLORS["removed"], "x"),
+        "the paper's at its best rate": (COLORS["direction"], "s"),
+        "ours": (COLORS["per token"], "o"),
+    }
+    for axis, ((teacher, digest), errors) in zip(axes.flat, shown.items(), strict=True):
+        papers = errors["the paper's"]
+        for label, (color, marker) in styles.items():
+            found = errors.get(label, {})
+            both = [(papers[n], found[n]) for n in found if n in papers]
+            axis.plot(*zip(*both, strict=True), marker, color=color, label=label, markersize=4.5) if both else None
+        ends = min(papers.values()), max(papers.values())
+        for factor, text in ((1.0, "equal"), (0.5, "half")):
+            axis.plot(
+                ends,
+                [factor * end for end in ends],
+                color=plots.INK,
+                linewidth=1,
+                linestyle="-" if factor == 1 else ":",
+            )
+            place = ends[1], factor * ends[1]
+            axis.annotate(text, place, xytext=(5, 0), textcoords="offset points", va="center", color=plots.INK)
+        axis.margins(x=0.12)
+        axis.set(xscale="log", yscale="log", xlabel="velocity error with the paper's students")
+        for side in (axis.xaxis, axis.yaxis):
+            _plain_log(side)
+        axis.set_title(f"{teacher} ({digest[:8]})", loc="left", color=plots.INK, fontsize=10)
+    axes[0][0].set_ylabel("velocity error of the same subset")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    plots.save_figure(figure, path)
+    return True

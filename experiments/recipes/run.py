@@ -1,0 +1,178 @@
+"""Measure training recipes cell by cell, into results.csv and subsets.csv beside this file; draw plots and tables.
+
+Cells that the tables have are not measured again, so the command can be stopped at any time and given again, and
+several can share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from itertools import compress
+from pathlib import Path
+
+import torch
+
+from experiments.common import SEEDS
+from experiments.recipes import report
+from experiments.recipes.cells import HERE, KEYS, RECIPES, TEACHERS, Cell, Sitting, claimed, commit, meter
+from experiments.recipes.table import Table
+
+COLUMNS = (
+    *KEYS,
+    *("blocks", "params_ratio", "error", "score", "drop_percent", "seconds", "peak_mb", "minutes", "shared"),
+    *("date", "commit", "made_from", "remark", "categories"),
+)
+SUBSET_KEYS = ("teacher", "digest", "recipe", "rate", "steps", "batch_size", "seed", "subset")
+SUBSET_COLUMNS = (*SUBSET_KEYS, "error", "made_from", "date", "commit", "students")
+NUM_SUBSETS = 50
+SHORT_MINUTES, LONG_MINUTES = 5.0, 25.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command measures: these teachers and seeds, in trainings of `steps` or four times as many."""
+
+    sitting: Sitting
+    subsets: Table
+    teachers: Sequence[str]
+    seeds: Sequence[int]
+    steps: int
+
+    @property
+    def budgets(self) -> dict[str, tuple[int, float]]:
+        """The most steps and minutes of a training, by name."""
+        return {"short": (self.steps, 5.0), "long": (4 * self.steps, 25.0)}
+
+    def compared(self, teacher: str, steps: int, seed: int) -> list[Cell]:
+        """Return the cells of ours, the paper's recipe, and that at its best rate, as soon as `rates` has found it."""
+        digest = Cell(teacher, "teacher").run().teacher.identity["weights"]
+        found = report.compared(self.sitting.table.rows, teacher, digest, self.steps)
+        if len(found) < 3:
+            print(f"{teacher}: the paper's recipe at its best rate has to wait for --only rates", flush=True)
+        return [Cell(teacher, "local", recipe, float(rate), steps, seed) for recipe, rate in found.values()]
+
+
+def baselines(work: Work, teacher: str) -> None:
+    """Measure the teacher, and the removal of the same blocks without training."""
+    for way in ("teacher", "removed"):
+        work.sitting.row(Cell(teacher, way))
+
+
+def rates(work: Work) -> None:
+    """Try every recipe at five rates, in trainings of equal steps."""
+    for teacher in work.teachers:
+        baselines(work, teacher)
+        for name, recipe in RECIPES.items():
+            for rate in recipe.rates:
+                say(work.sitting.row(Cell(teacher, "local", name, rate, work.steps, SEEDS[0])))
+
+
+def local(work: Work) -> None:
+    """Train students within the short and the long budget, with every seed of a teacher."""
+    for teacher in work.teachers:
+        baselines(work, teacher)
+    for steps, minutes in work.budgets.values():
+        for teacher in work.teachers:
+            for seed in (seed for seed in TEACHERS[teacher].seeds if seed in work.seeds):
+                for cell in work.compared(teacher, steps, seed):
+                    say(work.sitting.row(cell, minutes))
+
+
+def subsets(work: Work) -> None:
+    """Measure random subsets of the students that the short budget of `local` trains, and the same blocks removed."""
+    steps, minutes = work.budgets["short"]
+    for teacher in work.teachers:
+        for cell in [Cell(teacher, "removed"), *work.compared(teacher, steps, SEEDS[0])]:
+            row = work.sitting.row(cell, minutes if cell.recipe else None)
+            if row is not None and not row["remark"]:
+                measure_subsets(work, replace(cell, steps=int(row["steps"])), row)
+
+
+def measure_subsets(work: Work, cell: Cell, row: Mapping[str, str]) -> None:
+    """Measure the velocity error of `NUM_SUBSETS` subsets for the cell that `row` is of. Each is a row of its own."""
+    names = TEACHERS[cell.teacher].intervals
+    chosen = random_subsets(len(names), NUM_SUBSETS)
+    facts = {key: row[key] for key in (*SUBSET_KEYS, "made_from") if key != "subset"}
+    missing = [number for number in range(NUM_SUBSETS) if not work.subsets.find(**facts, subset=number)]
+    if not missing:
+        return
+    run = cell.run()
+    with claimed(run.folder) as free:
+        if not free:
+            return
+        switch = cell.switch(run)
+        measure = meter(run, switch)
+        for number in missing:
+            plugged = list(compress(names, chosen[number]))
+            switch.board.arrange(**{"students" if cell.recipe else "removed": plugged})
+            found = facts | {"subset": number, "error": measure(), "students": " ".join(plugged)}
+            work.subsets.add(found | {"date": date.today().isoformat(), "commit": commit()})
+        print(f"{run.folder.name}: {len(missing)} subsets", flush=True)
+
+
+def random_subsets(count: int, number: int, seed: int = 0) -> list[tuple[bool, ...]]:
+    """Return `number` different non-empty subsets of `count` things, each drawn by a coin for every thing."""
+    assert number < 2**count
+    draw = random.Random(seed)
+    found: dict[tuple[bool, ...], None] = {}
+    while len(found) < number:
+        subset = tuple(draw.random() < 0.5 for _ in range(count))
+        if any(subset):
+            found[subset] = None
+    return list(found)
+
+
+def say(row: Mapping[str, str] | None) -> None:
+    """Print a measured row on one line."""
+    if row is not None:
+        shown = ("way", "teacher", "recipe", "rate", "steps", "seed", "error", "score", "seconds", "minutes", "remark")
+        print("  ".join(f"{key} {row[key]}" for key in shown if row[key]), flush=True)
+
+
+GROUPS: dict[str, Callable[[Work], None]] = {"rates": rates, "local": local, "subsets": subsets}
+
+
+def draw(work: Work, folder: Path) -> dict[str, str]:
+    """Draw the plots, put the tables into the README of `folder` if it has one, and return them by group."""
+    rows = report.select(work.sitting.table.rows, prompts=work.sitting.prompts)
+    subset_rows = work.subsets.rows
+    tables = {
+        "rates": report.rates_table(rows, work.steps),
+        "local": report.local_table(rows, work.steps, work.budgets),
+        "subsets": report.subsets_table(rows, subset_rows, work.steps),
+        "costs": report.costs_table(rows),
+    }
+    report.fill(folder / "README.md", tables)
+    report.plot_rates(folder / "rates.png", rows, work.steps)
+    report.plot_subsets(folder / "subsets.png", rows, subset_rows, work.steps)
+    return tables
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--teacher", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="of `local`")
+    parser.add_argument("--steps", type=int, default=250, help="of a short training; a long one has four times as many")
+    parser.add_argument("--prompts", type=int, default=60, help="per category, for the scores")
+    parser.add_argument("--alone", action="store_true", help="rows say that nothing else ran on the machine")
+    parser.add_argument("--plot", action="store_true", help="measure nothing")
+    parser.add_argument("--output", type=Path, default=HERE, help="the folder of the CSV files, plots and README")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    sitting = Sitting(Table(given.output / "results.csv", COLUMNS, KEYS), given.prompts, not given.alone)
+    subset_table = Table(given.output / "subsets.csv", SUBSET_COLUMNS, SUBSET_KEYS)
+    work = Work(sitting, subset_table, given.teacher, given.seeds, given.steps)
+    for name in GROUPS:
+        if name in given.only:
+            if not given.plot:
+                GROUPS[name](work)
+            print(f"\n{draw(work, given.output)[name]}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

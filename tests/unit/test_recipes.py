@@ -1,0 +1,182 @@
+"""`experiments.recipes`: rows are found again, cells know their settings, and tables say what the rows say."""
+
+import math
+
+import pytest
+
+from experiments.recipes import report, run
+from experiments.recipes.cells import KEYS, RECIPES, TEACHERS, Cell, Sitting, claimed, steps_within
+from experiments.recipes.table import Table
+
+DIGEST = "0123456789abcdef"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder to work in, for the runs of cells."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def table(tmp_path):
+    return Table(tmp_path / "results.csv", run.COLUMNS, KEYS)
+
+
+def row(recipe="paper", rate=0.001, error=0.02, steps=250, budget="steps", seconds=100.0, seed=10, **more):
+    found = {"way": "local", "teacher": "tiny_dit", "digest": DIGEST, "recipe": recipe, "rate": rate, "error": error}
+    found |= {"steps": steps, "seed": seed, "budget": budget, "batch_size": 64, "prompts": 60, "shared": "no"}
+    return found | {"seconds": seconds, "score": 0.5, "drop_percent": 40.0, "peak_mb": 60.0, "minutes": 3.0} | more
+
+
+def baseline(way, **more):
+    return row("", None, None, 0, seconds=None, seed=None, peak_mb=None, way=way, params_ratio=0.652) | more
+
+
+def all_rates(best, recipe="paper"):
+    return [row(recipe, rate, 0.01 if rate == best else 0.02) for rate in RECIPES[recipe].rates]
+
+
+def test_a_row_is_found_by_the_values_it_was_written_with(table):
+    for rate in (0.0125, 1e-3, 4e-2):
+        table.add(row(rate=rate))
+    for rate in (0.0125, 1e-3, 4e-2):
+        assert table.find(recipe="paper", rate=rate, steps=250)["rate"] == f"{rate:g}"
+    assert table.find(rate=0.5) is None
+    table.add(baseline("removed"))
+    assert table.find(way="removed", rate=None, seed=None)["error"] == ""
+
+
+def test_a_row_replaces_that_of_the_same_keys_alone(table):
+    table.add(row())
+    table.add(row(rate=0.01))
+    Table(table.path, run.COLUMNS, KEYS).add(row(error=0.03))  # as another process
+    table.add(row(digest="another teacher's"))
+    assert [(found["rate"], found["error"]) for found in table.rows] == [
+        ("0.01", "0.02"), ("0.001", "0.03"), ("0.001", "0.02"),
+    ]  # fmt: skip
+
+
+def test_a_column_that_came_later_is_empty_in_older_rows(table):
+    Table(table.path, [name for name in run.COLUMNS if name != "remark"], KEYS).add(row())
+    table.add(row(rate=0.01, remark="diverged"))
+    assert [found["remark"] for found in table.rows] == ["", "diverged"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_trained_at_the_rate_of_its_cell(elsewhere, name):
+    recipe = RECIPES[name]
+    cell = Cell("tiny_dit", "local", name, recipe.rates[-1], 7, 11)
+    found = cell.run()
+    config = found.config
+    assert cell.rate_of(found) == recipe.rates[-1]
+    assert (config.distill.steps, config.distill.batch_size, config.data.train_seed) == (7, 64, 11)
+    assert [*config.distill.losses] == ["direction" if name in ("paper", "direction-muon") else "relative_per_token"]
+    assert config.distill.optimizer == ("muon" if name in ("standard", "direction-muon") else "adamw")
+    assert found.folder != Cell("tiny_dit", "local", name, recipe.rates[0], 7, 11).run().folder
+
+
+def test_the_configured_rate_and_the_same_rate_given_are_one_cell(elsewhere):
+    for name in ("standard", "paper"):
+        configured = Cell("tiny_dit", "local", name, None, 7, 10)
+        rate = configured.rate_of(configured.run())
+        assert configured.run().folder == Cell("tiny_dit", "local", name, rate, 7, 10).run().folder
+
+
+def test_steps_fit_into_the_minutes_by_the_fastest_earlier_step(table):
+    keys = row(steps=1000)
+    assert steps_within(25, keys, []) == 1000
+    table.add(row("standard", seconds=50.0))  # another recipe's
+    table.add(row(seconds=1000.0))
+    assert steps_within(25, keys, table.rows) == 375
+    table.add(row(rate=0.01, seconds=500.0))
+    assert steps_within(25, keys, table.rows) == 750
+
+
+def test_a_budgets_row_is_the_whole_training_if_that_fits(table):
+    facts = {"way": "local", "recipe": "paper", "rate": 0.001}
+    for seed in (10, 11, 12):
+        table.add(row(seed=seed, seconds=500.0))
+    assert report.within(table.rows, 5.0, 250, **facts) == []
+    table.add(row(seed=11, steps=150, budget="5 min", seconds=300.0))
+    assert [found["steps"] for found in report.within(table.rows, 5.0, 250, **facts)] == ["150"]
+    table.add(row(seed=10, seconds=200.0))
+    found = report.within(table.rows, 5.0, 250, **facts)
+    assert [(row["seed"], row["steps"]) for row in found] == [("10", "250"), ("11", "150"), ("12", "250")]
+
+
+def test_the_best_rate_has_the_least_error_and_is_known_when_all_were_tried(table, elsewhere):
+    for found in all_rates(0.02)[:-1]:
+        table.add(found)
+    assert [*report.compared(table.rows, "tiny_dit", DIGEST, 250)] == ["ours", "the paper's"]
+    table.add(row(rate=0.04, error=math.nan, remark="diverged"))
+    assert report.compared(table.rows, "tiny_dit", DIGEST, 250)["the paper's at its best rate"] == ("paper", "0.02")
+    text = report.rates_table(table.rows, 250)
+    assert "| **0.0100 (0.50)** | diverged |" in text
+    assert text.count("**") == 2
+
+
+def test_tables_of_two_teachers_with_one_name_stand_apart(table, elsewhere):
+    table.add(baseline("teacher", score=0.9))
+    for found in all_rates(0.01):
+        table.add(found)
+        table.add(found | {"digest": "fedcba9876543210"})
+    text = report.rates_table(table.rows, 250)
+    assert text.index("fedcba98") < text.index("01234567")  # the newer one first
+    local = report.local_table(table.rows, 250, {"short": (250, 5.0), "long": (1000, 25.0)})
+    assert "the paper's at its best rate, 0.01 | 250 (steps) | 1 | 0.0100 | 0.500 |" in local
+    assert "long" not in local
+
+
+def test_ratios_of_subsets_are_over_the_ones_both_recipes_have(table, elsewhere, tmp_path):
+    for found in all_rates(0.01):
+        table.add(found)
+    subsets = Table(tmp_path / "subsets.csv", run.SUBSET_COLUMNS, run.SUBSET_KEYS)
+    keys = {key: value for key, value in row().items() if key in run.SUBSET_KEYS}
+    for number in range(3):
+        subsets.add(keys | {"subset": number, "error": 0.01 * (number + 1)})
+    for number in range(2):
+        subsets.add(keys | {"recipe": "standard", "rate": 0.05, "subset": number, "error": 0.005})
+    text = report.subsets_table(table.rows, subsets.rows, 250)
+    assert "| ours | 2 | 0.00500 | 0.333 | 2 of 2 |" in text
+    assert report.plot_subsets(tmp_path / "subsets.png", table.rows, subsets.rows, 250)
+    assert report.plot_rates(tmp_path / "rates.png", table.rows, 250)
+
+
+def test_random_subsets_are_different_and_the_same_every_time():
+    found = run.random_subsets(6, 50)
+    assert len(set(found)) == 50
+    assert all(map(any, found))
+    assert found == run.random_subsets(6, 50)
+    assert min(len(teacher.intervals) for teacher in TEACHERS.values()) >= 6
+
+
+def test_the_readme_has_a_place_for_each_table(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text((run.HERE / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    tables = {name: f"| {name} \\1 |" for name in ("rates", "local", "subsets", "costs")}
+    for _ in range(2):
+        report.fill(readme, tables)
+    assert all(readme.read_text(encoding="utf-8").count(text) == 1 for text in tables.values())
+    with pytest.raises(ValueError, match="0 places for the table other"):
+        report.fill(readme, {"other": ""})
+
+
+def test_one_process_at_a_time_holds_a_cell(tmp_path):
+    with claimed(tmp_path / "cell") as first, claimed(tmp_path / "cell") as second:
+        assert (first, second) == (True, False)
+    with claimed(tmp_path / "cell") as again:
+        assert again
+
+
+def test_a_measured_cell_is_not_measured_again(elsewhere, table, monkeypatch):
+    cell = Cell("tiny_dit", "local", "standard", 0.05, 3, 10)
+    sitting = Sitting(table, prompts=1, shared=True)
+    measured = sitting.row(cell)
+    assert [found["way"] for found in table.rows] == ["teacher", "local"]
+    assert 0 < float(measured["error"]) < 0.1
+    assert float(measured["params_ratio"]) == pytest.approx(0.652, abs=1e-3)
+    assert float(measured["peak_mb"]) > 10
+    monkeypatch.setattr(Sitting, "_figures", lambda *_: pytest.fail("measured again"))
+    assert sitting.row(cell) == measured
+    assert sitting.row(cell, minutes=5.0) == measured
