@@ -41,6 +41,7 @@ class Work:
     teachers: Sequence[str]
     seeds: Sequence[int]
     steps: int
+    recipes: Sequence[str] = tuple(RECIPES)
 
     @property
     def budgets(self) -> dict[str, tuple[int, float]]:
@@ -66,8 +67,8 @@ def rates(work: Work) -> None:
     """Try every recipe at five rates, in trainings of equal steps."""
     for teacher in work.teachers:
         baselines(work, teacher)
-        for name, recipe in RECIPES.items():
-            for rate in recipe.rates:
+        for name in work.recipes:
+            for rate in RECIPES[name].rates:
                 say(work.sitting.row(Cell(teacher, "local", name, rate, work.steps, SEEDS[0])))
 
 
@@ -156,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--teacher", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES), help="of `rates`")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="of `local`")
     parser.add_argument("--steps", type=int, default=250, help="of a short training; a long one has four times as many")
     parser.add_argument("--prompts", type=int, default=60, help="per category, for the scores")
@@ -166,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     sitting = Sitting(Table(given.output / "results.csv", COLUMNS, KEYS), given.prompts, not given.alone)
     subset_table = Table(given.output / "subsets.csv", SUBSET_COLUMNS, SUBSET_KEYS)
-    work = Work(sitting, subset_table, given.teacher, given.seeds, given.steps)
+    work = Work(sitting, subset_table, given.teacher, given.seeds, given.steps, given.recipe)
     for name in GROUPS:
         if name in given.only:
             if not given.plot:
