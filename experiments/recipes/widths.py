@@ -117,9 +117,9 @@ class Widths:
             print(self.table.add(facts | row | {"date": date.today(), "commit": commit()}), flush=True)
 
 
-def real_block() -> nn.Module:
-    """Return two random blocks of 3,072 channels after the first one; all matrices have an RMS of 0.02."""
-    model = transformer(3072, 3, head=128)
+def real_block(channels: int) -> nn.Module:
+    """Return two random blocks of so many channels after the first one; all matrices have an RMS of 0.02."""
+    model = transformer(channels, 3, head=128)
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for module in model.modules():
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=250, help="of the distillation at each rate")
     parser.add_argument("--teacher-steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--block", action="store_true", help="a random block of 3,072 channels instead")
+    parser.add_argument("--block", nargs="?", type=int, const=3072, help="a random block of so many channels instead")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--alone", action="store_true", help="rows say that nothing else ran on the machine")
     parser.add_argument("--output", type=Path, default=HERE / "widths.csv")
@@ -163,9 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
     widths = Widths(run, table, given.device, not given.alone)
     config = copy.copy(run.config.distill)
     config.steps, config.batch_size = given.steps, given.batch_size
-    if given.block:
+    if given.block is not None:
         config.steps, config.batch_size, config.warmup_steps = 20, 8, 4
-        widths.try_rates("random block", real_block().to(given.device), BLOCK_RATES, (1, 2), config)
+        widths.try_rates("random block", real_block(given.block).to(given.device), BLOCK_RATES, (1, 2), config)
     else:
         for channels in given.channels:
             teacher = widths.teacher(channels, given.teacher_steps, given.batch_size)

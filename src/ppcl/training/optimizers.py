@@ -16,8 +16,8 @@ from ppcl.families.base import Family
 
 # Root mean square of an update's elements, relative to the learning rate.
 _RMS_OF_UPDATE = {"muon": 0.2, "adamw": 1.0}
-# The RMS that a parameter of zeros, such as a fresh bias, is taken to have.
-_SIZE_OF_ZERO = 0.02
+# The least RMS that a vector is taken to have, and that of a matrix of zeros.
+_LEAST_SIZE = 0.02
 
 
 def matrices(family: Family, blocks: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -77,11 +77,14 @@ def relative_groups(
     the number of inputs, while the output itself grows with the square root of that number. Matrices with more than 16
     inputs therefore get a smaller rate from AdamW, by a factor of 4 / sqrt(inputs). Muon needs no such factor.
 
+    A vector, such as a bias, has a size of at least 0.02 here: one that happens to be zero is to learn too.
+
     The weights shrink by `relative_update * weight_decay` a step at the peak of the schedule, whatever their size.
     """
     groups = []
     for parameter in parameters:
-        rate = relative_update * (root_mean_square(parameter) or _SIZE_OF_ZERO) / _RMS_OF_UPDATE[optimizer]
+        least = _LEAST_SIZE if parameter.ndim == 1 else 0.0
+        rate = relative_update * (max(root_mean_square(parameter), least) or _LEAST_SIZE) / _RMS_OF_UPDATE[optimizer]
         if optimizer == "adamw" and parameter.ndim > 1:
             rate *= min(1.0, 4 * parameter[0].numel() ** -0.5)
         decay = relative_update * weight_decay / rate if rate else 0.0
