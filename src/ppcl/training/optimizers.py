@@ -159,7 +159,7 @@ def optimizers_of(
         chosen = {name: relative_groups(parameters, name, *relative) for name, parameters in chosen.items()}
     found: list[torch.optim.Optimizer] = []
     if chosen["muon"]:
-        lr = config.muon_lr or 0.0  # with `relative_update` each group has its own
+        lr = config.muon_lr if config.relative_update is None else 0.0  # else each group has its own
         found.append(muon(chosen["muon"], lr, config.weight_decay))
     if chosen["adamw"]:
         found.append(adamw(chosen["adamw"], config))
