@@ -114,8 +114,9 @@ def muon(parameters: Iterable[Any], lr: float, weight_decay: float) -> torch.opt
 class Muon(torch.optim.Muon):
     """Muon that also takes weights sharded by FSDP.
 
-    The orthogonalised update of a matrix depends on all of its elements. So each update is gathered, orthogonalised on
-    every rank, and cut into shards again, one matrix at a time. Momentum and weights stay sharded.
+    The orthogonalised update of a matrix depends on all of its elements. So updates are gathered, as many at a time as
+    there are ranks. Each rank orthogonalises one of them, and its shards go back to all ranks. Momentum and weights
+    stay sharded.
     """
 
     @torch.no_grad()
@@ -123,24 +124,38 @@ class Muon(torch.optim.Muon):
         weights = [weight for group in self.param_groups for weight in group["params"]]
         if not any(isinstance(weight, DTensor) for weight in weights):
             return super().step(closure)
+        todo: list[tuple[dict[str, Any], Any, Any]] = []  # settings, weight, and its update, still sharded
         for group in self.param_groups:
             found: tuple[list, list, list] = ([], [], [])
             self._init_group(group, *found)  # the weights that have gradients, these, and their momentum
             for weight, gradient, momentum in zip(*found, strict=True):
-                self._step_sharded(group, weight, gradient, momentum)
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                todo.append((group, weight, update))
+        while todo:
+            ranks = todo[0][1].device_mesh.size()
+            self._step_together(todo[:ranks])
+            todo = todo[ranks:]
         return None
 
     @staticmethod
-    def _step_sharded(group: dict[str, Any], weight: Any, gradient: Tensor, momentum: Tensor) -> None:
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        sharded: Any = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        whole = sharded.to(_device(weight)).full_tensor()
-        update = _zeropower_via_newtonschulz(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        # Every rank has the whole update, so that it cuts out its own shard without asking another.
-        shard = distribute_tensor(update.to(weight.dtype), weight.device_mesh, weight.placements, src_data_rank=None)
-        rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], whole.shape)
-        weight.add_(shard.to(weight.device), alpha=-rate)
+    def _step_together(turn: list[tuple[dict[str, Any], Any, Any]]) -> None:
+        """Update at most one weight for each rank."""
+        mine: Tensor | None = None
+        rank = turn[0][1].device_mesh.get_local_rank()
+        for owner, (group, weight, update) in enumerate(turn):
+            whole = update.to(_device(weight)).full_tensor()
+            if owner == rank:
+                steps = group["ns_coefficients"], group["ns_steps"], group["eps"]
+                mine = _zeropower_via_newtonschulz(whole, *steps).to(weight.dtype)
+        for owner, (group, weight, _) in enumerate(turn):
+            if owner == rank and mine is not None:
+                whole = mine
+            else:  # only the shape of this one counts
+                whole = torch.empty(weight.shape, dtype=weight.dtype, device=_device(weight))
+            shard = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=owner)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(shard.to(weight.device), alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], weight.shape))
 
 
 def optimizers_of(
