@@ -376,7 +376,7 @@ class PretrainConfig:
     batch_size: int = 64
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
-    text_encoder_lr: float | None = option(None, before=None)
+    text_encoder_lr: float | None = option(None, least=0, before=None)
     warmup_steps: int = 50
     decay: float = 0.4
     checkpoint_every: int = option(250, identity=False)

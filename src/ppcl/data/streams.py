@@ -102,14 +102,18 @@ class WorldEncoder:
 
 
 @torch.no_grad()
-def encode_world(family: Family, pipeline: Any) -> Callable[[list[str]], Conditions]:
-    """Return a function that gives the conditions of captions of the family's world, and of the empty caption.
+def encode_world(
+    family: Family, pipeline: Any, categories: Sequence[str] | None = None
+) -> Callable[[list[str]], Conditions]:
+    """Return a function that gives the conditions of captions of `categories`, and of the empty caption.
 
-    All captions are encoded in advance by the pipeline's text encoder, unless they are too many.
+    All captions are encoded in advance by the pipeline's text encoder, unless they are too many. `categories`: None
+    takes the family's.
     """
-    if {*family.categories} & {*family.world.OPEN}:
+    categories = categories or family.categories
+    if {*categories} & {*family.world.OPEN}:
         return WorldEncoder(family, pipeline)
-    return family.encode_prompts(pipeline, [*family.world.all_captions(family.categories), ""])
+    return family.encode_prompts(pipeline, [*family.world.all_captions(sorted({*categories})), ""])
 
 
 class ShapesStream(Stream):
@@ -134,8 +138,8 @@ class ShapesStream(Stream):
     ) -> None:
         super().__init__(family, config, seed, batch_size)
         self.pipeline = pipeline
-        self.prompts = prompts or encode_world(family, pipeline)
         self.categories = categories or family.categories
+        self.prompts = prompts or encode_world(family, pipeline, self.categories)
 
     def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
         family, start = self.family, step * self.batch_size

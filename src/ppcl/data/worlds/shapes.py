@@ -135,7 +135,8 @@ def _write(rng: np.random.Generator, color: str) -> Scene:
     count = int(rng.integers(2, glyphs.MAX_LETTERS + 1))
     letters = [str(letter) for letter in rng.choice(glyphs.LETTERS, size=count)]
     height, width = glyphs.CELL
-    left, y = LATTICE * ((IMAGE_SIZE // width - count) // 2), LATTICE * int(rng.integers(0, 1 + (IMAGE_SIZE - height) // LATTICE))
+    left = LATTICE * ((IMAGE_SIZE // width - count) // 2)
+    y = LATTICE * int(rng.integers(0, 1 + (IMAGE_SIZE - height) // LATTICE))
     objects = tuple(SceneObject(letter, color, left + width * n, y) for n, letter in enumerate(letters))
     return Scene("text", f"the text {' '.join(letters)}", objects, (), text="".join(letters))
 
