@@ -45,10 +45,10 @@ class Pretrain(ManualOptimization):
         precision: str = "32-true",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["family", "transformer", "make_batch", "text_encoder"])
+        self.save_hyperparameters(ignore=["family", "transformer", "make_batch", "text_encoder", "text_encoder_lr"])
         self.family = family
         self.transformer = transformer
-        self.text_encoder = text_encoder
+        self.text_encoder, self.text_encoder_lr = text_encoder, text_encoder_lr
         self.make_batch = make_batch
 
     def training_step(self, number: int, batch_idx: int) -> Tensor:
@@ -67,7 +67,7 @@ class Pretrain(ManualOptimization):
         hidden, rest = split_for_muon(self.family, self.transformer)
         groups = [{"params": rest}]
         if self.text_encoder is not None:
-            groups.append({"params": list(self.text_encoder.parameters()), "lr": self.hparams["text_encoder_lr"]})
+            groups.append({"params": list(self.text_encoder.parameters()), "lr": self.text_encoder_lr})
         adam = torch.optim.AdamW(groups, lr=self.hparams["adam_lr"], betas=(0.9, 0.95), fused=True)
         optimizers = [muon(hidden, self.hparams["muon_lr"], 0.01), adam]
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, self._lr_factor) for o in optimizers]
