@@ -23,7 +23,7 @@ import torch
 from experiments.common import draw_prompts, make_run
 from ppcl.benchmarks.shapes import fulfils, to_pixels
 from ppcl.context import Run
-from ppcl.data.worlds.shapes import RELATIONS, Scene
+from ppcl.data.worlds.shapes import ALL_CATEGORIES, RELATIONS, Scene
 from ppcl.families.registry import builders
 
 
@@ -35,7 +35,7 @@ def load_run(source: str, overrides: list[str]) -> Run:
     run = make_run("measure", *settings, "model.path=embedded:tiny_qwen_image")
     build = import_module(builders()[str(run.config.model.builder)]).build_pipeline
     state = torch.load(source, map_location="cpu", weights_only=True)
-    pipeline = build(0, categories=run.config.model.categories)
+    pipeline = build(0, categories=ALL_CATEGORIES)
     for part in ("transformer", "text_encoder"):
         prefix = f"{part}."
         own = {key.removeprefix(prefix): value for key, value in state["state_dict"].items() if key.startswith(prefix)}
