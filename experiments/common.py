@@ -11,6 +11,7 @@ from typing import Any
 
 import ppcl
 from ppcl.artifacts.scores import ComparedRow
+from ppcl.benchmarks.base import Prompt
 from ppcl.command import prepare
 from ppcl.context import Run
 from ppcl.pictures.drawing import draw, given_pictures
@@ -28,9 +29,14 @@ def make_run(name: str, *overrides: str) -> Run:
 
 
 def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
-    """Draw `per_category` prompts of each category with the run's pipeline as it is now; return the scores by name.
+    """Draw `per_category` prompts of each category with the run's pipeline as it is now; return the scores by name."""
+    return run.benchmark.score(*draw_prompts(run, per_category)).to_json()
 
-    The pictures are not kept.
+
+def draw_prompts(run: Run, per_category: int) -> tuple[list[Prompt], list[Any]]:
+    """Return `per_category` prompts of each category, and the PIL picture that the run's pipeline draws for each.
+
+    The pictures are not kept on disk.
     """
     sizes = replace(run.config.benchmark, prompts_per_category=per_category)
     prompts = run.benchmark.prompts(run.family, replace(run.config, benchmark=sizes))
@@ -41,7 +47,7 @@ def score_pipeline(run: Run, per_category: int) -> dict[str, float]:
         texts = [prompts[number].text for number in numbers]
         given = [given_pictures(run, prompts[number]) for number in numbers]
         images += draw(run, run.teacher.pipeline, texts, numbers, given)
-    return run.benchmark.score(prompts, images).to_json()
+    return prompts, images
 
 
 def read_rows(name: str, variants: Mapping[str, str]) -> list[dict[str, Any]]:

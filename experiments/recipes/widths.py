@@ -56,7 +56,7 @@ def transformer(channels: int, num_layers: int, head: int = 32) -> Any:
     return DiTTransformer2DModel.from_config(config).eval()
 
 
-def train(module: L.LightningModule, batches: Batches, steps: int, device: str) -> None:
+def train(module: L.LightningModule, batches: Callable[[int], Any], steps: int, device: str) -> None:
     """Train `module` on batches 0 to `steps` - 1, without writing anything to disk."""
     trainer = L.Trainer(
         max_steps=steps,
@@ -85,8 +85,9 @@ class Widths:
         """Return a teacher of six blocks after a short training on the shapes world."""
         model = transformer(channels, 6)
         self.run.family.initialize(model)
-        module = Pretrain(self.run.family, model, max_steps=steps, muon_lr=0.005, adam_lr=1e-3)
-        train(module, self.batches(0, batch_size), steps, self.device)
+        batches = self.batches(0, batch_size)
+        module = Pretrain(self.run.family, model, batches, max_steps=steps, muon_lr=0.005, adam_lr=1e-3)
+        train(module, lambda step: step, steps, self.device)
         return model
 
     def try_rates(self, what: str, teacher: nn.Module, rates: tuple[float, ...], interval: tuple[int, int],

@@ -58,6 +58,8 @@ class ModelConfig:
     `streaming`: true leaves the weights of the teacher's blocks on disk. A block is loaded just before it is used and
         the next one is prefetched, so that at most two are in memory.
     `builder`: the module that builds an embedded teacher, for `stages=[pretrain]`. None for all other models.
+    `categories`: the categories of the toy world that an embedded teacher was trained on; its prompts and its training
+        data are of these. None: those of its family.
     `arch`: the transformer's config. If `path` is a folder, the entries of its `config.json` replace these.
     """
 
@@ -68,6 +70,7 @@ class ModelConfig:
     dtype: str = option("float32", choices=("float32", "bfloat16", "float16"))
     streaming: bool = False
     builder: str | None = None
+    categories: list[str] | None = None
     arch: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -365,19 +368,24 @@ class PretrainConfig:
     `init`: the folder of an earlier teacher, or `embedded:NAME`, to continue from. A teacher of another family must
         have a transformer of the same shape, and only its transformer is used. None: random weights.
     `num_layers`: the number of blocks. None: as many as the model's builder makes by default.
+    `categories`: the categories to train on. One that is named twice is drawn twice as often. None: those of the model,
+        equally often.
     `muon_lr`, `adam_lr`: learning rates of Muon, for the matrices inside blocks, and of AdamW, for all other
         parameters.
-    `warmup_steps`: steps over which both rise linearly.
-    `decay`: the share of `steps`, at the end, over which both fall linearly to 0.
+    `text_encoder_lr`: learning rate of AdamW for the text encoder, which is then trained too. None: it stays as it is.
+    `warmup_steps`: steps over which all rates rise linearly.
+    `decay`: the share of `steps`, at the end, over which they fall linearly to 0.
     `checkpoint_every`: steps from one checkpoint to the next.
     """
 
     init: str | None = None
     num_layers: int | None = None
+    categories: list[str] | None = option(None, before=None)
     steps: int = 6500
     batch_size: int = 64
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
+    text_encoder_lr: float | None = option(None, least=0, before=None)
     warmup_steps: int = 50
     decay: float = 0.4
     checkpoint_every: int = option(250, identity=False)

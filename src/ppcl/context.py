@@ -81,7 +81,8 @@ class Run:
     @cached_property
     def family(self) -> Family:
         """The model family, which knows the transformer's blocks and inputs."""
-        return get_family(self.config.model.family, self.config.model.arch, self.config.model.sampling)
+        model = self.config.model
+        return get_family(model.family, model.arch, model.sampling, model.categories)
 
     @cached_property
     def device(self) -> torch.device:

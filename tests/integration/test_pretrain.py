@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import DIE_AT_RENAME, INTERVALS, NUM_LAYERS, assert_same_tensors, modified, ppcl, ppcl_process, succeed
 from safetensors.torch import load_file
 
@@ -97,6 +98,39 @@ def test_one_family_goes_on_from_another(tmp_path: Path) -> None:
     assert all(value.float().sub(start[key].float()).abs().max() < 1e-3 for key, value in found.items())
 
 
+def test_a_text_encoder_is_trained_with_new_words_and_resumes_exactly(tmp_path: Path) -> None:
+    """It goes on from a teacher without these words; pretraining killed between checkpoints ends the same."""
+    command = [*TINY, "model=tiny_qwen_image_v2", "pretrain.init=embedded:tiny_qwen_image", "pretrain.num_layers=20"]
+    command += ["pretrain.text_encoder_lr=1e-3", "pretrain.categories=[colors,color_position,text,text]"]
+    succeed(*command, f"paths.runs_dir={tmp_path / 'whole'}")
+    died = ppcl_process(
+        "*/teacher",
+        *command,
+        "pretrain.checkpoint_every=3",
+        f"paths.runs_dir={tmp_path / 'dead'}",
+        python=DIE_AT_RENAME,
+    )
+    assert died.returncode == 9, died.stderr
+    assert "resuming from" in succeed(*command, f"paths.runs_dir={tmp_path / 'dead'}").out
+    whole, dead = (tmp_path / name / "pretrained" / "teacher" for name in ("whole", "dead"))
+    encoders = [load_file(folder / "text_encoder" / "model.safetensors") for folder in (whole, dead)]
+    assert_same_tensors(weights(tmp_path / "whole" / "pretrained"), weights(tmp_path / "dead" / "pretrained"))
+    assert_same_tensors(*encoders)
+    old = load_file(ASSETS / "tiny_qwen_image" / "text_encoder" / "model.safetensors")
+    assert {value.dtype for value in encoders[0].values()} == {torch.float32}
+    vocabularies = [
+        json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+        for folder in (whole, ASSETS / "tiny_qwen_image")
+    ]
+    assert "\u0120X" in vocabularies[0].keys() - vocabularies[1].keys()
+    name = next(name for name in old if name.endswith("embed_tokens.weight"))
+    new, start = (
+        table[name][vocabulary["\u0120circle"]]
+        for table, vocabulary in zip((encoders[0], old), vocabularies, strict=True)
+    )
+    assert 0 < (new - start).abs().max() < 0.01
+
+
 def test_an_untrained_dit_starts_as_the_identity(tmp_path: Path) -> None:
     smallest = ["pretrain.muon_lr=1e-9", "pretrain.adam_lr=1e-9", "pretrain.steps=1"]
     succeed(*TINY, "model=tiny_dit", *smallest, f"paths.runs_dir={tmp_path}")
@@ -110,6 +144,11 @@ def test_an_untrained_dit_starts_as_the_identity(tmp_path: Path) -> None:
     [
         (["pretrain.init=/no/teacher"], "pretrain.init=/no/teacher is no teacher"),
         (["pretrain.init=embedded:tiny_qwen_image"], "has num_layers=20, and model=tiny_qwen_image 6"),
+        (["pretrain.categories=[colors,prose]"], "pretrain.categories=prose is not one of single_object"),
+        (["pretrain.categories=[]"], "pretrain.categories=[] names no category"),
+        (["model.categories=[colors,colors]"], "model.categories names colors twice"),
+        (["model=tiny_flux", "pretrain.text_encoder_lr=1e-3"], "pretrain.text_encoder_lr=0.001 goes only with"),
+        (["model=tiny_flux", "model.categories=[text]"], "model.categories=['text'] goes only with"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(tmp_path: Path, overrides: list[str], said: str) -> None:

@@ -2,7 +2,8 @@
 
 GenEval (Ghosh et al., arXiv 2310.11513) detects objects and then checks `include` and `exclude` clauses: enough objects
 of a class, not too many, of the right colour, in the right relation. The detector here segments by colour, finds
-connected components, and compares them with the templates of the shapes.
+connected components, and compares them with the templates of the shapes. Text is right if exactly the letters asked for
+are read, in their order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from scipy import ndimage, signal
 
 from ppcl.artifacts.scores import Scores
 from ppcl.benchmarks.base import Benchmark, Prompt
+from ppcl.data.worlds import glyphs
 from ppcl.data.worlds.edits import Edit
 from ppcl.data.worlds.shapes import (
     CATEGORIES,
@@ -106,6 +108,11 @@ def detect(image: np.ndarray) -> list[Detected]:
     return sorted(found, key=lambda item: -item.overlap)
 
 
+def read(image: np.ndarray) -> str:
+    """Return the row of letters in a uint8 picture `[32, 32, 3]`, "" if it shows none or something besides."""
+    return glyphs.read(_color_index(image) >= 0)
+
+
 def relations(first: Detected, second: Detected) -> set[str]:
     """Return the relations of `first` to `second` by GenEval's rule, such as {`left of`, `above`}.
 
@@ -177,7 +184,9 @@ def edited(edit: Edit, image: np.ndarray) -> bool:
 
 def fulfils(scene: Scene | Edit, image: np.ndarray) -> bool:
     """Return whether a uint8 picture `[32, 32, 3]` shows what its prompt asks for."""
-    return edited(scene, image) if isinstance(scene, Edit) else satisfies(scene, detect(image))
+    if isinstance(scene, Edit):
+        return edited(scene, image)
+    return read(image) == scene.text if scene.text else satisfies(scene, detect(image))
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:

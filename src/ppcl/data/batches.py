@@ -80,7 +80,7 @@ class StepLoader:
     computed would take CPU cores from the training.
     """
 
-    def __init__(self, make_batch: Callable[[int], TrainingBatch], num_steps: int, *, ahead: bool = False) -> None:
+    def __init__(self, make_batch: Callable[[int], Any], num_steps: int, *, ahead: bool = False) -> None:
         self.make_batch = make_batch
         self.num_steps = num_steps
         self.ahead = ahead
@@ -89,18 +89,18 @@ class StepLoader:
     def __len__(self) -> int:
         return self.num_steps
 
-    def __iter__(self) -> Iterator[TrainingBatch]:
+    def __iter__(self) -> Iterator[Any]:
         return self._iterate_ahead() if self.ahead else self._iterate()
 
-    def _iterate(self) -> Iterator[TrainingBatch]:
+    def _iterate(self) -> Iterator[Any]:
         while self.step < self.num_steps:
             self.step += 1
             yield self.make_batch(self.step - 1)
 
-    def _iterate_ahead(self) -> Iterator[TrainingBatch]:
+    def _iterate_ahead(self) -> Iterator[Any]:
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
 
-            def read(step: int) -> Future[TrainingBatch] | None:
+            def read(step: int) -> Future[Any] | None:
                 return reader.submit(self.make_batch, step) if step < self.num_steps else None
 
             following = read(self.step)

@@ -6,7 +6,7 @@ The shapes world, `ppcl.data.worlds`, draws pictures of shapes (or edits of them
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ppcl.config import DataConfig
 from ppcl.data.batches import TrainingBatch, own_rows
 from ppcl.data.worlds import shapes
-from ppcl.families.base import Conditions, EncodedPrompts, Family
+from ppcl.families.base import Conditions, Family
 from ppcl.ops import flow_matching
 
 # Steps of two streams share no random numbers as long as a stream is shorter than this.
@@ -84,15 +84,43 @@ class Stream(ABC):
                 yield self.family.training_batch(latents, conditions, noise, sigmas, size)
 
 
-def encode_world(family: Family, pipeline: Any) -> EncodedPrompts:
-    """Return all captions of the family's world, and the empty caption, encoded by the pipeline's text encoder."""
-    return family.encode_prompts(pipeline, [*family.world.all_captions(family.categories), ""])
+class WorldEncoder:
+    """Encodes captions of a toy world when they are asked for, for a world with too many of them to encode in advance.
+
+    All batches are padded to the length of the world's longest caption. If the text encoder is being trained, gradients
+    reach it.
+    """
+
+    def __init__(self, family: Family, pipeline: Any) -> None:
+        self.family, self.pipeline = family, pipeline
+        self.longest = family.world.longest_caption()
+
+    def __call__(self, captions: list[str]) -> Conditions:
+        """Return the conditions `[len(captions), ...]`."""
+        distinct = list(dict.fromkeys([*captions, self.longest]))
+        return self.family.encode_prompts(self.pipeline, distinct)(captions)
+
+
+@torch.no_grad()
+def encode_world(
+    family: Family, pipeline: Any, categories: Sequence[str] | None = None
+) -> Callable[[list[str]], Conditions]:
+    """Return a function that gives the conditions of captions of `categories`, and of the empty caption.
+
+    All captions are encoded in advance by the pipeline's text encoder, unless they are too many. `categories`: None
+    takes the family's.
+    """
+    categories = categories or family.categories
+    if {*categories} & {*family.world.OPEN}:
+        return WorldEncoder(family, pipeline)
+    return family.encode_prompts(pipeline, [*family.world.all_captions(sorted({*categories})), ""])
 
 
 class ShapesStream(Stream):
     """Stream of the shapes world. Captions are encoded in advance, pictures when their batch is asked for.
 
-    `prompts`: the encoded captions, if several streams share them; None encodes them here.
+    `prompts`: gives the conditions of captions, if several streams share it; None makes it here.
+    `categories`: the categories to draw from, a repeated one more often. None: the family's.
 
     Instructions of edits can be encoded in advance too, since the text encoder of an embedded teacher sees only how
     many pictures are given, not what is in them.
@@ -105,16 +133,18 @@ class ShapesStream(Stream):
         config: DataConfig,
         seed: int,
         batch_size: int,
-        prompts: EncodedPrompts | None = None,
+        prompts: Callable[[list[str]], Conditions] | None = None,
+        categories: Sequence[str] | None = None,
     ) -> None:
         super().__init__(family, config, seed, batch_size)
         self.pipeline = pipeline
-        self.prompts = prompts or encode_world(family, pipeline)
+        self.categories = categories or family.categories
+        self.prompts = prompts or encode_world(family, pipeline, self.categories)
 
     def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
         family, start = self.family, step * self.batch_size
         numbers = range(start, start + len(dropped))
-        scenes = [family.world.make_scene(self.seed, number, categories=family.categories) for number in numbers]
+        scenes = [family.world.make_scene(self.seed, number, categories=self.categories) for number in numbers]
         latents, size = family.encode_images(self.pipeline, shapes.pictures(scenes))
         given = zip(*(scene.references for scene in scenes), strict=True)
         references = family.encode_references(self.pipeline, [shapes.to_tensor(list(images)) for images in given])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ppcl.data.encoding import source_header
 from ppcl.data.sources import find_units
 from ppcl.data.streams import ShapesStream, Stream, encode_world
 from ppcl.errors import UsageError
-from ppcl.families.base import EncodedPrompts
+from ppcl.families.base import Conditions
 from ppcl.launch import rank
 from ppcl.teacher_model import TeacherModel
 
@@ -91,10 +91,13 @@ class TrainingData:
         """Everything that training batches depend on, as headers store it."""
         data = self.config.data
         drawn = ("train_seed", "calibration_seed", "eval_seed", "caption_dropout", "timesteps", "shift")
-        return {"name": data.name} | {key: getattr(data, key) for key in drawn} | self.source_identity
+        made_of = {"name": data.name} | {key: getattr(data, key) for key in drawn}
+        if data.name == "shapes" and self.config.model.categories is not None:
+            made_of["categories"] = self.config.model.categories
+        return made_of | self.source_identity
 
     @cached_property
-    def _captions(self) -> EncodedPrompts:
+    def _captions(self) -> Callable[[list[str]], Conditions]:
         """The captions of the toy pictures, encoded by the teacher."""
         return encode_world(self.teacher.family, self.teacher.pipeline)
 

@@ -55,6 +55,8 @@ class FamilyFacts:
     What it draws:
         `world`: the module of `ppcl.data.worlds` that makes synthetic pictures and captions for it.
         `categories`: the categories of that world that its prompts can ask for.
+        `trains_text`: whether `stages=[pretrain]` can train its text encoder, and give its tokenizer the words of
+            other categories.
         `num_references`: the number of input pictures of a scene (edit models).
         `max_references`: the most input pictures that a user can give with a prompt.
 
@@ -82,6 +84,7 @@ class FamilyFacts:
     builders: dict[str, str] = field(default_factory=dict)
     world: str = "shapes"
     categories: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+    trains_text: bool = False
     num_references: int = 0
     max_references: int = 0
     controlnet_classes: tuple[str, ...] = ()

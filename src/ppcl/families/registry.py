@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +42,19 @@ def family_of_transformer(transformer_class: str) -> FamilyFacts | None:
     return next(found, None)
 
 
-def get_family(name: str, arch: Mapping[str, Any] | None = None, sampling: SamplingConfig | None = None) -> Family:
+def get_family(
+    name: str,
+    arch: Mapping[str, Any] | None = None,
+    sampling: SamplingConfig | None = None,
+    categories: Sequence[str] | None = None,
+) -> Family:
     """Return the family called `name`, for a transformer with the config `arch`; `KeyError` for an unknown name.
 
-    `sampling` says how its pictures are drawn.
+    `sampling` says how its pictures are drawn, `categories` what its prompts can ask for if not what the family's do.
     """
     facts = FAMILIES[name]
+    if categories is not None:
+        facts = replace(facts, categories=tuple(categories))
     module, _, class_name = facts.implementation.rpartition(".")
     return getattr(import_module(module), class_name)(facts, arch, sampling)
 

@@ -12,7 +12,7 @@ from ppcl.artifacts.files import atomic_folder, read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
-from ppcl.data.streams import ShapesStream
+from ppcl.data.streams import ShapesStream, WorldEncoder
 from ppcl.distill.pretrain import Pretrain
 from ppcl.families.registry import builders
 from ppcl.options import identity
@@ -42,16 +42,38 @@ def _start(run: Run) -> Any:
     """Return the pipeline to train: a new one, an earlier one, or a new one with another family's weights."""
     config = run.config.pretrain
     build = import_module(builders()[str(run.config.model.builder)]).build_pipeline
-    layers = {} if config.num_layers is None else {"num_layers": config.num_layers}
-    pipeline = build(run.config.data.train_seed, **layers)
+    settings: dict[str, Any] = {} if config.num_layers is None else {"num_layers": config.num_layers}
+    if run.config.model.categories is not None:
+        settings["categories"] = run.config.model.categories
+    pipeline = build(run.config.data.train_seed, **settings)
     if config.init is None:
         run.family.initialize(pipeline.transformer)
         return pipeline
     earlier = DiffusionPipeline.from_pretrained(local_folder(config.init), dtype=torch.float32)
-    if type(earlier) is type(pipeline):
+    same = type(earlier) is type(pipeline)
+    if same and run.config.model.categories is None:
         return earlier  # its text encoder too: the transformer was trained on those embeddings
     pipeline.transformer.load_state_dict(earlier.transformer.state_dict())
+    if same:
+        _take_words(pipeline, earlier)
     return pipeline
+
+
+@torch.no_grad()
+def _take_words(pipeline: Any, earlier: Any) -> None:
+    """Give a pipeline the text encoder of an `earlier` one whose tokenizer may have other words.
+
+    Embeddings are copied by token. A new token keeps the embedding that it has.
+    """
+    ids, earlier_ids = pipeline.tokenizer.get_vocab(), earlier.tokenizer.get_vocab()
+    common = sorted(ids.keys() & earlier_ids.keys())
+    rows, source = ([table[token] for token in common] for table in (ids, earlier_ids))
+    own, state = pipeline.text_encoder.state_dict(), earlier.text_encoder.state_dict()
+    for name, value in own.items():
+        if len(value) == len(state[name]):
+            value.copy_(state[name])
+        else:  # the embeddings, and the head, which nothing uses
+            value[rows] = state[name][source]
 
 
 def run(run: Run) -> None:
@@ -69,18 +91,27 @@ def run(run: Run) -> None:
     check_resumable(checkpoints, header)
     pipeline = _start(run)
     run.family.complete(pipeline)
-    stream = ShapesStream(run.family, pipeline, run.config.data, run.config.data.train_seed, config.batch_size)
+    data = run.config.data
+    prompts = text_encoder = None
+    if config.text_encoder_lr is not None:
+        text_encoder, prompts = pipeline.text_encoder.requires_grad_(), WorldEncoder(run.family, pipeline)
+    stream = ShapesStream(
+        run.family, pipeline, data, data.train_seed, config.batch_size, prompts, categories=config.categories
+    )
     module = Pretrain(
         run.family,
         pipeline.transformer,
+        stream,
+        text_encoder,
         max_steps=config.steps,
         muon_lr=config.muon_lr,
         adam_lr=config.adam_lr,
+        text_encoder_lr=config.text_encoder_lr,
         warmup_steps=config.warmup_steps,
         decay=config.decay,
         precision=run.precision,
     )
-    loader = StepLoader(stream, config.steps)
+    loader = StepLoader(int, config.steps)  # the steps' numbers, of which they make their batches
     blocks = run.family.blocks(pipeline.transformer).values()
     fit(run, "pretrain", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     # bfloat16 halves the size, and pictures show no difference. The text encoder stays float32, since the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,28 @@ def model_folder(model: ModelConfig) -> Path | None:
 def num_layers(config: Config) -> dict[str, int]:
     """Return the number of blocks of the configured model, by block stack."""
     return {stack: int(config.model.arch[key]) for stack, key in FAMILIES[config.model.family].stacks.items()}
+
+
+def check_categories(config: Config) -> None:
+    """Check `model.categories`, and for `stages=[pretrain]` also `pretrain.categories`; raises `UsageError`.
+
+    They must name categories of the toy world of `model.family`, which is known by now.
+    """
+    given = {"model.categories": config.model.categories}
+    if "pretrain" in config.stages:
+        given["pretrain.categories"] = config.pretrain.categories
+    for key, names in given.items():
+        if names is None:
+            continue
+        known = import_module(f"ppcl.data.worlds.{FAMILIES[config.model.family].world}").ALL_CATEGORIES
+        if not names:
+            raise UsageError(f"{key}=[] names no category; there are {', '.join(known)}.")
+        for name in names:
+            one_of(key, name, known)
+            if key == "model.categories" and names.count(name) > 1:
+                raise UsageError(
+                    f"{key} names {name} twice: repeat it in pretrain.categories to train on it more often."
+                )
 
 
 def check_model(config: Config) -> None:
@@ -72,6 +95,7 @@ def check_model(config: Config) -> None:
         needs = ", ".join(needing)
         raise UsageError(f"'stages=[{needs}]' need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
+    check_categories(config)
 
 
 def _check_whole(config: Config, arch: dict[str, Any], facts: FamilyFacts) -> None:
@@ -116,6 +140,13 @@ def check_pretrain(config: Config) -> None:
             f"'stages=[pretrain]' trains the embedded teachers only; model={config.model.name} has no model.builder."
         )
     one_of("model.builder", config.model.builder, tuple(builders()))
+    one_of("model.family", config.model.family, tuple(FAMILIES))
+    check_categories(config)
+    rate = config.pretrain.text_encoder_lr
+    for key, value in (("model.categories", config.model.categories), ("pretrain.text_encoder_lr", rate)):
+        if value is not None and not FAMILIES[config.model.family].trains_text:
+            able = ", ".join(name for name, known in FAMILIES.items() if known.trains_text)
+            raise UsageError(f"{key}={value} goes only with 'stages=[pretrain]' of model.family={able}: leave it out.")
     init = config.pretrain.init
     if init is None:
         return

@@ -16,7 +16,8 @@ from ppcl.data.worlds.shapes import COLORS, IMAGE_SIZE, LATTICE, OBJECT_SIZE, SH
 
 ONE_PICTURE = ("recolor", "remove", "add", "move")
 TWO_PICTURES = ("insert", "match_color")
-CATEGORIES = ONE_PICTURE + TWO_PICTURES
+CATEGORIES = ALL_CATEGORIES = ONE_PICTURE + TWO_PICTURES
+OPEN = ()  # categories with too many captions to list
 _FAR = IMAGE_SIZE - OBJECT_SIZE
 SIDES = {"left": ("x", 0), "right": ("x", _FAR), "top": ("y", 0), "bottom": ("y", _FAR)}
 

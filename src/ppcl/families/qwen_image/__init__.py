@@ -18,6 +18,7 @@ FACTS = (
             "PrunedQwenImageTransformer2DModel": "ppcl.families.qwen_image.transformer_qwen_image_pruned",
         },
         builders={"tiny_qwen_image": "ppcl.families.qwen_image.tiny"},
+        trains_text=True,
         controlnet_classes=("QwenImageControlNetModel", "QwenImageControlNetPipeline"),
         single_file=SingleFile("Qwen-Image", "https://github.com/QwenLM/Qwen-Image", "QwenImageTransformer2DModel"),
         counts_blocks=True,

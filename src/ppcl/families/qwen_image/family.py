@@ -99,7 +99,6 @@ class QwenImage(DualStreamFamily):
         packed = pipeline._pack_latents((latents - mean) / std, *latents.shape)  # [B, hw/4, 4z]
         return packed, (latents.shape[2] // 2, latents.shape[3] // 2)
 
-    @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
         embeddings, mask = pipeline.encode_prompt(prompts, max_sequence_length=self.sampling.max_sequence_length)
         if mask is None:

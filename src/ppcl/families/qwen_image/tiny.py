@@ -1,8 +1,8 @@
 """The embedded Qwen-Image: every component has its real class and is small enough to train on two CPU cores.
 
-This module builds the pipeline untrained; `stages=[pretrain]` trains its transformer. The text encoder keeps its
-random weights: a random causal transformer tells tokens and their order apart, which is enough for a vocabulary
-of some thirty words.
+This module builds the pipeline untrained; `stages=[pretrain]` trains its transformer. By default the text encoder keeps
+its random weights: a random causal transformer tells tokens and their order apart, which is enough for a vocabulary
+of some thirty words. With `pretrain.text_encoder_lr` it is trained too.
 """
 
 from __future__ import annotations
@@ -90,10 +90,13 @@ def build_text_encoder(
     return Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
 
 
-def build_pipeline(seed: int, num_layers: int = 20) -> Any:
-    """Return an untrained tiny Qwen-Image pipeline. The same `seed` and `num_layers` give the same weights."""
+def build_pipeline(seed: int, num_layers: int = 20, categories: Sequence[str] = shapes.CATEGORIES) -> Any:
+    """Return an untrained tiny Qwen-Image pipeline. The same arguments give the same weights.
+
+    Its tokenizer has the words of `categories`.
+    """
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer({*_TEMPLATE_WORDS.split(), *shapes.vocabulary(categories)})
     text_encoder = build_text_encoder(tokenizer)
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
