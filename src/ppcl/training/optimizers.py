@@ -159,7 +159,8 @@ def optimizers_of(
         chosen = {name: relative_groups(parameters, name, *relative) for name, parameters in chosen.items()}
     found: list[torch.optim.Optimizer] = []
     if chosen["muon"]:
-        lr = config.muon_lr or 0.0  # with `relative_update` each group has its own
+        # With `relative_update` each group has its own rate; the settings of distillation have no `muon_lr` at all.
+        lr = 0.0 if config.relative_update is not None else config.muon_lr
         found.append(muon(chosen["muon"], lr, config.weight_decay))
     if chosen["adamw"]:
         found.append(adamw(chosen["adamw"], config))
