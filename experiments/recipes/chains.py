@@ -171,15 +171,15 @@ class Half(Chain):
     @property
     def budget(self) -> str:
         whole = "demo" if self.minutes is None else f"{self.minutes:g} min"
-        return whole if self.scale == 1 else f"{whole}, scaled"
+        return whole if self.scale == 1 else f"{whole} scaled"
 
     def cell(self, steps: int) -> Cell:
         """Return the cell with the same students, if its settings are the demo's."""
         return Cell(self.teacher, "local", HALF[self.name], None, steps, self.seed)
 
     def overrides(self, **steps: int) -> list[str]:
-        found = ["experiment=demo", f"model={self.teacher}", "data=shapes", "logger=none"]
-        found += ["trainer.num_threads=1", "trainer.progress=false"]
+        found = ["experiment=demo", "stages=[depth,width,plan,finetune]", f"model={self.teacher}", "data=shapes"]
+        found += ["logger=none", "trainer.num_threads=1", "trainer.progress=false"]
         found += [f"recipe={HALF[self.name]}", f"data.train_seed={self.seed}", "budget.params=0.5"]
         found.append(f"intervals.names=[{','.join(TEACHERS[self.teacher].intervals)}]")
         if self.minutes is not None:

@@ -323,9 +323,13 @@ def equal_tables(rows: Sequence[Row], chains: Sequence[Row], budgets: Mapping[st
 
 
 def marked(found: ByEntry, name: str, keys: Iterable[str], winners: Mapping[str, str | None]) -> list[str]:
-    """Return the cells of an entry, those bold that it wins."""
-    cells = {key: spread(found[name], key, CHAIN_COLUMNS[key]) for key in keys}
-    return [f"**{text}**" if winners.get(key) == name else text for key, text in cells.items()]
+    """Return the cells of an entry. Those are bold that read as the winner's."""
+    cells = []
+    for key in keys:
+        best = winners.get(key)
+        text, best_text = (spread(found[one], key, CHAIN_COLUMNS[key]) if one else "" for one in (name, best))
+        cells.append(f"**{text}**" if text == best_text else text)
+    return cells
 
 
 def equal_table(found: ByEntry) -> str:
@@ -396,7 +400,9 @@ def verdict(found: ByEntry) -> str:
         sentences.append(f"The winner takes {factor:.2f} times the peak of ours, local only.")
     fits = fitting(found)
     fit_error, fit_score = leader(fits, "error"), leader(fits, "score")
-    if fit_score is not None and fit_error is not None:
+    if len(fits) == 1 < len(found):
+        sentences.append("Nothing else fits into the peak of ours, local only.")
+    elif fit_score is not None and fit_error is not None:
         sentences.append(_won("Within the peak of ours, local only", fits, fit_score, fit_error))
     missing = [EQUAL[name].label for name in EQUAL if name not in found]
     if missing:
@@ -635,7 +641,9 @@ def plot_equal(path: Path, rows: Sequence[Row], chains: Sequence[Row], budgets: 
     found = {pair: by_budget for pair, by_budget in found.items() if any(by_budget.values())}
     if not found:
         return False
-    figure, axes = plt.subplots(len(found), len(budgets), figsize=(11.5, 4.4 * len(found)), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(
+        len(found), len(budgets), figsize=(11.5, 4.4 * len(found)), squeeze=False, sharex="row", sharey="row"
+    )
     labelled = []
     for line, ((teacher, digest), by_budget) in zip(axes, found.items(), strict=True):
         for axis, (budget, by_entry) in zip(line, by_budget.items(), strict=True):
@@ -654,11 +662,13 @@ def plot_equal(path: Path, rows: Sequence[Row], chains: Sequence[Row], budgets: 
             for row in select(rows, way="removed", teacher=teacher, digest=digest)[-1:]:
                 axis.axhline(float(row["score"]), color=COLORS["removed"], linestyle="--", linewidth=1.2)
             axis.margins(x=0.3)
-            axis.set(ylim=(-0.05, 1.05), xlabel="peak of live tensors, MB")
+            axis.set(xscale="log", ylim=(-0.05, 1.05), xlabel="peak of live tensors, MB")
             axis.set_title(f"{teacher} ({digest[:8]}), {budget}: {budgets[budget]:g} minutes", loc="left",
                            color=plots.INK, fontsize=10)  # fmt: skip
             labelled.append((axis, labels, points))
         line[0].set_ylabel("score")
+        for axis in line:
+            _plain_log(axis.xaxis)
     handles = [
         Line2D([], [], color=COLORS["per token"], marker="o", linewidth=0, label="local training by our recipe"),
         Line2D([], [], color=COLORS["direction"], marker="o", linewidth=0, label="all others"),

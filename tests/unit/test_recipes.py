@@ -240,7 +240,7 @@ def test_half_has_the_demos_settings_and_the_cells_students(elsewhere, name):
     long = Half(name, "tiny_qwen_image", 10, 25.0).run(finetune=3).config
     assert (long.distill.steps, long.finetune.steps, long.width.steps) == (1000, 3, config.width.steps)
     small = Half(name, "tiny_qwen_image", 10, None, scale=0.01)
-    assert small.budget == "demo, scaled"
+    assert small.budget == "demo scaled"
     assert small.run().config.finetune.steps < config.finetune.steps
 
 
@@ -262,7 +262,8 @@ def test_the_tables_of_equal_say_who_wins_and_what_fits(table, chains, elsewhere
     chains.add(chain_row("local", 0.60, 60.0, 0.004))
     chains.add(chain_row("removal-tuned", 0.80, 150.0, 0.003))
     chains.add(chain_row("paper", 0.30, 57.0, 0.02, seconds=200.0))
-    chains.add(chain_row("sequential", None, None, math.nan, drop_percent=None, remark="diverged", score=None))
+    diverged = {"score": None, "drop_percent": None, "error": math.nan, "remark": "diverged"}
+    chains.add(chain_row("sequential") | diverged)
     budgets = {"short": 5.0, "long": 25.0}
     text = report.equal_tables(table.rows, chains.rows, budgets)
     assert "| removal + tuning | 1 | 600 | 300 | 150.0 | **0.00300** | **0.800** | **20.0** |" in text
@@ -296,11 +297,17 @@ def test_the_table_of_half_has_the_minutes_of_each_part(chains):
 
 def test_the_least_error_of_each_width_is_bold(tmp_path):
     assert set(report.neighbours(tmp_path).values()) == {""}
-    widths = Table(
-        tmp_path / "widths.csv", ("what", "channels", "steps", "relative_update", "rms", "before", "after"), ()
-    )
+    columns = ("what", "channels", "steps", "relative_update", "rms", "before", "after")
+    widths = Table(tmp_path / "widths.csv", columns, columns[:4])
     for channels in (64, 128):
         for rate, after in ((0.05, 0.1), (0.1, 0.2)):
             widths.add({"what": "trained", "channels": channels, "steps": 5, "relative_update": rate, "after": after}
                        | {"rms": 0.3, "before": 1.0})  # fmt: skip
     assert report.neighbours(tmp_path)["widths"].count("**0.100**") == 2
+
+
+def test_a_chain_that_was_stopped_goes_on_with_the_steps_it_began_with(elsewhere, table, chains):
+    chain = Equal("local-tuned", "tiny_dit", 10, 5.0)
+    decided = {"depth": 123, "finetune": 45}
+    chained.write_json(chain.run().folder / "steps.json", decided)
+    assert chained.Chains(Sitting(table, prompts=1, shared=True), chains)._steps(chain) == decided
