@@ -86,8 +86,8 @@ RECIPES = {
 class Cell:
     """One measurement.
 
-    `way`: `teacher` is the teacher itself, `removed` cuts each interval to its first block, and `local` trains the
-        students, each on its own.
+    `way`: `teacher` is the teacher itself, `removed` cuts each interval to its first block, `local` trains students,
+        each on its own, and `sequential` trains them in a chain.
     `recipe`: a key of `RECIPES`; empty where nothing is trained.
     `rate`: None is the rate that `conf/` gives this recipe.
     `seed`: `data.train_seed`.
@@ -109,6 +109,7 @@ class Cell:
             recipe = RECIPES[self.recipe]
             found += [*recipe.overrides, f"distill.steps={self.steps}", f"data.train_seed={self.seed}"]
             found += [] if self.rate is None else [f"{recipe.rate}={self.rate!r}"]
+            found += ["distill.mode=sequential"] if self.way == "sequential" else []
         return found
 
     def made_from(self, run: Run) -> str:
@@ -188,25 +189,42 @@ class Sitting:
 
     def _found(self, cell: Cell, run: Run, budget: str) -> dict[str, str] | None:
         """Return the cell's row, unless the settings of its recipe have changed since."""
-        row = self.table.find(**self.keys(cell, run, budget))
-        return row if row is not None and row["made_from"] == cell.made_from(run) else None
+        return self.table.find(**self.keys(cell, run, budget), made_from=cell.made_from(run))
 
     def _measure(self, cell: Cell, run: Run, budget: str) -> dict[str, str] | None:
         """Measure a cell and write its row. Returns None if another process is at it."""
         teacher = None if cell.way == "teacher" else self.row(Cell(cell.teacher, "teacher"))
-        with claimed(run.folder, wait=cell.way == "teacher") as free:
+        keys, made_from = self.keys(cell, run, budget), cell.made_from(run)
+        return self.add(self.table, keys, made_from, run.folder, lambda: self._figures(cell, run), teacher)
+
+    def add(
+        self,
+        table: Table,
+        keys: Mapping[str, Any],
+        made_from: str,
+        folder: Path,
+        figures: Callable[[], dict[str, Any]],
+        teacher: Mapping[str, str] | None,
+    ) -> dict[str, str] | None:
+        """Return the row of `table` with these `keys`, which is written now if the table does not have it.
+
+        `made_from`: a row with another fingerprint is written anew.
+        `folder`: what this process has to hold for that. None is returned while another process does.
+        `figures`: measures the row.
+        `teacher`: the row to compare the score with; None is that of a teacher.
+        """
+        with claimed(folder, wait=teacher is None) as free:
             if not free:
                 return None
-            found = self._found(cell, run, budget)  # it may have ended a moment ago
+            found = table.find(**keys, made_from=made_from)  # it may have ended a moment ago
             if found is not None:
                 return found
             start = time.monotonic()
-            row = self.keys(cell, run, budget) | self._figures(cell, run)
+            row = {**keys, **figures()}
             if teacher is not None and row.get("score") is not None:
                 row["drop_percent"] = 100 * (1 - row["score"] / float(teacher["score"]))
             row |= {"minutes": (time.monotonic() - start) / 60, "shared": "yes" if self.shared else "no"}
-            row |= {"date": date.today().isoformat(), "commit": commit(), "made_from": cell.made_from(run)}
-            return self.table.add(row)
+            return table.add(row | {"date": date.today().isoformat(), "commit": commit(), "made_from": made_from})
 
     def _figures(self, cell: Cell, run: Run) -> dict[str, Any]:
         """Return what is measured on a cell's model, and what its training cost."""
@@ -215,14 +233,9 @@ class Sitting:
         try:
             switch = cell.switch(run)
         except UsageError as error:
-            if not _DIVERGED.search(str(error)):
-                raise
-            return {"error": float("nan"), "remark": "diverged"}
+            return diverged(error)
         if cell.recipe:
-            cost = read_json(run.folder / "training" / "depth.json", "The cost of the training")
-            # A resumed training has counted its own steps alone, and may have had too few for some of this.
-            figures["seconds"] = cost["seconds_per_step"] * cell.steps or None
-            figures["peak_mb"] = cost["peak_memory_mb"] or None
+            figures["seconds"], figures["peak_mb"] = cost_of(run.folder, "depth", cell.steps)
         measure = meter(run, switch)
         if cell.way == "removed":
             switch.board.remove()
@@ -236,6 +249,22 @@ class Sitting:
         figures["score"] = scores.pop("overall")
         figures["categories"] = " ".join(f"{name}={value:.3f}" for name, value in scores.items())
         return figures
+
+
+def diverged(error: UsageError) -> dict[str, Any]:
+    """Return the figures of a training that diverged; raises any other `error`."""
+    if not _DIVERGED.search(str(error)):
+        raise error
+    return {"error": float("nan"), "remark": "diverged"}
+
+
+def cost_of(folder: Path, stage: str, steps: int) -> tuple[float | None, float | None]:
+    """Return the seconds of a training of `steps`, and the peak of a step in MB, as the product has recorded them.
+
+    A resumed training has counted its own steps alone, and may have had too few for some of this: that is None.
+    """
+    cost = read_json(folder / "training" / f"{stage}.json", "The cost of the training")
+    return cost["seconds_per_step"] * steps or None, cost["peak_memory_mb"] or None
 
 
 @contextmanager

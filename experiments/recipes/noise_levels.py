@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 
 import ppcl
 from experiments.common import read_csv, write_csv
+from experiments.recipes import report
 from ppcl.command import prepare
 from ppcl.pictures.scores import read_rows
 from ppcl.report import plots
@@ -107,6 +108,9 @@ def main() -> None:
         write_csv(table, rows)
         print({key: rows[-1][key] for key in ("above", "teacher_share", "latency_ratio", "score")}, flush=True)
     plot(given.output / "noise_levels.png", list(read_csv(table)))
+    found = report.neighbours(given.output)
+    print(found["noise_levels"])
+    report.fill(given.output / "README.md", found)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from experiments.common import SEEDS, mean_and_spread
+from experiments.common import SEEDS, mean_and_spread, read_csv
 from experiments.recipes.cells import BY_STEPS, RECIPES, configured_rate, steps_within
-from experiments.recipes.table import as_text
+from experiments.recipes.chains import EQUAL, PARTS
+from experiments.recipes.table import Row, as_text, select
 from ppcl.artifacts.files import atomic_path
 from ppcl.report import plots
-
-Row = Mapping[str, str]
 
 UNITS = {"distill.relative_update": "relative update", "distill.lr": "AdamW's learning rate"}
 COLORS = {"per token": plots.PALETTE[0], "direction": plots.PALETTE[1], "removed": plots.PALETTE[5]}
@@ -35,12 +34,6 @@ def teachers_of(rows: Iterable[Row]) -> list[tuple[str, str]]:
     found = [*dict.fromkeys((row["teacher"], row["digest"]) for row in rows)][::-1]
     order = [*dict.fromkeys(row["teacher"] for row in rows)]
     return sorted(found, key=lambda pair: order.index(pair[0]))
-
-
-def select(rows: Iterable[Row], **facts: Any) -> list[Row]:
-    """Return the rows that have these values."""
-    wanted = {key: as_text(value) for key, value in facts.items()}
-    return [row for row in rows if wanted.items() <= row.items()]
 
 
 def tried(rows: Sequence[Row], teacher: str, digest: str, recipe: str, steps: int) -> list[Row]:
@@ -231,6 +224,280 @@ def costs_table(rows: Sequence[Row]) -> str:
     return table(("way", "teacher", "steps", "shared machine", "cells", "seconds of training", "minutes a cell"), lines)
 
 
+# Chains of trainings
+
+
+CHAIN_COLUMNS = {"seconds": 0, "peak_mb": 1, "error": None, "score": 3, "drop_percent": 1}
+CHAIN_HEADER = ("seconds", "peak MB", "error", "score", "drop %")
+LEAST = ("peak_mb", "error", "drop_percent")  # the lower the better; of the score it is the higher
+LOCAL_ONLY = "local"
+TUNED_LOCALLY = (LOCAL_ONLY, "local-lora", "local-tuned")
+
+ByEntry = Mapping[str, Sequence[Row]]
+
+
+def half_table(rows: Sequence[Row]) -> str:
+    """Return the table of the group `half`."""
+    lines = []
+    for teacher, digest in teachers_of(select(rows, group="half")):
+        found = select(rows, group="half", teacher=teacher, digest=digest)
+        for budget in dict.fromkeys(row["budget"] for row in found):
+            for name in dict.fromkeys(row["entry"] for row in found):
+                chosen = select(found, budget=budget, entry=name)
+                if chosen:
+                    steps = ", ".join(dict.fromkeys("/".join(filter(None, _steps(row))) for row in chosen))
+                    label = {"ours": "ours", "paper": "the paper's"}[name]
+                    cells = [f"`{teacher}` ({digest[:8]})", label, budget, str(len(chosen)), steps]
+                    cells += [minutes(chosen, f"{part}_seconds") for part in PARTS] + [minutes(chosen, "seconds")]
+                    cells += [
+                        spread(chosen, key, digits)
+                        for key, digits in (("peak_mb", 1), ("error_before", None), ("error", None), ("score", 3))
+                    ]
+                    lines.append([*cells, spread(chosen, "drop_percent", 1)])
+    header = (
+        "teacher",
+        "recipe",
+        "within",
+        "seeds",
+        "steps of depth/width/tuning",
+        "minutes: depth",
+        "width",
+        "tuning",
+    )
+    header += ("together", "peak MB", "error before tuning", "after", "score", "drop %")
+    return table(header, lines) if lines else ""
+
+
+def minutes(rows: Sequence[Row], key: str) -> str:
+    """Return the mean of a column of seconds, in minutes."""
+    values = [float(row[key]) / 60 for row in rows if row[key]]
+    return f"{mean_and_spread(values)[0]:.1f}" if values else "-"
+
+
+def _steps(row: Row) -> list[str]:
+    return [row[f"{part}_steps"] for part in PARTS]
+
+
+def entries(rows: Sequence[Row], teacher: str, digest: str, limit: float) -> dict[str, list[Row]]:
+    """Return the rows of the group `equal` within `limit` minutes, by entry."""
+    found = select(rows, group="equal", teacher=teacher, digest=digest, budget=f"{limit:g} min")
+    return {name: chosen for name in EQUAL if (chosen := select(found, entry=name))}
+
+
+def average(rows: Sequence[Row], key: str) -> float | None:
+    """Return the mean of a column over rows; None if one of them has no number there, such as a training diverged."""
+    values = [float(row[key] or "nan") for row in rows]
+    return None if any(map(math.isnan, values)) else mean_and_spread(values)[0]
+
+
+def leader(found: ByEntry, key: str) -> str | None:
+    """Return the entry with the best value in a column, the first of several; None if none has a value."""
+    values = {name: value for name, rows in found.items() if (value := average(rows, key)) is not None}
+    if not values:
+        return None
+    return min(values, key=lambda name: values[name] if key in LEAST else -values[name])
+
+
+def equal_tables(rows: Sequence[Row], chains: Sequence[Row], budgets: Mapping[str, float]) -> str:
+    """Return text and tables of the group `equal`. `budgets`: minutes by name."""
+    parts = []
+    for teacher, digest in teachers_of(select(chains, group="equal")):
+        by_budget = {name: entries(chains, teacher, digest, limit) for name, limit in budgets.items()}
+        by_budget = {name: found for name, found in by_budget.items() if found}
+        if not by_budget:
+            continue
+        parts.append(heading(rows, teacher, digest))
+        parts += [
+            f"**{name.capitalize()}, {budgets[name]:g} minutes.** {verdict(by_budget[name])}" for name in by_budget
+        ]
+        for name, found in by_budget.items():
+            title = f"`{teacher}`, {name}, equal time"
+            parts.append(f"{title}:\n\n{equal_table(found)}")
+        peaks = peak_table(by_budget)
+        if peaks:
+            parts.append(f"`{teacher}`, equal peak:\n\n{peaks}")
+        costs = tuning_table(by_budget)
+        if costs:
+            parts.append(f"`{teacher}`, what tuning costs and gives:\n\n{costs}")
+    return "\n\n".join(parts)
+
+
+def marked(found: ByEntry, name: str, keys: Iterable[str], winners: Mapping[str, str | None]) -> list[str]:
+    """Return the cells of an entry. Those are bold that read as the winner's."""
+    cells = []
+    for key in keys:
+        best = winners.get(key)
+        text, best_text = (spread(found[one], key, CHAIN_COLUMNS[key]) if one else "" for one in (name, best))
+        cells.append(f"**{text}**" if text == best_text else text)
+    return cells
+
+
+def equal_table(found: ByEntry) -> str:
+    """Return the table of one budget. The best of each column is bold, but for time, which is given."""
+    winners = {key: leader(found, key) for key in CHAIN_COLUMNS if key != "seconds"}
+    lines = []
+    for name, chosen in found.items():
+        steps = ", ".join(dict.fromkeys(" + ".join(filter(None, _steps(row))) for row in chosen))
+        remark = next((f" ({row['remark']})" for row in chosen if row["remark"]), "")
+        first = [EQUAL[name].label + remark, str(len(chosen)), steps or "-"]
+        lines.append([*first, *marked(found, name, CHAIN_COLUMNS, winners)])
+    return table(("trained by", "seeds", "steps", *CHAIN_HEADER), lines)
+
+
+def factors(found: ByEntry) -> dict[str, float]:
+    """Return the peak of every entry in units of that of ours, local only; empty if that is not known."""
+    ours = average(found.get(LOCAL_ONLY, ()), "peak_mb") if found.get(LOCAL_ONLY) else None
+    peaks = {name: average(chosen, "peak_mb") for name, chosen in found.items()}
+    return {name: peak / ours for name, peak in peaks.items() if peak is not None} if ours else {}
+
+
+def fitting(found: ByEntry) -> dict[str, Sequence[Row]]:
+    """Return the entries whose peak is not above that of ours, local only."""
+    return {name: found[name] for name, factor in factors(found).items() if factor <= 1}
+
+
+def peak_table(by_budget: Mapping[str, ByEntry]) -> str:
+    """Return the table of what fits into the peak of ours, local only. The best that fits is bold."""
+    lines = []
+    keys = ("error", "score", "drop_percent")
+    for budget, found in by_budget.items():
+        fits = fitting(found)
+        winners = {key: leader(fits, key) for key in keys}
+        for name, factor in factors(found).items():
+            first = [budget, EQUAL[name].label, f"{factor:.2f}"]
+            lines.append([*first, *(marked(fits, name, keys, winners) if name in fits else ["does not fit", "-", "-"])])
+    header = ("budget", "trained by", "peak, of ours, local only", "error", "score", "drop %")
+    return table(header, lines) if lines else ""
+
+
+def tuning_table(by_budget: Mapping[str, ByEntry]) -> str:
+    """Return the table of the memory and time of tuning, against what it gives."""
+    lines = []
+    for budget, found in by_budget.items():
+        chosen = {name: found[name] for name in TUNED_LOCALLY if name in found}
+        for name in chosen if len(chosen) > 1 else ():
+            parts = [spread(chosen[name], f"{part}_{what}", digits) for part in ("depth", "finetune")
+                     for what, digits in (("seconds", 0), ("peak_mb", 1))]  # fmt: skip
+            before = spread(chosen[name], "error_before", None)
+            lines.append(
+                [budget, EQUAL[name].label, *parts, before, *marked(chosen, name, list(CHAIN_COLUMNS)[2:], {})]
+            )
+    header = ("budget", "trained by", "local: seconds", "peak MB", "tuning: seconds", "peak MB", "error before tuning")
+    return table((*header, "error", "score", "drop %"), lines) if lines else ""
+
+
+def verdict(found: ByEntry) -> str:
+    """Return sentences that say which entry wins at equal time and within the peak of ours, local only."""
+    by_error, by_score = leader(found, "error"), leader(found, "score")
+    if by_error is None or by_score is None:
+        return "Nothing to compare yet."
+    sentences = [_won("At equal time", found, by_score, by_error)]
+    close = level(found, by_score)
+    if close:
+        sentences.append(f"Within the noise of so many pictures of that score: {listed(close)}.")
+    factor = factors(found).get(by_score)
+    if factor is not None and factor > 1:
+        sentences.append(f"The winner takes {factor:.2f} times the peak of ours, local only.")
+    fits = fitting(found)
+    fit_error, fit_score = leader(fits, "error"), leader(fits, "score")
+    if len(fits) == 1 < len(found):
+        sentences.append("Nothing else fits into the peak of ours, local only.")
+    elif fit_score is not None and fit_error is not None:
+        sentences.append(_won("Within the peak of ours, local only", fits, fit_score, fit_error))
+    missing = [EQUAL[name].label for name in EQUAL if name not in found]
+    if missing:
+        sentences.append(f"Not measured yet: {listed(missing)}.")
+    off = [EQUAL[name].label for name, chosen in found.items() if not _on_time(chosen)]
+    if off:
+        sentences.append(f"More than a tenth off the time: {listed(off)}.")
+    return " ".join(sentences)
+
+
+def _won(where: str, found: ByEntry, by_score: str, by_error: str) -> str:
+    score = spread(found[by_score], "score", 3)
+    error = spread(found[by_error], "error", None)
+    names = f"**{EQUAL[by_score].label}** has the highest score ({score})"
+    names += " and" if by_error == by_score else f", and **{EQUAL[by_error].label}**"
+    ours = [EQUAL[name].is_ours for name in (by_score, by_error)]
+    end = "ours wins" if all(ours) else "ours does not win" if not any(ours) else "ours wins one of the two"
+    return f"{where} {names} the least error ({error}): {end}."
+
+
+def level(found: ByEntry, best: str) -> list[str]:
+    """Return the labels of entries whose score is less than two standard errors of the difference below the best."""
+    top = average(found[best], "score") or 0.0
+    near = []
+    for name, chosen in found.items():
+        score, count = average(chosen, "score"), min(map(_pictures, (chosen, found[best])))
+        if name != best and score is not None and count:
+            error = math.sqrt((top * (1 - top) + score * (1 - score)) / count)
+            near += [EQUAL[name].label] if top - score < 2 * error else []
+    return near
+
+
+def _pictures(rows: Sequence[Row]) -> int:
+    return sum(len(row["categories"].split()) * int(row["prompts"]) for row in rows)
+
+
+def _on_time(rows: Sequence[Row]) -> bool:
+    seconds = average(rows, "seconds")
+    limit = 60 * float(rows[0]["budget"].removesuffix(" min"))
+    return seconds is None or abs(seconds - limit) <= limit / 10
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as a list in a sentence. They contain commas, so semicolons part them."""
+    return "; ".join(words)
+
+
+# Measurements beside this one
+
+
+def neighbours(folder: Path) -> dict[str, str]:
+    """Return the tables of `widths` and `noise_levels`, from their CSV files in `folder`; empty where there is none."""
+    return {name: listing(folder / f"{name}.csv", *NEIGHBOURS[name]) for name in NEIGHBOURS}
+
+
+# The columns of each: header, column of the CSV file, decimals (None: three significant digits; empty: as it is). Then
+# the columns within which the least value is bold, and the column of that value.
+NEIGHBOURS: dict[str, tuple[Sequence[tuple[str, str, int | str | None]], Sequence[str], str]] = {
+    "widths": (
+        (("of", "what", ""), ("channels", "channels", ""), ("steps", "steps", ""), ("RMS of weights", "rms", 3),
+         ("relative update", "relative_update", ""), ("error before", "before", None), ("after", "after", None)),
+        ("what", "channels", "steps"), "after",
+    ),
+    "noise_levels": (
+        (("run", "run", ""), ("model", "model", ""), ("variant", "variant", ""), ("teacher above", "above", ""),
+         ("teacher's share of steps", "teacher_share", 2), ("time for a picture", "latency_ratio", 2),
+         ("score", "score", 3), ("drop %", "drop_percent", 1), ("error", "velocity_error", None)),
+        (), "",
+    ),
+}  # fmt: skip
+
+
+def listing(
+    path: Path, columns: Sequence[tuple[str, str, int | str | None]], same: Sequence[str] = (), value: str = ""
+) -> str:
+    """Return a CSV file as a Markdown table; empty if there is no such file.
+
+    `columns`: see `NEIGHBOURS`. `value`: its least is bold among the rows that have equal values in the columns `same`.
+    """
+    if not path.exists():
+        return ""
+    rows = read_csv(path)
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in same), []).append(row)
+    least = [min(group, key=lambda row: float(row[value])) for group in groups.values()] if value else []
+    lines = []
+    for row in rows:
+        cells = {key: row[key] if digits == "" else number(row[key], digits) for _, key, digits in columns}  # type: ignore[arg-type]
+        if any(row is best for best in least):
+            cells[value] = f"**{cells[value]}**"
+        lines.append([*cells.values()])
+    return table([header for header, _, _ in columns], lines)
+
+
 def fill(path: Path, tables: Mapping[str, str]) -> None:
     """Replace what stands in a Markdown file between `<!-- NAME -->` and `<!-- end of NAME -->`, for every table.
 
@@ -361,5 +628,55 @@ def plot_subsets(path: Path, rows: Sequence[Row], subsets: Sequence[Row], steps:
         axis.set_title(f"{teacher} ({digest[:8]})", loc="left", color=plots.INK, fontsize=10)
     axes[0][0].set_ylabel("velocity error of the same subset")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    plots.save_figure(figure, path)
+    return True
+
+
+def plot_equal(path: Path, rows: Sequence[Row], chains: Sequence[Row], budgets: Mapping[str, float]) -> bool:
+    """Plot score against peak memory of the group `equal`: a row of panels for each teacher, one for each budget."""
+    found = {
+        pair: {name: entries(chains, *pair, limit) for name, limit in budgets.items()}
+        for pair in teachers_of(select(chains, group="equal"))
+    }
+    found = {pair: by_budget for pair, by_budget in found.items() if any(by_budget.values())}
+    if not found:
+        return False
+    figure, axes = plt.subplots(
+        len(found), len(budgets), figsize=(11.5, 4.4 * len(found)), squeeze=False, sharex="row", sharey="row"
+    )
+    labelled = []
+    for line, ((teacher, digest), by_budget) in zip(axes, found.items(), strict=True):
+        for axis, (budget, by_entry) in zip(line, by_budget.items(), strict=True):
+            labels, points = [], []
+            for name, chosen in by_entry.items():
+                peak, score = average(chosen, "peak_mb"), average(chosen, "score")
+                if peak is None or score is None:
+                    continue
+                color = COLORS["per token" if EQUAL[name].is_ours else "direction"]
+                margin = mean_and_spread(float(row["score"]) for row in chosen)[1]
+                axis.errorbar(peak, score, margin, fmt="o", color=color, capsize=3)
+                labels.append(EQUAL[name].label)
+                points.append((peak, score, margin))
+            for row in select(rows, way="teacher", teacher=teacher, digest=digest)[-1:]:
+                axis.axhline(float(row["score"]), color=plots.INK, linestyle=":", linewidth=1.2)
+            for row in select(rows, way="removed", teacher=teacher, digest=digest)[-1:]:
+                axis.axhline(float(row["score"]), color=COLORS["removed"], linestyle="--", linewidth=1.2)
+            axis.margins(x=0.3)
+            axis.set(xscale="log", ylim=(-0.05, 1.05), xlabel="peak of live tensors, MB")
+            axis.set_title(f"{teacher} ({digest[:8]}), {budget}: {budgets[budget]:g} minutes", loc="left",
+                           color=plots.INK, fontsize=10)  # fmt: skip
+            labelled.append((axis, labels, points))
+        line[0].set_ylabel("score")
+        for axis in line:
+            _plain_log(axis.xaxis)
+    handles = [
+        Line2D([], [], color=COLORS["per token"], marker="o", linewidth=0, label="local training by our recipe"),
+        Line2D([], [], color=COLORS["direction"], marker="o", linewidth=0, label="all others"),
+        Line2D([], [], color=COLORS["removed"], linestyle="--", label="blocks removed"),
+        Line2D([], [], color=plots.INK, linestyle=":", label="teacher"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    for axis, labels, points in labelled:
+        plots.label_points(axis, labels, points)
     plots.save_figure(figure, path)
     return True

@@ -1,4 +1,4 @@
-"""Measure training recipes cell by cell, into results.csv and subsets.csv beside this file; draw plots and tables.
+"""Measure training recipes cell by cell, into results.csv, subsets.csv and chains.csv beside this file; draw plots.
 
 Cells that the tables have are not measured again, so the command can be stopped at any time and given again, and
 several can share the work.
@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from experiments.common import SEEDS
+from experiments.recipes import chains as chained
 from experiments.recipes import report
 from experiments.recipes.cells import HERE, KEYS, RECIPES, TEACHERS, Cell, Sitting, claimed, commit, meter
+from experiments.recipes.chains import EQUAL, HALF, Chains, Equal, Half
 from experiments.recipes.table import Table
 
 COLUMNS = (
@@ -29,7 +31,9 @@ COLUMNS = (
 SUBSET_KEYS = ("teacher", "digest", "recipe", "rate", "steps", "batch_size", "seed", "subset")
 SUBSET_COLUMNS = (*SUBSET_KEYS, "error", "made_from", "date", "commit", "students")
 NUM_SUBSETS = 50
-SHORT_MINUTES, LONG_MINUTES = 5.0, 25.0
+DEMO_TEACHER = "tiny_qwen_image"
+STEPS = 250
+MINUTES = {"short": 5.0, "long": 25.0}
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,27 @@ class Work:
 
     sitting: Sitting
     subsets: Table
+    chains: Chains
     teachers: Sequence[str]
     seeds: Sequence[int]
     steps: int
     recipes: Sequence[str] = tuple(RECIPES)
+    entries: Sequence[str] = tuple(EQUAL)
 
     @property
     def budgets(self) -> dict[str, tuple[int, float]]:
         """The most steps and minutes of a training, by name."""
-        return {"short": (self.steps, 5.0), "long": (4 * self.steps, 25.0)}
+        return {"short": (self.steps, MINUTES["short"]), "long": (4 * self.steps, MINUTES["long"])}
+
+    @property
+    def scale(self) -> float:
+        """The share of the steps of a real measurement; below 1 it is a try, and minutes shrink as much."""
+        return self.steps / STEPS
+
+    @property
+    def minutes(self) -> dict[str, float]:
+        """The minutes of all trainings of a chain, by budget."""
+        return {name: minutes * self.scale for name, minutes in MINUTES.items()}
 
     def compared(self, teacher: str, steps: int, seed: int) -> list[Cell]:
         """Return the cells of ours, the paper's recipe, and that at its best rate, as soon as `rates` has found it."""
@@ -93,6 +109,30 @@ def subsets(work: Work) -> None:
                 measure_subsets(work, replace(cell, steps=int(row["steps"])), row)
 
 
+def half(work: Work) -> None:
+    """Prune the demo's teacher to half, by the demo's settings and within the long budget's minutes."""
+    for seed in (seed for seed in SEEDS if seed in work.seeds):
+        for minutes in (None, work.minutes["long"]):
+            for name in HALF:
+                say(work.chains.row(Half(name, DEMO_TEACHER, seed, minutes, scale=work.scale)))
+
+
+def equal(work: Work) -> None:
+    """Train the same intervals in nine ways for the same time."""
+    for teacher in work.teachers:
+        baselines(work, teacher)
+    for seed in (seed for seed in SEEDS if seed in work.seeds):
+        for minutes in work.minutes.values():
+            for teacher in (teacher for teacher in work.teachers if seed in TEACHERS[teacher].seeds):
+                for name in work.entries:
+                    if not EQUAL[name].best_rate:
+                        say(work.chains.row(Equal(name, teacher, seed, minutes)))
+                        continue
+                    best = [cell.rate for cell in work.compared(teacher, 1, seed)[2:]]
+                    if best:
+                        say(work.chains.row(Equal(name, teacher, seed, minutes, best[0])))
+
+
 def measure_subsets(work: Work, cell: Cell, row: Mapping[str, str]) -> None:
     """Measure the velocity error of `NUM_SUBSETS` subsets for the cell that `row` is of. Each is a row of its own."""
     names = TEACHERS[cell.teacher].intervals
@@ -130,26 +170,34 @@ def random_subsets(count: int, number: int, seed: int = 0) -> list[tuple[bool, .
 def say(row: Mapping[str, str] | None) -> None:
     """Print a measured row on one line."""
     if row is not None:
-        shown = ("way", "teacher", "recipe", "rate", "steps", "seed", "error", "score", "seconds", "minutes", "remark")
-        print("  ".join(f"{key} {row[key]}" for key in shown if row[key]), flush=True)
+        shown = ("group", "entry", "way", "teacher", "recipe", "rate", "steps", "seed", "budget", "error", "score")
+        shown += ("seconds", "minutes", "remark")
+        print("  ".join(f"{key} {row[key]}" for key in shown if row.get(key)), flush=True)
 
 
-GROUPS: dict[str, Callable[[Work], None]] = {"rates": rates, "local": local, "subsets": subsets}
+GROUPS: dict[str, Callable[[Work], None]] = {
+    "rates": rates, "local": local, "subsets": subsets, "half": half, "equal": equal,
+}  # fmt: skip
 
 
 def draw(work: Work, folder: Path) -> dict[str, str]:
     """Draw the plots, put the tables into the README of `folder` if it has one, and return them by group."""
     rows = report.select(work.sitting.table.rows, prompts=work.sitting.prompts)
     subset_rows = work.subsets.rows
+    chain_rows = report.select(work.chains.table.rows, prompts=work.sitting.prompts)
     tables = {
         "rates": report.rates_table(rows, work.steps),
         "local": report.local_table(rows, work.steps, work.budgets),
         "subsets": report.subsets_table(rows, subset_rows, work.steps),
+        "half": report.half_table(chain_rows),
+        "equal": report.equal_tables(rows, chain_rows, work.minutes),
         "costs": report.costs_table(rows),
+        **report.neighbours(folder),
     }
     report.fill(folder / "README.md", tables)
     report.plot_rates(folder / "rates.png", rows, work.steps)
     report.plot_subsets(folder / "subsets.png", rows, subset_rows, work.steps)
+    report.plot_equal(folder / "equal.png", rows, chain_rows, work.minutes)
     return tables
 
 
@@ -158,8 +206,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--teacher", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES), help="of `rates`")
-    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="of `local`")
-    parser.add_argument("--steps", type=int, default=250, help="of a short training; a long one has four times as many")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="of `local`, `half` and `equal`"
+    )
+    parser.add_argument("--entry", nargs="+", choices=EQUAL, default=list(EQUAL), help="of `equal`")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="of a short training; a long one has four times as many"
+    )
     parser.add_argument("--prompts", type=int, default=60, help="per category, for the scores")
     parser.add_argument("--alone", action="store_true", help="rows say that nothing else ran on the machine")
     parser.add_argument("--plot", action="store_true", help="measure nothing")
@@ -168,7 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     sitting = Sitting(Table(given.output / "results.csv", COLUMNS, KEYS), given.prompts, not given.alone)
     subset_table = Table(given.output / "subsets.csv", SUBSET_COLUMNS, SUBSET_KEYS)
-    work = Work(sitting, subset_table, given.teacher, given.seeds, given.steps, given.recipe)
+    chain_table = Table(given.output / "chains.csv", chained.COLUMNS, chained.KEYS)
+    chains = Chains(sitting, chain_table, min(chained.TRIAL_STEPS, given.steps))
+    work = Work(sitting, subset_table, chains, given.teacher, given.seeds, given.steps, given.recipe, given.entry)
     for name in GROUPS:
         if name in given.only:
             if not given.plot:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.common import read_csv, write_csv
 from ppcl.artifacts.files import atomic_path
@@ -17,6 +17,16 @@ from ppcl.artifacts.files import atomic_path
 def as_text(value: Any) -> str:
     """Return a value as the file has it: None is empty, floats have six digits."""
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+Row = Mapping[str, str]
+_Row = TypeVar("_Row", bound=Row)
+
+
+def select(rows: Iterable[_Row], **facts: Any) -> list[_Row]:
+    """Return the rows that have these values."""
+    wanted = {key: as_text(value) for key, value in facts.items()}
+    return [row for row in rows if wanted.items() <= row.items()]
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,7 @@ class Table:
 
     def find(self, **facts: Any) -> dict[str, str] | None:
         """Return the last row that has these values."""
-        wanted = {name: as_text(value) for name, value in facts.items()}
-        return next((row for row in reversed(self.rows) if wanted.items() <= row.items()), None)
+        return next(reversed(select(self.rows, **facts)), None)
 
     def add(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Write a row at once, in the place of the one with the same keys if there is one; return it as text."""

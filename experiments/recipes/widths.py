@@ -26,6 +26,7 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from experiments.common import make_run
+from experiments.recipes import report
 from experiments.recipes.cells import HERE, commit
 from experiments.recipes.table import Table
 from ppcl.config import DistillConfig
@@ -129,23 +130,6 @@ def real_block(channels: int) -> nn.Module:
     return model
 
 
-def best_rates(rows: list[dict[str, str]]) -> str:
-    """Return a Markdown table of the errors by width and rate. The least of a width is bold."""
-    rates = sorted({float(row["relative_update"]) for row in rows})
-    lines = ["| channels | RMS of weights | before | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
-    lines.append("| --- " * (3 + len(rates)) + "|")
-    for key in sorted({(int(row["channels"]), row["what"], int(row["steps"])) for row in rows}):
-        mine = [row for row in rows if (int(row["channels"]), row["what"], int(row["steps"])) == key]
-        found = {float(row["relative_update"]): float(row["after"]) for row in mine}
-        least = min(found.values())
-        cells = [
-            f"**{found[r]:.4f}**" if found.get(r) == least else f"{found[r]:.4f}" if r in found else "" for r in rates
-        ]
-        first = f"| {key[0]:,} | {float(mine[0]['rms']):.3f} | {float(mine[0]['before']):.4f} | "
-        lines.append(first + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", nargs="*", type=int, default=list(CHANNELS))
@@ -171,7 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
         for channels in given.channels:
             teacher = widths.teacher(channels, given.teacher_steps, given.batch_size)
             widths.try_rates("trained", teacher, RATES, (2, 4), config)
-    print(best_rates(table.rows))
+    folder = given.output.parent
+    found = report.neighbours(folder)
+    print(found["widths"])
+    report.fill(folder / "README.md", found)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import math
 
 import pytest
 
+from experiments.recipes import chains as chained
 from experiments.recipes import report, run
 from experiments.recipes.cells import KEYS, RECIPES, TEACHERS, Cell, Sitting, claimed, steps_within
+from experiments.recipes.chains import EQUAL, HALF, Equal, Half
 from experiments.recipes.table import Table
 
 DIGEST = "0123456789abcdef"
@@ -154,7 +156,7 @@ def test_random_subsets_are_different_and_the_same_every_time():
 def test_the_readme_has_a_place_for_each_table(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text((run.HERE / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    tables = {name: f"| {name} \\1 |" for name in ("rates", "local", "subsets", "costs")}
+    tables = {name: f"| {name} \\1 |" for name in (*run.GROUPS, "costs", "widths", "noise_levels")}
     for _ in range(2):
         report.fill(readme, tables)
     assert all(readme.read_text(encoding="utf-8").count(text) == 1 for text in tables.values())
@@ -180,3 +182,132 @@ def test_a_measured_cell_is_not_measured_again(elsewhere, table, monkeypatch):
     monkeypatch.setattr(Sitting, "_figures", lambda *_: pytest.fail("measured again"))
     assert sitting.row(cell) == measured
     assert sitting.row(cell, minutes=5.0) == measured
+
+
+def chain_row(entry, score=0.5, peak_mb=60.0, error=0.01, group="equal", budget="5 min", **more):
+    found = {"group": group, "entry": entry, "teacher": "tiny_dit", "digest": DIGEST, "batch_size": 64, "seed": 10}
+    found |= {"budget": budget, "prompts": 60, "rate": 0.05, "error": error, "score": score, "peak_mb": peak_mb}
+    found |= {"drop_percent": 100 - 100 * score, "seconds": 300.0, "depth_steps": 600, "depth_seconds": 300.0}
+    return found | {"categories": "one=0.5 two=0.5"} | more
+
+
+@pytest.fixture
+def chains(tmp_path):
+    return Table(tmp_path / "chains.csv", chained.COLUMNS, chained.KEYS)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_every_chain_trains_as_its_entry_says(elsewhere, name):
+    entry = EQUAL[name]
+    chain = Equal(name, "tiny_dit", 11, 5.0, 0.02 if entry.best_rate else None)
+    config = chain.run(depth=7, finetune=5).config
+    distill, finetune = config.distill, config.finetune
+    assert distill.mode == {"local": "parallel", "sequential": "sequential", "removed": "none"}[entry.way]
+    assert config.data.train_seed == 11
+    if entry.share:
+        assert (distill.steps, distill.batch_size) == (7, 64)
+        assert distill.optimizer == ("muon" if entry.recipe == "standard" else "adamw")
+    if entry.best_rate:
+        assert distill.lr == 0.02
+    if entry.tuning:
+        assert (finetune.steps, finetune.batch_size) == (5, 64)
+        assert finetune.lora_rank == (8 if name == "local-lora" else 0)
+        assert (finetune.feature_weight == 0) == (name == "output")
+        assert finetune.optimizer == ("adamw" if name == "local-lora" else "muon")
+
+
+def test_students_of_equal_are_those_of_local(elsewhere):
+    cell = Equal("local-tuned", "tiny_dit", 10, 5.0).cell(7)
+    assert cell.run().folder == Cell("tiny_dit", "local", "standard", None, 7, 10).run().folder
+
+
+def test_a_chains_folder_does_not_depend_on_its_steps_but_on_its_settings(elsewhere):
+    chain = Equal("paper", "tiny_dit", 10, 5.0)
+    assert chain.run(depth=7).folder == chain.run(depth=9).folder
+    others = [Equal("paper", "tiny_dit", 10, 25.0), Equal("paper", "tiny_dit", 11, 5.0)]
+    others += [Equal("paper", "tiny_dit", 10, 5.0, 0.02), Equal("local", "tiny_dit", 10, 5.0)]
+    assert len({one.run().folder for one in [chain, *others]}) == 5
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_has_the_demos_settings_and_the_cells_students(elsewhere, name):
+    demo = Half(name, "tiny_qwen_image", 10, None)
+    config = demo.run().config
+    assert config.budget.params == 0.5
+    theirs = demo.cell(config.distill.steps).run()
+    assert chained.identity(theirs.config.distill) == chained.identity(config.distill)
+    assert theirs.intervals == demo.run().intervals
+    long = Half(name, "tiny_qwen_image", 10, 25.0).run(finetune=3).config
+    assert (long.distill.steps, long.finetune.steps, long.width.steps) == (1000, 3, config.width.steps)
+    small = Half(name, "tiny_qwen_image", 10, None, scale=0.01)
+    assert small.budget == "demo scaled"
+    assert small.run().config.finetune.steps < config.finetune.steps
+
+
+def test_known_seconds_are_those_of_trainings_with_the_same_steps(table, chains):
+    table.add(row(seconds=125.0))
+    table.add(row("standard", seconds=50.0))
+    chains.add(chain_row("paper-best", depth_seconds=240.0))
+    chains.add(chain_row("sequential-paper", depth_seconds=60.0))
+    chains.add(chain_row("output", depth_seconds=None, depth_steps=None, finetune_steps=100, finetune_seconds=80.0))
+    known = [table.rows, chains.rows]
+    assert chained.known_seconds(*known, Equal("paper", "tiny_dit", 12, 25.0), DIGEST, "depth") == [0.4, 0.5]
+    assert chained.known_seconds(*known, Equal("paper", "tiny_dit", 12, 25.0), "another", "depth") == []
+    assert chained.known_seconds(*known, Equal("output", "tiny_dit", 12, 25.0), DIGEST, "finetune") == [0.8]
+    assert chained.known_seconds(*known, Equal("removal-tuned", "tiny_dit", 12, 25.0), DIGEST, "finetune") == []
+
+
+def test_the_tables_of_equal_say_who_wins_and_what_fits(table, chains, elsewhere, tmp_path):
+    table.add(baseline("teacher", score=0.9))
+    chains.add(chain_row("local", 0.60, 60.0, 0.004))
+    chains.add(chain_row("removal-tuned", 0.80, 150.0, 0.003))
+    chains.add(chain_row("paper", 0.30, 57.0, 0.02, seconds=200.0))
+    diverged = {"score": None, "drop_percent": None, "error": math.nan, "remark": "diverged"}
+    chains.add(chain_row("sequential") | diverged)
+    budgets = {"short": 5.0, "long": 25.0}
+    text = report.equal_tables(table.rows, chains.rows, budgets)
+    assert "| removal + tuning | 1 | 600 | 300 | 150.0 | **0.00300** | **0.800** | **20.0** |" in text
+    assert "| the paper's recipe, local only | 1 | 600 | 200 | **57.0** | 0.0200 |" in text
+    assert "| short | removal + tuning | 2.50 | does not fit | - | - |" in text
+    assert "| short | ours, local only | 1.00 | **0.00400** | **0.600** | **40.0** |" in text
+    assert "sequential, our recipe (diverged)" in text
+    assert "**removal + tuning** has the highest score (0.800) and the least error (0.00300): ours does not win" in text
+    assert "The winner takes 2.50 times the peak" in text
+    assert "of ours, local only **ours, local only** has the highest score (0.600)" in text
+    assert "off the time: the paper's recipe, local only." in text
+    assert "Long" not in text
+    assert report.plot_equal(tmp_path / "equal.png", table.rows, chains.rows, budgets)
+
+
+def test_scores_within_the_noise_are_named(chains):
+    for name, score in (("local", 0.60), ("local-tuned", 0.63), ("paper", 0.30)):
+        chains.add(chain_row(name, score))
+    found = report.entries(chains.rows, "tiny_dit", DIGEST, 5.0)
+    assert report.level(found, "local-tuned") == ["ours, local only"]
+
+
+def test_the_table_of_half_has_the_minutes_of_each_part(chains):
+    assert report.half_table([]) == ""
+    more = {"width_steps": 30, "width_seconds": 30.0, "finetune_steps": 250, "finetune_seconds": 240.0}
+    chains.add(chain_row("ours", group="half", budget="demo", error_before=0.02, **more))
+    assert "| ours | demo | 1 | 600/30/250 | 5.0 | 0.5 | 4.0 | 5.0 | 60.0 | 0.0200 | 0.0100 |" in report.half_table(
+        chains.rows
+    )
+
+
+def test_the_least_error_of_each_width_is_bold(tmp_path):
+    assert set(report.neighbours(tmp_path).values()) == {""}
+    columns = ("what", "channels", "steps", "relative_update", "rms", "before", "after")
+    widths = Table(tmp_path / "widths.csv", columns, columns[:4])
+    for channels in (64, 128):
+        for rate, after in ((0.05, 0.1), (0.1, 0.2)):
+            widths.add({"what": "trained", "channels": channels, "steps": 5, "relative_update": rate, "after": after}
+                       | {"rms": 0.3, "before": 1.0})  # fmt: skip
+    assert report.neighbours(tmp_path)["widths"].count("**0.100**") == 2
+
+
+def test_a_chain_that_was_stopped_goes_on_with_the_steps_it_began_with(elsewhere, table, chains):
+    chain = Equal("local-tuned", "tiny_dit", 10, 5.0)
+    decided = {"depth": 123, "finetune": 45}
+    chained.write_json(chain.run().folder / "steps.json", decided)
+    assert chained.Chains(Sitting(table, prompts=1, shared=True), chains)._steps(chain) == decided

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -66,7 +67,7 @@ class Pretrain(ManualOptimization):
     def configure_optimizers(self) -> tuple[list, list]:
         blocks = self.family.blocks(self.transformer).values()
         hidden, rest = split_for_muon(self.family, self.transformer, blocks)
-        groups = [{"params": rest}]
+        groups: list[dict[str, Any]] = [{"params": rest}]
         if self.text_encoder is not None:
             groups.append({"params": list(self.text_encoder.parameters()), "lr": self.text_encoder_lr})
         adam = torch.optim.AdamW(groups, lr=self.hparams["adam_lr"], betas=(0.9, 0.95), fused=True)
