@@ -33,6 +33,13 @@ OF_COMMAND = (
     *("export.push_to_hub", "export.private", "export.commit_message"),
     *(f"generate.{item.name}" for item in fields(GenerateConfig) if item.name not in ("batch_size", "plug_fraction")),
 )
+# Learning rates, and the groups whose `relative_update` can take their place.
+_RATES = (
+    ("distill.lr", "distill"),
+    ("width.lr", "distill"),
+    ("finetune.lr", "finetune"),
+    ("finetune.muon_lr", "finetune"),
+)
 # Stages that only draw and measure. With `run=FOLDER` their settings, such as another seed, are not recorded.
 _LOOKING = {"generate", "evaluate", "report"}
 # What data there is follows from where it lies.
@@ -72,12 +79,12 @@ def compose(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
 def check_choices(overrides: Sequence[str]) -> None:
     """Raise `UsageError` for the first `group=choice` without a file. Hydra's own message would fill a page."""
     for override in overrides:
-        group, _, choice = override.lstrip("+").partition("=")
+        group, sign, choice = override.lstrip("+").partition("=")
         folder = conf_dir() / group
-        if not group or not choice or not folder.is_dir() or not group.isidentifier():
+        if not group or not sign or not folder.is_dir() or not group.isidentifier():
             continue
         for name in (part.strip("'\"") for part in choice.split(",")):
-            if not (folder / f"{name}.yaml").is_file() and name not in ("null", ""):
+            if not (folder / f"{name}.yaml").is_file():  # nor does Hydra take null or nothing for a choice
                 known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
                 raise UsageError(f"{group}={name} is unknown; conf/{group} has {known}.")
 
@@ -147,8 +154,9 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration of a command with `run=FOLDER`, or `raw` without it.
 
     It is the recorded configuration, except for the keys `OF_COMMAND` and those in `overrides`, which are taken from
-    `raw`. A group choice replaces its whole group; `distill=` keeps the recorded recipe. Raises `UsageError` for
-    overrides that contradict `run=FOLDER`.
+    `raw`. A group choice replaces its whole group, but `distill=` and `finetune=` keep the recorded recipe. Recorded
+    learning rates that do not go with the recipe are replaced, too. Raises `UsageError` for overrides that contradict
+    `run=FOLDER`.
     """
     if raw.run is None:
         return raw
@@ -174,13 +182,9 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
         elif key == "recipe" and isinstance(choice, str):
             said += recipes[choice]
-            # A recorded learning rate stays where the recipe has a use for it.
-            relative = OmegaConf.select(raw, "distill.relative_update") is not None
-            rates = ("distill.lr", "width.lr")
-            said += [rate for rate in rates if (OmegaConf.select(record, rate) is None) != relative]
-        elif key == "distill" and isinstance(choice, str):  # its choices say nothing of what a recipe sets
+        elif key in ("distill", "finetune") and isinstance(choice, str):  # they say nothing of what a recipe sets
             of_recipes = {name for names in recipes.values() for name in names}
-            said += [name for name in (f"distill.{name!s}" for name in raw.distill) if name not in of_recipes]
+            said += [name for name in (f"{key}.{name!s}" for name in raw[key]) if name not in of_recipes]
         elif key not in ("run", "experiment", "sampling", "recipe") and not (
             key.startswith("hydra") or override.is_delete()
         ):
@@ -190,11 +194,19 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
     present = OmegaConf.to_container(
         raw, resolve=False
     )  # interpolations are resolved later, with the new model and data
-    for key in said:
+
+    def take(key: str) -> None:
         value: Any = present
         for part in key.split("."):
             value = value[part]
         OmegaConf.update(record, key, value, merge=False, force_add=True)
+
+    for key in said:
+        take(key)
+    for rate, group in _RATES:  # a recorded learning rate stays where there is a use for it
+        relative = OmegaConf.select(record, f"{group}.relative_update") is not None
+        if (OmegaConf.select(record, rate) is None) != relative:
+            take(rate)
     record.run = None
     return record
 

@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ppcl.artifacts.costs import Unit
+from ppcl.command import check_choices, continued
+from ppcl.command import compose as compose_command
 from ppcl.errors import UsageError
 from ppcl.families.qwen_image.tiny import build_pipeline
 from ppcl.families.registry import get_family
@@ -601,6 +603,12 @@ def test_keys_that_a_plus_brought_past_hydra_are_refused(auto):
     assert parsed(*auto, "+model.sampling.scheduler.shift=3").model.sampling.scheduler == {"shift": 3}
 
 
+@pytest.mark.parametrize("override", ["recipe=papr", "recipe=null", "recipe=", "sampling=null"])
+def test_a_group_needs_one_of_its_choices(override):
+    with pytest.raises(UsageError, match=rf"^{override} is unknown; conf/\w+ has "):
+        check_choices([override])
+
+
 def test_a_loss_without_weight_is_as_if_it_were_not_named(auto):
     assert parsed(*auto, "distill.losses.relative=0").distill.losses == {"relative_per_token": 1.0}
     for weight in ("nan", "inf"):
@@ -639,8 +647,8 @@ def test_a_recipe_sets_the_rates_of_students_and_projectors(auto):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["distill.lr=0.1"], "distill.lr=0.1 has no effect with distill.relative_update=0.05: set"),
-        (["width.lr=0.1"], "width.lr=0.1 has no effect with distill.relative_update=0.05: set"),
+        (["distill.lr=0.1"], "distill.lr=0.1 has no effect with distill.relative_update=0.05: leave it"),
+        (["width.lr=0.1"], "width.lr=0.1 has no effect with distill.relative_update=0.05: leave it"),
         (["recipe=paper", "distill.lr=null"], "distill.lr=null needs distill.relative_update, such as 0.05"),
         (["distill.relative_update=null"], "distill.optimizer=muon needs distill.relative_update, such as 0.05"),
         (["finetune.relative_update=0.1", "finetune.lr=0.1"], "finetune.lr=0.1 has no effect with finetune.rel"),
@@ -648,6 +656,52 @@ def test_a_recipe_sets_the_rates_of_students_and_projectors(auto):
 )
 def test_a_training_has_its_rates_from_one_key(auto, overrides, message):
     assert message in refused([*auto, *overrides])
+
+
+RECIPES = {
+    "standard": ([], ()),
+    "paper": (["recipe=paper"], ()),
+    "older": (["recipe=paper"], ("distill.optimizer", "distill.relative_update", "finetune.relative_update")),
+}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "distill", "finetune"),  # rates of students; of fine-tuning: AdamW's, Muon's, relative
+    [
+        ("standard", [], (None, 0.05), (None, None, 0.01)),
+        ("standard", ["recipe=paper"], (1e-3, None), (2e-3, 0.01, None)),
+        ("standard", ["recipe=paper", "distill.lr=0.1"], (0.1, None), (2e-3, 0.01, None)),
+        ("standard", ["distill=paper", "finetune=paper"], (None, 0.05), (None, None, 0.01)),
+        ("standard", ["finetune.relative_update=null"], (None, 0.05), (2e-3, 0.01, None)),
+        ("paper", ["recipe=standard"], (None, 0.05), (None, None, 0.01)),
+        ("paper", ["distill.relative_update=0.02"], (None, 0.02), (2e-3, 0.01, None)),
+        ("older", [], (1e-3, None), (2e-3, 0.01, None)),
+        ("older", ["distill=paper", "finetune=tiny"], (1e-5, None), (2e-3, 0.01, None)),
+        ("older", ["recipe=standard"], (None, 0.05), (None, None, 0.01)),
+        ("older", ["recipe=standard", "finetune.optimizer=adamw"], (None, 0.05), (2e-3, 0.01, None)),
+        (
+            "older",
+            ["recipe=standard", "finetune.lr=0.1", "finetune.relative_update=null"],
+            (None, 0.05),
+            (0.1, 0.01, None),
+        ),
+    ],
+)
+def test_a_run_keeps_its_recipe(tmp_path, recorded, given, distill, finetune):
+    overrides, unknown = RECIPES[recorded]
+    record = OmegaConf.structured(parsed("model=tiny_qwen_image", *overrides))
+    record = OmegaConf.create(OmegaConf.to_yaml(record))
+    for key in unknown:
+        group, name = key.split(".")
+        del record[group][name]
+    OmegaConf.save(record, tmp_path / "config.yaml")
+    command = [f"run={tmp_path}", *given]
+    config = parse(continued(compose_command(command)[0], command))
+    assert (config.distill.lr, config.distill.relative_update) == distill
+    assert config.width.lr == (None if distill[1] else 1e-3)
+    assert (config.finetune.lr, config.finetune.muon_lr, config.finetune.relative_update) == finetune
+    paper = "recipe=paper" in given or (recorded != "standard" and "recipe=standard" not in given)
+    assert config.distill.losses == ({"direction": 1.0} if paper else {"relative_per_token": 1.0})
 
 
 def test_sampling_and_dtype_come_with_the_pipeline_folder(auto, pipeline_folder, tmp_path):

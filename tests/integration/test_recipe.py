@@ -176,10 +176,15 @@ def test_a_recipe_brings_its_rates_into_a_recorded_run(older: Path, given: list[
 
 
 def test_a_run_of_the_default_recipe_takes_the_papers(trained: Path) -> None:
-    assert prepare([f"run={trained}"]).config.distill.relative_update == 0.05
     config = prepare([f"run={trained}", "recipe=paper"]).config
     assert (config.distill.lr, config.width.lr, config.distill.relative_update) == (1e-3, 1e-3, None)
     assert config.distill.losses == {"direction": 1.0}
+    assert (config.finetune.lr, config.finetune.muon_lr, config.finetune.relative_update) == (2e-3, 0.01, None)
+
+
+def test_a_run_of_the_default_recipe_goes_on_with_its_students(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "trained")
+    assert "reused" in succeed(f"run={run}", "stages=[depth]").out
 
 
 # Killed trainings.

@@ -39,6 +39,9 @@ def parse(raw: DictConfig) -> Config:
     """Return the composed Hydra configuration as a checked `Config`; raises `UsageError` for a wrong key or value."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        losses = OmegaConf.select(raw, "distill.losses")
+        if losses is not None:  # merging adds the schema's own loss to a record that is without it
+            OmegaConf.update(merged, "distill.losses", losses, merge=False)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
@@ -85,10 +88,13 @@ def check_rates(config: Config) -> None:
                 remedy = "finetune.relative_update=null" if group == "finetune" else "recipe=paper"
                 raise UsageError(
                     f"{group}.{key}={getattr(settings, key)} has no effect with {other}.relative_update={relative}: "
-                    f"set {other}.relative_update, or {remedy}, which trains with {group}.{key}."
+                    f"leave it out, or add {remedy}, which trains with {group}.{key}."
                 )
         if settings.lr is None and relative is None:
-            raise UsageError(f"{group}.lr=null needs {other}.relative_update, such as 0.05: there is no learning rate.")
+            usual = "0.01" if group == "finetune" else "0.05"
+            raise UsageError(
+                f"{group}.lr=null needs {other}.relative_update, such as {usual}: there is no learning rate."
+            )
     if finetune.optimizer == "muon" and finetune.muon_lr is None and finetune.relative_update is None:
         raise UsageError("finetune.muon_lr=null needs finetune.relative_update, such as 0.01: Muon has no rate.")
     if distill.optimizer == "muon" and distill.relative_update is None:
