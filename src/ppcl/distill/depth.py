@@ -24,8 +24,9 @@ from ppcl.training.sharding import Sharding
 class DepthDistillation(LocalDistillation):
     """Trains one student block per interval [u, v] to give the output of teacher block v.
 
-    Loss (Eq. 6-7): the sum over intervals and streams of the mean over valid tokens of ||s/||s|| - t/||t|| ||^2, where
-    s is the student's output and t the output of teacher block v. `distill.losses` can add or replace terms.
+    Loss: the sum over intervals and streams of the losses between the student's output s and the output t of teacher
+    block v, weighted by `distill.losses`. The paper's is the mean over valid tokens of ||s/||s|| - t/||t|| ||^2
+    (Eq. 6-7). The default is that of ||s - t||^2 / ||t||^2.
 
     `distill.mode=parallel`: the teacher runs once, without gradient. As soon as it has passed block v, the student of
     [u, v] is called with the arguments that block u was called with. The teacher stops after the last v.

@@ -108,7 +108,9 @@ class LocalDistillation(ManualOptimization):
     def output_terms(
         self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None], average: Average
     ) -> tuple[Terms, Terms]:
-        """Return the weighted losses of a block's output per stream (Eq. 6), and norm ratios, which are only logged.
+        """Return the losses of a block's output per stream, weighted by `distill.losses`, and norm ratios.
+
+        Norm ratios are only logged.
 
         `student`, `teacher`: output streams `[B, tokens, D]`. `masks`: valid tokens `[B, tokens]` per stream, None for
         all. `average`: the mean of a scalar over ranks that share the batch.

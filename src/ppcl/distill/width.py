@@ -88,8 +88,9 @@ class WidthDistillation(LocalDistillation):
     independently. A pruned block j gets the teacher's activations T_{j-1} as input. If its text stream is pruned, it
     reads the text that the teacher has at its reference block.
 
-    The loss of a part is Eq. 11, the direction loss of the block's output per stream, plus `linear_weight` times Eq. 12
-    for each projector: ||p - t||^2 / ||t||^2, where p is the projector's output and t its target.
+    The loss of a part is that of the block's output per stream, weighted by `distill.losses` (in Eq. 11 the direction
+    loss), plus `linear_weight` times Eq. 12 for each projector: ||p - t||^2 / ||t||^2, where p is the projector's
+    output and t its target.
 
     `kept`: all blocks of the depth-pruned model, see `places`.
     `width`: the indices of the pruned blocks by stack.
@@ -221,7 +222,7 @@ class WidthDistillation(LocalDistillation):
         masks: dict[str, Any],
         average: Average,
     ) -> Terms:
-        """Return the loss terms of pruned place `number`: Eq. 11 per stream, Eq. 12 per projector, and norm ratios.
+        """Return the loss terms of pruned place `number`: those of each stream, Eq. 12 per projector, and norm ratios.
 
         `arguments`: from `each_call`. `student`, `teacher`: output streams `[B, tokens, D]`. `masks`: valid tokens
         `[B, tokens]` per stream, None for all. `average`: the mean of a scalar over ranks that share the batch.
