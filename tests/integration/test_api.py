@@ -196,13 +196,13 @@ def test_a_finished_run_draws_again_and_again(finished: Path) -> None:
 def test_what_a_command_says_wins_over_the_record(finished: Path) -> None:
     """Values, also those that are the default; and group choices."""
     before = OmegaConf.load(finished / "config.yaml")
-    assert (before.model.sampling.num_inference_steps, before.distill.relative_update) == (2, 0.05)
+    assert (before.model.sampling.num_inference_steps, before.distill.relative_update) == (2, 0.1)
     given = ["model.sampling.num_inference_steps=50", "quantize=int8", "method=ppcl_lp_a", "seed=42"]
     results = package.run([f"run={finished}", *given, "stages=[plan]"], quiet=True)
     config = results.config
     assert (config.model.sampling.num_inference_steps, config.model.sampling.height) == (50, 32)
     assert (config.quantize.scheme, config.method.name) == ("int8", "ppcl_lp_a")
-    assert (config.distill.relative_update, config.intervals.transformer_blocks) == (0.05, [[1, 2], [3, 4]])
+    assert (config.distill.relative_update, config.intervals.transformer_blocks) == (0.1, [[1, 2], [3, 4]])
     few = package.run([f"run={finished}", "sampling=few_step", "stages=[plan]"], quiet=True).config.model.sampling
     assert (few.num_inference_steps, few.true_cfg_scale, few.height) == (8, 1.0, 32)
 

@@ -319,7 +319,7 @@ def test_checkpoint_of_another_training_is_named(command: list[str], trained: Pa
     (folder / "checkpoint.json").write_text(json.dumps(record))
     (folder / "last.ckpt").write_bytes(b"not read")
     outcome = ppcl(*command, INTERVALS, "stages=[depth]")
-    assert_one_sentence(outcome, str(folder / "checkpoint.json"), "distill.relative_update=0.5, now 0.05")
+    assert_one_sentence(outcome, str(folder / "checkpoint.json"), "distill.relative_update=0.5, now 0.1")
     assert (folder / "last.ckpt").read_bytes() == b"not read"
 
 

@@ -132,7 +132,7 @@ def test_second_run_reuses_everything(chain: Path, chain_command: list[str]) -> 
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ("distill.relative_update=0.1", "distill.relative_update=0.05, now 0.1"),
+        ("distill.relative_update=0.2", "distill.relative_update=0.1, now 0.2"),
         ("method.num_timesteps=3", "method.num_timesteps=2, now 3"),
     ],
 )

@@ -746,7 +746,12 @@ def test_default_recipe(common: list[str], tmp_path: Path) -> None:
     command = [a for a in common if not a.startswith(("recipe=", "width.lr=", "distill.warmup_steps="))]
     command += [INTERVALS, f"paths.runs_dir={tmp_path}", "name=standard", "stages=[depth,width]"]
     # Muon rounds to bfloat16. The first steps of a long warm-up are small, as above.
-    command += ["distill.warmup_steps=100", "width.source=given", f"width.{STACK}.ffn=[0]"]
+    command += [
+        "distill.relative_update=0.05",
+        "distill.warmup_steps=100",
+        "width.source=given",
+        f"width.{STACK}.ffn=[0]",
+    ]
     succeed(*command)
     found = {}
     for path in sorted((tmp_path / "standard" / "plugs").glob("*.json")):

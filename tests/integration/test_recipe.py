@@ -27,7 +27,7 @@ from ppcl.families.registry import FAMILIES, builders, get_family, register
 from ppcl.layers import Layout
 from ppcl.taps import stack_of
 
-RECIPE: Any = {"optimizer": "muon", "relative_update": 0.05, "lr": None}
+RECIPE: Any = {"optimizer": "muon", "relative_update": 0.1, "lr": None}
 SHIPPED = [*FAMILIES]
 
 # Which parameters are whose.

@@ -185,7 +185,8 @@ def test_what_ranks_have_trained_one_process_reuses(options: list[str], shared: 
 def standard(options: list[str]) -> list[str]:
     """Students and projectors by the default recipe."""
     without = ("recipe=", "distill.lr=", "width.lr=", "distill.magnitude_weight=")
-    return [*(option for option in options if not option.startswith(without)), "stages=[depth,width]"]
+    rate = "distill.relative_update=0.05"
+    return [*(option for option in options if not option.startswith(without)), rate, "stages=[depth,width]"]
 
 
 @pytest.fixture(scope="module")
