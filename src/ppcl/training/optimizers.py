@@ -130,7 +130,7 @@ class Muon(torch.optim.Muon):
             self._init_group(group, *found)  # the weights that have gradients, these, and their momentum
             for weight, gradient, momentum in zip(*found, strict=True):
                 momentum.lerp_(gradient, 1 - group["momentum"])
-                update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                update = gradient.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
                 todo.append((group, weight, update))
         while todo:
             ranks = todo[0][1].device_mesh.size()
