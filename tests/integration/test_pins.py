@@ -527,6 +527,7 @@ def test_demo(tmp_path: Path) -> None:
     Probes and plan by detection are the demo's own; plug and tuned model are of one given interval.
     """
     command = ["experiment=demo", "recipe=paper", f"paths.runs_dir={tmp_path}", "trainer.progress=false"]
+    command += ["distill.steps=400", "finetune.steps=400"]  # as it was when these were pinned
     given = [*command, f"intervals.{STACK}=[[3,5]]", "width=none", "budget.params=null", "generate.variants=[teacher]"]
     run, name = tmp_path / "demo", f"{STACK}.3-5"
     layers = {"family": "qwen_image", "num_layers": {STACK: 20}, "intervals": {}, "scores": {}, "width": {}}

@@ -161,11 +161,11 @@ def test_an_older_run_refuses_to_be_trained_by_another_recipe(older: Path, tmp_p
     ("given", "rates"),  # of students and projectors, and relative
     [
         ([], (1e-3, 1e-3, None)),
-        (["recipe=standard"], (None, None, 0.05)),
+        (["recipe=standard"], (None, None, 0.1)),
         (["recipe=standard", "distill.relative_update=0.02"], (None, None, 0.02)),
         (["recipe=paper", "width.lr=0.1"], (1e-3, 0.1, None)),
         (["distill=paper"], (1e-5, 1e-3, None)),
-        (["recipe=standard", "distill=paper"], (None, None, 0.05)),
+        (["recipe=standard", "distill=paper"], (None, None, 0.1)),
     ],
 )
 def test_a_recipe_brings_its_rates_into_a_recorded_run(older: Path, given: list[str], rates: tuple) -> None:

@@ -138,7 +138,7 @@ def test_ratios_of_subsets_are_over_the_ones_both_recipes_have(table, elsewhere,
     for number in range(3):
         subsets.add(keys | {"subset": number, "error": 0.01 * (number + 1)})
     for number in range(2):
-        subsets.add(keys | {"recipe": "standard", "rate": 0.05, "subset": number, "error": 0.005})
+        subsets.add(keys | {"recipe": "standard", "rate": 0.1, "subset": number, "error": 0.005})
     text = report.subsets_table(table.rows, subsets.rows, 250)
     assert "| ours | 2 | 0.00500 | 0.333 | 2 of 2 |" in text
     assert report.plot_subsets(tmp_path / "subsets.png", table.rows, subsets.rows, 250)
