@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -86,7 +87,7 @@ HALF = {"ours": "standard", "paper": "paper"}
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(ABC):
     """What all chains have.
 
     `seed`: `data.train_seed`.
@@ -105,13 +106,13 @@ class Chain:
     group = ""
 
     @property
+    @abstractmethod
     def budget(self) -> str:
         """What ends the trainings, as the table has it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def overrides(self, **steps: int) -> list[str]:
         """Return the overrides of the chain's run, with the steps of each part."""
-        raise NotImplementedError
 
     @cached_property
     def folder_name(self) -> str:
