@@ -1,4 +1,4 @@
-"""A newcomer's own job: a pipeline folder, 200 pictures with captions, one command, defaults only."""
+"""A newcomer's own job: a pipeline folder, 200 pictures with captions, one command, defaults but for the steps."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from ppcl.data.worlds import shapes
 
 SHARE = 0.6
+SHORT = ["distill.steps=40", "width.steps=10", "finetune.steps=40"]
 
 # Draws with the export where ppcl cannot be imported.
 SCRIPT = """
@@ -55,7 +56,7 @@ def parameters(folder: Path) -> int:
 
 def test_one_command_prunes_draws_and_exports(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    said = succeed("experiment=prune", "model.path=model", "data.path=pictures", f"budget.params={SHARE}").out
+    said = succeed("experiment=prune", "model.path=model", "data.path=pictures", f"budget.params={SHARE}", *SHORT).out
     assert "pictures: 200 pictures" in said  # the data, and not the toy world
     run = place / "runs" / "pruned"
 
