@@ -34,6 +34,7 @@ NUM_SUBSETS = 50
 DEMO_TEACHER = "tiny_qwen_image"
 STEPS = 250
 MINUTES = {"short": 5.0, "long": 25.0}
+ENTRIES = tuple(dict.fromkeys([*EQUAL, *HALF]))
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,18 @@ class Work:
     seeds: Sequence[int]
     steps: int
     recipes: Sequence[str] = tuple(RECIPES)
-    entries: Sequence[str] = tuple(EQUAL)
+    entries: Sequence[str] = ENTRIES
+    lengths: Sequence[str] = tuple(MINUTES)
 
     @property
     def budgets(self) -> dict[str, tuple[int, float]]:
         """The most steps and minutes of a training, by name."""
         return {"short": (self.steps, MINUTES["short"]), "long": (4 * self.steps, MINUTES["long"])}
+
+    @property
+    def wanted(self) -> dict[str, tuple[int, float]]:
+        """Those of the budgets that are to be measured."""
+        return {name: budget for name, budget in self.budgets.items() if name in self.lengths}
 
     @property
     def scale(self) -> float:
@@ -92,11 +99,12 @@ def local(work: Work) -> None:
     """Train students within the short and the long budget, with every seed of a teacher."""
     for teacher in work.teachers:
         baselines(work, teacher)
-    for steps, minutes in work.budgets.values():
+    for steps, minutes in work.wanted.values():
         for teacher in work.teachers:
             for seed in (seed for seed in TEACHERS[teacher].seeds if seed in work.seeds):
                 for cell in work.compared(teacher, steps, seed):
-                    say(work.sitting.row(cell, minutes))
+                    if cell.recipe in work.recipes:
+                        say(work.sitting.row(cell, minutes))
 
 
 def subsets(work: Work) -> None:
@@ -112,8 +120,9 @@ def subsets(work: Work) -> None:
 def half(work: Work) -> None:
     """Prune the demo's teacher to half, by the demo's settings and within the long budget's minutes."""
     for seed in (seed for seed in SEEDS if seed in work.seeds):
-        for minutes in (None, work.minutes["long"]):
-            for name in HALF:
+        for length in work.wanted:
+            minutes = None if length == "short" else work.minutes[length]  # the short one is the demo
+            for name in (name for name in HALF if name in work.entries):
                 say(work.chains.row(Half(name, DEMO_TEACHER, seed, minutes, scale=work.scale)))
 
 
@@ -122,9 +131,9 @@ def equal(work: Work) -> None:
     for teacher in work.teachers:
         baselines(work, teacher)
     for seed in (seed for seed in SEEDS if seed in work.seeds):
-        for minutes in work.minutes.values():
+        for minutes in (work.minutes[length] for length in work.wanted):
             for teacher in (teacher for teacher in work.teachers if seed in TEACHERS[teacher].seeds):
-                for name in work.entries:
+                for name in (name for name in EQUAL if name in work.entries):
                     if not EQUAL[name].best_rate:
                         say(work.chains.row(Equal(name, teacher, seed, minutes)))
                         continue
@@ -205,11 +214,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--teacher", nargs="+", choices=TEACHERS, default=list(TEACHERS))
-    parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES), help="of `rates`")
+    parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES), help="of `rates`, `local`")
     parser.add_argument(
         "--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="of `local`, `half` and `equal`"
     )
-    parser.add_argument("--entry", nargs="+", choices=EQUAL, default=list(EQUAL), help="of `equal`")
+    parser.add_argument("--entry", nargs="+", choices=ENTRIES, default=ENTRIES, help="of `half` and `equal`")
+    parser.add_argument(
+        "--budget",
+        nargs="+",
+        choices=MINUTES,
+        default=list(MINUTES),
+        help="of `local`, `half` (short: the demo), `equal`",
+    )
     parser.add_argument(
         "--steps", type=int, default=STEPS, help="of a short training; a long one has four times as many"
     )
@@ -223,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subset_table = Table(given.output / "subsets.csv", SUBSET_COLUMNS, SUBSET_KEYS)
     chain_table = Table(given.output / "chains.csv", chained.COLUMNS, chained.KEYS)
     chains = Chains(sitting, chain_table, min(chained.TRIAL_STEPS, given.steps))
-    work = Work(sitting, subset_table, chains, given.teacher, given.seeds, given.steps, given.recipe, given.entry)
+    chosen = given.teacher, given.seeds, given.steps, given.recipe, given.entry, given.budget
+    work = Work(sitting, subset_table, chains, *chosen)
     for name in GROUPS:
         if name in given.only:
             if not given.plot:
