@@ -633,42 +633,42 @@ def plot_subsets(path: Path, rows: Sequence[Row], subsets: Sequence[Row], steps:
 
 
 def plot_equal(path: Path, rows: Sequence[Row], chains: Sequence[Row], budgets: Mapping[str, float]) -> bool:
-    """Plot score against peak memory of the group `equal`: a row of panels for each teacher, one for each budget."""
-    found = {
-        pair: {name: entries(chains, *pair, limit) for name, limit in budgets.items()}
-        for pair in teachers_of(select(chains, group="equal"))
-    }
-    found = {pair: by_budget for pair, by_budget in found.items() if any(by_budget.values())}
-    if not found:
+    """Plot score and peak memory of the group `equal`, a line for each entry, the highest score on top.
+
+    A teacher and a budget that have been measured are a row of panels.
+    """
+    measured = [
+        (teacher, digest, budget, found)
+        for teacher, digest in teachers_of(select(chains, group="equal"))
+        for budget, limit in budgets.items()
+        if (found := scored(entries(chains, teacher, digest, limit)))
+    ]
+    if not measured:
         return False
+    heights = [len(found) for *_, found in measured]
+    size = (9.5, 1.4 + 0.34 * sum(heights) + 0.7 * len(heights))
     figure, axes = plt.subplots(
-        len(found), len(budgets), figsize=(11.5, 4.4 * len(found)), squeeze=False, sharex="row", sharey="row"
+        len(measured), 2, figsize=size, squeeze=False, sharey="row", sharex="col", height_ratios=heights
     )
-    labelled = []
-    for line, ((teacher, digest), by_budget) in zip(axes, found.items(), strict=True):
-        for axis, (budget, by_entry) in zip(line, by_budget.items(), strict=True):
-            labels, points = [], []
-            for name, chosen in by_entry.items():
-                peak, score = average(chosen, "peak_mb"), average(chosen, "score")
-                if peak is None or score is None:
-                    continue
+    for (left, right), (teacher, digest, budget, found) in zip(axes, measured, strict=True):
+        names = sorted(found, key=lambda name: average(found[name], "score") or 0.0)
+        for axis, key in ((left, "score"), (right, "peak_mb")):
+            for height, name in enumerate(names):
                 color = COLORS["per token" if EQUAL[name].is_ours else "direction"]
-                margin = mean_and_spread(float(row["score"]) for row in chosen)[1]
-                axis.errorbar(peak, score, margin, fmt="o", color=color, capsize=3)
-                labels.append(EQUAL[name].label)
-                points.append((peak, score, margin))
-            for row in select(rows, way="teacher", teacher=teacher, digest=digest)[-1:]:
-                axis.axhline(float(row["score"]), color=plots.INK, linestyle=":", linewidth=1.2)
-            for row in select(rows, way="removed", teacher=teacher, digest=digest)[-1:]:
-                axis.axhline(float(row["score"]), color=COLORS["removed"], linestyle="--", linewidth=1.2)
-            axis.margins(x=0.3)
-            axis.set(xscale="log", ylim=(-0.05, 1.05), xlabel="peak of live tensors, MB")
-            axis.set_title(f"{teacher} ({digest[:8]}), {budget}: {budgets[budget]:g} minutes", loc="left",
-                           color=plots.INK, fontsize=10)  # fmt: skip
-            labelled.append((axis, labels, points))
-        line[0].set_ylabel("score")
-        for axis in line:
-            _plain_log(axis.xaxis)
+                mean, margin = mean_and_spread(float(row[key]) for row in found[name])
+                axis.errorbar(mean, height, xerr=margin or None, fmt="o", color=color, capsize=3)
+        left.set_yticks(range(len(names)), [EQUAL[name].label for name in names])
+        left.set_ylim(-0.6, len(names) - 0.4)
+        for way, color, style in (("teacher", plots.INK, ":"), ("removed", COLORS["removed"], "--")):
+            for row in select(rows, way=way, teacher=teacher, digest=digest)[-1:]:
+                left.axvline(float(row["score"]), color=color, linestyle=style, linewidth=1.2)
+        left.set(xlim=(0, 1))
+        right.set(xscale="log")
+        _plain_log(right.xaxis)
+        title = f"{teacher} ({digest[:8]}), {budgets[budget]:g} minutes of training"
+        left.set_title(title, loc="left", color=plots.INK, fontsize=10)
+    axes[-1][0].set_xlabel("score")
+    axes[-1][1].set_xlabel("peak of live tensors, MB")
     handles = [
         Line2D([], [], color=COLORS["per token"], marker="o", linewidth=0, label="local training by our recipe"),
         Line2D([], [], color=COLORS["direction"], marker="o", linewidth=0, label="all others"),
@@ -676,7 +676,12 @@ def plot_equal(path: Path, rows: Sequence[Row], chains: Sequence[Row], budgets: 
         Line2D([], [], color=plots.INK, linestyle=":", label="teacher"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    for axis, labels, points in labelled:
-        plots.label_points(axis, labels, points)
     plots.save_figure(figure, path)
     return True
+
+
+def scored(found: ByEntry) -> ByEntry:
+    """Return the entries that have a score and a peak in all of their rows."""
+    return {
+        name: rows for name, rows in found.items() if None not in (average(rows, "score"), average(rows, "peak_mb"))
+    }
