@@ -74,17 +74,16 @@ def plot(path: Path, rows: list[dict[str, str]]) -> None:
     for row in rows:
         if row["score"]:
             lines.setdefault(f"{row['variant']} of {row['run']}", []).append(row)
-    labels, points = [], []
     for number, (name, line) in enumerate(lines.items()):
         line = sorted(line, key=lambda row: -float(row["above"]))
         x, y, margins = ([float(row[key] or 0) for row in line] for key in ("latency_ratio", "score", "score_interval"))
         axis.errorbar(x, y, margins, fmt="o-", color=plots.PALETTE[number], label=name, capsize=3)
-        labels += [row["above"] for row in line]
-        points += list(zip(x, y, margins, strict=True))
+        for row, place, top, margin in zip(line, x, y, margins, strict=True):
+            above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(row["above"], (place, top + margin), **above)
     axis.set(xlabel="time for a picture, relative to the teacher", ylabel="overall score", ylim=(-0.05, 1.05))
     axis.set_title("The teacher draws above the noise level at each point", loc="left", color=plots.INK)
     axis.legend(loc="lower right")
-    plots.label_points(axis, labels, points)
     plots.save_figure(figure, path)
 
 
