@@ -366,6 +366,7 @@ def test_another_budget_needs_a_plan_of_its_own(again: list[str], tmp_path: Path
     [
         ("finetune.relative_update=0.5", "finetune.relative_update=0.01, now 0.5"),
         ("finetune.ema_decay=0", "finetune.ema_decay=0.5, now 0.0"),
+        ("finetune.optimizer=adamw", "finetune.lr=None, now 0.0"),  # the optimiser decides which rates are set
     ],
 )
 def test_changed_finetune_setting_is_refused(again: list[str], tmp_path: Path, change: str, key: str) -> None:
