@@ -15,9 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.config import GenerateConfig
+from ppcl.config import Config, GenerateConfig
 from ppcl.errors import UsageError
 from ppcl.launch import is_first, launched
+from ppcl.options import declared, unknown_key
 from ppcl.paths import conf_dir
 
 if TYPE_CHECKING:
@@ -374,7 +375,7 @@ def sentence(error: Exception) -> str:
         return f"{override} cannot be read: close brackets and quotes; write text as '{key}=\"TEXT\"'."
     found = re.match(r"Could not override '([^']*)'", text)
     if found:
-        return f"{found[1].strip('.')} is no configuration key; `ppcl --cfg job` prints all of them."
+        return unknown_key(found[1].strip("."), Config())
     found = re.match(r"Ambiguous value for argument '(.*?)' 1\. To use", text)
     if found:
         key, _, value = found[1].partition("=")
@@ -396,9 +397,6 @@ def sentence(error: Exception) -> str:
 
 def _wrong_kind(override: str, cause: str, kind: str) -> str:
     """Return the sentence for an override whose value is not of the right kind, such as `a number`."""
-    from ppcl.config import Config
-    from ppcl.options import declared
-
     key, _, given = override.lstrip("+").partition("=")
     told = re.search(r"Value '(.*?)'", cause)
     value = told[1] if told else given

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, field, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -51,3 +52,12 @@ def declared(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, float 
             yield from declared(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value, item.metadata.get("least"), item.metadata.get("choices")
+
+
+def unknown_key(key: str, settings: Any) -> str:
+    """Return the sentence that refuses `key`, with the key of `settings` that it resembles, if there is one."""
+    names = [name for name, *_ in declared(settings)]
+    groups = [name[:end] for name in names for end in range(len(name)) if name[end] == "."]
+    similar = get_close_matches(key, dict.fromkeys([*names, *groups]), n=1, cutoff=0.8)
+    remedy = f"did you mean {similar[0]}?" if similar else "`ppcl --cfg job` prints all of them."
+    return f"{key} is no configuration key; {remedy}"

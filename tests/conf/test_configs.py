@@ -600,6 +600,8 @@ def test_keys_that_a_plus_brought_past_hydra_are_refused(auto):
         parsed(*auto, "+method.typo=1")
     with pytest.raises(UsageError, match=r"typo is no configuration key"):
         parsed(*auto, "+typo=1")
+    with pytest.raises(UsageError, match=r"distill\.step is no configuration key; did you mean distill\.steps\?"):
+        parsed(*auto, "+distill.step=1")
     assert parsed(*auto, "+model.sampling.scheduler.shift=3").model.sampling.scheduler == {"shift": 3}
 
 

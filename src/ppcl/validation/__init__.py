@@ -16,7 +16,7 @@ from ppcl.benchmarks.base import benchmark_names
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.methods.registry import load_method, method_names
-from ppcl.options import declared
+from ppcl.options import declared, unknown_key
 from ppcl.stages import STAGES
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_streaming
 from ppcl.validation.outputs import (
@@ -47,20 +47,20 @@ def parse(raw: DictConfig) -> Config:
         key = getattr(error, "full_key", None) or "the configuration"
         raise UsageError(f"{key}: {str(error).splitlines()[0]}.") from None
     assert isinstance(config, Config)
-    _refuse_unknown(config, raw)
+    _refuse_unknown(config, config, raw)
     check(config)
     return config
 
 
-def _refuse_unknown(group: Any, raw: DictConfig, prefix: str = "") -> None:
+def _refuse_unknown(config: Config, group: Any, raw: DictConfig, prefix: str = "") -> None:
     """Raise `UsageError` for a key that the configuration does not have: `+key=value` gets past Hydra."""
     known = {item.name for item in fields(group)}
     for key in raw:
         if key not in known:
-            raise UsageError(f"{prefix}{key!s} is no configuration key; `ppcl --cfg job` prints all of them.")
+            raise UsageError(unknown_key(f"{prefix}{key!s}", config))
         value = getattr(group, str(key))
         if is_dataclass(value):
-            _refuse_unknown(value, raw[key], f"{prefix}{key}.")
+            _refuse_unknown(config, value, raw[key], f"{prefix}{key}.")
 
 
 def check_options(config: Config) -> None:
