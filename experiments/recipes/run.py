@@ -234,13 +234,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=HERE, help="the folder of the CSV files, plots and README")
     given = parser.parse_args(arguments)
+    possible = [name for group, names in (("half", HALF), ("equal", EQUAL)) if group in given.only for name in names]
+    if possible and not set(possible) & set(given.entry):
+        chosen, groups = " ".join(given.entry), " ".join(given.only)
+        parser.error(f"argument --entry: {chosen} is not in {groups}, which has {', '.join(possible)}")
     torch.set_num_threads(1)
     sitting = Sitting(Table(given.output / "results.csv", COLUMNS, KEYS), given.prompts, not given.alone)
     subset_table = Table(given.output / "subsets.csv", SUBSET_COLUMNS, SUBSET_KEYS)
     chain_table = Table(given.output / "chains.csv", chained.COLUMNS, chained.KEYS)
     chains = Chains(sitting, chain_table, min(chained.TRIAL_STEPS, given.steps))
-    chosen = given.teacher, given.seeds, given.steps, given.recipe, given.entry, given.budget
-    work = Work(sitting, subset_table, chains, *chosen)
+    settings = given.teacher, given.seeds, given.steps, given.recipe, given.entry, given.budget
+    work = Work(sitting, subset_table, chains, *settings)
     for name in GROUPS:
         if name in given.only:
             if not given.plot:

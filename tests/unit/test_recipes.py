@@ -311,3 +311,9 @@ def test_a_chain_that_was_stopped_goes_on_with_the_steps_it_began_with(elsewhere
     decided = {"depth": 123, "finetune": 45}
     chained.write_json(chain.run().folder / "steps.json", decided)
     assert chained.Chains(Sitting(table, prompts=1, shared=True), chains)._steps(chain) == decided
+
+
+def test_an_entry_that_the_chosen_group_does_not_have_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--only", "half", "--entry", "local"])
+    assert "local is not in half" in capsys.readouterr().err
