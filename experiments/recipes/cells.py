@@ -72,7 +72,7 @@ class Recipe:
 
 
 _UPDATES = ("distill.relative_update", (0.0125, 0.025, 0.05, 0.1, 0.2))
-_ADAMW = ("distill.lr", (1e-3, 3e-3, 1e-2, 2e-2, 4e-2))
+_ADAMW = ("distill.lr", (1e-3, 3e-3, 1e-2, 2e-2, 4e-2, 8e-2))
 _PER_TOKEN = ("distill.losses.direction=0", "distill.losses.relative_per_token=1")
 RECIPES = {
     "standard": Recipe("standard: error per token, Muon", ("recipe=standard",), *_UPDATES),

@@ -87,7 +87,7 @@ def baselines(work: Work, teacher: str) -> None:
 
 
 def rates(work: Work) -> None:
-    """Try every recipe at five rates, in trainings of equal steps."""
+    """Try every recipe at five or six rates, in trainings of equal steps."""
     for teacher in work.teachers:
         baselines(work, teacher)
         for name in work.recipes:
