@@ -651,8 +651,8 @@ def test_a_recipe_sets_the_rates_of_students_and_projectors(auto):
     [
         (["distill.lr=0.1"], "distill.lr=0.1 has no effect with distill.relative_update=0.1: leave it"),
         (["width.lr=0.1"], "width.lr=0.1 has no effect with distill.relative_update=0.1: leave it"),
-        (["recipe=paper", "distill.lr=null"], "distill.lr=null needs distill.relative_update, such as 0.05"),
-        (["distill.relative_update=null"], "distill.optimizer=muon needs distill.relative_update, such as 0.05"),
+        (["recipe=paper", "distill.lr=null"], "distill.lr=null needs distill.relative_update, such as 0.025"),
+        (["distill.relative_update=null"], "distill.optimizer=muon needs distill.relative_update, such as 0.025"),
         (["finetune.relative_update=0.1", "finetune.lr=0.1"], "finetune.lr=0.1 has no effect with finetune.rel"),
     ],
 )

@@ -91,14 +91,14 @@ def check_rates(config: Config) -> None:
                     f"leave it out, or add {remedy}, which trains with {group}.{key}."
                 )
         if settings.lr is None and relative is None:
-            usual = "0.01" if group == "finetune" else "0.05"
+            usual = "0.01" if group == "finetune" else "0.025"
             raise UsageError(
                 f"{group}.lr=null needs {other}.relative_update, such as {usual}: there is no learning rate."
             )
     if finetune.optimizer == "muon" and finetune.muon_lr is None and finetune.relative_update is None:
         raise UsageError("finetune.muon_lr=null needs finetune.relative_update, such as 0.01: Muon has no rate.")
     if distill.optimizer == "muon" and distill.relative_update is None:
-        raise UsageError("distill.optimizer=muon needs distill.relative_update, such as 0.05; distill.lr is AdamW's.")
+        raise UsageError("distill.optimizer=muon needs distill.relative_update, such as 0.025; distill.lr is AdamW's.")
 
 
 def check(config: Config) -> None:
