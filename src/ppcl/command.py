@@ -375,7 +375,8 @@ def sentence(error: Exception) -> str:
         return f"{override} cannot be read: close brackets and quotes; write text as '{key}=\"TEXT\"'."
     found = re.match(r"Could not override '([^']*)'", text)
     if found:
-        return unknown_key(found[1].strip("."), Config())
+        groups = sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
+        return unknown_key(found[1].strip("."), Config(), groups)
     found = re.match(r"Ambiguous value for argument '(.*?)' 1\. To use", text)
     if found:
         key, _, value = found[1].partition("=")

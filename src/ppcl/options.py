@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -54,10 +54,15 @@ def declared(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, float 
             yield f"{prefix}{item.name}", value, item.metadata.get("least"), item.metadata.get("choices")
 
 
-def unknown_key(key: str, settings: Any) -> str:
-    """Return the sentence that refuses `key`, with the key of `settings` that it resembles, if there is one."""
-    names = [name for name, *_ in declared(settings)]
-    groups = [name[:end] for name in names for end in range(len(name)) if name[end] == "."]
-    similar = get_close_matches(key, dict.fromkeys([*names, *groups]), n=1, cutoff=0.8)
+def unknown_key(key: str, settings: Any, choices: Iterable[str] = ()) -> str:
+    """Return the sentence that refuses `key`, with the name that it resembles, if there is one.
+
+    The names are those of the keys and groups in `settings`, and `choices`: groups of configuration files.
+    """
+    names = [*choices]
+    for name, *_ in declared(settings):
+        parts = name.split(".")
+        names += [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    similar = get_close_matches(key, dict.fromkeys(names), n=1, cutoff=0.8)
     remedy = f"did you mean {similar[0]}?" if similar else "`ppcl --cfg job` prints all of them."
     return f"{key} is no configuration key; {remedy}"

@@ -5,6 +5,7 @@ After these checks stages work with plain dataclasses, and do not check values a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -47,20 +48,20 @@ def parse(raw: DictConfig) -> Config:
         key = getattr(error, "full_key", None) or "the configuration"
         raise UsageError(f"{key}: {str(error).splitlines()[0]}.") from None
     assert isinstance(config, Config)
-    _refuse_unknown(config, config, raw)
+    for key in _unknown(config, raw):
+        raise UsageError(unknown_key(key, config))
     check(config)
     return config
 
 
-def _refuse_unknown(config: Config, group: Any, raw: DictConfig, prefix: str = "") -> None:
-    """Raise `UsageError` for a key that the configuration does not have: `+key=value` gets past Hydra."""
+def _unknown(group: Any, raw: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield every key that the configuration does not have: `+key=value` gets past Hydra."""
     known = {item.name for item in fields(group)}
     for key in raw:
         if key not in known:
-            raise UsageError(unknown_key(f"{prefix}{key!s}", config))
-        value = getattr(group, str(key))
-        if is_dataclass(value):
-            _refuse_unknown(config, value, raw[key], f"{prefix}{key}.")
+            yield f"{prefix}{key!s}"
+        elif is_dataclass(value := getattr(group, str(key))):
+            yield from _unknown(value, raw[key], f"{prefix}{key}.")
 
 
 def check_options(config: Config) -> None:
