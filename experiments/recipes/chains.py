@@ -13,6 +13,7 @@ from typing import Any
 from experiments.common import make_run, score_pipeline
 from experiments.recipes.cells import (
     BATCH_SIZE,
+    RECIPES,
     TEACHERS,
     Cell,
     Sitting,
@@ -49,7 +50,7 @@ OUTPUT = ("finetune=tiny", "finetune.feature_weight=0")
 
 @dataclass(frozen=True)
 class Entry:
-    """How a model of the group `equal` is trained.
+    """How a model is trained.
 
     `recipe`: a key of `RECIPES`, for all trainings.
     `way`: how the students are trained, as in `Cell`; with `removed` there are none.
@@ -82,8 +83,12 @@ EQUAL = {
     "paper": Entry("the paper's recipe, local only", "paper"),
     "paper-best": Entry("the paper's at its best rate, local only", "paper", best_rate=True),
 }
-# Of the group `half`: each is trained within the minutes of the long budget, and by the demo's settings.
-HALF = {"ours": "standard", "paper": "paper"}
+# Of the groups `half`, which leaves the last one out, and `planned`.
+PLANNED = {
+    "ours": Entry("ours"),
+    "paper": Entry("the paper's", "paper"),
+    "paper-best": Entry("the paper's at its best rate", "paper", best_rate=True),
+}
 
 
 @dataclass(frozen=True)
@@ -164,33 +169,57 @@ class Equal(Chain):
 
 
 @dataclass(frozen=True)
-class Half(Chain):
-    """A chain of the group `half`: the demo's, to half of the parameters. With `minutes`, tuning takes what is left."""
+class Planned(Chain):
+    """Students and projectors, the plan of both for a number of parameters, and perhaps fine-tuning of that model.
 
-    group = "half"
+    `params`: `budget.params`.
+    `steps`: of the students; None is the demo's. Projectors are trained as in the demo.
+    `is_tuned`: whether the planned model is fine-tuned: by the demo's settings, or with `minutes` as long as is left.
+    """
+
+    params: float = 0.5
+    steps: int | None = None
+    is_tuned: bool = True
+
+    @property
+    def group(self) -> str:  # type: ignore[override]
+        return "half" if self.is_tuned else "planned"
 
     @property
     def budget(self) -> str:
-        whole = "demo" if self.minutes is None else f"{self.minutes:g} min"
+        if not self.is_tuned:
+            whole = f"{self.steps} steps"
+        else:
+            whole = "demo" if self.minutes is None else f"{self.minutes:g} min"
         return whole if self.scale == 1 else f"{whole} scaled"
 
+    @property
+    def recipe(self) -> str:
+        """The key of `RECIPES`."""
+        return PLANNED[self.name].recipe
+
     def cell(self, steps: int) -> Cell:
-        """Return the cell with the same students, if its settings are the demo's."""
-        return Cell(self.teacher, "local", HALF[self.name], None, steps, self.seed)
+        """Return the cell with the same students, if its settings are these."""
+        return Cell(self.teacher, "local", self.recipe, self.rate, steps, self.seed)
 
     def overrides(self, **steps: int) -> list[str]:
-        found = ["experiment=demo", "stages=[depth,width,plan,finetune]", f"model={self.teacher}", "data=shapes"]
+        stages = "depth,width,plan,finetune" if self.is_tuned else "depth,width,plan"
+        found = ["experiment=demo", f"stages=[{stages}]", f"model={self.teacher}", "data=shapes"]
         found += ["logger=none", "trainer.num_threads=1", "trainer.progress=false"]
-        found += [f"recipe={HALF[self.name]}", f"data.train_seed={self.seed}", "budget.params=0.5"]
+        found += [f"recipe={self.recipe}", f"data.train_seed={self.seed}", f"budget.params={self.params}"]
         found.append(f"intervals.names=[{','.join(TEACHERS[self.teacher].intervals)}]")
-        if self.minutes is not None:
-            found += [f"distill.steps={self._scaled(1000)}", f"distill.batch_size={BATCH_SIZE}"]
+        if self.rate is not None:
+            found.append(f"{RECIPES[self.recipe].rate}={self.rate!r}")
+        if self.steps is not None:
+            found += [f"distill.steps={self._scaled(self.steps)}", f"distill.batch_size={BATCH_SIZE}"]
+        if self.minutes is not None and self.is_tuned:
             found.append(f"finetune.steps={steps.get('finetune', 1)}")
         if self.scale != 1:
             demo = make_run(f"recipes/{self.teacher}", "experiment=demo").config
             found.append(f"width.steps={self._scaled(demo.width.steps)}")
-            if self.minutes is None:
+            if self.steps is None:
                 found.append(f"distill.steps={self._scaled(demo.distill.steps)}")
+            if self.minutes is None:
                 found.append(f"finetune.steps={self._scaled(demo.finetune.steps)}")
         return found
 
@@ -206,7 +235,7 @@ class Chains:
     table: Table
     trial_steps: int = TRIAL_STEPS
 
-    def row(self, chain: Equal | Half) -> dict[str, str] | None:
+    def row(self, chain: Equal | Planned) -> dict[str, str] | None:
         """Return the row of a chain, which is measured now if the table does not have it.
 
         None is returned while another process measures it.
@@ -218,7 +247,7 @@ class Chains:
         found = self.table.find(**keys, made_from=chain.made_from)
         if found is not None:
             return found
-        measure = self._equal if isinstance(chain, Equal) else self._half
+        measure = self._equal if isinstance(chain, Equal) else self._planned
 
         def figures() -> dict[str, Any]:
             gc.collect()  # models of earlier chains
@@ -278,12 +307,12 @@ class Chains:
             overrides.append("distill.mode=none")
         return _tried(make_run(f"{chain.folder_name}/trial-{part}", *overrides), part)
 
-    # The group `half`
+    # The groups `half` and `planned`
 
-    def _half(self, chain: Half) -> dict[str, Any]:
+    def _planned(self, chain: Planned) -> dict[str, Any]:
         run = chain.run()
         config = run.config
-        steps = {"depth": config.distill.steps, "width": config.width.steps, "finetune": config.finetune.steps}
+        steps = {"depth": config.distill.steps, "width": config.width.steps}
         cell = chain.cell(steps["depth"])
         theirs = cell.run()
         if identity(theirs.config.distill) == identity(config.distill) and theirs.intervals == run.intervals:
@@ -292,7 +321,10 @@ class Chains:
                 shutil.copytree(theirs.folder / name, run.folder / name, dirs_exist_ok=True)
         for stage in (depth, width, plan):
             stage.run(run)
-        costs = {part: cost_of(run.folder, part, steps[part]) for part in ("depth", "width")}
+        costs = {part: cost_of(run.folder, part, number) for part, number in steps.items()}
+        if not chain.is_tuned:
+            return costs_of(costs, steps) | self._figures(run, False)
+        steps["finetune"] = config.finetune.steps
         if chain.minutes is not None:
             left = 60 * chain.minutes - sum(seconds or 0.0 for seconds, _ in costs.values())
             steps["finetune"] = self._steps_left(chain, left)
@@ -303,7 +335,7 @@ class Chains:
         remark = {} if steps["finetune"] else {"remark": "no time left for tuning"}
         return costs_of(costs, steps) | remark | self._figures(run, bool(steps["finetune"]))
 
-    def _steps_left(self, chain: Half, seconds: float) -> int:
+    def _steps_left(self, chain: Planned, seconds: float) -> int:
         """Return the steps of fine-tuning that fit into `seconds`, decided once as by `_steps`."""
         path = chain.run().folder / "steps.json"
         if not path.exists():
@@ -366,7 +398,11 @@ def costs_of(costs: Mapping[str, tuple[float | None, float | None]], steps: Mapp
 
 
 def known_seconds(
-    cells: Iterable[Mapping[str, str]], chains: Iterable[Mapping[str, str]], chain: Equal | Half, digest: str, part: str
+    cells: Iterable[Mapping[str, str]],
+    chains: Iterable[Mapping[str, str]],
+    chain: Equal | Planned,
+    digest: str,
+    part: str,
 ) -> list[float]:
     """Return the seconds of a step in all rows whose training of `part` has the same steps as that of `chain`.
 
@@ -381,9 +417,9 @@ def known_seconds(
     return [float(row[seconds]) / int(row[steps]) for row, seconds, steps in found if row[seconds]]
 
 
-def _alike(chain: Equal | Half, part: str) -> set[str]:
+def _alike(chain: Equal | Planned, part: str) -> set[str]:
     """Return the names of the chains whose training of `part` has the same steps."""
-    if isinstance(chain, Half):
+    if isinstance(chain, Planned):
         return {chain.name}
     mine = chain.entry
     if part == "depth":

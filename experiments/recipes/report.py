@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.common import SEEDS, mean_and_spread, read_csv
 from experiments.recipes.cells import BY_STEPS, RECIPES, configured_rate, steps_within
-from experiments.recipes.chains import EQUAL, PARTS
+from experiments.recipes.chains import EQUAL, PARTS, PLANNED
 from experiments.recipes.table import Row, as_text, select
 from ppcl.artifacts.files import atomic_path
 from ppcl.report import plots
@@ -266,6 +266,35 @@ def half_table(rows: Sequence[Row]) -> str:
     )
     header += ("together", "peak MB", "error before tuning", "after", "score", "drop %")
     return table(header, lines) if lines else ""
+
+
+def planned_table(cells: Sequence[Row], rows: Sequence[Row]) -> str:
+    """Return the table of the group `planned`. `cells`: rows of results.csv, for the same students without projectors.
+
+    Only seeds that both have are compared.
+    """
+    lines = []
+    for teacher, digest in teachers_of(select(rows, group="planned")):
+        found = select(rows, group="planned", teacher=teacher, digest=digest)
+        for budget in dict.fromkeys(row["budget"] for row in found):
+            for name, entry in PLANNED.items():
+                chosen = select(found, budget=budget, entry=name)
+                if not chosen:
+                    continue
+                facts = {"way": "local", "teacher": teacher, "digest": digest, "recipe": entry.recipe}
+                facts |= {"rate": chosen[0]["rate"], "steps": chosen[0]["depth_steps"], "budget": "steps"}
+                seeds = {row["seed"] for row in chosen}
+                alone = [row for row in select(cells, **facts) if row["seed"] in seeds]
+                label = f"{entry.label}, {float(chosen[0]['rate']):g}"
+                for plugs, these in (("students", alone), ("students and projectors", chosen)):
+                    if these:
+                        shown = [spread(these, key, digits) for key, digits in PLANNED_COLUMNS.items()]
+                        lines.append([f"`{teacher}` ({digest[:8]})", budget, label, plugs, str(len(these)), *shown])
+    header = ("teacher", "training of students", "recipe, rate", "what is plugged in", "seeds", "blocks", "parameters")
+    return table((*header, "error", "score", "drop %", "seconds", "peak MB"), lines) if lines else ""
+
+
+PLANNED_COLUMNS = {"blocks": 0, "params_ratio": 3} | LOCAL_COLUMNS
 
 
 def minutes(rows: Sequence[Row], key: str) -> str:

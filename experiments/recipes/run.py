@@ -20,7 +20,7 @@ from experiments.common import SEEDS
 from experiments.recipes import chains as chained
 from experiments.recipes import report
 from experiments.recipes.cells import HERE, KEYS, RECIPES, TEACHERS, Cell, Sitting, claimed, commit, meter
-from experiments.recipes.chains import EQUAL, HALF, Chains, Equal, Half
+from experiments.recipes.chains import EQUAL, PLANNED, Chains, Equal, Planned
 from experiments.recipes.table import Table
 
 COLUMNS = (
@@ -34,7 +34,9 @@ NUM_SUBSETS = 50
 DEMO_TEACHER = "tiny_qwen_image"
 STEPS = 250
 MINUTES = {"short": 5.0, "long": 25.0}
-ENTRIES = tuple(dict.fromkeys([*EQUAL, *HALF]))
+HALF = tuple(name for name, entry in PLANNED.items() if not entry.best_rate)
+ENTRIES = tuple(dict.fromkeys([*EQUAL, *PLANNED]))
+SHARE = 0.655  # of the parameters, which the students of all the demo's intervals leave
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,22 @@ def half(work: Work) -> None:
     for seed in (seed for seed in SEEDS if seed in work.seeds):
         for length in work.wanted:
             minutes = None if length == "short" else work.minutes[length]  # the short one is the demo
+            steps = None if minutes is None else 4 * STEPS
             for name in (name for name in HALF if name in work.entries):
-                say(work.chains.row(Half(name, DEMO_TEACHER, seed, minutes, scale=work.scale)))
+                say(work.chains.row(Planned(name, DEMO_TEACHER, seed, minutes, scale=work.scale, steps=steps)))
+
+
+def planned(work: Work) -> None:
+    """Prune the demo's teacher by students and projectors to what its students alone leave, without tuning."""
+    for seed in (seed for seed in SEEDS if seed in work.seeds):
+        for steps in (STEPS if length == "short" else 4 * STEPS for length in work.wanted):
+            for name in (name for name in PLANNED if name in work.entries):
+                rates: list[float | None] = [None]
+                if PLANNED[name].best_rate:
+                    rates = [cell.rate for cell in work.compared(DEMO_TEACHER, 1, seed)[2:]]
+                for rate in rates:
+                    chain = Planned(name, DEMO_TEACHER, seed, None, rate, work.scale, SHARE, steps, is_tuned=False)
+                    say(work.chains.row(chain))
 
 
 def equal(work: Work) -> None:
@@ -185,7 +201,8 @@ def say(row: Mapping[str, str] | None) -> None:
 
 
 GROUPS: dict[str, Callable[[Work], None]] = {
-    "rates": rates, "local": local, "subsets": subsets, "half": half, "equal": equal,
+    "rates": rates, "local": local, "subsets": subsets, "planned": planned, "half": half,
+    "equal": equal,
 }  # fmt: skip
 
 
@@ -198,6 +215,7 @@ def draw(work: Work, folder: Path) -> dict[str, str]:
         "rates": report.rates_table(rows, work.steps),
         "local": report.local_table(rows, work.steps, work.budgets),
         "subsets": report.subsets_table(rows, subset_rows, work.steps),
+        "planned": report.planned_table(rows, chain_rows),
         "half": report.half_table(chain_rows),
         "equal": report.equal_tables(rows, chain_rows, work.minutes),
         "costs": report.costs_table(rows),
@@ -216,15 +234,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES), help="of `rates`, `local`")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="of `local`, `half` and `equal`"
+        "--seeds",
+        nargs="+",
+        type=int,
+        choices=SEEDS,
+        default=list(SEEDS),
+        help="of `local`, `planned`, `half` and `equal`",
     )
-    parser.add_argument("--entry", nargs="+", choices=ENTRIES, default=ENTRIES, help="of `half` and `equal`")
+    parser.add_argument("--entry", nargs="+", choices=ENTRIES, default=ENTRIES, help="of `planned`, `half` and `equal`")
     parser.add_argument(
         "--budget",
         nargs="+",
         choices=MINUTES,
         default=list(MINUTES),
-        help="of `local`, `half` (short: the demo), `equal`",
+        help="of `local`, `planned`, `half` (short: the demo), `equal`",
     )
     parser.add_argument(
         "--steps", type=int, default=STEPS, help="of a short training; a long one has four times as many"
@@ -234,10 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=HERE, help="the folder of the CSV files, plots and README")
     given = parser.parse_args(arguments)
-    possible = [name for group, names in (("half", HALF), ("equal", EQUAL)) if group in given.only for name in names]
+    groups = {"planned": PLANNED, "half": HALF, "equal": EQUAL}
+    possible = [name for group, names in groups.items() if group in given.only for name in names]
     if possible and not set(possible) & set(given.entry):
-        chosen, groups = " ".join(given.entry), " ".join(given.only)
-        parser.error(f"argument --entry: {chosen} is not in {groups}, which has {', '.join(possible)}")
+        chosen, only = " ".join(given.entry), " ".join(given.only)
+        parser.error(f"argument --entry: {chosen} is not in {only}, which has {', '.join(dict.fromkeys(possible))}")
     torch.set_num_threads(1)
     sitting = Sitting(Table(given.output / "results.csv", COLUMNS, KEYS), given.prompts, not given.alone)
     subset_table = Table(given.output / "subsets.csv", SUBSET_COLUMNS, SUBSET_KEYS)

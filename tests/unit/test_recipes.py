@@ -7,7 +7,7 @@ import pytest
 from experiments.recipes import chains as chained
 from experiments.recipes import report, run
 from experiments.recipes.cells import KEYS, RECIPES, TEACHERS, Cell, Sitting, claimed, steps_within
-from experiments.recipes.chains import EQUAL, HALF, Equal, Half
+from experiments.recipes.chains import EQUAL, PLANNED, Equal, Planned
 from experiments.recipes.table import Table
 
 DIGEST = "0123456789abcdef"
@@ -230,19 +230,31 @@ def test_a_chains_folder_does_not_depend_on_its_steps_but_on_its_settings(elsewh
     assert len({one.run().folder for one in [chain, *others]}) == 5
 
 
-@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("name", run.HALF)
 def test_half_has_the_demos_settings_and_the_cells_students(elsewhere, name):
-    demo = Half(name, "tiny_qwen_image", 10, None)
+    demo = Planned(name, "tiny_qwen_image", 10, None)
     config = demo.run().config
     assert config.budget.params == 0.5
     theirs = demo.cell(config.distill.steps).run()
     assert chained.identity(theirs.config.distill) == chained.identity(config.distill)
     assert theirs.intervals == demo.run().intervals
-    long = Half(name, "tiny_qwen_image", 10, 25.0).run(finetune=3).config
+    long = Planned(name, "tiny_qwen_image", 10, 25.0, steps=1000).run(finetune=3).config
     assert (long.distill.steps, long.finetune.steps, long.width.steps) == (1000, 3, config.width.steps)
-    small = Half(name, "tiny_qwen_image", 10, None, scale=0.01)
+    small = Planned(name, "tiny_qwen_image", 10, None, scale=0.01)
     assert small.budget == "demo scaled"
     assert small.run().config.finetune.steps < config.finetune.steps
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_planned_has_the_cells_students_and_no_tuning(elsewhere, name):
+    rate = 0.02 if PLANNED[name].best_rate else None
+    chain = Planned(name, "tiny_qwen_image", 10, None, rate, params=0.655, steps=250, is_tuned=False)
+    own, cell = chain.run(), chain.cell(250).run()
+    assert (chain.group, chain.budget, own.config.budget.params) == ("planned", "250 steps", 0.655)
+    assert "finetune" not in own.config.stages
+    assert chained.identity(own.config.distill) == chained.identity(cell.config.distill)
+    assert own.intervals == cell.intervals
+    assert rate is None or own.config.distill.lr == rate
 
 
 def test_known_seconds_are_those_of_trainings_with_the_same_steps(table, chains):
@@ -294,6 +306,17 @@ def test_the_table_of_half_has_the_minutes_of_each_part(chains):
     assert "| ours | demo | 1 | 600/30/250 | 5.0 | 0.5 | 4.0 | 5.0 | 60.0 | 0.0200 | 0.0100 |" in report.half_table(
         chains.rows
     )
+
+
+def test_the_table_of_planned_has_the_students_alone_of_the_same_seeds(table, chains):
+    assert report.planned_table([], []) == ""
+    for seed in (10, 11):
+        table.add(row("standard", 0.05, score=0.5 + seed / 100, steps=250, seed=seed, blocks=13))
+    more = {"depth_steps": 250, "blocks": 15, "params_ratio": 0.65}
+    chains.add(chain_row("ours", 0.8, group="planned", budget="250 steps", **more))
+    text = report.planned_table(table.rows, chains.rows)
+    assert "| students | 1 | 13 |" in text
+    assert "| students and projectors | 1 | 15 | 0.650 | 0.0100 | 0.800 | 20.0 |" in text
 
 
 def test_the_least_error_of_each_width_is_bold(tmp_path):
