@@ -36,10 +36,10 @@ OF_COMMAND = (
 )
 # Learning rates, and the groups whose `relative_update` can take their place.
 _RATES = (
-    ("distill.lr", "distill"),
-    ("width.lr", "distill"),
-    ("finetune.lr", "finetune"),
-    ("finetune.muon_lr", "finetune"),
+    ("distill.lr", ("distill",)),
+    ("width.lr", ("width", "distill")),
+    ("finetune.lr", ("finetune",)),
+    ("finetune.muon_lr", ("finetune",)),
 )
 # Stages that only draw and measure. With `run=FOLDER` their settings, such as another seed, are not recorded.
 _LOOKING = {"generate", "evaluate", "report"}
@@ -155,9 +155,9 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration of a command with `run=FOLDER`, or `raw` without it.
 
     It is the recorded configuration, except for the keys `OF_COMMAND` and those in `overrides`, which are taken from
-    `raw`. A group choice replaces its whole group, but `distill=` and `finetune=` keep the recorded recipe. Recorded
-    learning rates that do not go with the recipe are replaced, too. Raises `UsageError` for overrides that contradict
-    `run=FOLDER`.
+    `raw`. A group choice replaces its whole group, but `distill=`, `width=` and `finetune=` keep the recorded recipe.
+    Recorded learning rates that do not go with the recipe are replaced, too. Raises `UsageError` for overrides that
+    contradict `run=FOLDER`.
     """
     if raw.run is None:
         return raw
@@ -183,7 +183,9 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
         elif key == "recipe" and isinstance(choice, str):
             said += recipes[choice]
-        elif key in ("distill", "finetune") and isinstance(choice, str):  # they say nothing of what a recipe sets
+        elif key in ("distill", "width", "finetune") and isinstance(
+            choice, str
+        ):  # they say nothing of what a recipe sets
             of_recipes = {name for names in recipes.values() for name in names}
             said += [name for name in (f"{key}.{name!s}" for name in raw[key]) if name not in of_recipes]
         elif key not in ("run", "experiment", "sampling", "recipe") and not (
@@ -204,8 +206,8 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     for key in said:
         take(key)
-    for rate, group in _RATES:  # a recorded learning rate stays where there is a use for it
-        relative = OmegaConf.select(record, f"{group}.relative_update") is not None
+    for rate, groups in _RATES:  # a recorded learning rate stays where there is a use for it
+        relative = any(OmegaConf.select(record, f"{group}.relative_update") is not None for group in groups)
         if (OmegaConf.select(record, rate) is None) != relative:
             take(rate)
     record.run = None

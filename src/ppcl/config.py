@@ -130,7 +130,8 @@ class WidthConfig:
     `ridge`: ridge penalty of the least squares that initialise the projectors.
     `num_batches`: batches of calibration data for these least squares.
     `steps`: training steps after that; 0 leaves the projectors as least squares made them.
-    `lr`: learning rate. None: `distill.relative_update` sets it. All other training settings are those of `distill`.
+    `lr`: learning rate. None if `relative_update` sets the rates.
+    `relative_update`: as in `distill`. None: that of `distill`. All other training settings are those of `distill`.
     `linear_weight`: weight of the alignment loss of Eq. 12, which is added to the loss of Eq. 11.
     """
 
@@ -149,6 +150,7 @@ class WidthConfig:
     num_batches: int = option(16, least=1)
     steps: int = option(2000, least=0)
     lr: float | None = option(1e-5, least=0)
+    relative_update: float | None = option(None, least=0, before=None)
     linear_weight: float = option(1.0, least=0)
 
 

@@ -44,8 +44,12 @@ def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
 
 
 def rate(lr: float, group: str = "distill", *, _root_: Any) -> float | None:
-    """Return the learning rate `lr`, or None if `relative_update` of `group` sets the rates instead."""
-    return None if _root_[group].get("relative_update") is not None else lr
+    """Return the learning rate `lr`, or None if `relative_update` of `group` sets the rates instead.
+
+    Width distillation takes the one of `distill` if it has none of its own.
+    """
+    groups = ("width", "distill") if group == "width" else (group,)
+    return lr if all(_root_[name].get("relative_update") is None for name in groups) else None
 
 
 def with_muon(relative_update: float, *, _root_: Any) -> float | None:

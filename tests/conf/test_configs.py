@@ -643,14 +643,17 @@ def test_a_recipe_sets_the_rates_of_students_and_projectors(auto):
     assert (standard.distill.relative_update, standard.distill.lr, standard.width.lr) == (0.1, None, None)
     assert (paper.distill.relative_update, paper.distill.lr, paper.width.lr) == (None, 1e-3, 1e-3)
     assert large.distill.lr == 1e-5
+    assert (standard.width.relative_update, paper.width.relative_update) == (0.025, None)
     assert parsed(*auto, "distill.relative_update=0.1").distill.relative_update == 0.1
+    own = parsed(*auto, "recipe=paper", "width.relative_update=0.02")
+    assert (own.distill.lr, own.width.lr, own.width.relative_update) == (1e-3, None, 0.02)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["distill.lr=0.1"], "distill.lr=0.1 has no effect with distill.relative_update=0.1: leave it"),
-        (["width.lr=0.1"], "width.lr=0.1 has no effect with distill.relative_update=0.1: leave it"),
+        (["width.lr=0.1"], "width.lr=0.1 has no effect with width.relative_update=0.025: leave it"),
         (["recipe=paper", "distill.lr=null"], "distill.lr=null needs distill.relative_update, such as 0.025"),
         (["distill.relative_update=null"], "distill.optimizer=muon needs distill.relative_update, such as 0.025"),
         (["finetune.relative_update=0.1", "finetune.lr=0.1"], "finetune.lr=0.1 has no effect with finetune.rel"),
@@ -663,7 +666,11 @@ def test_a_training_has_its_rates_from_one_key(auto, overrides, message):
 RECIPES = {
     "standard": ([], ()),
     "paper": (["recipe=paper"], ()),
-    "older": (["recipe=paper"], ("distill.optimizer", "distill.relative_update", "finetune.relative_update")),
+    "older": (
+        ["recipe=paper"],
+        ("distill.optimizer", "distill.relative_update", "width.relative_update", "finetune.relative_update"),
+    ),
+    "between": ([], ("width.relative_update",)),  # projectors had the students' rate
 }
 
 
@@ -677,6 +684,8 @@ RECIPES = {
         ("standard", ["finetune.relative_update=null"], (None, 0.1), (2e-3, 0.01, None)),
         ("paper", ["recipe=standard"], (None, 0.1), (None, None, 0.01)),
         ("paper", ["distill.relative_update=0.02"], (None, 0.02), (2e-3, 0.01, None)),
+        ("between", [], (None, 0.1), (None, None, 0.01)),
+        ("between", ["width=tiny"], (None, 0.1), (None, None, 0.01)),
         ("older", [], (1e-3, None), (2e-3, 0.01, None)),
         ("older", ["distill=paper", "finetune=tiny"], (1e-5, None), (2e-3, 0.01, None)),
         ("older", ["recipe=standard"], (None, 0.1), (None, None, 0.01)),
@@ -701,8 +710,10 @@ def test_a_run_keeps_its_recipe(tmp_path, recorded, given, distill, finetune):
     config = parse(continued(compose_command(command)[0], command))
     assert (config.distill.lr, config.distill.relative_update) == distill
     assert config.width.lr == (None if distill[1] else 1e-3)
+    of_width = "recipe=standard" in given or (recorded == "standard" and "recipe=paper" not in given)
+    assert config.width.relative_update == (0.025 if of_width else None)
     assert (config.finetune.lr, config.finetune.muon_lr, config.finetune.relative_update) == finetune
-    paper = "recipe=paper" in given or (recorded != "standard" and "recipe=standard" not in given)
+    paper = "recipe=paper" in given or (recorded in ("paper", "older") and "recipe=standard" not in given)
     assert config.distill.losses == ({"direction": 1.0} if paper else {"relative_per_token": 1.0})
 
 

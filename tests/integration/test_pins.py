@@ -749,6 +749,7 @@ def test_default_recipe(common: list[str], tmp_path: Path) -> None:
     # Muon rounds to bfloat16. The first steps of a long warm-up are small, as above.
     command += [
         "distill.relative_update=0.05",
+        "width.relative_update=0.05",
         "distill.warmup_steps=100",
         "width.source=given",
         f"width.{STACK}.ffn=[0]",

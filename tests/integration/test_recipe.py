@@ -125,7 +125,10 @@ def older(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     succeed(*command, "stages=[depth,width]")
     path = runs / "older" / "config.yaml"
     record = OmegaConf.load(path)
-    for key in ("distill.optimizer", "distill.relative_update", "finetune.relative_update"):
+    for key in (
+        *("distill.optimizer", "distill.relative_update"),
+        *("width.relative_update", "finetune.relative_update"),
+    ):
         group, name = key.split(".")
         del record[group][name]
     OmegaConf.save(record, path)

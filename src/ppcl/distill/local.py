@@ -39,6 +39,7 @@ class LocalDistillation(ManualOptimization):
 
     stage_name: str  # prefix of logged names
     lr_key: str  # the configuration key of `lr`
+    relative_key = "distill.relative_update"
 
     def __init__(
         self,
@@ -195,4 +196,4 @@ class LocalDistillation(ManualOptimization):
     def _rates(self) -> dict[str, float]:
         """Return the learning rates by their configuration keys, which an error message tells to lower."""
         relative = self.config.relative_update
-        return {"distill.relative_update": relative} if relative is not None else {self.lr_key: self.config.lr or 0.0}
+        return {self.relative_key: relative} if relative is not None else {self.lr_key: self.config.lr or 0.0}

@@ -100,7 +100,7 @@ class WidthDistillation(LocalDistillation):
     of the whole `width` in either case.
     """
 
-    stage_name, lr_key = "width", "width.lr"
+    stage_name, lr_key, relative_key = "width", "width.lr", "width.relative_update"
 
     def __init__(
         self,

@@ -39,6 +39,8 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
     width, distill = run.config.width, identity(run.config.distill)
     for key in ("mode", "init", "steps", "lr"):
         del distill[key]  # `width` has its own keys for these, or only students use them
+    if width.relative_update is not None:
+        distill["relative_update"] = width.relative_update
     place, reference = item.place, item.reference
     made_from = {
         "model": run.teacher.identity,
@@ -167,6 +169,8 @@ def run(run: Run) -> None:
     show_plan(run, plan)
     check_reachable(run, run.intervals, plan.width)
     distill = replace(run.config.distill, steps=max(config.steps, 1), lr=config.lr, mode="parallel")
+    if config.relative_update is not None:
+        distill = replace(distill, relative_update=config.relative_update)
 
     def distillation(only: Collection[str] | None = None) -> WidthDistillation:
         arguments = run.family, teacher, kept, plan.width, run.layout, distill

@@ -77,12 +77,9 @@ def check_options(config: Config) -> None:
 def check_rates(config: Config) -> None:
     """Check that each training has its learning rates from one key; raises `UsageError`."""
     distill, width, finetune = config.distill, config.width, config.finetune
-    for group, settings, relative in (
-        ("distill", distill, distill.relative_update),
-        ("width", width, distill.relative_update),
-        ("finetune", finetune, finetune.relative_update),
-    ):
-        other = "distill" if group == "width" else group
+    for group, settings in (("distill", distill), ("width", width), ("finetune", finetune)):
+        other = "distill" if group == "width" and width.relative_update is None else group
+        relative = getattr(config, other).relative_update
         keys = ("lr", "muon_lr") if group == "finetune" else ("lr",)
         for key in keys:
             if getattr(settings, key) is not None and relative is not None:
