@@ -49,9 +49,11 @@ def _named(stack: str, pairs: str) -> tuple[str, ...]:
     return tuple(f"{stack}.{pair}" for pair in pairs.split())
 
 
+# The demo's intervals: 65% of the parameters are left.
+_DEMO = _named("transformer_blocks", "0-1 3-5 6-7 11-12 13-14 15-16")
 TEACHERS = {
-    # The demo's intervals: 65% of the parameters are left.
-    "tiny_qwen_image": Teacher(_named("transformer_blocks", "0-1 3-5 6-7 11-12 13-14 15-16"), SEEDS),
+    "tiny_qwen_image": Teacher(_DEMO, SEEDS),
+    "tiny_qwen_image_v2": Teacher(_DEMO),
     # 69%.
     "tiny_flux": Teacher(
         _named("transformer_blocks", "2-3 4-5") + _named("single_transformer_blocks", "0-1 2-5 6-7 8-9 10-12 16-17")

@@ -36,7 +36,9 @@ STEPS = 250
 MINUTES = {"short": 5.0, "long": 25.0}
 HALF = tuple(name for name, entry in PLANNED.items() if not entry.best_rate)
 ENTRIES = tuple(dict.fromkeys([*EQUAL, *PLANNED]))
-SHARE = 0.655  # of the parameters, which the students of all the demo's intervals leave
+# Of the group `planned`: teachers with the demo's intervals, and the share of parameters that all students leave.
+PLANNED_TEACHERS = ("tiny_qwen_image", "tiny_qwen_image_v2")
+SHARE = 0.655
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,17 @@ def half(work: Work) -> None:
 
 
 def planned(work: Work) -> None:
-    """Prune the demo's teacher by students and projectors to what its students alone leave, without tuning."""
-    for seed in (seed for seed in SEEDS if seed in work.seeds):
-        for steps in (STEPS if length == "short" else 4 * STEPS for length in work.wanted):
-            for name in (name for name in PLANNED if name in work.entries):
-                rates: list[float | None] = [None]
-                if PLANNED[name].best_rate:
-                    rates = [cell.rate for cell in work.compared(DEMO_TEACHER, 1, seed)[2:]]
-                for rate in rates:
-                    chain = Planned(name, DEMO_TEACHER, seed, None, rate, work.scale, SHARE, steps, is_tuned=False)
-                    say(work.chains.row(chain))
+    """Prune by students and projectors to the size that students alone leave, without tuning."""
+    for teacher in (teacher for teacher in PLANNED_TEACHERS if teacher in work.teachers):
+        for seed in (seed for seed in TEACHERS[teacher].seeds if seed in work.seeds):
+            for steps in (STEPS if length == "short" else 4 * STEPS for length in work.wanted):
+                for name in (name for name in PLANNED if name in work.entries):
+                    rates: list[float | None] = [None]
+                    if PLANNED[name].best_rate:
+                        rates = [cell.rate for cell in work.compared(teacher, 1, seed)[2:]]
+                    for rate in rates:
+                        chain = Planned(name, teacher, seed, None, rate, work.scale, SHARE, steps, is_tuned=False)
+                        say(work.chains.row(chain))
 
 
 def equal(work: Work) -> None:
