@@ -377,8 +377,7 @@ def sentence(error: Exception) -> str:
         return f"{override} cannot be read: close brackets and quotes; write text as '{key}=\"TEXT\"'."
     found = re.match(r"Could not override '([^']*)'", text)
     if found:
-        groups = sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
-        return unknown_key(found[1].strip("."), Config(), groups)
+        return unknown_key(found[1].strip("."), Config())
     found = re.match(r"Ambiguous value for argument '(.*?)' 1\. To use", text)
     if found:
         key, _, value = found[1].partition("=")

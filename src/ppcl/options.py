@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
+
+from ppcl.paths import conf_dir
 
 
 def option(
@@ -54,12 +56,12 @@ def declared(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, float 
             yield f"{prefix}{item.name}", value, item.metadata.get("least"), item.metadata.get("choices")
 
 
-def unknown_key(key: str, settings: Any, choices: Iterable[str] = ()) -> str:
+def unknown_key(key: str, settings: Any) -> str:
     """Return the sentence that refuses `key`, with the name that it resembles, if there is one.
 
-    The names are those of the keys and groups in `settings`, and `choices`: groups of configuration files.
+    The names are those of the keys and groups in `settings`, and of the groups of configuration files.
     """
-    names = [*choices]
+    names = sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
     for name, *_ in declared(settings):
         parts = name.split(".")
         names += [".".join(parts[:length]) for length in range(1, len(parts) + 1)]

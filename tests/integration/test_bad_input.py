@@ -63,6 +63,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (["paths.base_run=runs/nowhere"], ["paths.base_run=runs/nowhere", "no folder"]),
         (["model=flux"], ["model=flux", "qwen_image"]),
         (["recip=paper"], ["recip is no configuration key", "did you mean recipe?"]),
+        (["+recipes=paper"], ["recipes is no configuration key", "did you mean recipe?"]),
         (["distil.steps=3"], ["distil.steps is no configuration key", "did you mean distill.steps?"]),
         (["method=ppcl,nonesuch", "stages=[probe,detect]"], ["method=nonesuch", "ppcl_lp_a"]),
         (["distill.learning_rate=1"], ["learning_rate"]),
