@@ -134,6 +134,8 @@ class Chain(ABC):
         facts |= {"eval_seed": config.data.eval_seed, "data": run.data.identity, "precision": run.precision}
         facts |= {"intervals": run.intervals, "budget": asdict(config.budget), "minutes": self.minutes}
         facts |= {part: identity(getattr(config, part)) for part in ("distill", "width", "finetune")}
+        if config.width.source == "none":
+            facts["width"].pop("relative_update", None)  # no projectors are trained
         return fingerprint(facts)
 
     def run(self, **steps: int) -> Run:
