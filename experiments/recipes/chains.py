@@ -83,11 +83,12 @@ EQUAL = {
     "paper": Entry("the paper's recipe, local only", "paper"),
     "paper-best": Entry("the paper's at its best rate, local only", "paper", best_rate=True),
 }
-# Of the groups `half`, which leaves the last one out, and `planned`.
+# Of the groups `half`, which tunes the first two, and `planned`.
 PLANNED = {
     "ours": Entry("ours"),
     "paper": Entry("the paper's", "paper"),
     "paper-best": Entry("the paper's at its best rate", "paper", best_rate=True),
+    "ours-tuned": Entry("ours, then tuning", tuning=FULL),
 }
 
 
@@ -185,7 +186,7 @@ class Planned(Chain):
 
     @property
     def group(self) -> str:  # type: ignore[override]
-        return "half" if self.is_tuned else "planned"
+        return "half" if self.params == 0.5 else "planned"
 
     @property
     def budget(self) -> str:

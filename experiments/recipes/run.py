@@ -34,7 +34,7 @@ NUM_SUBSETS = 50
 DEMO_TEACHER = "tiny_qwen_image"
 STEPS = 250
 MINUTES = {"short": 5.0, "long": 25.0}
-HALF = tuple(name for name, entry in PLANNED.items() if not entry.best_rate)
+HALF = ("ours", "paper")
 ENTRIES = tuple(dict.fromkeys([*EQUAL, *PLANNED]))
 # Of the group `planned`: teachers with the demo's intervals, and the share of parameters that all students leave.
 PLANNED_TEACHERS = ("tiny_qwen_image", "tiny_qwen_image_v2")
@@ -132,16 +132,19 @@ def half(work: Work) -> None:
 
 
 def planned(work: Work) -> None:
-    """Prune by students and projectors to the size that students alone leave, without tuning."""
+    """Prune by students and projectors to the size that students alone leave."""
     for teacher in (teacher for teacher in PLANNED_TEACHERS if teacher in work.teachers):
         for seed in (seed for seed in TEACHERS[teacher].seeds if seed in work.seeds):
-            for steps in (STEPS if length == "short" else 4 * STEPS for length in work.wanted):
+            for length in work.wanted:
+                steps = STEPS if length == "short" else 4 * STEPS
                 for name in (name for name in PLANNED if name in work.entries):
+                    is_tuned = bool(PLANNED[name].tuning)
+                    minutes = work.minutes[length] if is_tuned else None
                     rates: list[float | None] = [None]
                     if PLANNED[name].best_rate:
                         rates = [cell.rate for cell in work.compared(teacher, 1, seed)[2:]]
                     for rate in rates:
-                        chain = Planned(name, teacher, seed, None, rate, work.scale, SHARE, steps, is_tuned=False)
+                        chain = Planned(name, teacher, seed, minutes, rate, work.scale, SHARE, steps, is_tuned)
                         say(work.chains.row(chain))
 
 
