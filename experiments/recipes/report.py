@@ -284,13 +284,13 @@ def planned_table(cells: Sequence[Row], rows: Sequence[Row]) -> str:
                 facts = {"way": "local", "teacher": teacher, "digest": digest, "recipe": entry.recipe}
                 facts |= {"rate": chosen[0]["rate"], "steps": chosen[0]["depth_steps"], "budget": "steps"}
                 seeds = {row["seed"] for row in chosen}
-                alone = [row for row in select(cells, **facts) if row["seed"] in seeds]
+                alone = [row for row in select(cells, **facts) if row["seed"] in seeds and not entry.tuning]
                 label = f"{entry.label}, {float(chosen[0]['rate']):g}"
                 for plugs, these in (("students", alone), ("students and projectors", chosen)):
                     if these:
                         shown = [spread(these, key, digits) for key, digits in PLANNED_COLUMNS.items()]
                         lines.append([f"`{teacher}` ({digest[:8]})", budget, label, plugs, str(len(these)), *shown])
-    header = ("teacher", "training of students", "recipe, rate", "what is plugged in", "seeds", "blocks", "parameters")
+    header = ("teacher", "trained for", "recipe, rate", "what is plugged in", "seeds", "blocks", "parameters")
     return table((*header, "error", "score", "drop %", "seconds", "peak MB"), lines) if lines else ""
 
 
