@@ -54,7 +54,7 @@ class Entry:
 
     `recipe`: a key of `RECIPES`, for all trainings.
     `way`: how the students are trained, as in `Cell`; with `removed` there are none.
-    `tuning`: overrides of fine-tuning; empty: no fine-tuning.
+    `tuning`: overrides of fine-tuning; empty: no fine-tuning. Chains of the group `half` are all tuned.
     `share`: the part of the time that local training gets.
     `best_rate`: whether it is trained at the rate that the group `rates` has found best, else at the configured one.
     """
@@ -83,7 +83,7 @@ EQUAL = {
     "paper": Entry("the paper's recipe, local only", "paper"),
     "paper-best": Entry("the paper's at its best rate, local only", "paper", best_rate=True),
 }
-# Of the groups `half`, which tunes the first two, and `planned`.
+# Of the groups `planned`, and `half`, which has the first two and tunes them.
 PLANNED = {
     "ours": Entry("ours"),
     "paper": Entry("the paper's", "paper"),

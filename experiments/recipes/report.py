@@ -182,6 +182,7 @@ def local_table(rows: Sequence[Row], steps: int, budgets: Mapping[str, tuple[int
 
 
 LOCAL_COLUMNS = {"error": None, "score": 3, "drop_percent": 1, "seconds": 0, "peak_mb": 1}
+PLANNED_COLUMNS = {"blocks": 0, "params_ratio": 3} | LOCAL_COLUMNS
 
 
 def subset_errors(rows: Sequence[Row], subsets: Sequence[Row], teacher: str, digest: str, steps: int) -> dict[str, Any]:
@@ -269,9 +270,9 @@ def half_table(rows: Sequence[Row]) -> str:
 
 
 def planned_table(cells: Sequence[Row], rows: Sequence[Row]) -> str:
-    """Return the table of the group `planned`. `cells`: rows of results.csv, for the same students without projectors.
+    """Return the table of the group `planned`, with the students of the same training and seeds alone beside them.
 
-    Only seeds that both have are compared.
+    `cells`: rows of results.csv, which has these students.
     """
     lines = []
     for teacher, digest in teachers_of(select(rows, group="planned")):
@@ -292,9 +293,6 @@ def planned_table(cells: Sequence[Row], rows: Sequence[Row]) -> str:
                         lines.append([f"`{teacher}` ({digest[:8]})", budget, label, plugs, str(len(these)), *shown])
     header = ("teacher", "trained for", "recipe, rate", "what is plugged in", "seeds", "blocks", "parameters")
     return table((*header, "error", "score", "drop %", "seconds", "peak MB"), lines) if lines else ""
-
-
-PLANNED_COLUMNS = {"blocks": 0, "params_ratio": 3} | LOCAL_COLUMNS
 
 
 def minutes(rows: Sequence[Row], key: str) -> str:

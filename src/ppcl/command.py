@@ -183,9 +183,8 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
         elif key == "recipe" and isinstance(choice, str):
             said += recipes[choice]
-        elif key in ("distill", "width", "finetune") and isinstance(
-            choice, str
-        ):  # they say nothing of what a recipe sets
+        elif key in ("distill", "width", "finetune") and isinstance(choice, str):
+            # They say nothing of what a recipe sets.
             of_recipes = {name for names in recipes.values() for name in names}
             said += [name for name in (f"{key}.{name!s}" for name in raw[key]) if name not in of_recipes]
         elif key not in ("run", "experiment", "sampling", "recipe") and not (
