@@ -53,7 +53,7 @@ def _named(stack: str, pairs: str) -> tuple[str, ...]:
 _DEMO = _named("transformer_blocks", "0-1 3-5 6-7 11-12 13-14 15-16")
 TEACHERS = {
     "tiny_qwen_image": Teacher(_DEMO, SEEDS),
-    "tiny_qwen_image_v2": Teacher(_DEMO),
+    "tiny_qwen_image_v2": Teacher(_DEMO, SEEDS),
     # 69%.
     "tiny_flux": Teacher(
         _named("transformer_blocks", "2-3 4-5") + _named("single_transformer_blocks", "0-1 2-5 6-7 8-9 10-12 16-17")
