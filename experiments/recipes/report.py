@@ -92,13 +92,13 @@ def _decimals(value: float) -> int:
 
 
 def spread(rows: Sequence[Row], key: str, digits: int | None) -> str:
-    """Return the mean over rows, written as by `number`, with the standard deviation if there are several."""
+    """Return the mean over rows, written as by `number`, with the standard deviation if the rows differ."""
     values = [float(row[key]) for row in rows if row[key]]
     if not values:
         return "-"
     mean, deviation = mean_and_spread(values)
     digits = _decimals(mean) if digits is None else digits
-    return number(mean, digits) + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+    return number(mean, digits) + (f" ± {deviation:.{digits}f}" if len({*values}) > 1 else "")
 
 
 def heading(rows: Sequence[Row], teacher: str, digest: str) -> str:
