@@ -82,9 +82,7 @@ def measure(base: str, seed: int, names: tuple[str, ...]) -> list[dict[str, Any]
     common += (f"benchmark.prompts_per_category={PER_CATEGORY}",)
     run = make_run(f"half_size/{seed}", *common)
     (variant,), plugs = variants_of(run, [base])
-    switch = Switch(run, plugs)
-    switch(variant)
-    whole = switch.finetuned if variant.finetuned else switch.board.standalone()
+    whole = Switch(run, plugs).standalone(variant)
     run.teacher.pipeline.transformer = whole
     wanted, drawn = velocities(run, whole), pictures(run)
     before = read_json(run.folder / "scores" / f"{base}.json", "The scores")["scores"]["overall"]

@@ -222,7 +222,7 @@ class Results:
         (chosen,), plugs = variants_of(run, [variant])
         pipeline = run.teacher.pipeline
         if variant != "teacher":
-            Switch(run, plugs)(chosen, teacher_above)
+            Switch(run, plugs, alone=True)(chosen, teacher_above)
         pipeline.set_progress_bar_config()  # diffusers' own default
         return pipeline
 

@@ -23,7 +23,7 @@ from ppcl.data.training import TrainingData
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.families.registry import get_family
-from ppcl.launch import is_first
+from ppcl.launch import is_first, local_rank
 from ppcl.layers import Layout
 from ppcl.options import identity
 from ppcl.pictures.sets import set_folder, set_settings
@@ -86,9 +86,12 @@ class Run:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device of the teacher: the GPU if there is one and `trainer.accelerator` allows it, else the CPU."""
+        """The device of the teacher: the GPU if there is one and `trainer.accelerator` allows it, else the CPU.
+
+        Each rank that a launcher has started on a machine has a GPU of its own.
+        """
         wants_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda")
-        return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank()[0]) if wants_gpu and torch.cuda.is_available() else torch.device("cpu")
 
     @cached_property
     def teacher(self) -> TeacherModel:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-_NAMES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+# SLURM_NTASKS would not do: sbatch sets it, too, for a script that starts a single process without srun.
+_NAMES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 
 
 def launched() -> bool:
@@ -27,7 +28,7 @@ def is_first() -> bool:
 
 def export_slurm() -> None:
     """Set torchrun's variables from those of srun, unless torchrun started this process."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+    if "RANK" in os.environ or not launched():
         return
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
@@ -37,7 +38,7 @@ def export_slurm() -> None:
     os.environ |= {
         "RANK": str(number),
         "WORLD_SIZE": str(count),
-        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+        "LOCAL_RANK": str(local_rank()[0]),
         "LOCAL_WORLD_SIZE": str(count // nodes),
         "GROUP_RANK": os.environ.get("SLURM_NODEID", "0"),
         "MASTER_ADDR": slurm.main_address,
@@ -46,5 +47,9 @@ def export_slurm() -> None:
 
 
 def local_rank() -> tuple[int, int]:
-    """Return the rank of this process on its machine, and the number of ranks on each machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return the rank of this process on its machine, and the number of ranks on each machine.
+
+    The number is right only after `export_slurm`.
+    """
+    number = os.environ.get("LOCAL_RANK") or (os.environ.get("SLURM_LOCALID") if launched() else None)
+    return int(number or 0), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

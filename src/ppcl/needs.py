@@ -45,7 +45,7 @@ def _check_machine(run: Run) -> None:
     if "quantize" in run.config.stages and scheme in ("int8", "int4") and find_spec("torchao") is None:
         raise UsageError(f"quantize.scheme={scheme} needs torchao: pip install 'torchao>=0.18'.")
     folder = model_folder(run.config.model)
-    needing = [stage for stage in run.config.stages if STAGES[stage].encoders and stage != "export"]
+    needing = [stage for stage in run.config.stages if STAGES[stage].encoders == "device"]
     if folder is not None and needing and not _has_vae(folder):
         raise UsageError(
             f"'stages=[{needing[0]}]' draws or encodes pictures, and model.path={run.config.model.path} has no VAE: "

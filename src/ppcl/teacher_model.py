@@ -19,7 +19,9 @@ from ppcl.validation.model import model_folder
 
 
 class TeacherModel:
-    """The configured teacher. Its pipeline is loaded on first use and shared by all stages.
+    """The configured teacher. Its pipeline is loaded on first use, with the parts that the present stage needs.
+
+    Stages that need the same parts in the same memory share it. Outside of stages it is whole and on the device.
 
     `sharded` is true while a stage that shards the teacher over ranks (FSDP) runs. The pipeline is then loaded for that
     stage only, and it is not moved to the device.
@@ -28,6 +30,8 @@ class TeacherModel:
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
         self.config, self.family, self.device = config, family, device
         self.sharded = False
+        self._transformer: torch.device | None = device  # None: it is not loaded
+        self._encoders: torch.device | None = device  # VAE and text encoders
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,11 +39,36 @@ class TeacherModel:
         return getattr(torch, self.config.model.dtype)
 
     def enter(self, stage: str) -> None:
-        """Prepare for a stage. The pipeline is dropped before and after a stage that shards the teacher."""
+        """Prepare for a stage. The pipeline is dropped if the stage needs other parts of it, or shards the teacher."""
+        if not STAGES[stage].weights and stage != "plan":
+            return
         sharded = self.config.strategy.kind == "fsdp" and STAGES[stage].ranks == "train"
-        if sharded or self.sharded:
+        places = self._places(stage)
+        if sharded or self.sharded or places != (self._transformer, self._encoders):
             self.forget_pipeline()
-        self.sharded = sharded
+        self.sharded, (self._transformer, self._encoders) = sharded, places
+
+    def _places(self, stage: str) -> tuple[torch.device | None, torch.device | None]:
+        """Return the devices that a stage needs the transformer, and the encoders, on; None for what it does not use.
+
+        What it only reads or saves stays in host memory, where weights are mapped from their files.
+        """
+        needs, data = STAGES[stage], self.config.data
+        transformer, encoders = needs.transformer, needs.encoders
+        fitted = stage == "quantize" and self.config.quantize.rounding == "least_squares"
+        if fitted or stage == "plan":  # to count needs no weights, but with a budget plugs are measured
+            transformer = "device"
+        cached = data.name in ("webdataset", "folder")
+        if data.name == "shapes" and (needs.data or fitted or stage == "plan"):
+            encoders = "device"
+        elif cached and stage == "evaluate":
+            encoders = "nowhere"  # it times a cached sample
+        places: dict[str, torch.device | None] = {
+            "nowhere": None,
+            "host": torch.device("cpu"),
+            "device": self.device,
+        }
+        return places[transformer], places[encoders]
 
     def forget_pipeline(self) -> None:
         """Drop the pipeline. It is loaded again on its next use."""
@@ -68,10 +97,9 @@ class TeacherModel:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The teacher's pipeline: frozen, in evaluation mode, on the run's device.
+        """The teacher's pipeline: frozen, in evaluation mode, with the parts that the present stage needs.
 
-        On cached data, stages that encode nothing load it without VAE and text encoders. Raises `UsageError` if it
-        cannot be loaded.
+        The other parts are None. Raises `UsageError` if it cannot be loaded.
         """
         from diffusers import DiffusionPipeline
 
@@ -79,15 +107,16 @@ class TeacherModel:
         source = model_folder(model) or model.path
         assert source is not None, "checked in validation"
         try:
-            left_out: dict[str, Any] = {}
-            needless = self.config.data.name != "shapes" and not any(STAGES[s].encoders for s in self.config.stages)
-            if needless or isinstance(source, Path):
-                index = DiffusionPipeline.load_config(source, revision=model.revision)
-                components = {name: entry for name, entry in index.items() if isinstance(entry, list)}
-                kept = {"transformer", "scheduler"} if needless else components.keys()
-                # diffusers must be told, too, which components the folder does not have.
-                left_out = {name: None for name in components if name not in kept or components[name] == [None, None]}
-            if model.streaming:
+            index = DiffusionPipeline.load_config(source, revision=model.revision)
+            components = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+            places = {name: self._encoders for name in components if name not in ("transformer", "scheduler")}
+            needless = {name for name, place in places.items() if place is None}
+            needless |= {"transformer"} if self._transformer is None else set()
+            # diffusers must be told, too, which components the folder does not have.
+            left_out: dict[str, Any] = {
+                name: None for name, entry in components.items() if name in needless or entry == [None, None]
+            }
+            if model.streaming and "transformer" not in needless:
                 left_out["transformer"] = self._streamed_transformer(source)
             pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, dtype=self.dtype, **left_out)
         except OSError as error:
@@ -97,7 +126,9 @@ class TeacherModel:
             ) from None
         pipeline.set_progress_bar_config(disable=True)
         if self.config.generate.offload == "none" and not self.sharded:
-            pipeline.to(self.device)
+            for name, part in pipeline.components.items():
+                if isinstance(part, nn.Module):
+                    part.to(self._transformer if name == "transformer" else self._encoders)
         self._arrange_scheduler(pipeline)
         self.family.complete(pipeline)
         for part in pipeline.components.values():

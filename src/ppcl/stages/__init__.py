@@ -14,66 +14,90 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+# Where a stage needs a part of the teacher: nowhere, in host memory to read or to save it, or on the device to run it.
+Where = Literal["nowhere", "host", "device"]
+
 
 @dataclass(frozen=True)
 class Stage:
     """Describes one stage: its help line, what it needs, and how several ranks share it.
 
     `help`: the description in `ppcl --help`.
-    `weights`: whether it needs the teacher's weights.
+    `transformer`: where it needs the teacher's transformer.
+    `encoders`: where it needs the VAE and the text encoders. Toy pictures are encoded when they are read, so with them
+        a stage that reads data also runs the encoders.
     `data`: whether it reads pictures with captions, either cached ones or rendered toy pictures.
-    `encoders`: whether it needs the VAE and the text encoders.
     `whole`: whether the whole teacher must be in memory at once, which `model.streaming=true` does not allow.
     `ranks`: how several ranks share the work. `train`: all ranks train together. `divide`: each rank does a part.
         `first`: rank 0 does everything while the others wait.
     """
 
     help: str
-    weights: bool = False
+    transformer: Where = "nowhere"
+    encoders: Where = "nowhere"
     data: bool = False
-    encoders: bool = False
     whole: bool = False
     ranks: Literal["train", "divide", "first"] = "first"
+
+    @property
+    def weights(self) -> bool:
+        """Whether it needs the teacher's weights."""
+        return (self.transformer, self.encoders) != ("nowhere", "nowhere")
 
 
 STAGES = {
     "pretrain": Stage("train an embedded toy teacher from random weights (rarely needed: ppcl ships them)", whole=True),
     "cache": Stage(
         "encode pictures and captions once (data=webdataset, folder), so that training loads no encoder",
-        weights=True,
-        encoders=True,
+        encoders="device",
         ranks="divide",
     ),
-    "probe": Stage("fit one linear map per block and stream", weights=True, data=True),
+    "probe": Stage("fit one linear map per block and stream", transformer="device", data=True),
     "detect": Stage(
-        "find intervals: groups of adjacent blocks that together are nearly linear", weights=True, data=True
+        "find intervals: groups of adjacent blocks that together are nearly linear", transformer="device", data=True
     ),
     "boundaries": Stage(
         "store the teacher's activations, to distil without the teacher (distill.from_boundaries=true)",
-        weights=True,
+        transformer="device",
         data=True,
     ),
     "depth": Stage(
-        "distil one student block per interval from the teacher's activations", weights=True, data=True, ranks="train"
+        "distil one student block per interval from the teacher's activations",
+        transformer="device",
+        data=True,
+        ranks="train",
     ),
     "import_published": Stage(
         "convert a model or training checkpoint of the PPCL authors (published.path=DIR or FILE)", whole=True
     ),
-    "width": Stage("replace text streams and FFNs by linear projectors", weights=True, data=True, ranks="train"),
+    "width": Stage(
+        "replace text streams and FFNs by linear projectors", transformer="device", data=True, ranks="train"
+    ),
     "plan": Stage("count the parameters left (needs no weights); with a budget, choose students and projectors"),
     "finetune": Stage(
-        "train all parameters of the pruned model on the teacher's output", weights=True, data=True, ranks="train"
+        "train all parameters of the pruned model on the teacher's output",
+        transformer="device",
+        data=True,
+        ranks="train",
     ),
     "export": Stage(
-        "write the pruned pipeline as a folder that plain diffusers loads", weights=True, encoders=True, whole=True
+        "write the pruned pipeline as a folder that plain diffusers loads",
+        transformer="host",
+        encoders="host",
+        whole=True,
     ),
     "quantize": Stage(
-        "write the pruned pipeline with 8-bit or 4-bit weights (quantize=int8, int4 or nf4)", weights=True, whole=True
+        "write the pruned pipeline with 8-bit or 4-bit weights (quantize=int8, int4 or nf4)",
+        transformer="host",
+        encoders="host",
+        whole=True,
     ),
     "remap_lora": Stage("convert a LoRA of the full model for the pruned model (lora.path=FILE)"),
-    "generate": Stage("draw every variant with the same prompts and seeds", weights=True, encoders=True, whole=True),
+    "generate": Stage(  # it moves one variant after another to the device
+        "draw every variant with the same prompts and seeds", transformer="host", encoders="device", whole=True
+    ),
     "evaluate": Stage(
-        "score the pictures; measure parameters, latency, memory", weights=True, encoders=True, whole=True
+        "score the pictures; measure parameters, latency, memory", transformer="device", encoders="device", whole=True
     ),
     "report": Stage("write an HTML page, report.json and samples.png"),
 }

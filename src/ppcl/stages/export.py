@@ -78,8 +78,7 @@ def _write_folder(run: Run, folder: Path, variant: Variant, plugs: Plugs, header
     """Write the pipeline with `variant` as its transformer, its model card and its record, all or nothing."""
     pipeline = run.teacher.pipeline
     switch = Switch(run, plugs)
-    switch(variant)
-    model = switch.finetuned if variant.finetuned else switch.board.standalone()
+    model = switch.standalone(variant)
     provenance = provenance_of(run, variant, switch, header)
     model.register_to_config(ppcl=provenance)
     with atomic_folder(folder) as temporary:

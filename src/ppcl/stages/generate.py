@@ -171,7 +171,7 @@ def run(run: Run) -> None:
         return
     missing = [drawing for drawing in missing if not _reuse_teacher(run, drawing)]
     run.family.check_prompts(run.teacher.pipeline, prompts_of(run))
-    switch = Switch(run, plugs)
+    switch = Switch(run, plugs, alone=True)
     for drawing in missing:
         transformer = switch(drawing.variant, run.config.generate.teacher_above)
         drawn = _draw_variant(run, drawing, switch.board)

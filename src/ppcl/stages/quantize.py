@@ -72,8 +72,7 @@ def run(run: Run) -> None:
         run.say("quantize", f"reused {folder}")
         return
     switch = Switch(run, plugs)
-    switch(variant)
-    model = switch.finetuned if variant.finetuned else switch.board.standalone()
+    model = switch.standalone(variant)
     model.register_to_config(ppcl=provenance_of(run, variant, switch, header))
     before, params = weight_bytes(model), model.num_parameters()
     chosen, skipped, undivided = split_linears(model, config.skip, config.group_size)

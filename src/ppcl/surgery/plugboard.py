@@ -57,7 +57,7 @@ class Plugboard:
         self.family = family
         self.transformer: Any = transformer
         self.intervals = intervals
-        self.students = dict(students or {})
+        self.students: Mapping[str, nn.Module] = students or {}
         self.projectors = dict(projectors or {})
         self.layout = layout or Layout()
         self._pruned: dict[tuple, nn.Module] = {}
