@@ -277,6 +277,8 @@ class TrainingConfig:
     """Settings of distillation and fine-tuning: AdamW, linear warm-up, cosine decay. The defaults are the paper's.
 
     `batch_size`: samples per step, over all ranks together.
+    `accumulate`: how many smaller batches these samples are divided into, one after another, which takes less memory
+        and more time. The gradients are their mean.
     `lr`: learning rate. None if `relative_update` sets the rates.
     `min_lr_ratio`: the learning rate at the end, relative to `lr`.
     `warmup_steps`: steps over which the learning rate rises to `lr`.
@@ -287,6 +289,7 @@ class TrainingConfig:
 
     steps: int = option(6000, least=1)
     batch_size: int = option(2, least=1)
+    accumulate: int = option(1, least=1, identity=False)
     lr: float | None = option(1e-5, least=0)
     min_lr_ratio: float = 0.0
     warmup_steps: int = 16

@@ -39,10 +39,9 @@ class Repeated:
 
     stream: Any
     count: int
-    from_disk = False
 
-    def __call__(self, step: int) -> Any:
-        return self.stream(step % self.count)
+    def divided(self, step: int, parts: int) -> Any:
+        return self.stream.divided(step % self.count, parts)
 
 
 def both_ways(command: list[str]) -> Path:

@@ -102,7 +102,7 @@ def test_what_is_cached_is_what_the_pipeline_encodes(cached: Path, teacher: Path
     stream = CachedStream(family, cached, config, 5, 4, held_out=False)
     seen = set()
     for step in range(stream.steps_per_epoch):
-        latents, size, conditions = stream.samples(step, [False] * 4)
+        latents, size, conditions = stream.samples(step, range(4), [False] * 4)
         scenes = [scene_of(int(entry.key)) for entry in stream.entries(step)]
         seen |= {entry.key for entry in stream.entries(step)}
         if size == (8, 8):

@@ -112,7 +112,7 @@ def test_a_forward_reads_what_the_pipeline_gives_it(family: str, command: list[s
         options: dict[str, Any] = {"negative_prompt": [""], "true_cfg_scale": 2.0, "num_inference_steps": 1}
         pipeline(**arguments, **options, height=SIDE, width=SIDE, output_type="latent")
         for dropped, theirs in zip((False, True), calls[:2], strict=True):
-            latents, size, conditions = stream.samples(step, [dropped])
+            latents, size, conditions = stream.samples(step, range(1), [dropped])
             ours = stream.family.forward_inputs(latents, conditions, torch.ones(1), size)
             torch.testing.assert_close(ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
             behind = latents.shape[1]

@@ -5,9 +5,9 @@ Batch number `step` depends on the seed and `step` alone, so that one integer is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
@@ -31,6 +31,8 @@ class TrainingBatch:
     `sigmas`: the noise level of each sample.
     `divided`: whether this rank has only its rows of a batch that ranks share.
     `as_tensor`: turns the output of the forward into one tensor.
+    `tokens`: if it is one of several batches that make up a step, its number of valid tokens by stream, relative to the
+        mean of these batches. Streams that are not padded have as many in each, and are left out.
     """
 
     inputs: dict[str, Any]
@@ -38,11 +40,20 @@ class TrainingBatch:
     sigmas: Float[Tensor, " batch"]
     divided: bool = False
     as_tensor: Callable[[Any], Tensor] = unchanged
+    tokens: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def average(self) -> Average:
         """The function that averages a number over the ranks that share this batch."""
         return mean if self.divided else own
+
+    def average_of(self, stream: str) -> Average:
+        """The function that turns the denominator of a mean over tokens of `stream` into that of the whole step.
+
+        The mean over ranks, and over the batches of a step, of what is divided by it is then the step's own mean.
+        """
+        share = self.tokens.get(stream)
+        return self.average if share is None else lambda number: self.average(number / share)
 
     def prediction(self, output: Any) -> Tensor:
         """Return the predicted velocity, in the shape of `target`, from the output of the forward.
@@ -62,7 +73,7 @@ def batch_numbers(batch_size: int, start: int, stop: int) -> range:
     return range(start * parts, stop * parts)
 
 
-def own_rows(batch_size: int, share: tuple[int, int]) -> slice:
+def own_rows(batch_size: int, share: tuple[int, int]) -> range:
     """Return this rank's rows of a batch, where `share` is (rank, number of ranks).
 
     The number of ranks must divide `batch_size`.
@@ -70,7 +81,7 @@ def own_rows(batch_size: int, share: tuple[int, int]) -> slice:
     number, count = share
     assert batch_size % count == 0, "checked in validation"
     each = batch_size // count
-    return slice(number * each, (number + 1) * each)
+    return range(number * each, (number + 1) * each)
 
 
 class StepLoader:

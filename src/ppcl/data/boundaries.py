@@ -60,6 +60,10 @@ class BoundaryBatch:
         """The function that averages a number over ranks, as in `TrainingBatch`; ranks do not share boundaries."""
         return own
 
+    def average_of(self, stream: str) -> Average:
+        """The same for every stream: a step is one batch of boundaries."""
+        return own
+
     def to(self, device: torch.device) -> BoundaryBatch:
         """Return the batch on `device`. Without this method, Lightning would copy every field even if it is there."""
         if self.sigmas.device == device:
@@ -185,7 +189,6 @@ class BoundaryStream:
     folders: list[Path]
     kind: str
     stored: int
-    from_disk = True
 
     def __call__(self, step: int) -> BoundaryBatch:
         found = [read_step(folder, self.kind, step % self.stored) for folder in self.folders]

@@ -156,8 +156,6 @@ class CachedStream(Stream):
     Raises `UsageError` if there are no samples.
     """
 
-    from_disk = True
-
     def __init__(
         self, family: Family, folder: Path, config: DataConfig, seed: int, batch_size: int, *, held_out: bool
     ) -> None:
@@ -193,8 +191,9 @@ class CachedStream(Stream):
             batches += [found[start : start + self.batch_size] for start in range(0, whole, self.batch_size)]
         return [batches[index] for index in rng.permutation(len(batches))]
 
-    def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
-        entries = self.entries(step)[: len(dropped)]
+    def samples(self, step: int, rows: range, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
+        batch = self.entries(step)
+        entries = [batch[row] for row in rows]
         latents, conditions = [], []
         for entry, drop in zip(entries, dropped, strict=True):
             (part, names), prefix = _opened(entry.part), f"{entry.number:03d}."

@@ -26,25 +26,21 @@ _STREAM_STRIDE = 1_000_003
 class Stream(ABC):
     """Returns training batches by step: latents and conditions of a source, with noise added.
 
-    `share` is (rank, number of ranks). Each rank gets its rows of every batch; random numbers are drawn for the whole
+    `share` is (rank, number of ranks). Each rank reads its rows of every batch; random numbers are drawn for the whole
     batch on every rank, so that they do not depend on the number of ranks.
-
-    `from_disk`: whether samples are read from disk, so that it pays to prefetch them.
     """
 
     share = (0, 1)
-    from_disk = False
 
     def __init__(self, family: Family, config: DataConfig, seed: int, batch_size: int) -> None:
         self.family, self.config = family, config
         self.seed, self.batch_size = seed, batch_size
 
     @abstractmethod
-    def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
-        """Return latents `[B, N, C]`, their (height, width) in tokens, and conditions of samples of batch `step`.
+    def samples(self, step: int, rows: range, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
+        """Return latents `[B, N, C]`, their (height, width) in tokens, and conditions of the `rows` of batch `step`.
 
-        These are the first `len(dropped)` samples. `dropped` says of each whether its caption is replaced by the empty
-        one.
+        `dropped` says of each row whether its caption is replaced by the empty one.
         """
 
     def _generator(self, number: int) -> torch.Generator:
@@ -55,17 +51,37 @@ class Stream(ABC):
 
         Some captions are dropped (`data.caption_dropout`), so that the model learns classifier-free guidance.
         """
+        return self.divided(step, 1)[0]
+
+    def divided(self, step: int, parts: int) -> list[TrainingBatch]:
+        """Return this rank's rows of training batch number `step` as `parts` batches of equal size."""
         generator = self._generator(step)
         dropped = torch.rand(self.batch_size, generator=generator) < self.config.caption_dropout
-        latents, size, conditions = self.samples(step, dropped.tolist())
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        rows = own_rows(self.batch_size, self.share)
+        own = slice(rows.start, rows.stop)
+        latents, size, conditions = self.samples(step, rows, dropped[own].tolist())
+        noise = torch.randn((self.batch_size, *latents.shape[1:]), generator=generator)[own].to(latents)
         sigmas = flow_matching.sample_sigmas(
             self.batch_size, generator, scheme=self.config.timesteps, shift=self.config.shift
-        ).to(latents)
-        rows = own_rows(self.batch_size, self.share)
-        conditions = {name: value[rows] for name, value in conditions.items()}
-        batch = self.family.training_batch(latents[rows], conditions, noise[rows], sigmas[rows], size)
-        return replace(batch, divided=self.share[1] > 1)
+        )[own].to(latents)
+        batches = []
+        for number in range(parts):
+            part = own_rows(len(rows), (number, parts))
+            some = slice(part.start, part.stop)
+            chosen = {name: value[some] for name, value in conditions.items()}
+            batch = self.family.training_batch(latents[some], chosen, noise[some], sigmas[some], size)
+            batches.append(replace(batch, divided=self.share[1] > 1))
+        return batches if parts == 1 else self._with_tokens(batches)
+
+    def _with_tokens(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
+        """Return the batches of a step with their `tokens`."""
+        masks = [self.family.masks(batch.inputs) for batch in batches]
+        counts = [{stream: mask.sum().item() for stream, mask in each.items() if mask is not None} for each in masks]
+        mean = {stream: sum(count[stream] for count in counts) / len(counts) for stream in counts[0]}
+        return [
+            replace(batch, tokens={stream: number / mean[stream] for stream, number in count.items()})
+            for batch, count in zip(batches, counts, strict=True)
+        ]
 
     def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
         """Yield `num_samples` samples, each at every one of `num_timesteps` noise levels, captions included.
@@ -77,7 +93,7 @@ class Stream(ABC):
         grid = self.config.shift * grid / (1 + (self.config.shift - 1) * grid)
         for start in range(0, num_samples, self.batch_size):
             count = min(self.batch_size, num_samples - start)
-            latents, size, conditions = self.samples(start // self.batch_size, [False] * count)
+            latents, size, conditions = self.samples(start // self.batch_size, range(count), [False] * count)
             noise = torch.randn(latents.shape, generator=self._generator(start)).to(latents)
             for sigma in grid.tolist():
                 sigmas = latents.new_full((count,), sigma)
@@ -141,9 +157,9 @@ class ShapesStream(Stream):
         self.categories = categories or family.categories
         self.prompts = prompts or encode_world(family, pipeline, self.categories)
 
-    def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
+    def samples(self, step: int, rows: range, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
         family, start = self.family, step * self.batch_size
-        numbers = range(start, start + len(dropped))
+        numbers = [start + row for row in rows]
         scenes = [family.world.make_scene(self.seed, number, categories=self.categories) for number in numbers]
         latents, size = family.encode_images(self.pipeline, shapes.pictures(scenes))
         given = zip(*(scene.references for scene in scenes), strict=True)

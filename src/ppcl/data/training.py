@@ -55,6 +55,11 @@ class TrainingData:
         return Path(self.config.paths.cache_dir) / "data" / self.cache_header.fingerprint
 
     @property
+    def from_disk(self) -> bool:
+        """Whether batches are read from disk, so that it pays to prefetch them."""
+        return self.config.data.name != "shapes"
+
+    @property
     def source_identity(self) -> dict[str, Any]:
         """The cache and the held-out share, as headers store them; empty for toy pictures."""
         if self.config.data.name == "shapes":

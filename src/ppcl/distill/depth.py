@@ -85,15 +85,19 @@ class DepthDistillation(LocalDistillation):
                 number = ends[call.key]
                 with torch.set_grad_enabled(gradients):
                     student = self._call_student(*self.pairs[number], waiting.pop(number), batch.inputs)
-                    visit(number, with_loss(*self.output_terms(student, call.outputs, masks, batch.average)))
+                    visit(number, with_loss(*self.output_terms(student, call.outputs, masks, batch.average_of)))
 
         with torch.no_grad():
             observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
 
-    def learn(self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None) -> list[Terms]:
-        return super().learn(batch, done) if self.config.mode == "parallel" else self._sequential_step(batch)
+    def learn(
+        self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None, share: float = 1.0
+    ) -> list[Terms]:
+        if self.config.mode == "parallel":
+            return super().learn(batch, done, share)
+        return self._sequential_step(batch, share)
 
-    def _sequential_step(self, batch: TrainingBatch) -> list[Terms]:
+    def _sequential_step(self, batch: TrainingBatch, share: float = 1.0) -> list[Terms]:
         """Run the teacher for the targets, then the model with all students, and back-propagate the summed loss."""
         board = self._board[0]
         masks = self.family.masks(batch.inputs)
@@ -119,10 +123,10 @@ class DepthDistillation(LocalDistillation):
             observe(self.family, board.transformer, batch.inputs, keep_output, last=starts[-1])
         board()
         logged = [
-            with_loss(*self.output_terms(student, target, masks, batch.average))
+            with_loss(*self.output_terms(student, target, masks, batch.average_of))
             for student, target in zip(outputs, targets, strict=True)
         ]
-        self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
+        self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum() * share)
         return [{key: value.detach() for key, value in terms.items()} for terms in logged]
 
 
@@ -147,4 +151,4 @@ class DepthFromBoundaries(DepthDistillation):
     def each_loss(self, batch: Any, visit: Callable[[int, Terms], None]) -> None:
         for number, part in enumerate(batch.parts):
             student = self._call_student(*self.pairs[number], part.kwargs, part.inputs)
-            visit(number, with_loss(*self.output_terms(student, part.outputs, part.masks, batch.average)))
+            visit(number, with_loss(*self.output_terms(student, part.outputs, part.masks, batch.average_of)))

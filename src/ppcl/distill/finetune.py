@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ppcl.config import FinetuneConfig
 from ppcl.data.batches import TrainingBatch
-from ppcl.distill.objective import ManualOptimization
+from ppcl.distill.objective import ManualOptimization, listed, mean_of
 from ppcl.families.base import Family
 from ppcl.launch import is_first
 from ppcl.ops.losses import relative_error
@@ -171,18 +171,20 @@ class FineTune(ManualOptimization):
         velocity = observe(self.family, model, batch.inputs, keep)
         return batch.prediction(velocity), features
 
-    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        terms = self.losses(batch)
-        (logged,) = mean_terms([terms], batch.average)
-        loss = logged["loss"].detach()
+    def training_step(self, batch: TrainingBatch | list[TrainingBatch], batch_idx: int) -> Tensor:
+        batches, found = listed(batch), []
+        for each in batches:
+            terms = self.losses(each)
+            self.manual_backward(terms["loss"] / len(batches))
+            found.append({key: value.detach() for key, value in terms.items()})
+        (logged,) = mean_terms([mean_of(found)], batches[0].average)
+        loss = logged["loss"]
         key = "lr" if self.config.relative_update is None else "relative_update"
         self.refuse_infinite(loss, {f"finetune.{key}": getattr(self.config, key)})
-        self.manual_backward(terms["loss"])
         self.take_step(self.student, self.config.max_grad_norm)
         if self.ema is not None:
             self._average()
-        logged = {f"finetune/{key}": value.detach() for key, value in logged.items()}
-        self.log_dict(logged, batch_size=len(batch.sigmas))
+        self.log_dict({f"finetune/{key}": value for key, value in logged.items()}, batch_size=len(batches[0].sigmas))
         return loss
 
     @torch.no_grad()

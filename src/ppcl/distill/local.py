@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.distill.losses import Terms, distill_losses, stream_terms
-from ppcl.distill.objective import ManualOptimization, listed
+from ppcl.distill.objective import ManualOptimization, listed, mean_of
 from ppcl.families.base import Family
 from ppcl.ops.losses import Average, norm_ratio
 from ppcl.parallel import mean_terms
@@ -107,32 +107,39 @@ class LocalDistillation(ManualOptimization):
         return self.family.streams_out(stack, output, inputs)
 
     def output_terms(
-        self, student: Streams, teacher: Streams, masks: dict[str, Tensor | None], average: Average
+        self,
+        student: Streams,
+        teacher: Streams,
+        masks: dict[str, Tensor | None],
+        average_of: Callable[[str], Average],
     ) -> tuple[Terms, Terms]:
         """Return the losses of a block's output per stream, weighted by `distill.losses`, and norm ratios.
 
         Norm ratios are only logged.
 
         `student`, `teacher`: output streams `[B, tokens, D]`. `masks`: valid tokens `[B, tokens]` per stream, None for
-        all. `average`: the mean of a scalar over ranks that share the batch.
+        all. `average_of`: for each stream, what turns a denominator into the whole step's.
         """
         descended: Terms = {}
         logged: Terms = {}
         for stream, target in teacher.items():
-            arguments = student[stream], target, masks[stream], average
+            arguments = student[stream], target, masks[stream], average_of(stream)
             descended |= stream_terms(self.loss_weights, stream, *arguments)
             logged[f"{stream}_norm_ratio"] = norm_ratio(*arguments)
         return descended, logged
 
-    def learn(self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None) -> list[Terms]:
+    def learn(
+        self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None, share: float = 1.0
+    ) -> list[Terms]:
         """Back-propagate the loss of every part and return each part's terms, detached.
 
-        `done(part)` is called as soon as a part has its gradient, before the next part's loss is computed.
+        `done(part)` is called as soon as a part has its gradient, before the next part's loss is computed. `share`:
+        what the batch is of a step's samples; the gradients are so much of a whole batch's.
         """
         logged: list[Terms] = [{} for _ in self.names]
 
         def descend(number: int, terms: Terms) -> None:
-            self.manual_backward(terms["loss"])
+            self.manual_backward(terms["loss"] * share)
             logged[number] = {key: value.detach() for key, value in terms.items()}
             if done is not None:
                 done(self.parts[self.key(self.names[number])])
@@ -140,9 +147,13 @@ class LocalDistillation(ManualOptimization):
         self.each_loss(batch, descend)
         return logged
 
-    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        logged = mean_terms(self.learn(batch, self._descend), batch.average)
-        self._descend(*self.parts.values())  # in sequential mode one backward pass gives all gradients, used here
+    def training_step(self, batch: TrainingBatch | list[TrainingBatch], batch_idx: int) -> Tensor:
+        batches = listed(batch)
+        # A part takes its step as soon as it has the gradient of all batches.
+        done = self._descend if len(batches) == 1 else None
+        found = [self.learn(each, done, 1 / len(batches)) for each in batches]
+        logged = mean_terms([mean_of(terms) for terms in zip(*found, strict=True)], batches[0].average)
+        self._descend(*self.parts.values())  # those that have not, and in sequential mode all
         listed(self.optimizers())[0].step()  # no gradients are left; Lightning counts it as the global step
         for scheduler in listed(self.lr_schedulers()):
             scheduler.step()
@@ -150,12 +161,12 @@ class LocalDistillation(ManualOptimization):
         self.average_steps += 1
         # A plain mean at first, then an exponential moving average.
         self.average_losses.lerp_(losses, max(1 / self.average_steps.item(), 1 - _AVERAGE_DECAY))
-        self.log(f"{self.stage_name}/loss", losses.sum(), prog_bar=True, batch_size=len(batch.sigmas))
+        self.log(f"{self.stage_name}/loss", losses.sum(), prog_bar=True, batch_size=len(batches[0].sigmas))
         trainer: Any = self.trainer
         if self.global_step % trainer.log_every_n_steps == 0:  # so many values take a tenth of a tiny model's step
             for name, terms in zip(self.names, logged, strict=True):
                 values = {f"{self.stage_name}/{name}/{key}": value for key, value in terms.items()}
-                self.log_dict(values, batch_size=len(batch.sigmas))
+                self.log_dict(values, batch_size=len(batches[0].sigmas))
         total = losses.sum()
         self.refuse_infinite(total, self._rates())
         return total

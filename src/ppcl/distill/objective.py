@@ -6,7 +6,7 @@ two optimisers that share out the parameters (Muon and AdamW).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -65,5 +65,14 @@ class ManualOptimization(L.LightningModule):
 
 
 def listed(found: Any) -> list[Any]:
-    """Return what Lightning gives for its optimisers or schedulers as a list: a single one comes bare."""
+    """Return what may be a single object or a list of such as a list.
+
+    Lightning gives a single optimiser or scheduler bare, and a step's samples are one batch, or several smaller ones
+    with `accumulate`.
+    """
     return found if isinstance(found, list) else [found]
+
+
+def mean_of(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of every value over the batches of a step. `terms`: scalars by name, for each batch."""
+    return {key: torch.stack([each[key] for each in terms]).mean() for key in terms[0]}

@@ -220,25 +220,26 @@ class WidthDistillation(LocalDistillation):
         student: Streams,
         teacher: Streams,
         masks: dict[str, Any],
-        average: Average,
+        average_of: Callable[[str], Average],
     ) -> Terms:
         """Return the loss terms of pruned place `number`: those of each stream, Eq. 12 per projector, and norm ratios.
 
         `arguments`: from `each_call`. `student`, `teacher`: output streams `[B, tokens, D]`. `masks`: valid tokens
-        `[B, tokens]` per stream, None for all. `average`: the mean of a scalar over ranks that share the batch.
+        `[B, tokens]` per stream, None for all. `average_of`: for each stream, what turns a denominator into the whole
+        step's.
         """
         linear: Terms = {}
         for key, projector in self.projectors(number).items():
             if key == "text_in":
                 with computing(self.precision, arguments["z"].device):
                     guess = projector(arguments["z_reference"])
-                linear["linear_z"] = relative_error(guess, arguments["z"], masks["text"], average)
+                linear["linear_z"] = relative_error(guess, arguments["z"], masks["text"], average_of("text"))
             else:
                 stream = "image" if key == "image_ffn" else "text"
                 sides = student[stream], teacher[stream], masks[stream]
-                linear[f"linear_{stream}"] = relative_error(*sides, average)
+                linear[f"linear_{stream}"] = relative_error(*sides, average_of(stream))
         weighted = {key: self.linear_weight * value for key, value in linear.items()}
-        descended, logged = self.output_terms(student, teacher, masks, average)
+        descended, logged = self.output_terms(student, teacher, masks, average_of)
         return with_loss(descended | weighted, logged)
 
     def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
@@ -248,7 +249,7 @@ class WidthDistillation(LocalDistillation):
         def learn(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
             with torch.set_grad_enabled(gradients):
                 student = self._call(number, arguments)
-                visit(number, self.terms(number, arguments, student, teacher, masks, batch.average))
+                visit(number, self.terms(number, arguments, student, teacher, masks, batch.average_of))
 
         self.each_call(batch, learn)
 

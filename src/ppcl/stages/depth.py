@@ -5,6 +5,7 @@ With `distill.from_boundaries` the activations come from disk, and the teacher i
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,15 @@ def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
 def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
     """Return module, training batches, held-out batches and blocks of a training with the teacher in memory.
 
-    Batches are functions of the step. The blocks are the teacher's, which `trainer.compile` compiles.
+    Batches are functions of the step, which return a list of those that `distill.accumulate` divides it into. The
+    blocks are the teacher's, which `trainer.compile` compiles.
     """
     config, transformer = run.config.distill, run.teacher.pipeline.transformer
     module = DepthDistillation(run.family, transformer, intervals, config, run.precision)
     stream = run.data.shared_stream(run.config.data.train_seed, config.batch_size)
     heldout = run.data.shared_stream(run.config.data.calibration_seed, config.batch_size)
-    return module, stream, heldout, list(run.family.blocks(transformer).values())
+    train, measured = (partial(each.divided, parts=config.accumulate) for each in (stream, heldout))
+    return module, train, measured, list(run.family.blocks(transformer).values())
 
 
 def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
@@ -106,7 +109,8 @@ def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation,
     module = DepthFromBoundaries(run.family, intervals, students, run.config.distill, run.precision)
     folders = [folder / plug_name(stack, pair) for stack, pair in module.pairs]
     stream = BoundaryStream(folders, TRAIN, num_stored(run))
-    return module, stream, BoundaryStream(folders, HELD_OUT, len(held_out_steps(run))), []
+    heldout = BoundaryStream(folders, HELD_OUT, len(held_out_steps(run)))
+    return module, lambda step: [stream(step)], lambda step: [heldout(step)], []
 
 
 def _advice(run: Run) -> str:
@@ -151,10 +155,10 @@ def run(run: Run) -> None:
         """Return the losses of each interval's student on the held-out batches, by name."""
         steps = run.track(held_out_steps(run), description)
         place(run, module)
-        return module.heldout(run.data.to_device(heldout(step)) for step in steps)
+        return module.heldout(run.data.to_device(batch) for step in steps for batch in heldout(step))
 
     before = measure("before distillation")
-    loader = StepLoader(stream, config.steps, ahead=stream.from_disk)
+    loader = StepLoader(stream, config.steps, ahead=config.from_boundaries or run.data.from_disk)
     blocks = [*blocks, *module.parts.values()]
     fit(run, "depth", module, loader, checkpoints, header, config.checkpoint_every, blocks)
     after = measure("after distillation")

@@ -11,17 +11,19 @@ from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
+from ppcl.data.streams import Stream
 from ppcl.distill.finetune import FineTune
 from ppcl.errors import UsageError
 from ppcl.options import identity
 from ppcl.streaming import still
 from ppcl.surgery.adapter import merge_lora
+from ppcl.taps import BlockKey
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import Sharding, place
 from ppcl.variants.costs import FIRST_BATCH
-from ppcl.variants.plugs import required_plugs
+from ppcl.variants.plugs import Plugs, required_plugs
 from ppcl.variants.switch import Switch
-from ppcl.variants.variants import another_run, finetuned_folder, made_of, planned
+from ppcl.variants.variants import Variant, another_run, finetuned_folder, made_of, planned
 
 
 def finetune_header(run: Run, arranged: dict[str, Any]) -> Header:
@@ -60,22 +62,14 @@ def run(run: Run) -> None:
         return
     checkpoints = run.folder / "finetune-checkpoint"
     check_resumable(checkpoints, header, sharded=run.teacher.sharded)
-    teacher = run.family.blocks(run.teacher.pipeline.transformer)
-    switch = Switch(run, plugs)
-    switch(plan)
-    with still(*(teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept)):
-        student = switch.board.standalone()
-        if not run.teacher.sharded:  # a sharded student gets its own copy of shared parameters anyway
-            student = copy.deepcopy(student)
-    stands_for = switch.board.stands_for
-    switch.restore()
+    student, stands_for = _student(run, plugs, plan)
     sharding = Sharding.of(run) if run.teacher.sharded else None
     seed = run.config.data.train_seed
     transformer = run.teacher.pipeline.transformer
     module = FineTune(run.family, transformer, student, config, stands_for, sharding, seed, run.precision)
     # Other batches than those that the stages depth and width train on.
     stream = run.data.shared_stream(seed, config.batch_size)
-    loader = StepLoader(partial(_later, stream), config.steps, ahead=stream.from_disk)
+    loader = StepLoader(partial(_later, stream, config.accumulate), config.steps, ahead=run.data.from_disk)
     blocks = [b for model in (transformer, student) for b in run.family.blocks(model).values()]
     before = _velocity_error(run, module, "before tuning")
     fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
@@ -99,15 +93,32 @@ def run(run: Run) -> None:
     run.say("finetune", f"wrote {folder}")
 
 
+def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey, BlockKey]]:
+    """Return the model to tune, and for each of its blocks the teacher's block that it stands for.
+
+    It has its own copy of every parameter, unless it is going to be sharded, which copies, or only a LoRA learns.
+    """
+    teacher = run.family.blocks(run.teacher.pipeline.transformer)
+    switch = Switch(run, plugs)
+    switch(plan)
+    with still(*(teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept)):
+        student = switch.board.standalone()
+        if not run.teacher.sharded and not run.config.finetune.lora_rank:
+            student = copy.deepcopy(student)
+    stands_for = switch.board.stands_for
+    switch.restore()
+    return student, stands_for
+
+
 def _velocity_error(run: Run, module: FineTune, description: str) -> float:
     """Return the velocity error on the held-out batches that the plan's costs are measured on."""
     place(run, module)
-    size = run.config.finetune.batch_size
+    size, parts = run.config.finetune.batch_size, run.config.finetune.accumulate
     stream = run.data.shared_stream(run.config.data.calibration_seed, size)
     steps = run.track(batch_numbers(size, FIRST_BATCH, FIRST_BATCH + 4), description)
-    return module.velocity_error(run.data.to_device(stream(step)) for step in steps)
+    return module.velocity_error(run.data.to_device(batch) for step in steps for batch in stream.divided(step, parts))
 
 
-def _later(stream: Any, step: int) -> TrainingBatch:
-    """Return batch number `step` after the first 500,000 samples of `stream`."""
-    return stream(500_000 // stream.batch_size + step)
+def _later(stream: Stream, parts: int, step: int) -> list[TrainingBatch]:
+    """Return batch number `step` after the first 500,000 samples of `stream`, divided into `parts`."""
+    return stream.divided(500_000 // stream.batch_size + step, parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,13 @@ def projector_header(run: Run, item: PrunedPlace, students: Mapping[str, str]) -
 def _calibration(run: Run, start: int, stop: int, description: str, *, shared: bool = False) -> Iterator[TrainingBatch]:
     """Yield held-out batches `start` to `stop` of at least 16 samples each, with a progress bar named `description`.
 
-    With `shared`, each rank gets its own rows of every batch; otherwise every rank gets all rows.
+    They come in as small batches as a step trains on. With `shared`, each rank gets its own rows of every batch;
+    otherwise every rank gets all rows.
     """
-    size = run.config.distill.batch_size
+    size, parts = run.config.distill.batch_size, run.config.distill.accumulate
     stream = (run.data.shared_stream if shared else run.data.stream)(run.config.data.calibration_seed, size)
     for step in run.track(batch_numbers(size, start, stop), description):
-        yield run.data.to_device(stream(step))
+        yield from map(run.data.to_device, stream.divided(step, parts))
 
 
 def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
@@ -197,7 +199,8 @@ def run(run: Run) -> None:
     before = measure()
     if config.steps:
         stream = run.data.shared_stream(run.config.data.train_seed, distill.batch_size)
-        loader = StepLoader(stream, config.steps, ahead=stream.from_disk)
+        divided = partial(stream.divided, parts=distill.accumulate)
+        loader = StepLoader(divided, config.steps, ahead=run.data.from_disk)
         blocks = run.family.blocks(teacher).values()
         fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every, blocks)
         place(run, module)

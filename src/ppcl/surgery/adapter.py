@@ -24,20 +24,22 @@ def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
     # PEFT matches the ends of names: the target `blocks.0.ff` would also match `encoder.blocks.0.ff`.
     others = [name for name in linear if name not in targets and name.endswith(tuple(f".{end}" for end in targets))]
     adapted: Any = model.requires_grad_(False)
-    with torch.random.fork_rng():
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}  # by default all of them
+    with torch.random.fork_rng([*devices]):
         torch.manual_seed(seed)
         adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, exclude_modules=others or None))
 
 
 def merge_lora(model: Any, pipeline: Any, folder: Path) -> None:
-    """Save the LoRA of `model` to `folder` in the pipeline's format, and add it to the weights of `model`.
+    """Save the LoRA of `model` to `folder` in the pipeline's format, and add it to a copy of the weights of `model`.
 
-    `pipeline.load_lora_weights(folder)` loads the file.
+    `pipeline.load_lora_weights(folder)` loads the file. The copy is in host memory.
     """
     from peft.utils import get_peft_model_state_dict
 
     (name,) = model.peft_config
     layers, metadata = get_peft_model_state_dict(model, adapter_name=name), model.peft_config[name].to_dict()
     pipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
-    model.fuse_lora()
+    model.load_state_dict({key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}, assign=True)
+    model.fuse_lora()  # in place, and the weights may have been shared with the teacher
     model.unload_lora()

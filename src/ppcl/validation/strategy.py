@@ -39,6 +39,7 @@ def check_strategy(config: Config) -> None:
     if strategy.cpu_offload and strategy.kind != "fsdp":
         raise UsageError(f"strategy.cpu_offload=true means nothing to strategy={strategy.kind}: use strategy=fsdp.")
     if strategy.kind == "single":
+        _check_sizes(config, 1)
         trained = [stage for stage in (*TRAINED, "pretrain") if stage in stages]
         if trained and count > 1:
             _refuse_together(
@@ -58,14 +59,7 @@ def check_strategy(config: Config) -> None:
         )
     if "pretrain" in stages:
         raise UsageError(f"strategy={strategy.kind} does not go with 'stages=[pretrain]': use strategy=single.")
-    sizes = {"depth": ("distill", config.distill), "width": ("distill", config.distill)}
-    for stage, (group, settings) in (sizes | {"finetune": ("finetune", config.finetune)}).items():
-        if stage in stages and settings.batch_size % count:
-            size = settings.batch_size
-            raise UsageError(
-                f"{group}.batch_size={size} does not divide among {count} ranks: make it "
-                f"{-(-size // count) * count}, the batch of all ranks together, or start another number of them."
-            )
+    _check_sizes(config, count)
     if not set(TRAINED) & set(stages):
         return
     if "depth" not in stages:
@@ -79,6 +73,33 @@ def check_strategy(config: Config) -> None:
         raise UsageError(
             "distill.mode=sequential does not go with strategy=fsdp, which shards every student by itself: use "
             "strategy=ddp."
+        )
+
+
+def _check_sizes(config: Config, ranks: int) -> None:
+    """Raise `UsageError` if a batch does not divide among ranks, and each rank's rows by `accumulate`."""
+    for group, settings, stages in (
+        ("distill", config.distill, {"depth", "width"}),
+        ("finetune", config.finetune, {"finetune"}),
+    ):
+        if not stages & {*config.stages}:
+            continue
+        size, parts = settings.batch_size, settings.accumulate
+        if size % ranks:
+            raise UsageError(
+                f"{group}.batch_size={size} does not divide among {ranks} ranks: make it "
+                f"{-(-size // ranks) * ranks}, the batch of all ranks together, or start another number of them."
+            )
+        if size // ranks % parts:
+            whose = f"the {size // ranks} samples of each of {ranks} ranks" if ranks > 1 else "the samples of a step"
+            raise UsageError(
+                f"{group}.accumulate={parts} does not divide {whose} ({group}.batch_size={size}): choose one of "
+                f"{', '.join(str(n) for n in range(1, size // ranks + 1) if not size // ranks % n)}."
+            )
+    if config.distill.accumulate > 1 and config.distill.from_boundaries and "depth" in config.stages:
+        raise UsageError(
+            f"distill.accumulate={config.distill.accumulate} does not go with distill.from_boundaries=true, whose "
+            "batches are read as they were stored: store them with a smaller distill.batch_size."
         )
 
 

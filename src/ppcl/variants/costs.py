@@ -75,10 +75,10 @@ def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], tar
 
 def heldout_batches(run: Run) -> list[TrainingBatch]:
     """Return `budget.num_batches` held-out batches that nothing is fitted to, on the run's device."""
-    size = run.config.distill.batch_size
+    size, parts = run.config.distill.batch_size, run.config.distill.accumulate
     stream = run.data.stream(run.config.data.calibration_seed, size)
     numbers = batch_numbers(size, FIRST_BATCH, FIRST_BATCH + run.config.budget.num_batches)
-    return [run.data.to_device(stream(number)) for number in numbers]
+    return [run.data.to_device(batch) for number in numbers for batch in stream.divided(number, parts)]
 
 
 @torch.no_grad()

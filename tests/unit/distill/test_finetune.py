@@ -10,6 +10,8 @@ from trainers import state_of, train
 from ppcl.config import FinetuneConfig
 from ppcl.distill.finetune import FineTune
 from ppcl.errors import UsageError
+from ppcl.surgery.adapter import merge_lora
+from ppcl.surgery.plugboard import Plugboard
 
 LENGTHS = (5, 9, 7)
 
@@ -239,6 +241,23 @@ def test_a_lora_is_all_that_is_trained(family, teacher, student, batch, make_bat
     inner = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}
     dead = (".txt_", ".to_add_out", ".add_q_proj")  # of the last block, whose text output reaches nothing
     assert {name for name in inner - trained if not (".1." in name and any(part in name for part in dead))} == set()
+
+
+def test_a_merged_lora_leaves_weights_that_it_shares_as_they_are(family, pipeline, tmp_path):
+    teacher = pipeline.transformer
+    before = state_of(teacher)
+    student = Plugboard(family, teacher, {}).standalone()
+    module = FineTune(family, teacher, student, settings(lora_rank=2))
+    memory = {value.data_ptr() for value in teacher.parameters()}
+    layers = [value for value in student.parameters() if not value.requires_grad]
+    assert all(value.data_ptr() in memory for value in layers)  # it costs no memory beside the teacher
+    with torch.no_grad():
+        for name, value in student.named_parameters():
+            value.fill_(0.1) if "lora_" in name else None
+    merge_lora(module.whole_result(), pipeline, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    changed = [name for name, value in student.state_dict().items() if not torch.equal(value, before[name])]
+    assert "transformer_blocks.0.attn.to_q.weight" in changed
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
