@@ -20,6 +20,9 @@ from ppcl.paths import conf_dir, is_toy_folder, local_folder
 
 TINY = 100_000_000  # parameters; smaller models train better with the toy teachers' settings than with the paper's
 
+# Pictures that are encoded or decoded at once have so many pixels. The VAE of Qwen-Image decodes as many in 7 GB.
+PIXELS = 1 << 21
+
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -30,6 +33,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("with_muon", with_muon, replace=True)
     OmegaConf.register_new_resolver("rate", rate, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
+    OmegaConf.register_new_resolver("by_pixels", by_pixels, replace=True)
     OmegaConf.register_new_resolver("data_name", data_name, replace=True)
     OmegaConf.register_new_resolver("of_model", of_model, replace=True)
 
@@ -61,6 +65,12 @@ def with_muon(relative_update: float, *, _root_: Any) -> float | None:
 def optimizer(*, _root_: Any) -> str:
     """Return the optimiser of fine-tuning: AdamW for a LoRA, else by the size of the model."""
     return "adamw" if _root_.finetune.lora_rank else by_size("muon", "adamw", _root_=_root_)
+
+
+def by_pixels(most: int, *, _root_: Any) -> int:
+    """Return how many pictures the VAE takes at once: those that have `PIXELS` together, at least 1, at most `most`."""
+    sampling = _root_.model.sampling
+    return max(1, min(most, PIXELS // max(1, sampling.height * sampling.width)))
 
 
 def by_data(toy: Any, own: Any, *, _root_: Any) -> Any:

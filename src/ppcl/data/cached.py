@@ -28,9 +28,8 @@ from ppcl.artifacts.tensors import read_tensors
 from ppcl.config import DataConfig
 from ppcl.data.streams import Stream
 from ppcl.errors import UsageError
-from ppcl.families.base import Conditions, Family
+from ppcl.families.base import MASK, Conditions, Family
 
-MASK = "prompt_embeds_mask"
 LATENTS = "latents"
 SIZES = "image_sizes"  # sizes of the given pictures
 EMPTY = "empty.safetensors"

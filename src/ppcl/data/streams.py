@@ -16,7 +16,7 @@ from torch import Tensor
 from ppcl.config import DataConfig
 from ppcl.data.batches import TrainingBatch, own_rows
 from ppcl.data.worlds import shapes
-from ppcl.families.base import Conditions, Family
+from ppcl.families.base import Conditions, Family, without_needless_mask
 from ppcl.ops import flow_matching
 
 # Steps of two streams share no random numbers as long as a stream is shorter than this.
@@ -60,6 +60,7 @@ class Stream(ABC):
         rows = own_rows(self.batch_size, self.share)
         own = slice(rows.start, rows.stop)
         latents, size, conditions = self.samples(step, rows, dropped[own].tolist())
+        conditions = without_needless_mask(conditions)
         noise = torch.randn((self.batch_size, *latents.shape[1:]), generator=generator)[own].to(latents)
         sigmas = flow_matching.sample_sigmas(
             self.batch_size, generator, scheme=self.config.timesteps, shift=self.config.shift
@@ -94,6 +95,7 @@ class Stream(ABC):
         for start in range(0, num_samples, self.batch_size):
             count = min(self.batch_size, num_samples - start)
             latents, size, conditions = self.samples(start // self.batch_size, range(count), [False] * count)
+            conditions = without_needless_mask(conditions)
             noise = torch.randn(latents.shape, generator=self._generator(start)).to(latents)
             for sigma in grid.tolist():
                 sigmas = latents.new_full((count,), sigma)

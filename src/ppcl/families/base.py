@@ -26,6 +26,17 @@ from ppcl.taps import BlockKey, Streams, stack_of
 
 # Tensors `[B, ...]` that condition a forward pass, besides the timestep. Each family chooses its own names.
 Conditions = dict[str, Tensor]
+MASK = "prompt_embeds_mask"  # the name of the mask of valid text tokens `[B, tokens]`, in families that have one
+
+
+def without_needless_mask(conditions: Conditions) -> Conditions:
+    """Return conditions without a mask that marks every token as valid.
+
+    Pipelines pass none either, and with a mask the fastest attention kernels do not run.
+    """
+    if MASK in conditions and bool(conditions[MASK].all()):
+        return {name: value for name, value in conditions.items() if name != MASK}
+    return conditions
 
 
 class EncodedPrompts:

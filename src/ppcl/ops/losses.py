@@ -24,7 +24,7 @@ def own(number: Tensor) -> Tensor:
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None, average: Average) -> Tensor:
     if mask is None:
-        return values.mean()  # all ranks have the same number of tokens
+        return values.mean() if average is own else values.sum() / average(values.new_tensor(values.numel()))
     return (values * mask).sum() / average(mask.sum())
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from ppcl.benchmarks.base import Prompt
 from ppcl.context import Run
 from ppcl.errors import UsageError
+from ppcl.families.base import without_needless_mask
 from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
@@ -36,7 +37,7 @@ def denoising_step(run: Run) -> dict[str, Any]:
     last = run.config.benchmark.prompts_per_category - 1
     prompt = [run.family.world.make_scene(run.config.data.eval_seed, last, run.family.categories[-1]).caption]
     references = run.family.encode_references(run.teacher.pipeline, [images] * run.family.num_references)
-    conditions = run.family.encode_prompts(run.teacher.pipeline, prompt)(prompt) | references
+    conditions = without_needless_mask(run.family.encode_prompts(run.teacher.pipeline, prompt)(prompt)) | references
     sigmas = torch.full((1,), 0.5).to(latents)
     return run.data.to_device(run.family.forward_inputs(latents, conditions, sigmas, size))
 

@@ -8,6 +8,7 @@ from ppcl.config import DataConfig
 from ppcl.data.batches import StepLoader, batch_numbers
 from ppcl.data.streams import ShapesStream
 from ppcl.data.worlds import shapes
+from ppcl.families.base import without_needless_mask
 from ppcl.families.dit.tiny import build_pipeline as build_dit
 from ppcl.families.registry import get_family
 
@@ -171,3 +172,17 @@ def test_a_dit_learns_what_its_scheduler_takes(prediction_type):
         timestep, noisy = batch.inputs["timestep"].item(), batch.inputs["hidden_states"]
         step = pipeline.scheduler.step(batch.target, timestep, noisy)
         torch.testing.assert_close(step.pred_original_sample, latents, rtol=0, atol=1e-3)
+
+
+def test_a_mask_that_masks_nothing_is_not_passed(family, pipeline):
+    """As by the pipeline itself. A mask rules out the fastest attention kernels."""
+    prompts = ["a red circle", "a photo of two blue squares and a green circle"]
+    conditions = family.encode_prompts(pipeline, prompts)(prompts)
+    latents, sigmas = torch.randn(2, 16, 48), torch.tensor([0.3, 0.6])
+    padded, whole = conditions, {name: value[1:] for name, value in conditions.items()}
+    for found, expected in ((padded, 2), (whole, None)):
+        count = len(found["prompt_embeds"])
+        inputs = family.forward_inputs(latents[:count], without_needless_mask(found), sigmas[:count], (4, 4))
+        mask = inputs["encoder_hidden_states_mask"]
+        assert (mask if mask is None else len(mask)) == expected
+        assert family.masks(inputs)["text"] is mask

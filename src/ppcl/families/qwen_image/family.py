@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.artifacts.plan import Width
-from ppcl.families.base import Conditions, DualStreamFamily, EncodedPrompts
+from ppcl.families.base import MASK, Conditions, DualStreamFamily, EncodedPrompts
 from ppcl.families.pruning import width_roles
 from ppcl.families.qwen_image.transformer_qwen_image_pruned import (
     PrunedQwenImageTransformer2DModel,
@@ -83,7 +83,7 @@ class QwenImage(DualStreamFamily):
         return {
             "hidden_states": latents,
             "encoder_hidden_states": conditions["prompt_embeds"],
-            "encoder_hidden_states_mask": conditions["prompt_embeds_mask"],
+            "encoder_hidden_states_mask": conditions.get(MASK),
             "timestep": sigmas,
             "img_shapes": [[(1, *size)]] * len(latents),
             "return_dict": False,
