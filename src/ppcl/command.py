@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Keys that `run=FOLDER` does not take from the recorded configuration. They belong to the command: what it does, with
 # how many processes and on which device. No result of the run depends on them.
 OF_COMMAND = (
-    *("stages", "lora", "published", "strategy", "model.streaming", "trainer.accelerator"),
+    *("stages", "explain", "lora", "published", "strategy", "model.streaming", "trainer.accelerator"),
     *("export.push_to_hub", "export.private", "export.commit_message"),
     *(f"generate.{item.name}" for item in fields(GenerateConfig) if item.name not in ("batch_size", "plug_fraction")),
 )
@@ -274,8 +274,11 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
 
     silent = config.strategy.kind != "single" and not is_first()
     run = Run(config, folder, Console(quiet=True) if silent else console)
-    if silent or looking:
+    if silent or looking or config.explain:
         _run_stages(run, shared)
+        if config.explain:
+            with suppress(OSError):
+                folder.rmdir()  # Hydra has made it
         return
     records = (folder / "config.yaml", folder / "versions.json")
     before = {path: path.read_bytes() for path in records if path.exists()}
@@ -309,6 +312,7 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
 def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
     """Run the stages one after the other. A stage that ranks do not share runs on rank 0 only."""
     from ppcl.describe import describe
+    from ppcl.memory.plan import check_memory, in_memory
     from ppcl.needs import check_needs
     from ppcl.quiet import quiet_progress
     from ppcl.stages import STAGES
@@ -321,12 +325,18 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
         import torch
 
         torch.set_num_threads(config.trainer.num_threads)
+    if config.explain:
+        from ppcl.memory.plan import explain
+
+        explain(run)
+        return
     with shared():
         check_needs(run)
+        check_memory(run)
     describe(run)
     for stage in sorted(set(config.stages), key=list(STAGES).index):
         run.teacher.enter(stage)
-        with shared():
+        with shared(), in_memory(run, stage):
             if config.strategy.kind == "single" or STAGES[stage].ranks != "first" or is_first():
                 import_module(f"ppcl.stages.{stage}").run(run)
 

@@ -318,6 +318,8 @@ class DistillConfig(TrainingConfig):
         step. One value suits models of all widths, see `ppcl.training.optimizers`. None: `lr` is the learning rate.
     `magnitude_weight`: an older key, which is added to `losses.magnitude`.
     `intervals`: names of the intervals to train, such as `transformer_blocks.3-5`. None: all.
+    `groups`: into how many groups the intervals are divided, which are trained one after another to save memory. The
+        students are the same. `auto`: as few as fit on the device.
     `from_boundaries`: whether to read the teacher's activations from disk, where `stages=[boundaries]` stored them.
     `boundaries`: the folder of these activations. None: a folder in the cache.
     `replay`: training steps per stored batch. At r, `steps` / r batches are stored, and each is used r times.
@@ -330,6 +332,7 @@ class DistillConfig(TrainingConfig):
     relative_update: float | None = option(None, least=0, before=None)
     magnitude_weight: float = option(0.0, least=0)
     intervals: list[str] | None = option(None, identity=False)
+    groups: Any = option(1, identity=False)
     from_boundaries: bool = option(False, identity=False)
     boundaries: str | None = option(None, identity=False)
     replay: int = option(1, least=1, identity=False)
@@ -517,6 +520,9 @@ class TrainerConfig:
     `compile`: whether trainings run the blocks through `torch.compile`, each on its own. Compiling takes a minute or
         two, which pays from about 1,000 steps on.
     `progress`: whether to show progress.
+    `check_memory`: whether a command is refused at its start if the device has too little memory by estimate.
+    `memory_gb`: the memory of the device in GB (1e9 bytes) that estimates and `distill.groups=auto` reckon with. None:
+        what it has.
     """
 
     accelerator: str = "auto"
@@ -524,6 +530,8 @@ class TrainerConfig:
     num_threads: int | None = None
     compile: bool = False
     progress: bool = True
+    check_memory: bool = True
+    memory_gb: float | None = option(None, least=0)
 
 
 @dataclass
@@ -601,12 +609,14 @@ class Config:
     `stages`: the stages to run. They run in the order of `ppcl.stages.STAGES`, however they are listed.
     `run`: the folder of an earlier run to continue. Its recorded configuration applies, except for the keys that this
         command gives. The recorded configuration always has None here.
+    `explain`: print how much memory, disk and time each stage is estimated to need, and run none of them.
     `seed`: the seed of the first picture that `stages=[generate]` draws. Picture number n has the seed `seed` + n.
     """
 
     name: str = MISSING
     stages: list[str] = MISSING
     run: str | None = None
+    explain: bool = False
     seed: int = 42
     model: ModelConfig = field(default_factory=ModelConfig)
     intervals: IntervalsConfig = field(default_factory=IntervalsConfig)

@@ -137,8 +137,13 @@ def test_a_stream_is_its_seed_and_step_and_epochs_differ(cached: Path, teacher: 
     assert one != two
     other = CachedStream(family, cached, config, 6, 4, held_out=False)
     assert [other.entries(step) for step in range(steps)] != one
-    empty = torch.cat([first(step).inputs["encoder_hidden_states_mask"].sum(dim=1) == 5 for step in range(40)])
-    assert 0.35 < empty.float().mean() < 0.65
+    texts = [first(step).inputs for step in range(40)]
+    masks = [each["encoder_hidden_states_mask"] for each in texts]  # None where nothing is padded
+    lengths = [
+        each["encoder_hidden_states"].new_full((4,), each["encoder_hidden_states"].shape[1]) if m is None else m.sum(1)
+        for each, m in zip(texts, masks, strict=True)
+    ]
+    assert 0.35 < (torch.cat(lengths) == 5).float().mean() < 0.65
 
 
 def stream_of(cached: Path, batch_size: int, *, held_out: bool, share: float | None = 0.3) -> CachedStream:

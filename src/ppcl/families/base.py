@@ -173,6 +173,17 @@ class Family(ABC):
         """
         return inputs["timestep"]
 
+    def blank(self, count: int, size: tuple[int, int], text_tokens: int) -> tuple[Tensor, Conditions]:
+        """Return latents and conditions of `count` samples without content, to count what a forward needs.
+
+        `size`: height and width in image tokens. `text_tokens`: the length of each text.
+        """
+        conditions = {
+            "prompt_embeds": torch.empty(count, text_tokens, self.arch["joint_attention_dim"]),
+            "pooled_prompt_embeds": torch.empty(count, self.arch.get("pooled_projection_dim", 1)),
+        }
+        return torch.empty(count, size[0] * size[1], self.arch["in_channels"]), conditions
+
     def as_tensor(self, output: Any) -> Tensor:
         """Return the transformer's first output as one tensor in the form of the latents; most return one already."""
         return output

@@ -49,6 +49,9 @@ class FamilyFacts:
             differently.
         `residuals`: for each stack the argument of the forward that passes a ControlNet's residuals.
         `repeated_residuals`: stacks whose residuals are repeated from the first if there are fewer than blocks.
+        `token_latents`: how many latents wide an image token is.
+        `text_tokens`: the text tokens of a long caption, for estimates. None: texts are padded to
+            `sampling.max_sequence_length`.
         `modulations`: parts of the names of modulation matrices in blocks that are not part of a norm. AdamW trains
             them, not Muon.
 
@@ -79,6 +82,8 @@ class FamilyFacts:
     last_blocks: int = 0
     residuals: dict[str, str] = field(default_factory=dict)
     repeated_residuals: tuple[str, ...] = ()
+    token_latents: int = 2
+    text_tokens: int | None = 300
     modulations: tuple[str, ...] = ()
     pruned_models: dict[str, str] = field(default_factory=dict)
     builders: dict[str, str] = field(default_factory=dict)

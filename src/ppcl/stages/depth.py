@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import Interval, Intervals, plug_name
 from ppcl.artifacts.plugs import Plug
@@ -20,8 +21,10 @@ from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
 from ppcl.distill.boundaries import held_out_steps, initial_students, num_stored, stored_boundaries
 from ppcl.distill.depth import DepthDistillation, DepthFromBoundaries
 from ppcl.errors import UsageError
+from ppcl.memory.plan import Plan
 from ppcl.options import identity
 from ppcl.report.text import counted
+from ppcl.training.cost import total_cost
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
 from ppcl.validation.pruning import resolve_intervals
@@ -124,15 +127,41 @@ def _advice(run: Run) -> str:
 
 
 def run(run: Run) -> None:
-    """Train the students that do not exist yet, all in one training, and write each of them to `plugs/`.
+    """Train the students that do not exist yet, in `distill.groups` trainings, and write each of them to `plugs/`.
 
     With each student its held-out loss before and after the training is stored. A killed training resumes from its last
     checkpoint. Raises `UsageError` if the budget cannot be reached with these intervals, or if the run has students or
     checkpoints of other settings.
     """
-    config, folder = run.config.distill, run.plugs_folder
+    config = run.config.distill
     check_reachable(run, run.intervals)
-    chosen = select_intervals(run.intervals, config.intervals)
+    groups = divided(select_intervals(run.intervals, config.intervals), Plan(run).groups())
+    costs = []
+    for number, chosen in enumerate(groups, start=1):
+        if len(groups) > 1:
+            names = [plug_name(stack, pair) for stack, pairs in chosen.items() for pair in pairs]
+            run.say("depth", f"group {number} of {len(groups)}: {', '.join(names)}")
+        if _train(run, chosen) and run.writes:
+            costs.append(read_json(run.folder / "training" / "depth.json", "The cost of the training"))
+    if len(costs) > 1:
+        write_json(run.folder / "training" / "depth.json", total_cost(costs))
+
+
+def divided(intervals: Intervals, groups: int) -> list[Intervals]:
+    """Return `intervals` divided into at most `groups` groups of about equal size, in order of execution."""
+    every = [(stack, pair) for stack, pairs in intervals.items() for pair in pairs]
+    size = -(-len(every) // max(1, groups))
+    found: list[Intervals] = []
+    for start in range(0, len(every), max(1, size)):
+        found.append({})
+        for stack, pair in every[start : start + size]:
+            found[-1].setdefault(stack, []).append(pair)
+    return found
+
+
+def _train(run: Run, chosen: Intervals) -> bool:
+    """Train those students of `chosen` together that do not exist yet, and return whether there were any."""
+    config, folder = run.config.distill, run.plugs_folder
     missing: Intervals = {}
     for stack, pairs in chosen.items():
         for pair in pairs:
@@ -142,7 +171,7 @@ def run(run: Run) -> None:
     if not missing:
         discard_checkpoint(run, _checkpoint_of(run, chosen)[0])
         run.say("depth", f"reused {folder}")
-        return
+        return False
     checkpoints, header = _checkpoint_of(run, chosen)
     if config.mode == "sequential" or check_resumable(checkpoints, header, sharded=run.teacher.sharded):
         missing = chosen  # a chain trains as one; resume if killed while writing plugs
@@ -179,3 +208,4 @@ def run(run: Run) -> None:
     for finished in (checkpoints, _checkpoint_of(run, chosen)[0]):
         discard_checkpoint(run, finished)
     run.say("depth", f"wrote {counted(len(module.pairs), 'plug')} to {folder}")
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,14 @@ class TrainingCost(L.Callback):
             "peak_memory_mb": self.peak_bytes / 1e6,
         }
         write_json(self.path, content)
+
+
+def total_cost(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the cost of several trainings, one after another, with the keys that `TrainingCost` writes."""
+    steps, seconds = (sum(cost[key] for cost in costs) for key in ("steps", "seconds"))
+    return {
+        "steps": steps,
+        "seconds": seconds,
+        "seconds_per_step": seconds / max(1, steps),
+        "peak_memory_mb": max(cost["peak_memory_mb"] for cost in costs),
+    }

@@ -91,7 +91,11 @@ def check_model(config: Config) -> None:
             check_safetensors(file, "model.path: ")
     elif model.family == "auto":
         raise UsageError("model=auto needs model.path, the folder of a diffusers pipeline.")
-    elif model.path is None and (needing := [stage for stage in config.stages if _needs_weights(config, stage)]):
+    elif (
+        model.path is None
+        and not config.explain
+        and (needing := [stage for stage in config.stages if _needs_weights(config, stage)])
+    ):
         needs = ", ".join(needing)
         raise UsageError(f"'stages=[{needs}]' need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
@@ -203,7 +207,7 @@ def check_data(config: Config) -> None:
     data = config.data
     if data.name == "none":
         needing = [stage for stage in config.stages if _needs_data(config, stage) or stage == "cache"]
-        if needing:
+        if needing and not config.explain:
             raise UsageError(
                 f"'stages=[{needing[0]}]' needs pictures with captions: give data.path=FOLDER, with a metadata.csv or "
                 f"with .tar shards (data=shapes, 32x32 toy pictures, would teach model={config.model.name} nothing)."

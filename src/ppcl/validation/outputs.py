@@ -50,7 +50,8 @@ def resolve_benchmark(config: Config) -> None:
     toy, data = is_toy(config.model), config.data.name
     if config.benchmark.name == "auto":
         config.benchmark.name = "shapes" if toy and data == "shapes" else "none"
-    if not {"generate", "evaluate", "report"} & set(config.stages) or has_own_prompts(config):
+    draws = {"generate", "evaluate", "report"} & set(config.stages)
+    if not draws or has_own_prompts(config) or config.explain:
         return
     edits = FAMILIES[config.model.family].max_references > 0
     if config.benchmark.name == "none" and (data == "none" or (edits and data != "shapes")):

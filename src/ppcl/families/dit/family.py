@@ -84,6 +84,11 @@ class DiT(Family):
             "return_dict": False,
         }
 
+    def blank(self, count: int, size: tuple[int, int], text_tokens: int) -> tuple[Tensor, Conditions]:
+        side = self.arch["sample_size"]
+        labels = torch.zeros(count, dtype=torch.long)
+        return torch.empty(count, self.arch["in_channels"], side, side), {"class_labels": labels}
+
     def noise_levels(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the middle of the noise levels that a timestep stands for."""
         return (inputs["timestep"] + 0.5) / NUM_TIMESTEPS

@@ -77,6 +77,7 @@ FACTS = (
         stacks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
         pipeline_classes=("FluxPipeline",),
         text_stacks=("transformer_blocks",),
+        text_tokens=None,
         residuals={
             "transformer_blocks": "controlnet_block_samples",
             "single_transformer_blocks": "controlnet_single_block_samples",

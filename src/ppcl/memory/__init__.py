@@ -1,0 +1,1 @@
+"""Estimates what every stage of a command needs, before anything is loaded."""

@@ -1,0 +1,225 @@
+"""Dry runs: steps of the real modules on tensors without data, to count the bytes that are alive at once.
+
+A dry run uses the model's real classes and sizes, and the modules that train and draw, under `FakeTensorMode`. Nothing
+is allocated and nothing is computed. It runs on a model with a few blocks, and extrapolates to all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ppcl.config import DistillConfig, FinetuneConfig
+from ppcl.context import Run
+from ppcl.data.batches import TrainingBatch
+from ppcl.distill.depth import DepthDistillation
+from ppcl.distill.finetune import FineTune
+from ppcl.distill.width import WidthDistillation, places
+from ppcl.efficiency import LiveBytes
+from ppcl.training.optimizers import split_for_muon
+from ppcl.validation.model import is_toy, model_folder
+
+FEW = 2  # blocks of each stack in a dry run
+TOY_TOKENS = 12  # text tokens of a toy world's caption
+
+
+@contextmanager
+def without_data(dtype: torch.dtype) -> Iterator[None]:
+    """Make all new tensors in the context fake ones; new modules get the dtype `dtype`."""
+    before = torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch does so for parameters
+        convert, nn.Module._apply = nn.Module._apply, _apply_in_place  # type: ignore[method-assign]
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+            nn.Module._apply = convert  # type: ignore[method-assign]
+
+
+def _apply_in_place(module: Any, function: Callable[[Any], Any], recurse: bool = True) -> Any:
+    """Convert a module, as by `to`. torch's own way swaps fake parameters, which fails for those that PEFT makes."""
+    for parameter in module.parameters():
+        parameter.data = function(parameter.data)
+    for child in module.modules():
+        child._buffers.update({name: None if b is None else function(b) for name, b in child._buffers.items()})
+    return module
+
+
+def vae_config(run: Run) -> dict[str, Any] | None:
+    """Return the config of the model's VAE, or None if there is no local folder with one."""
+    folder = model_folder(run.config.model)
+    path = None if folder is None else folder / "vae" / "config.json"
+    return None if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+
+
+def pixels_per_token(run: Run) -> int:
+    """Return how many pixels wide an image token is."""
+    config = vae_config(run) or {}
+    if "factor" in config:  # the toy VAE
+        return config["factor"] * config.get("cell", 1) * run.family.facts.token_latents
+    halvings = len(config.get("temperal_downsample") or config.get("block_out_channels", "   x")[1:])
+    return 2**halvings * run.family.facts.token_latents
+
+
+def blank_batch(run: Run, count: int) -> TrainingBatch:
+    """Return a batch of `count` samples of the size of `model.sampling`, without content. Call it in `without_data`."""
+    sampling, pixels = run.config.model.sampling, pixels_per_token(run)
+    length, longest = run.family.facts.text_tokens, sampling.max_sequence_length
+    tokens = longest if length is None else min(length, longest)
+    shape = (sampling.height // pixels, sampling.width // pixels)
+    latents, conditions = run.family.blank(count, shape, TOY_TOKENS if is_toy(run.config.model) else tokens)
+    sigmas = torch.empty(count)
+    inputs = run.family.forward_inputs(latents, conditions, sigmas, shape)
+    return TrainingBatch(inputs, latents, sigmas, as_tensor=run.family.as_tensor)
+
+
+def model_of(run: Run, layers: Mapping[str, int]) -> nn.Module:
+    """Return the teacher with so many blocks in each stack, without data. Call it in `without_data`."""
+    arch = run.config.model.arch | {run.family.stacks[stack]: count for stack, count in layers.items()}
+    return run.family.transformer_class.from_config(arch).eval().requires_grad_(False)
+
+
+def few(run: Run) -> dict[str, int]:
+    """Return the number of blocks in a dry run, by stack."""
+    return {stack: min(FEW, count) for stack, count in run.num_layers.items()}
+
+
+def forward_peak(run: Run, count: int) -> int:
+    """Return the peak bytes that a forward of the teacher adds to its weights, for `count` samples."""
+    with without_data(run.teacher.dtype):
+        model, batch = model_of(run, few(run)), blank_batch(run, count)
+        with torch.no_grad(), LiveBytes() as recorded:
+            model(**batch.inputs)
+    return recorded.peak
+
+
+def stream_bytes(run: Run, count: int) -> int:
+    """Return the bytes of the streams of `count` samples at one block."""
+    arch, inputs = run.config.model.arch, None
+    with without_data(run.teacher.dtype):
+        inputs = blank_batch(run, count).inputs
+        image, text = inputs["hidden_states"], inputs.get("encoder_hidden_states")
+        tokens = image.shape[1] if image.ndim == 3 else image[0, 0].numel() // arch.get("patch_size", 1) ** 2
+        tokens += 0 if text is None else text.shape[1]
+    width = arch["num_attention_heads"] * arch["attention_head_dim"]
+    return count * tokens * width * run.teacher.dtype.itemsize
+
+
+def depth_peak(run: Run, config: DistillConfig, stacks: list[str], count: int) -> int:
+    """Return the peak bytes of a step beside weights and states: activations, and the gradient of one student.
+
+    `stacks`: those with intervals. `count`: samples that are passed at once.
+    """
+    with without_data(run.teacher.dtype):
+        layers = few(run) | dict.fromkeys(stacks, FEW)
+        teacher, batch = model_of(run, layers), blank_batch(run, count)
+        intervals = {stack: [(0, 1)] for stack in stacks}
+        module: Any = DepthDistillation(run.family, teacher, intervals, config, run.precision)
+        module.manual_backward = torch.Tensor.backward
+        with LiveBytes() as recorded:
+            module.learn(batch, lambda part: part.zero_grad())
+    return recorded.peak
+
+
+def width_peak(run: Run, config: DistillConfig, stack: str, kinds: list[str], count: int) -> int:
+    """Return the same for a step of width distillation. `kinds`: what is replaced in `stack`, `text` or `ffn`."""
+    with without_data(run.teacher.dtype):
+        teacher, batch = model_of(run, few(run) | {stack: FEW}), blank_batch(run, count)
+        sets = {stack: {kind: [1] if kind in kinds else [] for kind in ("text", "ffn")}}
+        kept = places(run.family, teacher, {}, {})
+        arguments = run.family, teacher, kept, sets, run.layout, config
+        module: Any = WidthDistillation(*arguments, precision=run.precision)
+        module.manual_backward = torch.Tensor.backward
+        with LiveBytes() as recorded:
+            module.learn(batch, lambda part: part.zero_grad())
+    return recorded.peak
+
+
+def finetune_peak(run: Run, config: FinetuneConfig, student: Mapping[str, int], count: int) -> int:
+    """Return the peak bytes of a step beside weights and states: activations, and gradients.
+
+    `student`: the number of blocks of the pruned model, by stack. Its activations grow with them.
+    """
+
+    def measured(layers: Mapping[str, int]) -> int:
+        with without_data(run.teacher.dtype):
+            teacher, tuned, batch = model_of(run, layers), model_of(run, layers), blank_batch(run, count)
+            itself = {key: key for key in run.family.blocks(tuned)}
+            module: Any = FineTune(run.family, teacher, tuned, config, itself, precision=run.precision)
+            with LiveBytes() as recorded:
+                module.losses(batch)["loss"].backward()
+        return recorded.peak
+
+    return _extrapolated(measured, {stack: min(FEW, blocks) for stack, blocks in student.items()}, student)
+
+
+def _extrapolated(
+    measured: Callable[[Mapping[str, int]], int], small: Mapping[str, int], whole: Mapping[str, int]
+) -> int:
+    """Return `measured(whole)` of a measure that grows linearly with the blocks of each stack, from small models."""
+    base = measured(small)
+    total = base
+    for stack, count in whole.items():
+        if count > small[stack]:
+            slope = measured({**small, stack: small[stack] + 1}) - base
+            total += slope * (count - small[stack])
+    return total
+
+
+def state_bytes(run: Run, optimizer: str, params: Mapping[str, int], outside: int = 0) -> int:
+    """Return the bytes of the optimiser's states: 8 per parameter of AdamW, and 4 of Muon.
+
+    `params`: trained parameters in blocks, by stack. `outside`: those outside of blocks.
+    """
+    if optimizer != "muon":
+        return 8 * (sum(params.values()) + outside)
+    with without_data(run.teacher.dtype):
+        model = model_of(run, dict.fromkeys(run.num_layers, 1))
+        blocks = run.family.blocks(model)
+        matrices, _ = split_for_muon(run.family, model.requires_grad_(True), list(blocks.values()))
+        mine = {id(matrix) for matrix in matrices}
+        shares = {}
+        for (stack, _), block in blocks.items():
+            sizes = [(id(p) in mine, p.numel()) for p in block.parameters()]
+            shares[stack] = sum(size for found, size in sizes if found) / sum(size for _, size in sizes)
+    return round(sum((8 - 4 * shares[stack]) * count for stack, count in params.items()) + 8 * outside)
+
+
+def block_params(run: Run) -> dict[str, int]:
+    """Return the parameters of one block, by stack."""
+    with torch.device("meta"):
+        model = model_of(run, dict.fromkeys(run.num_layers, 1))
+    return {stack: sum(p.numel() for p in block.parameters()) for (stack, _), block in run.family.blocks(model).items()}
+
+
+def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:
+    """Return the bytes of the VAE's weights, and the peak bytes of encoding and of decoding `count` pictures.
+
+    All are 0 if the folder has no VAE, or one that is not of diffusers.
+    """
+    import diffusers
+
+    config = vae_config(run)
+    vae_class = getattr(diffusers, str((config or {}).get("_class_name")), None)
+    if config is None or vae_class is None:
+        return 0, 0, 0
+    sampling = run.config.model.sampling
+    with without_data(run.teacher.dtype):
+        vae = vae_class.from_config(config).eval().requires_grad_(False)
+        weights = sum(p.numel() * p.element_size() for p in chain(vae.parameters(), vae.buffers()))
+        frames = (1,) if "temperal_downsample" in config else ()
+        with torch.no_grad(), LiveBytes() as encoding:
+            latents = vae.encode(torch.empty(count, 3, *frames, sampling.height, sampling.width)).latent_dist.mode()
+        with torch.no_grad(), LiveBytes() as decoding:
+            vae.decode(latents, return_dict=False)
+    return weights, encoding.peak, decoding.peak
