@@ -26,24 +26,30 @@ STORED_VARIANTS = (*VARIANTS, "ppcl-quantized")  # the last one exists only afte
 class SamplingConfig:
     """How pictures are drawn. All variants of a run are drawn with the same settings.
 
-    `height`, `width`: the size of a picture in pixels.
+    `height`, `width`: the size of a picture in pixels. None, for an edit model: a megapixel, in the aspect ratio of the
+        last picture that it is given.
     `num_inference_steps`: denoising steps per picture.
     `true_cfg_scale`: scale of classifier-free guidance. Above 1 every step runs the model twice, with the prompt and
-        with `negative_prompt`.
+        with `negative_prompt`. Dropped captions of your data are encoded as the same.
     `guidance_scale`: the guidance input of a guidance-distilled model such as FLUX.1-dev; for a DiT, the scale of its
         classifier-free guidance. Other models ignore it.
     `max_sequence_length`: the most prompt tokens that the text encoder passes on.
     `scheduler`: entries that replace those of the model's own scheduler config, such as `shift: 3.0`.
     """
 
-    height: int = 1328
-    width: int = 1328
+    height: int | None = 1328
+    width: int | None = 1328
     num_inference_steps: int = 50
     true_cfg_scale: float = 4.0
     negative_prompt: str = ""
     guidance_scale: float = 3.5
     max_sequence_length: int = 512
     scheduler: dict[str, Any] = option(factory=dict, before={})
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels; a square of a megapixel if they are None."""
+        return self.height or 1024, self.width or 1024
 
 
 @dataclass
@@ -243,7 +249,8 @@ class DataConfig:
     `given`: for an edit model, the file suffixes in a shard, or the table's columns, that hold the pictures given to
         it.
     `min_text_accuracy`: leaves out samples whose `text_accuracy` is lower. None: keeps all.
-    `aspects`: shapes that pictures are cut to, as `width:height`, each with the area of `model.sampling`.
+    `aspects`: shapes that pictures are cut to, as `width:height`, each with the area of `model.sampling`. Each picture
+        that an edit model is given is cut to the nearest of them too, and the result to that of the last.
     `held_out`: the share of cached samples that is kept from training, for calibration and held-out losses, between 0
         and 1. None: as many as make 32 samples, but at least 2% and at most 20% of all.
     `samples_per_file`: samples in one file of a cache. `encode_batch_size`: samples that are encoded at once.

@@ -48,6 +48,7 @@ class Run:
         self.config = config
         self.folder = folder
         self.console = console or Console()
+        self._said: set[str] = set()
         self.image_folders: dict[str, Path] = {}  # of each variant, filled by `ppcl.pictures.images.drawings`
 
     @property
@@ -58,6 +59,12 @@ class Run:
     def say(self, stage: str, text: str) -> None:
         """Print a line under the name of `stage`."""
         self.console.print(heading(stage) + escape(text), highlight=False, soft_wrap=True)
+
+    def say_once(self, stage: str, text: str) -> None:
+        """Print a line like `say`, unless it is empty or a stage of this command has printed the same."""
+        if text and text not in self._said:
+            self._said.add(text)
+            self.say(stage, text)
 
     @property
     def progress_console(self) -> Console:

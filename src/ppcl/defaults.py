@@ -70,7 +70,8 @@ def optimizer(*, _root_: Any) -> str:
 def by_pixels(most: int, *, _root_: Any) -> int:
     """Return how many pictures the VAE takes at once: those that have `PIXELS` together, at least 1, at most `most`."""
     sampling = _root_.model.sampling
-    return max(1, min(most, PIXELS // max(1, sampling.height * sampling.width)))
+    height, width = sampling.height or 1024, sampling.width or 1024  # as `SamplingConfig.size`
+    return max(1, min(most, PIXELS // max(1, height * width)))
 
 
 def by_data(toy: Any, own: Any, *, _root_: Any) -> Any:

@@ -225,6 +225,18 @@ def test_an_edit_model_is_given_pictures(tmp_path):
     assert f"generate.images={prompts} is no picture" in refused(["model=qwen_image_edit", *spoilt])
 
 
+def test_only_an_edit_model_takes_the_size_of_a_given_picture():
+    command, sides = ["stages=[plan]", "intervals.transformer_blocks=[[0,1]]"], ("height", "width")
+    for model in ("qwen_image_edit", "qwen_image_edit_2511"):
+        sampling = parsed(f"model={model}", *command).model.sampling
+        assert (sampling.height, sampling.width, sampling.size) == (None, None, (1024, 1024))
+    given = [f"model.sampling.{side}=512" for side in sides]
+    assert parsed("model=qwen_image_edit", *command, *given).model.sampling.size == (512, 512)
+    for side in sides:
+        assert "is given none" in refused(["model=qwen_image", *command, f"model.sampling.{side}=null"])
+        assert "set both or none" in refused(["model=qwen_image_edit", *command, f"model.sampling.{side}=512"])
+
+
 def test_a_prompt_file_is_read_line_by_line(auto, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\r\n\n  zwei Würfel  \n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -180,6 +181,11 @@ def test_sizes_that_fill_a_batch_have_no_picture_twice(cached: Path) -> None:
     assert sizes[0] < 20 <= sizes[1]
     assert stream.steps_per_epoch == 1
     assert len({entry.key for entry in stream.entries(0)}) == 20
+    assert stream.remark == (
+        f"20 of {sum(sizes)} samples fill batches of 20 of one size; {sizes[1] - 20} more wait for another epoch; "
+        f"{sizes[0]} are in no batch, as fewer than 20 have their size (fewer data.aspects help)"
+    )
+    assert not stream_of(cached, 1, held_out=False).remark
 
 
 @pytest.mark.parametrize(
@@ -248,7 +254,9 @@ def test_every_training_runs_without_encoders(command: list[str], cached: Path, 
     stages = "stages=[probe,depth,width,plan,finetune]"
     settings = [a for a in command if not a.startswith(("data.path", "model.path", "paths.runs_dir"))]
     sources = [f"data.cache={cached}", f"model.path={bare}", f"paths.runs_dir={tmp_path}"]
-    succeed(*settings, *sources, "name=trained", *given, stages)
+    outcome = succeed(*settings, *sources, "name=trained", *given, stages)
+    said = re.findall(r"samples fill batches of (\d+)", outcome.out)
+    assert 0 < len(said) == len({*said})  # once for each size of a batch
     assert (tmp_path / "trained" / "finetuned" / "ppcl.json").exists()
     outcome = ppcl(
         *settings, *sources, *small, "name=again", "intervals=detect", "stages=[detect]", "method.batch_size=4"

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from ppcl.artifacts.files import read_json
 from ppcl.benchmarks.base import Benchmark, Prompt
@@ -36,7 +36,7 @@ class Unscored(Benchmark):
         generate = config.generate
         if has_own_prompts(config):
             texts = [generate.prompt] if generate.prompt is not None else read_prompts(Path(str(generate.prompt_file)))
-            given = [Image.open(path).convert("RGB") for path in generate.images]
+            given = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in generate.images]
             return [Prompt(text, references=given) for text in texts]
         if config.data.name == "shapes":
             scenes = (
@@ -59,8 +59,16 @@ class Unscored(Benchmark):
         """Return hashes of the files in `generate.images`, if there are any."""
         if not has_own_prompts(config):
             return super().given(prompts, config)
-        files = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in config.generate.images]
+        files = [_digest(path) for path in config.generate.images]
         return {"images": files} if files else {}
+
+
+def _digest(path: str) -> str:
+    """Return a hash of a picture's file. It says if the picture is turned upright, which was not always done."""
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    with Image.open(path) as picture:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return f"{digest} upright" if turned else digest
 
 
 def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:

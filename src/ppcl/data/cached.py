@@ -172,6 +172,21 @@ class CachedStream(Stream):
         sizes = [len(bucket) for bucket in self.buckets.values()]
         self.rounds = 1 if max(sizes) >= batch_size else batch_size
         self.steps_per_epoch = sum(size * self.rounds // batch_size for size in sizes)
+        self.remark = self._remark(sizes)
+
+    def _remark(self, sizes: list[int]) -> str:
+        """Return how many samples the batches of an epoch hold, of buckets of these `sizes`; empty if they hold all."""
+        size, count = self.batch_size, sum(sizes)
+        used = self.steps_per_epoch * size // self.rounds
+        if used == count:
+            return ""
+        never = sum(bucket for bucket in sizes if bucket < size)
+        remark = f"{used:,} of {count:,} samples fill batches of {size} of one size"
+        if used + never < count:
+            remark += f"; {count - used - never:,} more wait for another epoch"
+        if never:
+            remark += f"; {never:,} are in no batch, as fewer than {size} have their size (fewer data.aspects help)"
+        return remark
 
     def entries(self, step: int) -> list[Entry]:
         """Return the `batch_size` samples of batch number `step`."""

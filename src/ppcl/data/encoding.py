@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from ppcl.artifacts.headers import Header
 from ppcl.config import Config
-from ppcl.data.buckets import bucket_sizes, fit, nearest
+from ppcl.data.buckets import cut_like, fit, nearest, to_tensor
 from ppcl.data.cached import LATENTS, SIZES, difference, trimmed
 from ppcl.data.sources import Sample, Unit
 from ppcl.families.base import Conditions, Family
+from ppcl.validation.values import aspect_ratio
 
 
 def source_header(config: Config, units: list[Unit], model: dict[str, Any]) -> Header:
@@ -32,10 +34,13 @@ def source_header(config: Config, units: list[Unit], model: dict[str, Any]) -> H
             "model": model,
             "units": {unit.name: [unit.size, unit.changed] for unit in units},
             "captions": data.captions,
-            **({"given": data.given} if data.given else {}),
+            # Before "cut" was stored, given pictures kept their own aspect ratio.
+            **({"given": data.given, "cut": "like the last given picture"} if data.given else {}),
             "min_text_accuracy": data.min_text_accuracy,
             "aspects": data.aspects,
-            "size": [sampling.height, sampling.width],
+            "size": list(sampling.size),
+            # Before it was stored, dropped captions were always encoded as "".
+            **({"negative_prompt": sampling.negative_prompt} if sampling.negative_prompt else {}),
             "max_sequence_length": sampling.max_sequence_length,
             # The meaning of prompt masks has changed between versions of these libraries.
             "versions": [diffusers.__version__, transformers.__version__],
@@ -46,15 +51,15 @@ def source_header(config: Config, units: list[Unit], model: dict[str, Any]) -> H
 class Encoder:
     """Encodes pictures by the pipeline's VAE and captions by its text encoder.
 
-    `sizes`: the (height, width) that pictures are resized to, one per `data.aspects`. `most_given`: the most given
-    pictures that the model takes.
+    `ratios`, `sizes`: the aspect ratios of `data.aspects`, and the (height, width) that pictures of each are resized
+    to. `most_given`: the most given pictures that the model takes.
     """
 
     def __init__(self, config: Config, family: Family, pipeline: Any) -> None:
         self.config, self.family, self.pipeline = config.data, family, pipeline
-        sampling = config.model.sampling
-        multiple = 2 * getattr(self.pipeline, "vae_scale_factor", 8)
-        self.sizes = bucket_sizes(config.data.aspects, sampling.height, sampling.width, multiple)
+        area = math.prod(config.model.sampling.size)
+        self.ratios = [aspect_ratio(aspect) for aspect in config.data.aspects]
+        self.sizes = [family.picture_size(pipeline, ratio, area) for ratio in self.ratios]
         self.most_given = self.family.facts.max_references
 
     def prompts(self, captions: list[str], references: Sequence[Any] = ()) -> list[Conditions]:
@@ -63,14 +68,30 @@ class Encoder:
         encoded = self.family.encode_prompts(self.pipeline, unique, references)(captions)
         return [trimmed({name: value[row].cpu() for name, value in encoded.items()}) for row in range(len(captions))]
 
+    def empty_prompt(self) -> Conditions:
+        """Return the conditions of a dropped caption."""
+        return self.prompts([self.family.empty_prompt])[0]
+
+    def fitted(self, picture: Image.Image, given: Sequence[Image.Image]) -> Tensor:
+        """Return a picture `[3, H, W]` in [-1, 1], resized to the size of the nearest of `data.aspects`.
+
+        The result of an edit is cut like the last given picture, whose aspect ratio the pipeline draws in.
+        """
+        if not given:
+            return fit(picture, self.sizes[nearest(picture, [width / height for height, width in self.sizes])])
+        number = nearest(given[-1], self.ratios)
+        return to_tensor(cut_like(picture, given[-1], self.ratios[number]).of(picture, self.sizes[number]))
+
     def edit(self, caption: str, given: list[Image.Image]) -> Conditions:
         """Return the conditions of an edit: its instruction, its given pictures, and as `empty.*` the empty prompt.
 
         The empty prompt, used when a caption is dropped, is encoded for each edit because its embedding depends on the
-        given pictures too.
+        given pictures too. Each given picture is cut to the nearest of `data.aspects`, since only edits whose pictures
+        all have the same sizes can be batched.
         """
-        seen, encoded = self.family.fit_references(self.pipeline, given)
-        prompt, empty = self.prompts([caption, ""], seen)
+        ratios = [self.ratios[nearest(picture, self.ratios)] for picture in given]
+        seen, encoded = self.family.fit_references(self.pipeline, given, ratios)
+        prompt, empty = self.prompts([caption, self.family.empty_prompt], seen)
         pictures = self.family.encode_references(self.pipeline, encoded)
         return prompt | {name: value[0].cpu() for name, value in pictures.items()} | difference(empty, prompt)
 
@@ -109,7 +130,7 @@ def encode_samples(
         if len(given) > encoder.most_given:
             bad.append({"key": sample.key, "why": f"{len(given)} given pictures; the model takes {encoder.most_given}"})
             continue
-        images.append(fit(picture, nearest(picture, encoder.sizes)))
+        images.append(encoder.fitted(picture, given))
         kept.append((sample, given))
     tensors: dict[str, Tensor] = {}
     records = []

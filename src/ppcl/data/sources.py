@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import webdataset as wds
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ppcl.config import DataConfig
 from ppcl.errors import UsageError
@@ -41,9 +41,12 @@ class Sample:
     given: Sequence[bytes] = ()
 
     def open(self) -> list[Image.Image]:
-        """Return the decoded RGB pictures, first `image`, then `given`. Raises PIL's errors for a damaged file."""
+        """Return the decoded RGB pictures, first `image`, then `given`, turned as their EXIF orientation says.
+
+        Raises PIL's errors for a damaged file.
+        """
         pictures = [Image.open(io.BytesIO(content)) for content in (self.image, *self.given)]
-        return [picture.convert("RGB") for picture in pictures]
+        return [ImageOps.exif_transpose(picture).convert("RGB") for picture in pictures]
 
 
 @dataclass

@@ -28,9 +28,12 @@ class Stream(ABC):
 
     `share` is (rank, number of ranks). Each rank reads its rows of every batch; random numbers are drawn for the whole
     batch on every rank, so that they do not depend on the number of ranks.
+
+    `remark`: a line that says which samples are left out, if any.
     """
 
     share = (0, 1)
+    remark = ""
 
     def __init__(self, family: Family, config: DataConfig, seed: int, batch_size: int) -> None:
         self.family, self.config = family, config

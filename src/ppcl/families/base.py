@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ppcl.config import SamplingConfig
 from ppcl.data.batches import TrainingBatch
+from ppcl.data.buckets import bucket_size
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
 from ppcl.families.width import WidthSurgery
@@ -215,6 +216,18 @@ class Family(ABC):
 
     prompts_per_call: int | None = None  # the most prompts that one call of the pipeline takes; None: any number
 
+    @property
+    def empty_prompt(self) -> str:
+        """The prompt of the unconditional pass of guidance, which dropped captions are replaced by."""
+        return self.sampling.negative_prompt
+
+    def picture_size(self, pipeline: Any, ratio: float, area: int) -> tuple[int, int]:
+        """Return the size (height, width) in pixels at which pictures of the aspect ratio width / height are encoded.
+
+        It has about `area` pixels, and makes whole tokens.
+        """
+        return bucket_size(ratio, area, 2 * getattr(pipeline, "vae_scale_factor", 8))
+
     def encode_images(self, pipeline: Any, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Return packed, normalised latents `[B, N, C]` of `images` `[B, 3, H, W]` in [-1, 1], and their size.
 
@@ -243,10 +256,13 @@ class Family(ABC):
             "and evaluate out of stages."
         )
 
-    def fit_references(self, pipeline: Any, pictures: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
-        """Resize reference PIL pictures to the sizes at which the pipeline encodes them.
+    def fit_references(
+        self, pipeline: Any, pictures: Sequence[Any], ratios: Sequence[float]
+    ) -> tuple[list[Any], list[Tensor]]:
+        """Cut reference PIL pictures to aspect ratios, and resize them to what the pipeline encodes of such pictures.
 
-        Returns the PIL pictures for the text encoder, and one tensor `[1, 3, H, W]` in [-1, 1] each for the VAE.
+        `ratios`: the aspect ratio, width / height, of each. Returns the PIL pictures for the text encoder, and one
+        tensor `[1, 3, H, W]` in [-1, 1] each for the VAE.
         """
         return [], []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ def denoising_step(run: Run) -> dict[str, Any]:
     """
     if run.config.data.name in ("webdataset", "folder"):
         return run.data.to_device(run.data.stream(run.config.data.calibration_seed, 1)(0).inputs)
-    sampling = run.config.model.sampling
-    images = torch.zeros(1, 3, sampling.height, sampling.width)
+    images = torch.zeros(1, 3, *run.config.model.sampling.size)
     latents, size = run.family.encode_images(run.teacher.pipeline, images)
     last = run.config.benchmark.prompts_per_category - 1
     prompt = [run.family.world.make_scene(run.config.data.eval_seed, last, run.family.categories[-1]).caption]
@@ -61,9 +61,7 @@ def draw(
     `arguments`: further arguments of the pipeline's call.
     """
     drawn: list[Any] = []
-    size = run.family.prompts_per_call or len(prompts)
-    for start in range(0, len(prompts), size):
-        part = slice(start, start + size)
+    for part in _calls(len(prompts), given, run.family.prompts_per_call or len(prompts)):
         generators = [torch.Generator().manual_seed(run.config.seed + number) for number in numbers[part]]
         call = run.family.sampling_arguments(run.config.model.sampling, len(generators))
         call |= run.family.prompt_arguments(pipeline, prompts[part], given[part])
@@ -71,13 +69,26 @@ def draw(
     return drawn
 
 
+def _calls(count: int, given: Sequence[Sequence[Image.Image]], most: int) -> Iterator[slice]:
+    """Yield the parts of `count` prompts that are drawn in one call of the pipeline, each of at most `most` prompts.
+
+    Prompts of one part have given pictures of the same sizes, since a call resizes all of them alike.
+    """
+    sizes = [[picture.size for picture in pictures] for pictures in given] or [[]] * count
+    for _, alike in groupby(range(count), key=sizes.__getitem__):
+        numbers = list(alike)
+        for start in range(0, len(numbers), most):
+            part = numbers[start : start + most]
+            yield slice(part[0], part[-1] + 1)
+
+
 def given_pictures(run: Run, prompt: Prompt) -> list[Image.Image]:
     """Return the PIL pictures that are given with a prompt.
 
     An array is enlarged to the size of `model.sampling`, so that each of its pixels becomes a square of one colour.
     """
-    sampling = run.config.model.sampling
-    size = sampling.width, sampling.height
+    height, width = run.config.model.sampling.size
+    size = width, height
     return [
         item if isinstance(item, Image.Image) else Image.fromarray(item).resize(size, Image.Resampling.NEAREST)
         for item in prompt.references
@@ -196,6 +207,6 @@ def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
     hook_residuals(transformer, run.family.facts, board.kept, board.counts)
     pipeline = pipeline_class(**run.teacher.pipeline.components, controlnet=controlnet.to(run.device))
     pipeline.set_progress_bar_config(disable=True)
-    sampling = run.config.model.sampling
-    image = Image.open(str(config.control_image)).convert("RGB").resize((sampling.width, sampling.height))
+    height, width = run.config.model.sampling.size
+    image = Image.open(str(config.control_image)).convert("RGB").resize((width, height))
     return pipeline, {"control_image": image, "controlnet_conditioning_scale": config.control_scale}

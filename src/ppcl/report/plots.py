@@ -232,16 +232,18 @@ def contact_sheet(
 
 
 def image_grid(path: Path, images: list[Image.Image], columns: int = 10, largest: int = 256) -> None:
-    """Write pictures edge to edge in rows. Pictures wider than `largest` pixels are reduced."""
-    width, height = images[0].size
-    scale = min(1.0, largest / width)
-    width, height, gap = round(width * scale), round(height * scale), 4
+    """Write pictures in rows, in cells of the size of the largest. Pictures wider than `largest` pixels are reduced."""
+    scales = [min(1.0, largest / image.width) for image in images]
+    sizes = [
+        (round(image.width * scale), round(image.height * scale)) for image, scale in zip(images, scales, strict=True)
+    ]
+    width, height, gap = max(width for width, _ in sizes), max(height for _, height in sizes), 4
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
         corner = (gap + column * (width + gap), gap + row * (height + gap))
-        sheet.paste(image.convert("RGB").resize((width, height)), corner)
+        sheet.paste(image.convert("RGB").resize(sizes[number]), corner)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
 

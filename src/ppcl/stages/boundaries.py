@@ -57,6 +57,7 @@ def run(run: Run) -> None:
         HELD_OUT: (run.data.stream(config.data.calibration_seed, config.distill.batch_size), len(held_out_steps(run))),
         TRAIN: (run.data.stream(config.data.train_seed, config.distill.batch_size), num_stored(run)),
     }
+    run.say_once("boundaries", kinds[TRAIN][0].remark)
     for kind, (stream, steps) in kinds.items():
         writers = {key: BoundaryWriter(folder / name, kind) for key, name in zip(pairs_keys(pairs), names, strict=True)}
         done = min(whole_shards(folder / name, kind) for name in names)

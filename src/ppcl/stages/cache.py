@@ -40,7 +40,7 @@ def run(run: Run) -> None:
         run.say("cache", f"reused {folder}")
         return
     encoder = Encoder(run.config, run.family, run.teacher.pipeline)
-    write_tensors(folder / EMPTY, encoder.prompts([""])[0], {"fingerprint": header.fingerprint})
+    write_tensors(folder / EMPTY, encoder.empty_prompt(), {"fingerprint": header.fingerprint})
     samples = sum(unit.count() for unit in mine)
     _check_space(run, encoder, mine, samples, folder)
     stored = left_out = 0

@@ -100,6 +100,7 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
     config, transformer = run.config.distill, run.teacher.pipeline.transformer
     module = DepthDistillation(run.family, transformer, intervals, config, run.precision)
     stream = run.data.shared_stream(run.config.data.train_seed, config.batch_size)
+    run.say_once("depth", stream.remark)
     heldout = run.data.shared_stream(run.config.data.calibration_seed, config.batch_size)
     train, measured = (partial(each.divided, parts=config.accumulate) for each in (stream, heldout))
     return module, train, measured, list(run.family.blocks(transformer).values())

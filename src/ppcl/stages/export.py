@@ -121,14 +121,14 @@ class _SingleFile:
         if self.exists:
             run.say("export", f"reused {self.path}")
             return
-        base, sampling = BaseModel.of(run), run.config.model.sampling
+        base, (height, width) = BaseModel.of(run), run.config.model.sampling.size
         config = read_json(folder / "transformer" / "config.json", "The transformer's config")
         kept = config["ppcl"]["kept_layers"]
         facts = {
             "title": base.title,
             "description": f"{base.name} with {sum(run.num_layers.values())} blocks pruned to "
             f"{sum(map(len, kept.values()))} (arXiv 2511.16156)",
-            "resolution": f"{sampling.width}x{sampling.height}",
+            "resolution": f"{width}x{height}",
             "base_model": base.name,
             "fingerprint": self.header.fingerprint,
         }

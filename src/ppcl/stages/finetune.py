@@ -69,6 +69,7 @@ def run(run: Run) -> None:
     module = FineTune(run.family, transformer, student, config, stands_for, sharding, seed, run.precision)
     # Other batches than those that the stages depth and width train on.
     stream = run.data.shared_stream(seed, config.batch_size)
+    run.say_once("finetune", stream.remark)
     loader = StepLoader(partial(_later, stream, config.accumulate), config.steps, ahead=run.data.from_disk)
     blocks = [b for model in (transformer, student) for b in run.family.blocks(model).values()]
     before = _velocity_error(run, module, "before tuning")

@@ -199,6 +199,7 @@ def run(run: Run) -> None:
     before = measure()
     if config.steps:
         stream = run.data.shared_stream(run.config.data.train_seed, distill.batch_size)
+        run.say_once("width", stream.remark)
         divided = partial(stream.divided, parts=distill.accumulate)
         loader = StepLoader(divided, config.steps, ahead=run.data.from_disk)
         blocks = run.family.blocks(teacher).values()

@@ -19,7 +19,7 @@ from ppcl.errors import UsageError
 from ppcl.methods.registry import load_method, method_names
 from ppcl.options import declared, unknown_key
 from ppcl.stages import STAGES
-from ppcl.validation.model import check_data, check_model, check_pretrain, check_streaming
+from ppcl.validation.model import check_data, check_model, check_pretrain, check_size, check_streaming
 from ppcl.validation.outputs import (
     check_adapter,
     check_benchmark,
@@ -178,6 +178,7 @@ def check(config: Config) -> None:
         check_pretrain(config)
         return
     check_model(config)
+    check_size(config)
     check_streaming(config)
     check_data(config)
     resolve_benchmark(config)

@@ -168,6 +168,25 @@ def check_pretrain(config: Config) -> None:
         )
 
 
+def check_size(config: Config) -> None:
+    """Check `model.sampling.height` and `width`; raises `UsageError`.
+
+    They may be None only for an edit model, which then takes them from a picture that it is given.
+    """
+    sampling, family = config.model.sampling, config.model.family
+    given = {"height": sampling.height, "width": sampling.width}
+    lacking = [name for name, side in given.items() if side is None]
+    if not lacking:
+        return
+    if not FAMILIES[family].max_references:
+        raise UsageError(
+            f"model.sampling.{lacking[0]}=null takes the size of a given picture, and model.family={family} is given "
+            "none: set it to pixels."
+        )
+    if len(lacking) == 1:
+        raise UsageError(f"model.sampling.{lacking[0]}=null goes only with the other side null too: set both or none.")
+
+
 def check_streaming(config: Config) -> None:
     """Raise `UsageError` if `model.streaming` is set and a stage needs the whole teacher in memory, or times it."""
     if not config.model.streaming:

@@ -250,14 +250,13 @@ def measure(run: Run, plugs: Plugs) -> Costs:
     file on disk was measured with other plugs or settings.
     """
     path, of_base = run.costs_paths
-    sampling = run.config.model.sampling
     made_from = {
         "model": run.teacher.identity,
         "plugs": plugs.fingerprints(plugs.names),
         **({"removed": list(plugs.removals)} if plugs.removals else {}),
         "layout": asdict(run.layout),
         "num_batches": run.config.budget.num_batches,
-        "size": [sampling.height, sampling.width],
+        "size": list(run.config.model.sampling.size),
         "data": run.data.identity,
     }
     header = Header("ppcl.costs", made_from)

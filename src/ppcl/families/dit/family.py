@@ -121,6 +121,10 @@ class DiT(Family):
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
         return latents, (latents.shape[2], latents.shape[3])
 
+    @property
+    def empty_prompt(self) -> str:
+        return ""  # no label: there are no negative prompts
+
     def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
         labels = torch.tensor(self._labels(pipeline, prompts))
         return EncodedPrompts(prompts, {"class_labels": labels})

@@ -6,6 +6,9 @@ What is special about it:
 - The latents of the reference pictures follow the noisy latents as further image tokens. In `img_shapes` each picture
   has a frame of its own. The pipeline cuts the model's output for these tokens off.
 - The pipelines resize every reference picture to a megapixel for the VAE, whatever the size of the output.
+- Without a size they draw a megapixel in the aspect ratio of the last reference picture, so that both have the same
+  grid of tokens.
+- The first pipeline resizes all reference pictures of a call to the size of the call's first.
 - The text encoder sees the reference pictures too (of 2509, at a smaller size). So every prompt is encoded together
   with its pictures, even the empty prompt for guidance.
 - 2509's pipeline takes one prompt per call.
@@ -27,16 +30,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ppcl.data.buckets import Cut
 from ppcl.data.worlds.shapes import BACKGROUND
 from ppcl.families.base import Conditions, EncodedPrompts
 from ppcl.families.qwen_image.family import QwenImage
 
 _BLANK = Image.new("RGB", (1024, 1024), (BACKGROUND,) * 3)
-
-
-def _resized(pipeline: Any, picture: Image.Image, area: int) -> Image.Image:
-    width, height = calculate_dimensions(area, picture.width / picture.height)
-    return pipeline.image_processor.resize(picture, height, width)
 
 
 class QwenImageEdit(QwenImage):
@@ -57,9 +56,20 @@ class QwenImageEdit(QwenImage):
         ]
         return inputs
 
-    def fit_references(self, pipeline: Any, pictures: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
-        seen = [_resized(pipeline, picture, self.seen_area) for picture in pictures]
-        large = [_resized(pipeline, picture, VAE_IMAGE_SIZE) for picture in pictures]
+    def picture_size(self, pipeline: Any, ratio: float, area: int) -> tuple[int, int]:
+        """Return the size of what the pipeline draws for a reference picture of this aspect ratio."""
+        width, height = calculate_dimensions(area, ratio)
+        multiple = 2 * pipeline.vae_scale_factor
+        return height // multiple * multiple, width // multiple * multiple
+
+    def fit_references(
+        self, pipeline: Any, pictures: Sequence[Any], ratios: Sequence[float]
+    ) -> tuple[list[Any], list[Tensor]]:
+        seen, large = [], []
+        for picture, ratio in zip(pictures, ratios, strict=True):
+            cut, (width, height) = Cut.middle(picture, ratio), calculate_dimensions(self.seen_area, ratio)
+            seen.append(cut.of(picture, (height, width)))
+            large.append(cut.of(picture, self.picture_size(pipeline, ratio, VAE_IMAGE_SIZE)))
         return seen, [pipeline.image_processor.preprocess(picture) for picture in large]
 
     def encode_references(self, pipeline: Any, pictures: Sequence[Tensor]) -> Conditions:
@@ -81,6 +91,11 @@ class QwenImageEdit(QwenImage):
         lengths = torch.tensor([part.shape[1] for part in encoded], device=embeddings.device)
         mask = torch.arange(longest, device=embeddings.device) < lengths[:, None]
         return EncodedPrompts(prompts, {"prompt_embeds": embeddings, "prompt_embeds_mask": mask})
+
+    def sampling_arguments(self, sampling: Any, batch_size: int) -> dict[str, Any]:
+        """Leave out a size that is None, for which the pipeline takes the aspect ratio of the reference picture."""
+        arguments = super().sampling_arguments(sampling, batch_size)
+        return {name: value for name, value in arguments.items() if value is not None}
 
     def prompt_arguments(
         self, pipeline: Any, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()
