@@ -74,9 +74,10 @@ def pixels_per_token(run: Run) -> int:
 def blank_batch(run: Run, count: int) -> TrainingBatch:
     """Return a batch of `count` samples of the size of `model.sampling`, without content. Call it in `without_data`."""
     sampling, pixels = run.config.model.sampling, pixels_per_token(run)
+    height, width = sampling.size
     length, longest = run.family.facts.text_tokens, sampling.max_sequence_length
     tokens = longest if length is None else min(length, longest)
-    shape = (sampling.height // pixels, sampling.width // pixels)
+    shape = (height // pixels, width // pixels)
     latents, conditions = run.family.blank(count, shape, TOY_TOKENS if is_toy(run.config.model) else tokens)
     sigmas = torch.empty(count)
     inputs = run.family.forward_inputs(latents, conditions, sigmas, shape)
@@ -219,7 +220,7 @@ def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:
         weights = sum(p.numel() * p.element_size() for p in chain(vae.parameters(), vae.buffers()))
         frames = (1,) if "temperal_downsample" in config else ()
         with torch.no_grad(), LiveBytes() as encoding:
-            latents = vae.encode(torch.empty(count, 3, *frames, sampling.height, sampling.width)).latent_dist.mode()
+            latents = vae.encode(torch.empty(count, 3, *frames, *sampling.size)).latent_dist.mode()
         with torch.no_grad(), LiveBytes() as decoding:
             vae.decode(latents, return_dict=False)
     return weights, encoding.peak, decoding.peak
