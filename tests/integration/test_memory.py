@@ -87,3 +87,11 @@ def test_a_lack_of_memory_names_what_to_turn() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     with pytest.raises(RuntimeError, match="a bug"), in_memory(run, "probe"):
         raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("model", ["qwen_image_edit_2509", "flux_dev", "dit_xl"])
+def test_every_model_is_estimated_without_weights(model: str, tmp_path: Path) -> None:
+    stages = "stages=[cache,probe,depth,width,finetune,generate,evaluate]"
+    outcome = succeed(f"model={model}", stages, "width=auto", "explain=true", f"paths.runs_dir={tmp_path}")
+    assert "one of three blocks in every five is assumed" in outcome.out
+    assert outcome.out.count("teacher ") >= 4

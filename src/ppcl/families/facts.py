@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class FamilyFacts:
             differently.
         `residuals`: for each stack the argument of the forward that passes a ControlNet's residuals.
         `repeated_residuals`: stacks whose residuals are repeated from the first if there are fewer than blocks.
+        `vae`: class and config of the VAE of the published model, for estimates without its folder.
+        `encoder_gb`: size of its text encoders in GB (1e9 bytes), in the same case.
         `token_latents`: how many latents wide an image token is.
         `text_tokens`: the text tokens of a long caption, for estimates. None: texts are padded to
             `sampling.max_sequence_length`.
@@ -82,6 +85,8 @@ class FamilyFacts:
     last_blocks: int = 0
     residuals: dict[str, str] = field(default_factory=dict)
     repeated_residuals: tuple[str, ...] = ()
+    vae: tuple[str, dict[str, Any]] | None = None
+    encoder_gb: float = 0.0
     token_latents: int = 2
     text_tokens: int | None = 300
     modulations: tuple[str, ...] = ()
@@ -98,6 +103,17 @@ class FamilyFacts:
     counts_blocks: bool = False
     licence: dict[str, str] = field(default_factory=dict)
     published: bool = False
+
+
+def autoencoder_kl(channels: int) -> dict[str, Any]:
+    """Return the config of an 8x `AutoencoderKL` with so many latent channels, as Stable Diffusion and FLUX have it."""
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "latent_channels": channels,
+    }
 
 
 APACHE = {"license": "apache-2.0"}

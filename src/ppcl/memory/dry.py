@@ -56,10 +56,12 @@ def _apply_in_place(module: Any, function: Callable[[Any], Any], recurse: bool =
 
 
 def vae_config(run: Run) -> dict[str, Any] | None:
-    """Return the config of the model's VAE, or None if there is no local folder with one."""
-    folder = model_folder(run.config.model)
-    path = None if folder is None else folder / "vae" / "config.json"
-    return None if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+    """Return the config of the model's VAE, without a local folder that of the published model; None without a VAE."""
+    folder, known = model_folder(run.config.model), run.family.facts.vae
+    if folder is None:
+        return None if known is None else {"_class_name": known[0]} | known[1]
+    path = folder / "vae" / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def pixels_per_token(run: Run) -> int:
@@ -67,7 +69,7 @@ def pixels_per_token(run: Run) -> int:
     config = vae_config(run) or {}
     if "factor" in config:  # the toy VAE
         return config["factor"] * config.get("cell", 1) * run.family.facts.token_latents
-    halvings = len(config.get("temperal_downsample") or config.get("block_out_channels", "   x")[1:])
+    halvings = len(config.get("block_out_channels", "   x")[1:])
     return 2**halvings * run.family.facts.token_latents
 
 
@@ -206,7 +208,7 @@ def block_params(run: Run) -> dict[str, int]:
 def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:
     """Return the bytes of the VAE's weights, and the peak bytes of encoding and of decoding `count` pictures.
 
-    All are 0 if the folder has no VAE, or one that is not of diffusers.
+    All are 0 without a VAE, or with one that is not of diffusers.
     """
     import diffusers
 
@@ -217,8 +219,8 @@ def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:
     sampling = run.config.model.sampling
     with without_data(run.teacher.dtype):
         vae = vae_class.from_config(config).eval().requires_grad_(False)
+        frames = (1,) if hasattr(vae, "temperal_downsample") else ()
         weights = sum(p.numel() * p.element_size() for p in chain(vae.parameters(), vae.buffers()))
-        frames = (1,) if "temperal_downsample" in config else ()
         with torch.no_grad(), LiveBytes() as encoding:
             latents = vae.encode(torch.empty(count, 3, *frames, *sampling.size)).latent_dist.mode()
         with torch.no_grad(), LiveBytes() as decoding:

@@ -257,10 +257,11 @@ class Plan:
         return 8.0 * number * (self._side + 1) * (2 * self._side + 1)
 
     def _encoders(self) -> float:
-        """Return the bytes of the text encoders; 0 if there is no local folder."""
+        """Return the bytes of the text encoders, without a local folder those of the published model."""
         folder = model_folder(self.run.config.model)
-        files = [] if folder is None else folder.glob("text_encoder*/*.safetensors")
-        return float(sum(file.stat().st_size for file in files))
+        if folder is None:
+            return 1e9 * self.run.family.facts.encoder_gb
+        return float(sum(file.stat().st_size for file in folder.glob("text_encoder*/*.safetensors")))
 
     def _lora_params(self, left: Mapping[str, int]) -> int:
         rank_, total = self.run.config.finetune.lora_rank, 0
@@ -327,7 +328,7 @@ def explain(run: Run) -> None:
     if others:
         run.say("explain", f"{', '.join(others)}: host memory for the weights, mapped from their files, if any")
     if not run.has_intervals:
-        run.say("explain", "intervals are not known yet: assumed are as many as in the paper's set, one in five blocks")
+        run.say("explain", "intervals are not known yet: one of three blocks in every five is assumed")
     run.say(
         "explain",
         f"the device has {in_bytes(room)}; needed are also {in_bytes(RESERVED)} for its libraries and "

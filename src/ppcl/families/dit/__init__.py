@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppcl.families.facts import FamilyFacts
+from ppcl.families.facts import FamilyFacts, autoencoder_kl
 
 FACTS = (
     FamilyFacts(
@@ -14,6 +14,7 @@ FACTS = (
         first_block=1,
         pruned_models={"PrunedDiTTransformer2DModel": "ppcl.families.dit.transformer_dit_pruned"},
         builders={"tiny_dit": "ppcl.families.dit.tiny"},
+        vae=("AutoencoderKL", autoencoder_kl(4)),
         categories=("single_object", "colors"),
         takes_lora=False,
         licence={"license": "cc-by-nc-4.0"},

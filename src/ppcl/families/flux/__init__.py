@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppcl.families.facts import FamilyFacts, SingleFile
+from ppcl.families.facts import FamilyFacts, SingleFile, autoencoder_kl
 
 
 def _stream(name: str, query_key_value: tuple[str, str, str], norms: tuple[str, str], rest: tuple[str, ...]) -> dict:
@@ -78,6 +78,8 @@ FACTS = (
         pipeline_classes=("FluxPipeline",),
         text_stacks=("transformer_blocks",),
         text_tokens=None,
+        vae=("AutoencoderKL", autoencoder_kl(16)),
+        encoder_gb=9.8,
         residuals={
             "transformer_blocks": "controlnet_block_samples",
             "single_transformer_blocks": "controlnet_single_block_samples",

@@ -14,6 +14,8 @@ FACTS = (
         text_stacks=("transformer_blocks",),
         residuals={"transformer_blocks": "controlnet_block_samples"},
         modulations=("_mod.",),
+        vae=("AutoencoderKLQwenImage", {}),
+        encoder_gb=16.6,
         pruned_models={
             "PrunedQwenImageTransformer2DModel": "ppcl.families.qwen_image.transformer_qwen_image_pruned",
         },

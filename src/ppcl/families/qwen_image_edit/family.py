@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
     CONDITION_IMAGE_SIZE,
@@ -55,6 +56,13 @@ class QwenImageEdit(QwenImage):
             for sizes in conditions["image_sizes"].tolist()
         ]
         return inputs
+
+    def blank(self, count: int, size: tuple[int, int], text_tokens: int) -> tuple[Tensor, Conditions]:
+        latents, conditions = super().blank(count, size, text_tokens)
+        given = self.facts.num_references
+        conditions["image_latents"] = torch.cat([latents] * given, dim=1)
+        sizes: Any = np.array([[size] * given] * count)  # no tensor: its numbers have to be known
+        return latents, conditions | {"image_sizes": sizes}
 
     def picture_size(self, pipeline: Any, ratio: float, area: int) -> tuple[int, int]:
         """Return the size of what the pipeline draws for a reference picture of this aspect ratio."""
