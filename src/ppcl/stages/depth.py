@@ -156,7 +156,7 @@ def run(run: Run) -> None:
     before = measure("before distillation")
     loader = StepLoader(stream, config.steps, ahead=stream.from_disk)
     blocks = [*blocks, *module.parts.values()]
-    fit(run, "depth", module, loader, checkpoints, header, config.checkpoint_every, blocks)
+    fit(run, "depth", module, loader, checkpoints, header, config, blocks)
     after = measure("after distillation")
     for number, (stack, pair) in enumerate(module.pairs):
         losses = {

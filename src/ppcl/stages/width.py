@@ -199,7 +199,7 @@ def run(run: Run) -> None:
         stream = run.data.shared_stream(run.config.data.train_seed, distill.batch_size)
         loader = StepLoader(stream, config.steps, ahead=stream.from_disk)
         blocks = run.family.blocks(teacher).values()
-        fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every, blocks)
+        fit(run, "width", module, loader, checkpoints, header, distill, blocks)
         place(run, module)
     after = measure()
     for number, item in enumerate(module.pruned):
