@@ -111,10 +111,6 @@ class Bench:
         }
         return run.family.training_batch(latents, conditions, noise, torch.full((1,), 0.5, **options), size)
 
-    @property
-    def allocated(self) -> int:
-        return 0 if self.tiny else torch.cuda.memory_allocated()
-
 
 def distill(bench: Bench, teacher: str) -> Figures:
     """Return the time and peak memory of a depth step that trains the student of the last interval.
@@ -172,8 +168,7 @@ def denoise(bench: Bench, run: Run, models: dict[str, nn.Module], compile: bool)
 
     def peak(model: nn.Module) -> float:
         """Return this model's peak memory, without that of the other models on the device."""
-        others = max(0, bench.allocated - weight_bytes(model)) / 1e6
-        return peak_memory_mb(lambda: step(model), weight_bytes(model), bench.device) - others
+        return peak_memory_mb(lambda: step(model), weight_bytes(model), bench.device)
 
     blocks = [block for model in models.values() for block in run.family.blocks(model).values()]
     with compiled(blocks if compile else ()):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from ppcl.command import check_choices, execute, failed_access, sentence
-from ppcl.errors import SaidElsewhere, UsageError
+from ppcl.errors import SaidElsewhere, Stopped, UsageError
 from ppcl.launch import is_first
 from ppcl.paths import conf_dir
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
 
 
 def main() -> None:
-    """Console script `ppcl`. A user's mistake prints one sentence and exits with 2; without arguments it helps."""
+    """Console script `ppcl`. Without arguments it prints help.
+
+    A user's mistake prints one sentence and exits with 2. A signal that stops a training exits with 128 and its number:
+    130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1, 140 for SIGUSR2.
+    """
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     if sys.argv[1:] == ["--version"]:
@@ -73,9 +78,12 @@ def main() -> None:
         if failure is None:
             raise
         complain(failure)
-    except KeyboardInterrupt:
-        print("ppcl: interrupted; the same command resumes.", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        if not isinstance(error, Stopped) or is_first():  # all ranks stop together
+            by = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+            print(f"ppcl: {by}; the same command resumes.", file=sys.stderr)
+        sys.exit(EXIT_SIGNAL + number)
     if mistakes:
         sys.exit(EXIT_USAGE)
 

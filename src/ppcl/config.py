@@ -292,6 +292,7 @@ class TrainingConfig:
     `max_grad_norm`: gradients with a larger norm are scaled down to it. None: no clipping.
     `gradient_checkpointing`: recompute activations in the backward pass, which takes less memory and more time.
     `checkpoint_every`: steps from one checkpoint to the next. A killed training resumes from the last one.
+    `checkpoint_minutes`: minutes from one checkpoint to the next where that comes first. None: steps alone decide.
     """
 
     steps: int = option(6000, least=1)
@@ -306,6 +307,7 @@ class TrainingConfig:
     max_grad_norm: float | None = None
     gradient_checkpointing: bool = option(True, identity=False)
     checkpoint_every: int = option(500, least=1, identity=False)
+    checkpoint_minutes: float | None = option(15.0, least=0, identity=False)
 
 
 @dataclass
@@ -390,7 +392,7 @@ class PretrainConfig:
     `text_encoder_lr`: learning rate of AdamW for the text encoder, which is then trained too. None: it stays as it is.
     `warmup_steps`: steps over which all rates rise linearly.
     `decay`: the share of `steps`, at the end, over which they fall linearly to 0.
-    `checkpoint_every`: steps from one checkpoint to the next.
+    `checkpoint_every`, `checkpoint_minutes`: as in `distill`.
     """
 
     init: str | None = None
@@ -403,7 +405,8 @@ class PretrainConfig:
     text_encoder_lr: float | None = option(None, least=0, before=None)
     warmup_steps: int = 50
     decay: float = 0.4
-    checkpoint_every: int = option(250, identity=False)
+    checkpoint_every: int = option(250, least=1, identity=False)
+    checkpoint_minutes: float | None = option(15.0, least=0, identity=False)
 
 
 @dataclass

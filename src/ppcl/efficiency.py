@@ -81,13 +81,14 @@ class LiveBytes(TorchDispatchMode):
 def peak_memory_mb(step: Callable[[], object], resident_bytes: int, device: torch.device) -> float:
     """Return the peak memory of tensors during `step`, weights included, in MB (1e6 bytes).
 
-    On a GPU this is the allocator's peak. On a CPU it is `resident_bytes`, the size of the weights, plus the peak of
-    the tensors that are created in the step.
+    It is `resident_bytes`, the size of the weights, plus the peak of what the step adds: on a GPU in the allocator, on
+    a CPU in tensors. What else lies on the device does not count.
     """
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return (resident_bytes + torch.cuda.max_memory_allocated(device) - before) / 1e6
     with LiveBytes() as recorded:
         step()
     return (resident_bytes + recorded.peak) / 1e6

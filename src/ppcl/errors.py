@@ -1,4 +1,4 @@
-"""Exceptions for mistakes of the user."""
+"""Exceptions for mistakes of the user, and for signals."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ class UsageError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended a training, whose last step is saved.
+
+    `number`: the signal. The command line exits with 128 + `number`, as shells report the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class SaidElsewhere(UsageError):  # noqa: N818 - the base class ends in Error

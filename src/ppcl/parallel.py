@@ -131,6 +131,15 @@ def mean(tensor: Tensor) -> Tensor:
     return total / rank()[1]
 
 
+def largest(*numbers: int) -> list[int]:
+    """Return the largest value over ranks of each of `numbers`, by an all-reduce that every rank must call."""
+    if _ranks is None:
+        return list(numbers)
+    found = torch.tensor(numbers)  # on the CPU: gloo reduces it, and no GPU has to finish its work for that
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
 def mean_terms(terms: Sequence[Mapping[str, Tensor]], average: Average) -> list[dict[str, Tensor]]:
     """Return `terms` with every value averaged over ranks, by one all-reduce for all of them.
 

@@ -6,7 +6,6 @@ intervals and all later trainings, also on other machines (`distill.boundaries=F
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,12 @@ from ppcl.artifacts.tensors import write_tensors
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
+from ppcl.disk import check_space
 from ppcl.distill.boundaries import boundaries_folder, boundaries_header, held_out_steps, num_stored
-from ppcl.errors import UsageError
 from ppcl.report.text import counted, in_bytes
 from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
 from ppcl.variants.reach import check_reachable
-
-MARGIN = 1.05  # the estimated size times this must be free on disk
 
 
 def run(run: Run) -> None:
@@ -122,11 +119,8 @@ def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: i
     trial = {key: BoundaryWriter(folder, TRAIN) for key in pairs_keys(pairs)}
     _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())
-    free = shutil.disk_usage(folder).free
-    run.say("boundaries", f"about {in_bytes(needed)} for {counted(steps, 'step')}; {in_bytes(free)} are free")
-    if needed * MARGIN > free:
-        raise UsageError(
-            f"{folder} has {in_bytes(free)} free, and {counted(steps, 'step')} need about {in_bytes(needed)}: name a "
-            "folder with more room as distill.boundaries= or paths.cache_dir=, raise distill.replay, or lower "
-            "distill.steps."
-        )
+    remedy = (
+        "name a folder with more room as distill.boundaries= or paths.cache_dir=, raise distill.replay, or lower "
+        "distill.steps"
+    )
+    run.say("boundaries", check_space(folder, needed, counted(steps, "step"), remedy))

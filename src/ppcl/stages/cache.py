@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,13 +13,13 @@ from ppcl.context import Run
 from ppcl.data.cached import EMPTY, unit_record
 from ppcl.data.encoding import Encoder, encode_samples
 from ppcl.data.sources import Sample, Skipped, Unit, find_units
+from ppcl.disk import check_space
 from ppcl.errors import UsageError
 from ppcl.launch import rank
 from ppcl.progress import counter
-from ppcl.report.text import counted, in_bytes
+from ppcl.report.text import counted
 
 FEW = 50  # samples, of which a handful are held out
-MARGIN = 1.05  # the estimated size times this must be free on disk
 
 
 def run(run: Run) -> None:
@@ -77,13 +76,8 @@ def _check_space(run: Run, encoder: Encoder, units: list[Unit], samples: int, fo
     if not found:
         return  # `_cache_unit` reports why the sample is left out
     each = sum(tensor.nbytes for tensor in found.values())
-    needed, free = each * samples, shutil.disk_usage(folder).free
-    run.say("cache", f"about {in_bytes(needed)} for {counted(samples, 'sample')}; {in_bytes(free)} are free")
-    if needed * MARGIN > free:
-        raise UsageError(
-            f"paths.cache_dir={run.config.paths.cache_dir} has {in_bytes(free)} free, and "
-            f"{counted(samples, 'sample')} take about {in_bytes(needed)}: name another folder, or cache fewer samples."
-        )
+    remedy, place = "name another folder, or cache fewer samples", f"paths.cache_dir={run.config.paths.cache_dir}"
+    run.say("cache", check_space(folder, each * samples, counted(samples, "sample"), remedy, place=place))
 
 
 def _cache_unit(

@@ -190,7 +190,7 @@ def _train(run: Run, chosen: Intervals) -> bool:
     before = measure("before distillation")
     loader = StepLoader(stream, config.steps, ahead=config.from_boundaries or run.data.from_disk)
     blocks = [*blocks, *module.parts.values()]
-    fit(run, "depth", module, loader, checkpoints, header, config.checkpoint_every, blocks)
+    fit(run, "depth", module, loader, checkpoints, header, config, blocks)
     after = measure("after distillation")
     for number, (stack, pair) in enumerate(module.pairs):
         losses = {

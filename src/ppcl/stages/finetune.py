@@ -73,7 +73,7 @@ def run(run: Run) -> None:
     loader = StepLoader(partial(_later, stream, config.accumulate), config.steps, ahead=run.data.from_disk)
     blocks = [b for model in (transformer, student) for b in run.family.blocks(model).values()]
     before = _velocity_error(run, module, "before tuning")
-    fit(run, "finetune", module, loader, checkpoints, header, config.checkpoint_every, blocks)
+    fit(run, "finetune", module, loader, checkpoints, header, config, blocks)
     after = _velocity_error(run, module, "after tuning")
     result = cast(Any, module.whole_result())
     if run.writes:

@@ -113,7 +113,7 @@ def run(run: Run) -> None:
     )
     loader = StepLoader(int, config.steps)  # the steps' numbers, of which they make their batches
     blocks = run.family.blocks(pipeline.transformer).values()
-    fit(run, "pretrain", module, loader, checkpoints, header, config.checkpoint_every, blocks)
+    fit(run, "pretrain", module, loader, checkpoints, header, config, blocks)
     # bfloat16 halves the size, and pictures show no difference. The text encoder stays float32, since the
     # transformer was trained on exactly its embeddings.
     pipeline.transformer.to("cpu", torch.bfloat16)

@@ -203,7 +203,7 @@ def run(run: Run) -> None:
         divided = partial(stream.divided, parts=distill.accumulate)
         loader = StepLoader(divided, config.steps, ahead=run.data.from_disk)
         blocks = run.family.blocks(teacher).values()
-        fit(run, "width", module, loader, checkpoints, header, distill.checkpoint_every, blocks)
+        fit(run, "width", module, loader, checkpoints, header, distill, blocks)
         place(run, module)
     after = measure()
     for number, item in enumerate(module.pruned):

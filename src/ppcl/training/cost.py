@@ -20,8 +20,8 @@ class TrainingCost(L.Callback):
     """Writes `{"steps", "seconds", "seconds_per_step", "peak_memory_mb"}` to the JSON file `path` when training ends.
 
     Only rank 0 is measured, and only steps of this process: a resumed training does not count earlier ones. Memory is
-    in MB (1e6 bytes). On a GPU it is the allocator's peak; on a CPU the peak of live tensors, weights included, in the
-    third step.
+    in MB (1e6 bytes). On a GPU it is the allocator's peak during the training; on a CPU the peak of live tensors,
+    weights included, in the third step.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,6 +30,10 @@ class TrainingCost(L.Callback):
         self.steps = 0
         self.peak_bytes = 0
         self._recorder: LiveBytes | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -56,7 +60,7 @@ class TrainingCost(L.Callback):
             self._recorder = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.should_stop:  # a stopped training has not ended
             return
         device = trainer.strategy.root_device
         if device.type == "cuda":

@@ -8,22 +8,25 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import Header, is_current
+from ppcl.config import PretrainConfig, TrainingConfig
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.parallel import barrier
+from ppcl.training.checkpoints import CHECKPOINT, Checkpoints
 from ppcl.training.cost import TrainingCost
 from ppcl.training.loggers import finish_logger, make_logger
 from ppcl.training.progress import StepProgress
-from ppcl.training.strategies import SHARDED, processes
+from ppcl.training.stops import Stop
+from ppcl.training.strategies import SHARDED, discard_others, processes
 
 
 def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> bool:
@@ -36,7 +39,7 @@ def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> b
     advice = f"go on with that setting, or delete {folder} to train anew"
     if not is_current(record, header, advice):
         return False
-    mine, other = (SHARDED, "last.ckpt") if sharded else ("last.ckpt", SHARDED)
+    mine, other = (SHARDED, CHECKPOINT) if sharded else (CHECKPOINT, SHARDED)
     if not (folder / mine).exists():
         if (folder / other).exists():
             written, asked = ("single or ddp", "fsdp") if sharded else ("fsdp", "single and ddp")
@@ -47,8 +50,8 @@ def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> b
         return False
     if sharded:
         return True
-    if not zipfile.is_zipfile(folder / "last.ckpt"):
-        raise UsageError(f"{folder / 'last.ckpt'} is truncated or no checkpoint: delete {folder} to train anew.")
+    if not zipfile.is_zipfile(folder / CHECKPOINT):
+        raise UsageError(f"{folder / CHECKPOINT} is truncated or no checkpoint: delete {folder} to train anew.")
     return True
 
 
@@ -59,7 +62,7 @@ def fit(
     loader: StepLoader,
     folder: Path,
     header: Header,
-    checkpoint_every: int,
+    settings: TrainingConfig | PretrainConfig,
     blocks: Iterable[nn.Module],
 ) -> None:
     """Train `module` for the steps of `loader`, resuming from the last checkpoint in `folder` if there is one.
@@ -68,53 +71,54 @@ def fit(
     on the step, and module, optimisers and step are restored together.
 
     `header`: identifies the training. It is stored with the checkpoints.
-    `checkpoint_every`: steps from one checkpoint to the next.
+    `settings`: says when checkpoints are saved (`checkpoint_every`, `checkpoint_minutes`).
     `blocks`: the blocks that a step runs, which `trainer.compile` compiles for the duration of the training.
 
-    Raises `UsageError` if the training stops early, or as `check_resumable` does.
+    SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 end the training with `Stopped`, after a checkpoint of the running
+    step. Raises `UsageError` if the training stops early, if the disk has no room for checkpoints, or as
+    `check_resumable` does.
     """
     resumable = check_resumable(folder, header, sharded=run.teacher.sharded)
     barrier()  # all ranks must have looked before rank 0 changes the folder
-    if run.writes:
-        if not resumable:
-            shutil.rmtree(folder, ignore_errors=True)  # a checkpoint without a record may have other settings
-        write_json(folder / "checkpoint.json", header.to_json())
+    if run.writes and resumable:
+        discard_others(folder)
+    elif run.writes:
+        shutil.rmtree(folder, ignore_errors=True)  # a checkpoint without a record may have other settings
     barrier()
     if resumable:
         run.say(stage, f"resuming from the last checkpoint in {folder}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes and tips
-    callbacks: list[Callback] = [
-        ModelCheckpoint(
-            folder,
-            save_top_k=0,
-            save_last=True,
-            every_n_train_steps=checkpoint_every,
-            enable_version_counter=False,
-        )
-    ]
-    callbacks.append(TrainingCost(run.folder / "training" / f"{stage}.json"))
+    stop = Stop()
+    callbacks: list[Callback] = [TrainingCost(run.folder / "training" / f"{stage}.json")]
     if run.config.trainer.progress:
         callbacks.append(StepProgress(stage, run.console))
+    callbacks.append(Checkpoints(run, stage, folder, header, settings, stop))
     logger = make_logger(run, stage) if run.writes else False
     trainer = L.Trainer(
         max_steps=loader.num_steps,
         accelerator=run.config.trainer.accelerator,
         logger=logger,
         callbacks=callbacks,
+        enable_checkpointing=False,  # Lightning's own are neither saved by the clock nor at signals
         enable_progress_bar=False,  # `StepProgress` counts steps instead
         enable_model_summary=False,
         log_every_n_steps=min(25, loader.num_steps),
-        default_root_dir=run.folder,
+        default_root_dir=folder,
         **processes(run.config.strategy),
     )
-    checkpoint = str(folder / "last.ckpt") if resumable else None
+    # Lightning's handler of SIGTERM broadcasts: with several ranks, in the middle of another collective operation.
+    signals: Any = trainer._signal_connector
+    signals.register_signal_handlers = lambda: None
+    checkpoint = str(folder / CHECKPOINT) if resumable else None
     try:
-        with compiled(blocks if run.config.trainer.compile else ()):
+        with stop, compiled(blocks if run.config.trainer.compile else ()):
             trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # Lightning raises it for Ctrl-C
+    except SystemExit:  # Lightning raises it for a second Ctrl-C
         raise KeyboardInterrupt from None
     finally:
         finish_logger(logger)
+    if stop.agreed:
+        stop.finish(run, stage)
     if trainer.global_step < loader.num_steps:
         raise UsageError(f"{stage} stopped at step {trainer.global_step} of {loader.num_steps}.")
 

@@ -13,8 +13,15 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint import DefaultLoadPlanner, load
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from ppcl.artifacts.files import atomic_path, read_json, write_json
 from ppcl.config import StrategyConfig
@@ -61,7 +68,7 @@ class Sharded(ModelParallelStrategy):
         """Do nothing: the module is on its device, and offloaded shards stay in host memory."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the checkpoint to a new folder, record its name in `sharded.json`, then delete earlier checkpoints."""
+        """Write the checkpoint to a new folder, record its name in `sharded.json`, then delete the earlier one."""
         parent = Path(filepath).parent
         folder = parent / f"sharded-{checkpoint['global_step']:08d}"
         if self.broadcast(_last(parent) == folder):
@@ -73,12 +80,24 @@ class Sharded(ModelParallelStrategy):
         self.barrier()
         if self.is_global_zero:
             write_json(parent / SHARDED, {"folder": folder.name})
-            for other in parent.glob("sharded-*"):
-                if other != folder:
-                    shutil.rmtree(other, ignore_errors=True)
+            discard_others(parent)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return super().load_checkpoint(cast(Path, _last(Path(checkpoint_path).parent)), weights_only)
+        """Load what `save_checkpoint` has written last. Not by Lightning, which refuses it where states are missing.
+
+        A parameter without gradients, such as those of the last block's text output, has no optimiser state in the
+        checkpoint. torch makes states for all parameters before it loads, so some of these keep their zeros.
+        """
+        folder, model = cast(Path, _last(Path(checkpoint_path).parent)), cast(Any, self.model)
+        whole = {"state_dict": get_model_state_dict(model)}
+        load(whole, checkpoint_id=folder)
+        model.load_state_dict(whole["state_dict"])
+        for number, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{number}": get_optimizer_state_dict(model, optimizer)}
+            load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+            (found,), options = state.values(), StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(model, optimizer, found, options=options)
+        return torch.load(folder / "meta.pt", weights_only=bool(weights_only))
 
 
 def _last(parent: Path) -> Path | None:
@@ -87,10 +106,20 @@ def _last(parent: Path) -> Path | None:
     return parent / read_json(record, "The record of the last checkpoint")["folder"] if record.exists() else None
 
 
+def discard_others(folder: Path) -> None:
+    """Delete all checkpoints in `folder` but the last complete one, also those that a process was killed in writing."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    for other in folder.glob("sharded-*"):
+        if other != _last(folder):
+            shutil.rmtree(other, ignore_errors=True)
+
+
 def processes(strategy: StrategyConfig) -> dict[str, Any]:
     """Return the keyword arguments of `lightning.Trainer` for `strategy`: devices, nodes, strategy and plugins."""
     if strategy.kind == "single":
-        return {"devices": 1, "plugins": [AtomicCheckpointIO()]}
+        # Named, because Lightning would choose SLURM's in a job of SLURM, and write checkpoints of its own at SIGUSR1.
+        return {"devices": 1, "plugins": [AtomicCheckpointIO(), LightningEnvironment()]}
     (_, size), (_, here) = rank(), local_rank()
     arguments = {"devices": here, "num_nodes": size // here, "use_distributed_sampler": False}
     environment = TorchElasticEnvironment()
