@@ -195,11 +195,11 @@ def _check_room(call: BlockCall, more: int, size_keys: str) -> None:
     """Raise `UsageError` if the output streams of `more` inputs as large as those of `call` exceed the free memory.
 
     What a block computes inside is counted too. What callers compute from a block's streams is not: they take a few
-    rows at a time, which is less.
+    rows at a time, which is less. One input alone is never refused, as its first block has just run.
     """
     streams = list(call.outputs.values())
     needed, free = (more + _INSIDE_BLOCK) * sum(stream.nbytes for stream in streams), free_bytes(streams[0].device)
-    if needed > free:
+    if more and needed > free:
         raise UsageError(
             f"{more + 1} batches of {len(streams[0])} samples need {needed / 1e9:.1f} GB for activations at once, and "
             f"{free / 1e9:.1f} GB are free on {streams[0].device}: lower {size_keys}."

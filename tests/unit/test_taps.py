@@ -173,6 +173,7 @@ def test_abreast_what_does_not_fit_is_said_after_one_block(family, transformer, 
         next(abreast(family, transformer, batches, size_keys="probe.num_batches"))
     assert hook_count(transformer) == 0
     assert not strands()
+    assert len(list(abreast(family, transformer, batches[:1]))) == 4
     monkeypatch.setattr(taps, "free_bytes", lambda device: needed)
     assert len(list(abreast(family, transformer, batches))) == 12
 

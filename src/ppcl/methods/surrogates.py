@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 from ppcl.artifacts.probes import Probes
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
 from ppcl.ops.least_squares import in_chunks
+from ppcl.taps import free_bytes
 
-_HELD_MAPS = 256 << 20  # the most bytes of probe matrices to cache; if all need more, each is read whenever needed
 _PRODUCTS = 256 << 20  # the most bytes of covariances, or of centred tokens, to multiply at once
 
 # curve(u, k) is cka(u, k) for u <= k; curve(u, u) is 1, as nothing is replaced.
@@ -44,6 +44,8 @@ class SurrogateCurves:
         self.num_layers, self.debiased = num_layers, debiased
         self.precision = torch.float64 if debiased else torch.float32
         self.weights = probes.weights
+        # All probe matrices are cached if they need no more than this; otherwise each is read whenever it is needed.
+        self.most_held = max(256 << 20, free_bytes(torch.device("cpu")) / 8)
         self.sums: dict[tuple[str, str], Tensor] = {}
         self.counts: dict[tuple[str, str], Tensor] = {}
         self._maps: dict[str, Tensor] = {}
@@ -54,7 +56,7 @@ class SurrogateCurves:
             return self._maps[key]
         weight = self.weights[key]
         found = torch.eye(len(weight), dtype=self.precision) + weight.T.to(self.precision)
-        if len(self.weights) * found.nbytes <= _HELD_MAPS:
+        if len(self.weights) * found.nbytes <= self.most_held:
             self._maps[key] = found
         return found
 
