@@ -218,6 +218,7 @@ class MethodConfig:
     `extend`: for `lp_b` only, the numbers of the intervals (from 0) whose end moves from v to v + 1. None: all of them.
     `num_remove`: for `cka_sensitivity`, the number of blocks to remove.
     `num_samples`, `num_timesteps`: calibration samples, and the number of noise levels at which each is used.
+        They are taken in parts that fit into memory. `batch_size`: the samples in a batch of them.
     `settings`: keys that only the rule itself declares.
     """
 

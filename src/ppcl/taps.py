@@ -116,8 +116,12 @@ def _hooked(
     transformer: nn.Module,
     inputs_now: Callable[[], Mapping[str, Any]],
     on_block: Callable[[BlockCall], None],
+    before_block: Callable[[], None] | None = None,
 ) -> Iterator[None]:
-    """Call `on_block` after each block in the context. `inputs_now` returns the inputs of the forward now running."""
+    """Call `on_block` after each block in the context, and `before_block` before each block.
+
+    `inputs_now` returns the inputs of the forward now running.
+    """
 
     def tap(stack: str, index: int, block: nn.Module) -> Callable:
         signature = inspect.signature(block.forward)
@@ -131,10 +135,17 @@ def _hooked(
 
         return hook
 
+    blocks = family.blocks(transformer)
     handles = [
         block.register_forward_hook(tap(stack, index, block), with_kwargs=True)
-        for (stack, index), block in family.blocks(transformer).items()
+        for (stack, index), block in blocks.items()
     ]
+    if before_block is not None:
+        # First of a block's hooks: one that loads the block's weights must not run while other inputs still need the
+        # block before.
+        handles += [
+            block.register_forward_pre_hook(lambda *_: before_block(), prepend=True) for block in blocks.values()
+        ]
     try:
         yield
     finally:
@@ -167,7 +178,12 @@ def observe(
             return None
 
 
-def _free_bytes(device: torch.device) -> float:
+# A block's own activations in one call, as a multiple of its output streams: queries, keys and values twice, the
+# attention's output, and both sides of the activation of an FFN four times as wide.
+_INSIDE_BLOCK = 14
+
+
+def free_bytes(device: torch.device) -> float:
     """Return the free memory of a device in bytes; infinity if it is not known."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -176,12 +192,16 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _check_room(call: BlockCall, more: int, size_keys: str) -> None:
-    """Raise `UsageError` if the output streams of `more` inputs as large as those of `call` exceed the free memory."""
+    """Raise `UsageError` if the output streams of `more` inputs as large as those of `call` exceed the free memory.
+
+    What a block computes inside is counted too. What callers compute from a block's streams is not: they take a few
+    rows at a time, which is less. One input alone is never refused, as its first block has just run.
+    """
     streams = list(call.outputs.values())
-    needed, free = more * sum(stream.nbytes for stream in streams), _free_bytes(streams[0].device)
-    if needed > free:
+    needed, free = (more + _INSIDE_BLOCK) * sum(stream.nbytes for stream in streams), free_bytes(streams[0].device)
+    if more and needed > free:
         raise UsageError(
-            f"{more + 1} batches of {len(streams[0])} samples hold {needed / 1e9:.1f} GB of activations at once, and "
+            f"{more + 1} batches of {len(streams[0])} samples need {needed / 1e9:.1f} GB for activations at once, and "
             f"{free / 1e9:.1f} GB are free on {streams[0].device}: lower {size_keys}."
         )
 
@@ -200,8 +220,9 @@ def observe_abreast(
     read from disk once for all inputs, and statistics of a block are complete when the next one begins. The cost is
     memory for the streams of all inputs at one block.
 
-    Every input has a stock forward of its own, in a greenlet that pauses after each block. Threads would be slower,
-    because each would have OpenMP workers of its own that wait beside the running ones.
+    Every input has a stock forward of its own, in a greenlet that pauses before each block, where it holds nothing of
+    the block before but its outputs. Threads would be slower, because each would have OpenMP workers of its own that
+    wait beside the running ones.
 
     Raises `UsageError` after the first block if the streams of all inputs will not fit into memory. The message tells
     to lower `size_keys`.
@@ -212,26 +233,32 @@ def observe_abreast(
         with suppress(StopForward):
             transformer(**inputs[number])
 
-    def rest(call: BlockCall) -> None:
+    def pause(call: BlockCall | None = None) -> None:
         getcurrent().parent.switch(call)
 
     strands = [greenlet(partial(forward, number)) for number in range(len(inputs))]
     running = dict(zip(strands, inputs, strict=True))
-    with _hooked(family, transformer, lambda: running[getcurrent()], rest):
+    with _hooked(family, transformer, lambda: running[getcurrent()], pause, pause):
         try:
             while not all(strand.dead for strand in strands):
                 for number, strand in enumerate(strands):
-                    call = None if strand.dead else strand.switch()
-                    if call is None:
+                    if not strand and not strand.dead:  # a greenlet is true if it has started and not ended
+                        strand.switch()  # to the first block
+                    if strand.dead:
                         continue
+                    call = strand.switch()
                     if not checked:
                         _check_room(call, len(inputs) - 1, size_keys)
                         checked = True
                     yield number, call
-                    if call.key == last:
+                    at_end = call.key == last
+                    del call  # and with it the block's inputs
+                    if at_end:
                         strand.throw(StopForward)
+                    else:
+                        strand.switch()  # to the next block
         finally:
-            for strand in filter(bool, strands):  # a greenlet is true if it has started and not ended
+            for strand in filter(bool, strands):
                 strand.throw(StopForward)
 
 

@@ -232,7 +232,9 @@ def test_a_few_pictures_go_through_probes_and_training(command: list[str], tmp_p
     settings = [a for a in command if not a.startswith(("data", "paths.runs_dir"))]
     few = [*settings, "data=folder", f"data.path={folder}", f"paths.runs_dir={tmp_path}", "name=few", INTERVALS]
     large = ["probe.batch_size=32", "distill.batch_size=16", "stages=[cache,probe,depth]"]
-    assert "9 samples of 1 unit cached" in succeed(*few, *large).out
+    said = succeed(*few, *large).out
+    assert "9 samples of 1 unit cached" in said
+    assert re.search(r"residuals are of (\d) different samples?, and the probes were fitted to \1 of them too", said)
     record = json.loads((tmp_path / "few" / "plugs" / "transformer_blocks.1-2.json").read_text())
     assert record["made_from"]["data"]["held_out"] == 0.2
     assert succeed(*few, *large, "data.held_out=0.2").out.count("reused") == 3

@@ -6,6 +6,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from ppcl import taps
+from ppcl.efficiency import LiveBytes
 from ppcl.errors import UsageError
 from ppcl.taps import observe, observe_abreast
 
@@ -148,22 +149,38 @@ def test_abreast_an_error_inside_is_the_callers(family, transformer, make_batch)
 
 
 @torch.no_grad()
+def test_abreast_an_input_that_waits_holds_its_streams_once(family, transformer, make_batch):
+    """Not also those that its last block got."""
+
+    def peak(count):
+        batches = [make_batch(seed, size=(16, 16)) for seed in range(count)]
+        with LiveBytes() as recorder:
+            for _, call in abreast(family, transformer, batches):
+                streams = sum(stream.nbytes for stream in call.outputs.values())
+        return recorder.peak / streams
+
+    assert 1 <= (peak(8) - peak(2)) / 6 < 1.5
+
+
+@torch.no_grad()
 def test_abreast_what_does_not_fit_is_said_after_one_block(family, transformer, make_batch, monkeypatch):
     batches = [make_batch(seed) for seed in range(3)]
     _, call = next(abreast(family, transformer, batches))
     streams = sum(stream.nbytes for stream in call.outputs.values())
-    monkeypatch.setattr(taps, "_free_bytes", lambda device: 2 * streams - 1)
-    with pytest.raises(UsageError, match=r"3 batches of 2 samples hold .* GB .* free on cpu: lower probe.num_batches"):
+    needed = (2 + taps._INSIDE_BLOCK) * streams
+    monkeypatch.setattr(taps, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(UsageError, match=r"3 batches of 2 samples need .* GB .* free on cpu: lower probe.num_batches"):
         next(abreast(family, transformer, batches, size_keys="probe.num_batches"))
     assert hook_count(transformer) == 0
     assert not strands()
-    monkeypatch.setattr(taps, "_free_bytes", lambda device: 2 * streams)
+    assert len(list(abreast(family, transformer, batches[:1]))) == 4
+    monkeypatch.setattr(taps, "free_bytes", lambda device: needed)
     assert len(list(abreast(family, transformer, batches))) == 12
 
 
 def test_free_memory_is_what_this_machine_says():
-    assert 1e6 < taps._free_bytes(torch.device("cpu")) < 1e15
-    assert taps._free_bytes(torch.device("meta")) == float("inf")
+    assert 1e6 < taps.free_bytes(torch.device("cpu")) < 1e15
+    assert taps.free_bytes(torch.device("meta")) == float("inf")
 
 
 def test_abreast_gradients_are_the_callers(family, transformer, make_batch):

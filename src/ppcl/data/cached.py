@@ -11,7 +11,7 @@ text encoder also reads the given pictures.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -192,6 +192,10 @@ class CachedStream(Stream):
         """Return the `batch_size` samples of batch number `step`."""
         epoch, number = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[number]
+
+    def names(self, steps: Iterable[int]) -> set[str]:
+        """Return the names of the different samples in batches `steps`. Every epoch repeats those of the first."""
+        return {entry.key for step in steps for entry in self.entries(step)}
 
     @lru_cache(maxsize=2)  # noqa: B019 - streams live as long as a stage
     def _epoch(self, epoch: int) -> list[list[Entry]]:

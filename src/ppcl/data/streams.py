@@ -6,7 +6,7 @@ The shapes world, `ppcl.data.worlds`, draws pictures of shapes (or edits of them
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,10 @@ class Stream(ABC):
 
         `dropped` says of each row whether its caption is replaced by the empty one.
         """
+
+    def names(self, steps: Iterable[int]) -> set[str]:
+        """Return the names of the different samples in batches `steps`. Here no sample is ever repeated."""
+        return {f"{step}-{row}" for step in steps for row in range(self.batch_size)}
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * _STREAM_STRIDE + number)

@@ -16,13 +16,13 @@ from ppcl.distill.local import LocalDistillation
 from ppcl.distill.losses import Terms, with_loss
 from ppcl.families.base import Family
 from ppcl.layers import Layout, kept_layers, references
-from ppcl.methods.probes import valid
+from ppcl.methods.probes import changes
 from ppcl.ops.least_squares import NormalEquations
 from ppcl.ops.losses import Average, relative_error
 from ppcl.precision import computing
 from ppcl.streaming import resident
 from ppcl.surgery.width import width_surgery
-from ppcl.taps import BlockCall, BlockKey, Streams, observe, stack_of
+from ppcl.taps import BlockCall, BlockKey, Streams, free_bytes, observe, stack_of
 from ppcl.training.sharding import Sharding, assign, whole_call
 
 
@@ -262,13 +262,25 @@ class WidthDistillation(LocalDistillation):
         """
         equations: dict[tuple[int, str], NormalEquations] = {}
         masks: dict[str, Tensor | None] = {}
+        projectors: list[Any] = [
+            each for number in range(len(self.pruned)) for each in self.projectors(number).values()
+        ]
+        shapes = [each.weight.shape for each in projectors]
+        size = 8 * sum((dim_in + 1) * (dim_in + 1 + dim_out) for dim_out, dim_in in shapes)
+        home: torch.device | None = None
 
         def add(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
+            nonlocal home
             for key in self.projectors(number):
                 x, y, mask = self._pair(number, key, arguments, teacher, masks)
-                rows = valid(x, mask)
-                system = equations.setdefault((number, key), NormalEquations(x.shape[-1], y.shape[-1]))
-                system.add(rows, valid(y, mask) - rows)
+                # The systems of all blocks grow at once: at 3,072 channels 151 MB each, and `width=auto` has 70 for 35
+                # blocks. Copying them to the host with every batch takes long, so they stay where the samples are if
+                # half of the free memory there is enough.
+                home = home or (x.device if size < free_bytes(x.device) / 2 else torch.device("cpu"))
+                if (number, key) not in equations:
+                    equations[number, key] = NormalEquations(x.shape[-1], y.shape[-1], home)
+                for rows, change in changes(x, y, mask):
+                    equations[number, key].add(rows, change)
 
         for batch in batches:
             masks.update(self.family.masks(batch.inputs))

@@ -66,6 +66,11 @@ class Method(ABC):
         self.config = config
         self.settings = parse_settings(self.settings_class, config.settings, "method.settings")
 
+    @property
+    def num_batches(self) -> int:
+        """The number of calibration batches, for progress bars."""
+        return -(-self.config.num_samples // self.config.batch_size) * self.config.num_timesteps
+
     @classmethod  # noqa: B027 - most have nothing more to check
     def check(cls, config: MethodConfig) -> None:
         """Raise `UsageError` if the configuration is not valid for this method. Called before the teacher is loaded."""

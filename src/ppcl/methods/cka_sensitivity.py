@@ -47,8 +47,7 @@ class CkaSensitivity(Method):
     def detect(self, teacher: Teacher) -> Detection:
         sums: dict[BlockKey, float] = {}
         count = 0
-        batches = list(teacher.calibration())
-        for batch in teacher.progress(batches, len(batches)):
+        for batch in teacher.progress(teacher.calibration(), self.num_batches):
             full = centre(_tokens(batch, teacher.transformer(**batch.inputs)[0]))
             count += len(full)
             for stack in teacher.family.stacks:

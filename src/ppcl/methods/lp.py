@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from ppcl.artifacts.plan import Interval, Intervals
+from ppcl.data.batches import TrainingBatch
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.methods.surrogates import Curve, SurrogateCurves, blocks_with, delta, rows_of
-from ppcl.taps import Streams, observe_abreast, stack_of
+from ppcl.taps import BlockCall, StopForward, Streams, free_bytes, observe, observe_abreast, stack_of
+
+# The most samples in a part of the calibration. Reading a streamed teacher once for so many takes far less time than
+# computing on them, so that larger parts would cost memory and save nothing.
+_MOST_SAMPLES = 128
 
 
 def first_inflection(curve: Curve, u: int, last: int, min_length: int = 2) -> int:
@@ -61,17 +67,8 @@ class Lp(Method):
     def detect(self, teacher: Teacher) -> Detection:
         layers = {stack: len(stack_of(teacher.transformer, stack)) for stack in teacher.family.stacks}
         curves = SurrogateCurves(teacher.probes(), layers, debiased=self.config.debiased)
-        batches = list(teacher.calibration())
-        masks = [teacher.family.masks(batch.inputs) for batch in batches]
-        with torch.no_grad():
-            inputs = [batch.inputs for batch in batches]
-            calls = observe_abreast(teacher.family, teacher.transformer, inputs, size_keys="method.num_samples")
-            outputs: list[Streams] = []
-            for _, call in teacher.progress(calls, len(batches) * sum(layers.values())):
-                outputs.append(call.outputs)
-                if len(outputs) == len(batches):  # this block has run on all batches
-                    curves.add(call.stack, call.index, outputs, masks)
-                    outputs = []
+        for _ in teacher.progress(_simulate(teacher, curves), self.num_batches * sum(layers.values())):
+            pass
         intervals: Intervals = {}
         scores: dict[str, dict[str, float]] = {}
         facts = teacher.family.facts
@@ -94,3 +91,47 @@ class Lp(Method):
             for stack in layers
         }
         return Detection(intervals, {"cka": scores}, nested)
+
+
+@torch.no_grad()
+def _simulate(teacher: Teacher, curves: SurrogateCurves) -> Iterator[None]:
+    """Add the calibration to `curves`, in parts that fit into memory, and yield after each call of a block."""
+    batches = iter(teacher.calibration())
+    part = list(islice(batches, 1))
+    size = _batches_at_once(teacher, curves, part[0])
+    part += islice(batches, size - 1)
+    while part:
+        yield from _pass(teacher, curves, part)
+        part = []  # frees its batches before the next ones are made
+        part += islice(batches, size)
+
+
+def _batches_at_once(teacher: Teacher, curves: SurrogateCurves, batch: TrainingBatch) -> int:
+    """Return how many batches like `batch` half of the free memory holds; the other half is for what a block computes.
+
+    It does not depend on how many there are. The streams are measured in the first block that has an image.
+    """
+    streams: Streams = {}
+
+    def measure(call: BlockCall) -> None:
+        streams.update(call.outputs)
+        if "image" in call.outputs:
+            raise StopForward
+
+    observe(teacher.family, teacher.transformer, batch.inputs, measure)
+    features = list(streams.values())
+    needed = sum(each.nbytes for each in features) + max(map(curves.held_bytes, features))
+    return max(1, int(min(_MOST_SAMPLES // len(features[0]), free_bytes(features[0].device) / 2 / needed)))
+
+
+def _pass(teacher: Teacher, curves: SurrogateCurves, batches: Sequence[TrainingBatch]) -> Iterator[None]:
+    """Run the teacher once on `batches`, add the outputs of its blocks to `curves`, and yield after each call."""
+    masks = [teacher.family.masks(batch.inputs) for batch in batches]
+    inputs = [batch.inputs for batch in batches]
+    outputs: list[Streams] = []
+    for _, call in observe_abreast(teacher.family, teacher.transformer, inputs, size_keys="method.batch_size"):
+        outputs.append(call.outputs)
+        if len(outputs) == len(batches):  # this block has run on all of them
+            curves.add(call.stack, call.index, outputs, masks)
+            outputs = []
+        yield

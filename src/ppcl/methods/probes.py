@@ -10,27 +10,38 @@ from torch import Tensor, nn
 
 from ppcl.data.batches import TrainingBatch
 from ppcl.families.base import Family
-from ppcl.ops.least_squares import NormalEquations
+from ppcl.ops.least_squares import NormalEquations, in_chunks
 from ppcl.taps import observe_abreast
 
+Changes = Iterable[tuple[Tensor, Tensor]]
 
-def valid(features: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the valid tokens of `features` `[B, tokens, D]` as rows `[T, D]`, in float32.
 
-    `mask`: the valid tokens `[B, tokens]`; None for all.
+def changes(before: Tensor, after: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the valid tokens of `before` as rows `[T, D]`, and the same rows of `after - before`, in float32.
+
+    A few rows come at a time, so that these copies take little memory however large the batch is.
+
+    `before`, `after`: features `[B, tokens, D]`. `mask`: the valid tokens `[B, tokens]`; None for all.
     """
-    return (features.flatten(0, 1) if mask is None else features[mask]).float()
+    for x, y, *masks in in_chunks(before, after, *([] if mask is None else [mask])):
+        for some, later in in_chunks(_rows(x, *masks), _rows(y, *masks)):
+            start = some.float()
+            yield start, later.float() - start
 
 
-Pair = tuple[int, str, Tensor, Tensor]
+def _rows(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    return features.flatten(0, 1) if mask is None else features[mask]
 
 
 @torch.no_grad()
-def pairs(family: Family, transformer: nn.Module, batches: Sequence[TrainingBatch]) -> Iterator[Pair]:
-    """Yield `(batch number, key, x, dx)` for every block, stream and batch.
+def pairs(
+    family: Family, transformer: nn.Module, batches: Sequence[TrainingBatch]
+) -> Iterator[tuple[int, str, Changes]]:
+    """Yield `(batch number, key, changes)` for every block, stream and batch.
 
-    `x` `[T, D]` are the block's input tokens and `dx` its outputs minus its inputs. `key` is `STACK.INDEX.STREAM`. All
-    batches of a block come before the next block. Streams that are not both an input and an output are skipped.
+    `changes` are the block's input tokens `x` and its outputs minus its inputs `dx`, see the function of that name.
+    `key` is `STACK.INDEX.STREAM`. All batches of a block come before the next block. Streams that are not both an input
+    and an output are skipped.
     """
     masks = [family.masks(batch.inputs) for batch in batches]
     inputs = [batch.inputs for batch in batches]
@@ -38,9 +49,8 @@ def pairs(family: Family, transformer: nn.Module, batches: Sequence[TrainingBatc
         for stream, before in call.inputs.items():
             if stream not in call.outputs:
                 continue
-            x = valid(before, masks[number][stream])
-            dx = valid(call.outputs[stream], masks[number][stream]) - x
-            yield number, f"{call.stack}.{call.index}.{stream}", x, dx
+            moved = changes(before, call.outputs[stream], masks[number][stream])
+            yield number, f"{call.stack}.{call.index}.{stream}", moved
 
 
 @dataclass
@@ -50,11 +60,13 @@ class Residual:
     error: float = 0.0
     size: float = 0.0
 
-    def add(self, probe: tuple[Tensor, Tensor], x: Tensor, dx: Tensor) -> None:
+    def add(self, probe: tuple[Tensor, Tensor], moved: Changes) -> None:
         """Add tokens `x` `[T, D]` and the changes `dx` that `probe`, a weight and a bias, should predict."""
-        weight, bias = (tensor.to(x.device) for tensor in probe)
-        self.error += (x @ weight.T + bias - dx).double().square().sum().item()
-        self.size += dx.double().square().sum().item()
+        weight, bias = probe
+        for x, dx in moved:
+            weight, bias = weight.to(x.device), bias.to(x.device)
+            self.error += (x @ weight.T + bias - dx).double().square().sum().item()
+            self.size += dx.double().square().sum().item()
 
     @property
     def value(self) -> float:
@@ -92,11 +104,14 @@ def fit_probes(
     equations: dict[str, NormalEquations] = {}
     fits: dict[str, Fit] = {}
     final = len(batches) + len(heldout) - 1
-    for number, key, x, dx in pairs(family, transformer, [*batches, *heldout]):
+    for number, key, moved in pairs(family, transformer, [*batches, *heldout]):
         if number < len(batches):
-            equations.setdefault(key, NormalEquations(x.shape[1], dx.shape[1])).add(x, dx)
+            for x, dx in moved:
+                if key not in equations:
+                    equations[key] = NormalEquations(x.shape[1], dx.shape[1], x.device)
+                equations[key].add(x, dx)
         else:
-            fits[key].residual.add((fits[key].weight, fits[key].bias), x, dx)
+            fits[key].residual.add((fits[key].weight, fits[key].bias), moved)
         if number == len(batches) - 1:
             weight, offset = equations.pop(key).solve(ridge=ridge, bias=bias)
             fits[key] = Fit(key, weight.float(), offset.float(), Residual())
@@ -123,8 +138,14 @@ def train_probes(
 
     for batch in batches:
         optimizer.zero_grad()
-        for _, key, x, dx in pairs(family, transformer, [batch]):
-            (maps[key](x.cpu()) - dx.cpu()).square().sum(dim=-1).mean().backward()
+        for _, key, moved in pairs(family, transformer, [batch]):
+            count = 0
+            for x, dx in moved:
+                (maps[key](x.cpu()) - dx.cpu()).square().sum().backward()
+                count += len(x)
+            for parameter in maps[key].parameters():
+                assert parameter.grad is not None
+                parameter.grad /= count  # the gradient of the mean over all tokens
         optimizer.step()
     return {key: (linear.weight.detach(), linear.bias.detach()) for key, linear in maps.items()}
 
@@ -137,6 +158,6 @@ def relative_residuals(
 ) -> dict[str, float]:
     """Return the relative residual (see `Residual`) of every probe on `batches`, by key."""
     residuals: dict[str, Residual] = {}
-    for _, key, x, dx in pairs(family, transformer, batches):
-        residuals.setdefault(key, Residual()).add(probes[key], x, dx)
+    for _, key, moved in pairs(family, transformer, batches):
+        residuals.setdefault(key, Residual()).add(probes[key], moved)
     return {key: residual.value for key, residual in residuals.items()}

@@ -2,12 +2,13 @@
 
 In the surrogate for (u, k), blocks u+1 to k are replaced by their linear probes. A chain of linear probes is one linear
 map, so the output of the surrogate at k is the output of T_u times a matrix. One pass of the teacher therefore gives
-cka(u, k) for all u and k, and no surrogate is ever run.
+cka(u, k) for all u and k, and no surrogate is ever run. Similarities are sums over samples, so the samples may come in
+parts, each with a pass of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from torch.nn.functional import pad
 
 from ppcl.artifacts.probes import Probes
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
+from ppcl.ops.least_squares import in_chunks
+from ppcl.taps import free_bytes
 
-_HELD_MAPS = 256 << 20  # the most bytes of probe matrices to cache; if all need more, each is read whenever needed
-_PRODUCTS = 256 << 20  # the most bytes of covariances to multiply at once
+_PRODUCTS = 256 << 20  # the most bytes of covariances, or of centred tokens, to multiply at once
 
 # curve(u, k) is cka(u, k) for u <= k; curve(u, u) is 1, as nothing is replaced.
 Curve = Callable[[int, int], float]
@@ -42,6 +44,8 @@ class SurrogateCurves:
         self.num_layers, self.debiased = num_layers, debiased
         self.precision = torch.float64 if debiased else torch.float32
         self.weights = probes.weights
+        # All probe matrices are cached if they need no more than this; otherwise each is read whenever it is needed.
+        self.most_held = max(256 << 20, free_bytes(torch.device("cpu")) / 8)
         self.sums: dict[tuple[str, str], Tensor] = {}
         self.counts: dict[tuple[str, str], Tensor] = {}
         self._maps: dict[str, Tensor] = {}
@@ -52,7 +56,7 @@ class SurrogateCurves:
             return self._maps[key]
         weight = self.weights[key]
         found = torch.eye(len(weight), dtype=self.precision) + weight.T.to(self.precision)
-        if len(self.weights) * found.nbytes <= _HELD_MAPS:
+        if len(self.weights) * found.nbytes <= self.most_held:
             self._maps[key] = found
         return found
 
@@ -60,7 +64,7 @@ class SurrogateCurves:
     def add(
         self, stack: str, u: int, outputs: Sequence[dict[str, Tensor]], masks: Sequence[dict[str, Tensor | None]]
     ) -> None:
-        """Add block u's output streams `[B, tokens, D]` of every batch; `masks` has their valid tokens."""
+        """Add block u's output streams `[B, tokens, D]` of some batches; `masks` has their valid tokens."""
         for stream in outputs[0]:
             features, valid = [each[stream] for each in outputs], [each[stream] for each in masks]
             layers = self.num_layers[stack]
@@ -68,18 +72,16 @@ class SurrogateCurves:
             sums[u, u:] = torch.nan_to_num(sums[u, u:]) + self._row(stack, u, stream, features, valid)
             self.counts.setdefault((stack, stream), torch.zeros(layers, 1))[u] += sum(map(len, features))
 
+    def held_bytes(self, features: Tensor) -> int:
+        """Return the bytes that `add` holds beside output streams `[B, tokens, D]`, while it works on one of them."""
+        count, tokens, dim = features.shape
+        return count * (tokens if self.debiased else min(tokens, dim)) * dim * self.precision.itemsize
+
     def _row(
         self, stack: str, u: int, stream: str, features: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> Tensor:
         """Return the sums over samples of cka(u, k) for k = u, u + 1, ...; NaN where the stream has ended."""
-        pairs = list(zip(features, masks, strict=True))
-        centred = (centre(each.to(self.precision), mask) for each, mask in pairs)
-        of_chain: Callable[[Tensor], Tensor]
-        if not self.debiased and max(each.shape[1] for each in features) >= features[0].shape[2]:
-            of_chain = _by_covariance(centred)
-        else:
-            valid = [each.new_full(each.shape[:1], each.shape[1]) if m is None else m.sum(dim=1) for each, m in pairs]
-            of_chain = _by_tokens(centred, torch.cat(valid), self.debiased)
+        similarity = self._similarity(features, masks)
         values = [torch.tensor(float(sum(map(len, features))), dtype=torch.float64)]
         chain: Tensor | None = None
         for k in range(u + 1, self.num_layers[stack]):
@@ -87,8 +89,39 @@ class SurrogateCurves:
                 break
             step = self._map(key).to(features[0].device)
             chain = step if chain is None else chain @ step
-            values.append(of_chain(chain).sum().cpu())
+            values.append(similarity(chain).sum().cpu())
         return pad(torch.stack(values), (0, self.num_layers[stack] - u - len(values)), value=torch.nan)
+
+    def _similarity(self, features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
+        """Return a function from a matrix A to CKA(X, X A) `[samples]` of all batches of features X `[B, tokens, D]`.
+
+        Of each sample either its covariance is held or, where that is larger or does not suffice, its centred tokens.
+        """
+        first, count = features[0], sum(map(len, features))
+        longest, dim = max(each.shape[1] for each in features), first.shape[2]
+        by_covariance = not self.debiased and longest >= dim
+        held = first.new_zeros(count, dim if by_covariance else longest, dim, dtype=self.precision)
+        tokens = first.new_zeros(count, dtype=torch.float64)
+        start = 0
+        for batch in zip(features, masks, strict=True):
+            for each, *mask in in_chunks(*(part for part in batch if part is not None)):
+                centred, stop = centre(each.to(self.precision), *mask), start + len(each)
+                tokens[start:stop] = mask[0].sum(dim=1) if mask else each.shape[1]
+                if by_covariance:
+                    held[start:stop] = centred.mT @ centred
+                else:
+                    held[start:stop, : each.shape[1]] = centred
+                start = stop
+        groups = max(1, _PRODUCTS // held[0].nbytes)
+        parts = list(zip(held.split(groups), tokens.split(groups), strict=True))
+
+        def of_chain(chain: Tensor) -> Tensor:
+            if by_covariance:
+                kernel = chain @ chain.T
+                return torch.cat([cka_of_linear_map(part, kernel) for part, _ in parts])
+            return torch.cat([cka(part, part @ chain, valid, debiased=self.debiased) for part, valid in parts])
+
+        return of_chain
 
     def streams(self, stack: str) -> list[str]:
         """Return the names of a stack's streams."""
@@ -110,26 +143,6 @@ def blocks_with(table: Tensor) -> range:
     """Return the range of blocks with a similarity in `table`, those that the stream passes through."""
     found = table.diagonal().isfinite().nonzero().flatten().tolist()
     return range(found[0], found[-1] + 1) if found else range(0)
-
-
-def _by_covariance(centred: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a function from a matrix A to CKA(X, X A) `[samples]`, by covariances; `centred`: batches `[B, T, D]`."""
-    covariances = torch.cat([each.mT @ each for each in centred])
-    parts = covariances.split(max(1, _PRODUCTS // covariances[0].nbytes))
-
-    def of_chain(chain: Tensor) -> Tensor:
-        kernel = chain @ chain.T
-        return torch.cat([cka_of_linear_map(part, kernel) for part in parts])
-
-    return of_chain
-
-
-def _by_tokens(centred: Iterable[Tensor], valid: Tensor, debiased: bool) -> Callable[[Tensor], Tensor]:
-    """Return the same function as `_by_covariance`, by tokens. `valid`: the number of valid tokens `[samples]`."""
-    batches = list(centred)
-    longest = max(each.shape[1] for each in batches)
-    features = torch.cat([pad(each, (0, 0, 0, longest - each.shape[1])) for each in batches])
-    return lambda chain: cka(features, features @ chain, valid, debiased=debiased)
 
 
 def rows_of(table: Tensor) -> list[list[float | None]]:

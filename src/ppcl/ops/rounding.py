@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from ppcl.ops.least_squares import in_chunks
+
 _BLOCK = 128  # columns whose errors are added to the later columns in one matrix product
 _SWEEPS = 4  # the most passes of coordinate descent over all columns
 _LARGEST = 1 << 26  # the most numbers in one batch of small linear systems
@@ -103,13 +105,14 @@ class InputMoments:
         self.count = 0
 
     def add(self, rounded: Float[Tensor, "samples dim_in"], given: Float[Tensor, "samples dim_in"]) -> None:
-        """Add samples: `rounded` is x_q and `given` is x."""
-        rounded, given = rounded.double(), given.double()
-        self.gram += rounded.T @ rounded
-        self.cross += given.T @ rounded
-        self.sum_rounded += rounded.sum(0)
-        self.sum_given += given.sum(0)
-        self.count += len(rounded)
+        """Add samples: `rounded` is x_q and `given` is x. Temporary memory does not grow with their number."""
+        for rows in in_chunks(rounded, given):
+            x_rounded, x = (each.double() for each in rows)
+            self.gram += x_rounded.T @ x_rounded
+            self.cross += x.T @ x_rounded
+            self.sum_rounded += x_rounded.sum(0)
+            self.sum_given += x.sum(0)
+            self.count += len(x)
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Return the Gram and cross matrix of the centred inputs, for a layer with a bias, which absorbs the means."""

@@ -8,6 +8,7 @@ from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.probes import Probes, finish_probes, write_probe
 from ppcl.context import Run
 from ppcl.methods.probes import fit_probes, relative_residuals, train_probes
+from ppcl.report.text import counted
 
 
 def run(run: Run) -> None:
@@ -54,5 +55,14 @@ def run(run: Run) -> None:
             "probe",
             f"{stream_name}: held-out relative residual {min(values):.3f} to {max(values):.3f} "
             f"over {len(values)} blocks",
+        )
+    later = range(judged, judged + settings.train_steps)
+    judged_on = stream.names(range(settings.num_batches, judged))
+    if again := len(judged_on & stream.names([*range(settings.num_batches), *later])):
+        run.say(
+            "probe",
+            f"these residuals are of {counted(len(judged_on), 'different sample')}, and the probes were fitted to "
+            f"{again} of them too, because data.held_out leaves too few for probe.num_batches={settings.num_batches} "
+            f"of {settings.batch_size}",
         )
     run.say("probe", f"wrote {folder}")

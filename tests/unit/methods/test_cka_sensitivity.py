@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,21 @@ def test_scores_equal_a_model_built_without_the_block(teacher, make_transformer)
         assert found.scores["cka_without"][f"transformer_blocks.{index}"] == pytest.approx(
             torch.cat(values).mean().item(), abs=1e-9
         )
+
+
+def test_batches_are_made_one_after_another(teacher, make_batch):
+    made = []
+
+    def calibration():
+        for seed in range(4):
+            assert sum(ref() is not None for ref in made) <= 1  # the one before
+            made.append(weakref.ref(batch := make_batch(seed)))
+            yield batch
+            del batch
+
+    teacher.calibration = calibration
+    CkaSensitivity(MethodConfig(rule="cka_sensitivity", num_remove=1)).detect(teacher)
+    assert len(made) == 4
 
 
 @pytest.mark.parametrize("num_remove", [1, 2, 3])

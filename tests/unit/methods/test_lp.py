@@ -1,12 +1,16 @@
 import itertools
+import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ppcl.artifacts.probes import Probes
 from ppcl.config import MethodConfig
+from ppcl.efficiency import LiveBytes
+from ppcl.methods import lp
 from ppcl.methods.base import Teacher
 from ppcl.methods.lp import first_inflection
 from ppcl.methods.lp_a import last_above
@@ -261,6 +265,54 @@ def test_algebraic_similarity_equals_a_surrogate_forward(family, make_transforme
             assert tables["mean"][u, k].item() == pytest.approx((means["image"] + means["text"]) / 2, abs=1e-6)
     assert tables["image"].tril(-1).isnan().sum().item() == count * (count - 1) // 2
     assert tables["text"][0, count - 1].item() < 1 - 1e-4  # the surrogate does change something
+
+
+@pytest.fixture
+def calibrated(family, make_transformer, make_batch):
+    """`calibrated(count)`: detect on `count` lazily made batches of two samples; returns the result and peak bytes."""
+    transformer = make_transformer(4)
+    probes = fitted_probes(family, transformer, [make_batch(seed, size=(9, 8)) for seed in range(3)], ridge=1e-2)
+
+    def detect(count, **settings):
+        made = []
+
+        def calibration():
+            for seed in range(count):
+                made.append(weakref.ref(batch := make_batch(seed, (70, 50), (9, 8) if seed % 2 else (4, 8))))
+                yield batch
+                del batch
+                assert sum(ref() is not None for ref in made) <= lp._MOST_SAMPLES / 2
+
+        teacher = Teacher(family, transformer, calibration, lambda: probes)
+        with LiveBytes() as recorder:
+            found = load_method(MethodConfig(**settings)).detect(teacher)
+        assert len(made) == count
+        return found, recorder.peak
+
+    return detect
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("limit", ["samples", "memory"])
+def test_parts_of_the_calibration_give_what_it_gives_in_one_piece(calibrated, limit, debiased, monkeypatch):
+    whole, _ = calibrated(7, debiased=debiased)
+    if limit == "samples":
+        monkeypatch.setattr(lp, "_MOST_SAMPLES", 4)
+    else:
+        monkeypatch.setattr(lp, "free_bytes", lambda device: 1)
+    parts, _ = calibrated(7, debiased=debiased)
+    assert parts.intervals == whole.intervals
+    for stream, table in whole.curves["transformer_blocks"].items():
+        found = np.array(parts.curves["transformer_blocks"][stream], dtype=float)
+        np.testing.assert_allclose(found, np.array(table, dtype=float), rtol=0, atol=1e-7)
+
+
+def test_more_calibration_needs_no_more_memory(calibrated, monkeypatch):
+    monkeypatch.setattr(lp, "_MOST_SAMPLES", 8)
+    (_, few), (_, many) = calibrated(4), calibrated(16)
+    assert many < 1.2 * few
+    monkeypatch.setattr(lp, "_MOST_SAMPLES", 32)
+    assert calibrated(16)[1] > 2 * few
 
 
 def test_a_chain_stops_where_its_stream_does_and_the_mean_goes_on():

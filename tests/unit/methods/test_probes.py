@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from ppcl.methods.probes import fit_probes, relative_residuals, train_probes, valid
+from ppcl.efficiency import LiveBytes
+from ppcl.methods.probes import changes, fit_probes, relative_residuals, train_probes
+from ppcl.ops import least_squares
 
 COUNT = 3
 LENGTHS = (40, 25, 33, 38)
@@ -81,12 +83,32 @@ def test_padded_text_tokens_do_not_reach_the_probes(family, transformer, batches
         torch.testing.assert_close(other[key][1], bias, rtol=0, atol=1e-4)
 
 
-def test_valid_keeps_rows_in_order():
-    features = torch.arange(12.0).view(2, 3, 2)
+@pytest.mark.parametrize("size", [1, 100, 1 << 20])  # single rows, single samples, all at once
+def test_changes_are_of_valid_rows_in_order(size, monkeypatch):
+    monkeypatch.setattr(least_squares, "_COPIES", size)
+    before = torch.arange(12.0).view(2, 3, 2).to(torch.bfloat16)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert valid(features, mask).tolist() == [[0, 1], [2, 3], [6, 7]]
-    assert valid(features, None).shape == (6, 2)
-    assert valid(features.to(torch.bfloat16), None).dtype == torch.float32
+    parts = list(changes(before, 3 * before, mask))
+    x, dx = (torch.cat(each) for each in zip(*parts, strict=True))
+    assert x.tolist() == [[0, 1], [2, 3], [6, 7]]
+    assert torch.equal(dx, 2 * x)
+    assert x.dtype == dx.dtype == torch.float32
+    assert len(parts) == {1: 3, 100: 2}.get(size, 1)
+    assert torch.equal(torch.cat([x for x, _ in changes(before, before, None)]), before.flatten(0, 1).float())
+
+
+def test_changes_need_as_little_memory_for_a_large_batch(monkeypatch):
+    monkeypatch.setattr(least_squares, "_COPIES", 100_000)
+    peaks = []
+    for count in (4, 16):
+        before, after = torch.randn(2, count, 50, 64).to(torch.bfloat16)
+        mask = torch.rand(count, 50) < 0.9
+        with LiveBytes() as recorder:
+            for each in (mask, None):
+                for _ in changes(before, after, each):
+                    pass
+        peaks.append(recorder.peak)
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_without_bias_the_bias_is_zero(family, transformer, batches):

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
+from ppcl.efficiency import LiveBytes
+from ppcl.ops import least_squares
 from ppcl.ops.least_squares import NormalEquations
+from ppcl.ops.rounding import InputMoments
 
 
 def data(samples=200, dim_in=9, dim_out=5, seed=0):
@@ -88,3 +91,23 @@ def test_half_precision_inputs_are_summed_in_float64():
     assert system.gram.dtype == torch.float64
     assert system.gram[0, 0].item() == 4096
     assert system.cross[1, 0].item() == 8192
+
+
+def test_chunks_of_rows_add_up_to_all_at_once(monkeypatch):
+    x, y = data()
+    expected = torch.linalg.lstsq(with_ones(x), y.double()).solution
+    monkeypatch.setattr(least_squares, "_COPIES", 8 * (9 + 5) * 30)  # 30 rows, so that the last chunk is smaller
+    weight, bias = solve([(x, y)], ridge=0.0)
+    torch.testing.assert_close(torch.cat([weight.T, bias[None]]), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("system", [NormalEquations(9, 9), InputMoments(9)])
+def test_temporary_memory_does_not_grow_with_the_samples(system, monkeypatch):
+    monkeypatch.setattr(least_squares, "_COPIES", 8 * (9 + 9) * 100)
+    peaks = []
+    for samples in (400, 1600):
+        x, y = data(samples, dim_out=9)
+        with LiveBytes() as recorder:
+            system.add(x, y)
+        peaks.append(recorder.peak)
+    assert peaks[0] == peaks[1] > 0
