@@ -493,8 +493,9 @@ class GenerateConfig:
 class BenchmarkConfig:
     """The benchmark that pictures are scored by.
 
-    `name`: a module of `ppcl.benchmarks`. `none` gives no score, only the distance to the teacher. `auto` is `shapes`
-        for a toy teacher on the toy data, else `none`; validation replaces it.
+    `name`: a module of `ppcl.benchmarks`. `shapes` scores toy pictures. `fidelity` compares every variant with the
+        teacher, picture by picture and by noise level. `none` only measures the distance of their latents. `auto` is
+        `shapes` for a toy teacher on the toy data, else `fidelity`; validation replaces it.
     `settings`: the fields of the benchmark's class.
     `prompts_per_category`: prompts that the benchmark `shapes` draws in each of its categories.
     `latency_repeats`: timed repetitions of a denoising step, of which the median is reported.

@@ -437,10 +437,10 @@ def test_the_benchmark_fits_the_model_and_the_data(auto, tmp_path, pipeline_fold
     draws = "stages=[generate,evaluate,report]"
     assert parsed(*auto, draws).benchmark.name == "shapes"
     assert parsed(*auto, draws, "benchmark=none").benchmark.name == "none"
-    assert parsed(*auto, draws, "data=folder", "data.path=/p").benchmark.name == "none"
+    assert parsed(*auto, draws, "data=folder", "data.path=/p").benchmark.name == "fidelity"
     sentence = refused([*auto, draws, "data=folder", "data.path=/p", "benchmark=shapes"])
     assert "benchmark=shapes scores pictures of the shapes world alone, which data=folder does not draw" in sentence
-    assert parsed("model=qwen_image", "model.path=a/b", "generate.prompt=x", draws).benchmark.name == "none"
+    assert parsed("model=qwen_image", "model.path=a/b", "generate.prompt=x", draws).benchmark.name == "fidelity"
     for edit in ([], ["data=webdataset", "data.path=/p", "data.given=[given]"]):
         sentence = refused(["model=qwen_image_edit", "model.path=a/b", *edit, draws])
         assert "give generate.prompt_file=FILE, with a prompt a line, and generate.images=[...]" in sentence

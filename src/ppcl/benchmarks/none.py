@@ -1,4 +1,7 @@
-"""The benchmark without a score: pictures of the user's own prompts, or of captions of held-out data."""
+"""The benchmark without a score: pictures of the user's own prompts, or of captions of held-out data.
+
+`fidelity` draws the same pictures and compares them one by one.
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,9 @@ from ppcl.validation.model import is_toy
 from ppcl.validation.pruning import budget_of, resolve_width
 from ppcl.validation.values import one_of
 
+# Benchmarks without a score. They draw the user's prompts, or else captions of held-out data.
+UNSCORED = ("none", "fidelity")
+
 
 def has_own_prompts(config: Config) -> bool:
     """Return whether the user gives prompts (`generate.prompt` or `prompt_file`), so the benchmark's are not used."""
@@ -42,18 +45,18 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def resolve_benchmark(config: Config) -> None:
-    """Replace `benchmark=auto` by `shapes` or `none`.
+    """Replace `benchmark=auto` by `shapes` or `fidelity`.
 
     Raises `UsageError` if `shapes` is asked for and the model or the data are no toy ones, or if pictures are to be
     drawn and there are no prompts for them.
     """
     toy, data = is_toy(config.model), config.data.name
     if config.benchmark.name == "auto":
-        config.benchmark.name = "shapes" if toy and data == "shapes" else "none"
+        config.benchmark.name = "shapes" if toy and data == "shapes" else "fidelity"
     if not {"generate", "evaluate", "report"} & set(config.stages) or has_own_prompts(config):
         return
     edits = FAMILIES[config.model.family].max_references > 0
-    if config.benchmark.name == "none" and (data == "none" or (edits and data != "shapes")):
+    if config.benchmark.name in UNSCORED and (data == "none" or (edits and data != "shapes")):
         why = "there are no captions to draw" if data == "none" else "a cache has no given pictures to draw from"
         images = " and generate.images=[...]" if edits else ""
         raise UsageError(
@@ -63,7 +66,7 @@ def resolve_benchmark(config: Config) -> None:
         what = f"data={data}" if data != "shapes" else f"model={config.model.name}"
         raise UsageError(
             f"benchmark=shapes scores pictures of the shapes world alone, which {what} does not draw: leave it out, or "
-            "give benchmark=none."
+            "give benchmark=fidelity."
         )
 
 
