@@ -39,6 +39,8 @@ from ppcl.surgery.plugboard import Plugboard
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import variants_of
 
+IN_GRID = 400  # pictures of the overview `grid.png`
+
 
 def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> int:
     """Draw the pictures of one variant that do not exist yet, and return their number.
@@ -85,7 +87,8 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> int:
                     save_image(image, path, json.dumps(text))
             advance(len(numbers))
     save_prompts(run, folder)
-    image_grid(folder / "grid.png", [Image.open(picture_path(folder, number)) for number in range(count)])
+    first = range(min(count, IN_GRID))
+    image_grid(folder / "grid.png", [Image.open(picture_path(folder, number)) for number in first])
     _complete(folder, header, count)
     return drawn
 
