@@ -17,7 +17,8 @@ from PIL import Image
 from ppcl.artifacts.files import read_json
 from ppcl.benchmarks.base import Benchmark, Prompt
 from ppcl.errors import UsageError
-from ppcl.validation.outputs import has_own_prompts, read_prompts
+from ppcl.validation.outputs import has_own_prompts
+from ppcl.validation.prompts import OwnPrompt, read_prompts
 
 if TYPE_CHECKING:
     from ppcl.config import Config
@@ -38,9 +39,9 @@ class Unscored(Benchmark):
         """Return the prompts; raises `UsageError` if there are neither prompts nor captions."""
         generate = config.generate
         if has_own_prompts(config):
-            texts = [generate.prompt] if generate.prompt is not None else read_prompts(Path(str(generate.prompt_file)))
-            given = [Image.open(path).convert("RGB") for path in generate.images]
-            return [Prompt(text, references=given) for text in texts]
+            file, given = generate.prompt_file, [Image.open(path).convert("RGB") for path in generate.images]
+            own = [OwnPrompt(str(generate.prompt))] if file is None else read_prompts(Path(file))
+            return [Prompt(prompt.text, references=given, fact=prompt) for prompt in own]
         if config.data.name == "shapes":
             scenes = (
                 family.world.make_scene(config.data.calibration_seed, number, categories=family.categories)

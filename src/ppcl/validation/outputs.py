@@ -16,6 +16,7 @@ from ppcl.errors import UsageError
 from ppcl.export.single_file import DTYPES, layouts
 from ppcl.families.registry import FAMILIES
 from ppcl.validation.model import is_toy
+from ppcl.validation.prompts import check_layout
 from ppcl.validation.pruning import budget_of, resolve_width
 from ppcl.validation.values import one_of
 
@@ -26,22 +27,6 @@ UNSCORED = ("none", "fidelity")
 def has_own_prompts(config: Config) -> bool:
     """Return whether the user gives prompts (`generate.prompt` or `prompt_file`), so the benchmark's are not used."""
     return config.generate.prompt is not None or config.generate.prompt_file is not None
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the non-empty lines of a prompt file; raises `UsageError` if it is missing, empty or not UTF-8."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(
-            f"generate.prompt_file={path} does not exist; name a text file with a prompt a line."
-        ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"generate.prompt_file={path} is not UTF-8; save it with that encoding.") from None
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UsageError(f"generate.prompt_file={path} holds no prompt; write one a line.")
-    return prompts
 
 
 def resolve_benchmark(config: Config) -> None:
@@ -114,6 +99,7 @@ def check_generate(config: Config) -> None:
         )
     _check_given_images(config)
     _check_teacher_above(config)
+    check_layout(config)
 
 
 def _check_teacher_above(config: Config) -> None:
