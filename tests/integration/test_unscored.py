@@ -98,12 +98,15 @@ def test_the_report_shows_the_worst_prompts_first(run: Path) -> None:
 def test_pictures_of_the_benchmark_none_are_compared_without_drawing_them_anew(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "own")
     drawn = modified(tmp_path / "own" / "images")
-    again = [f"run={tmp_path / 'own'}", "trainer.accelerator=cpu"]
+    again = [f"run={tmp_path / 'own'}", "trainer.accelerator=cpu", "logger=csv"]
     for benchmark, compared in (("none", False), ("fidelity", True)):
         said = succeed(*again, f"benchmark={benchmark}", "benchmark.latency_repeats=1", "stages=[generate,evaluate]")
         assert said.out.count("reused") == 2  # the pictures of both variants, no scores
         assert ("fidelity" in json.loads((tmp_path / "own" / "scores" / "removed.json").read_text())) == compared
     assert modified(tmp_path / "own" / "images") == drawn
+    logged = "".join(path.read_text() for path in (tmp_path / "own").rglob("metrics.csv"))
+    assert {"removed/psnr", "removed/ssim"} <= {*re.split(r"[,\s]", logged)}
+    assert len({*re.findall(r"removed/velocity_error_0\.\d\d_0\.\d\d", logged)}) == 4
 
 
 def test_without_data_pictures_alone_are_compared(settings: list[str], tmp_path: Path) -> None:

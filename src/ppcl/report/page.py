@@ -92,10 +92,10 @@ def headlines(rows: Sequence[ComparedRow]) -> list[dict[str, str]]:
         shown.append({"value": f"{result.drop_percent:.1f}%", "label": f"of the score lost by {name}"})
     elif result.velocity_error is not None:
         shown.append({"value": f"{result.velocity_error:.4f}", "label": f"velocity error of {name}, held-out"})
-        if result.ssim is not None:
-            shown.append({"value": f"{result.ssim:.2f}", "label": "SSIM of its pictures to the teacher's"})
     elif result.latent_distance is not None:
         shown.append({"value": f"{result.latent_distance:.2f}", "label": f"latent distance of {name} to the teacher"})
+    if result.ssim is not None:
+        shown.append({"value": f"{result.ssim:.2f}", "label": "SSIM of its pictures to the teacher's"})
     return shown
 
 

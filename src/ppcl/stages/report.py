@@ -93,8 +93,9 @@ def run(run: Run) -> None:
     drawn["similarity"] = plan / "similarity.png"
     if plots.quality_against_size(folder / "quality.png", rows, run.benchmark.bounds):
         drawn["quality"] = folder / "quality.png"
-    if run.benchmark.compares and not any(row.fidelity for row in rows):
-        run.say("report", "scores are without pictures compared one by one: run 'stages=[evaluate]' for them")
+    lacking = [row.name for row in rows if row.name != "teacher" and row.fidelity is None]
+    if run.benchmark.compares and lacking:
+        run.say("report", f"{', '.join(lacking)}: not compared picture by picture yet; 'stages=[evaluate]' does")
     if plots.error_by_noise_level(folder / "noise_levels.png", rows):
         drawn["noise levels"] = folder / "noise_levels.png"
     losses = _losses(run)
