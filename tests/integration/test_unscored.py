@@ -96,17 +96,38 @@ def test_the_report_shows_the_worst_prompts_first(run: Path) -> None:
 
 
 def test_pictures_of_the_benchmark_none_are_compared_without_drawing_them_anew(run: Path, tmp_path: Path) -> None:
+    """Also if they differ in size from prompt to prompt, as results of edits may."""
     shutil.copytree(run, tmp_path / "own")
+    resize(tmp_path / "own", ("teacher", "removed"), range(8))
     drawn = modified(tmp_path / "own" / "images")
     again = [f"run={tmp_path / 'own'}", "trainer.accelerator=cpu", "logger=csv"]
     for benchmark, compared in (("none", False), ("fidelity", True)):
-        said = succeed(*again, f"benchmark={benchmark}", "benchmark.latency_repeats=1", "stages=[generate,evaluate]")
+        said = succeed(*again, f"benchmark={benchmark}", "stages=[generate,evaluate,report]")
         assert said.out.count("reused") == 2  # the pictures of both variants, no scores
         assert ("fidelity" in json.loads((tmp_path / "own" / "scores" / "removed.json").read_text())) == compared
     assert modified(tmp_path / "own" / "images") == drawn
     logged = "".join(path.read_text() for path in (tmp_path / "own").rglob("metrics.csv"))
     assert {"removed/psnr", "removed/ssim"} <= {*re.split(r"[,\s]", logged)}
+    page = (tmp_path / "own" / "report" / "report.html").read_text()
+    assert page.count('alt="') == 2 * 8 + 4 * 2 + 2  # all pictures, pairs of the worst, and plots
     assert len({*re.findall(r"removed/velocity_error_0\.\d\d_0\.\d\d", logged)}) == 4
+
+
+def resize(run: Path, variants: tuple[str, ...], numbers: range) -> None:
+    """Enlarge the pictures of some variants, each by another factor."""
+    for path in [run / "images" / "captions" / name / f"{n:05d}.png" for name in variants for n in numbers]:
+        with Image.open(path) as image:
+            larger = image.resize((image.width + 8 * int(path.stem) + 8, image.height))
+        larger.save(path)
+
+
+def test_pictures_of_another_size_than_the_teachers_are_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "own")
+    shutil.rmtree(tmp_path / "own" / "scores")
+    resize(tmp_path / "own", ("removed",), range(3, 4))
+    refused = ppcl(f"run={tmp_path / 'own'}", "trainer.accelerator=cpu", "stages=[evaluate]")
+    assert refused.code == 2
+    assert "removed/00003.png has 64x32 pixels, and the teacher's 32x32: delete both folders" in refused.err
 
 
 def test_without_data_pictures_alone_are_compared(settings: list[str], tmp_path: Path) -> None:
