@@ -1,4 +1,4 @@
-"""The report's section on fidelity: which prompts lose most, and the velocity error by noise level."""
+"""The report's section on fidelity: the prompts whose pictures are least like the teacher's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ppcl.artifacts.scores import ComparedRow, Fidelity
 from ppcl.context import Run
 from ppcl.pictures.images import image_folder, read_image
 from ppcl.report.sheets import Sheet
-from ppcl.report.text import counted, level_columns, result_of
+from ppcl.report.text import counted, result_of
 
 PAIRS, LISTED = 4, 12  # prompts that are shown with pictures, and prompts in the table
 
@@ -35,7 +35,6 @@ def fidelity_section(run: Run, rows: Sequence[ComparedRow], largest: int) -> dic
     return {
         "result": result,
         "count": counted(len(texts), "prompt"),
-        "listed": min(LISTED, len(texts)),
         "rows": Sheet(image_folder(run, result).parent, captions, pictures).cells(largest),
         "pairs": [
             {"caption": caption, "ssim": picture.ssim, "psnr": picture.psnr}
@@ -46,7 +45,6 @@ def fidelity_section(run: Run, rows: Sequence[ComparedRow], largest: int) -> dic
             {"text": texts[prompt], "cells": [likenesses[name][prompt] for name in measured]}
             for prompt in order[:LISTED]
         ],
-        "levels": level_columns(rows),
     }
 
 
