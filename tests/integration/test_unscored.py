@@ -102,12 +102,13 @@ def test_pictures_of_the_benchmark_none_are_compared_without_drawing_them_anew(r
     drawn = modified(tmp_path / "own" / "images")
     again = [f"run={tmp_path / 'own'}", "trainer.accelerator=cpu", "logger=csv"]
     for benchmark, compared in (("none", False), ("fidelity", True)):
-        said = succeed(*again, f"benchmark={benchmark}", "stages=[generate,evaluate,report]")
+        said = succeed(*again, f"benchmark={benchmark}", "stages=[generate,evaluate]")
         assert said.out.count("reused") == 2  # the pictures of both variants, no scores
         assert ("fidelity" in json.loads((tmp_path / "own" / "scores" / "removed.json").read_text())) == compared
     assert modified(tmp_path / "own" / "images") == drawn
     logged = "".join(path.read_text() for path in (tmp_path / "own").rglob("metrics.csv"))
     assert {"removed/psnr", "removed/ssim"} <= {*re.split(r"[,\s]", logged)}
+    succeed(*again, "stages=[report]")
     page = (tmp_path / "own" / "report" / "report.html").read_text()
     assert page.count('alt="') == 2 * 8 + 4 * 2 + 2  # all pictures, pairs of the worst, and plots
     assert len({*re.findall(r"removed/velocity_error_0\.\d\d_0\.\d\d", logged)}) == 4
