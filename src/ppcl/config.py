@@ -473,8 +473,12 @@ class GenerateConfig:
     `teacher_above`: the noise level sigma in [0, 1] above which the teacher draws in place of every pruned variant. It
         takes no training, and the memory of the teacher and of what is added to it. None: pruned variants draw alone.
     `batch_size`: pictures that are drawn at once.
-    `prompt`, `prompt_file`: one prompt, or a text file with one prompt a line, in place of the benchmark's prompts.
+    `prompt`, `prompt_file`: one prompt, or a text file with one prompt a line, in place of the benchmark's prompts. The
+        file may also be GenEval's `evaluation_metadata.jsonl`, or a folder with a .txt file for each prompt, as
+        DPG-Bench has.
     `num_images`: pictures per prompt, for prompts that are not a benchmark's. Each has its own seed.
+    `layout`: also write the folders that the official scorer of GenEval (`geneval`) or DPG-Bench (`dpg`) reads, in
+        `layouts/`, of the same pictures.
     `images`: files of the pictures that an edit model is given with each prompt.
     `loras`: safetensors files of LoRAs of the full model, and `lora_scale` their strength. Each is mapped to every
         variant.
@@ -493,6 +497,7 @@ class GenerateConfig:
     prompt: str | None = None
     prompt_file: str | None = None
     num_images: int = option(1, least=1)
+    layout: str | None = option(None, choices=("geneval", "dpg"), before=None)
     images: list[str] = field(default_factory=list)
     loras: list[str] = field(default_factory=list)
     lora_scale: float = 1.0
@@ -507,8 +512,9 @@ class GenerateConfig:
 class BenchmarkConfig:
     """The benchmark that pictures are scored by.
 
-    `name`: a module of `ppcl.benchmarks`. `none` gives no score, only the distance to the teacher. `auto` is `shapes`
-        for a toy teacher on the toy data, else `none`; validation replaces it.
+    `name`: a module of `ppcl.benchmarks`. `shapes` scores toy pictures. `fidelity` compares every variant with the
+        teacher, picture by picture and by noise level. `none` only measures the distance of their latents. `auto` is
+        `shapes` for a toy teacher on the toy data, else `fidelity`; validation replaces it.
     `settings`: the fields of the benchmark's class.
     `prompts_per_category`: prompts that the benchmark `shapes` draws in each of its categories.
     `latency_repeats`: timed repetitions of a denoising step, of which the median is reported.

@@ -30,7 +30,7 @@ from ppcl.pictures.sets import set_folder, set_settings
 from ppcl.progress import Item, heading, track
 from ppcl.teacher_model import TeacherModel
 from ppcl.validation.model import num_layers
-from ppcl.validation.outputs import has_own_prompts
+from ppcl.validation.outputs import UNSCORED, has_own_prompts
 from ppcl.validation.pruning import check_plan, check_width, resolve_intervals, resolve_width
 from ppcl.validation.strategy import resolve_precision
 
@@ -117,12 +117,13 @@ class Run:
 
     @cached_property
     def benchmark(self) -> Benchmark:
-        """The configured benchmark. Pictures of the user's own prompts have the benchmark `none`, without a score."""
-        config = self.config.benchmark
-        if has_own_prompts(self.config) or config.name == "none":
-            settings = config.settings if config.name == "none" else {}
-            return load_benchmark("none", {"images_per_prompt": self.config.generate.num_images} | settings)
-        return load_benchmark(config.name, config.settings)
+        """The configured benchmark. Pictures of the user's own prompts have no score, only distances to the teacher."""
+        name, settings = self.config.benchmark.name, self.config.benchmark.settings
+        if has_own_prompts(self.config) and name not in UNSCORED:
+            name, settings = "fidelity", {}
+        if name in UNSCORED:
+            settings = {"images_per_prompt": self.config.generate.num_images} | settings
+        return load_benchmark(name, settings)
 
     @cached_property
     def prompts(self) -> list[Prompt]:

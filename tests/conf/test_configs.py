@@ -23,7 +23,7 @@ from ppcl.stages import STAGES
 from ppcl.surgery.count import count_parameters
 from ppcl.validation import parse
 from ppcl.validation.model import model_folder, num_layers
-from ppcl.validation.outputs import read_prompts
+from ppcl.validation.prompts import read_prompts
 from ppcl.validation.pruning import resolve_intervals, resolve_width
 from ppcl.validation.strategy import resolve_precision
 from ppcl.variants.planner import choose
@@ -241,7 +241,31 @@ def test_a_prompt_file_is_read_line_by_line(auto, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\r\n\n  zwei Würfel  \n", encoding="utf-8")
     config = parsed(*auto, f"generate.prompt_file={path}", "stages=[generate]")
-    assert read_prompts(Path(config.generate.prompt_file)) == ["a red circle", "zwei Würfel"]
+    prompts = read_prompts(Path(config.generate.prompt_file))
+    assert [prompt.text for prompt in prompts] == ["a red circle", "zwei Würfel"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "said"),
+    [
+        ("geneval", [], "generate.layout=geneval needs generate.prompt_file=evaluation_metadata.jsonl"),
+        ("geneval", ["plain.txt"], "it is {path}"),
+        ("geneval", ["untagged.jsonl"], 'whose lines have a "prompt" and a "tag"'),
+        ("geneval", ["list.jsonl"], 'line 1 is no JSON object with a text as "prompt"'),
+        ("dpg", ["plain.txt"], "generate.layout=dpg needs generate.prompt_file=FOLDER"),
+        ("dpg", ["folder", "generate.num_images=5"], "generate.num_images=5 is more than the 4 pictures of a prompt"),
+        ("dpg", ["folder", "model.sampling.width=64"], "generate.layout=dpg is for square pictures"),
+        ("coco", [], "generate.layout=coco is not one of geneval, dpg"),
+    ],
+)
+def test_a_layout_needs_the_prompts_of_its_scorer(auto, tmp_path, layout, changes, said):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "1.txt").write_text("a red circle")
+    for name, line in (("plain.txt", "a"), ("untagged.jsonl", '{"prompt": "a"}'), ("list.jsonl", '["a"]')):
+        (tmp_path / name).write_text(line)
+    file = [f"generate.prompt_file={tmp_path / name}" for name in changes[:1]]
+    sentence = refused([*auto, "stages=[generate]", f"generate.layout={layout}", *file, *changes[1:]])
+    assert said.format(path=tmp_path / "plain.txt") in sentence
 
 
 # The paper's numbers
@@ -449,10 +473,10 @@ def test_the_benchmark_fits_the_model_and_the_data(auto, tmp_path, pipeline_fold
     draws = "stages=[generate,evaluate,report]"
     assert parsed(*auto, draws).benchmark.name == "shapes"
     assert parsed(*auto, draws, "benchmark=none").benchmark.name == "none"
-    assert parsed(*auto, draws, "data=folder", "data.path=/p").benchmark.name == "none"
+    assert parsed(*auto, draws, "data=folder", "data.path=/p").benchmark.name == "fidelity"
     sentence = refused([*auto, draws, "data=folder", "data.path=/p", "benchmark=shapes"])
     assert "benchmark=shapes scores pictures of the shapes world alone, which data=folder does not draw" in sentence
-    assert parsed("model=qwen_image", "model.path=a/b", "generate.prompt=x", draws).benchmark.name == "none"
+    assert parsed("model=qwen_image", "model.path=a/b", "generate.prompt=x", draws).benchmark.name == "fidelity"
     for edit in ([], ["data=webdataset", "data.path=/p", "data.given=[given]"]):
         sentence = refused(["model=qwen_image_edit", "model.path=a/b", *edit, draws])
         assert "give generate.prompt_file=FILE, with a prompt a line, and generate.images=[...]" in sentence

@@ -189,7 +189,7 @@ def test_width_sets_may_be_given_one_by_one(command: list[str], key: str, value:
         (b"", "no prompt"),
         (b"\n  \n", "no prompt"),
         ("a caf\u00e9".encode("latin-1"), "UTF-8"),
-        (None, "does not exist"),
+        (None, "no prompt"),
     ],
     ids=["empty", "blank", "latin-1", "folder"],
 )

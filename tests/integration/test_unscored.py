@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import INTERVALS, ppcl, succeed
+from commands import INTERVALS, modified, ppcl, succeed
 from PIL import Image
 
+from ppcl.artifacts.scores import ScoreRow
 from ppcl.data.cached import held_out_keys
 from ppcl.data.worlds import shapes
+from ppcl.pictures.fidelity import likeness
 
 NUM_PICTURES = 80
 
@@ -60,7 +64,86 @@ def test_rows_have_distances_in_place_of_scores(run: Path) -> None:
         assert row["latency_ms"] > 0
     assert rows["teacher"]["velocity_error"] == rows["teacher"]["latent_distance"] == 0
     assert min(rows["removed"]["velocity_error"], rows["removed"]["latent_distance"]) > 0
-    assert (run / "report" / "report.html").exists()
+
+
+def test_each_picture_is_compared_with_the_teachers(run: Path) -> None:
+    assert "fidelity" not in json.loads((run / "scores" / "teacher.json").read_text())
+    row = ScoreRow.load(run / "scores" / "removed.json")
+    assert row.fidelity is not None
+    drawn = (
+        [Image.open(run / "images" / "captions" / name / f"{number:05d}.png") for name in ("removed", "teacher")]
+        for number in range(8)
+    )
+    assert row.fidelity.pictures == [likeness(*pair) for pair in drawn]
+    errors = [level.velocity_error for level in row.fidelity.noise_levels]
+    assert len(errors) == 4
+    assert row.velocity_error is not None
+    assert min(errors) < row.velocity_error < max(errors)
+
+
+def test_the_report_shows_the_worst_prompts_first(run: Path) -> None:
+    section = (run / "report" / "report.html").read_text().partition("<h2>Fidelity</h2>")[2].partition("<h2>")[0]
+    assert section.count('alt="') == 4 * 2 + 1  # pairs, and the plot of errors by noise level
+    fidelity = ScoreRow.load(run / "scores" / "removed.json").fidelity
+    assert fidelity is not None
+    lines = (run / "images" / "captions" / "removed" / "prompts.jsonl").read_text().splitlines()
+    ssims = {json.loads(line)["prompt"]: one.ssim for line, one in zip(lines, fidelity.pictures, strict=True)}
+    worst = sorted(ssims, key=ssims.__getitem__)
+    assert re.findall('<td title="(.*?)">', section) == worst
+    assert re.findall('<p class="caption" title="(.*?)">', section) == worst[:4]
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["variants"][1]["fidelity"]["ssim"] == pytest.approx(np.mean([*ssims.values()]))
+
+
+def test_pictures_of_the_benchmark_none_are_compared_without_drawing_them_anew(run: Path, tmp_path: Path) -> None:
+    """Also if they differ in size from prompt to prompt, as results of edits may."""
+    shutil.copytree(run, tmp_path / "own")
+    resize(tmp_path / "own", ("teacher", "removed"), range(8))
+    drawn = modified(tmp_path / "own" / "images")
+    again = [f"run={tmp_path / 'own'}", "trainer.accelerator=cpu", "logger=csv"]
+    for benchmark, compared in (("none", False), ("fidelity", True)):
+        said = succeed(*again, f"benchmark={benchmark}", "stages=[generate,evaluate]")
+        assert said.out.count("reused") == 2  # the pictures of both variants, no scores
+        assert ("fidelity" in json.loads((tmp_path / "own" / "scores" / "removed.json").read_text())) == compared
+    assert modified(tmp_path / "own" / "images") == drawn
+    logged = "".join(path.read_text() for path in (tmp_path / "own").rglob("metrics.csv"))
+    assert {"removed/psnr", "removed/ssim"} <= {*re.split(r"[,\s]", logged)}
+    succeed(*again, "stages=[report]")
+    page = (tmp_path / "own" / "report" / "report.html").read_text()
+    assert page.count('alt="') == 2 * 8 + 4 * 2 + 2  # all pictures, pairs of the worst, and plots
+    assert len({*re.findall(r"removed/velocity_error_0\.\d\d_0\.\d\d", logged)}) == 4
+
+
+def resize(run: Path, variants: tuple[str, ...], numbers: range) -> None:
+    """Enlarge the pictures of some variants, each by another factor."""
+    for path in [run / "images" / "captions" / name / f"{n:05d}.png" for name in variants for n in numbers]:
+        with Image.open(path) as image:
+            larger = image.resize((image.width + 8 * int(path.stem) + 8, image.height))
+        larger.save(path)
+
+
+def test_pictures_of_another_size_than_the_teachers_are_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "own")
+    shutil.rmtree(tmp_path / "own" / "scores")
+    resize(tmp_path / "own", ("removed",), range(3, 4))
+    refused = ppcl(f"run={tmp_path / 'own'}", "trainer.accelerator=cpu", "stages=[evaluate]")
+    assert refused.code == 2
+    assert "removed/00003.png has 64x32 pixels, and the teacher's 32x32: delete both folders" in refused.err
+
+
+def test_without_data_pictures_alone_are_compared(settings: list[str], tmp_path: Path) -> None:
+    """The user's prompts, with two pictures each."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    own = ["data.name=none", f"generate.prompt_file={tmp_path / 'prompts.txt'}", "generate.num_images=2"]
+    common = [*settings, f"paths.runs_dir={tmp_path}", "name=bare", INTERVALS, *own]
+    succeed(*common, "stages=[generate,evaluate,report]")
+    (path,) = (tmp_path / "bare" / "scores").glob("*/removed.json")
+    row = ScoreRow.load(path)
+    assert row.fidelity is not None
+    assert (row.velocity_error, row.fidelity.noise_levels, len(row.fidelity.pictures)) == (None, [], 4)
+    (page,) = (tmp_path / "bare" / "report").glob("*/report.html")
+    section = page.read_text().partition("<h2>Fidelity</h2>")[2].partition("<h2>")[0]
+    assert section.count('alt="') == 2 * 2
 
 
 def test_a_cache_without_captions_asks_for_prompts(command: list[str], run: Path, tmp_path: Path) -> None:

@@ -53,6 +53,20 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, or a copy where the file system has no links. An existing file stays.
+
+    This is for files that are never changed in place.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass
+    except OSError:
+        with atomic_path(target) as temporary:
+            shutil.copy2(source, temporary)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header
 from ppcl.errors import UsageError
+
+NOISE_LEVELS = 4  # of which the velocity error is told separately
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,65 @@ def half_width(groups: Sequence[Sequence[float]]) -> float | None:
     return 1.96 * float(np.sqrt(sum(variances))) / len(groups)
 
 
+@dataclass(frozen=True)
+class Likeness:
+    """How near pictures are to the teacher's: PSNR in dB, and SSIM, 1 for equal pictures and near 0 for unlike ones."""
+
+    psnr: float
+    ssim: float
+
+    @classmethod
+    def mean(cls, several: Sequence[Likeness]) -> Likeness:
+        return cls(float(np.mean([one.psnr for one in several])), float(np.mean([one.ssim for one in several])))
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """The velocity error on the held-out samples whose noise level sigma is from `low` to `high`."""
+
+    low: float
+    high: float
+    velocity_error: float
+
+    @classmethod
+    def grouped(cls, samples: Iterable[tuple[float, float, float]]) -> list[NoiseLevel]:
+        """Return the error at `NOISE_LEVELS` levels with equally many of the samples each, from little noise to much.
+
+        `samples`: sigma, ||v - v_T||^2 and ||v_T||^2 of each.
+        """
+        groups = [group for group in np.array_split(sorted(samples), NOISE_LEVELS) if len(group)]
+        return [cls(*map(float, (each[0, 0], each[-1, 0], each[:, 1].sum() / each[:, 2].sum()))) for each in groups]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a variant is to the teacher: each of its pictures, and its velocity by noise level.
+
+    `noise_levels` is empty where no velocity can be measured, without data.
+    """
+
+    pictures: list[Likeness]
+    noise_levels: list[NoiseLevel]
+
+    @property
+    def mean(self) -> Likeness:
+        """The mean over all pictures."""
+        return Likeness.mean(self.pictures)
+
+    def prompts(self, images_per_prompt: int) -> list[Likeness]:
+        """Return the mean over each prompt's pictures."""
+        starts = range(0, len(self.pictures), images_per_prompt)
+        return [Likeness.mean(self.pictures[start : start + images_per_prompt]) for start in starts]
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Fidelity:
+        pictures = [Likeness(**numbers) for numbers in content["pictures"]]
+        return cls(pictures, [NoiseLevel(**numbers) for numbers in content["noise_levels"]])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self.mean) | asdict(self)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
     """A variant's scores, its distance to the teacher, its parameters, and the cost of its denoising step.
@@ -73,7 +134,7 @@ class ScoreRow:
     `scores` is None without a benchmark. `score_interval` is half the width of the 95% confidence interval of the
     overall score. `velocity_error` is ||v - v_T||^2 / ||v_T||^2 on held-out data. `latent_distance` is
     ||z - z_T||^2 / ||z_T - mean(z_T)||^2 of the final latents from equal seeds: 0 for the same pictures, about 2 for
-    unrelated ones. Each of the three is None where it was not measured.
+    unrelated ones. Each of the three, and `fidelity`, is None where it was not measured. The teacher has no `fidelity`.
 
     `teacher_share` is the share of denoising steps that the teacher runs in place of a pruned variant, None without
     `generate.teacher_above`. With it, `latency_ms` is the mean over the steps of a picture, and parameters and memory
@@ -93,24 +154,38 @@ class ScoreRow:
     velocity_error: float | None = None
     latent_distance: float | None = None
     teacher_share: float | None = None
+    fidelity: Fidelity | None = None
+
+    @property
+    def psnr(self) -> float | None:
+        """The mean PSNR of all pictures in dB, None where it was not measured."""
+        return None if self.fidelity is None else self.fidelity.mean.psnr
+
+    @property
+    def ssim(self) -> float | None:
+        """The mean SSIM of all pictures, None where it was not measured."""
+        return None if self.fidelity is None else self.fidelity.mean.ssim
 
     def save(self, path: Path, header: Header, measured_with: Mapping[str, Any]) -> None:
-        """Write the row. `measured_with`: what the velocity error depends on besides the header."""
+        """Write the row. `measured_with`: what the velocity error and the fidelity depend on besides the header."""
         content = header.to_json() | self.to_json() | {"measured_with": dict(measured_with)}
-        if self.teacher_share is None:
-            del content["teacher_share"]  # most rows have none, and older records are without the key
+        for key in ("teacher_share", "fidelity"):
+            if content[key] is None:
+                del content[key]  # most rows have none, and older records are without the key
         write_json(path, content)
 
     @classmethod
     def load(cls, path: Path) -> ScoreRow:
         content = read_json(path, "The scores")
         try:
-            later = ("score_interval", "velocity_error", "latent_distance", "teacher_share")  # not in older records
-            values: dict[str, Any] = {
+            later = ("score_interval", "velocity_error", "latent_distance", "teacher_share", "fidelity")
+            values: dict[str, Any] = {  # older records are without some keys
                 key: content.get(key) if key in later else content[key] for key in cls.__dataclass_fields__
             }
-            scores = content["scores"]
-            row = cls(**values | {"scores": None if scores is None else Scores.from_json(scores)})
+            for key, kind in (("scores", Scores), ("fidelity", Fidelity)):
+                if values[key] is not None:
+                    values[key] = kind.from_json(values[key])
+            row = cls(**values)
             if row._is_sound():
                 return row
         except (KeyError, TypeError, AttributeError):
@@ -121,6 +196,9 @@ class ScoreRow:
         """Return whether every value is of its kind; a file that was edited by hand may hold others."""
         scores = [] if self.scores is None else [self.scores.overall, *self.scores.categories.values()]
         further = [self.score_interval, self.velocity_error, self.latent_distance, self.teacher_share]
+        if self.fidelity is not None:
+            further += [value for picture in self.fidelity.pictures for value in astuple(picture)]
+            further += [value for level in self.fidelity.noise_levels for value in astuple(level)]
         positive = [self.num_layers, self.params, self.latency_ms]
         numbers = [*positive, self.peak_memory_mb, *scores, *(value for value in further if value is not None)]
         lists = [self.students, self.projectors, self.removed]
@@ -132,7 +210,10 @@ class ScoreRow:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"scores": None if self.scores is None else self.scores.to_json()}
+        return vars(self) | {
+            "scores": None if self.scores is None else self.scores.to_json(),
+            "fidelity": None if self.fidelity is None else self.fidelity.to_json(),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""The benchmark without a score: pictures of the user's own prompts, or of captions of held-out data."""
+"""The benchmark without a score: pictures of the user's own prompts, or of captions of held-out data.
+
+`fidelity` draws the same pictures and compares them one by one.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from PIL import ExifTags, Image, ImageOps
 from ppcl.artifacts.files import read_json
 from ppcl.benchmarks.base import Benchmark, Prompt
 from ppcl.errors import UsageError
-from ppcl.validation.outputs import has_own_prompts, read_prompts
+from ppcl.validation.outputs import has_own_prompts
+from ppcl.validation.prompts import OwnPrompt, read_prompts
 
 if TYPE_CHECKING:
     from ppcl.config import Config
@@ -35,9 +39,9 @@ class Unscored(Benchmark):
         """Return the prompts; raises `UsageError` if there are neither prompts nor captions."""
         generate = config.generate
         if has_own_prompts(config):
-            texts = [generate.prompt] if generate.prompt is not None else read_prompts(Path(str(generate.prompt_file)))
-            given = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in generate.images]
-            return [Prompt(text, references=given) for text in texts]
+            file, given = generate.prompt_file, [_upright(path) for path in generate.images]
+            own = [OwnPrompt(str(generate.prompt))] if file is None else read_prompts(Path(file))
+            return [Prompt(prompt.text, references=given, fact=prompt) for prompt in own]
         if config.data.name == "shapes":
             scenes = (
                 family.world.make_scene(config.data.calibration_seed, number, categories=family.categories)
@@ -61,6 +65,12 @@ class Unscored(Benchmark):
             return super().given(prompts, config)
         files = [_digest(path) for path in config.generate.images]
         return {"images": files} if files else {}
+
+
+def _upright(path: str) -> Image.Image:
+    """Return a picture turned as its EXIF orientation says."""
+    with Image.open(path) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def _digest(path: str) -> str:

@@ -189,6 +189,8 @@ def evaluation_section(rows: Sequence[ComparedRow], label: str) -> str:
     columns["drop %"] = [_number(row.drop_percent, 1) for row in rows]
     columns["velocity error"] = [_number(row.velocity_error, 4) for row in rows]
     columns["latent distance"] = [_number(row.latent_distance, 3) for row in rows]
+    columns["PSNR"] = [_number(row.psnr, 1) for row in rows]
+    columns["SSIM"] = [_number(row.ssim, 3) for row in rows]
     columns = {title: cells for title, cells in columns.items() if any(cells)}
     lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
     table = "\n".join(f"| {' | '.join(cell or '' for cell in line)} |" for line in lines)

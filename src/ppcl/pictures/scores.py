@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ppcl.artifacts.headers import Header, is_current
@@ -51,9 +51,14 @@ def read_rows(run: Run, names: list[str] | None = None) -> list[ComparedRow]:
 
 def compare(rows: Sequence[ScoreRow]) -> list[ComparedRow]:
     """Return each variant's scores with its drop against the teacher's; raises `UsageError` without a teacher."""
-    teacher = next((row for row in rows if row.name == "teacher"), None)
-    if teacher is None:
+    check_teacher([row.name for row in rows])
+    teacher = next(row for row in rows if row.name == "teacher")
+    return [ComparedRow.beside(teacher, row) for row in rows]
+
+
+def check_teacher(names: Collection[str]) -> None:
+    """Raise `UsageError` if the variants `names` are without the teacher."""
+    if "teacher" not in names:
         raise UsageError(
             "generate.variants lacks the teacher, which all variants are compared with: add teacher to it."
         )
-    return [ComparedRow.beside(teacher, row) for row in rows]

@@ -28,7 +28,7 @@ from ppcl.benchmarks.base import Benchmark, Prompt
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.options import identity
-from ppcl.validation.outputs import has_own_prompts
+from ppcl.validation.outputs import UNSCORED, has_own_prompts
 
 # Keys of a header that describe the model. All other keys describe the set.
 OF_MODEL = ("model", "plugs", "removed", "layout", "finetuned", "quantized")
@@ -103,7 +103,7 @@ def set_folder(images: Path, config: Config, settings: Mapping[str, Any]) -> Pat
     suffix = "" if above is None else f"-above-{above:g}"
     if has_own_prompts(config):
         return images / f"{_slug(config)}{suffix}-{key[:6]}"
-    plain = images / (("captions" if config.benchmark.name == "none" else config.benchmark.name) + suffix)
+    plain = images / (("captions" if config.benchmark.name in UNSCORED else config.benchmark.name) + suffix)
     own = plain.with_name(f"{plain.name}-{key[:6]}")
     return own if own.exists() or _other_set(plain, settings) is not None else plain
 

@@ -42,6 +42,7 @@ _FOLDERS = {
     "plugs": "every trained student and projector",
     "plan": "intervals, measured costs, and the plugs that the plan has chosen",
     "images": "all pictures",
+    "layouts": "pictures as the scorers of GenEval and DPG-Bench read them",
     "scores": "scores of each variant",
     "training": "the cost of each training",
     "logs": "losses of each training",

@@ -13,6 +13,7 @@ from ppcl.artifacts.files import read_json
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 from ppcl.export.folder import BaseModel
+from ppcl.report.fidelity import fidelity_section
 from ppcl.report.made import link, links_of, made_by, trainings_in_words
 from ppcl.report.sheets import Sheet
 from ppcl.report.text import MEANINGS, billions, notes_of, plugs_in_words, plugs_of, result_of, score_columns
@@ -43,6 +44,7 @@ def render(
         headlines=headlines(rows),
         plots={name: _embedded_plot(path) for name, path in plots.items() if path.exists()},
         compared=_section(run, compared, SMALL),
+        fidelity=fidelity_section(run, rows, LARGE),
         own=[_section(run, sheet, LARGE) for sheet in own],
         columns=score_columns(rows, details=True),
         result=result_of([row.name for row in rows]),
@@ -92,6 +94,8 @@ def headlines(rows: Sequence[ComparedRow]) -> list[dict[str, str]]:
         shown.append({"value": f"{result.velocity_error:.4f}", "label": f"velocity error of {name}, held-out"})
     elif result.latent_distance is not None:
         shown.append({"value": f"{result.latent_distance:.2f}", "label": f"latent distance of {name} to the teacher"})
+    if result.ssim is not None:
+        shown.append({"value": f"{result.ssim:.2f}", "label": "SSIM of its pictures to the teacher's"})
     return shown
 
 

@@ -136,6 +136,25 @@ def _quality(rows: Sequence[ComparedRow]) -> tuple[str, list[float | None]]:
     return "velocity error (lower is better)", [row.velocity_error for row in rows]
 
 
+def error_by_noise_level(path: Path, rows: Sequence[ComparedRow]) -> bool:
+    """Plot each variant's velocity error against the noise level; return whether any was measured."""
+    measured = {row.name: row.fidelity.noise_levels for row in rows if row.fidelity and row.fidelity.noise_levels}
+    if not measured:
+        return False
+    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    for number, row in enumerate(rows):  # colours are those of `quality_against_size`
+        levels, color = measured.get(row.name, []), PALETTE[number % len(PALETTE)]
+        middles = [(level.low + level.high) / 2 for level in levels]
+        errors = [level.velocity_error for level in levels]
+        axis.hlines(errors, [level.low for level in levels], [level.high for level in levels], color=color, linewidth=4)
+        axis.plot(middles, errors, color=color, linewidth=1.2, label=row.name if levels else None)
+    axis.set(xlabel="noise level sigma (1 is noise)", ylabel="velocity error (lower is better)", xlim=(0, 1))
+    axis.set_yscale("log")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    save_figure(figure, path)
+    return True
+
+
 def label_points(axis: Any, names: Sequence[str], points: Sequence[tuple[float, float, float]]) -> None:
     """Write a name beside each point, where it overlaps no other point or name.
 
@@ -232,18 +251,19 @@ def contact_sheet(
 
 
 def image_grid(path: Path, images: list[Image.Image], columns: int = 10, largest: int = 256) -> None:
-    """Write pictures in rows, in cells of the size of the largest. Pictures wider than `largest` pixels are reduced."""
-    scales = [min(1.0, largest / image.width) for image in images]
+    """Write pictures edge to edge in rows. They may differ in size; sides of more than `largest` pixels are reduced."""
+    scales = [min(1.0, largest / max(image.size)) for image in images]
     sizes = [
         (round(image.width * scale), round(image.height * scale)) for image, scale in zip(images, scales, strict=True)
     ]
-    width, height, gap = max(width for width, _ in sizes), max(height for _, height in sizes), 4
+    (width, height), gap = map(max, zip(*sizes, strict=True)), 4
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for number, image in enumerate(images):
+    for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
         row, column = divmod(number, columns)
-        corner = (gap + column * (width + gap), gap + row * (height + gap))
-        sheet.paste(image.convert("RGB").resize(sizes[number]), corner)
+        left, top = gap + column * (width + gap), gap + row * (height + gap)
+        corner = left + (width - size[0]) // 2, top + (height - size[1]) // 2
+        sheet.paste(image.convert("RGB").resize(size), corner)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
 

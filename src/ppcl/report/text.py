@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
@@ -91,10 +91,22 @@ def score_columns(rows: Sequence[ComparedRow], *, details: bool = False) -> dict
         "drop\n%": [_number(row.drop_percent, 1) for row in rows],
         "velocity\nerror": [_number(row.velocity_error, 4) for row in rows],
         "latent\ndistance": [_number(row.latent_distance, 3) for row in rows],
+        "PSNR\ndB": [_number(row.psnr, 1) for row in rows],
+        "SSIM": [_number(row.ssim, 3) for row in rows],
         "ms a\nstep": [f"{row.latency_ms:.1f}" for row in rows],
         "peak\nMB": [f"{row.peak_memory_mb:.{1 if row.peak_memory_mb < 1000 else 0}f}" for row in rows],
     }
     return {title: [cell or "" for cell in cells] for title, cells in columns.items() if any(cells)}
+
+
+def level_columns(rows: Sequence[ComparedRow]) -> dict[str, list[str]]:
+    """Return the table of velocity errors by noise level as columns by title; empty where nothing was measured."""
+    measured = [(row.name, row.fidelity.noise_levels) for row in rows if row.fidelity and row.fidelity.noise_levels]
+    columns = {"variant": [name for name, _ in measured]}
+    for levels in zip(*(levels for _, levels in measured), strict=True):
+        title = f"\u03c3 {levels[0].low:.2f}\nto {levels[0].high:.2f}"
+        columns[title] = [f"{level.velocity_error:.4f}" for level in levels]
+    return columns if measured else {}
 
 
 def _number(value: float | None, digits: int) -> str | None:
@@ -127,6 +139,8 @@ def notes_of(rows: Sequence[ComparedRow], label: str) -> list[str]:
             "latent distance: final latents to the teacher's from equal seeds, 0 for the same pictures, about 2 for "
             "unrelated ones"
         )
+    if any(row.fidelity is not None for row in rows):
+        notes.append("PSNR and SSIM: pictures to the teacher's from equal seeds, higher is better, SSIM 1 for the same")
     shares = [row.teacher_share for row in rows if row.teacher_share is not None]
     if shares:
         notes.append(
@@ -156,8 +170,12 @@ def show_plan(run: Run, plan: PruningPlan) -> None:
 
 def score_table(rows: Sequence[ComparedRow]) -> Table:
     """Return the table of variants for a terminal, at most 80 columns wide."""
+    return _table(score_columns(rows))
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> Table:
+    """Return columns by title as a table for a terminal."""
     table = Table(box=None, padding=(0, 1, 0, 0))
-    columns = score_columns(rows)
     for title in columns:
         table.add_column(title, justify="left" if title == "variant" else "right", no_wrap=True, vertical="bottom")
     for cells in zip(*columns.values(), strict=True):
@@ -166,8 +184,12 @@ def score_table(rows: Sequence[ComparedRow]) -> Table:
 
 
 def show_scores(run: Run, rows: Sequence[ComparedRow]) -> None:
-    """Print the table of variants and an explanation of its measures."""
+    """Print the table of variants, velocity errors by noise level, and an explanation of the measures."""
     run.console.print(score_table(rows))
+    levels = level_columns(rows)
+    if levels:
+        run.say("evaluate", "velocity error by noise level sigma, from 0 for a picture to 1 for noise:")
+        run.console.print(_table(levels))
     for note in notes_of(rows, run.benchmark.label):
         run.say("evaluate", note)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,35 +13,39 @@ from torch import nn
 
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import first_difference, is_current
-from ppcl.artifacts.scores import ScoreRow
+from ppcl.artifacts.scores import NOISE_LEVELS, Fidelity, Likeness, NoiseLevel, ScoreRow
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.export.quantized import weight_bytes
 from ppcl.pictures.drawing import denoising_step
+from ppcl.pictures.fidelity import likenesses
 from ppcl.pictures.images import image_folder, read_images, teacher_share
 from ppcl.pictures.latents import latent_distance
-from ppcl.pictures.scores import compare, score_headers, score_record
+from ppcl.pictures.scores import check_teacher, compare, score_headers, score_record
 from ppcl.report.text import show_scores
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.training.loggers import finish_logger, make_logger
-from ppcl.variants.costs import FIRST_BATCH, velocities, velocity_error
+from ppcl.variants.costs import FIRST_BATCH, relative_error, velocities, velocity_errors
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import Variant, variants_of
 
 NUM_HELDOUT = 64  # samples that the velocity error is measured on
 LOGGED = (
     *("num_layers", "params_ratio", "drop_percent", "latency_ms", "velocity_error", "latent_distance"),
-    "teacher_share",
+    *("teacher_share", "psnr", "ssim"),
 )
 
 
-def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dict[str, Any]]:
+def _measure(
+    run: Run, variants: list[Variant], switch: Switch, pictures: Mapping[str, list[Likeness]]
+) -> dict[str, dict[str, Any]]:
     """Return the measurements of each variant's model, by the variant's name.
 
     They are its size, latency (ms), peak memory (MB), held-out velocity error ||v - v_T||^2 / ||v_T||^2, and the
-    students, projectors and removals that it consists of. With `generate.teacher_above` teacher and pruned model are
-    timed apart, and the latency is their mean, weighted by the steps that each of them ran for a picture.
+    students, projectors and removals that it consists of. A variant in `pictures`, which holds the likeness of pictures
+    to the teacher's, also has its fidelity. With `generate.teacher_above` teacher and pruned model are timed apart, and
+    the latency is their mean, weighted by the steps that each of them ran for a picture.
     """
     inputs = denoising_step(run)
     passes = run.family.num_passes(run.config.model.sampling)
@@ -58,11 +63,6 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
     batches = _heldout(run) if run.config.data.name != "none" else []
     targets = velocities(switch(Variant("teacher")), batches)
 
-    def error(name: str, transformer: nn.Module) -> float | None:
-        if name == "teacher":
-            return 0.0
-        return velocity_error(transformer, batches, targets) if batches else None
-
     measured = {}
     for variant in variants:
         name, transformer = variant.name, switch(variant)
@@ -73,6 +73,7 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
             share, models = teacher_share(run, name), list(cast(ByNoiseLevel, transformer).models)
         params = cast(Any, transformer).num_parameters()  # also right for packed 4-bit weights
         resident = weight_bytes(transformer)
+        errors = [] if name == "teacher" else velocity_errors(transformer, batches, targets)
         measured[name] = {
             "num_layers": num_layers,
             "params": params,
@@ -82,9 +83,15 @@ def _measure(run: Run, variants: list[Variant], switch: Switch) -> dict[str, dic
             "students": variant.students,
             "projectors": variant.projectors,
             "removed": variant.removed,
-            "velocity_error": error(name, transformer),
+            "velocity_error": 0.0 if name == "teacher" else relative_error(errors) if errors else None,
+            "fidelity": Fidelity(pictures[name], _by_noise_level(batches, errors)) if name in pictures else None,
         }
     return measured
+
+
+def _by_noise_level(batches: list[TrainingBatch], errors: list[tuple[float, float]]) -> list[NoiseLevel]:
+    """Return the velocity error by noise level, from the errors of batches of one sample."""
+    return NoiseLevel.grouped((batch.sigmas.item(), *error) for batch, error in zip(batches, errors, strict=True))
 
 
 def _mean(teacher: float, pruned: float, share: float) -> float:
@@ -99,8 +106,9 @@ def _heldout(run: Run) -> list[TrainingBatch]:
 
 
 def _measured_with(run: Run) -> dict[str, Any]:
-    """Return what the velocity error is measured with: the data, and how much of it; empty without data."""
-    return {} if run.config.data.name == "none" else {"data": run.data.identity, "samples": NUM_HELDOUT}
+    """Return what the velocity error is measured with (the data, and how much of it), and if there is a fidelity."""
+    data = {} if run.config.data.name == "none" else {"data": run.data.identity, "samples": NUM_HELDOUT}
+    return data | ({"noise_levels": NOISE_LEVELS} if run.benchmark.compares else {})
 
 
 def _was_measured(record: Path, measured_with: dict[str, Any]) -> bool:
@@ -112,19 +120,23 @@ def _was_measured(record: Path, measured_with: dict[str, Any]) -> bool:
 def run(run: Run) -> None:
     """Write the scores and measurements of every variant, print them as a table and log them.
 
-    Pictures are compared with the teacher's by the distance of their latents. Existing records with the same settings
-    and held-out data are reused. Raises `UsageError` if pictures are missing, or if records have other settings.
+    Pictures are compared with the teacher's by the distance of their latents, and one by one if the benchmark
+    `compares`. Existing records with the same settings and held-out data are reused. Raises `UsageError` if pictures
+    are missing, or if records have other settings.
     """
     variants, plugs = variants_of(run)
     headers = score_headers(run, variants, plugs)
+    check_teacher(headers)
     records = {name: score_record(run, name) for name in headers}
     measured_with = _measured_with(run)
     current = [is_current(records[name], header) for name, header in headers.items()]
     if all(current) and all(_was_measured(record, measured_with) for record in records.values()):
         run.say("evaluate", f"reused {run.scores_folder}")
     else:
+        compared = [name for name in headers if name != "teacher" and run.benchmark.compares]
+        pictures = {name: likenesses(run, name) for name in compared}
         switch = Switch(run, plugs)
-        measured = _measure(run, variants, switch)
+        measured = _measure(run, variants, switch, pictures)
         switch.restore()
         for name, header in headers.items():
             scores = run.benchmark.score(run.prompts, read_images(run, name))
@@ -144,6 +156,11 @@ def run(run: Run) -> None:
     if isinstance(logger, Logger):
         for row in rows:
             numbers = {key: getattr(row, key) for key in LOGGED} | (row.scores.to_json() if row.scores else {})
+            if row.fidelity is not None:
+                numbers |= {
+                    f"velocity_error_{level.low:.2f}_{level.high:.2f}": level.velocity_error
+                    for level in row.fidelity.noise_levels
+                }
             logger.log_metrics({f"{row.name}/{k}": v for k, v in numbers.items() if v is not None})
         logger.finalize("success")
         finish_logger(logger)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ppcl.artifacts.files import atomic_folder, atomic_path, write_json
+from ppcl.artifacts.files import atomic_folder, link_or_copy, write_json
 from ppcl.artifacts.headers import Header
 from ppcl.context import Run
 from ppcl.pictures.drawing import decoded_latents, draw, equipped
@@ -32,12 +31,16 @@ from ppcl.pictures.images import (
     told_by,
 )
 from ppcl.pictures.latents import save_latents
+from ppcl.pictures.layouts import write_layout
 from ppcl.progress import counter
 from ppcl.report.plots import image_grid
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
+from ppcl.variants.plugs import Plugs
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import variants_of
+
+IN_GRID = 400  # pictures of the overview `grid.png`
 
 
 def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> int:
@@ -85,7 +88,8 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> int:
                     save_image(image, path, json.dumps(text))
             advance(len(numbers))
     save_prompts(run, folder)
-    image_grid(folder / "grid.png", [Image.open(picture_path(folder, number)) for number in range(count)])
+    first = range(min(count, IN_GRID))
+    image_grid(folder / "grid.png", [Image.open(picture_path(folder, number)) for number in first])
     _complete(folder, header, count)
     return drawn
 
@@ -134,19 +138,10 @@ def _share_teacher(run: Run, drawing: Drawing, folder: Path) -> None:
 
 
 def _link_all(source: Path, target: Path) -> None:
-    """Copy a folder of pictures without its records, by hard links where the file system supports them.
-
-    Links are safe because pictures are never changed in place. Files that `target` already has stay.
-    """
+    """Copy a folder of pictures without its records. Files that `target` already has stay."""
 
     def link(path: str, copy: str) -> None:
-        try:
-            os.link(path, copy)
-        except FileExistsError:
-            pass
-        except OSError:
-            with atomic_path(Path(copy)) as temporary:
-                shutil.copy2(path, temporary)
+        link_or_copy(Path(path), Path(copy))
 
     records = shutil.ignore_patterns("manifest.json", "unfinished.json", ".*")
     shutil.copytree(source, target, copy_function=link, ignore=records, dirs_exist_ok=True)
@@ -167,8 +162,15 @@ def run(run: Run) -> None:
             run.say("generate", f"reused {drawing.folder}")
         else:
             missing.append(drawing)
-    if not missing:
-        return
+    if missing:
+        _draw(run, missing, plugs)
+    if run.config.generate.layout is not None:
+        for variant in variants:
+            run.say("generate", f"wrote {write_layout(run, variant.name)}")
+
+
+def _draw(run: Run, missing: list[Drawing], plugs: Plugs) -> None:
+    """Draw the pictures that are missing, or take the teacher's from the cache."""
     missing = [drawing for drawing in missing if not _reuse_teacher(run, drawing)]
     run.family.check_prompts(run.teacher.pipeline, prompts_of(run))
     switch = Switch(run, plugs, alone=True)

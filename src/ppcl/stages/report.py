@@ -55,8 +55,8 @@ def _choice_path(run: Run, rows: list[ComparedRow]) -> Path | None:
 def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
     """Return the content of `report.json`."""
     keys = ("name", "num_layers", "params", "params_ratio", "scores", "score_interval", "drop_percent",
-            "velocity_error", "latent_distance", "teacher_share", "latency_ms", "peak_memory_mb", "students",
-            "projectors", "removed")  # fmt: skip
+            "velocity_error", "latent_distance", "fidelity", "teacher_share", "latency_ms", "peak_memory_mb",
+            "students", "projectors", "removed")  # fmt: skip
     facts = {
         "name": run.config.name,
         "version": __version__,
@@ -93,6 +93,11 @@ def run(run: Run) -> None:
     drawn["similarity"] = plan / "similarity.png"
     if plots.quality_against_size(folder / "quality.png", rows, run.benchmark.bounds):
         drawn["quality"] = folder / "quality.png"
+    lacking = [row.name for row in rows if row.name != "teacher" and row.fidelity is None]
+    if run.benchmark.compares and lacking:
+        run.say("report", f"{', '.join(lacking)}: not compared picture by picture yet; 'stages=[evaluate]' does")
+    if plots.error_by_noise_level(folder / "noise_levels.png", rows):
+        drawn["noise levels"] = folder / "noise_levels.png"
     losses = _losses(run)
     if losses:
         plots.distillation_losses(folder / "losses.png", losses)

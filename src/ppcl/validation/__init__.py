@@ -28,9 +28,9 @@ from ppcl.validation.outputs import (
     check_import,
     check_lora,
     check_quantize,
-    read_prompts,
     resolve_benchmark,
 )
+from ppcl.validation.prompts import read_prompts
 from ppcl.validation.pruning import check_budget, check_width_group, resolve_intervals
 from ppcl.validation.strategy import check_strategy, resolve_precision
 from ppcl.validation.values import at_least, one_of

@@ -16,8 +16,12 @@ from ppcl.errors import UsageError
 from ppcl.export.single_file import DTYPES, layouts
 from ppcl.families.registry import FAMILIES
 from ppcl.validation.model import is_toy
+from ppcl.validation.prompts import check_layout
 from ppcl.validation.pruning import budget_of, resolve_width
 from ppcl.validation.values import one_of
+
+# Benchmarks without a score. They draw the user's prompts, or else captions of held-out data.
+UNSCORED = ("none", "fidelity")
 
 
 def has_own_prompts(config: Config) -> bool:
@@ -25,36 +29,20 @@ def has_own_prompts(config: Config) -> bool:
     return config.generate.prompt is not None or config.generate.prompt_file is not None
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Return the non-empty lines of a prompt file; raises `UsageError` if it is missing, empty or not UTF-8."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(
-            f"generate.prompt_file={path} does not exist; name a text file with a prompt a line."
-        ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"generate.prompt_file={path} is not UTF-8; save it with that encoding.") from None
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UsageError(f"generate.prompt_file={path} holds no prompt; write one a line.")
-    return prompts
-
-
 def resolve_benchmark(config: Config) -> None:
-    """Replace `benchmark=auto` by `shapes` or `none`.
+    """Replace `benchmark=auto` by `shapes` or `fidelity`.
 
     Raises `UsageError` if `shapes` is asked for and the model or the data are no toy ones, or if pictures are to be
     drawn and there are no prompts for them.
     """
     toy, data = is_toy(config.model), config.data.name
     if config.benchmark.name == "auto":
-        config.benchmark.name = "shapes" if toy and data == "shapes" else "none"
+        config.benchmark.name = "shapes" if toy and data == "shapes" else "fidelity"
     draws = {"generate", "evaluate", "report"} & set(config.stages)
     if not draws or has_own_prompts(config) or config.explain:
         return
     edits = FAMILIES[config.model.family].max_references > 0
-    if config.benchmark.name == "none" and (data == "none" or (edits and data != "shapes")):
+    if config.benchmark.name in UNSCORED and (data == "none" or (edits and data != "shapes")):
         why = "there are no captions to draw" if data == "none" else "a cache has no given pictures to draw from"
         images = " and generate.images=[...]" if edits else ""
         raise UsageError(
@@ -64,7 +52,7 @@ def resolve_benchmark(config: Config) -> None:
         what = f"data={data}" if data != "shapes" else f"model={config.model.name}"
         raise UsageError(
             f"benchmark=shapes scores pictures of the shapes world alone, which {what} does not draw: leave it out, or "
-            "give benchmark=none."
+            "give benchmark=fidelity."
         )
 
 
@@ -112,6 +100,7 @@ def check_generate(config: Config) -> None:
         )
     _check_given_images(config)
     _check_teacher_above(config)
+    check_layout(config)
 
 
 def _check_teacher_above(config: Config) -> None:

@@ -59,18 +59,30 @@ def find_units(plugs: Plugs) -> list[Unit]:
     return units
 
 
-@torch.no_grad()
 def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]) -> float:
     """Return ||v - v_T||^2 / ||v_T||^2, summed over all batches, for the model's velocity v and the teacher's v_T.
 
     `targets`: the teacher's output for each batch, as `velocities` returns it.
     """
-    error = total = 0.0
+    return relative_error(velocity_errors(transformer, batches, targets))
+
+
+def relative_error(errors: Sequence[tuple[float, float]]) -> float:
+    """Return the velocity error of all batches from those of each, as `velocity_errors` returns them."""
+    return sum(error for error, _ in errors) / sum(square for _, square in errors)
+
+
+@torch.no_grad()
+def velocity_errors(
+    transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]
+) -> list[tuple[float, float]]:
+    """Return ||v - v_T||^2 and ||v_T||^2 of each batch, for the model's velocity v and the teacher's v_T."""
+    found = []
     for batch, target in zip(batches, targets, strict=True):
         target = batch.prediction(target).double()
-        error += (batch.prediction(transformer(**batch.inputs)[0]).double() - target).square().sum().item()
-        total += target.square().sum().item()
-    return error / total
+        error = (batch.prediction(transformer(**batch.inputs)[0]).double() - target).square().sum().item()
+        found.append((error, target.square().sum().item()))
+    return found
 
 
 def heldout_batches(run: Run) -> list[TrainingBatch]:

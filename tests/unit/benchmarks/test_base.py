@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 import ppcl.benchmarks
 from ppcl.artifacts.headers import Header
-from ppcl.artifacts.scores import ComparedRow, ScoreRow, Scores
+from ppcl.artifacts.scores import ComparedRow, Fidelity, Likeness, NoiseLevel, ScoreRow, Scores
 from ppcl.benchmarks.base import Prompt, benchmark_names, load_benchmark
 from ppcl.benchmarks.shapes import Shapes
 from ppcl.config import Config
@@ -184,6 +185,37 @@ def test_a_row_is_read_as_it_was_written(tmp_path):
         path.write_text(json.dumps(edited))
         with pytest.raises(UsageError, match=re.escape(f"{path} holds no scores")):
             ScoreRow.load(path)
+
+
+def test_a_row_keeps_its_fidelity(tmp_path):
+    fidelity = Fidelity([Likeness(20.0, 0.5), Likeness(30.0, 0.7), Likeness(40.0, 0.9)], [NoiseLevel(0.1, 0.9, 0.2)])
+    path, header, kept = tmp_path / "removed.json", Header("ppcl.scores", {}), replace(row(), fidelity=fidelity)
+    kept.save(path, header, {})
+    assert ScoreRow.load(path) == kept
+    content = json.loads(path.read_text())["fidelity"]
+    assert (content["psnr"], content["ssim"]) == (kept.psnr, kept.ssim) == pytest.approx((30.0, 0.7))
+    assert fidelity.prompts(3) == [fidelity.mean]
+    assert fidelity.prompts(1) == fidelity.pictures
+    for damaged in (
+        {},
+        {"pictures": [{"psnr": 1}], "noise_levels": []},
+        content | {"pictures": [{"psnr": "x", "ssim": 1}]},
+    ):
+        path.write_text(json.dumps(header.to_json() | kept.to_json() | {"fidelity": damaged}))
+        with pytest.raises(UsageError, match="holds no scores"):
+            ScoreRow.load(path)
+
+
+def test_noise_levels_have_equally_many_samples_and_are_parts_of_the_whole_error():
+    rng = np.random.default_rng(0)
+    samples = [tuple(values) for values in rng.random((64, 3))]
+    levels = NoiseLevel.grouped(samples)
+    parts = [[sample for sample in samples if level.low <= sample[0] <= level.high] for level in levels]
+    assert [len(part) for part in parts] == [16] * 4
+    for level, part in zip(levels, parts, strict=True):
+        assert level.velocity_error == pytest.approx(sum(s[1] for s in part) / sum(s[2] for s in part))
+    assert levels == sorted(levels, key=lambda level: level.low)
+    assert NoiseLevel.grouped([]) == []
 
 
 def test_a_worse_score_is_a_drop_also_below_zero():

@@ -6,12 +6,20 @@ from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from matplotlib.text import Annotation, Text
 from PIL import Image
 from scored import MEASURED, SCORES, compared
 
-from ppcl.report.plots import contact_sheet, label_points, quality_against_size
+from ppcl.artifacts.scores import Fidelity, Likeness, NoiseLevel
+from ppcl.report.plots import (
+    contact_sheet,
+    error_by_noise_level,
+    image_grid,
+    label_points,
+    quality_against_size,
+)
 
 NAMES = ["teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned"]
 
@@ -42,6 +50,21 @@ def test_names_of_variants_that_score_alike_do_not_collide(place: tuple[float, f
 def test_quality_is_whatever_was_measured(rows: list, drawn: bool, tmp_path: Path) -> None:
     assert quality_against_size(tmp_path / "quality.png", rows, (0.0, 1.0)) == drawn
     assert (tmp_path / "quality.png").exists() == drawn
+
+
+@pytest.mark.parametrize("levels", [[], [NoiseLevel(0.1, 0.5, 0.01), NoiseLevel(0.6, 0.9, 0.1)]])
+def test_errors_by_noise_level_are_drawn_where_there_are_any(levels: list, tmp_path: Path) -> None:
+    rows = compared(dict.fromkeys(SCORES), fidelity=Fidelity([Likeness(20.0, 0.5)], levels))
+    assert error_by_noise_level(tmp_path / "levels.png", rows) == bool(levels)
+    assert (tmp_path / "levels.png").exists() == bool(levels)
+
+
+def test_a_grid_keeps_the_shape_of_each_picture(tmp_path: Path) -> None:
+    image_grid(tmp_path / "grid.png", [Image.new("RGB", size, "red") for size in ((600, 300), (100, 200))], 2, 300)
+    with Image.open(tmp_path / "grid.png") as grid:
+        red = np.asarray(grid)[..., 1] == 0
+    assert red[:, :306].sum() == 300 * 150
+    assert red[:, 306:].sum() == 100 * 200
 
 
 def test_a_contact_sheet_of_one_picture(tmp_path: Path) -> None:

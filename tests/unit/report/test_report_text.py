@@ -7,9 +7,11 @@ import io
 from rich.console import Console
 from scored import MEASURED, SCORES, compared
 
+from ppcl.artifacts.scores import Fidelity, Likeness, NoiseLevel
 from ppcl.config import STORED_VARIANTS
 from ppcl.report.text import (
     MEANINGS,
+    level_columns,
     notes_of,
     plugs_in_words,
     plugs_of,
@@ -26,6 +28,18 @@ def test_the_terminals_table_of_a_large_model_has_at_most_80_columns() -> None:
     assert len(lines) == 2 + len(SCORES)  # a heading of two lines
     assert max(map(len, lines)) <= 80
     assert "ppcl-finetuned" in lines[-1]
+
+
+def test_the_terminals_table_of_a_large_model_has_room_for_its_fidelity() -> None:
+    fidelity = Fidelity([Likeness(18.25, 0.5), Likeness(100.0, 1.0)], [NoiseLevel(0.101, 0.5, 0.0123)])
+    rows = compared(dict.fromkeys(SCORES), velocity_error=0.01234, latent_distance=0.5678, fidelity=fidelity)
+    assert score_columns(rows)["PSNR\ndB"][0] == "59.1"
+    assert score_columns(rows)["SSIM"][0] == "0.750"
+    assert level_columns(rows)["\u03c3 0.10\nto 0.50"] == ["0.0123"] * len(SCORES)
+    assert notes_of(rows, "share")[-1].startswith("PSNR and SSIM")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(score_table(rows))
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80  # type: ignore[attr-defined]
 
 
 def test_a_score_has_its_interval() -> None:
