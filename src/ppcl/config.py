@@ -358,6 +358,8 @@ class FinetuneConfig(TrainingConfig):
     `optimizer`: `adamw`, or `muon` for the matrices inside blocks, with learning rate `muon_lr`, and AdamW for the
         rest.
     `relative_update`: as in `distill`, in place of `lr` and `muon_lr`.
+    `recorded`: whether the teacher's velocity of all steps is written to disk first, so that the teacher is not in
+        memory while the model is tuned. It goes with `feature_weight` 0 and one process.
     `output_weight`: weight of the squared distance to the teacher's velocity, ||v_S - v_T||^2.
     `flow_weight`: weight of the flow-matching loss on the data, ||v_S - (n - x_0)||^2.
     `feature_weight`: weight of the relative distance between the image stream of each block and that of the teacher's
@@ -373,6 +375,7 @@ class FinetuneConfig(TrainingConfig):
     optimizer: str = option("adamw", choices=("adamw", "muon"))
     muon_lr: float | None = option(0.01, least=0)
     relative_update: float | None = option(None, least=0, before=None)
+    recorded: bool = option(False, identity=False)
     output_weight: float = option(1.0, least=0)
     flow_weight: float = option(0.0, least=0)
     feature_weight: float = option(0.0, least=0)

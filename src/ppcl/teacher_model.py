@@ -74,6 +74,16 @@ class TeacherModel:
         """Drop the pipeline. It is loaded again on its next use."""
         vars(self).pop("pipeline", None)
 
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers class of the teacher's pipeline; loads no weights."""
+        import diffusers
+
+        model = self.config.model
+        source = model_folder(model) or model.path
+        index = diffusers.DiffusionPipeline.load_config(source, revision=model.revision)
+        return getattr(diffusers, index["_class_name"])
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The teacher's part of an artifact's fingerprint: config, dtype, and digest of the weights.

@@ -33,6 +33,7 @@ class TrainingBatch:
     `as_tensor`: turns the output of the forward into one tensor.
     `tokens`: if it is one of several batches that make up a step, its number of valid tokens by stream, relative to the
         mean of these batches. Streams that are not padded have as many in each, and are left out.
+    `teacher`: the teacher's velocity, if it was recorded.
     """
 
     inputs: dict[str, Any]
@@ -41,6 +42,7 @@ class TrainingBatch:
     divided: bool = False
     as_tensor: Callable[[Any], Tensor] = unchanged
     tokens: Mapping[str, float] = field(default_factory=dict)
+    teacher: Tensor | None = None
 
     @property
     def average(self) -> Average:

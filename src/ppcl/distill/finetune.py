@@ -33,7 +33,8 @@ class FineTune(ManualOptimization):
     `seed`: initialises the LoRA with `lora_rank`, when only the LoRA is trained.
     `precision`: of the student's forward. Trainable parameters are float32 whatever the teacher's dtype is.
 
-    The teacher is not a submodule, so it is neither trained nor saved in checkpoints. `ema` is the exponential moving
+    The teacher is not a submodule, so it is neither trained nor saved in checkpoints. Batches may hold its recorded
+    velocity in its place (`forget_teacher`). `ema` is the exponential moving
     average of the student's parameters, or None with `ema_decay=0`. `result` is the model to keep.
     """
 
@@ -50,7 +51,7 @@ class FineTune(ManualOptimization):
     ) -> None:
         super().__init__()
         self.family, self.stands_for, self.precision = family, stands_for or {}, precision
-        self._teacher: tuple[nn.Module] = (teacher.requires_grad_(False),)
+        self._teacher: tuple[nn.Module, ...] = (teacher.requires_grad_(False),)
         if config.lora_rank:
             add_lora(family, student, config.lora_rank, seed=seed)
         else:
@@ -93,9 +94,24 @@ class FineTune(ManualOptimization):
         return copied
 
     def setup(self, stage: str) -> None:
-        self._teacher[0].eval()
-        if not self._skeleton:
-            self._teacher[0].to(self.device)
+        for teacher in self._teacher:
+            teacher.eval()
+            if not self._skeleton:
+                teacher.to(self.device)
+
+    @property
+    def teachers(self) -> tuple[nn.Module, ...]:
+        """The teacher alone, or nothing once it is forgotten."""
+        return self._teacher
+
+    def forget_teacher(self) -> None:
+        """Release the teacher: from now on every batch has its recorded velocity."""
+        self._teacher = ()
+
+    @torch.no_grad()
+    def teacher_velocity(self, batch: TrainingBatch) -> Tensor:
+        """Return the teacher's velocity for a batch, recorded or computed."""
+        return batch.prediction(self._teacher[0](**batch.inputs)[0]) if batch.teacher is None else batch.teacher
 
     @torch.no_grad()
     def velocity_error(self, batches: Iterable[TrainingBatch]) -> float:
@@ -108,7 +124,7 @@ class FineTune(ManualOptimization):
             for batch in batches:
                 with computing(self.precision, batch.sigmas.device):
                     velocity = batch.prediction(model(**batch.inputs)[0]).double()
-                target = batch.prediction(self._teacher[0](**batch.inputs)[0]).double()
+                target = self.teacher_velocity(batch).double()
                 found = torch.stack([(velocity - target).square().sum(), target.square().sum()])
                 sums += batch.average(found).cpu()
         return (sums[0] / sums[1]).item()
@@ -142,9 +158,11 @@ class FineTune(ManualOptimization):
         with computing(self.precision, batch.sigmas.device):
             velocity, features = self._run(self.student, batch)
         terms: dict[str, Tensor] = {}
-        if config.output_weight or config.feature_weight:
+        if config.feature_weight:
             with torch.no_grad():
                 target, wanted = self._run(self._teacher[0], batch)
+        elif config.output_weight:
+            target = self.teacher_velocity(batch)
         if config.output_weight:
             terms["output"] = (velocity.float() - target.float()).square().mean()
         if config.flow_weight:

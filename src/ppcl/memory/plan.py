@@ -211,6 +211,11 @@ class Plan:
         if config.ema_decay:
             parts["mean of weights"] = (4 if not config.lora_rank else self.itemsize) * student / divisor
         parts["activations and gradients"] = peak
+        if config.recorded:
+            recording = self.teacher() | {"forward": dry.forward_peak(run, count)}
+            parts = {name: size for name, size in parts.items() if name not in self.teacher()}
+            if sum(recording.values()) > sum(parts.values()):
+                parts = {f"{name}, while its velocities are written": size for name, size in recording.items()}
         flops = (2 * self.teacher_params + 8 * student) * self._tokens(config.batch_size)
         saved = 2 * (12 * trained if config.lora_rank else 4 * student + parts["states"] * divisor)
         return Need("finetune", parts, saved, self._hours(config.steps, flops))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from ppcl.artifacts.files import atomic_folder, write_json
@@ -12,7 +13,9 @@ from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.data.streams import Stream
+from ppcl.disk import check_space
 from ppcl.distill.finetune import FineTune
+from ppcl.distill.targets import STEPS_PER_FILE, Batches, Targets
 from ppcl.errors import UsageError
 from ppcl.options import identity
 from ppcl.streaming import still
@@ -65,21 +68,28 @@ def run(run: Run) -> None:
     student, stands_for = _student(run, plugs, plan)
     sharding = Sharding.of(run) if run.teacher.sharded else None
     seed = run.config.data.train_seed
-    transformer = run.teacher.pipeline.transformer
-    module = FineTune(run.family, transformer, student, config, stands_for, sharding, seed, run.precision)
+    teacher = run.teacher.pipeline.transformer
+    module = FineTune(run.family, teacher, student, config, stands_for, sharding, seed, run.precision)
     # Other batches than those that the stages depth and width train on.
     stream = run.data.shared_stream(seed, config.batch_size)
     run.say_once("finetune", stream.remark)
-    loader = StepLoader(partial(_later, stream, config.accumulate), config.steps, ahead=run.data.from_disk)
-    blocks = [b for model in (transformer, student) for b in run.family.blocks(model).values()]
-    before = _velocity_error(run, module, "before tuning")
+    batches: Batches = partial(_later, stream, config.accumulate)
+    heldout = _heldout(run)
+    if config.recorded:
+        batches, heldout = _record(run, module, batches, heldout)
+        module.forget_teacher()
+        run.teacher.forget_pipeline()
+    blocks = [b for model in (*module.teachers, student) for b in run.family.blocks(model).values()]
+    del teacher
+    loader = StepLoader(batches, config.steps, ahead=config.recorded or run.data.from_disk)
+    before = _velocity_error(run, module, heldout, "before tuning")
     fit(run, "finetune", module, loader, checkpoints, header, config, blocks)
-    after = _velocity_error(run, module, "after tuning")
+    after = _velocity_error(run, module, heldout, "after tuning")
     result = cast(Any, module.whole_result())
     if run.writes:
         with atomic_folder(folder) as temporary:
             if config.lora_rank:
-                merge_lora(result, run.teacher.pipeline, temporary)
+                merge_lora(result, run.teacher.pipeline_class, temporary)
             result.to(run.teacher.dtype).save_pretrained(temporary / "transformer")
             facts = {
                 "plugged": [*plan.students, *plan.removed, *plan.projectors],
@@ -97,27 +107,72 @@ def run(run: Run) -> None:
 def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey, BlockKey]]:
     """Return the model to tune, and for each of its blocks the teacher's block that it stands for.
 
-    It has its own copy of every parameter, unless it is going to be sharded, which copies, or only a LoRA learns.
+    It has its own copy of every parameter, unless it is going to be sharded, which copies, or only a LoRA learns. A
+    streamed teacher's weights cannot be shared.
     """
+    shares = run.teacher.sharded or (run.config.finetune.lora_rank and not run.config.model.streaming)
     teacher = run.family.blocks(run.teacher.pipeline.transformer)
     switch = Switch(run, plugs)
     switch(plan)
     with still(*(teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept)):
         student = switch.board.standalone()
-        if not run.teacher.sharded and not run.config.finetune.lora_rank:
+        if not shares:
             student = copy.deepcopy(student)
     stands_for = switch.board.stands_for
     switch.restore()
     return student, stands_for
 
 
-def _velocity_error(run: Run, module: FineTune, description: str) -> float:
-    """Return the velocity error on the held-out batches that the plan's costs are measured on."""
-    place(run, module)
+def _heldout(run: Run) -> Batches:
+    """Return the held-out batches that the plan's costs are measured on, as a function of a step."""
     size, parts = run.config.finetune.batch_size, run.config.finetune.accumulate
-    stream = run.data.shared_stream(run.config.data.calibration_seed, size)
-    steps = run.track(batch_numbers(size, FIRST_BATCH, FIRST_BATCH + 4), description)
-    return module.velocity_error(run.data.to_device(batch) for step in steps for batch in stream.divided(step, parts))
+    return partial(run.data.shared_stream(run.config.data.calibration_seed, size).divided, parts=parts)
+
+
+def _heldout_steps(run: Run) -> range:
+    return batch_numbers(run.config.finetune.batch_size, FIRST_BATCH, FIRST_BATCH + 4)
+
+
+def _velocity_error(run: Run, module: FineTune, heldout: Batches, description: str) -> float:
+    """Return the velocity error on the held-out batches."""
+    place(run, module)
+    steps = run.track(_heldout_steps(run), description)
+    return module.velocity_error(run.data.to_device(batch) for step in steps for batch in heldout(step))
+
+
+def _record(run: Run, module: FineTune, *streams: Batches) -> tuple[Batches, Batches]:
+    """Write the teacher's velocities for training and held-out batches, as far as they are not on disk.
+
+    Returns both kinds of batches with these velocities. They lie in the cache, where a later training with the same
+    teacher, data and batch size finds them. Raises `UsageError` if the disk has too little space.
+    """
+    config = run.config.finetune
+    steps = {"train": range(config.steps), "held_out": _heldout_steps(run)}
+    module.setup("fit")
+    found: list[Batches] = []
+    for (kind, numbers), batches in zip(steps.items(), streams, strict=True):
+        made_from = {"model": run.teacher.identity, "data": run.data.identity, "batch_size": config.batch_size}
+        header = Header("ppcl.velocities", made_from | {"kind": kind, "accumulate": config.accumulate})
+        targets = Targets(Path(run.config.paths.cache_dir) / "velocities" / header.fingerprint, header)
+        missing = targets.missing(numbers)
+        if missing:
+            size = STEPS_PER_FILE * sum(batch.target.nbytes for batch in batches(numbers[0]))
+            remedy = "lower finetune.steps, or name a larger disk as paths.cache_dir="
+            told = check_space(targets.folder, size * len(missing), "the teacher's velocities", remedy)
+            run.say("finetune", told)
+        for number in run.track(missing, f"the teacher's velocities, {kind.replace('_', '-')}"):
+            moved = partial(_moved, run, batches)
+            targets.write(number, moved, module.teacher_velocity)
+        found.append(partial(_with_targets, targets, batches))
+    return found[0], found[1]
+
+
+def _moved(run: Run, batches: Batches, step: int) -> list[TrainingBatch]:
+    return [run.data.to_device(batch) for batch in batches(step)]
+
+
+def _with_targets(targets: Targets, batches: Batches, step: int) -> list[TrainingBatch]:
+    return targets.on(step, batches(step))
 
 
 def _later(stream: Stream, parts: int, step: int) -> list[TrainingBatch]:

@@ -30,16 +30,16 @@ def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
         adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, exclude_modules=others or None))
 
 
-def merge_lora(model: Any, pipeline: Any, folder: Path) -> None:
-    """Save the LoRA of `model` to `folder` in the pipeline's format, and add it to a copy of the weights of `model`.
+def merge_lora(model: Any, pipeline_class: Any, folder: Path) -> None:
+    """Save the LoRA of `model` to `folder` in the format of its pipeline's class, and add it to the weights of `model`.
 
-    `pipeline.load_lora_weights(folder)` loads the file. The copy is in host memory.
+    `pipeline.load_lora_weights(folder)` loads the file. The weights become copies in host memory before.
     """
     from peft.utils import get_peft_model_state_dict
 
     (name,) = model.peft_config
     layers, metadata = get_peft_model_state_dict(model, adapter_name=name), model.peft_config[name].to_dict()
-    pipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+    pipeline_class.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
     model.load_state_dict({key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}, assign=True)
     model.fuse_lora()  # in place, and the weights may have been shared with the teacher
     model.unload_lora()

@@ -156,8 +156,18 @@ def _check_takes_lora(key: str, family: str) -> None:
 
 
 def check_adapter(config: Config) -> None:
-    """Check `finetune.lora_rank`: LoRAs must be possible for the family, and need AdamW."""
+    """Check `finetune.recorded`, and `finetune.lora_rank`: LoRAs must be possible for the family, and need AdamW."""
     finetune = config.finetune
+    if finetune.recorded and finetune.feature_weight:
+        raise UsageError(
+            f"finetune.recorded=true writes velocities alone, and finetune.feature_weight={finetune.feature_weight:g} "
+            "compares blocks with the teacher's: add finetune.feature_weight=0."
+        )
+    if finetune.recorded and config.strategy.kind != "single":
+        raise UsageError(
+            f"finetune.recorded=true is for one process, and strategy={config.strategy.kind} divides the teacher: "
+            "leave one of them out."
+        )
     if finetune.lora_rank:
         _check_takes_lora(f"finetune.lora_rank={finetune.lora_rank}", config.model.family)
         if finetune.optimizer == "muon":
