@@ -44,7 +44,7 @@ _RATES = (
 # Stages that only draw and measure. With `run=FOLDER` their settings, such as another seed, are not recorded.
 _LOOKING = {"generate", "evaluate", "report"}
 # What data there is follows from where it lies.
-_BY_PATH = ("data.name", "data.captions", "data.shift")
+_BY_PATH = ("data.name", "data.captions", "data.timesteps", "data.shift")
 
 
 # Composing

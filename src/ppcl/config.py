@@ -258,8 +258,10 @@ class DataConfig:
     `train_seed`, `calibration_seed`, `eval_seed`: the seeds of training batches, of held-out batches and of the prompts
         that are scored. They must differ, so that nothing is measured on samples that it was fitted to.
     `caption_dropout`: the share of training captions that are replaced by the empty one, for classifier-free guidance.
-    `timesteps`: the distribution of noise levels sigma in (0, 1): `logit_normal` or `uniform`.
-    `shift`: maps sigma to s sigma / (1 + (s - 1) sigma); above 1 there is more noise, below 1 less.
+    `timesteps`: the distribution of noise levels sigma in (0, 1): `logit_normal` or `uniform`. None: `uniform`.
+    `shift`: maps sigma to s sigma / (1 + (s - 1) sigma); above 1 there is more noise, below 1 less. None: that of the
+        model's own scheduler, which for FLUX and Qwen-Image grows with the size of a picture. With both None, noise
+        levels are as often as when the model draws.
     """
 
     name: str = option("shapes", choices=("shapes", "webdataset", "folder", "none"))
@@ -276,8 +278,8 @@ class DataConfig:
     calibration_seed: int = 1
     eval_seed: int = 2
     caption_dropout: float = 0.1
-    timesteps: str = option("logit_normal", choices=("logit_normal", "uniform"))
-    shift: float = 1.0
+    timesteps: str | None = option("logit_normal", choices=("logit_normal", "uniform"))
+    shift: float | None = 1.0
 
 
 @dataclass

@@ -253,8 +253,7 @@ class Run:
     @property
     def probe_settings(self) -> dict[str, Any]:
         """Everything that the probes depend on, as their header stores it."""
-        data = self.config.data
-        calibration = {"seed": data.calibration_seed, "timesteps": data.timesteps, "shift": data.shift}
+        calibration = {"seed": self.config.data.calibration_seed} | self.data.levels
         return {
             "model": self.teacher.identity,
             "probe": identity(self.config.probe),

@@ -85,6 +85,19 @@ class TeacherModel:
         return getattr(diffusers, index["_class_name"])
 
     @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The config of the model's scheduler, with `model.sampling.scheduler`; without weights only the latter."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        model = self.config.model
+        source = model_folder(model) or model.path
+        own: dict[str, Any] = {}
+        if source is not None:
+            # It reads the file of any class of scheduler.
+            own = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler", revision=model.revision)
+        return dict(own) | model.sampling.scheduler
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """The teacher's part of an artifact's fingerprint: config, dtype, and digest of the weights.
 

@@ -6,7 +6,7 @@ The shapes world, `ppcl.data.worlds`, draws pictures of shapes (or edits of them
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ class Stream(ABC):
     """
 
     share = (0, 1)
+    scheduler: Mapping[str, Any] = {}  # the config of the model's own, for data.shift=null
     remark = ""
 
     def __init__(self, family: Family, config: DataConfig, seed: int, batch_size: int) -> None:
@@ -70,7 +71,7 @@ class Stream(ABC):
         conditions = without_needless_mask(conditions)
         noise = torch.randn((self.batch_size, *latents.shape[1:]), generator=generator)[own].to(latents)
         sigmas = flow_matching.sample_sigmas(
-            self.batch_size, generator, scheme=self.config.timesteps, shift=self.config.shift
+            self.batch_size, generator, scheme=self.config.timesteps or "uniform", shift=self._shift(latents)
         )[own].to(latents)
         batches = []
         for number in range(parts):
@@ -80,6 +81,11 @@ class Stream(ABC):
             batch = self.family.training_batch(latents[some], chosen, noise[some], sigmas[some], size)
             batches.append(replace(batch, divided=self.share[1] > 1))
         return batches if parts == 1 else self._with_tokens(batches)
+
+    def _shift(self, latents: Tensor) -> float:
+        """Return the shift of the noise levels of pictures with these latents."""
+        shift = self.config.shift
+        return flow_matching.shift_of(self.scheduler, latents.shape[1]) if shift is None else shift
 
     def _with_tokens(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
         """Return the batches of a step with their `tokens`."""
@@ -97,14 +103,13 @@ class Stream(ABC):
         The levels are those of a denoising run of `num_timesteps` steps: evenly spaced from 1 down to
         1 / num_timesteps, then shifted by `data.shift`.
         """
-        grid = torch.linspace(1.0, 1.0 / num_timesteps, num_timesteps)
-        grid = self.config.shift * grid / (1 + (self.config.shift - 1) * grid)
         for start in range(0, num_samples, self.batch_size):
             count = min(self.batch_size, num_samples - start)
             latents, size, conditions = self.samples(start // self.batch_size, range(count), [False] * count)
             conditions = without_needless_mask(conditions)
             noise = torch.randn(latents.shape, generator=self._generator(start)).to(latents)
-            for sigma in grid.tolist():
+            shift, grid = self._shift(latents), torch.linspace(1.0, 1.0 / num_timesteps, num_timesteps)
+            for sigma in (shift * grid / (1 + (shift - 1) * grid)).tolist():
                 sigmas = latents.new_full((count,), sigma)
                 yield self.family.training_batch(latents, conditions, noise, sigmas, size)
 

@@ -95,11 +95,23 @@ class TrainingData:
     def identity(self) -> dict[str, Any]:
         """Everything that training batches depend on, as headers store it."""
         data = self.config.data
-        drawn = ("train_seed", "calibration_seed", "eval_seed", "caption_dropout", "timesteps", "shift")
-        made_of = {"name": data.name} | {key: getattr(data, key) for key in drawn}
+        drawn = ("train_seed", "calibration_seed", "eval_seed", "caption_dropout")
+        made_of = {"name": data.name} | {key: getattr(data, key) for key in drawn} | self.levels
         if data.name == "shapes" and self.config.model.categories is not None:
             made_of["categories"] = self.config.model.categories
         return made_of | self.source_identity
+
+    @property
+    def levels(self) -> dict[str, Any]:
+        """What the noise levels depend on, as headers store it: with `data.shift=null` also the model's scheduler."""
+        data = self.config.data
+        found: dict[str, Any] = {"timesteps": data.timesteps, "shift": data.shift}
+        if data.shift is None:
+            keys = ["shift", "use_dynamic_shifting", "time_shift_type", "base_shift", "max_shift"]
+            keys += ["base_image_seq_len", "max_image_seq_len"]
+            scheduler = self.teacher.scheduler_config
+            found["scheduler"] = {key: scheduler[key] for key in keys if key in scheduler}
+        return found
 
     @cached_property
     def _captions(self) -> Callable[[list[str]], Conditions]:
@@ -112,6 +124,12 @@ class TrainingData:
         With `data.calibration_seed` they are made of the samples that are kept from training, with any other seed of
         all others. Raises `UsageError` if the cache is not complete.
         """
+        stream = self._stream(seed, batch_size)
+        if self.config.data.shift is None:
+            stream.scheduler = self.teacher.scheduler_config
+        return stream
+
+    def _stream(self, seed: int, batch_size: int) -> Stream:
         data, teacher = self.config.data, self.teacher
         if data.name == "shapes":
             return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size, self._captions)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +32,20 @@ def sample_sigmas(
     else:
         raise ValueError(f"timesteps={scheme!r} is not one of logit_normal, uniform.")
     return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def shift_of(scheduler: Mapping[str, Any], tokens: int) -> float:
+    """Return the shift that diffusers' pipelines give the noise levels of a picture of so many image tokens.
+
+    `scheduler`: the scheduler's config. With `use_dynamic_shifting` the shift grows with the tokens. A scheduler that
+    is not of flow matching has none, which is 1.
+    """
+    if not scheduler.get("use_dynamic_shifting"):
+        return float(scheduler.get("shift", 1.0))
+    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    mu = least + (most - least) * (tokens - low) / (high - low)
+    return math.exp(mu) if scheduler.get("time_shift_type", "exponential") == "exponential" else mu
 
 
 def interpolate(

@@ -47,8 +47,7 @@ def quantized_header(run: Run, name: str, arranged: dict[str, Any], finetuned: s
         settings["with"]["data"] = {
             "name": data.name,
             "seed": data.calibration_seed,
-            "timesteps": data.timesteps,
-            "shift": data.shift,
+            **run.data.levels,
         }
     made_from = {"model": run.teacher.identity, "variant": name, "finetuned": finetuned} | arranged
     return Header("ppcl.quantized", made_from | {"quantize": settings})

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from ppcl.ops.flow_matching import interpolate, sample_sigmas, velocity
+from ppcl.ops.flow_matching import interpolate, sample_sigmas, shift_of, velocity
 
 
 def test_interpolate_and_velocity_equal_a_plain_loop():
@@ -58,3 +60,36 @@ def test_logit_normal_prefers_the_middle_and_a_shift_prefers_noise():
 def test_an_unknown_scheme_is_refused_by_name():
     with pytest.raises(ValueError, match="cosine"):
         sample_sigmas(2, torch.Generator(), scheme="cosine")
+
+
+QWEN = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
+FLUX = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "side", "expected"),
+    [
+        (QWEN, 512, 1.71),
+        (QWEN, 1024, 2.00),
+        (QWEN, 1328, 2.30),
+        (FLUX, 512, 1.88),
+        (FLUX, 1024, 3.16),
+        (FLUX, 1328, 5.07),
+    ],
+)
+def test_the_shift_is_that_of_the_pipeline(scheduler, side, expected):
+    """Of the real configurations, against diffusers' own way to it."""
+    tokens = (side // 16) ** 2
+    real = FlowMatchEulerDiscreteScheduler.from_config(scheduler)
+    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(tokens, *(real.config[key] for key in keys))
+    found = shift_of(scheduler, tokens)
+    assert found == pytest.approx(expected, abs=0.006)
+    sigmas = torch.linspace(1.0, 0.1, 10)
+    real.set_timesteps(sigmas=sigmas.tolist(), mu=mu)
+    torch.testing.assert_close(real.sigmas[:-1], found * sigmas / (1 + (found - 1) * sigmas), rtol=1e-5, atol=1e-6)
+
+
+def test_other_schedulers_have_a_fixed_shift_or_none():
+    assert shift_of({"shift": 3.0}, 4096) == 3.0
+    assert shift_of({"beta_schedule": "linear"}, 256) == 1.0
