@@ -102,8 +102,8 @@ class RandomStream(Stream):
         super().__init__(get_family("qwen_image"), DataConfig(), seed=1, batch_size=size.batch)
         self.size = size
 
-    def samples(self, step: int, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
-        generator, count = self._generator(step), len(dropped)
+    def samples(self, step: int, rows: range, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
+        generator, count = self._generator(step), len(rows)
         conditions = {
             "prompt_embeds": torch.randn(count, self.size.text, TEXT_WIDTH, generator=generator),
             "prompt_embeds_mask": torch.ones(count, self.size.text, dtype=torch.bool),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import torch
-from commands import INTERVALS, PLUG_NAMES, digests, ppcl, succeed
+import yaml
+from commands import INTERVALS, PLUG_NAMES, REPOSITORY, digests, ppcl, succeed
 
 from ppcl.command import prepare
+from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.memory.plan import STAGES, Plan, in_memory
+from ppcl.memory.plan import STAGES, Plan, fits, in_memory
 
 # Near the last block: the teacher's weights behind the last one that is needed are not touched in a step.
 SETS = ["intervals.transformer_blocks=[[2,4],[6,8],[17,18]]", "width.source=given"]
@@ -95,3 +100,77 @@ def test_every_model_is_estimated_without_weights(model: str, tmp_path: Path) ->
     outcome = succeed(f"model={model}", stages, "width=auto", "explain=true", f"paths.runs_dir={tmp_path}")
     assert "one of three blocks in every five is assumed" in outcome.out
     assert outcome.out.count("teacher ") >= 4
+
+
+STREAMED = "model.streaming=true"
+CARDS = {"24 GB": 25.7e9, "48 GB": 51.0e9, "80 GB": 85.0e9}  # bytes that such a card has
+MODELS = {"Qwen-Image": PAPER, "FLUX.1-dev": ["model=flux_dev", "intervals=flux_dev_paper", "width=auto"]}
+LORA = "finetune.lora_rank=16"
+ROWS = [  # stages with settings, as the README shows them
+    ("cache",),
+    ("probe",),
+    ("probe", STREAMED),
+    ("depth",),
+    ("depth", "distill.groups=auto"),
+    ("depth", "distill.groups=auto", STREAMED),
+    ("width",),
+    ("width", STREAMED),
+    ("finetune",),
+    ("finetune", LORA),
+    ("finetune", LORA, "finetune.recorded=true", STREAMED, "finetune.accumulate=4"),
+    ("generate",),
+    ("generate", "generate.offload=group"),
+    ("evaluate",),
+]
+SHARDED = {"depth", "width", "finetune"}  # stages that eight cards share
+
+
+def with_settings(run: Run, settings: list[str]) -> Run:
+    """A run with some keys changed, without composing its configuration anew."""
+    config = copy.deepcopy(run.config)
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        *groups, name = key.split(".")
+        setattr(reduce(getattr, groups, config), name, yaml.safe_load(value))
+    return Run(config, run.folder)
+
+
+def row_of(run: Run, stage: str, *settings: str) -> list[str]:
+    """The cells of a row: what the stage needs in GB, whether each card has it, and what each of eight cards needs."""
+    plan = Plan(with_settings(run, [f"stages=[{stage}]", *settings]))
+    cells, sizes = [], set()
+    for room in CARDS.values():
+        plan.run.config.trainer.memory_gb = room / 1e9
+        need = STAGES[stage](plan)
+        groups = plan.groups() if stage == "depth" else 1
+        sizes.add(round(need.total / 1e9))
+        cells.append("no" if not fits(need.total, room) else "yes" if groups == 1 else f"{groups} groups")
+    least, most = min(sizes), max(sizes)
+    each = ""
+    if stage in SHARDED and not {STREAMED, "distill.groups=auto"} & {*settings}:
+        batches = ["distill.batch_size=16", "finetune.batch_size=16", "strategy.kind=fsdp"]
+        eight = with_settings(run, [*settings, *batches])
+        each = f"{STAGES[stage](Plan(eight, ranks=8)).total / 1e9:.0f} GB"
+    return [f"{least} GB" if least == most else f"{least} to {most} GB", *cells, each]
+
+
+def test_the_readmes_table_of_memory() -> None:
+    """`PPCL_WRITE_README=1` writes the table anew."""
+    lines = ["| stage | settings | needs | " + " | ".join(CARDS) + " | each of 8, `strategy=fsdp` |"]
+    lines += ["| --- " * (4 + len(CARDS)) + "|"]
+    for name, model in MODELS.items():
+        lines.append(f"| **{name}** |" + " |" * (3 + len(CARDS)))
+        run = prepare([*model, "stages=[depth]", "explain=true"])
+        for stage, *settings in ROWS:
+            told = " ".join(f"`{setting.partition('.')[2]}`" for setting in settings)
+            lines.append(f"| `{stage}` | {told} | {' | '.join(row_of(run, stage, *settings))} |")
+    readme = REPOSITORY / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    start, end = "<!-- memory -->\n", "<!-- end of memory -->"
+    (before, _, rest), (_, _, after) = text.partition(start), text.partition(end)
+    assert rest
+    expected = before + start + "\n".join(lines) + "\n" + end + after
+    if os.environ.get("PPCL_WRITE_README"):
+        readme.write_text(expected, encoding="utf-8")
+        text = expected
+    assert text == expected

@@ -70,6 +70,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         run = self.run
+        self._depth_peaks: dict[int, int] = {}
         self.block = dry.block_params(run)
         self.itemsize = run.teacher.dtype.itemsize
         self.teacher_params = count_parameters(run.family, run.config.model.arch, {})["teacher"]
@@ -150,7 +151,7 @@ class Plan:
         per_group = {stack: -(-number // groups) for stack, number in self.students.items()}
         params = {stack: self.block[stack] * number for stack, number in per_group.items()}
         divisor = self.ranks if self.sharded else 1
-        peak = dry.depth_peak(run, config, list(per_group), count)
+        peak = self._depth_peak(count)
         parts = {} if config.from_boundaries else self.teacher(sharded=self.sharded)
         parts |= {
             "students": 4 * sum(params.values()) / divisor,
@@ -196,7 +197,10 @@ class Plan:
         parts = self.teacher(sharded=self.sharded)
         if config.lora_rank:
             kept = sum(self.block[s] * (n - len(self.intervals.get(s, []))) for s, n in left.items())
-            parts["weights that the teacher lacks"] = self.itemsize * max(0, student - kept) / divisor
+            if config.recorded or run.config.model.streaming:  # there is no teacher to share weights with
+                parts["frozen weights"] = self.itemsize * student
+            else:
+                parts["weights that the teacher lacks"] = self.itemsize * max(0, student - kept) / divisor
             trained = self._lora_params(left)
             parts["LoRA and states"] = 12 * trained / divisor
         else:
@@ -247,6 +251,13 @@ class Plan:
         return Need("evaluate", parts | {"forward": dry.forward_peak(self.run, 1)})
 
     # Sizes.
+
+    def _depth_peak(self, count: int) -> int:
+        """Return the peak bytes of a step of depth distillation beside weights and states, measured once."""
+        if count not in self._depth_peaks:
+            config = self.run.config.distill
+            self._depth_peaks[count] = dry.depth_peak(self.run, config, list(self.students), count)
+        return self._depth_peaks[count]
 
     @property
     def _side(self) -> int:

@@ -24,7 +24,9 @@ def own(number: Tensor) -> Tensor:
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None, average: Average) -> Tensor:
     if mask is None:
-        return values.mean() if average is own else values.sum() / average(values.new_tensor(values.numel()))
+        if average is own:
+            return values.mean()
+        return values.sum() / average(torch.tensor(values.numel(), device=values.device))  # as others count by a mask
     return (values * mask).sum() / average(mask.sum())
 
 
