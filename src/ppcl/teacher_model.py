@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -144,9 +145,10 @@ class TeacherModel:
             pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, dtype=self.dtype, **left_out)
         except OSError as error:
             reason = str(error.__cause__ or error).split("\n")[0]
-            raise UsageError(
-                f"model.path={model.path} could not be loaded ({reason}); give a pipeline folder, or a hub id in reach."
-            ) from None
+            remedy = "give a pipeline folder, or a hub id in reach"
+            if re.search(r"gated|\b40[13]\b", str(error)):
+                remedy = f"accept the licence at https://huggingface.co/{model.path}, and log in by hf auth login"
+            raise UsageError(f"model.path={model.path} could not be loaded ({reason}); {remedy}.") from None
         pipeline.set_progress_bar_config(disable=True)
         if self.config.generate.offload == "none" and not self.sharded:
             for name, part in pipeline.components.items():

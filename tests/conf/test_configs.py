@@ -776,3 +776,12 @@ def test_data_is_known_by_its_path(auto, tmp_path):
     (tmp_path / "00000.tar").touch()
     assert parsed(*auto, f"data.path={tmp_path}").data.name == "webdataset"
     assert parsed(*auto, f'data.path="{tmp_path}/shards-{{000..099}}.tar"').data.name == "webdataset"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("tiny_qwen_image", (60, 8)), ("qwen_image", (1, 1)), ("qwen_image_edit", (2, 2)), ("flux_dev", (2, 2))],
+)
+def test_as_many_pictures_at_once_as_have_two_million_pixels(model, expected):
+    raw, _ = compose_command([f"model={model}", "data.path=PICTURES"])
+    assert (raw.generate.batch_size, raw.data.encode_batch_size) == expected
