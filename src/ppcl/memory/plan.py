@@ -63,7 +63,10 @@ class Need:
 
 @dataclass
 class Plan:
-    """Computes the needs of a run's stages, from its configuration alone."""
+    """Estimates what the stages of a run need, from its configuration alone.
+
+    Each method that is named after a stage returns its `Need`. `ranks`: the number of processes that share a training.
+    """
 
     run: Run
     ranks: int = field(default_factory=lambda: rank()[1])
@@ -81,7 +84,7 @@ class Plan:
 
     @property
     def intervals(self) -> Intervals:
-        """The intervals that are known, or else assumed: two of nine blocks begin one of three."""
+        """The intervals that are known; else three of every five blocks are assumed to be one."""
         if self.run.has_intervals:
             return self.run.intervals
         return {stack: [(u, u + 2) for u in range(1, count - 3, 5)] for stack, count in self.run.num_layers.items()}
@@ -109,6 +112,7 @@ class Plan:
         return {"teacher": whole}
 
     def _of_rank(self, count: int, parts: int) -> int:
+        """Return how many of a step's `count` samples a rank passes at once, if it divides its own by `parts`."""
         return max(1, count // self.share // parts)
 
     def _hours(self, steps: float, flops: float, reads: int = 0) -> float:
@@ -119,6 +123,7 @@ class Plan:
         return steps * seconds / 3600
 
     def _tokens(self, count: int) -> int:
+        """Return the number of tokens, of image and text, of so many samples."""
         arch = self.run.config.model.arch
         width = arch["num_attention_heads"] * arch["attention_head_dim"]
         return dry.stream_bytes(self.run, count) // (width * self.itemsize)
@@ -280,6 +285,7 @@ class Plan:
         return float(sum(file.stat().st_size for file in folder.glob("text_encoder*/*.safetensors")))
 
     def _lora_params(self, left: Mapping[str, int]) -> int:
+        """Return the parameters of a LoRA on all linear layers of so many blocks, by stack."""
         rank_, total = self.run.config.finetune.lora_rank, 0
         with torch.device("meta"):
             model = dry.model_of(self.run, dict.fromkeys(self.run.num_layers, 1))
