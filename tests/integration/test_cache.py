@@ -147,6 +147,14 @@ def test_a_stream_is_its_seed_and_step_and_epochs_differ(cached: Path, teacher: 
     assert 0.35 < (torch.cat(lengths) == 5).float().mean() < 0.65
 
 
+@pytest.mark.parametrize(("ratio", "size"), [(1.0, (8, 8)), (1.4, (7, 9)), (16 / 9, (7, 9))])
+def test_what_is_timed_has_the_shape_that_is_drawn(cached: Path, ratio: float, size: tuple[int, int]) -> None:
+    examples = [stream_of(cached, batch, held_out=True).example(ratio) for batch in (1, 4)]
+    assert all(example.inputs["img_shapes"] == [[(1, *size)]] for example in examples)
+    assert torch.equal(examples[0].inputs["encoder_hidden_states"], examples[1].inputs["encoder_hidden_states"])
+    assert examples[0].inputs["encoder_hidden_states_mask"] is None
+
+
 def stream_of(cached: Path, batch_size: int, *, held_out: bool, share: float | None = 0.3) -> CachedStream:
     """A stream of the cache of sixty, whose source is said to be PICTURES."""
     config = DataConfig(name="webdataset", path="PICTURES", held_out=share)

@@ -11,6 +11,7 @@ text encoder also reads the given pictures.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,9 +27,10 @@ from torch.nn import functional as F
 from ppcl.artifacts.files import check_safetensors, read_json
 from ppcl.artifacts.tensors import read_tensors
 from ppcl.config import DataConfig
+from ppcl.data.batches import TrainingBatch
 from ppcl.data.streams import Stream
 from ppcl.errors import UsageError
-from ppcl.families.base import MASK, Conditions, Family
+from ppcl.families.base import MASK, Conditions, Family, without_needless_mask
 
 LATENTS = "latents"
 SIZES = "image_sizes"  # sizes of the given pictures
@@ -211,7 +213,21 @@ class CachedStream(Stream):
 
     def samples(self, step: int, rows: range, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
         batch = self.entries(step)
-        entries = [batch[row] for row in rows]
+        return self._read([batch[row] for row in rows], dropped)
+
+    def example(self, ratio: float) -> TrainingBatch:
+        """Return a batch of one sample with its caption, of the size whose aspect ratio is nearest to `ratio`.
+
+        It is the same for every seed, at noise level 0.5 without noise: what is timed, not what is learnt from.
+        """
+        bucket = min(self.buckets, key=lambda sizes: abs(math.log(sizes[0][1] / sizes[0][0] / ratio)))
+        latents, size, conditions = self._read(self.buckets[bucket][:1], [False])
+        level = latents.new_full((1,), 0.5)
+        conditions = without_needless_mask(conditions)
+        return self.family.training_batch(latents, conditions, torch.zeros_like(latents), level, size)
+
+    def _read(self, entries: Sequence[Entry], dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
+        """Return latents, size and conditions of samples of one size."""
         latents, conditions = [], []
         for entry, drop in zip(entries, dropped, strict=True):
             (part, names), prefix = _opened(entry.part), f"{entry.number:03d}."

@@ -16,6 +16,7 @@ from torch import nn
 
 from ppcl.benchmarks.base import Prompt
 from ppcl.context import Run
+from ppcl.data.cached import CachedStream
 from ppcl.errors import UsageError
 from ppcl.families.base import without_needless_mask
 from ppcl.surgery.controlnet import hook_residuals
@@ -28,11 +29,14 @@ from ppcl.training.loop import compiled
 def denoising_step(run: Run) -> dict[str, Any]:
     """Return the transformer's inputs for one forward of batch size 1, on the run's device.
 
-    With cached data they are one cached sample. Otherwise they have the size of `model.sampling`.
+    They have the size of `model.sampling`, with cached data as a held-out sample of that aspect ratio has it.
     """
+    height, width = run.config.model.sampling.size
     if run.config.data.name in ("webdataset", "folder"):
-        return run.data.to_device(run.data.stream(run.config.data.calibration_seed, 1)(0).inputs)
-    images = torch.zeros(1, 3, *run.config.model.sampling.size)
+        stream = run.data.stream(run.config.data.calibration_seed, 1)
+        assert isinstance(stream, CachedStream)
+        return run.data.to_device(stream.example(width / height).inputs)
+    images = torch.zeros(1, 3, height, width)
     latents, size = run.family.encode_images(run.teacher.pipeline, images)
     last = run.config.benchmark.prompts_per_category - 1
     prompt = [run.family.world.make_scene(run.config.data.eval_seed, last, run.family.categories[-1]).caption]
