@@ -32,9 +32,9 @@ from ppcl.taps import BlockCall, Streams, observe
 class PublishedDistillation(DepthDistillation):
     """`DepthDistillation` with the published step. Students, optimiser and trainer are the same."""
 
-    def learn(self, batch: TrainingBatch, done: Any = None) -> list[Terms]:
+    def learn(self, batch: TrainingBatch, done: Any = None, share: float = 1.0) -> list[Terms]:
         logged = self.forward_losses(batch)  # as there, the pass's own tensors are freed before the backward
-        self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum())
+        self.manual_backward(torch.stack([terms["loss"] for terms in logged]).sum() * share)
         return [{key: value.detach() for key, value in terms.items()} for terms in logged]
 
     def forward_losses(self, batch: TrainingBatch) -> list[Terms]:

@@ -144,7 +144,7 @@ class TeacherModel:
                 left_out["transformer"] = self._streamed_transformer(source)
             pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, dtype=self.dtype, **left_out)
         except OSError as error:
-            reason = str(error.__cause__ or error).split("\n")[0]
+            reason = _root(error)
             remedy = "give a pipeline folder, or a hub id in reach"
             if re.search(r"gated|\b40[13]\b", str(error)):
                 remedy = f"accept the licence at https://huggingface.co/{model.path}, and log in by hf auth login"
@@ -183,6 +183,13 @@ class TeacherModel:
             )
         if overrides:
             pipeline.scheduler = type(scheduler).from_config(scheduler.config, **overrides)
+
+
+def _root(error: BaseException) -> str:
+    """Return the first line of the first error that led to `error`, such as a connection that was refused."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return str(error).split("\n")[0]
 
 
 def _digest(files: Iterable[Path]) -> str:

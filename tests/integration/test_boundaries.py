@@ -39,6 +39,7 @@ class Repeated:
 
     stream: Any
     count: int
+    remark = ""
 
     def divided(self, step: int, parts: int) -> Any:
         return self.stream.divided(step % self.count, parts)
