@@ -147,7 +147,7 @@ def row_of(run: Run, stage: str, *settings: str) -> list[str]:
         cells.append("no" if not fits(need.total, room) else "yes" if groups == 1 else f"{groups} groups")
     least, most = min(sizes), max(sizes)
     each = ""
-    if stage in SHARDED and not {STREAMED, "distill.groups=auto"} & {*settings}:
+    if stage in SHARDED and not settings:
         batches = ["distill.batch_size=16", "finetune.batch_size=16", "strategy.kind=fsdp"]
         eight = with_settings(run, [*settings, *batches])
         each = f"{STAGES[stage](Plan(eight, ranks=8)).total / 1e9:.0f} GB"
