@@ -69,6 +69,14 @@ def test_as_many_groups_as_fit(tmp_path: Path) -> None:
     assert 1 < groups[80] < groups[24] < 13
 
 
+def test_only_the_students_that_a_job_trains_count() -> None:
+    command = [*PAPER, "stages=[depth]", "explain=true"]
+    every, one = (Plan(prepare([*command, f"distill.intervals={names}"])) for names in ("null", "[3-4]"))
+    assert sum(every.trained.values()) == 13
+    assert one.trained == {"transformer_blocks": 1}
+    assert one.depth().device["students"] == every.depth().device["students"] / 13
+
+
 def test_explain_shows_and_leaves_nothing(tmp_path: Path) -> None:
     stages = "stages=[depth,width,finetune,generate]"
     outcome = succeed(*PAPER, stages, "explain=true", "trainer.memory_gb=85", f"paths.runs_dir={tmp_path}")

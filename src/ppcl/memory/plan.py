@@ -8,6 +8,7 @@ optimiser states. Hours are an order of magnitude: floating-point operations at 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import psutil
 import torch
 from rich.table import Table
 
-from ppcl.artifacts.plan import Intervals, Width
+from ppcl.artifacts.plan import Intervals, Width, plug_name
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.launch import rank
@@ -101,6 +102,15 @@ class Plan:
         """The number of students, by stack."""
         return {stack: len(pairs) for stack, pairs in self.intervals.items() if pairs}
 
+    @property
+    def trained(self) -> dict[str, int]:
+        """The number of students that `distill.intervals` names, by stack."""
+        names = self.run.config.distill.intervals
+        if names is None:
+            return self.students
+        every = [(stack, plug_name(stack, pair)) for stack, pairs in self.intervals.items() for pair in pairs]
+        return Counter(stack for stack, full in every if any(f".{full}".endswith(f".{name}") for name in names))
+
     def teacher(self, *, sharded: bool = False) -> dict[str, float]:
         """Return the bytes of the teacher's weights on the device."""
         whole, largest = self.teacher_params * self.itemsize, max(self.block.values()) * self.itemsize
@@ -153,7 +163,7 @@ class Plan:
         run, config = self.run, self.run.config.distill
         groups = groups or self.groups()
         count = self._of_rank(config.batch_size, config.accumulate)
-        per_group = {stack: -(-number // groups) for stack, number in self.students.items()}
+        per_group = {stack: -(-number // groups) for stack, number in self.trained.items()}
         params = {stack: self.block[stack] * number for stack, number in per_group.items()}
         divisor = self.ranks if self.sharded else 1
         peak = self._depth_peak(count)
@@ -166,12 +176,13 @@ class Plan:
         if config.accumulate > 1:
             parts["other gradients"] = 4 * (sum(params.values()) - max(self.block[s] for s in params)) / divisor
         tokens = self._tokens(config.batch_size)
-        learning = 8 * sum(self.block[stack] * number for stack, number in self.students.items())
+        learning = 8 * sum(self.block[stack] * number for stack, number in self.trained.items())
         flops = (2 * self.teacher_params * groups + learning) * tokens
         saved = (4 * sum(params.values()) + parts["states"] * divisor) * 2
         return Need("depth", parts, saved, self._hours(config.steps, flops, groups))
 
     def width_stage(self) -> Need:
+        """Return the need of the stage `width`. What it replaces in one stack stands for all."""
         run, config = self.run, self.run.config.distill
         count = self._of_rank(config.batch_size, config.accumulate)
         sets = {stack: [kind for kind in ("text", "ffn") if found[kind]] for stack, found in self.width.items()}
@@ -192,6 +203,7 @@ class Plan:
         return Need("width", parts, hours=hours)
 
     def finetune(self) -> Need:
+        """Return the need of fine-tuning with every student and projector that is known."""
         run, config = self.run, self.run.config.finetune
         count = self._of_rank(config.batch_size, config.accumulate)
         left = {s: n - sum(v - u for u, v in self.intervals.get(s, [])) for s, n in run.num_layers.items()}
@@ -220,13 +232,13 @@ class Plan:
         if config.ema_decay:
             parts["mean of weights"] = (4 if not config.lora_rank else self.itemsize) * student / divisor
         parts["activations and gradients"] = peak
+        saved = 2 * (12 * trained if config.lora_rank else 4 * student + parts["states"] * divisor)
         if config.recorded:
             recording = self.teacher() | {"forward": dry.forward_peak(run, count)}
             parts = {name: size for name, size in parts.items() if name not in self.teacher()}
             if sum(recording.values()) > sum(parts.values()):
                 parts = {f"{name}, while its velocities are written": size for name, size in recording.items()}
         flops = (2 * self.teacher_params + 8 * student) * self._tokens(config.batch_size)
-        saved = 2 * (12 * trained if config.lora_rank else 4 * student + parts["states"] * divisor)
         return Need("finetune", parts, saved, self._hours(config.steps, flops))
 
     def generate(self) -> Need:
@@ -246,14 +258,12 @@ class Plan:
 
     def evaluate(self) -> Need:
         students = self.itemsize * sum(self.block[s] * n for s, n in self.students.items())
-        parts = self.teacher() | {"students": students, "tuned model": 0.0}
-        parts["tuned model"] = (
-            self.itemsize
-            * count_parameters(
-                self.run.family, self.run.config.model.arch, self.intervals, self.width, self.run.layout
-            )["student"]
-        )
-        return Need("evaluate", parts | {"forward": dry.forward_peak(self.run, 1)})
+        run, variants = self.run, self.run.config.generate.variants
+        parts = self.teacher() | {"students": students, "forward": dry.forward_peak(run, 1)}
+        if variants is None or {"ppcl-finetuned", "ppcl-quantized"} & {*variants}:
+            counts = count_parameters(run.family, run.config.model.arch, self.intervals, self.width, run.layout)
+            parts["tuned model"] = self.itemsize * counts["student"]
+        return Need("evaluate", parts)
 
     # Sizes.
 
@@ -261,7 +271,7 @@ class Plan:
         """Return the peak bytes of a step of depth distillation beside weights and states, measured once."""
         if count not in self._depth_peaks:
             config = self.run.config.distill
-            self._depth_peaks[count] = dry.depth_peak(self.run, config, list(self.students), count)
+            self._depth_peaks[count] = dry.depth_peak(self.run, config, list(self.trained), count)
         return self._depth_peaks[count]
 
     @property
@@ -299,7 +309,7 @@ class Plan:
         asked = self.run.config.distill.groups
         if asked != "auto":
             return int(asked)
-        most = max(1, sum(self.students.values()))
+        most = max(1, sum(self.trained.values()))
         return next((n for n in range(1, most) if fits(self.depth(n).total, capacity(self.run))), most)
 
 
