@@ -72,8 +72,8 @@ def test_as_many_groups_as_fit(tmp_path: Path) -> None:
 def test_only_the_students_that_a_job_trains_count() -> None:
     command = [*PAPER, "stages=[depth]", "explain=true"]
     every, one = (Plan(prepare([*command, f"distill.intervals={names}"])) for names in ("null", "[3-4]"))
-    assert sum(every.trained.values()) == 13
-    assert one.trained == {"transformer_blocks": 1}
+    assert len(every.trained["transformer_blocks"]) == 13
+    assert one.trained == {"transformer_blocks": [(3, 4)]}
     assert one.depth().device["students"] == every.depth().device["students"] / 13
 
 
@@ -182,3 +182,17 @@ def test_the_readmes_table_of_memory() -> None:
         readme.write_text(expected, encoding="utf-8")
         text = expected
     assert text == expected
+
+
+@pytest.mark.parametrize(("changes", "words"), [(["distill.intervals=[9-10]"], "is not one of this run's"),
+                                                (["distill.intervals=[]"], "names no interval")])  # fmt: skip
+def test_a_wrong_interval_is_said_before_anything_is_estimated(changes: list[str], words: str) -> None:
+    outcome = ppcl(*PAPER, "stages=[depth]", "explain=true", *changes)
+    assert outcome.code == 2
+    assert words in outcome.err
+
+
+def test_what_is_not_estimated_is_named(tmp_path: Path) -> None:
+    for stage in ("pretrain", "detect"):
+        outcome = succeed("model=tiny_qwen_image", f"stages=[{stage}]", "explain=true", f"paths.runs_dir={tmp_path}")
+        assert f"{stage}: not estimated" in outcome.out

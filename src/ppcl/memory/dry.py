@@ -37,6 +37,7 @@ def without_data(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch does so for parameters
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # slower, but not on a GPU
         convert, nn.Module._apply = nn.Module._apply, _apply_in_place  # type: ignore[method-assign]
         torch.set_default_dtype(dtype)
         try:

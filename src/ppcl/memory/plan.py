@@ -8,7 +8,6 @@ optimiser states. Hours are an order of magnitude: floating-point operations at 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ import psutil
 import torch
 from rich.table import Table
 
-from ppcl.artifacts.plan import Intervals, Width, plug_name
+from ppcl.artifacts.plan import Intervals, Width
 from ppcl.context import Run
+from ppcl.distill.groups import divided, select_intervals
 from ppcl.errors import UsageError
 from ppcl.launch import rank
 from ppcl.memory import dry
@@ -103,13 +103,10 @@ class Plan:
         return {stack: len(pairs) for stack, pairs in self.intervals.items() if pairs}
 
     @property
-    def trained(self) -> dict[str, int]:
-        """The number of students that `distill.intervals` names, by stack."""
-        names = self.run.config.distill.intervals
-        if names is None:
-            return self.students
-        every = [(stack, plug_name(stack, pair)) for stack, pairs in self.intervals.items() for pair in pairs]
-        return Counter(stack for stack, full in every if any(f".{full}".endswith(f".{name}") for name in names))
+    def trained(self) -> Intervals:
+        """The intervals that `distill.intervals` names, if they are known; raises `UsageError` for a wrong name."""
+        names = self.run.config.distill.intervals if self.run.has_intervals else None
+        return select_intervals(self.intervals, names)
 
     def teacher(self, *, sharded: bool = False) -> dict[str, float]:
         """Return the bytes of the teacher's weights on the device."""
@@ -162,9 +159,14 @@ class Plan:
         """Return the need of depth distillation. `groups`: into how many the intervals are divided."""
         run, config = self.run, self.run.config.distill
         groups = groups or self.groups()
+        sizes = [
+            {stack: self.block[stack] * len(pairs) for stack, pairs in group.items()}
+            for group in divided(self.trained, groups)
+        ]
+        if not sizes:
+            return Need("depth", {})
         count = self._of_rank(config.batch_size, config.accumulate)
-        per_group = {stack: -(-number // groups) for stack, number in self.trained.items()}
-        params = {stack: self.block[stack] * number for stack, number in per_group.items()}
+        params = max(sizes, key=lambda size: sum(size.values()))
         divisor = self.ranks if self.sharded else 1
         peak = self._depth_peak(count)
         parts = {} if config.from_boundaries else self.teacher(sharded=self.sharded)
@@ -176,7 +178,7 @@ class Plan:
         if config.accumulate > 1:
             parts["other gradients"] = 4 * (sum(params.values()) - max(self.block[s] for s in params)) / divisor
         tokens = self._tokens(config.batch_size)
-        learning = 8 * sum(self.block[stack] * number for stack, number in self.trained.items())
+        learning = 8 * sum(sum(size.values()) for size in sizes)
         flops = (2 * self.teacher_params * groups + learning) * tokens
         saved = (4 * sum(params.values()) + parts["states"] * divisor) * 2
         return Need("depth", parts, saved, self._hours(config.steps, flops, groups))
@@ -271,7 +273,8 @@ class Plan:
         """Return the peak bytes of a step of depth distillation beside weights and states, measured once."""
         if count not in self._depth_peaks:
             config = self.run.config.distill
-            self._depth_peaks[count] = dry.depth_peak(self.run, config, list(self.trained), count)
+            stacks = [stack for stack, pairs in self.trained.items() if pairs]
+            self._depth_peaks[count] = dry.depth_peak(self.run, config, stacks, count)
         return self._depth_peaks[count]
 
     @property
@@ -309,7 +312,7 @@ class Plan:
         asked = self.run.config.distill.groups
         if asked != "auto":
             return int(asked)
-        most = max(1, sum(self.trained.values()))
+        most = max(1, sum(map(len, self.trained.values())))
         return next((n for n in range(1, most) if fits(self.depth(n).total, capacity(self.run))), most)
 
 
@@ -340,6 +343,8 @@ def fits(needed: float, room: float) -> bool:
 
 def needs(run: Run) -> list[Need]:
     """Return what the stages of a command need, for those that run the model."""
+    if not STAGES.keys() & {*run.config.stages}:
+        return []
     plan = Plan(run)
     return [estimate(plan) for stage, estimate in STAGES.items() if stage in run.config.stages]
 
@@ -358,8 +363,8 @@ def explain(run: Run) -> None:
     run.console.print(table)
     others = [stage for stage in run.config.stages if stage not in STAGES]
     if others:
-        run.say("explain", f"{', '.join(others)}: host memory for the weights, mapped from their files, if any")
-    if not run.has_intervals:
+        run.say("explain", f"{', '.join(others)}: not estimated")
+    if {"depth", "width", "finetune", "evaluate"} & {*run.config.stages} and not run.has_intervals:
         run.say("explain", "intervals are not known yet: one of three blocks in every five is assumed")
     run.say(
         "explain",

@@ -20,7 +20,7 @@ from ppcl.data.batches import StepLoader
 from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
 from ppcl.distill.boundaries import held_out_steps, initial_students, num_stored, stored_boundaries
 from ppcl.distill.depth import DepthDistillation, DepthFromBoundaries
-from ppcl.errors import UsageError
+from ppcl.distill.groups import divided, select_intervals
 from ppcl.memory.plan import Plan
 from ppcl.options import identity
 from ppcl.report.text import counted
@@ -29,25 +29,6 @@ from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
 from ppcl.validation.pruning import resolve_intervals
 from ppcl.variants.reach import check_reachable
-
-
-def select_intervals(intervals: Intervals, names: list[str] | None) -> Intervals:
-    """Return the intervals of `intervals` that `names` lists, or all of them if `names` is None.
-
-    A name is `STACK.U-V`, such as `transformer_blocks.3-5`, or `U-V` if only one stack has that interval. Raises
-    `UsageError` for a name that does not match exactly one interval.
-    """
-    if names is None:
-        return intervals
-    every = {plug_name(stack, pair): (stack, pair) for stack, pairs in intervals.items() for pair in pairs}
-    chosen: Intervals = {}
-    for name in names:
-        matches = [full for full in every if full == name or full.endswith(f".{name}")]
-        if len(matches) != 1:
-            raise UsageError(f"distill.intervals={name} is not one of this run's intervals: {', '.join(every)}.")
-        stack, pair = every[matches[0]]
-        chosen.setdefault(stack, []).append(pair)
-    return {stack: sorted(pairs) for stack, pairs in chosen.items()}
 
 
 def plug_header(run: Run, stack: str, pair: Interval) -> Header:
@@ -146,18 +127,6 @@ def run(run: Run) -> None:
             costs.append(read_json(run.folder / "training" / "depth.json", "The cost of the training"))
     if len(costs) > 1:
         write_json(run.folder / "training" / "depth.json", total_cost(costs))
-
-
-def divided(intervals: Intervals, groups: int) -> list[Intervals]:
-    """Return `intervals` divided into at most `groups` groups of about equal size, in order of execution."""
-    every = [(stack, pair) for stack, pairs in intervals.items() for pair in pairs]
-    size = -(-len(every) // max(1, groups))
-    found: list[Intervals] = []
-    for start in range(0, len(every), max(1, size)):
-        found.append({})
-        for stack, pair in every[start : start + size]:
-            found[-1].setdefault(stack, []).append(pair)
-    return found
 
 
 def _train(run: Run, chosen: Intervals) -> bool:

@@ -152,7 +152,7 @@ def _record(run: Run, module: FineTune, *streams: Batches) -> tuple[Batches, Bat
     found: list[Batches] = []
     for (kind, numbers), batches in zip(steps.items(), streams, strict=True):
         made_from = {"model": run.teacher.identity, "data": run.data.identity, "batch_size": config.batch_size}
-        header = Header("ppcl.velocities", made_from | {"kind": kind, "accumulate": config.accumulate})
+        header = Header("ppcl.velocities", made_from | {"kind": kind})
         targets = Targets(Path(run.config.paths.cache_dir) / "velocities" / header.fingerprint, header)
         missing = targets.missing(numbers)
         if missing:

@@ -158,6 +158,8 @@ def check(config: Config) -> None:
                 raise UsageError(
                     f"distill.mode=none trains no students, so that there is no variant {variant}: use removed."
                 )
+    if distill.intervals == []:
+        raise UsageError("distill.intervals=[] names no interval to train: name some, or leave it out for all.")
     if distill.groups != "auto" and (type(distill.groups) is not int or distill.groups < 1):
         raise UsageError(f"distill.groups={distill.groups} must be auto or a number from 1 on.")
     if distill.mode == "sequential" and distill.groups != 1:

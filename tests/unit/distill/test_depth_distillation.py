@@ -5,9 +5,9 @@ from trainers import train
 
 from ppcl.config import DistillConfig
 from ppcl.distill.depth import DepthDistillation
+from ppcl.distill.groups import select_intervals
 from ppcl.errors import UsageError
 from ppcl.ops.losses import direction_loss, magnitude_loss
-from ppcl.stages.depth import select_intervals
 from ppcl.surgery.plugboard import Plugboard
 
 STACK = "transformer_blocks"
