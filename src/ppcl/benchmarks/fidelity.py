@@ -16,5 +16,5 @@ class AgainstTeacher(Unscored):
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """That of the benchmark `none`: both draw the same pictures, so neither draws anew what the other has drawn."""
+        """Return that of the benchmark `none`. Both draw the same pictures, so each can use the other's."""
         return super().made_from | {"name": "none"}

@@ -103,7 +103,7 @@ class TrainingData:
 
     @property
     def levels(self) -> dict[str, Any]:
-        """What the noise levels depend on, as headers store it: with `data.shift=null` also the model's scheduler."""
+        """The settings of the noise levels, as headers store them; with `data.shift=null` the scheduler's, too."""
         data = self.config.data
         found: dict[str, Any] = {"timesteps": data.timesteps, "shift": data.shift}
         if data.shift is None:

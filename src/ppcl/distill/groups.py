@@ -1,4 +1,4 @@
-"""Which intervals a depth distillation trains, and the groups in which it trains them one after another."""
+"""Selects the intervals that depth distillation trains, and divides them into groups, trained one after another."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ LARGE = 1_000_000_000  # parameters; smaller models are not checked, since that 
 
 @dataclass
 class Need:
-    """What one stage needs. Bytes on the device by what they hold, bytes on disk that it writes, and hours."""
+    """The needs of one stage: bytes on the device by what they hold, bytes that it writes to disk, and hours."""
 
     stage: str
     device: dict[str, float]
@@ -112,8 +112,8 @@ class Plan:
         """Return the bytes of the teacher's weights on the device."""
         whole, largest = self.teacher_params * self.itemsize, max(self.block.values()) * self.itemsize
         if self.run.config.model.streaming:
-            inside = sum(self.block[stack] * count for stack, count in self.run.num_layers.items())
-            return {"two blocks of the teacher": 2 * largest + (self.teacher_params - inside) * self.itemsize}
+            outside = (self.teacher_params - self._inside) * self.itemsize
+            return {"two blocks of the teacher": 2 * largest + outside}
         if sharded:
             return {"teacher, sharded": whole / self.ranks + 2 * largest}
         return {"teacher": whole}
@@ -131,9 +131,7 @@ class Plan:
 
     def _tokens(self, count: int) -> int:
         """Return the number of tokens, of image and text, of so many samples."""
-        arch = self.run.config.model.arch
-        width = arch["num_attention_heads"] * arch["attention_head_dim"]
-        return dry.stream_bytes(self.run, count) // (width * self.itemsize)
+        return dry.stream_bytes(self.run, count) // (self._side * self.itemsize)
 
     # Stages.
 
@@ -279,11 +277,13 @@ class Plan:
 
     @property
     def _side(self) -> int:
+        """The channels of a token."""
         arch = self.run.config.model.arch
         return arch["num_attention_heads"] * arch["attention_head_dim"]
 
     @property
     def _inside(self) -> int:
+        """The parameters of all blocks."""
         return sum(self.block[stack] * count for stack, count in self.run.num_layers.items())
 
     def _equations(self, number: int) -> float:
@@ -365,7 +365,7 @@ def explain(run: Run) -> None:
     if others:
         run.say("explain", f"{', '.join(others)}: not estimated")
     if {"depth", "width", "finetune", "evaluate"} & {*run.config.stages} and not run.has_intervals:
-        run.say("explain", "intervals are not known yet: one of three blocks in every five is assumed")
+        run.say("explain", "intervals are not known yet: it is assumed that three of every five blocks become one")
     run.say(
         "explain",
         f"the device has {in_bytes(room)}; needed are also {in_bytes(RESERVED)} for its libraries and "

@@ -5,6 +5,7 @@ With `distill.from_boundaries` the activations come from disk, and the teacher i
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,24 @@ def run(run: Run) -> None:
     config = run.config.distill
     check_reachable(run, run.intervals)
     groups = divided(select_intervals(run.intervals, config.intervals), Plan(run).groups())
-    costs = []
     for number, chosen in enumerate(groups, start=1):
         if len(groups) > 1:
             names = [plug_name(stack, pair) for stack, pairs in chosen.items() for pair in pairs]
             run.say("depth", f"group {number} of {len(groups)}: {', '.join(names)}")
-        if _train(run, chosen) and run.writes:
-            costs.append(read_json(run.folder / "training" / "depth.json", "The cost of the training"))
-    if len(costs) > 1:
-        write_json(run.folder / "training" / "depth.json", total_cost(costs))
+        if _train(run, chosen) and run.writes and len(groups) > 1:
+            shutil.copy(_cost_path(run), _cost_path(run, chosen))
+    if run.writes and len(groups) > 1:
+        # Those of earlier commands count, too.
+        found = [path for chosen in groups if (path := _cost_path(run, chosen)).exists()]
+        if found:  # students may also have been trained without groups, or imported
+            write_json(_cost_path(run), total_cost([read_json(path, "The cost of a training") for path in found]))
+
+
+def _cost_path(run: Run, group: Intervals | None = None) -> Path:
+    """Return the file with the cost of the training, or of that of one group of intervals."""
+    if group is None:
+        return run.folder / "training" / "depth.json"
+    return run.plugs_folder / f"cost-{_checkpoint_of(run, group)[0].name}.json"
 
 
 def _train(run: Run, chosen: Intervals) -> bool:

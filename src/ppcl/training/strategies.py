@@ -97,7 +97,7 @@ class Sharded(ModelParallelStrategy):
             load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
             (found,), options = state.values(), StateDictOptions(cpu_offload=True)
             set_optimizer_state_dict(model, optimizer, found, options=options)
-        return torch.load(folder / "meta.pt", weights_only=bool(weights_only))
+        return torch.load(folder / "meta.pt", weights_only=True)
 
 
 def _last(parent: Path) -> Path | None:

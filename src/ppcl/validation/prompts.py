@@ -75,16 +75,14 @@ def check_layout(config: Config) -> None:
     if layout is None:
         return
     prompts = [] if path is None else read_prompts(Path(path))
-    key = f"generate.layout={layout}"
+    key, given = f"generate.layout={layout}", "" if path is None else f"; it is {path}"
     if layout == "geneval" and not (prompts and all("tag" in (prompt.record or {}) for prompt in prompts)):
         raise UsageError(
             f"{key} needs generate.prompt_file=evaluation_metadata.jsonl, GenEval's own file, whose lines have a "
-            f'"prompt" and a "tag"; it is {path}.'
+            f'"prompt" and a "tag"{given}.'
         )
     if layout == "dpg" and not (prompts and all(prompt.name for prompt in prompts)):
-        raise UsageError(
-            f"{key} needs generate.prompt_file=FOLDER, the prompts of DPG-Bench, a .txt each; it is {path}."
-        )
+        raise UsageError(f"{key} needs generate.prompt_file=FOLDER, the prompts of DPG-Bench, a .txt each{given}.")
     if layout == "dpg" and config.generate.num_images > TILES:
         raise UsageError(
             f"generate.num_images={config.generate.num_images} is more than the {TILES} pictures of a prompt that "
