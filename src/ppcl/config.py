@@ -563,11 +563,14 @@ class StrategyConfig:
     `kind`: `single` is one process. `ddp`: each rank holds the teacher and all trained modules, and computes on its own
         rows of each batch. `fsdp`: teacher, students and optimiser states are sharded over the ranks.
     `cpu_offload`: with `fsdp`, whether shards stay in host memory except while their block runs.
+    `shard_over`: with `fsdp`, which ranks share the shards. `machine`: those of one machine, so that each machine has
+        all parameters and only gradients go over the network. `all`: those of all machines, which needs less memory.
     `timeout_minutes`: how long a rank waits for another one within a training before it gives up.
     """
 
     kind: str = option("single", choices=("single", "ddp", "fsdp"))
     cpu_offload: bool = False
+    shard_over: str = option("machine", choices=("machine", "all"))
     timeout_minutes: float = 30.0
 
 

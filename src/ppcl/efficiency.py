@@ -40,6 +40,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that are created in the context; `peak` is the most that were alive at one time.
 
     Tensors that existed before and are used, such as weights, optimiser state and inputs, are counted in `resident`.
+    Tensors on the meta device have no memory.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._seen or key in self._resident:
+        if key in self._seen or key in self._resident or storage.device.type == "meta":
             return
         self._seen.add(key)
         self.live += storage.nbytes()

@@ -53,3 +53,12 @@ def local_rank() -> tuple[int, int]:
     """
     number = os.environ.get("LOCAL_RANK") or (os.environ.get("SLURM_LOCALID") if launched() else None)
     return int(number or 0), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def shard_ranks(shard_over: str) -> int:
+    """Return how many ranks share the shards of a model: those of a machine, or all (`strategy.shard_over`).
+
+    If each machine has one rank, all ranks share. It is right only after `export_slurm`.
+    """
+    (_, ranks), (_, here) = rank(), local_rank()
+    return here if shard_over == "machine" and here > 1 and ranks % here == 0 else ranks

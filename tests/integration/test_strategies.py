@@ -196,11 +196,8 @@ def single_standard(standard: list[str], tmp_path_factory: pytest.TempPathFactor
     return runs / "all"
 
 
-@pytest.mark.parametrize("offload", ["false", "true"])
-def test_two_ranks_train_by_the_default_recipe(
-    standard: list[str], single_standard: Path, tmp_path: Path, offload: str
-) -> None:
-    sharded = ["strategy=fsdp", f"strategy.cpu_offload={offload}"]
+def test_two_ranks_train_by_the_default_recipe(standard: list[str], single_standard: Path, tmp_path: Path) -> None:
+    sharded = ["strategy=fsdp", "strategy.cpu_offload=true"]
     launch(2, *standard, f"paths.runs_dir={tmp_path}", "name=all", *sharded)
     assert_near(all_plugs(tmp_path / "all"), all_plugs(single_standard), NEAR)
 
@@ -294,23 +291,39 @@ def test_one_process_takes_up_a_ddp(settings: list[str], long: Path, tmp_path: P
 # Bad input
 
 
-def start_ranks(*arguments: str) -> list[subprocess.Popen[str]]:
-    """Two ranks as srun would start them, to see what each of them leaves."""
+def start_ranks(*arguments: str, count: int = 2, here: int = 2) -> list[subprocess.Popen[str]]:
+    """Ranks as srun would start them, `here` of them on each machine, to see what each of them leaves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(here),
+    }
     return [
         subprocess.Popen(
             [sys.executable, "-m", "ppcl", *arguments],
             cwd=REPOSITORY,
-            env=os.environ | where | {"RANK": str(number), "LOCAL_RANK": str(number)},
+            env=os.environ | where | {"RANK": str(number), "LOCAL_RANK": str(number % here)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(2)
+        for number in range(count)
     ]
+
+
+def test_two_machines_of_two_ranks_train_by_the_default_recipe(
+    standard: list[str], single_standard: Path, tmp_path: Path
+) -> None:
+    """Each machine holds all parameters in two shards, so that only gradients go from one to the other."""
+    arguments = [*standard, f"paths.runs_dir={tmp_path}", "name=all", "strategy=fsdp"]
+    for process in start_ranks(*arguments, count=4):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert_near(all_plugs(tmp_path / "all"), all_plugs(single_standard), NEAR)
 
 
 @pytest.mark.parametrize(

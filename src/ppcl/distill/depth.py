@@ -33,6 +33,9 @@ class DepthDistillation(LocalDistillation):
 
     `distill.mode=sequential` (the paper's ablation): all students are plugged into the model, so that the input of each
     comes from the students before it instead of from the teacher.
+
+    `ready` is called with each student before the next one is built. It moves the student to its device, or shards it,
+    so that host memory never holds all of them.
     """
 
     stage_name, lr_key = "depth", "distill.lr"
@@ -44,12 +47,15 @@ class DepthDistillation(LocalDistillation):
         intervals: Intervals,
         config: DistillConfig,
         precision: str = "32-true",
+        ready: Callable[[nn.Module], Any] | None = None,
     ) -> None:
         self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]
-        students = {
-            plug_name(stack, pair): student_block(list(stack_of(teacher, stack)), pair, config.init)
-            for stack, pair in self.pairs
-        }
+        students: dict[str, nn.Module] = {}
+        for stack, pair in self.pairs:
+            student = student_block(list(stack_of(teacher, stack)), pair, config.init)
+            if ready is not None:
+                ready(student)
+            students[plug_name(stack, pair)] = student
         super().__init__(family, teacher, students, config, precision)
         if config.mode == "sequential":
             self._board = (Plugboard(family, teacher, intervals, students),)

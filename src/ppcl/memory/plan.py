@@ -20,7 +20,7 @@ from ppcl.artifacts.plan import Intervals, Width
 from ppcl.context import Run
 from ppcl.distill.groups import divided, select_intervals
 from ppcl.errors import UsageError
-from ppcl.launch import rank
+from ppcl.launch import launched, rank, shard_ranks
 from ppcl.memory import dry
 from ppcl.report.text import in_bytes
 from ppcl.surgery.count import count_parameters
@@ -67,6 +67,7 @@ class Plan:
     """Estimates what the stages of a run need, from its configuration alone.
 
     Each method that is named after a stage returns its `Need`. `ranks`: the number of processes that share a training.
+    `shards`: how many of them share the shards of a model.
     """
 
     run: Run
@@ -80,6 +81,7 @@ class Plan:
         self.teacher_params = count_parameters(run.family, run.config.model.arch, {})["teacher"]
         self.sharded = run.config.strategy.kind == "fsdp"
         self.share = self.ranks if run.config.strategy.kind != "single" else 1
+        self.shards = min(self.ranks, shard_ranks(run.config.strategy.shard_over)) if launched() else self.ranks
 
     # Parts that several stages share.
 
@@ -115,7 +117,7 @@ class Plan:
             outside = (self.teacher_params - self._inside) * self.itemsize
             return {"two blocks of the teacher": 2 * largest + outside}
         if sharded:
-            return {"teacher, sharded": whole / self.ranks + 2 * largest}
+            return {"teacher, sharded": whole / self.shards + 2 * largest}
         return {"teacher": whole}
 
     def _of_rank(self, count: int, parts: int) -> int:
@@ -165,7 +167,7 @@ class Plan:
             return Need("depth", {})
         count = self._of_rank(config.batch_size, config.accumulate)
         params = max(sizes, key=lambda size: sum(size.values()))
-        divisor = self.ranks if self.sharded else 1
+        divisor = self.shards if self.sharded else 1
         peak = self._depth_peak(count)
         parts = {} if config.from_boundaries else self.teacher(sharded=self.sharded)
         parts |= {
@@ -209,7 +211,7 @@ class Plan:
         left = {s: n - sum(v - u for u, v in self.intervals.get(s, [])) for s, n in run.num_layers.items()}
         counts = count_parameters(run.family, run.config.model.arch, self.intervals, self.width, run.layout)
         student = counts["student"]
-        divisor = self.ranks if self.sharded else 1
+        divisor = self.shards if self.sharded else 1
         peak: float = dry.finetune_peak(run, config, left, count)
         parts = self.teacher(sharded=self.sharded)
         if config.lora_rank:
@@ -382,9 +384,12 @@ def check_memory(run: Run) -> None:
         if not fits(need.total, room):
             parts = sorted(need.device.items(), key=lambda item: -item[1])[:3]
             told = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts)
+            keys = KEYS[need.stage]
+            if run.config.strategy.kind == "fsdp" and shard_ranks(run.config.strategy.shard_over) < rank()[1]:
+                keys += ", or strategy.shard_over=all"
             raise UsageError(
                 f"'stages=[{need.stage}]' needs about {in_bytes(need.total)} on {run.device}, which has "
-                f"{in_bytes(room)} ({told}): turn {KEYS[need.stage]}; explain=true prints all figures, and "
+                f"{in_bytes(room)} ({told}): turn {keys}; explain=true prints all figures, and "
                 "trainer.check_memory=false tries it."
             )
 

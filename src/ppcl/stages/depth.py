@@ -27,7 +27,7 @@ from ppcl.options import identity
 from ppcl.report.text import counted
 from ppcl.training.cost import total_cost
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
-from ppcl.training.sharding import place, whole_state
+from ppcl.training.sharding import place, ready, whole_state
 from ppcl.validation.pruning import resolve_intervals
 from ppcl.variants.reach import check_reachable
 
@@ -80,7 +80,7 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
     blocks are the teacher's, which `trainer.compile` compiles.
     """
     config, transformer = run.config.distill, run.teacher.pipeline.transformer
-    module = DepthDistillation(run.family, transformer, intervals, config, run.precision)
+    module = DepthDistillation(run.family, transformer, intervals, config, run.precision, ready(run))
     stream = run.data.shared_stream(run.config.data.train_seed, config.batch_size)
     run.say_once("depth", stream.remark)
     heldout = run.data.shared_stream(run.config.data.calibration_seed, config.batch_size)

@@ -92,6 +92,11 @@ def relative_groups(
     return groups
 
 
+def _shards(weight: DTensor) -> Any:
+    """Return the mesh of the ranks that hold the shards of `weight`, without the replicas on other machines."""
+    return weight.device_mesh["shard"] if weight.device_mesh.ndim > 1 else weight.device_mesh
+
+
 def adamw(parameters: Iterable[Any], config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW with the settings of a training, for parameters or for groups of them.
 
@@ -115,8 +120,8 @@ class Muon(torch.optim.Muon):
     """Muon that also takes weights sharded by FSDP.
 
     The orthogonalised update of a matrix depends on all of its elements. So updates are gathered, as many at a time as
-    there are ranks. Each rank orthogonalises one of them, and its shards go back to all ranks. Momentum and weights
-    stay sharded.
+    there are ranks with a shard. Each rank orthogonalises one of them, and its shards go back to all of these ranks.
+    Momentum and weights stay sharded. Machines that hold replicas all do the same, without the network between them.
     """
 
     @torch.no_grad()
@@ -133,7 +138,7 @@ class Muon(torch.optim.Muon):
                 update = gradient.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
                 todo.append((group, weight, update))
         while todo:
-            ranks = todo[0][1].device_mesh.size()
+            ranks = _shards(todo[0][1]).size()
             self._step_together(todo[:ranks])
             todo = todo[ranks:]
         return None
@@ -142,7 +147,7 @@ class Muon(torch.optim.Muon):
     def _step_together(turn: list[tuple[dict[str, Any], Any, Any]]) -> None:
         """Update at most one weight for each rank."""
         mine: Tensor | None = None
-        rank = turn[0][1].device_mesh.get_local_rank()
+        rank = _shards(turn[0][1]).get_local_rank()
         for owner, (group, weight, update) in enumerate(turn):
             whole = update.to(_device(weight)).full_tensor()
             if owner == rank:
@@ -153,9 +158,10 @@ class Muon(torch.optim.Muon):
                 whole = mine
             else:  # only the shape of this one counts
                 whole = torch.empty(weight.shape, dtype=weight.dtype, device=_device(weight))
-            shard = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=owner)
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(shard.to(weight.device), alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], weight.shape))
+            shard: Any = distribute_tensor(whole, _shards(weight), weight.placements[-1:], src_data_rank=owner)
+            mine_of_it, rate = weight.to_local(), _adjust_lr(group["lr"], group["adjust_lr_fn"], weight.shape)
+            mine_of_it.mul_(1 - group["lr"] * group["weight_decay"])
+            mine_of_it.add_(shard.to_local().to(weight.device), alpha=-rate)
 
 
 def optimizers_of(

@@ -3,6 +3,9 @@
 Every rank holds a shard of each block. A block is one FSDP unit: it is all-gathered while it runs. A student or a
 projector is an FSDP root of its own, because it is called and back-propagated during the teacher's forward. Parameters
 that two modules share, such as those of a pruned block and of the teacher's block, are copied and sharded for each.
+
+On several machines, `strategy.shard_over=machine` shards over the ranks of each machine and replicates across machines.
+Blocks are then gathered over the fast links within a machine, and only gradients go over the network.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppcl.context import Run
 from ppcl.families.base import Family
-from ppcl.launch import is_first, rank
+from ppcl.launch import is_first, rank, shard_ranks
 from ppcl.taps import StopForward
 
 
@@ -35,6 +39,7 @@ from ppcl.taps import StopForward
 class Sharding:
     """Settings of a run's sharding: the mesh of all ranks, this rank's device, and the training precision.
 
+    `mesh`: `[ranks]`, or `[machines, ranks of each]` if parameters are replicated across machines.
     `cpu_offload`: whether shards are kept in host memory while they are not in use.
     """
 
@@ -45,9 +50,10 @@ class Sharding:
 
     @classmethod
     def of(cls, run: Run) -> Sharding:
-        """Return the sharding of `run`, over all its ranks."""
-        mesh = init_device_mesh(run.device.type, (rank()[1],))
-        return cls(mesh, run.device, run.precision, run.config.strategy.cpu_offload)
+        """Return the sharding of `run`, over all its ranks or over those of each machine."""
+        config = run.config.strategy
+        mesh = _mesh(run.device.type, rank()[1], shard_ranks(config.shard_over))
+        return cls(mesh, run.device, run.precision, config.cpu_offload)
 
     def unit(self, module: nn.Module, *, learns: bool = False, whole_dtype: torch.dtype | None = None) -> None:
         """Make `module` one FSDP unit, without parameters that are sharded already; do nothing if it is one already.
@@ -89,6 +95,14 @@ class Sharding:
         self.unit(model, learns=learns, whole_dtype=whole_dtype)
 
 
+@cache  # every mesh of several machines has process groups of its own
+def _mesh(device: str, ranks: int, sharing: int) -> DeviceMesh:
+    """Return the mesh of `ranks` ranks, of which each `sharing` adjacent ones share the parameters among them."""
+    if sharing == ranks:
+        return init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (ranks // sharing, sharing), mesh_dim_names=("replicate", "shard"))
+
+
 def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `forward`, and return `(None,)` if a hook raised `StopForward`."""
     try:
@@ -127,6 +141,13 @@ def place(run: Run, module: Any) -> None:
     elif not module.is_sharded:
         module.shard(Sharding.of(run))
     module.setup("fit")
+
+
+def ready(run: Run) -> Callable[[nn.Module], Any]:
+    """Return the function that moves one trained module to the run's device, or shards it if the run is sharded."""
+    if run.teacher.sharded:
+        return partial(Sharding.of(run).unit, learns=True)
+    return lambda module: module.to(run.device)
 
 
 def whole_call(block: nn.Module, function: Callable[[nn.Module, dict[str, Any]], Tensor], kwargs: Any) -> Tensor:

@@ -6,6 +6,7 @@ from trainers import train
 from ppcl.config import DistillConfig
 from ppcl.distill.depth import DepthDistillation
 from ppcl.distill.groups import select_intervals
+from ppcl.efficiency import LiveBytes
 from ppcl.errors import UsageError
 from ppcl.ops.losses import direction_loss, magnitude_loss
 from ppcl.surgery.plugboard import Plugboard
@@ -262,3 +263,15 @@ def test_intervals_are_chosen_by_name(names, expected):
 def test_an_unknown_interval_is_refused(name):
     with pytest.raises(UsageError, match=rf"distill\.intervals={name} .*transformer_blocks\.0-1"):
         select_intervals(INTERVALS, [name])
+
+
+def test_students_are_built_one_at_a_time(family, make_transformer):
+    """Each is taken away before the next is built, by its device or by its shards."""
+    teacher, pairs = make_transformer(12), [(u, u + 1) for u in range(0, 12, 2)]
+    block = sum(parameter.nbytes for parameter in teacher.transformer_blocks[0].parameters())
+    with LiveBytes() as recorder:
+        module = DepthDistillation(
+            family, teacher, {STACK: pairs}, settings(), ready=lambda student: student.to("meta")
+        )
+    assert len(module.parts) == 6
+    assert recorder.peak < 1.5 * block

@@ -80,11 +80,14 @@ def test_no_rate_moves_nothing():
 SHAPES = [(5, 7), (1, 4), (33, 32), (64, 3), (7, 64)]  # rows that do not divide; a rank without any
 
 
-def shards_step_as_whole(rank, ranks, store, offload):
+def shards_step_as_whole(rank, ranks, mesh, store, offload):
     """What each rank does: four steps of sharded weights beside torch's Muon on whole ones."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    sharding = Sharding(init_device_mesh("cpu", (ranks,)), torch.device("cpu"), "32-true", cpu_offload=offload)
+    names = ("replicate", "shard")[-len(mesh) :]
+    sharding = Sharding(
+        init_device_mesh("cpu", mesh, mesh_dim_names=names), torch.device("cpu"), "32-true", cpu_offload=offload
+    )
     for shape in SHAPES:
         whole, layer = nn.Parameter(drawn(*shape)), nn.Linear(shape[1], shape[0])
         layer.load_state_dict({"weight": whole.detach(), "bias": drawn(shape[0])})
@@ -106,8 +109,8 @@ def shards_step_as_whole(rank, ranks, store, offload):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("ranks", "offload"), [(2, False), (3, True)])
-def test_muon_on_shards_is_torchs_muon(tmp_path, ranks, offload):
-    mp.start_processes(
-        shards_step_as_whole, (ranks, str(tmp_path / "store"), offload), nprocs=ranks, start_method="fork"
-    )
+@pytest.mark.parametrize(("mesh", "offload"), [((2,), False), ((3,), True), ((2, 2), False)])
+def test_muon_on_shards_is_torchs_muon(tmp_path, mesh, offload):
+    ranks = math.prod(mesh)
+    arguments = ranks, mesh, str(tmp_path / "store"), offload
+    mp.start_processes(shards_step_as_whole, arguments, nprocs=ranks, start_method="fork")
