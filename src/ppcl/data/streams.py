@@ -101,15 +101,15 @@ class Stream(ABC):
         """Yield `num_samples` samples, each at every one of `num_timesteps` noise levels, captions included.
 
         The levels are those of a denoising run of `num_timesteps` steps: evenly spaced from 1 down to
-        1 / num_timesteps, then shifted by `data.shift`.
+        1 / num_timesteps, then shifted by `data.shift`. With `data.shift=null` they are the scheduler's.
         """
         for start in range(0, num_samples, self.batch_size):
             count = min(self.batch_size, num_samples - start)
             latents, size, conditions = self.samples(start // self.batch_size, range(count), [False] * count)
             conditions = without_needless_mask(conditions)
             noise = torch.randn(latents.shape, generator=self._generator(start)).to(latents)
-            shift, grid = self._shift(latents), torch.linspace(1.0, 1.0 / num_timesteps, num_timesteps)
-            for sigma in (shift * grid / (1 + (shift - 1) * grid)).tolist():
+            terminal = self.scheduler.get("shift_terminal") or 0.0 if self.config.shift is None else 0.0
+            for sigma in flow_matching.levels_of_drawing(num_timesteps, self._shift(latents), terminal):
                 sigmas = latents.new_full((count,), sigma)
                 yield self.family.training_batch(latents, conditions, noise, sigmas, size)
 

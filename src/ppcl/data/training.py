@@ -108,9 +108,9 @@ class TrainingData:
         found: dict[str, Any] = {"timesteps": data.timesteps, "shift": data.shift}
         if data.shift is None:
             keys = ["shift", "use_dynamic_shifting", "time_shift_type", "base_shift", "max_shift"]
-            keys += ["base_image_seq_len", "max_image_seq_len"]
+            keys += ["base_image_seq_len", "max_image_seq_len", "shift_terminal"]
             scheduler = self.teacher.scheduler_config
-            found["scheduler"] = {key: scheduler[key] for key in keys if key in scheduler}
+            found["scheduler"] = {key: scheduler[key] for key in keys if scheduler.get(key) is not None}
         return found
 
     @cached_property

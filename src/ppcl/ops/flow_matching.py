@@ -48,6 +48,19 @@ def shift_of(scheduler: Mapping[str, Any], tokens: int) -> float:
     return math.exp(mu) if scheduler.get("time_shift_type", "exponential") == "exponential" else mu
 
 
+def levels_of_drawing(count: int, shift: float, terminal: float = 0.0) -> list[float]:
+    """Return the noise levels at which a picture is drawn in `count` steps, from 1 downwards, as diffusers' pipelines.
+
+    They are evenly spaced from 1 to 1 / count, then shifted as by `sample_sigmas`. `terminal`: if above 0, the value
+    that the last level gets, by a linear stretch of 1 - level (`shift_terminal` of diffusers' schedulers).
+    """
+    grid = torch.linspace(1.0, 1.0 / count, count)
+    levels = shift * grid / (1 + (shift - 1) * grid)
+    if terminal and count > 1:
+        levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+    return levels.tolist()
+
+
 def interpolate(
     clean: Float[Tensor, batch * rest], noise: Float[Tensor, batch * rest], sigmas: Float[Tensor, " batch"]
 ) -> Float[Tensor, batch * rest]:

@@ -12,7 +12,7 @@ from ppcl.data.worlds import shapes
 from ppcl.families.base import without_needless_mask
 from ppcl.families.dit.tiny import build_pipeline as build_dit
 from ppcl.families.registry import get_family
-from ppcl.ops.flow_matching import shift_of
+from ppcl.ops.flow_matching import levels_of_drawing, shift_of
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -194,11 +194,11 @@ def test_without_settings_noise_levels_are_those_of_drawing(family, pipeline):
     """Uniform, then shifted by the pipeline's own scheduler for pictures of this size."""
     stream = ShapesStream(family, pipeline, DataConfig(timesteps=None, shift=None), seed=4, batch_size=256)
     stream.scheduler = scheduler = {"use_dynamic_shifting": True, "base_image_seq_len": 16, "max_image_seq_len": 64}
+    scheduler["shift_terminal"] = 0.02
     shift = shift_of(scheduler, 64)
     assert shift == pytest.approx(math.exp(1.15))
     plain = stream(0).sigmas / (shift - (shift - 1) * stream(0).sigmas)  # before the shift
     assert plain.mean().item() == pytest.approx(0.5, abs=0.06)
     assert plain.var().item() == pytest.approx(1 / 12, abs=0.01)
     levels = torch.cat([batch.sigmas[:1] for batch in stream.calibration(2, 4)])
-    grid = torch.tensor([1.0, 0.75, 0.5, 0.25])
-    torch.testing.assert_close(levels, shift * grid / (1 + (shift - 1) * grid))
+    torch.testing.assert_close(levels, torch.tensor(levels_of_drawing(4, shift, 0.02)))

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from ppcl.ops.flow_matching import interpolate, sample_sigmas, shift_of, velocity
+from ppcl.ops.flow_matching import interpolate, levels_of_drawing, sample_sigmas, shift_of, velocity
 
 
 def test_interpolate_and_velocity_equal_a_plain_loop():
@@ -62,7 +62,13 @@ def test_an_unknown_scheme_is_refused_by_name():
         sample_sigmas(2, torch.Generator(), scheme="cosine")
 
 
-QWEN = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
+QWEN = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+}
 FLUX = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 
 
@@ -85,9 +91,9 @@ def test_the_shift_is_that_of_the_pipeline(scheduler, side, expected):
     mu = calculate_shift(tokens, *(real.config[key] for key in keys))
     found = shift_of(scheduler, tokens)
     assert found == pytest.approx(expected, abs=0.006)
-    sigmas = torch.linspace(1.0, 0.1, 10)
-    real.set_timesteps(sigmas=sigmas.tolist(), mu=mu)
-    torch.testing.assert_close(real.sigmas[:-1], found * sigmas / (1 + (found - 1) * sigmas), rtol=1e-5, atol=1e-6)
+    real.set_timesteps(sigmas=torch.linspace(1.0, 0.1, 10).tolist(), mu=mu)
+    levels = torch.tensor(levels_of_drawing(10, found, scheduler.get("shift_terminal", 0.0)))
+    torch.testing.assert_close(real.sigmas[:-1], levels, rtol=1e-5, atol=1e-6)
 
 
 def test_other_schedulers_have_a_fixed_shift_or_none():
