@@ -61,13 +61,13 @@ class LiveBytes(TorchDispatchMode):
                 self._resident[storage._cdata] = storage.nbytes()
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._hold(tensor.untyped_storage())
         return result
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._seen or key in self._resident or storage.device.type == "meta":
+        if key in self._seen or key in self._resident:
             return
         self._seen.add(key)
         self.live += storage.nbytes()
