@@ -6,7 +6,7 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from ppcl.training.loggers import finish_logger, make_logger
 from ppcl.training.progress import StepProgress
 from ppcl.training.stops import Stop
 from ppcl.training.strategies import SHARDED, discard_others, processes
+
+_MOST_GRAPHS = 64  # of the blocks of one class
 
 
 def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> bool:
@@ -129,12 +131,18 @@ def compiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
     Only `forward` is compiled. `compile_repeated_blocks` of diffusers would also compile hooks, which change during a
     run.
+
+    Sizes are dynamic, so that a graph serves all aspect ratios and text lengths. All blocks of a class share their
+    graphs. There is one for each way of calling them: with and without gradients, autocast and a text mask, as the
+    first block, and for each kind of pruned block. These can be more than the 8 after which torch would run a class
+    eagerly.
     """
     eager = [(block, vars(block).get("forward")) for block in blocks]  # offloading may have replaced it
     for block, _ in eager:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, dynamic=True)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS) if eager else nullcontext():
+            yield
     finally:
         for block, own in eager:
             del block.forward
