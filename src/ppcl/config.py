@@ -329,7 +329,8 @@ class DistillConfig(TrainingConfig):
     `relative_update`: the learning rate relative to the size of each parameter: 0.05 moves a matrix by 5% of its RMS a
         step. One value suits models of all widths, see `ppcl.training.optimizers`. None: `lr` is the learning rate.
     `magnitude_weight`: an older key, which is added to `losses.magnitude`.
-    `intervals`: names of the intervals to train, such as `transformer_blocks.3-5`. None: all.
+    `intervals`: names of the intervals to train, and to store boundaries of, such as `transformer_blocks.3-5`. None:
+        all.
     `groups`: into how many groups the intervals are divided, which are trained one after another to save memory. The
         students are the same. `auto`: as few as fit on the device.
     `from_boundaries`: whether to read the teacher's activations from disk, where `stages=[boundaries]` stored them.

@@ -107,6 +107,20 @@ def test_intervals_train_one_by_one_without_the_teacher_and_meet(
     succeed(*command, f"paths.runs_dir={tmp_path}", "name=whole", "stages=[plan]", *small)
 
 
+def test_intervals_are_stored_and_trained_one_at_a_time(command: list[str], runs: Path, tmp_path: Path) -> None:
+    """A disk needs room for one of them, and the students are those of boundaries that were stored together."""
+    own = [*command, f"paths.runs_dir={tmp_path}", "name=apart", FROM]
+    for name in PLUG_NAMES:
+        succeed(*own, "stages=[boundaries,depth]", f"distill.intervals=[{name}]")
+        (folder,) = (path.name for path in folder_of(tmp_path).iterdir() if path.is_dir())
+        assert folder == name
+        shutil.rmtree(tmp_path / "cache" / "boundaries")
+    assert_same_tensors(plug_tensors(tmp_path / "apart"), plug_tensors(runs / "online"))
+    shutil.copytree(runs / "cache" / "boundaries", tmp_path / "cache" / "boundaries")
+    assert "reused" in succeed(*own, "stages=[depth]", f"distill.intervals=[{PLUG_NAMES[0]}]").out
+    assert "reused" in succeed(*own, "stages=[depth]").out
+
+
 def test_written_again_nothing_changes(command: list[str], runs: Path) -> None:
     before = digests(folder_of(runs))
     assert "reused" in succeed(*command, "name=again", "stages=[boundaries]").out

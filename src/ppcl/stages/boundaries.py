@@ -1,7 +1,8 @@
-"""Store the teacher's activations at the ends of all intervals, so that students can be trained without the teacher.
+"""Store the teacher's activations at the ends of intervals, so that students can be trained without the teacher.
 
 For an interval [u, v] these are the inputs of block u and the outputs of block v. One pass of the teacher serves all
-intervals and all later trainings, also on other machines (`distill.boundaries=FOLDER`).
+intervals and all later trainings, also on other machines (`distill.boundaries=FOLDER`). Where the disk has no room for
+all of them, `distill.intervals` names those to store.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
 from ppcl.disk import check_space
-from ppcl.distill.boundaries import boundaries_folder, boundaries_header, held_out_steps, num_stored
+from ppcl.distill.boundaries import asked_for, boundaries_folder, boundaries_header, held_out_steps, num_stored
 from ppcl.report.text import counted, in_bytes
 from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
@@ -28,19 +29,20 @@ from ppcl.variants.reach import check_reachable
 
 
 def run(run: Run) -> None:
-    """Store the boundaries of all intervals for held-out and training steps, and each student's initial weights.
+    """Store the boundaries of the intervals that `distill.intervals` names, and each student's initial weights.
 
-    If an earlier attempt was killed, this continues after its last complete shard. Raises `UsageError` if the budget
-    cannot be reached with these intervals, if the folder holds boundaries made with other settings, or if the disk has
-    too little space.
+    Those of held-out and of training steps are stored. If an earlier attempt was killed, this continues after its last
+    complete shard. Raises `UsageError` if the budget cannot be reached with these intervals, if the folder holds
+    boundaries made with other settings, or if the disk has too little space.
     """
     check_reachable(run, run.intervals)
-    folder, header = boundaries_folder(run), boundaries_header(run)
+    intervals = asked_for(run)
+    folder, header = boundaries_folder(run, intervals), boundaries_header(run, intervals)
     advice = f"give another folder as distill.boundaries=, or delete {folder} to write it anew"
     if is_current(folder / "boundaries.json", header, advice):
         run.say("boundaries", f"reused {folder}")
         return
-    pairs = [(stack, pair) for stack in run.family.stacks for pair in run.intervals.get(stack, [])]
+    pairs = [(stack, pair) for stack in run.family.stacks for pair in intervals.get(stack, [])]
     names = [plug_name(stack, pair) for stack, pair in pairs]
     transformer = run.teacher.pipeline.transformer
     for name, (stack, pair) in zip(names, pairs, strict=True):
@@ -120,7 +122,7 @@ def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: i
     _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())
     remedy = (
-        "name a folder with more room as distill.boundaries= or paths.cache_dir=, raise distill.replay, or lower "
-        "distill.steps"
+        "name a folder with more room as distill.boundaries= or paths.cache_dir=, raise distill.replay, lower "
+        "distill.steps, or name a few intervals at a time as distill.intervals="
     )
     run.say("boundaries", check_space(folder, needed, counted(steps, "step"), remedy))
