@@ -63,6 +63,10 @@ class ModelConfig:
     `dtype`: the dtype that weights are loaded in and the teacher computes in.
     `streaming`: true leaves the weights of the teacher's blocks on disk. A block is loaded just before it is used and
         the next one is prefetched, so that at most two are in memory.
+    `attention_backend`: the attention kernels of the teacher, students and pruned models, by their name in diffusers,
+        such as `flash` or `_native_cudnn`. None: torch's own choice. Artifacts stay valid if it changes: results differ
+        by rounding, and with 8-bit kernels such as `sage` by a little more. Kernels that take no mask, such as `flash`,
+        refuse batches of captions of different lengths. DiT always attends with torch's.
     `builder`: the module that builds an embedded teacher, for `stages=[pretrain]`. None for all other models.
     `categories`: the categories of the toy world that an embedded teacher was trained on; its prompts and its training
         data are of these. None: those of its family.
@@ -75,6 +79,7 @@ class ModelConfig:
     revision: str | None = None
     dtype: str = option("float32", choices=("float32", "bfloat16", "float16"))
     streaming: bool = False
+    attention_backend: str | None = option(None, identity=False)
     builder: str | None = None
     categories: list[str] | None = None
     arch: dict[str, Any] = field(default_factory=dict)
