@@ -34,8 +34,8 @@ def attention(config: Config) -> Iterator[None]:
     """Let every model of diffusers attend with `model.attention_backend` within the context, where it is not None.
 
     That is the teacher as well as students and pruned models: `set_attention_backend` of diffusers would have to be
-    called for each. Raises `UsageError` if the backend's package is missing, and if a batch
-    has a mask that the backend does not take.
+    called for each. Raises `UsageError` if the backend's package is missing, and if a batch has a mask that the backend
+    does not take.
     """
     name = config.model.attention_backend
     if name is None:
