@@ -495,6 +495,8 @@ class GenerateConfig:
         variant.
     `controlnet`: the folder or Hub id of a ControlNet for the full model, `control_image` the file of its input
         picture, and `control_scale` its strength.
+    `control_mode`: for a ControlNet-Union of FLUX, the number of the kind of picture that it is given, such as 0 for
+        edges; its model card lists them. None: for all other ControlNets.
     `compile`: whether to run the blocks through `torch.compile`, each on its own.
     `offload`: what waits in host memory until it runs, to save GPU memory: `model` is whole models (text encoder,
         transformer, VAE), `group` single blocks, `none` nothing.
@@ -515,6 +517,7 @@ class GenerateConfig:
     controlnet: str | None = None
     control_image: str | None = None
     control_scale: float = 1.0
+    control_mode: int | None = option(None, least=0, before=None)
     compile: bool = False
     offload: str = option("none", choices=("none", "model", "group"))
 

@@ -208,9 +208,18 @@ def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
             f"generate.controlnet={config.controlnet} is of another width than model={run.config.model.name}; "
             "give one that was trained for it."
         )
+    modes, mode = controlnet.config.get("num_mode"), config.control_mode
+    if modes is None and mode is not None:
+        raise UsageError(f"generate.control_mode={mode} has no effect: generate.controlnet is no ControlNet-Union.")
+    if modes is not None and (mode is None or mode >= modes):
+        raise UsageError(
+            f"generate.control_mode={mode} must be a number from 0 to {modes - 1}, the kind of picture that the "
+            f"ControlNet-Union generate.controlnet={config.controlnet} is given."
+        )
     hook_residuals(transformer, run.family.facts, board.kept, board.counts)
     pipeline = pipeline_class(**run.teacher.pipeline.components, controlnet=controlnet.to(run.device))
     pipeline.set_progress_bar_config(disable=True)
     height, width = run.config.model.sampling.size
     image = Image.open(str(config.control_image)).convert("RGB").resize((width, height))
-    return pipeline, {"control_image": image, "controlnet_conditioning_scale": config.control_scale}
+    arguments = {"control_image": image, "controlnet_conditioning_scale": config.control_scale}
+    return pipeline, arguments if mode is None else arguments | {"control_mode": mode}
