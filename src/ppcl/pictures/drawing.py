@@ -23,6 +23,7 @@ from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.remap import map_blocks
+from ppcl.taps import free_bytes
 from ppcl.training.loop import compiled
 
 
@@ -158,8 +159,25 @@ def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]
         if config.offload == "model":
             pipeline.enable_model_cpu_offload()
         elif config.offload == "group":
-            pipeline.enable_group_offload(run.device, offload_type="block_level", num_blocks_per_group=1)
+            _offload_blocks(pipeline, run.device)
         yield pipeline, arguments
+
+
+def _offload_blocks(pipeline: Any, device: torch.device) -> None:
+    """Let every block wait in host memory until it runs.
+
+    To a CUDA device the next block is copied while one runs. These copies come from pinned memory: of all weights where
+    the host has room for that, else of a block just before it is copied.
+    """
+    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    weights = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    pipeline.enable_group_offload(
+        device,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=device.type == "cuda",
+        low_cpu_mem_usage=1.2 * weights > free_bytes(torch.device("cpu")),
+    )
 
 
 def _blocks(run: Run) -> list[nn.Module]:
