@@ -21,6 +21,7 @@ from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.parallel import barrier
+from ppcl.precision import fast_products
 from ppcl.training.checkpoints import CHECKPOINT, Checkpoints
 from ppcl.training.cost import TrainingCost
 from ppcl.training.loggers import finish_logger, make_logger
@@ -112,8 +113,9 @@ def fit(
     signals: Any = trainer._signal_connector
     signals.register_signal_handlers = lambda: None
     checkpoint = str(folder / CHECKPOINT) if resumable else None
+    compiling = compiled(blocks if run.config.trainer.compile else ())
     try:
-        with stop, compiled(blocks if run.config.trainer.compile else ()):
+        with stop, compiling, fast_products(run.device, wanted=run.config.trainer.tf32):
             trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning raises it for a second Ctrl-C
         raise KeyboardInterrupt from None
