@@ -21,6 +21,7 @@ from commands import (
     ppcl_process,
     succeed,
 )
+from safetensors.torch import load_file
 
 from ppcl.command import prepare
 from ppcl.stages.depth import run as train
@@ -105,6 +106,18 @@ def test_intervals_train_one_by_one_without_the_teacher_and_meet(
     shutil.copytree(tmp_path / "apart" / "plugs", tmp_path / "whole" / "plugs")
     small = ["width=none", "budget.params=0.8", "benchmark.latency_repeats=1"]
     succeed(*command, f"paths.runs_dir={tmp_path}", "name=whole", "stages=[plan]", *small)
+
+
+def test_what_one_interval_ends_and_the_next_begins_with_is_stored_once(runs: Path) -> None:
+    """By a link, so that a folder that is copied or left alone has all it needs."""
+    before, after = (folder_of(runs) / name for name in PLUG_NAMES)
+    for kind in ("train-0000", "train-0001", "heldout-0000"):
+        end, start = before / f"{kind}-end.safetensors", after / f"{kind}-start.safetensors"
+        assert end.samefile(start)
+        assert {"0/outputs/image", "0/outputs/text"} <= {*load_file(end)}
+        assert not {"0/kwargs/hidden_states", "0/kwargs/encoder_hidden_states"} & {
+            *load_file(after / f"{kind}.safetensors")
+        }
 
 
 def test_intervals_are_stored_and_trained_one_at_a_time(command: list[str], runs: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def run(run: Run) -> None:
     }
     run.say_once("boundaries", kinds[TRAIN][0].remark)
     for kind, (stream, steps) in kinds.items():
-        writers = {key: BoundaryWriter(folder / name, kind) for key, name in zip(pairs_keys(pairs), names, strict=True)}
+        writers = _writers(folder, kind, pairs)
         done = min(whole_shards(folder / name, kind) for name in names)
         for writer in writers.values():
             writer.shard = done
@@ -72,11 +72,21 @@ def run(run: Run) -> None:
         for writer in writers.values():
             writer.flush()
     write_json(folder / "boundaries.json", header.to_json())
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    files = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    size = sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())  # linked files count once
     run.say(
         "boundaries",
         f"wrote {counted(num_stored(run), 'step')} of {counted(len(names), 'interval')} to {folder} ({in_bytes(size)})",
     )
+
+
+def _writers(folder: Path, kind: str, pairs: list[Any]) -> dict[tuple[str, int], BoundaryWriter]:
+    """Return the writer of each interval in `pairs`, (stack, (u, v)), by its stack and last block."""
+    writers: dict[tuple[str, int], BoundaryWriter] = {}
+    for stack, pair in pairs:
+        before = writers.get((stack, pair[0] - 1))
+        writers[stack, pair[1]] = BoundaryWriter(folder / plug_name(stack, pair), kind, before)
+    return writers
 
 
 def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
@@ -96,6 +106,8 @@ def _write_steps(
     masks = [run.family.masks(batch.inputs) for batch in batches]
     inputs = [NotedInputs(batch.inputs) for batch in batches]
     waiting: dict[Any, dict[str, Any]] = {}
+    ended: dict[Any, Any] = {}  # the outputs of an interval, until the next block has run
+    shared: dict[Any, dict[str, str]] = {}
     calls = observe_abreast(
         run.family,
         run.teacher.pipeline.transformer,
@@ -104,13 +116,20 @@ def _write_steps(
         size_keys="distill.batch_size",
     )
     for number, call in calls:
+        outputs = ended.pop((number, call.stack, call.index - 1), {})
         if call.key in starts:
-            waiting[number, starts[call.key]] = call.kwargs
+            key = starts[call.key]
+            waiting[number, key] = call.kwargs
+            shared[number, key] = {
+                name: stream for name, value in call.kwargs.items() for stream, own in outputs.items() if value is own
+            }
         if call.key in writers:
             boundary = Boundary(
                 waiting.pop((number, call.key)), call.outputs, masks[number], inputs[number].asked_for()
             )
-            writers[call.key].add(boundary, batches[number].sigmas)
+            writers[call.key].add(boundary, batches[number].sigmas, shared.pop((number, call.key)))
+            if (call.stack, call.index + 1) in starts:
+                ended[number, *call.key] = call.outputs
 
 
 def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: int) -> None:
@@ -118,7 +137,7 @@ def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: i
 
     Raises `UsageError` if less is free.
     """
-    trial = {key: BoundaryWriter(folder, TRAIN) for key in pairs_keys(pairs)}
+    trial = _writers(folder, TRAIN, pairs)
     _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())
     remedy = (
