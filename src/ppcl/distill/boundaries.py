@@ -60,11 +60,18 @@ def held_out_steps(run: Run) -> range:
     return batch_numbers(run.config.distill.batch_size, 0, 4)
 
 
-def boundaries_folder(run: Run, intervals: Intervals) -> Path:
-    """Return `distill.boundaries`, or else the folder in the cache that is named by the header's fingerprint."""
+def boundaries_folder(run: Run) -> Path:
+    """Return `distill.boundaries`, or else a folder in the cache that is named by the header's fingerprint.
+
+    That is the folder of all intervals if it is complete, else that of those which `distill.intervals` names.
+    """
     if run.config.distill.boundaries is not None:
         return Path(run.config.distill.boundaries)
-    return Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run, intervals).fingerprint
+    every, own = (
+        Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run, intervals).fingerprint
+        for intervals in (run.intervals, asked_for(run))
+    )
+    return every if (every / "boundaries.json").exists() else own
 
 
 def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
@@ -75,9 +82,7 @@ def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
     none fit this run (another `model.dtype`, `distill.batch_size` or `distill.init`, an interval that they lack, or
     too few steps), or if several do.
     """
-    folder = boundaries_folder(run, asked_for(run))
-    if not folder.exists():
-        folder = boundaries_folder(run, run.intervals)
+    folder = boundaries_folder(run)
     found = [folder / "boundaries.json"]  # written last: it says that the rest is complete
     if not found[0].exists():
         found = sorted(folder.glob("*/boundaries.json"))

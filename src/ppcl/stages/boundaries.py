@@ -36,8 +36,9 @@ def run(run: Run) -> None:
     boundaries made with other settings, or if the disk has too little space.
     """
     check_reachable(run, run.intervals)
-    intervals = asked_for(run)
-    folder, header = boundaries_folder(run, intervals), boundaries_header(run, intervals)
+    intervals, folder, every = asked_for(run), boundaries_folder(run), boundaries_header(run, run.intervals)
+    stored = folder.name == every.fingerprint and (folder / "boundaries.json").exists()
+    header = every if stored else boundaries_header(run, intervals)
     advice = f"give another folder as distill.boundaries=, or delete {folder} to write it anew"
     if is_current(folder / "boundaries.json", header, advice):
         run.say("boundaries", f"reused {folder}")
