@@ -311,6 +311,7 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
 
 def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
     """Run the stages one after the other. A stage that ranks do not share runs on rank 0 only."""
+    from ppcl.attention import attention
     from ppcl.describe import describe
     from ppcl.memory.plan import check_memory, in_memory
     from ppcl.needs import check_needs
@@ -336,7 +337,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
     describe(run)
     for stage in sorted(set(config.stages), key=list(STAGES).index):
         run.teacher.enter(stage)
-        with shared(), in_memory(run, stage):
+        with shared(), in_memory(run, stage), attention(config):
             if config.strategy.kind == "single" or STAGES[stage].ranks != "first" or is_first():
                 import_module(f"ppcl.stages.{stage}").run(run)
 

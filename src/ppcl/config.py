@@ -63,6 +63,10 @@ class ModelConfig:
     `dtype`: the dtype that weights are loaded in and the teacher computes in.
     `streaming`: true leaves the weights of the teacher's blocks on disk. A block is loaded just before it is used and
         the next one is prefetched, so that at most two are in memory.
+    `attention_backend`: the attention kernels of the teacher, students and pruned models, by their name in diffusers,
+        such as `flash` or `_native_cudnn`. None: torch's own choice. Artifacts stay valid if it changes: results differ
+        by rounding, and with 8-bit kernels such as `sage` by a little more. Kernels that take no mask, such as `flash`,
+        refuse batches of captions of different lengths. DiT always attends with torch's.
     `builder`: the module that builds an embedded teacher, for `stages=[pretrain]`. None for all other models.
     `categories`: the categories of the toy world that an embedded teacher was trained on; its prompts and its training
         data are of these. None: those of its family.
@@ -75,6 +79,7 @@ class ModelConfig:
     revision: str | None = None
     dtype: str = option("float32", choices=("float32", "bfloat16", "float16"))
     streaming: bool = False
+    attention_backend: str | None = option(None, identity=False)
     builder: str | None = None
     categories: list[str] | None = None
     arch: dict[str, Any] = field(default_factory=dict)
@@ -329,7 +334,8 @@ class DistillConfig(TrainingConfig):
     `relative_update`: the learning rate relative to the size of each parameter: 0.05 moves a matrix by 5% of its RMS a
         step. One value suits models of all widths, see `ppcl.training.optimizers`. None: `lr` is the learning rate.
     `magnitude_weight`: an older key, which is added to `losses.magnitude`.
-    `intervals`: names of the intervals to train, such as `transformer_blocks.3-5`. None: all.
+    `intervals`: names of the intervals to train, and to store boundaries of, such as `transformer_blocks.3-5`. None:
+        all.
     `groups`: into how many groups the intervals are divided, which are trained one after another to save memory. The
         students are the same. `auto`: as few as fit on the device.
     `from_boundaries`: whether to read the teacher's activations from disk, where `stages=[boundaries]` stored them.
@@ -489,6 +495,8 @@ class GenerateConfig:
         variant.
     `controlnet`: the folder or Hub id of a ControlNet for the full model, `control_image` the file of its input
         picture, and `control_scale` its strength.
+    `control_mode`: for a ControlNet-Union of FLUX, the number of the kind of picture that it is given, such as 0 for
+        edges; its model card lists them. None: for all other ControlNets.
     `compile`: whether to run the blocks through `torch.compile`, each on its own.
     `offload`: what waits in host memory until it runs, to save GPU memory: `model` is whole models (text encoder,
         transformer, VAE), `group` single blocks, `none` nothing.
@@ -509,6 +517,7 @@ class GenerateConfig:
     controlnet: str | None = None
     control_image: str | None = None
     control_scale: float = 1.0
+    control_mode: int | None = option(None, least=0, before=None)
     compile: bool = False
     offload: str = option("none", choices=("none", "model", "group"))
 
@@ -541,6 +550,8 @@ class TrainerConfig:
     `num_threads`: CPU threads of torch. None: as many as torch chooses.
     `compile`: whether trainings run the blocks through `torch.compile`, each on its own. Compiling takes a minute or
         two, which pays from about 1,000 steps on.
+    `tf32`: whether trainings on a CUDA device multiply float32 matrices in TF32, which has 10 bits and is several times
+        as fast. Where `precision` is `bf16-mixed` there are few such products.
     `progress`: whether to show progress.
     `check_memory`: whether a command is refused at its start if the device has too little memory by estimate.
     `memory_gb`: the memory of the device in GB (1e9 bytes) that estimates and `distill.groups=auto` reckon with. None:
@@ -551,6 +562,7 @@ class TrainerConfig:
     precision: str | None = None
     num_threads: int | None = None
     compile: bool = False
+    tf32: bool = True
     progress: bool = True
     check_memory: bool = True
     memory_gb: float | None = option(None, least=0)

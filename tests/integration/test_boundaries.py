@@ -21,6 +21,7 @@ from commands import (
     ppcl_process,
     succeed,
 )
+from safetensors.torch import load_file
 
 from ppcl.command import prepare
 from ppcl.stages.depth import run as train
@@ -105,6 +106,33 @@ def test_intervals_train_one_by_one_without_the_teacher_and_meet(
     shutil.copytree(tmp_path / "apart" / "plugs", tmp_path / "whole" / "plugs")
     small = ["width=none", "budget.params=0.8", "benchmark.latency_repeats=1"]
     succeed(*command, f"paths.runs_dir={tmp_path}", "name=whole", "stages=[plan]", *small)
+
+
+def test_what_one_interval_ends_and_the_next_begins_with_is_stored_once(runs: Path) -> None:
+    """By a link, so that a folder that is copied or left alone has all it needs."""
+    before, after = (folder_of(runs) / name for name in PLUG_NAMES)
+    for kind in ("train-0000", "train-0001", "heldout-0000"):
+        end, start = before / f"{kind}-end.safetensors", after / f"{kind}-start.safetensors"
+        assert end.samefile(start)
+        assert {"0/outputs/image", "0/outputs/text"} <= {*load_file(end)}
+        assert not {"0/kwargs/hidden_states", "0/kwargs/encoder_hidden_states"} & {
+            *load_file(after / f"{kind}.safetensors")
+        }
+
+
+def test_intervals_are_stored_and_trained_one_at_a_time(command: list[str], runs: Path, tmp_path: Path) -> None:
+    """A disk needs room for one of them, and the students are those of boundaries that were stored together."""
+    own = [*command, f"paths.runs_dir={tmp_path}", "name=apart", FROM]
+    for name in PLUG_NAMES:
+        succeed(*own, "stages=[boundaries,depth]", f"distill.intervals=[{name}]")
+        (folder,) = (path.name for path in folder_of(tmp_path).iterdir() if path.is_dir())
+        assert folder == name
+        shutil.rmtree(tmp_path / "cache" / "boundaries")
+    assert_same_tensors(plug_tensors(tmp_path / "apart"), plug_tensors(runs / "online"))
+    shutil.copytree(runs / "cache" / "boundaries", tmp_path / "cache" / "boundaries")
+    again = succeed(*own, "stages=[boundaries,depth]", f"distill.intervals=[{PLUG_NAMES[0]}]").out
+    assert again.count("reused") == 2
+    assert "reused" in succeed(*own, "stages=[depth]").out
 
 
 def test_written_again_nothing_changes(command: list[str], runs: Path) -> None:

@@ -280,6 +280,23 @@ def test_a_second_run_encodes_nothing(command: list[str], cached: Path) -> None:
     assert digests(cached) == before
 
 
+def test_an_upgrade_of_the_libraries_does_not_encode_everything_again(
+    command: list[str], cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers.__version__", "99.0")
+    for stage in ("cache", "probe"):
+        outcome = ppcl(*command, "name=upgraded", f"stages=[{stage}]")
+        assert outcome.code == 2
+        assert re.search(rf"not 99.0 and .*use it by data.cache={cached} data.path=null", outcome.err)
+    use = re.search(r"data.cache=\S+ data.path=null data.given=null", outcome.err)[0].split()
+    succeed(*command, *use, "name=upgraded", f"paths.cache_dir={tmp_path}", "stages=[probe]")
+
+
+def test_sides_of_pictures_that_have_the_same_area_share_a_cache(command: list[str], cached: Path) -> None:
+    sides = ["model.sampling.height=64", "model.sampling.width=16"]
+    assert f"reused {cached}" in succeed(*command, *sides, "name=sides", "stages=[cache]").out
+
+
 @pytest.mark.parametrize("pattern", ["*/00001.tar-001.json", "*/00001.tar-002.safetensors", "*/00002.tar.json"])
 def test_killed_and_resumed_nothing_is_lost_or_repeated(
     command: list[str], cached: Path, tmp_path: Path, pattern: str

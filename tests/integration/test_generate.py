@@ -12,6 +12,8 @@ from commands import INTERVALS, digests, ppcl, succeed
 from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
     QwenImagePipeline,
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import ppcl as package
 from ppcl.families.dit.tiny import build_pipeline as build_dit
+from ppcl.families.flux.tiny import build_pipeline as build_flux
 from ppcl.surgery.remap import map_blocks
 
 PROMPT = "generate.prompt=a red circle"
@@ -187,6 +190,35 @@ def test_a_controlnet_of_the_full_model_reaches_the_blocks_that_are_in(
         (found,) = pictures(command, "control", variant)
         assert np.array_equal(found, expected)
         assert not np.array_equal(found, plain)
+
+
+def test_a_controlnet_union_is_told_what_its_picture_is(settings, tmp_path) -> None:
+    pipeline = build_flux(0, 2)
+    pipeline.save_pretrained(tmp_path / "flux")
+    config, network = pipeline.transformer.config, [*NETWORK, "pooled_projection_dim", "guidance_embeds"]
+    arch = {key: config[key] for key in network if key != "out_channels"}
+    model = FluxControlNetModel(**arch, num_layers=1, num_single_layers=1, num_mode=3)
+    for block in model.controlnet_blocks:
+        torch.nn.init.normal_(block.weight, std=0.5)
+    model.save_pretrained(tmp_path / "union")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    image.save(tmp_path / "edges.png")
+    command = [*settings, f"model.path={tmp_path / 'flux'}", f"paths.runs_dir={tmp_path}", "stages=[generate]", PROMPT]
+    command += [f"generate.controlnet={tmp_path / 'union'}", f"generate.control_image={tmp_path / 'edges.png'}"]
+    command += ["generate.variants=[teacher]", "model.sampling.guidance_scale=3.5", "model.sampling.true_cfg_scale=1"]
+    for mode in ("null", "3"):
+        outcome = ppcl(*command, "name=refused", f"generate.control_mode={mode}")
+        assert outcome.code == 2
+        assert "must be a number from 0 to 2, the kind of picture" in outcome.err
+    with_control = FluxControlNetPipeline(**load(tmp_path / "flux").components, controlnet=model)
+    expected = []
+    for mode in (0, 2):
+        succeed(*command, f"name=mode{mode}", f"generate.control_mode={mode}")
+        call = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.5, "max_sequence_length": 16}
+        call |= {"control_image": image, "control_mode": mode, "generator": [torch.Generator().manual_seed(42)]}
+        expected.append(np.asarray(with_control(prompt=["a red circle"], **call).images[0]))
+        assert np.array_equal(pictures(command, f"mode{mode}", "teacher")[0], expected[-1])
+    assert not np.array_equal(*expected)
 
 
 def test_a_scheduler_setting_is_the_pipelines(command, teacher) -> None:

@@ -12,12 +12,21 @@ from ppcl.distill.depth import DepthDistillation
 from ppcl.distill.finetune import FineTune
 from ppcl.distill.width import WidthDistillation, places
 from ppcl.layers import Layout
+from ppcl.precision import fast_products
 
 STACK = "transformer_blocks"
 PAIRS = {STACK: [(0, 1), (2, 4)]}
 WIDTH = {STACK: {"text": [3], "ffn": [2]}}
 LENGTHS = (5, 9)
 MIXED = "bf16-mixed"
+
+
+@pytest.mark.parametrize(("device", "wanted", "within"), [("cuda", True, "high"), ("cuda", False, "highest"),
+                                                          ("cpu", True, "highest")])  # fmt: skip
+def test_float32_products_are_fast_for_a_training_on_a_gpu_alone(device, wanted, within):
+    with fast_products(torch.device(device), wanted=wanted):
+        assert torch.get_float32_matmul_precision() == within
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def settings(kind=DistillConfig, **changes):

@@ -4,6 +4,10 @@ Each interval [u, v] has a folder. It holds the student's initial weights, `init
 `STEPS_PER_SHARD` batches each. A shard is a JSON file and a safetensors file: the JSON gives the arguments of block u
 and the outputs of block v, with tensors by their names in the safetensors file. A tensor that is the same in every
 batch, such as rotary embeddings, is stored once per shard.
+
+Where the next interval begins at v + 1, the outputs of block v are its inputs. They are in a file of their own,
+`KIND-NNNN-end.safetensors`, of which the next interval's folder has a hard link, `KIND-NNNN-start.safetensors`. Each
+folder is complete when it is copied alone.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from lightning.fabric.utilities import move_data_to_device
 from safetensors import safe_open
 from torch import Tensor
 
-from ppcl.artifacts.files import check_safetensors, read_json, write_json
+from ppcl.artifacts.files import check_safetensors, link_or_copy, read_json, write_json
 from ppcl.artifacts.tensors import write_tensors
 from ppcl.ops.losses import Average, own
 from ppcl.taps import Streams
@@ -71,13 +75,13 @@ class BoundaryBatch:
         return BoundaryBatch([part.to(device) for part in self.parts], self.sigmas.to(device))
 
 
-def _describe(value: Any, keep: Callable[[str, Tensor], str], path: str = "") -> Any:
-    """Return `value` as JSON, with each tensor replaced by the name that `keep(path, tensor)` returns.
+def _describe(value: Any, keep: Callable[[str, Tensor], dict[str, str]], path: str = "") -> Any:
+    """Return `value` as JSON, with each tensor replaced by file and name, `{FILE: NAME}`, as `keep(path, tensor)` says.
 
     Raises `TypeError` for a type that is not supported.
     """
     if isinstance(value, Tensor):
-        return {"tensor": keep(path, value)}
+        return keep(path, value)
     if isinstance(value, Mapping):
         return {"dict": {str(key): _describe(item, keep, f"{path}/{key}") for key, item in value.items()}}
     if isinstance(value, list | tuple):
@@ -88,75 +92,106 @@ def _describe(value: Any, keep: Callable[[str, Tensor], str], path: str = "") ->
     raise TypeError(f"a block was called with a {type(value).__name__}, which boundaries cannot store")
 
 
-def _restore(described: Any, tensor: Any) -> Any:
-    """Return the value that `_describe` described; `tensor(name)` returns a tensor by its name."""
+def _restore(described: Any, files: Mapping[str, Any]) -> Any:
+    """Return the value that `_describe` described, with tensors from open `files`."""
     ((kind, value),) = described.items()
-    if kind == "tensor":
-        return tensor(value)
+    if kind in files:
+        return files[kind].get_tensor(value)
     if kind == "dict":
-        return {key: _restore(item, tensor) for key, item in value.items()}
+        return {key: _restore(item, files) for key, item in value.items()}
     if kind in ("list", "tuple"):
-        items = [_restore(item, tensor) for item in value]
+        items = [_restore(item, files) for item in value]
         return items if kind == "list" else tuple(items)
     return value
 
 
 class BoundaryWriter:
-    """Collects the batches of one interval and writes them in shards to `folder`. `kind`: `train` or `heldout`."""
+    """Collects the batches of one interval and writes them in shards to `folder`. `kind`: `train` or `heldout`.
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self.kind = folder, kind
+    `before`: the writer of the interval that ends where this one begins, if there is one. It must be given each batch
+    first.
+    """
+
+    def __init__(self, folder: Path, kind: str, before: BoundaryWriter | None = None) -> None:
+        self.folder, self.kind, self.before = folder, kind, before
         self.shard = 0
+        self._own = {"tensor"}  # the files that this writes; one more if another interval begins where this one ends
+        if before is not None:
+            before._own.add("end")
+            before._clear()
+        self._ends: dict[int, dict[str, str]] = {}  # by the batch's number in its shard: each stream's name in `end`
         self._clear()
 
     def _clear(self) -> None:
         self._steps: list[Any] = []
-        self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, dict[str, Tensor]] = {file: {} for file in self._own}
         self._latest: dict[str, str] = {}  # by path in the content: the name of the last tensor stored for it
 
     @property
     def pending_bytes(self) -> int:
         """The bytes of tensors that are not written yet."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return sum(tensor.nbytes for tensors in self._files.values() for tensor in tensors.values())
 
-    def add(self, boundary: Boundary, sigmas: Tensor) -> None:
-        """Add the next batch, and write the shard if it is full."""
+    def add(self, boundary: Boundary, sigmas: Tensor, shared: Mapping[str, str] | None = None) -> None:
+        """Add the next batch, and write the shard if it is full.
+
+        `shared`: arguments of block u that are output streams of the interval before, with the stream of each.
+        """
         content = {**vars(boundary), "sigmas": sigmas}
         if not boundary.inputs:
             del content["inputs"]
-        names: dict[tuple, str] = {}  # one tensor may occur twice: a mask is an argument and one of `masks`
+        names: dict[tuple, dict[str, str]] = {}  # one tensor may occur twice: a mask is an argument and one of `masks`
+        ends = self._ends[len(self._steps)] = {}
 
-        def keep(path: str, tensor: Tensor) -> str:
+        def keep(path: str, tensor: Tensor) -> dict[str, str]:
+            argument, stream = path.removeprefix("/kwargs/"), path.removeprefix("/outputs/")
+            if self.before is not None and shared and argument in shared:
+                return {"start": self.before._ends[len(self._steps)][shared[argument]]}
+            if "end" in self._own and stream in boundary.outputs:
+                ends[stream] = self._keep("end", path, tensor)
+                return {"end": ends[stream]}
             place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
             if place not in names:
-                names[place] = self._keep(path, tensor)
+                names[place] = {"tensor": self._keep("tensor", path, tensor)}
             return names[place]
 
         self._steps.append(_describe(content, keep))
         if len(self._steps) == STEPS_PER_SHARD:
             self.flush()
 
-    def _keep(self, path: str, tensor: Tensor) -> str:
+    def _keep(self, file: str, path: str, tensor: Tensor) -> str:
         """Store a tensor and return its name; one equal to the last at the same `path` is not stored again."""
         plain, latest = tensor.detach().cpu().contiguous(), self._latest.get(path)
         if plain.untyped_storage().nbytes() > plain.nbytes:
             plain = plain.clone()  # store a view alone, without the rest of its storage
         if latest is not None:
-            before = self._tensors[latest]
+            before = self._files[file][latest]
             if before.dtype == plain.dtype and torch.equal(before, plain):  # cheap: most tensors differ at once
                 return latest
         name = self._latest[path] = f"{len(self._steps)}{path}"
-        self._tensors[name] = plain
+        self._files[file][name] = plain
         return name
 
     def flush(self) -> None:
         """Write the batches that are not written yet as a shard, which may be shorter than others."""
         if self._steps:
             stem = self.folder / f"{self.kind}-{self.shard:04d}"
-            write_tensors(stem.with_suffix(".safetensors"), self._tensors, {})
-            write_json(stem.with_suffix(".json"), {"steps": self._steps})  # last: it marks the shard as complete
+            if self.before is not None:
+                start = _file(stem, "start")
+                start.unlink(missing_ok=True)  # of a killed process
+                link_or_copy(_file(self.before.folder / stem.name, "end"), start)
+            for file, tensors in self._files.items():
+                write_tensors(_file(stem, file), tensors, {})
+            files = [*self._own, "start"] if self.before is not None else [*self._own]
+            content = {"files": sorted(files), "steps": self._steps}
+            write_json(stem.with_suffix(".json"), content)  # last: it marks the shard as complete
         self.shard += 1
         self._clear()
+
+
+def _file(stem: Path, file: str) -> Path:
+    """Return the safetensors file of a shard that `_describe` calls `file`: `tensor`, `start` or `end`."""
+    return stem.with_name(f"{stem.name}{'' if file == 'tensor' else f'-{file}'}.safetensors")
 
 
 def whole_shards(folder: Path, kind: str) -> int:
@@ -168,16 +203,18 @@ def whole_shards(folder: Path, kind: str) -> int:
 
 
 @lru_cache(maxsize=32)
-def _opened(stem: Path) -> tuple[list[Any], Any]:
-    check_safetensors(stem.with_suffix(".safetensors"))
-    steps = read_json(stem.with_suffix(".json"), "A shard of boundaries")["steps"]
-    return steps, safe_open(stem.with_suffix(".safetensors"), framework="pt")
+def _opened(stem: Path) -> tuple[list[Any], dict[str, Any]]:
+    content = read_json(stem.with_suffix(".json"), "A shard of boundaries")
+    paths = {file: _file(stem, file) for file in content.get("files", ["tensor"])}
+    for path in paths.values():
+        check_safetensors(path)
+    return content["steps"], {file: safe_open(path, framework="pt") for file, path in paths.items()}
 
 
 def read_step(folder: Path, kind: str, step: int) -> tuple[Boundary, Tensor]:
     """Return batch number `step` of the interval stored in `folder`, and its noise levels `[B]`."""
-    steps, tensors = _opened(folder / f"{kind}-{step // STEPS_PER_SHARD:04d}")
-    content = _restore(steps[step % STEPS_PER_SHARD], tensors.get_tensor)
+    steps, files = _opened(folder / f"{kind}-{step // STEPS_PER_SHARD:04d}")
+    content = _restore(steps[step % STEPS_PER_SHARD], files)
     sigmas = content.pop("sigmas")
     return Boundary(**content), sigmas
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,14 @@ class TrainingData:
     def cache_header(self) -> Header:
         """The header of the data's cache; with `data.cache`, the one in that folder.
 
-        Raises `UsageError` if that cache was encoded by another model's encoders.
+        Pictures are encoded with the same number of pixels, whatever the sides of `model.sampling` are, so that a cache
+        for other sides is taken where there is one. Raises `UsageError` if `data.cache` was encoded by another model's
+        encoders.
         """
         if self.config.data.cache is None:
-            return source_header(self.config, find_units(self.config.data), self.teacher.encoder_identity)
+            header = source_header(self.config, find_units(self.config.data), self.teacher.encoder_identity)
+            alike = (found for _, found in self._caches() if _encodings(found) == _encodings(header))
+            return header if (self._caches_folder / header.fingerprint).exists() else next(alike, header)
         content = read_json(self.cache_folder / "cache.json", "data.cache:")
         header = Header(content["format"], content["made_from"], content["version"])
         there = self.teacher.encoder_identity
@@ -52,7 +57,34 @@ class TrainingData:
         """The folder of the cache: `data.cache`, or a folder in `paths.cache_dir` named by its fingerprint."""
         if self.config.data.cache is not None:
             return Path(self.config.data.cache)
-        return Path(self.config.paths.cache_dir) / "data" / self.cache_header.fingerprint
+        return self._caches_folder / self.cache_header.fingerprint
+
+    @property
+    def _caches_folder(self) -> Path:
+        return Path(self.config.paths.cache_dir) / "data"
+
+    def _caches(self) -> Iterator[tuple[Path, Header]]:
+        """Yield folder and header of each cache in `paths.cache_dir`."""
+        for path in sorted(self._caches_folder.glob("*/cache.json")):
+            content = read_json(path, "A cache's record")
+            yield path.parent, Header(content["format"], content["made_from"], content["version"])
+
+    def refuse_encoding_again(self) -> None:
+        """Raise `UsageError` if this data is whole in a cache that was encoded with other versions of libraries.
+
+        Such encodings may differ in what the libraries have changed. Only the user knows whether they matter more than
+        the time that encoding takes.
+        """
+        own = self.cache_header
+        for folder, header in self._caches():
+            there, now = (each.made_from["versions"] for each in (header, own))
+            whole = not list(self._missing(folder))
+            if whole and there != now and _encodings(header) | {"versions": now} == _encodings(own):
+                raise UsageError(
+                    f"{folder} holds this data, encoded with diffusers {there[0]} and transformers {there[1]}, not "
+                    f"{now[0]} and {now[1]}: use it by data.cache={folder} data.path=null data.given=null and without "
+                    "the stage cache, or delete it to encode the data anew."
+                )
 
     @property
     def from_disk(self) -> bool:
@@ -84,12 +116,18 @@ class TrainingData:
     def _whole_cache(self) -> Path:
         """Return the folder of the cache; raises `UsageError` if the cache is not complete."""
         folder = self.cache_folder
-        missing = [unit for unit in self._units if not (folder / unit_record(unit)).exists()]
-        if missing or not (folder / EMPTY).exists():
-            raise UsageError(
-                f"{folder} lacks {missing[0] if missing else EMPTY}: run 'stages=[cache]' first, to its end."
-            )
+        missing = next(self._missing(folder), None)
+        if missing is not None:
+            if not folder.exists():
+                self.refuse_encoding_again()
+            raise UsageError(f"{folder} lacks {missing}: run 'stages=[cache]' first, to its end.")
         return folder
+
+    def _missing(self, folder: Path) -> Iterator[str]:
+        """Yield what a cache in `folder` lacks: names of units, and of the file with the empty prompt."""
+        yield from (unit for unit in self._units if not (folder / unit_record(unit)).exists())
+        if not (folder / EMPTY).exists():
+            yield EMPTY
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -146,3 +184,8 @@ class TrainingData:
     def to_device(self, batch: Any) -> Any:
         """Return a batch with its tensors moved to the teacher's device."""
         return move_data_to_device(batch, self.teacher.device)
+
+
+def _encodings(header: Header) -> dict[str, Any]:
+    """Return what the content of a cache depends on: of the size of pictures, the number of pixels alone."""
+    return header.made_from | {"size": prod(header.made_from["size"])}

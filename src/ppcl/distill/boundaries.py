@@ -19,12 +19,18 @@ from ppcl.artifacts.plan import Intervals, plug_name
 from ppcl.artifacts.tensors import read_tensors
 from ppcl.context import Run
 from ppcl.data.batches import batch_numbers
+from ppcl.distill.groups import select_intervals
 from ppcl.errors import UsageError
 from ppcl.taps import stack_of
 
 
-def boundaries_header(run: Run) -> Header:
-    """Return the header that identifies this run's boundaries: teacher, data, batch size, steps, and intervals."""
+def asked_for(run: Run) -> Intervals:
+    """Return the intervals of this run that `distill.intervals` names: all of them if it is None."""
+    return select_intervals(run.intervals, run.config.distill.intervals)
+
+
+def boundaries_header(run: Run, intervals: Intervals) -> Header:
+    """Return the header that identifies boundaries of `intervals`: teacher, data, batch size, steps, and intervals."""
     distill = run.config.distill
     return Header(
         "ppcl.boundaries",
@@ -36,7 +42,7 @@ def boundaries_header(run: Run) -> Header:
             "steps": num_stored(run),
             "heldout_steps": len(held_out_steps(run)),
             "init": distill.init,
-            "intervals": {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items()},
+            "intervals": {stack: [list(pair) for pair in pairs] for stack, pairs in intervals.items()},
         },
     )
 
@@ -55,16 +61,24 @@ def held_out_steps(run: Run) -> range:
 
 
 def boundaries_folder(run: Run) -> Path:
-    """Return `distill.boundaries`, or else the folder in the cache that is named by the header's fingerprint."""
+    """Return `distill.boundaries`, or else a folder in the cache that is named by the header's fingerprint.
+
+    That is the folder of all intervals if it is complete, else that of those which `distill.intervals` names.
+    """
     if run.config.distill.boundaries is not None:
         return Path(run.config.distill.boundaries)
-    return Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run).fingerprint
+    every, own = (
+        Path(run.config.paths.cache_dir) / "boundaries" / boundaries_header(run, intervals).fingerprint
+        for intervals in (run.intervals, asked_for(run))
+    )
+    return every if (every / "boundaries.json").exists() else own
 
 
 def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
     """Return the folder of complete boundaries that fit this run, and the content of their `boundaries.json`.
 
-    `distill.boundaries` may also name the folder above. Raises `UsageError` if no complete boundaries are there, if
+    They are those of the intervals that `distill.intervals` names, or of all that the run has. `distill.boundaries` may
+    also name the folder above. Raises `UsageError` if no complete boundaries are there, if
     none fit this run (another `model.dtype`, `distill.batch_size` or `distill.init`, an interval that they lack, or
     too few steps), or if several do.
     """
@@ -92,6 +106,18 @@ def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
     return fitting[0], records[fitting[0]]
 
 
+def boundaries_identity(run: Run) -> str:
+    """Return the fingerprint of the boundaries that students are trained from, which their own headers hold.
+
+    Boundaries of some of the run's intervals count as those of all: other intervals do not change them.
+    """
+    _, record = stored_boundaries(run)
+    written, own = record["made_from"]["intervals"], {s: [list(p) for p in pairs] for s, pairs in run.intervals.items()}
+    if all(pair in written.get(stack, []) for stack, pairs in own.items() for pair in pairs):
+        return record["fingerprint"]
+    return Header(record["format"], record["made_from"] | {"intervals": own}).fingerprint
+
+
 def _misfit(run: Run, folder: Path, made_from: dict[str, Any]) -> str | None:
     """Return the sentence that says why the boundaries in `folder` do not fit this run; None if they do."""
     distill = run.config.distill
@@ -103,7 +129,7 @@ def _misfit(run: Run, folder: Path, made_from: dict[str, Any]) -> str | None:
     for key, (written, asked) in given.items():
         if written != asked:
             return f"{folder} was written with {key}={written}, not {asked}: set {key}={written}."
-    for stack, pairs in run.intervals.items():
+    for stack, pairs in asked_for(run).items():
         there = made_from["intervals"].get(stack, [])
         missing = [list(pair) for pair in pairs if list(pair) not in there]
         if missing:

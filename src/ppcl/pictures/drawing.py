@@ -23,6 +23,7 @@ from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.remap import map_blocks
+from ppcl.taps import free_bytes
 from ppcl.training.loop import compiled
 
 
@@ -158,8 +159,25 @@ def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]
         if config.offload == "model":
             pipeline.enable_model_cpu_offload()
         elif config.offload == "group":
-            pipeline.enable_group_offload(run.device, offload_type="block_level", num_blocks_per_group=1)
+            _offload_blocks(pipeline, run.device)
         yield pipeline, arguments
+
+
+def _offload_blocks(pipeline: Any, device: torch.device) -> None:
+    """Let every block wait in host memory until it runs.
+
+    To a CUDA device the next block is copied while one runs. These copies come from pinned memory: of all weights where
+    the host has room for that, else of a block just before it is copied.
+    """
+    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    weights = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    pipeline.enable_group_offload(
+        device,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=device.type == "cuda",
+        low_cpu_mem_usage=1.2 * weights > free_bytes(torch.device("cpu")),
+    )
 
 
 def _blocks(run: Run) -> list[nn.Module]:
@@ -208,9 +226,18 @@ def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
             f"generate.controlnet={config.controlnet} is of another width than model={run.config.model.name}; "
             "give one that was trained for it."
         )
+    modes, mode = controlnet.config.get("num_mode"), config.control_mode
+    if modes is None and mode is not None:
+        raise UsageError(f"generate.control_mode={mode} has no effect: generate.controlnet is no ControlNet-Union.")
+    if modes is not None and (mode is None or mode >= modes):
+        raise UsageError(
+            f"generate.control_mode={mode} must be a number from 0 to {modes - 1}, the kind of picture that the "
+            f"ControlNet-Union generate.controlnet={config.controlnet} is given."
+        )
     hook_residuals(transformer, run.family.facts, board.kept, board.counts)
     pipeline = pipeline_class(**run.teacher.pipeline.components, controlnet=controlnet.to(run.device))
     pipeline.set_progress_bar_config(disable=True)
     height, width = run.config.model.sampling.size
     image = Image.open(str(config.control_image)).convert("RGB").resize((width, height))
-    return pipeline, {"control_image": image, "controlnet_conditioning_scale": config.control_scale}
+    arguments = {"control_image": image, "controlnet_conditioning_scale": config.control_scale}
+    return pipeline, arguments if mode is None else arguments | {"control_mode": mode}

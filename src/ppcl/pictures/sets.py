@@ -76,6 +76,8 @@ def _put_on(config: Config) -> dict[str, Any]:
     if settings.controlnet:
         image = _digest(str(settings.control_image))
         made_from["controlnet"] = {"path": settings.controlnet, "scale": settings.control_scale, "image": image}
+        if settings.control_mode is not None:
+            made_from["controlnet"]["mode"] = settings.control_mode
     return made_from
 
 

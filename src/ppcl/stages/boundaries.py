@@ -1,7 +1,8 @@
-"""Store the teacher's activations at the ends of all intervals, so that students can be trained without the teacher.
+"""Store the teacher's activations at the ends of intervals, so that students can be trained without the teacher.
 
 For an interval [u, v] these are the inputs of block u and the outputs of block v. One pass of the teacher serves all
-intervals and all later trainings, also on other machines (`distill.boundaries=FOLDER`).
+intervals and all later trainings, also on other machines (`distill.boundaries=FOLDER`). Where the disk has no room for
+all of them, `distill.intervals` names those to store.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
 from ppcl.disk import check_space
-from ppcl.distill.boundaries import boundaries_folder, boundaries_header, held_out_steps, num_stored
+from ppcl.distill.boundaries import asked_for, boundaries_folder, boundaries_header, held_out_steps, num_stored
 from ppcl.report.text import counted, in_bytes
 from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
@@ -28,19 +29,21 @@ from ppcl.variants.reach import check_reachable
 
 
 def run(run: Run) -> None:
-    """Store the boundaries of all intervals for held-out and training steps, and each student's initial weights.
+    """Store the boundaries of the intervals that `distill.intervals` names, and each student's initial weights.
 
-    If an earlier attempt was killed, this continues after its last complete shard. Raises `UsageError` if the budget
-    cannot be reached with these intervals, if the folder holds boundaries made with other settings, or if the disk has
-    too little space.
+    Those of held-out and of training steps are stored. If an earlier attempt was killed, this continues after its last
+    complete shard. Raises `UsageError` if the budget cannot be reached with these intervals, if the folder holds
+    boundaries made with other settings, or if the disk has too little space.
     """
     check_reachable(run, run.intervals)
-    folder, header = boundaries_folder(run), boundaries_header(run)
+    intervals, folder, every = asked_for(run), boundaries_folder(run), boundaries_header(run, run.intervals)
+    stored = folder.name == every.fingerprint and (folder / "boundaries.json").exists()
+    header = every if stored else boundaries_header(run, intervals)
     advice = f"give another folder as distill.boundaries=, or delete {folder} to write it anew"
     if is_current(folder / "boundaries.json", header, advice):
         run.say("boundaries", f"reused {folder}")
         return
-    pairs = [(stack, pair) for stack in run.family.stacks for pair in run.intervals.get(stack, [])]
+    pairs = [(stack, pair) for stack in run.family.stacks for pair in intervals.get(stack, [])]
     names = [plug_name(stack, pair) for stack, pair in pairs]
     transformer = run.teacher.pipeline.transformer
     for name, (stack, pair) in zip(names, pairs, strict=True):
@@ -56,7 +59,7 @@ def run(run: Run) -> None:
     }
     run.say_once("boundaries", kinds[TRAIN][0].remark)
     for kind, (stream, steps) in kinds.items():
-        writers = {key: BoundaryWriter(folder / name, kind) for key, name in zip(pairs_keys(pairs), names, strict=True)}
+        writers = _writers(folder, kind, pairs)
         done = min(whole_shards(folder / name, kind) for name in names)
         for writer in writers.values():
             writer.shard = done
@@ -70,11 +73,21 @@ def run(run: Run) -> None:
         for writer in writers.values():
             writer.flush()
     write_json(folder / "boundaries.json", header.to_json())
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    files = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    size = sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())  # linked files count once
     run.say(
         "boundaries",
         f"wrote {counted(num_stored(run), 'step')} of {counted(len(names), 'interval')} to {folder} ({in_bytes(size)})",
     )
+
+
+def _writers(folder: Path, kind: str, pairs: list[Any]) -> dict[tuple[str, int], BoundaryWriter]:
+    """Return the writer of each interval in `pairs`, (stack, (u, v)), by its stack and last block."""
+    writers: dict[tuple[str, int], BoundaryWriter] = {}
+    for stack, pair in pairs:
+        before = writers.get((stack, pair[0] - 1))
+        writers[stack, pair[1]] = BoundaryWriter(folder / plug_name(stack, pair), kind, before)
+    return writers
 
 
 def pairs_keys(pairs: list[Any]) -> list[tuple[str, int]]:
@@ -94,6 +107,8 @@ def _write_steps(
     masks = [run.family.masks(batch.inputs) for batch in batches]
     inputs = [NotedInputs(batch.inputs) for batch in batches]
     waiting: dict[Any, dict[str, Any]] = {}
+    ended: dict[Any, Any] = {}  # the outputs of an interval, until the next block has run
+    shared: dict[Any, dict[str, str]] = {}
     calls = observe_abreast(
         run.family,
         run.teacher.pipeline.transformer,
@@ -102,13 +117,20 @@ def _write_steps(
         size_keys="distill.batch_size",
     )
     for number, call in calls:
+        outputs = ended.pop((number, call.stack, call.index - 1), {})
         if call.key in starts:
-            waiting[number, starts[call.key]] = call.kwargs
+            key = starts[call.key]
+            waiting[number, key] = call.kwargs
+            shared[number, key] = {
+                name: stream for name, value in call.kwargs.items() for stream, own in outputs.items() if value is own
+            }
         if call.key in writers:
             boundary = Boundary(
                 waiting.pop((number, call.key)), call.outputs, masks[number], inputs[number].asked_for()
             )
-            writers[call.key].add(boundary, batches[number].sigmas)
+            writers[call.key].add(boundary, batches[number].sigmas, shared.pop((number, call.key)))
+            if (call.stack, call.index + 1) in starts:
+                ended[number, *call.key] = call.outputs
 
 
 def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: int) -> None:
@@ -116,11 +138,11 @@ def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: i
 
     Raises `UsageError` if less is free.
     """
-    trial = {key: BoundaryWriter(folder, TRAIN) for key in pairs_keys(pairs)}
+    trial = _writers(folder, TRAIN, pairs)
     _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())
     remedy = (
-        "name a folder with more room as distill.boundaries= or paths.cache_dir=, raise distill.replay, or lower "
-        "distill.steps"
+        "name a folder with more room as distill.boundaries= or paths.cache_dir=, raise distill.replay, lower "
+        "distill.steps, or name a few intervals at a time as distill.intervals="
     )
     run.say("boundaries", check_space(folder, needed, counted(steps, "step"), remedy))

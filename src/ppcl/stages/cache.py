@@ -26,13 +26,15 @@ def run(run: Run) -> None:
     """Encode every unit of `data.path` (a shard, or up to 1,000 rows of a table) that is not cached yet.
 
     Several ranks divide the units among themselves. Samples that cannot be used are left out and counted. Raises
-    `UsageError` if the disk has too little space, or if no sample can be used.
+    `UsageError` if the disk has too little space, if no sample can be used, or if another version of the libraries has
+    encoded this data.
     """
     config = run.config.data
     units, folder = find_units(config), run.data.cache_folder
     header = run.data.cache_header
     number, count = rank()
     if not is_current(folder / "cache.json", header):
+        run.data.refuse_encoding_again()
         write_json(folder / "cache.json", header.to_json())  # written first, to identify the files that follow
     mine = [unit for unit in units[number::count] if not (folder / unit_record(unit.name)).exists()]
     if not mine and (folder / EMPTY).exists():

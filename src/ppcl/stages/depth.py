@@ -19,7 +19,13 @@ from ppcl.artifacts.plugs import Plug
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
-from ppcl.distill.boundaries import held_out_steps, initial_students, num_stored, stored_boundaries
+from ppcl.distill.boundaries import (
+    boundaries_identity,
+    held_out_steps,
+    initial_students,
+    num_stored,
+    stored_boundaries,
+)
 from ppcl.distill.depth import DepthDistillation, DepthFromBoundaries
 from ppcl.distill.groups import divided, select_intervals
 from ppcl.memory.plan import Plan
@@ -46,7 +52,7 @@ def plug_header(run: Run, stack: str, pair: Interval) -> Header:
             "interval": list(pair),
             "distill": settings,
             "precision": run.precision,
-            "boundaries": record["fingerprint"],
+            "boundaries": boundaries_identity(run),
             "stored": num_stored(run),
         }
         return Header("ppcl.plug", made_from)

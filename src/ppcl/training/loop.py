@@ -6,7 +6,7 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.parallel import barrier
+from ppcl.precision import fast_products
 from ppcl.training.checkpoints import CHECKPOINT, Checkpoints
 from ppcl.training.cost import TrainingCost
 from ppcl.training.loggers import finish_logger, make_logger
 from ppcl.training.progress import StepProgress
 from ppcl.training.stops import Stop
 from ppcl.training.strategies import SHARDED, discard_others, processes
+
+_MOST_GRAPHS = 64  # of the blocks of one class
 
 
 def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> bool:
@@ -110,8 +113,9 @@ def fit(
     signals: Any = trainer._signal_connector
     signals.register_signal_handlers = lambda: None
     checkpoint = str(folder / CHECKPOINT) if resumable else None
+    compiling = compiled(blocks if run.config.trainer.compile else ())
     try:
-        with stop, compiled(blocks if run.config.trainer.compile else ()):
+        with stop, compiling, fast_products(run.device, wanted=run.config.trainer.tf32):
             trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning raises it for a second Ctrl-C
         raise KeyboardInterrupt from None
@@ -129,12 +133,18 @@ def compiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
     Only `forward` is compiled. `compile_repeated_blocks` of diffusers would also compile hooks, which change during a
     run.
+
+    Sizes are dynamic, so that a graph serves all aspect ratios and text lengths. All blocks of a class share their
+    graphs. There is one for each way of calling them: with and without gradients, autocast and a text mask, as the
+    first block, and for each kind of pruned block. These can be more than the 8 after which torch would run a class
+    eagerly.
     """
     eager = [(block, vars(block).get("forward")) for block in blocks]  # offloading may have replaced it
     for block, _ in eager:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, dynamic=True)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS) if eager else nullcontext():
+            yield
     finally:
         for block, own in eager:
             del block.forward

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ppcl.attention import check_attention
 from ppcl.benchmarks.base import benchmark_names
 from ppcl.config import Config
 from ppcl.errors import UsageError
@@ -110,6 +111,7 @@ def check(config: Config) -> None:
         one_of("stages", stage, tuple(STAGES))
     check_options(config)
     check_strategy(config)
+    check_attention(config)
     method, distill = config.method, config.distill
     if config.benchmark.name != "auto":
         one_of("benchmark.name", config.benchmark.name, benchmark_names())

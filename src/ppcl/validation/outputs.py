@@ -93,6 +93,8 @@ def check_generate(config: Config) -> None:
         _check_picture("generate.control_image", generate.control_image)
     elif generate.control_image is not None:
         raise UsageError(f"generate.control_image={generate.control_image} needs generate.controlnet.")
+    elif generate.control_mode is not None:
+        raise UsageError(f"generate.control_mode={generate.control_mode} needs generate.controlnet.")
     if generate.name is not None and not re.fullmatch(r"[^\W_][\w. -]*", generate.name):
         raise UsageError(
             f"generate.name={generate.name} is no name of a folder: begin with a letter or a digit, and go on with "

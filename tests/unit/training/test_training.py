@@ -1,8 +1,11 @@
 """What trained stages share: blocks compiled for the length of a training."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from ppcl.training.loop import compiled
 
@@ -42,3 +45,22 @@ def test_a_forward_of_its_own_comes_back_even_after_an_error(block):
     with pytest.raises(ZeroDivisionError), compiled([block]):
         1 / (block.forward is own)
     assert block.forward is own
+
+
+def test_a_few_graphs_serve_all_aspects_and_text_lengths(make_transformer, make_batch, monkeypatch):
+    """One without gradients and one with them, each with and without padded text."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traces, and generates no code
+    torch._dynamo.reset()
+    counters.clear()
+    model, counts = make_transformer(3), []
+    with compiled(model.transformer_blocks), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for size in [(4, 5), (5, 4), (3, 7), (7, 3), (2, 10), (10, 2), (6, 3), (3, 6), (5, 5), (4, 6)]:
+            for lengths in [(sum(size), 3 * size[0]), (size[1] + 2,) * 2]:
+                inputs = make_batch(sum(size), lengths, size).inputs
+                with torch.no_grad():
+                    found = model(**inputs)[0]
+                with torch.autocast("cpu", torch.bfloat16):
+                    model(**inputs)[0].sum().backward()
+            counts.append(counters["stats"]["unique_graphs"])
+    assert counts == [4] * 10
+    torch.testing.assert_close(found, model(**inputs)[0])
