@@ -156,7 +156,7 @@ def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]
         if config.compile:
             stack.enter_context(compiled(_blocks(run)))
         if config.offload == "model":
-            pipeline.enable_model_cpu_offload()
+            pipeline.enable_model_cpu_offload(device=run.device)
         elif config.offload == "group":
             pipeline.enable_group_offload(run.device, offload_type="block_level", num_blocks_per_group=1)
         yield pipeline, arguments
