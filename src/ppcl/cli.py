@@ -10,7 +10,7 @@ from typing import Any
 
 from ppcl.command import check_choices, execute, failed_access, sentence
 from ppcl.errors import SaidElsewhere, Stopped, UsageError
-from ppcl.launch import is_first
+from ppcl.launch import is_first, take_gpu
 from ppcl.paths import conf_dir
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
@@ -60,10 +60,12 @@ def main() -> None:
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def app(raw: Any) -> None:
         job = HydraConfig.get()
+        if os.getpid() != here:  # a worker that a launcher of Hydra, such as joblib's, has started
+            take_gpu(job.job.num)
         try:  # here, since Hydra prints a line of its own about what leaves a job
             execute(raw, job.overrides.task, Path(job.runtime.output_dir))
         except (UsageError, OmegaConfBaseException) as error:
-            if os.getpid() != here:  # a launcher's process: it hands the error on
+            if os.getpid() != here:  # that worker hands the error on
                 raise
             complain(error)
 

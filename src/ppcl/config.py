@@ -570,10 +570,11 @@ class TrainerConfig:
 
 @dataclass
 class StrategyConfig:
-    """How the ranks that torchrun or srun started share the training stages.
+    """How the ranks that torchrun or srun started share the work.
 
     `kind`: `single` is one process. `ddp`: each rank holds the teacher and all trained modules, and computes on its own
-        rows of each batch. `fsdp`: teacher, students and optimiser states are sharded over the ranks.
+        rows of each batch. `fsdp`: teacher, students and optimiser states are sharded over the ranks. With both, probe,
+        detect, generate and evaluate divide whole batches, and each rank holds the whole teacher meanwhile.
     `cpu_offload`: with `fsdp`, whether shards stay in host memory except while their block runs.
     `shard_over`: with `fsdp`, which ranks share the shards. `machine`: those of one machine, so that each machine has
         all parameters and only gradients go over the network. `all`: those of all machines, which needs less memory.

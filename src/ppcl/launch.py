@@ -1,11 +1,19 @@
-"""Reads this process's rank from the variables of torchrun or SLURM. Importing this loads no torch."""
+"""Reads this process's rank from the variables of torchrun or SLURM, and gives workers of a sweep a GPU each.
+
+Importing this loads no torch.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
+from typing import Any
 
 # SLURM_NTASKS would not do: sbatch sets it, too, for a script that starts a single process without srun.
 _NAMES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+
+_locks: list[Any] = []  # of this process, open until it ends
 
 
 def launched() -> bool:
@@ -62,3 +70,33 @@ def shard_ranks(shard_over: str) -> int:
     """
     (_, ranks), (_, here) = rank(), local_rank()
     return here if shard_over == "machine" and here > 1 and ranks % here == 0 else ranks
+
+
+def take_gpu(job: int) -> None:
+    """Let this process see one GPU only, which no other process that called this has: for a worker of a sweep.
+
+    It keeps that GPU for all its jobs, until it ends. If all are taken it shares one, which `job`, the number of its
+    first job, chooses. Call this before CUDA is used. With less than two GPUs, or under torchrun or srun, nothing
+    changes.
+    """
+    if _locks or launched():
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if visible == [""]:
+        import torch
+
+        visible = [str(number) for number in range(torch.cuda.device_count())]
+    if len(visible) < 2:
+        return
+    import fcntl
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[job % len(visible)]
+    for gpu in visible:
+        lock = (Path(tempfile.gettempdir()) / f"ppcl-{os.getuid()}-gpu-{gpu}.lock").open("w")
+        _locks.append(lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # another process has it
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        return

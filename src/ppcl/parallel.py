@@ -1,7 +1,7 @@
-"""Communication between the ranks of one run: barriers, shared failures, and means by all-reduce.
+"""Communication between the ranks of one run: barriers, shared failures, shares of work, and sums by all-reduce.
 
 Call `start` once, in runs of several processes only. Without it every function here assumes a single process: nothing
-is sent, and a mean over ranks is the value itself.
+is sent, a rank's share of the work is all of it, and a mean over ranks is the value itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,9 @@ from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import export_slurm, local_rank, rank
 from ppcl.ops.losses import Average, own
 
-_STAGE_TIMEOUT = timedelta(days=7)  # the longest that ranks wait while rank 0 works alone (probes, pictures)
+Value = TypeVar("Value")
+
+_STAGE_TIMEOUT = timedelta(days=7)  # the longest that ranks wait for one that works alone or has more to do
 _STRAGGLERS = timedelta(seconds=20)  # how long a rank that failed waits for the others before it raises
 
 
@@ -90,7 +92,7 @@ def together() -> Iterator[None]:
     """Run the `with` body on every rank, wait for all ranks at its end, and raise on all of them if one failed.
 
     The lowest rank that failed raises its own error, which gives the cause. All others raise `SaidElsewhere`, so that
-    the cause is printed once. A rank may have nothing to do in the body: it just waits.
+    the cause is printed once. A rank may have nothing to do in the body: it just waits. Bodies may be nested.
 
     Only `UsageError`, `OSError` and OmegaConf's errors are passed on in this way. If the other ranks do not reach the
     end of the body within 20 seconds, a rank that failed raises its own error without them.
@@ -106,17 +108,60 @@ def together() -> Iterator[None]:
     except (UsageError, OSError, OmegaConfBaseException) as error:
         failure = error
     keys = [f"{section}/{other}" for other in range(size)]
-    _ranks.store.set(keys[number], "failed" if failure else "done")
+    end = "done" if failure is None else "failed"
+    if isinstance(failure, SaidElsewhere):  # an inner context has told this rank of another's failure
+        end = "told"
+    _ranks.store.set(keys[number], end)
     try:
         _ranks.store.wait(keys, _STRAGGLERS if failure else _STAGE_TIMEOUT)
     except RuntimeError:
         if failure is None:
             raise
         raise failure from None  # the others still wait for this rank in the training; the launcher will end them
-    failed = [other for other in range(size) if _ranks.store.get(keys[other]) == b"failed"]
+    found = [_ranks.store.get(key) for key in keys]
     barrier()  # rank 0 may host the store: it must not raise and exit before the others have read their keys
-    if failed:
-        raise failure if failure is not None and failed[0] == number else SaidElsewhere()
+    if failure is not None and b"failed" not in found[:number]:
+        raise failure
+    if {*found} != {b"done"}:
+        raise SaidElsewhere
+
+
+def share() -> tuple[int, int]:
+    """Return the number of this rank among those that share the work, and how many they are; 0 and 1 if it is alone."""
+    return (0, 1) if _ranks is None else rank()
+
+
+def dealt(items: Sequence[Value]) -> Sequence[Value]:
+    """Return this rank's share of `items`: of n ranks, rank r takes every n-th item, from number r on."""
+    number, count = share()
+    return items[number::count]
+
+
+def gathered(value: Value) -> list[Value]:
+    """Return the `value` of every rank in the order of ranks. Every rank must call this, with a value to pickle."""
+    if _ranks is None:
+        return [value]
+    found: list[Any] = [None] * rank()[1]
+    dist.all_gather_object(found, value, group=_ranks.group)
+    return found
+
+
+def merged(values: Sequence[Value]) -> list[Value]:
+    """Return the values of all ranks in the order of the items that were `dealt`. `values`: one for each of its own."""
+    parts = gathered(values)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def of_first(value: Value) -> Value:
+    """Return rank 0's `value` on every rank, for what ranks that look by themselves could see differently."""
+    return gathered(value)[0]
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Add `tensor` up over ranks in place, by an all-reduce that every rank must call, and return it."""
+    if _ranks is not None:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def mean(tensor: Tensor) -> Tensor:

@@ -564,8 +564,8 @@ def test_a_strategy_that_means_nothing_is_refused(auto, overrides, sentence):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["stages=[depth]"], "strategy=single trains depth in one process, and 3 were started"),
-        (["stages=[cache,width,finetune]"], "strategy=single trains width, finetune in one process"),
+        (["stages=[depth]"], "strategy=single runs depth in one process, and 3 were started"),
+        (["stages=[cache,width,generate]"], "strategy=single runs width, generate in one process"),
         (
             ["stages=[depth]", "strategy=ddp", "distill=paper"],
             "distill.batch_size=2 does not divide among 3 ranks: make it 3",

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 NUM_LAYERS = 6
 INTERVALS = "intervals.transformer_blocks=[[1,2],[3,4]]"
 PLUG_NAMES = ["transformer_blocks.1-2", "transformer_blocks.3-4"]
@@ -123,6 +125,53 @@ def _forked(python: str, arguments: tuple[str, ...]) -> subprocess.CompletedProc
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(["-c", *arguments], code, out.read(), err.read())
+
+
+# Two ranks as srun would start them, as forks of a process that has imported everything. Exits with the higher code.
+TWO_RANKS = """
+import os, sys
+from ppcl.cli import main
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+child = os.fork()
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
+code = 0
+try:
+    main()
+except SystemExit as stop:
+    code = stop.code
+if child:
+    sys.exit(max(code, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
+"""
+
+
+def two_ranks(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `ppcl` on two ranks. `before`: code that prepares their process and takes what it needs off `sys.argv`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ppcl_process(*arguments, python=f"PORT = '{port}'\n{before}{TWO_RANKS}")
+
+
+def start(count: int, arguments: list[str]) -> subprocess.Popen[str]:
+    """Start the command under torchrun with `count` processes."""
+    return subprocess.Popen(
+        [*TORCHRUN, str(count), "-m", "ppcl", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def launch(count: int, *arguments: str) -> str:
+    """Run the command under torchrun with `count` processes. It must end well. Returns what it printed."""
+    process = start(count, list(arguments))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
 
 
 def start_until(folder: Path, pattern: str, arguments: list[str]) -> subprocess.Popen[str]:

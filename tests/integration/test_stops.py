@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from commands import INTERVALS, REPOSITORY, assert_same_tensors, plug_tensors, ppcl, ppcl_process, succeed
+from commands import (
+    INTERVALS,
+    REPOSITORY,
+    assert_same_tensors,
+    plug_tensors,
+    ppcl,
+    ppcl_process,
+    succeed,
+    two_ranks,
+)
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
@@ -51,30 +59,10 @@ def signalling(self):
 StepLoader._iterate = signalling
 """
 ONE = SIGNALLED + "main()"
-# Two ranks as srun would start them, as forks of a process that has imported everything. Exits with the higher code.
-TWO = (
-    SIGNALLED
-    + """
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv.pop(1), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-child = os.fork()
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
-code = 0
-try:
-    main()
-except SystemExit as stop:
-    code = stop.code
-if child:
-    sys.exit(max(code, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
-os._exit(code)
-"""
-)
 
 
-def two_ranks(signal: str, *arguments: str) -> CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ppcl_process(signal, "itself", str(port), *arguments, python=TWO)
+def signalled_ranks(signal: str, *arguments: str) -> CompletedProcess[str]:
+    return two_ranks(signal, "itself", *arguments, before=SIGNALLED)
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +139,10 @@ def test_two_ranks_stop_at_one_step_and_end_alike(command: list[str], tmp_path: 
     assert outcome.returncode == 1
     assert outcome.stderr.count("ppcl: stopped by SIGTERM; the same command resumes.") == 1, outcome.stderr
     assert names(run, "plugs/checkpoint-*/sharded-*") == [f"sharded-{STEP:08d}"]
-    stopped(two_ranks("SIGTERM", *shared, "name=stopped"), 143, "SIGTERM")
+    stopped(signalled_ranks("SIGTERM", *shared, "name=stopped"), 143, "SIGTERM")
     assert names(run, "finetune-checkpoint/sharded-*") == [f"sharded-{STEP:08d}"]
     for name in ("stopped", "whole"):
-        outcome = two_ranks("", *shared, f"name={name}")
+        outcome = signalled_ranks("", *shared, f"name={name}")
         assert outcome.returncode == 0, outcome.stderr
     assert_same_tensors(plug_tensors(run), plug_tensors(tmp_path / "whole"))
     assert_same_tensors(finetuned(run), finetuned(tmp_path / "whole"))

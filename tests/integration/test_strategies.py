@@ -24,36 +24,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import INTERVALS, REPOSITORY, assert_same_tensors, plug_tensors, ppcl, succeed
+from commands import INTERVALS, REPOSITORY, assert_same_tensors, launch, plug_tensors, ppcl, start, succeed
 from safetensors.torch import load_file
 
 from ppcl.artifacts.plugs import load_plugs, load_projectors
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 LONG = [INTERVALS, "stages=[depth]", "distill.steps=30", "distill.checkpoint_every=5"]
 STAGES = "stages=[depth,width,finetune,export]"
 LR = 1e-3
 TOLERANCE = 1e-3 * LR
 NEAR, NEAR_LONG = 0.005, 0.04  # of a tensor's root mean square
-
-
-def start(count: int, arguments: list[str]) -> subprocess.Popen[str]:
-    """The command under torchrun."""
-    return subprocess.Popen(
-        [*TORCHRUN, str(count), "-m", "ppcl", *arguments],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def launch(count: int, *arguments: str) -> str:
-    """The command under torchrun, which must end well; returns what it printed."""
-    process = start(count, list(arguments))
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
 
 
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None:

@@ -1,5 +1,9 @@
 """What torchrun and SLURM say of a process."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from ppcl.launch import is_first, launched, local_rank, rank
@@ -46,3 +50,25 @@ def test_each_rank_has_the_gpu_of_its_number_on_the_machine(monkeypatch, said, e
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     assert local_rank()[0] == expected
+
+
+def test_workers_of_a_sweep_take_a_gpu_each(tmp_path):
+    """While all live; a third has to share one, and later workers find free those of workers that have ended."""
+    code = (
+        "import os; from ppcl.launch import take_gpu; take_gpu(JOB); print(os.environ['CUDA_VISIBLE_DEVICES']); input()"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "5,7", "TMPDIR": str(tmp_path)}
+
+    def worker(job):
+        command = [sys.executable, "-c", code.replace("JOB", str(job))]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+        return process, process.stdout.readline().strip()
+
+    first, second, third = worker(0), worker(2), worker(3)
+    assert [gpu for _, gpu in (first, second, third)] == ["5", "7", "7"]
+    first[0].communicate("\n")
+    fourth = worker(1)
+    assert fourth[1] == "5"
+    for process, _ in (second, third, fourth):
+        process.communicate("\n")

@@ -66,7 +66,7 @@ class Need:
 class Plan:
     """Estimates what the stages of a run need, from its configuration alone.
 
-    Each method that is named after a stage returns its `Need`. `ranks`: the number of processes that share a training.
+    Each method that is named after a stage returns its `Need`. `ranks`: the number of processes that share the work.
     `shards`: how many of them share the shards of a model.
     """
 
@@ -145,13 +145,13 @@ class Plan:
 
     def probe(self) -> Need:
         config = self.run.config.probe
-        batches = config.num_batches + config.num_heldout_batches
+        batches = sum(-(-count // self.share) for count in (config.num_batches, config.num_heldout_batches))
         parts = self.teacher() | {
             "streams of all batches": batches * dry.stream_bytes(self.run, config.batch_size),
             "forward": dry.forward_peak(self.run, config.batch_size),
             "normal equations": self._equations(2),
         }
-        samples = batches * config.batch_size
+        samples = (config.num_batches + config.num_heldout_batches) * config.batch_size
         flops = 2 * self.teacher_params * self._tokens(samples)
         return Need("probe", parts, hours=self._hours(1, flops, 1))
 

@@ -24,8 +24,10 @@ Curves = dict[str, dict[str, list[list[float | None]]]]
 class Teacher:
     """Input of a method: the teacher, its family, and functions that supply data when called.
 
-    `calibration`: starts a new pass over the calibration batches. `probes`: returns the fitted linear probes.
-    `progress(items, total)`: wraps an iterable to show a progress bar.
+    `calibration`: starts a new pass over the calibration batches, or over this rank's share of them if the method
+    `divides`. `probes`: returns the fitted linear probes.
+    `progress(items, total)`: wraps an iterable to show a progress bar. `total`: how many items all ranks have.
+    `gathered(value)`: returns the value of every rank. Every rank must call it, with a value to pickle.
     """
 
     family: Family
@@ -33,6 +35,7 @@ class Teacher:
     calibration: Callable[[], Iterable[TrainingBatch]]
     probes: Callable[[], Probes]
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items
+    gathered: Callable[[Any], list[Any]] = lambda value: [value]
 
 
 @dataclass
@@ -57,10 +60,13 @@ class Method(ABC):
 
     `settings_class`: a dataclass of the keys that only this method has, which are set under `method.settings`.
     `needs_probes`: whether it reads the linear probes that `stages=[probe]` fits.
+    `divides`: whether several ranks can share the calibration. `detect` then runs on every rank, with a part of it that
+        may be empty, and merges by `teacher.gathered` what all have found. Otherwise rank 0 works alone.
     """
 
     settings_class: ClassVar[type[Any]] = NoSettings
     needs_probes: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config

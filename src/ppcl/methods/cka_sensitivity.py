@@ -38,6 +38,8 @@ class CkaSensitivity(Method):
     blocks that the family excludes from pruning, or that `method.start` and `method.end` exclude.
     """
 
+    divides = True
+
     @classmethod
     def check(cls, config: MethodConfig) -> None:
         if not config.num_remove:
@@ -55,7 +57,9 @@ class CkaSensitivity(Method):
                 for index in range(len(blocks)):
                     similarity = self._without(teacher, stack, blocks, index, batch, full)
                     sums[stack, index] = sums.get((stack, index), 0.0) + similarity
-        scores = {key: total / count for key, total in sums.items()}
+        parts = teacher.gathered((sums, count))
+        count = sum(samples for _, samples in parts)
+        scores = {key: sum(part[key] for part, _ in parts if part) / count for key in parts[0][0]}
         end, facts = self.config.end, teacher.family.facts
         count_of = {stack: len(stack_of(teacher.transformer, stack)) for stack in teacher.family.stacks}
         candidates = [

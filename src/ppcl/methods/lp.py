@@ -35,6 +35,7 @@ class Lp(Method):
     """Finds intervals by the similarity of the teacher to its linear surrogates. Subclasses change where they end."""
 
     needs_probes = True
+    divides = True
 
     def end_of(self, curve: Curve, u: int, last: int) -> int:
         """Return the last block of the interval that begins at u, at most `last`."""
@@ -69,6 +70,7 @@ class Lp(Method):
         curves = SurrogateCurves(teacher.probes(), layers, debiased=self.config.debiased)
         for _ in teacher.progress(_simulate(teacher, curves), self.num_batches * sum(layers.values())):
             pass
+        curves.add_up(teacher.gathered)
         intervals: Intervals = {}
         scores: dict[str, dict[str, float]] = {}
         facts = teacher.family.facts
@@ -98,6 +100,8 @@ def _simulate(teacher: Teacher, curves: SurrogateCurves) -> Iterator[None]:
     """Add the calibration to `curves`, in parts that fit into memory, and yield after each call of a block."""
     batches = iter(teacher.calibration())
     part = list(islice(batches, 1))
+    if not part:
+        return  # there are fewer batches than ranks
     size = _batches_at_once(teacher, curves, part[0])
     part += islice(batches, size - 1)
     while part:

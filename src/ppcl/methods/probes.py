@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ppcl.data.batches import TrainingBatch
 from ppcl.families.base import Family
 from ppcl.ops.least_squares import NormalEquations, in_chunks
+from ppcl.ops.losses import own
 from ppcl.taps import observe_abreast
 
 Changes = Iterable[tuple[Tensor, Tensor]]
@@ -68,6 +69,11 @@ class Residual:
             self.error += (x @ weight.T + bias - dx).double().square().sum().item()
             self.size += dx.double().square().sum().item()
 
+    @classmethod
+    def together(cls, several: Sequence[Residual]) -> Residual:
+        """Return the residual of all tokens that were added to any of `several`."""
+        return cls(sum(one.error for one in several), sum(one.size for one in several))
+
     @property
     def value(self) -> float:
         """The residual of all tokens added so far; 0 if they do not change in the block."""
@@ -92,6 +98,7 @@ def fit_probes(
     *,
     ridge: float,
     bias: bool,
+    total: Callable[[Tensor], Tensor] = own,
 ) -> Iterator[Fit]:
     """Yield the probe of every block and stream, fitted by least squares (Eq. 1): x -> x + x W^T + b, `W` is `[D, D]`.
 
@@ -99,7 +106,8 @@ def fit_probes(
     block are in memory at a time.
 
     `heldout`: batches for the residuals. `ridge`: the damping, relative to the mean diagonal of X^T X. `bias`: whether
-    b is fitted; otherwise it is 0.
+    b is fitted; otherwise it is 0. `total`: adds the statistics of a block up over ranks that have different batches.
+    All ranks then get the same probes, and each gets the residuals on its own held-out batches.
     """
     equations: dict[str, NormalEquations] = {}
     fits: dict[str, Fit] = {}
@@ -113,7 +121,9 @@ def fit_probes(
         else:
             fits[key].residual.add((fits[key].weight, fits[key].bias), moved)
         if number == len(batches) - 1:
-            weight, offset = equations.pop(key).solve(ridge=ridge, bias=bias)
+            system = equations.pop(key)
+            system.gram, system.cross = total(system.gram), total(system.cross)
+            weight, offset = system.solve(ridge=ridge, bias=bias)
             fits[key] = Fit(key, weight.float(), offset.float(), Residual())
         if number == final:
             yield fits.pop(key)
@@ -129,7 +139,8 @@ def train_probes(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Train `probes` by Adam on L_fit = ||l_i(T_{i-1}) - T_i||^2 (Eq. 2), one step per batch, and return them.
 
-    `probes`: weight `[D, D]` and bias `[D]` by key. They share no gradient, so each is trained as if alone.
+    `probes`: weight `[D, D]` and bias `[D]` by key, of all blocks and streams or of some. They share no gradient, so
+    each is trained as if alone.
     """
     maps = {key: nn.Linear(weight.shape[1], weight.shape[0]) for key, (weight, _) in probes.items()}
     for key, (weight, bias) in probes.items():
@@ -139,6 +150,8 @@ def train_probes(
     for batch in batches:
         optimizer.zero_grad()
         for _, key, moved in pairs(family, transformer, [batch]):
+            if key not in maps:
+                continue
             count = 0
             for x, dx in moved:
                 (maps[key](x.cpu()) - dx.cpu()).square().sum().backward()
@@ -156,8 +169,9 @@ def relative_residuals(
     batches: Sequence[TrainingBatch],
     probes: Mapping[str, tuple[Tensor, Tensor]],
 ) -> dict[str, float]:
-    """Return the relative residual (see `Residual`) of every probe on `batches`, by key."""
+    """Return the relative residual (see `Residual`) of each of `probes` on `batches`, by key."""
     residuals: dict[str, Residual] = {}
     for _, key, moved in pairs(family, transformer, batches):
-        residuals.setdefault(key, Residual()).add(probes[key], moved)
+        if key in probes:
+            residuals.setdefault(key, Residual()).add(probes[key], moved)
     return {key: residual.value for key, residual in residuals.items()}

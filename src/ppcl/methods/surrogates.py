@@ -9,6 +9,7 @@ parts, each with a pass of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,14 @@ class SurrogateCurves:
             sums = self.sums.setdefault((stack, stream), torch.full((layers, layers), torch.nan, dtype=torch.float64))
             sums[u, u:] = torch.nan_to_num(sums[u, u:]) + self._row(stack, u, stream, features, valid)
             self.counts.setdefault((stack, stream), torch.zeros(layers, 1))[u] += sum(map(len, features))
+
+    def add_up(self, gathered: Callable[[Any], list[Any]]) -> None:
+        """Add what all ranks have accumulated. `gathered`: returns the value of every rank."""
+        parts = gathered((self.sums, self.counts))
+        for key in dict.fromkeys(key for sums, _ in parts for key in sums):
+            tables = torch.stack([sums[key] for sums, _ in parts if key in sums])
+            self.sums[key] = tables.nansum(dim=0).masked_fill(tables.isnan().all(dim=0), torch.nan)
+            self.counts[key] = torch.stack([counts[key] for _, counts in parts if key in counts]).sum(dim=0)
 
     def held_bytes(self, features: Tensor) -> int:
         """Return the bytes that `add` holds beside output streams `[B, tokens, D]`, while it works on one of them."""

@@ -157,7 +157,7 @@ def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]
         if config.compile:
             stack.enter_context(compiled(_blocks(run)))
         if config.offload == "model":
-            pipeline.enable_model_cpu_offload()
+            pipeline.enable_model_cpu_offload(device=run.device)
         elif config.offload == "group":
             _offload_blocks(pipeline, run.device)
         yield pipeline, arguments

@@ -13,6 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from ppcl.artifacts.scores import Likeness
 from ppcl.context import Run
 from ppcl.errors import UsageError
+from ppcl.parallel import dealt, merged, together
 from ppcl.pictures.images import image_folder, picture_path, read_image
 
 MOST_DECIBELS = 100.0  # stands for the infinite PSNR of equal pictures
@@ -31,21 +32,22 @@ def likeness(image: Image.Image, teacher: Image.Image) -> Likeness:
 
 
 def likenesses(run: Run, variant: str) -> list[Likeness]:
-    """Return the likeness of each picture of a variant to the teacher's.
+    """Return the likeness of each picture of a variant to the teacher's. Several ranks divide the pictures.
 
     Raises `UsageError` if a picture and the teacher's differ in size.
     """
     found = []
-    for number in run.track(range(len(run.prompts)), f"{variant}: pictures"):
-        ours, theirs = (read_image(run, name, number) for name in (variant, "teacher"))
-        if ours.size != theirs.size:
-            path = picture_path(image_folder(run, variant), number)
-            raise UsageError(
-                f"{path} has {ours.width}x{ours.height} pixels, and the teacher's {theirs.width}x{theirs.height}: "
-                "delete both folders and draw them again."
-            )
-        found.append(likeness(ours, theirs))
-    return found
+    with together():
+        for number in run.track(dealt(range(len(run.prompts))), f"{variant}: pictures"):
+            ours, theirs = (read_image(run, name, number) for name in (variant, "teacher"))
+            if ours.size != theirs.size:
+                path = picture_path(image_folder(run, variant), number)
+                raise UsageError(
+                    f"{path} has {ours.width}x{ours.height} pixels, and the teacher's {theirs.width}x{theirs.height}: "
+                    "delete both folders and draw them again."
+                )
+            found.append(likeness(ours, theirs))
+    return merged(found)
 
 
 def _as_tensor(image: Image.Image) -> Tensor:

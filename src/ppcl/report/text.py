@@ -10,6 +10,7 @@ from ppcl.artifacts.costs import Point
 from ppcl.artifacts.plan import PruningPlan, read_plug_name, read_projector_name
 from ppcl.artifacts.scores import ComparedRow, ScoreRow
 from ppcl.context import Run
+from ppcl.parallel import gathered
 
 # The meaning of each variant. It does not depend on the method that found the intervals.
 MEANINGS = {
@@ -47,6 +48,23 @@ def in_bytes(size: float) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: `1 unit`, `3 units`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def by_ranks(numbers: Sequence[int]) -> str:
+    """Return how many items each rank did, to follow the number of all; empty if there is one rank."""
+    low, high = min(numbers), max(numbers)
+    each = f"{low}" if low == high else f"{low} to {high}"
+    return f" ({each} by each of {len(numbers)} ranks)" if len(numbers) > 1 else ""
+
+
+def show_shares(run: Run, stage: str, mine: int, what: str) -> None:
+    """Print how many items each rank did, if there are several ranks. Every rank must call this.
+
+    `mine`: how many this rank did. `what`: their name.
+    """
+    numbers = gathered(mine)
+    if len(numbers) > 1:
+        run.say(stage, f"{what}: {sum(numbers)}{by_ranks(numbers)}")
 
 
 def plugs_in_words(names: Iterable[str]) -> list[str]:

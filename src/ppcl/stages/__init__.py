@@ -28,8 +28,8 @@ class Stage:
         a stage that reads data also runs the encoders.
     `data`: whether it reads pictures with captions, either cached ones or rendered toy pictures.
     `whole`: whether the whole teacher must be in memory at once, which `model.streaming=true` does not allow.
-    `ranks`: how several ranks share the work. `train`: all ranks train together. `divide`: each rank does a part.
-        `first`: rank 0 does everything while the others wait.
+    `ranks`: how several ranks share the work. `train`: all ranks train together. `divide`: each rank does a part, with
+        a whole teacher of its own. `first`: rank 0 does everything while the others wait.
     """
 
     help: str
@@ -52,9 +52,12 @@ STAGES = {
         encoders="device",
         ranks="divide",
     ),
-    "probe": Stage("fit one linear map per block and stream", transformer="device", data=True),
+    "probe": Stage("fit one linear map per block and stream", transformer="device", data=True, ranks="divide"),
     "detect": Stage(
-        "find intervals: groups of adjacent blocks that together are nearly linear", transformer="device", data=True
+        "find intervals: groups of adjacent blocks that together are nearly linear",
+        transformer="device",
+        data=True,
+        ranks="divide",
     ),
     "boundaries": Stage(
         "store the teacher's activations, to distil without the teacher (distill.from_boundaries=true)",
@@ -94,10 +97,18 @@ STAGES = {
     ),
     "remap_lora": Stage("convert a LoRA of the full model for the pruned model (lora.path=FILE)"),
     "generate": Stage(  # it moves one variant after another to the device
-        "draw every variant with the same prompts and seeds", transformer="host", encoders="device", whole=True
+        "draw every variant with the same prompts and seeds",
+        transformer="host",
+        encoders="device",
+        whole=True,
+        ranks="divide",
     ),
     "evaluate": Stage(
-        "score the pictures; measure parameters, latency, memory", transformer="device", encoders="device", whole=True
+        "score the pictures; measure parameters, latency, memory",
+        transformer="device",
+        encoders="device",
+        whole=True,
+        ranks="divide",
     ),
     "report": Stage("write an HTML page, report.json and samples.png"),
 }

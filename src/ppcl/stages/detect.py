@@ -6,7 +6,7 @@ Writes the plan, the CKA curves behind it, and maps of the similarity between al
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from ppcl.artifacts.files import write_json
@@ -18,8 +18,9 @@ from ppcl.methods.base import Curves, Teacher
 from ppcl.methods.registry import load_method
 from ppcl.methods.similarity import similarity_maps
 from ppcl.options import identity
+from ppcl.parallel import gathered, of_first, share
 from ppcl.report import plots
-from ppcl.report.text import show_plan
+from ppcl.report.text import show_plan, show_shares
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import check_intervals
 from ppcl.variants.reach import check_reachable
@@ -41,6 +42,8 @@ def run(run: Run) -> None:
 
     Raises `UsageError` if the plan on disk was made with other settings, if an interval does not fit the model, or if
     the budget cannot be reached with the intervals.
+
+    Several ranks divide the calibration batches, if the method can add up what they find; everything else rank 0 does.
     """
     method = run.config.method
     made_from = {"detection": run.probe_settings, "method": identity(method)}
@@ -48,25 +51,38 @@ def run(run: Run) -> None:
     advice = "give this run another name=, or delete that file to detect anew"
     if run.config.paths.base_run is not None:
         advice = "leave out paths.base_run= to detect in this run"
-    if plan.is_current(run.plan_path, advice):
+    if of_first(plan.is_current(run.plan_path, advice)):
         run.say("detect", f"reused {run.plan_path}")
         found_before = PruningPlan.load(run.plan_path)
         show_plan(run, found_before)
         check_reachable(run, found_before.intervals)
         return
     stream = run.data.stream(run.config.data.calibration_seed, method.batch_size)
+    detector = load_method(method)
+    number, ranks = share() if detector.divides else (0, 1)
+    if not (detector.divides or run.writes):
+        return
+    used = 0
 
     def calibration() -> Iterator[TrainingBatch]:
-        for batch in stream.calibration(method.num_samples, method.num_timesteps):
+        nonlocal used
+        for batch in islice(stream.calibration(method.num_samples, method.num_timesteps), number, None, ranks):
+            used += 1
             yield run.data.to_device(batch)
 
     def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-        return run.track(items, "simulation", total)
+        return run.track(items, "simulation", -(-total // ranks))
 
     teacher = Teacher(
         run.family, run.teacher.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
     )
-    found = load_method(method).detect(teacher)
+    if detector.divides:
+        teacher.gathered = gathered
+    found = detector.detect(teacher)
+    if detector.divides:
+        show_shares(run, "detect", used, "calibration batches")
+    if not run.writes:
+        return
     facts = run.family.facts
     check_intervals(found.intervals, run.num_layers, f"method.rule={method.rule}", facts.first_block, facts.last_blocks)
     middle = list(stream.calibration(min(method.num_samples, method.batch_size), 2))[-1]

@@ -1,4 +1,8 @@
-"""Evaluate every variant: score its pictures, compare them with the teacher's, and time a denoising step."""
+"""Evaluate every variant: score its pictures, compare them with the teacher's, and time a denoising step.
+
+Several ranks divide what is compared with the teacher, by picture and by held-out sample, and the scores, by variant.
+Rank 0 measures latency and memory, and all others wait while it measures the latency.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,13 @@ from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.export.quantized import weight_bytes
+from ppcl.parallel import barrier, dealt, merged, of_first, together
 from ppcl.pictures.drawing import denoising_step
 from ppcl.pictures.fidelity import likenesses
 from ppcl.pictures.images import image_folder, read_images, teacher_share
 from ppcl.pictures.latents import latent_distance
 from ppcl.pictures.scores import check_teacher, compare, score_headers, score_record
-from ppcl.report.text import show_scores
+from ppcl.report.text import show_scores, show_shares
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.training.loggers import finish_logger, make_logger
 from ppcl.variants.costs import FIRST_BATCH, relative_error, velocities, velocity_errors
@@ -40,16 +45,15 @@ LOGGED = (
 def _measure(
     run: Run, variants: list[Variant], switch: Switch, pictures: Mapping[str, list[Likeness]]
 ) -> dict[str, dict[str, Any]]:
-    """Return the measurements of each variant's model, by the variant's name.
+    """Return the measurements of each variant's model, by the variant's name; rank 0 alone has them.
 
     They are its size, latency (ms), peak memory (MB), held-out velocity error ||v - v_T||^2 / ||v_T||^2, and the
     students, projectors and removals that it consists of. A variant in `pictures`, which holds the likeness of pictures
     to the teacher's, also has its fidelity. With `generate.teacher_above` teacher and pruned model are timed apart, and
     the latency is their mean, weighted by the steps that each of them ran for a picture.
     """
-    inputs = denoising_step(run)
-    passes = run.family.num_passes(run.config.model.sampling)
-    above = run.config.generate.teacher_above
+    above, passes = run.config.generate.teacher_above, run.family.num_passes(run.config.model.sampling)
+    inputs = denoising_step(run) if run.writes else {}
 
     def denoise(model: nn.Module | None = None) -> None:
         with torch.inference_mode():
@@ -57,11 +61,20 @@ def _measure(
                 (model or run.teacher.pipeline.transformer)(**inputs)
 
     by_name = {"teacher": Variant("teacher")} | {variant.name: variant for variant in variants}
-    latency = interleaved_latency_ms(
-        dict.fromkeys(by_name, denoise), run.config.benchmark.latency_repeats, lambda name: switch(by_name[name])
-    )
-    batches = _heldout(run) if run.config.data.name != "none" else []
+    latency: dict[str, float] = {}
+    barrier()  # from here until the end of the context all other ranks are idle
+    with together():
+        if run.writes:
+            latency = interleaved_latency_ms(
+                dict.fromkeys(by_name, denoise),
+                run.config.benchmark.latency_repeats,
+                lambda name: switch(by_name[name]),
+            )
+    batches = _heldout(run)
     targets = velocities(switch(Variant("teacher")), batches)
+    sigmas = merged([batch.sigmas.item() for batch in batches])
+    if sigmas:
+        show_shares(run, "evaluate", len(batches), "held-out samples")
 
     measured = {}
     for variant in variants:
@@ -71,9 +84,11 @@ def _measure(
         if above is not None and name != "teacher":
             transformer = switch(variant, above)
             share, models = teacher_share(run, name), list(cast(ByNoiseLevel, transformer).models)
+        errors = [] if name == "teacher" else merged(velocity_errors(transformer, batches, targets))
+        if not run.writes:
+            continue
         params = cast(Any, transformer).num_parameters()  # also right for packed 4-bit weights
         resident = weight_bytes(transformer)
-        errors = [] if name == "teacher" else velocity_errors(transformer, batches, targets)
         measured[name] = {
             "num_layers": num_layers,
             "params": params,
@@ -84,14 +99,14 @@ def _measure(
             "projectors": variant.projectors,
             "removed": variant.removed,
             "velocity_error": 0.0 if name == "teacher" else relative_error(errors) if errors else None,
-            "fidelity": Fidelity(pictures[name], _by_noise_level(batches, errors)) if name in pictures else None,
+            "fidelity": Fidelity(pictures[name], _by_noise_level(sigmas, errors)) if name in pictures else None,
         }
     return measured
 
 
-def _by_noise_level(batches: list[TrainingBatch], errors: list[tuple[float, float]]) -> list[NoiseLevel]:
-    """Return the velocity error by noise level, from the errors of batches of one sample."""
-    return NoiseLevel.grouped((batch.sigmas.item(), *error) for batch, error in zip(batches, errors, strict=True))
+def _by_noise_level(sigmas: list[float], errors: list[tuple[float, float]]) -> list[NoiseLevel]:
+    """Return the velocity error by noise level, from the noise levels and the errors of batches of one sample."""
+    return NoiseLevel.grouped((sigma, *error) for sigma, error in zip(sigmas, errors, strict=True))
 
 
 def _mean(teacher: float, pruned: float, share: float) -> float:
@@ -100,9 +115,25 @@ def _mean(teacher: float, pruned: float, share: float) -> float:
 
 
 def _heldout(run: Run) -> list[TrainingBatch]:
-    """Return the held-out samples one by one, so that no setting of a training changes what is measured."""
+    """Return this rank's share of the held-out samples, none without data.
+
+    They come one by one, so that no setting of a training changes what is measured.
+    """
+    if run.config.data.name == "none":
+        return []
     stream = run.data.stream(run.config.data.calibration_seed, 1)
-    return [run.data.to_device(stream(FIRST_BATCH + number)) for number in range(NUM_HELDOUT)]
+    return [run.data.to_device(stream(FIRST_BATCH + number)) for number in dealt(range(NUM_HELDOUT))]
+
+
+def _score(run: Run, name: str) -> dict[str, Any]:
+    """Return the scores of a variant's pictures, and the distance of their latents from the teacher's."""
+    scores = run.benchmark.score(run.prompts, read_images(run, name))
+    distance = latent_distance(image_folder(run, name), image_folder(run, "teacher"), len(run.prompts))
+    return {
+        "scores": scores,
+        "score_interval": None if scores is None else scores.interval,
+        "latent_distance": distance,
+    }
 
 
 def _measured_with(run: Run) -> dict[str, Any]:
@@ -130,7 +161,7 @@ def run(run: Run) -> None:
     records = {name: score_record(run, name) for name in headers}
     measured_with = _measured_with(run)
     current = [is_current(records[name], header) for name, header in headers.items()]
-    if all(current) and all(_was_measured(record, measured_with) for record in records.values()):
+    if of_first(all(current) and all(_was_measured(record, measured_with) for record in records.values())):
         run.say("evaluate", f"reused {run.scores_folder}")
     else:
         compared = [name for name in headers if name != "teacher" and run.benchmark.compares]
@@ -138,18 +169,14 @@ def run(run: Run) -> None:
         switch = Switch(run, plugs)
         measured = _measure(run, variants, switch, pictures)
         switch.restore()
-        for name, header in headers.items():
-            scores = run.benchmark.score(run.prompts, read_images(run, name))
-            row = ScoreRow(
-                name=name,
-                scores=scores,
-                score_interval=None if scores is None else scores.interval,
-                latent_distance=latent_distance(
-                    image_folder(run, name), image_folder(run, "teacher"), len(run.prompts)
-                ),
-                **measured[name],
-            )
-            row.save(records[name], header, measured_with)
+        with together():
+            mine = [_score(run, name) for name in dealt(list(headers))]
+        for (name, header), scores in zip(headers.items(), merged(mine), strict=True):
+            if run.writes:
+                ScoreRow(name=name, **scores, **measured[name]).save(records[name], header, measured_with)
+        show_shares(run, "evaluate", len(mine), "variants scored")
+    if not run.writes:
+        return
     rows = compare([ScoreRow.load(record) for record in records.values()])
     show_scores(run, rows)
     logger = make_logger(run, "evaluate")

@@ -1,4 +1,8 @@
-"""Draw the pictures of every variant, with the same prompts, seeds and settings, through the diffusers pipeline."""
+"""Draw the pictures of every variant, with the same prompts, seeds and settings, through the diffusers pipeline.
+
+Several ranks divide the batches, which are those of a single process, so that their pictures are the same bit for bit.
+Each rank writes its own. Rank 0 says which are missing, and in which folder they belong, and does everything else.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from torch import Tensor
 from ppcl.artifacts.files import atomic_folder, link_or_copy, write_json
 from ppcl.artifacts.headers import Header
 from ppcl.context import Run
+from ppcl.parallel import dealt, gathered, of_first, together
 from ppcl.pictures.drawing import decoded_latents, draw, equipped
 from ppcl.pictures.images import (
     TEACHER_SHARE,
@@ -34,6 +39,7 @@ from ppcl.pictures.latents import save_latents
 from ppcl.pictures.layouts import write_layout
 from ppcl.progress import counter
 from ppcl.report.plots import image_grid
+from ppcl.report.text import by_ranks
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.variants.plugs import Plugs
@@ -43,13 +49,17 @@ from ppcl.variants.variants import variants_of
 IN_GRID = 400  # pictures of the overview `grid.png`
 
 
-def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> int:
-    """Draw the pictures of one variant that do not exist yet, and return their number.
+def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> list[int]:
+    """Draw the pictures of one variant that do not exist yet, and return how many each rank has drawn.
 
     The folder is claimed as late as possible, so that nothing is written for a LoRA or ControlNet that does not fit.
     """
     with equipped(run, board) as (pipeline, arguments):
-        claimed = replace(drawing, folder=claim(run, drawing))
+        with together():
+            if run.writes:
+                claim(run, drawing)
+        run.image_folders |= of_first(run.image_folders)
+        claimed = replace(drawing, folder=run.image_folders[drawing.variant.name])
         return _draw_missing(run, claimed, partial(_draw_batch, run, pipeline, arguments))
 
 
@@ -63,20 +73,21 @@ def _draw_batch(
     return images, latents
 
 
-def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> int:
+def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> list[int]:
     """Draw and save the missing pictures of a variant, batch by batch, then its grid and its manifest.
 
-    Returns the number of pictures in the batches that were drawn.
+    Returns the number of pictures in the batches that each rank has drawn.
     """
-    folder, header, count = drawing.folder, drawing.header, len(run.prompts)
+    folder, count = drawing.folder, len(run.prompts)
     name, size = drawing.variant.name, run.config.generate.batch_size
     told = _own_header(drawing)
     settings = {"variant": name, **told.made_from, "fingerprint": told.fingerprint}
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     missing = [batch for batch in batches if not all(picture_path(folder, number).exists() for number in batch)]
-    drawn = sum(map(len, missing))
-    with counter(name, count, done=count - drawn, console=run.progress_console) as advance:
-        for numbers in missing:
+    mine = dealt(of_first(missing))
+    drawn = sum(map(len, mine))
+    with together(), counter(name, count, done=count - drawn, console=run.progress_console) as advance:
+        for numbers in mine:
             images, latents = draw_batch(numbers)
             save_latents(folder, numbers, latents)
             transformer = run.teacher.pipeline.transformer
@@ -87,11 +98,18 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> int:
                 if not path.exists():
                     save_image(image, path, json.dumps(text))
             advance(len(numbers))
+    if run.writes:
+        _finish(run, drawing)
+    return gathered(drawn)
+
+
+def _finish(run: Run, drawing: Drawing) -> None:
+    """Write what belongs to the pictures of a variant, once all of them are there: prompts, grid and manifest."""
+    folder, count = drawing.folder, len(run.prompts)
     save_prompts(run, folder)
     first = range(min(count, IN_GRID))
     image_grid(folder / "grid.png", [Image.open(picture_path(folder, number)) for number in first])
-    _complete(folder, header, count)
-    return drawn
+    _complete(folder, drawing.header, count)
 
 
 def _complete(folder: Path, header: Header, count: int) -> None:
@@ -156,33 +174,35 @@ def run(run: Run) -> None:
     variants, plugs = variants_of(run)
     every = drawings(run, variants, plugs)
     run.say("generate", f"{', '.join(variant.name for variant in variants)}: in {run.set_folder}")
-    missing = []
+    missing = of_first([drawing for drawing in every if not drawing.is_complete])
     for drawing in every:
-        if drawing.is_complete:
+        if drawing not in missing:
             run.say("generate", f"reused {drawing.folder}")
-        else:
-            missing.append(drawing)
     if missing:
         _draw(run, missing, plugs)
-    if run.config.generate.layout is not None:
+    if run.config.generate.layout is not None and run.writes:
         for variant in variants:
             run.say("generate", f"wrote {write_layout(run, variant.name)}")
 
 
 def _draw(run: Run, missing: list[Drawing], plugs: Plugs) -> None:
     """Draw the pictures that are missing, or take the teacher's from the cache."""
-    missing = [drawing for drawing in missing if not _reuse_teacher(run, drawing)]
+    with together():
+        if run.writes:
+            missing = [drawing for drawing in missing if not _reuse_teacher(run, drawing)]
+    missing = of_first(missing)
     run.family.check_prompts(run.teacher.pipeline, prompts_of(run))
     switch = Switch(run, plugs, alone=True)
     for drawing in missing:
         transformer = switch(drawing.variant, run.config.generate.teacher_above)
-        drawn = _draw_variant(run, drawing, switch.board)
-        name = drawing.variant.name
+        by_rank = _draw_variant(run, drawing, switch.board)
+        drawn, name = sum(by_rank), drawing.variant.name
         folder = run.image_folders[name]
-        if name == "teacher":
+        if name == "teacher" and run.writes:
             _share_teacher(run, drawing, folder)
         share = ""
-        if isinstance(transformer, ByNoiseLevel) and drawn:
+        if isinstance(transformer, ByNoiseLevel) and by_rank[0]:
             share = f", {100 * transformer.teacher_share:.0f}% of the steps by the teacher"
-        run.say("generate", f"{name}: {drawn} of {len(run.prompts)} pictures drawn{share}, in {folder}")
+        told = f"{drawn} of {len(run.prompts)} pictures drawn{by_ranks(by_rank)}{share}"
+        run.say("generate", f"{name}: {told}, in {folder}")
     switch.restore()

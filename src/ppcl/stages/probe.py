@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
-from ppcl.artifacts.headers import is_current
+from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.probes import Probes, finish_probes, write_probe
 from ppcl.context import Run
-from ppcl.methods.probes import fit_probes, relative_residuals, train_probes
-from ppcl.report.text import counted
+from ppcl.data.batches import TrainingBatch
+from ppcl.data.streams import Stream
+from ppcl.methods.probes import Residual, fit_probes, relative_residuals, train_probes
+from ppcl.parallel import gathered, of_first, share, total
+from ppcl.report.text import counted, show_shares
 
 
 def run(run: Run) -> None:
@@ -16,38 +22,24 @@ def run(run: Run) -> None:
 
     W and b are the ridge regression of a block's residual y - x on its input x, optionally trained further by gradient
     descent. The relative residual ||l(x) - y||^2 / ||y - x||^2 on held-out batches is printed and stored.
+
+    Several ranks divide the batches. They add their normal equations up in float64, block by block, so that probes are
+    those of a single process but for the order of these sums. Training is divided by probe, as a step needs the last.
     """
     settings, folder = run.config.probe, run.probe_folder
     header = Probes.header_for(run.probe_settings)
-    if is_current(folder / "probes.json", header):
+    if of_first(is_current(folder / "probes.json", header)):  # another run may write them just now
         run.say("probe", f"reused {folder}")
         return
     stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
-    family, transformer = run.family, run.teacher.pipeline.transformer
     # The stream's first batches fit the probes, the next ones measure the residuals, and later ones train.
     judged = settings.num_batches + settings.num_heldout_batches
-    batches = [run.data.to_device(stream(step)) for step in range(judged)]
-    heldout = batches[settings.num_batches :]
-    fits = fit_probes(
-        family, transformer, batches[: settings.num_batches], heldout, ridge=settings.ridge, bias=settings.bias
-    )
-    count = len(family.blocks(transformer)) * len(family.masks(batches[0].inputs))
-    residuals: dict[str, float] = {}
-    trained: dict[str, tuple[Tensor, Tensor]] = {}  # a training step updates all probes, so all are in memory
-    for fit in run.track(fits, "probes", count):
-        if settings.train_steps:
-            zero = settings.init == "zero"
-            trained[fit.key] = (fit.weight * 0, fit.bias * 0) if zero else (fit.weight, fit.bias)
-        else:
-            write_probe(folder, header, fit.key, fit.weight, fit.bias)
-            residuals[fit.key] = fit.residual.value
+    residuals, trained = _fit(run, stream, header)
     if settings.train_steps:
-        steps = run.track(range(settings.train_steps), "probe training")
-        training = (run.data.to_device(stream(judged + step)) for step in steps)
-        trained = train_probes(family, transformer, training, trained, lr=settings.lr)
-        residuals = relative_residuals(family, transformer, heldout, trained)
-        for key, (weight, bias) in trained.items():
-            write_probe(folder, header, key, weight, bias)
+        found = _train(run, stream, header, trained, judged)
+        residuals = {key: found[key] for key in residuals}
+    if not run.writes:
+        return
     finish_probes(folder, header, residuals)
     for stream_name in sorted({key.rpartition(".")[2] for key in residuals}):
         values = [value for key, value in residuals.items() if key.endswith(stream_name)]
@@ -66,3 +58,65 @@ def run(run: Run) -> None:
             f"of {settings.batch_size}",
         )
     run.say("probe", f"wrote {folder}")
+
+
+def _batches(run: Run, stream: Stream, steps: Iterable[int]) -> list[TrainingBatch]:
+    return [run.data.to_device(stream(step)) for step in steps]
+
+
+def _fit(run: Run, stream: Stream, header: Header) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor]]]:
+    """Fit all probes by least squares, on all ranks together. Each rank writes its share of the files.
+
+    Returns the residuals of all probes, and if they are to be trained further, this rank's share of the probes instead
+    of writing it.
+    """
+    settings, (number, ranks) = run.config.probe, share()
+    family, transformer = run.family, run.teacher.pipeline.transformer
+    working, judged = min(ranks, settings.num_batches), settings.num_batches + settings.num_heldout_batches
+    fitted = range(number, settings.num_batches, working)
+    heldout = range(settings.num_batches + number, judged, working)
+    batches, add_up = _batches(run, stream, fitted), total
+    if not batches:  # the others wait for this rank's part of every sum, so it runs a batch and adds nothing
+        batches, heldout, add_up = _batches(run, stream, range(1)), range(0), _add_nothing
+    judging = _batches(run, stream, heldout)
+    fits = fit_probes(family, transformer, batches, judging, ridge=settings.ridge, bias=settings.bias, total=add_up)
+    count = len(family.blocks(transformer)) * len(family.masks(batches[0].inputs))
+    mine: dict[str, Residual] = {}
+    trained: dict[str, tuple[Tensor, Tensor]] = {}  # a training step updates all of them, so they are in memory
+    for place, fit in enumerate(run.track(fits, "probes", count)):
+        mine[fit.key] = fit.residual
+        if place % ranks != number:
+            continue
+        if settings.train_steps:
+            zero = settings.init == "zero"
+            trained[fit.key] = (fit.weight * 0, fit.bias * 0) if zero else (fit.weight, fit.bias)
+        else:
+            write_probe(run.probe_folder, header, fit.key, fit.weight, fit.bias)
+    show_shares(run, "probe", len(fitted), "batches fitted")
+    parts = gathered(mine)
+    return {key: Residual.together([found[key] for found in parts]).value for key in mine}, trained
+
+
+def _add_nothing(tensor: Tensor) -> Tensor:
+    """Return the sum of other ranks' tensors of this shape."""
+    return total(torch.zeros_like(tensor))
+
+
+def _train(
+    run: Run, stream: Stream, header: Header, probes: dict[str, tuple[Tensor, Tensor]], judged: int
+) -> dict[str, float]:
+    """Train this rank's `probes` on the batches from number `judged` on, and write them.
+
+    Returns the residuals of the probes of all ranks.
+    """
+    settings, family, transformer = run.config.probe, run.family, run.teacher.pipeline.transformer
+    residuals: dict[str, float] = {}
+    if probes:
+        steps = run.track(range(settings.train_steps), "probe training")
+        training = (run.data.to_device(stream(judged + step)) for step in steps)
+        trained = train_probes(family, transformer, training, probes, lr=settings.lr)
+        heldout = _batches(run, stream, range(settings.num_batches, judged))
+        residuals = relative_residuals(family, transformer, heldout, trained)
+        for key, (weight, bias) in trained.items():
+            write_probe(run.probe_folder, header, key, weight, bias)
+    return {key: value for part in gathered(residuals) for key, value in part.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ppcl.config import Config
 from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import is_first, launched, rank
-from ppcl.stages import TRAINED
+from ppcl.stages import STAGES, TRAINED
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -40,10 +40,12 @@ def check_strategy(config: Config) -> None:
         raise UsageError(f"strategy.cpu_offload=true means nothing to strategy={strategy.kind}: use strategy=fsdp.")
     if strategy.kind == "single":
         _check_sizes(config, 1)
-        trained = [stage for stage in (*TRAINED, "pretrain") if stage in stages]
-        if trained and count > 1:
+        # They need a process group, but for `cache`: its units are files of their own.
+        shared = [name for name, stage in STAGES.items() if stage.ranks != "first" and name != "cache"] + ["pretrain"]
+        shared = [stage for stage in shared if stage in stages]
+        if shared and count > 1:
             _refuse_together(
-                f"strategy=single trains {', '.join(trained)} in one process, and {count} were started: add "
+                f"strategy=single runs {', '.join(shared)} in one process, and {count} were started: add "
                 "strategy=ddp or strategy=fsdp, or start one."
             )
         return
