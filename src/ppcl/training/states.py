@@ -74,7 +74,8 @@ class PackedStates(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update one weight after another. Only its states are unpacked meanwhile."""
-        assert closure is None
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         groups = self.param_groups
         try:
             for group in groups:
@@ -87,6 +88,7 @@ class PackedStates(torch.optim.Optimizer):
                     self._pack(weight)
         finally:
             self.param_groups = groups
+        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load packed states as they are; torch's own way would first turn them all into float32."""
