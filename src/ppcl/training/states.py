@@ -13,6 +13,7 @@ twice its size. `ppcl.validation` therefore refuses betas above 0.99.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 _BLOCK = 256  # values that share a scale
 _LEAST = 4096  # elements; the states of smaller weights stay float32 with `8bit`
+_SCALES = "_scales"  # ends the name of the scales of a state that is stored in codes
 _SQUARES = "exp_avg_sq"  # AdamW's name for the mean of squared gradients, which are never negative
 
 
@@ -80,12 +82,15 @@ class PackedStates(torch.optim.Optimizer):
         try:
             for group in groups:
                 for weight in group["params"]:
-                    if weight.grad is None:
-                        continue
-                    self._unpack(weight)
-                    self.param_groups = [group | {"params": [weight]}]
-                    super().step()
-                    self._pack(weight)
+                    if weight.grad is not None:
+                        state = self.state[weight]
+                        packed = dict(state)
+                        state.update(self._unpacked(weight, packed))
+                        self.param_groups = [group | {"params": [weight]}]
+                        super().step()
+                        for key, value in self._packed(weight, state).items():
+                            # Into the same memory, which would otherwise be in pieces soon.
+                            state[key] = packed[key].copy_(value) if key in packed else value
         finally:
             self.param_groups = groups
         return loss
@@ -98,18 +103,20 @@ class PackedStates(torch.optim.Optimizer):
             device = weights[number].device
             self.state[weights[number]] = {key: value.to(device, copy=True) for key, value in found.items()}
 
-    def _pack(self, weight: Tensor) -> None:
-        state = self.state[weight]
-        for key in [*state.keys() - {"step"}]:
-            if self.states == "bfloat16":
-                state[key] = state[key].bfloat16()
-            elif _is_coded(weight):
-                state[key], state[f"{key}_scales"] = encode(state[key], squares=key == _SQUARES)
+    def _packed(self, weight: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the packed form of a weight's float32 states, whose memory may be overwritten."""
+        floats = {key: value for key, value in state.items() if key != "step" and not key.endswith(_SCALES)}
+        if self.states == "bfloat16":
+            return {key: value.bfloat16() for key, value in floats.items()}
+        found = {}
+        if _is_coded(weight):
+            for key, value in floats.items():
+                found[key], found[key + _SCALES] = encode(value, squares=key == _SQUARES)
+        return found
 
-    def _unpack(self, weight: Tensor) -> None:
-        state = self.state[weight]
-        for key in [key for key in state if key != "step" and not key.endswith("_scales")]:
-            if self.states == "bfloat16":
-                state[key] = state[key].float()
-            elif _is_coded(weight):
-                state[key] = decode(state[key], state.pop(f"{key}_scales"))
+    def _unpacked(self, weight: Tensor, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the float32 states of a weight."""
+        if self.states == "bfloat16":
+            return {key: value.float() for key, value in packed.items() if key != "step"}
+        scales = {key: value for key, value in packed.items() if key.endswith(_SCALES)}
+        return {(of := key.removesuffix(_SCALES)): decode(packed[of], value) for key, value in scales.items()}
