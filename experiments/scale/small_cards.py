@@ -63,8 +63,8 @@ def train(name: str, seed: int, stages: list[str], *settings: str) -> ppcl.Resul
 def losses_of(results: ppcl.Results) -> dict[str, dict[str, float]]:
     """Return the held-out losses that a run ended with, by stage and plug."""
     found: dict[str, dict[str, float]] = {"depth": {}, "width": {}}
-    for path in sorted((results.folder / "plugs").glob("*.json")):
-        losses = read_json(path, "The record of a plug")["losses"]
+    for path in sorted((results.folder / "plugs").glob("*.safetensors")):
+        losses = read_json(path.with_suffix(".json"), "The record of a plug")["losses"]
         found["depth" if "-" in path.stem else "width"][path.stem] = losses["heldout_loss"]
     return found
 
