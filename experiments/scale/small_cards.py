@@ -3,8 +3,9 @@
     python -m experiments.scale.small_cards
 
 The embedded teacher, the standard recipe, and the default batches of small models. Every way trains with the same data.
-`another seed` trains plainly with other data, which tells how much of a difference is chance. Ratios are those to plain
-training; `runs/bench/small_cards` keeps what was trained, so that a command that was stopped goes on.
+`another seed` trains plainly with other data, which tells how much of a difference is chance. So 8-bit states are
+tried with three seeds, each beside plain training with the same one. `runs/bench/small_cards` keeps what was trained, so
+that a command that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ TUNED = {
     "AdamW": ["optimizer=adamw", "relative_update=null", "lr=2e-3", "muon_lr=null"],
     "AdamW, 8-bit states": ["optimizer=adamw", "relative_update=null", "lr=2e-3", "muon_lr=null", STATES + "8bit"],
 }
-# Each way is compared with the first of these that its name begins with, else with `plain`.
-REFERENCES = {"recorded": "plain, output alone", "AdamW, ": "AdamW"}
+# What a way is compared with, if not with `plain`.
+REFERENCES = dict.fromkeys(("plain, output alone", "recorded", "recorded, 8-bit states"), "plain, output alone")
+REFERENCES |= dict.fromkeys(("AdamW", "AdamW, 8-bit states"), "AdamW")
 
 
 def train(name: str, seed: int, stages: list[str], *settings: str) -> ppcl.Results:
@@ -103,24 +105,20 @@ def row(stage: str, way: str, losses: dict[str, float], plain: dict[str, float],
 
 def main() -> None:
     """Train in every way, print a line for each and write them to `small_cards.csv`."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     plain = {seed: local("plain", seed) for seed in SEEDS}
-    first = SEEDS[0]
-    for way in LOCAL:
-        found = local(way, first)
-        rows += [row(stage, way, found[stage], plain[first][stage], seed=first) for stage in found]
+    for seed in SEEDS:
+        for way in LOCAL if seed == SEEDS[0] else ["8-bit states"]:
+            found = local(way, seed)
+            rows += [row(stage, way, found[stage], plain[seed][stage], seed=seed) for stage in found]
     for seed in SEEDS[1:]:
-        rows += [
-            row(stage, "another seed", plain[seed][stage], plain[first][stage], seed=seed) for stage in plain[seed]
-        ]
-    errors = {way: tuned(way, first, first) for way in TUNED}
+        for stage, losses in plain[seed].items():
+            rows.append(row(stage, "another seed", losses, plain[SEEDS[0]][stage], seed=seed))
+    errors = {way: tuned(way, SEEDS[0], SEEDS[0]) for way in TUNED}
     for way, error in errors.items():
-        reference = next((other for start, other in REFERENCES.items() if way.startswith(start)), None)
-        if reference is None:
-            reference = way if way in REFERENCES.values() else "plain"
-        rows.append(row("finetune", way, error, errors[reference], seed=first))
+        rows.append(row("finetune", way, error, errors[REFERENCES.get(way, "plain")], seed=SEEDS[0]))
     for seed in SEEDS[1:]:
-        rows.append(row("finetune", "another seed", tuned("plain", first, seed), errors["plain"], seed=seed))
+        rows.append(row("finetune", "another seed", tuned("plain", SEEDS[0], seed), errors["plain"], seed=seed))
     write_csv(HERE / "small_cards.csv", rows)
 
 
