@@ -3,9 +3,9 @@
     python -m experiments.scale.small_cards
 
 The embedded teacher, the standard recipe, and the default batches of small models. Every way trains with the same data.
-`another seed` trains plainly with other data, which tells how much of a difference is chance. So 8-bit states are
-tried with three seeds, each beside plain training with the same one. `runs/bench/small_cards` keeps what was trained, so
-that a command that was stopped goes on.
+`another seed` trains students and projectors plainly with other data, which tells how much of a difference is chance.
+Students with 8-bit states are therefore trained with three seeds, each beside plain ones of the same seed.
+`runs/bench/small_cards` keeps what was trained, so that a command that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ WITHOUT = "feature_weight=0"  # as recorded velocities need it
 TUNED = {
     "plain": [],
     "accumulate": [ACCUMULATE],
-    "bfloat16 states": [STATES + "bfloat16"],
     "8-bit states": [STATES + "8bit"],
     "plain, output alone": [WITHOUT],
     "recorded": [WITHOUT, "recorded=true"],
@@ -71,17 +70,18 @@ def losses_of(results: ppcl.Results) -> dict[str, dict[str, float]]:
     return found
 
 
-def local(way: str, seed: int) -> dict[str, dict[str, float]]:
+def local(way: str, seed: int, stages: tuple[str, ...] = ("depth", "width")) -> dict[str, dict[str, float]]:
     """Train students and projectors in this way; return their held-out losses by stage and plug."""
-    name = f"{way.replace(' ', '-')}-{seed}"
-    return losses_of(train(name, seed, ["depth", "width"], *(f"distill.{setting}" for setting in LOCAL[way])))
+    name, settings = f"{way.replace(' ', '-')}-{seed}", [f"distill.{setting}" for setting in LOCAL[way]]
+    found = losses_of(train(name, seed, list(stages), *settings))
+    return {stage: found[stage] for stage in stages}
 
 
-def tuned(way: str, seed: int, data_seed: int) -> dict[str, float]:
+def tuned(way: str, seed: int) -> dict[str, float]:
     """Fine-tune the plain students and projectors of `seed` in this way; return the held-out velocity error."""
-    name = f"tuned-{way.replace(', ', '-').replace(' ', '-')}-{seed}-{data_seed}"
+    name = f"tuned-{way.replace(', ', '-').replace(' ', '-')}-{seed}"
     base = f"paths.base_run={FOLDER}/plain-{seed}"
-    results = train(name, data_seed, ["finetune"], base, *(f"finetune.{setting}" for setting in TUNED[way]))
+    results = train(name, seed, ["finetune"], base, *(f"finetune.{setting}" for setting in TUNED[way]))
     record = read_json(results.folder / "finetuned" / "ppcl.json", "A tuned model's record")
     return {"output": record["velocity_error"]["after"]}
 
@@ -106,19 +106,17 @@ def row(stage: str, way: str, losses: dict[str, float], plain: dict[str, float],
 def main() -> None:
     """Train in every way, print a line for each and write them to `small_cards.csv`."""
     rows: list[dict[str, Any]] = []
-    plain = {seed: local("plain", seed) for seed in SEEDS}
-    for seed in SEEDS:
-        for way in LOCAL if seed == SEEDS[0] else ["8-bit states"]:
-            found = local(way, seed)
-            rows += [row(stage, way, found[stage], plain[seed][stage], seed=seed) for stage in found]
+    first, plain = SEEDS[0], {seed: local("plain", seed) for seed in SEEDS}
+    for way in LOCAL:
+        rows += [row(stage, way, found, plain[first][stage], seed=first) for stage, found in local(way, first).items()]
     for seed in SEEDS[1:]:
+        students = local("8-bit states", seed, ("depth",))["depth"]
+        rows.append(row("depth", "8-bit states", students, plain[seed]["depth"], seed=seed))
         for stage, losses in plain[seed].items():
-            rows.append(row(stage, "another seed", losses, plain[SEEDS[0]][stage], seed=seed))
-    errors = {way: tuned(way, SEEDS[0], SEEDS[0]) for way in TUNED}
+            rows.append(row(stage, "another seed", losses, plain[first][stage], seed=seed))
+    errors = {way: tuned(way, first) for way in TUNED}
     for way, error in errors.items():
-        rows.append(row("finetune", way, error, errors[REFERENCES.get(way, "plain")], seed=SEEDS[0]))
-    for seed in SEEDS[1:]:
-        rows.append(row("finetune", "another seed", tuned("plain", SEEDS[0], seed), errors["plain"], seed=seed))
+        rows.append(row("finetune", way, error, errors[REFERENCES.get(way, "plain")], seed=first))
     write_csv(HERE / "small_cards.csv", rows)
 
 
