@@ -298,6 +298,8 @@ class TrainingConfig:
     `min_lr_ratio`: the learning rate at the end, relative to `lr`.
     `warmup_steps`: steps over which the learning rate rises to `lr`.
     `max_grad_norm`: gradients with a larger norm are scaled down to it. None: no clipping.
+    `optimizer_states`: how the optimiser stores its states between steps: `float32`, or with less memory `bfloat16` or
+        `8bit`, see `ppcl.training.states`. Weights are float32 in any case.
     `gradient_checkpointing`: recompute activations in the backward pass, which takes less memory and more time.
     `checkpoint_every`: steps from one checkpoint to the next. A killed training resumes from the last one.
     `checkpoint_minutes`: minutes from one checkpoint to the next where that comes first. None: steps alone decide.
@@ -313,6 +315,7 @@ class TrainingConfig:
     beta2: float = 0.95
     weight_decay: float = 0.02
     max_grad_norm: float | None = None
+    optimizer_states: str = option("float32", choices=("float32", "bfloat16", "8bit"), before="float32")
     gradient_checkpointing: bool = option(True, identity=False)
     checkpoint_every: int = option(500, least=1, identity=False)
     checkpoint_minutes: float | None = option(15.0, least=0, identity=False)

@@ -105,6 +105,17 @@ def test_death_before_a_plug_is_named(settings: list[str], trained: Path, tmp_pa
     assert not list(run.rglob("*.ckpt"))
 
 
+def test_death_with_packed_states(settings: list[str], tmp_path: Path) -> None:
+    """The last two steps go on from the states in a checkpoint. The recipe's are those of Muon and of AdamW."""
+    steps = ["distill.steps=10", "distill.checkpoint_every=8", "distill.optimizer_states=8bit"]
+    command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "stages=[depth]", *steps]
+    succeed(*command, "name=whole")
+    pattern = "*/transformer_blocks.1-2.safetensors"
+    assert ppcl_process(pattern, *command, "name=cut", python=DIE_AT_RENAME).returncode == 9
+    assert "resuming from" in succeed(*command, "name=cut").out
+    assert_same_tensors(plug_tensors(tmp_path / "cut"), plug_tensors(tmp_path / "whole"))
+
+
 def test_death_before_probes_are_named(settings: list[str], chain: Path, tmp_path: Path) -> None:
     command = [*settings, f"paths.runs_dir={tmp_path}", "name=cut", "stages=[probe,detect]"]
     died = ppcl_process("*/probes.json", *command, python=DIE_AT_RENAME)

@@ -24,21 +24,34 @@ SETS += ["width.names=[transformer_blocks.19.text,transformer_blocks.5.ffn]"]
 PAPER = ["model=qwen_image", "intervals=qwen_image_paper", "width=qwen_image_paper"]
 
 
+def planned_and_held(stage: str, command: list[str]) -> tuple[float, float]:
+    """Train; return the memory that the plan says, and that of a step, both in MB."""
+    succeed(*command, f"stages=[{stage}]")
+    run = prepare([*command, f"stages=[{stage}]"])
+    need = STAGES[stage](Plan(run))
+    need.device.pop("normal equations", None)  # they are gone when steps begin
+    return need.total / 1e6, json.loads((run.folder / "training" / f"{stage}.json").read_text())["peak_memory_mb"]
+
+
 @pytest.mark.parametrize("size", [4, 16])
 def test_a_training_holds_as_much_as_is_planned(tmp_path: Path, size: int) -> None:
-    command = ["model=tiny_qwen_image", *SETS, f"paths.runs_dir={tmp_path}", "name=fit", "logger=none"]
+    command = ["model=tiny_qwen_image", *SETS, f"paths.runs_dir={tmp_path}", "logger=none"]
     command += [f"{group}.steps=4" for group in ("distill", "width", "finetune")]
     command += [f"distill.batch_size={size}", f"finetune.batch_size={size}"]
-    lora = ["name=lora", f"paths.base_run={tmp_path / 'fit'}", "finetune.lora_rank=4"]
-    for stages, changes in ((("depth", "width", "finetune"), []), (("finetune",), lora)):
-        asked = [*command, *changes, f"stages=[{','.join(stages)}]"]
-        succeed(*asked)
-        run = prepare(asked)
-        for stage in stages:
-            need = STAGES[stage](Plan(run))
-            need.device.pop("normal equations", None)  # they are gone when steps begin
-            held = json.loads((run.folder / "training" / f"{stage}.json").read_text())["peak_memory_mb"]
-            assert need.total / 1e6 == pytest.approx(held, rel=0.15), (stage, changes)
+    found = {stage: planned_and_held(stage, [*command, "name=fit"]) for stage in ("depth", "width", "finetune")}
+    changes = {"lora": ["finetune.lora_rank=4"]}
+    if size == 4:  # where the states are a larger part
+        changes["depth"] = ["distill.optimizer_states=8bit"]
+        changes["finetune"] = ["finetune.optimizer_states=8bit"]
+    for name, change in changes.items():
+        base = [f"paths.base_run={tmp_path / 'fit'}"] if name != "depth" else []
+        stage = "finetune" if name == "lora" else name
+        found[change[0]] = planned_and_held(stage, [*command, *base, f"name={name}", *change])
+        if name != "lora":
+            saved = [before - now for before, now in zip(found[name], found[change[0]], strict=True)]
+            assert saved[0] == pytest.approx(saved[1], rel=0.15), name
+    for what, (planned, held) in found.items():
+        assert planned == pytest.approx(held, rel=0.15), what
 
 
 def test_students_that_train_in_groups_are_the_same(settings: list[str], trained: Path, tmp_path: Path) -> None:
@@ -84,7 +97,8 @@ def test_only_the_students_that_a_job_trains_count() -> None:
 def test_explain_shows_and_leaves_nothing(tmp_path: Path) -> None:
     stages = "stages=[depth,width,finetune,generate]"
     outcome = succeed(*PAPER, stages, "explain=true", "trainer.memory_gb=85", f"paths.runs_dir={tmp_path}")
-    for word in ("teacher 40.86 GB", "(too much)", "hours", "the device has 85.00 GB"):
+    turns = "depth does not fit: turn distill.groups=auto", "finetune.optimizer_states=8bit"
+    for word in ("teacher 40.86 GB", "(too much)", "hours", "the device has 85.00 GB", *turns):
         assert word in outcome.out
     assert not [*tmp_path.iterdir()]
 
@@ -95,6 +109,11 @@ def test_what_does_not_fit_is_refused_before_anything_loads(tmp_path: Path) -> N
     assert outcome.code == 2
     assert "'stages=[generate]' needs about" in outcome.err
     assert "generate.offload=model" in outcome.err
+    training = ["model=qwen_image", "model.path=NAME/NONE", "stages=[cache,depth]", f"data.path={tmp_path}"]
+    outcome = ppcl(*training, "intervals=qwen_image_paper", "trainer.memory_gb=48", f"paths.runs_dir={tmp_path}")
+    assert outcome.code == 2
+    print(outcome.err)
+    assert "distill.optimizer_states=8bit" in outcome.err
     assert not [*tmp_path.iterdir()]
 
 

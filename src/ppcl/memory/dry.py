@@ -25,6 +25,7 @@ from ppcl.distill.finetune import FineTune
 from ppcl.distill.width import WidthDistillation, places
 from ppcl.efficiency import LiveBytes
 from ppcl.training.optimizers import split_for_muon
+from ppcl.training.states import state_bytes
 from ppcl.validation.model import is_toy, model_folder
 
 FEW = 2  # blocks of each stack in a dry run
@@ -180,23 +181,33 @@ def _extrapolated(
     return total
 
 
-def state_bytes(run: Run, optimizer: str, params: Mapping[str, int], outside: int = 0) -> int:
-    """Return the bytes of the optimiser's states: 8 per parameter of AdamW, and 4 of Muon.
+def optimizer_bytes(
+    run: Run, config: DistillConfig | FinetuneConfig, params: Mapping[str, int], outside: int = 0
+) -> int:
+    """Return the bytes of the optimiser's states: two of each parameter with AdamW, and one with Muon.
 
     `params`: trained parameters in blocks, by stack. `outside`: those outside of blocks.
     """
-    if optimizer != "muon":
-        return 8 * (sum(params.values()) + outside)
     with without_data(run.teacher.dtype):
-        model = model_of(run, dict.fromkeys(run.num_layers, 1))
+        model = model_of(run, dict.fromkeys(run.num_layers, 1)).requires_grad_(True)
         blocks = run.family.blocks(model)
-        matrices, _ = split_for_muon(run.family, model.requires_grad_(True), list(blocks.values()))
-        mine = {id(matrix) for matrix in matrices}
-        shares = {}
-        for (stack, _), block in blocks.items():
-            sizes = [(id(p) in mine, p.numel()) for p in block.parameters()]
-            shares[stack] = sum(size for found, size in sizes if found) / sum(size for _, size in sizes)
-    return round(sum((8 - 4 * shares[stack]) * count for stack, count in params.items()) + 8 * outside)
+        matrices = split_for_muon(run.family, model, list(blocks.values()))[0] if config.optimizer == "muon" else []
+        of_muon = {id(matrix) for matrix in matrices}
+        parts = {stack: list(block.parameters()) for (stack, _), block in blocks.items()}
+        inside = {id(parameter) for part in parts.values() for parameter in part}
+        parts[""] = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+        total = 0.0
+        for stack, part in parts.items():
+            sizes = [(1 if id(p) in of_muon else 2) * state_bytes(p, config.optimizer_states) for p in part]
+            count = params.get(stack, 0) if stack else outside
+            total += count * sum(sizes) / sum(p.numel() for p in part)
+    return round(total)
+
+
+def matrix_states(config: DistillConfig | FinetuneConfig, rows: int, columns: int) -> float:
+    """Return the bytes of AdamW's states for each element of a matrix of this size."""
+    matrix = torch.empty(rows, columns, device="meta")
+    return 2 * state_bytes(matrix, config.optimizer_states) / matrix.numel()
 
 
 def block_params(run: Run) -> dict[str, int]:

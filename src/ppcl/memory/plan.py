@@ -37,9 +37,9 @@ KEYS = {
     "probe": "probe.num_batches or probe.batch_size, or model.streaming=true",
     "detect": "method.batch_size, or model.streaming=true",
     "boundaries": "distill.batch_size, or model.streaming=true",
-    "depth": "distill.groups=auto, distill.accumulate, or model.streaming=true",
-    "width": "distill.accumulate or width.num_batches, or model.streaming=true",
-    "finetune": "finetune.lora_rank, finetune.accumulate, or strategy=fsdp",
+    "depth": "distill.groups=auto, distill.accumulate, distill.optimizer_states=8bit, or model.streaming=true",
+    "width": "distill.accumulate, distill.optimizer_states=8bit or width.num_batches, or model.streaming=true",
+    "finetune": "finetune.lora_rank, finetune.accumulate, finetune.optimizer_states=8bit, or strategy=fsdp",
     "quantize": "quantize.batch_size, or trainer.accelerator=cpu",
     "generate": "generate.batch_size, or generate.offload=model or group",
     "evaluate": "generate.variants, or trainer.accelerator=cpu",
@@ -172,7 +172,7 @@ class Plan:
         parts = {} if config.from_boundaries else self.teacher(sharded=self.sharded)
         parts |= {
             "students": 4 * sum(params.values()) / divisor,
-            "states": dry.state_bytes(run, config.optimizer, params) / divisor,
+            "states": dry.optimizer_bytes(run, config, params) / divisor,
             "activations and a gradient": peak,
         }
         if config.accumulate > 1:
@@ -194,9 +194,10 @@ class Plan:
         number = sum(len(found[kind]) for found in self.width.values() for kind in ("text", "ffn"))
         number = number or run.config.width.num_ffn
         projector = 2 * self._side**2  # an input and an output projector, or one for each stream
+        states = dry.matrix_states(config, self._side, self._side)
         parts = self.teacher(sharded=self.sharded) | {
             "students": self.itemsize * sum(self.block[s] * n for s, n in self.students.items()),
-            "projectors and states": 12 * projector * number,
+            "projectors and states": (4 + states) * projector * number,
             "normal equations": self._equations(2 * number),
             "activations and a gradient": dry.width_peak(run, config, stack, kinds, count),
         }
@@ -220,21 +221,20 @@ class Plan:
                 parts["frozen weights"] = self.itemsize * student
             else:
                 parts["weights that the teacher lacks"] = self.itemsize * max(0, student - kept) / divisor
-            trained = self._lora_params(left)
-            parts["LoRA and states"] = 12 * trained / divisor
+            states = dry.matrix_states(config, config.lora_rank, self._side)
+            parts["LoRA and states"] = (4 + states) * self._lora_params(left) / divisor
         else:
-            trained = student
             inside = {s: self.block[s] * n for s, n in left.items()}
             shrunk = student / (sum(inside.values()) + self.teacher_params - self._inside)  # by projectors
-            states = dry.state_bytes(run, config.optimizer, inside, self.teacher_params - self._inside) * shrunk
-            parts |= {"student": 4 * student / divisor, "states": states / divisor}
+            states = dry.optimizer_bytes(run, config, inside, self.teacher_params - self._inside)
+            parts |= {"student": 4 * student / divisor, "states": states * shrunk / divisor}
             if divisor > 1:
                 peak -= 4 * student * (1 - 1 / divisor)  # gradients are sharded
                 parts["gathered blocks"] = 2 * 4 * max(self.block.values())
         if config.ema_decay:
             parts["mean of weights"] = (4 if not config.lora_rank else self.itemsize) * student / divisor
         parts["activations and gradients"] = peak
-        saved = 2 * (12 * trained if config.lora_rank else 4 * student + parts["states"] * divisor)
+        saved = 2 * divisor * (parts["LoRA and states"] if config.lora_rank else parts["student"] + parts["states"])
         if config.recorded:
             recording = self.teacher() | {"forward": dry.forward_peak(run, count)}
             parts = {name: size for name, size in parts.items() if name not in self.teacher()}
@@ -363,6 +363,9 @@ def explain(run: Run) -> None:
         hours = "" if need.hours is None else f"{need.hours:.1f}"
         table.add_row(need.stage, size, told, in_bytes(need.disk) if need.disk else "", hours)
     run.console.print(table)
+    for need in found:
+        if not fits(need.total, room):
+            run.say("explain", f"{need.stage} does not fit: turn {KEYS[need.stage]}")
     others = [stage for stage in run.config.stages if stage not in STAGES]
     if others:
         run.say("explain", f"{', '.join(others)}: not estimated")

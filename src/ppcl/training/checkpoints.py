@@ -19,6 +19,7 @@ from ppcl.context import Run
 from ppcl.disk import check_space
 from ppcl.parallel import largest, together
 from ppcl.report.text import in_bytes
+from ppcl.training.states import state_bytes
 from ppcl.training.stops import Stop
 
 CHECKPOINT = "last.ckpt"
@@ -114,6 +115,7 @@ def checkpoint_bytes(module: nn.Module, optimizers: Iterable[torch.optim.Optimiz
     """
     size = sum(value.nbytes for value in module.state_dict().values())  # of a sharded tensor, those of all shards
     for optimizer in optimizers:
-        kept = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
-        size += kept * sum(weight.nbytes for group in optimizer.param_groups for weight in group["params"])
+        kept, states = 2 if isinstance(optimizer, torch.optim.AdamW) else 1, getattr(optimizer, "states", "float32")
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        size += kept * sum(state_bytes(weight, states) for weight in weights)
     return size

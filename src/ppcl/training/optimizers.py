@@ -13,6 +13,7 @@ from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from ppcl.config import TrainingConfig
 from ppcl.families.base import Family
+from ppcl.training.states import PackedStates
 
 # Root mean square of an update's elements, relative to the learning rate.
 _RMS_OF_UPDATE = {"muon": 0.2, "adamw": 1.0}
@@ -102,18 +103,24 @@ def adamw(parameters: Iterable[Any], config: TrainingConfig) -> torch.optim.Adam
 
     It is the fused version, which allocates no temporary copies of the parameters.
     """
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.lr or 0.0,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    settings: dict[str, Any] = {
+        "lr": config.lr or 0.0,
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
+    if config.optimizer_states == "float32":
+        return torch.optim.AdamW(parameters, **settings)
+    return PackedAdamW(parameters, states=config.optimizer_states, **settings)
 
 
-def muon(parameters: Iterable[Any], lr: float, weight_decay: float) -> torch.optim.Muon:
-    """Return Muon with updates scaled to the RMS of AdamW's, so that both can use learning rates of one size."""
-    return Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+def muon(parameters: Iterable[Any], lr: float, weight_decay: float, states: str = "float32") -> torch.optim.Muon:
+    """Return Muon with updates scaled to the RMS of AdamW's, so that both can use learning rates of one size.
+
+    `states`: how its momentum is stored, see `ppcl.training.states`.
+    """
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return Muon(parameters, **settings) if states == "float32" else PackedMuon(parameters, states=states, **settings)
 
 
 class Muon(torch.optim.Muon):
@@ -164,6 +171,14 @@ class Muon(torch.optim.Muon):
             mine_of_it.add_(shard.to_local().to(weight.device), alpha=-rate)
 
 
+class PackedAdamW(PackedStates, torch.optim.AdamW):
+    """AdamW with its two means in fewer bits."""
+
+
+class PackedMuon(PackedStates, Muon):
+    """Muon with its momentum in fewer bits."""
+
+
 def optimizers_of(
     family: Family, model: nn.Module, blocks: Sequence[nn.Module], config: Any
 ) -> list[torch.optim.Optimizer]:
@@ -181,7 +196,7 @@ def optimizers_of(
     found: list[torch.optim.Optimizer] = []
     if chosen["muon"]:
         lr = config.muon_lr if config.relative_update is None else 0.0  # else each group has its own
-        found.append(muon(chosen["muon"], lr, config.weight_decay))
+        found.append(muon(chosen["muon"], lr, config.weight_decay, config.optimizer_states))
     if chosen["adamw"]:
         found.append(adamw(chosen["adamw"], config))
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppcl.config import Config
+from ppcl.config import Config, TrainingConfig
 from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import is_first, launched, rank
 from ppcl.stages import STAGES, TRAINED
@@ -34,6 +34,7 @@ def resolve_precision(config: Config) -> str:
 def check_strategy(config: Config) -> None:
     """Raise `UsageError` if launcher, `strategy` and stages do not fit together. All ranks decide alike."""
     strategy, stages, (_, count) = config.strategy, config.stages, rank()
+    _check_states(config)
     if strategy.timeout_minutes <= 0:
         raise UsageError(f"strategy.timeout_minutes={strategy.timeout_minutes:g} must be above 0.")
     if strategy.cpu_offload and strategy.kind != "fsdp":
@@ -78,14 +79,34 @@ def check_strategy(config: Config) -> None:
         )
 
 
+def _trained(config: Config) -> list[tuple[str, TrainingConfig]]:
+    """Return name and settings of each group that a training of this command reads."""
+    groups = (("distill", config.distill, {"depth", "width"}), ("finetune", config.finetune, {"finetune"}))
+    return [(name, settings) for name, settings, stages in groups if stages & {*config.stages}]
+
+
+def _check_states(config: Config) -> None:
+    """Raise `UsageError` if `optimizer_states` asks for what sharding or the betas do not allow."""
+    for group, settings in _trained(config):
+        asked = f"{group}.optimizer_states={settings.optimizer_states}"
+        if settings.optimizer_states == "float32":
+            continue
+        if config.strategy.kind == "fsdp":
+            raise UsageError(
+                f"{asked} does not go with strategy=fsdp, which divides the states over the ranks instead: use "
+                f"{group}.optimizer_states=float32."
+            )
+        beta = max(settings.beta1, settings.beta2)
+        if beta > 0.99:
+            raise UsageError(
+                f"{asked} would round away what a step changes with a beta of {beta:g}: use {group}.beta1 and "
+                f"{group}.beta2 of at most 0.99, or float32."
+            )
+
+
 def _check_sizes(config: Config, ranks: int) -> None:
     """Raise `UsageError` if a batch does not divide among ranks, and each rank's rows by `accumulate`."""
-    for group, settings, stages in (
-        ("distill", config.distill, {"depth", "width"}),
-        ("finetune", config.finetune, {"finetune"}),
-    ):
-        if not stages & {*config.stages}:
-            continue
+    for group, settings in _trained(config):
         size, parts = settings.batch_size, settings.accumulate
         if size % ranks:
             raise UsageError(
