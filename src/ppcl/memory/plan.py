@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
@@ -122,7 +122,7 @@ class Plan:
         """Return how many of a step's `count` samples a rank passes at once, if it divides its own by `parts`."""
         return max(1, count // self.share // parts)
 
-    def _hours(self, steps: float, flops: float, reads: int = 0) -> float:
+    def _hours(self, steps: float, flops: float, reads: float = 0) -> float:
         """Return the hours of `steps` steps of `flops` operations that read the streamed teacher `reads` times each."""
         seconds = flops / FLOPS / self.share
         if self.run.config.model.streaming:
@@ -210,11 +210,14 @@ class Plan:
         counts = count_parameters(run.family, run.config.model.arch, self.intervals, self.width, run.layout)
         student = counts["student"]
         divisor = self.ranks if self.sharded else 1
+        streamed = bool(config.lora_rank) and run.config.model.streaming
+        if streamed:
+            config = replace(config, gradient_checkpointing=True)
         peak: float = dry.finetune_peak(run, config, left, count)
         parts = self.teacher(sharded=self.sharded)
         if config.lora_rank:
             kept = sum(self.block[s] * (n - len(self.intervals.get(s, []))) for s, n in left.items())
-            if config.recorded or run.config.model.streaming:  # there is no teacher to share weights with
+            if config.recorded and not streamed:  # there is no teacher to share weights with
                 parts["frozen weights"] = self.itemsize * student
             else:
                 parts["weights that the teacher lacks"] = self.itemsize * max(0, student - kept) / divisor
@@ -230,16 +233,19 @@ class Plan:
                 peak -= 4 * student * (1 - 1 / divisor)  # gradients are sharded
                 parts["gathered blocks"] = 2 * 4 * max(self.block.values())
         if config.ema_decay:
-            parts["mean of weights"] = (4 if not config.lora_rank else self.itemsize) * student / divisor
+            copied = self.itemsize * student if self.sharded else 4 * trained  # shards are copied whole
+            parts["mean of weights"] = (copied if config.lora_rank else 4 * student) / divisor
         parts["activations and gradients"] = peak
         saved = 2 * (12 * trained if config.lora_rank else 4 * student + parts["states"] * divisor)
         if config.recorded:
             recording = self.teacher() | {"forward": dry.forward_peak(run, count)}
-            parts = {name: size for name, size in parts.items() if name not in self.teacher()}
+            if not streamed:
+                parts = {name: size for name, size in parts.items() if name not in self.teacher()}
             if sum(recording.values()) > sum(parts.values()):
                 parts = {f"{name}, while its velocities are written": size for name, size in recording.items()}
         flops = (2 * self.teacher_params + 8 * student) * self._tokens(config.batch_size)
-        return Need("finetune", parts, saved, self._hours(config.steps, flops))
+        reads = config.accumulate * ((not config.recorded) + (2 * kept / self._inside if streamed else 0))
+        return Need("finetune", parts, saved, self._hours(config.steps, flops, reads))
 
     def generate(self) -> Need:
         run, count = self.run, self.run.config.generate.batch_size
