@@ -239,6 +239,7 @@ def full(
             *QUIET, "recipe=paper", *settings, "model=auto", f"model.path={folder}/teacher", "model.streaming=true",
             "model.dtype=bfloat16", f"paths.runs_dir={folder}/runs-{stage}", "data=folder", f"data.cache={cache}",
             "data.held_out=0.5", f"stages=[{stage}]",
+            "trainer.check_memory=false",  # it would count samples of 1328x1328
         ]  # fmt: skip
         if stage in ("width", "finetune"):
             write_students(*command)

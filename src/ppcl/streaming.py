@@ -263,9 +263,14 @@ def follow(block: nn.Module, other: nn.Module) -> None:
             block.register_forward_pre_hook(hook, prepend=True)
 
 
+def is_streamed(block: nn.Module) -> bool:
+    """Return whether the weights of `block` are read from disk when it is called."""
+    return any(isinstance(hook, _Arrival) for hook in block._forward_pre_hooks.values())
+
+
 def resident(block: nn.Module) -> nn.Module:
     """Return `block`, or if it is streamed a copy of it that keeps its weights in memory."""
-    if not any(isinstance(hook, _Arrival) for hook in block._forward_pre_hooks.values()):
+    if not is_streamed(block):
         return block
     with still(block):
         return copy.deepcopy(block)
