@@ -8,6 +8,7 @@ import pytest
 from commands import INTERVALS, succeed
 from safetensors.torch import load_file
 
+PARTS = "distill.accumulate=2"  # which pass a streamed block together
 WIDTH = ["width.source=given", "width.transformer_blocks={text:[5],ffn:[0,3]}", "width.steps=3"]
 TUNING = ["finetune=tiny", "finetune.steps=3", "finetune.batch_size=4"]
 
@@ -26,7 +27,7 @@ def test_every_stage_is_bit_equal(settings: list[str], tmp_path: Path, dtype: st
         command = [*settings, *TUNING, f"paths.runs_dir={tmp_path / name}", "name=run", f"model.streaming={streaming}"]
         command.append(f"model.dtype={dtype}")
         succeed(*command, "stages=[probe,detect]")
-        succeed(*command, INTERVALS, *WIDTH, "stages=[depth,width,finetune]")
+        succeed(*command, INTERVALS, *WIDTH, PARTS, "stages=[depth,width,finetune]")
         succeed(*command, INTERVALS, "stages=[boundaries]")
     found, expected = tensors(tmp_path / "streamed"), tensors(tmp_path / "resident")
     assert found.keys() == expected.keys()

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 import psutil
 import torch
@@ -19,6 +20,7 @@ from rich.table import Table
 from ppcl.artifacts.plan import Intervals, Width
 from ppcl.context import Run
 from ppcl.distill.groups import divided, select_intervals
+from ppcl.distill.local import MOST_ABREAST
 from ppcl.errors import UsageError
 from ppcl.launch import rank
 from ppcl.memory import dry
@@ -122,6 +124,16 @@ class Plan:
         """Return how many of a step's `count` samples a rank passes at once, if it divides its own by `parts`."""
         return max(1, count // self.share // parts)
 
+    def _abreast(self, parts: int, count: int) -> dict[str, float]:
+        """Return the bytes of the streams of a step's other parts, of `count` samples, which wait at a streamed block.
+
+        Each has those that entered the interval, and those that come from the block.
+        """
+        others = min(parts, MOST_ABREAST) - 1
+        if not others or not self.run.config.model.streaming:
+            return {}
+        return {"streams of the other parts": 2.0 * others * dry.stream_bytes(self.run, count)}
+
     def _hours(self, steps: float, flops: float, reads: float = 0) -> float:
         """Return the hours of `steps` steps of `flops` operations that read the streamed teacher `reads` times each."""
         seconds = flops / FLOPS / self.share
@@ -175,11 +187,13 @@ class Plan:
         }
         if config.accumulate > 1:
             parts["other gradients"] = 4 * (sum(params.values()) - max(self.block[s] for s in params)) / divisor
+        parts |= self._abreast(config.accumulate, count)
         tokens = self._tokens(config.batch_size)
         learning = 8 * sum(sum(size.values()) for size in sizes)
         flops = (2 * self.teacher_params * groups + learning) * tokens
         saved = (4 * sum(params.values()) + parts["states"] * divisor) * 2
-        return Need("depth", parts, saved, self._hours(config.steps, flops, groups))
+        reads = groups * ceil(config.accumulate / MOST_ABREAST)
+        return Need("depth", parts, saved, self._hours(config.steps, flops, reads))
 
     def width_stage(self) -> Need:
         """Return the need of the stage `width`. What it replaces in one stack stands for all."""
@@ -198,8 +212,9 @@ class Plan:
             "normal equations": self._equations(2 * number),
             "activations and a gradient": dry.width_peak(run, config, stack, kinds, count),
         }
+        parts |= self._abreast(config.accumulate, count)
         flops = 4 * self.teacher_params * self._tokens(config.batch_size)
-        hours = self._hours(run.config.width.steps, flops, 1)
+        hours = self._hours(run.config.width.steps, flops, ceil(config.accumulate / MOST_ABREAST))
         return Need("width", parts, hours=hours)
 
     def finetune(self) -> Need:
