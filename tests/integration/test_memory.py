@@ -30,7 +30,8 @@ def test_a_training_holds_as_much_as_is_planned(tmp_path: Path, size: int) -> No
     command += [f"{group}.steps=4" for group in ("distill", "width", "finetune")]
     command += [f"distill.batch_size={size}", f"finetune.batch_size={size}"]
     lora = ["name=lora", f"paths.base_run={tmp_path / 'fit'}", "finetune.lora_rank=4"]
-    for stages, changes in ((("depth", "width", "finetune"), []), (("finetune",), lora)):
+    streamed = [*lora, "name=streamed", "model.streaming=true"]
+    for stages, changes in ((("depth", "width", "finetune"), []), (("finetune",), lora), (("finetune",), streamed)):
         asked = [*command, *changes, f"stages=[{','.join(stages)}]"]
         succeed(*asked)
         run = prepare(asked)

@@ -24,6 +24,7 @@ from ppcl.distill.local import MOST_ABREAST
 from ppcl.errors import UsageError
 from ppcl.launch import rank
 from ppcl.memory import dry
+from ppcl.ops.least_squares import COPIES
 from ppcl.report.text import in_bytes
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.model import model_folder
@@ -158,7 +159,7 @@ class Plan:
         batches = config.num_batches + config.num_heldout_batches
         parts = self.teacher() | {
             "streams of all batches": batches * dry.stream_bytes(self.run, config.batch_size),
-            "forward": dry.forward_peak(self.run, config.batch_size),
+            "forward or statistics": max(dry.forward_peak(self.run, config.batch_size), self._statistics()),
             "normal equations": self._equations(2),
         }
         samples = batches * config.batch_size
@@ -310,6 +311,11 @@ class Plan:
     def _equations(self, number: int) -> float:
         """Return the bytes of so many normal equations in float64."""
         return 8.0 * number * (self._side + 1) * (2 * self._side + 1)
+
+    def _statistics(self) -> float:
+        """Return the bytes of what is added to normal equations at once: rows and changes, in float32 and float64."""
+        rows = min(self._tokens(self.run.config.probe.batch_size), COPIES // (16 * self._side))
+        return self._side * (32.0 * rows + 8 * self._side)
 
     def _encoders(self) -> float:
         """Return the bytes of the text encoders, without a local folder those of the published model."""
