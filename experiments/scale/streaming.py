@@ -1,19 +1,24 @@
 """Measure the peak resident memory of stages with a streamed teacher.
 
 `experiments.scale.run --only stream` measures how it grows with the number of blocks. The full-size model, with 20
-billion parameters, has a command of its own, which writes 41 GB to FOLDER:
+billion parameters, has commands of its own. The first writes 41 GB to FOLDER. Fine-tuning also writes the tuned model,
+so the second leaves most blocks zero, in sparse files, which take no disk; FOLDER gets 20 GB.
 
-    python -m experiments.scale.streaming FOLDER
+    python -m experiments.scale.streaming FOLDER probe depth
+    python -m experiments.scale.streaming FOLDER width finetune --sparse
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,15 @@ import torch
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
-from ppcl.artifacts.files import write_json
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header
-from ppcl.artifacts.tensors import write_tensors
+from ppcl.artifacts.plugs import Plug
+from ppcl.artifacts.tensors import read_tensors, write_tensors
+from ppcl.command import prepare
 from ppcl.data.cached import EMPTY, unit_record
 from ppcl.families.qwen_image.tiny import build_pipeline
 from ppcl.paths import conf_dir
+from ppcl.stages.depth import plug_header
 
 HERE = Path(__file__).parent
 QUIET = ["trainer=cpu", "trainer.progress=false", "logger=none"]
@@ -100,10 +108,24 @@ def _random(shapes: dict[str, tuple[int, ...]], pool: torch.Tensor, seed: int) -
     return tensors
 
 
-def write_teacher(folder: Path, arch: dict[str, Any]) -> None:
+def _write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write a safetensors file of bfloat16 zeros, sparse: it takes no room on disk."""
+    entries, end = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+
+
+def write_teacher(folder: Path, arch: dict[str, Any], dense: Collection[int] | None = None) -> None:
     """Write a pipeline folder with a random bfloat16 Qwen-Image transformer of this `arch`, with a file for each block.
 
-    Files that exist are kept.
+    `dense`: the numbers of random blocks; the others are zero, in sparse files. None: all are random. Files that exist
+    are kept.
     """
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(**arch)
@@ -116,9 +138,13 @@ def write_teacher(folder: Path, arch: dict[str, Any]) -> None:
     ]
     for number, names in enumerate(groups):
         file = f"diffusion_pytorch_model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        if not (folder / "transformer" / file).exists():
-            tensors = _random({name: shapes[name] for name in names}, pool, number)
-            write_tensors(folder / "transformer" / file, tensors, {"format": "pt"})
+        path, own = folder / "transformer" / file, {name: shapes[name] for name in names}
+        if path.exists():
+            pass
+        elif dense is None or number == 0 or number - 1 in dense:
+            write_tensors(path, _random(own, pool, number), {"format": "pt"})
+        else:
+            _write_zeros(path, own)
         files |= dict.fromkeys(names, file)
     index = {"metadata": {}, "weight_map": files}
     write_json(folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json", index)
@@ -155,22 +181,73 @@ def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) ->
     write_json(folder / "cache.json", header.to_json())
 
 
-def full(folder: Path) -> dict[str, Any]:
-    """Return the peak memory and seconds of probes and of three depth steps on the full-size model, on a CPU."""
-    arch = yaml.safe_load((conf_dir() / "model" / "qwen_image.yaml").read_text())["arch"]
-    write_teacher(folder / "teacher", arch)
-    torch.manual_seed(0)
-    write_cache(folder / "cache", size=(8, 8), tokens=16, count=64)
-    common = [
-        *QUIET, "recipe=paper", "distill.steps=3", "distill.batch_size=8", "model=auto", f"model.path={folder}/teacher",
-        "model.streaming=true", "model.dtype=bfloat16",
-        f"paths.runs_dir={folder}/runs", "data=folder", f"data.cache={folder}/cache", "data.held_out=0.5",
-        "probe.num_batches=2", "probe.num_heldout_batches=1", "probe.batch_size=8",
-    ]  # fmt: skip
-    return {
-        "probe": peak(*common, "stages=[probe]"),
-        "depth": peak(*common, "stages=[depth]", "intervals.transformer_blocks=[[28,30]]"),
-    }
+def write_students(*arguments: str) -> None:
+    """Write the students of the intervals of a run with these arguments, each with the weights of the first block."""
+    run = prepare(list(arguments))
+    transformer = Path(str(run.config.model.path)) / "transformer"
+    files = read_json(transformer / "diffusion_pytorch_model.safetensors.index.json", "The index")["weight_map"]
+    for stack, pairs in run.intervals.items():
+        for u, v in pairs:
+            prefix = f"{stack}.{u}."
+            file = next(file for name, file in files.items() if name.startswith(prefix))
+            tensors, _ = read_tensors(transformer / file)
+            state = {name.removeprefix(prefix): value for name, value in tensors.items()}
+            Plug(plug_header(run, stack, (u, v)), stack, state, {"heldout_loss": 0.0}, (u, v)).save(run.plugs_folder)
+
+
+DENSE = (5, 10, 22, 28, 30, 31, 40)  # the random blocks with --sparse
+
+# What each stage runs on the full size: tokens of an image (height, width) and of a prompt, and its settings.
+FULL: dict[str, tuple[tuple[int, int], int, list[str]]] = {
+    "probe": ((8, 8), 16, ["probe.num_batches=2", "probe.num_heldout_batches=1", "probe.batch_size=8"]),
+    "depth": ((8, 8), 16, ["distill.steps=3", "distill.batch_size=8", "intervals.transformer_blocks=[[28,30]]"]),
+    "width": (
+        (2, 2),
+        4,
+        [
+            "intervals.transformer_blocks=[[28,30]]", "distill.batch_size=16", "width.steps=1", "width.num_batches=1",
+            "width.source=given", "width.transformer_blocks={text:[31],ffn:[31]}",
+        ],
+    ),
+    "finetune": (
+        (2, 2),
+        4,
+        [
+            "intervals.transformer_blocks=[[5,19],[22,36],[40,54]]", "finetune.batch_size=16", "finetune.steps=1",
+            "finetune.lora_rank=4",
+        ],
+    ),
+}  # fmt: skip
+
+
+def full(
+    folder: Path, stages: Sequence[str], arch: dict[str, Any], dense: Collection[int] | None = None
+) -> dict[str, Any]:
+    """Return the peak memory and seconds of these stages for a streamed model of this `arch` on a CPU, by stage.
+
+    Width distillation and fine-tuning start from students that are copies of the first block of their intervals.
+    `dense`: as in `write_teacher`.
+    """
+    write_teacher(folder / "teacher", arch, dense)
+    found = {}
+    for stage in stages:
+        size, tokens, settings = FULL[stage]
+        cache = folder / f"cache-{size[0]}x{size[1]}"
+        torch.manual_seed(0)
+        write_cache(cache, size=size, tokens=tokens, count=64)
+        command = [
+            *QUIET, "recipe=paper", *settings, "model=auto", f"model.path={folder}/teacher", "model.streaming=true",
+            "model.dtype=bfloat16", f"paths.runs_dir={folder}/runs-{stage}", "data=folder", f"data.cache={cache}",
+            "data.held_out=0.5", f"stages=[{stage}]",
+            "trainer.check_memory=false",  # it would count samples of 1328x1328
+        ]  # fmt: skip
+        if stage in ("width", "finetune"):
+            write_students(*command)
+        facts = {"date": datetime.now(UTC).date().isoformat(), "tokens": math.prod(size) + tokens}
+        facts |= {} if dense is None else {"random_blocks": sorted(dense)}
+        found[stage] = peak(*command) | facts
+        print(json.dumps({stage: found[stage]}), flush=True)
+    return found
 
 
 def figures(tiny: bool) -> dict[str, Any]:
@@ -185,8 +262,13 @@ def figures(tiny: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    result = full(Path(sys.argv[1]))
-    print(json.dumps(result, indent=2))
-    write_json(HERE / "full_size.json", result)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("stages", nargs="+", choices=FULL)
+    parser.add_argument("--sparse", action="store_true", help="make most blocks zero, in sparse files")
+    options = parser.parse_args()
+    arch = yaml.safe_load((conf_dir() / "model" / "qwen_image.yaml").read_text())["arch"]
+    record = HERE / "full_size.json"
+    for stage in options.stages:
+        result = full(options.folder, [stage], arch, DENSE if options.sparse else None)
+        write_json(record, read_json(record, "The record") | result)

@@ -97,7 +97,8 @@ class BlockStream:
     Parameters of a block that is not loaded are NaN, expanded from a single number. Code that reads them without
     `still` gets NaN, so that the mistake is noticed.
 
-    The block to prefetch is the one that followed last time: a forward may end early, and then the first block follows.
+    The block to prefetch is the one that followed last time, after the same two blocks: a forward may end early, and
+    then the first block follows. In a backward pass with gradient checkpointing, blocks are called in reverse.
 
     `blocks`: modules by the prefix of their parameter names, in order of execution.
     `stored`: the location of every parameter, by its full name.
@@ -111,7 +112,8 @@ class BlockStream:
         self.stored, self.device, self.dtype = stored, device, dtype
         self._current: int | None = None
         self._ahead: tuple[int, Future[Weights]] | None = None
-        self._follows: dict[int, int] = {}
+        self._follows: dict[tuple[int | None, int], int] = {}  # by a block and the one before it
+        self._before: int | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         size = max(sum(_aligned(p.numel()) for p in block.parameters()) for block in self.blocks)
         self._buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
@@ -136,15 +138,16 @@ class BlockStream:
             return
         before, self._current = self._current, None
         if before is not None:
-            self._follows[before] = number
+            self._follows[self._before, before] = number
             self._empty(before)
+        self._before = before
         ahead, self._ahead = self._ahead, None
         weights = ahead[1].result() if ahead is not None else {}
         if ahead is None or ahead[0] != number:
             weights = self._submit(number).result()
         self._fill(number, weights)
         self._current = number
-        following = self._follows.get(number, (number + 1) % len(self.blocks))
+        following = self._follows.get((before, number), (number + 1) % len(self.blocks))
         if following != number:
             self._ahead = following, self._submit(following)
 
@@ -233,6 +236,9 @@ class _Arrival:
     def __call__(self, block: nn.Module, args: Any) -> None:
         self.stream.arrive(self.number)
 
+    def __deepcopy__(self, memo: Any) -> _Arrival:
+        return self  # a copy that shares the block's parameters shares its stream
+
 
 @contextmanager
 def still(*blocks: nn.Module) -> Iterator[None]:
@@ -245,9 +251,26 @@ def still(*blocks: nn.Module) -> Iterator[None]:
         yield
 
 
+def follow(block: nn.Module, other: nn.Module) -> None:
+    """Make `block` load the parameters that it shares with the streamed block `other` whenever it is called.
+
+    Does nothing if `other` is not streamed or shares no parameter. A backward pass through `block` needs gradient
+    checkpointing, whose second forward loads the weights again.
+    """
+    shared = {*block.parameters()} & {*other.parameters()}
+    for hook in list(other._forward_pre_hooks.values()):
+        if shared and isinstance(hook, _Arrival):
+            block.register_forward_pre_hook(hook, prepend=True)
+
+
+def is_streamed(block: nn.Module) -> bool:
+    """Return whether the weights of `block` are read from disk when it is called."""
+    return any(isinstance(hook, _Arrival) for hook in block._forward_pre_hooks.values())
+
+
 def resident(block: nn.Module) -> nn.Module:
     """Return `block`, or if it is streamed a copy of it that keeps its weights in memory."""
-    if not any(isinstance(hook, _Arrival) for hook in block._forward_pre_hooks.values()):
+    if not is_streamed(block):
         return block
     with still(block):
         return copy.deepcopy(block)

@@ -262,6 +262,25 @@ def observe_abreast(
                 strand.throw(StopForward)
 
 
+def observe_each(
+    family: Tapped,
+    transformer: nn.Module,
+    inputs: Sequence[dict[str, Any]],
+    on_block: Sequence[Callable[[BlockCall], None]],
+    *,
+    last: BlockKey,
+) -> None:
+    """Run the transformer on several inputs up to the block `last`, and call `on_block[n]` after each block on input n.
+
+    Each block runs on all inputs before the next block runs. Raises `UsageError` as `observe_abreast` does.
+    """
+    if len(inputs) == 1:
+        observe(family, transformer, inputs[0], on_block[0], last=last)
+        return
+    for number, call in observe_abreast(family, transformer, inputs, last=last, size_keys="distill.batch_size"):
+        on_block[number](call)
+
+
 def inputs_of(block: nn.Module, names: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """Call `block` with `kwargs` and return the first inputs of the submodules `names`, in order of execution.
 

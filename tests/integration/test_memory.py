@@ -39,16 +39,16 @@ def test_a_training_holds_as_much_as_is_planned(tmp_path: Path, size: int) -> No
     command += [f"{group}.steps=4" for group in ("distill", "width", "finetune")]
     command += [f"distill.batch_size={size}", f"finetune.batch_size={size}"]
     found = {stage: planned_and_held(stage, [*command, "name=fit"]) for stage in ("depth", "width", "finetune")}
-    changes = {"lora": ["finetune.lora_rank=4"]}
+    changes = {"lora": ["finetune.lora_rank=4"], "streamed": ["finetune.lora_rank=4", "model.streaming=true"]}
     if size == 4:  # where the states are a larger part
         changes["depth"] = ["distill.optimizer_states=8bit"]
         changes["finetune"] = ["finetune.optimizer_states=8bit"]
     for name, change in changes.items():
         base = [f"paths.base_run={tmp_path / 'fit'}"] if name != "depth" else []
-        stage = "finetune" if name == "lora" else name
-        found[change[0]] = planned_and_held(stage, [*command, *base, f"name={name}", *change])
-        if name != "lora":
-            saved = [before - now for before, now in zip(found[name], found[change[0]], strict=True)]
+        stage = name if name in found else "finetune"
+        found[change[-1]] = planned_and_held(stage, [*command, *base, f"name={name}", *change])
+        if name == stage:
+            saved = [before - now for before, now in zip(found[name], found[change[-1]], strict=True)]
             assert saved[0] == pytest.approx(saved[1], rel=0.15), name
     for what, (planned, held) in found.items():
         assert planned == pytest.approx(held, rel=0.15), what

@@ -8,8 +8,12 @@ import pytest
 from commands import INTERVALS, succeed
 from safetensors.torch import load_file
 
+PARTS = "distill.accumulate=2"  # which pass a streamed block together
 WIDTH = ["width.source=given", "width.transformer_blocks={text:[5],ffn:[0,3]}", "width.steps=3"]
 TUNING = ["finetune=tiny", "finetune.steps=3", "finetune.batch_size=4"]
+
+
+LORA = ["finetune.lora_rank=2", "finetune.optimizer=adamw", "finetune.ema_decay=0.5", "finetune.feature_weight=1"]
 
 
 def tensors(runs: Path) -> dict[str, dict]:
@@ -23,7 +27,7 @@ def test_every_stage_is_bit_equal(settings: list[str], tmp_path: Path, dtype: st
         command = [*settings, *TUNING, f"paths.runs_dir={tmp_path / name}", "name=run", f"model.streaming={streaming}"]
         command.append(f"model.dtype={dtype}")
         succeed(*command, "stages=[probe,detect]")
-        succeed(*command, INTERVALS, *WIDTH, "stages=[depth,width,finetune]")
+        succeed(*command, INTERVALS, *WIDTH, PARTS, "stages=[depth,width,finetune]")
         succeed(*command, INTERVALS, "stages=[boundaries]")
     found, expected = tensors(tmp_path / "streamed"), tensors(tmp_path / "resident")
     assert found.keys() == expected.keys()
@@ -33,3 +37,21 @@ def test_every_stage_is_bit_equal(settings: list[str], tmp_path: Path, dtype: st
     for name, content in expected.items():
         assert content.keys() == found[name].keys()
         assert all((found[name][key] == value).all() for key, value in content.items()), name
+
+
+def test_a_lora_is_tuned_while_all_frozen_blocks_are_streamed(settings: list[str], tmp_path: Path) -> None:
+    """Forward and backward, and again as the result is written."""
+    found, dtype = {}, "bfloat16"
+    for name, streaming in (("resident", "false"), ("streamed", "true")):
+        command = [*settings, *TUNING, *LORA, INTERVALS, *WIDTH, f"paths.runs_dir={tmp_path}", f"model.dtype={dtype}"]
+        if name == "resident":
+            succeed(*command, "name=plugs", "stages=[depth,width]")
+        command += [f"paths.base_run={tmp_path / 'plugs'}", f"name={name}", f"model.streaming={streaming}"]
+        succeed(*command, "stages=[finetune]")
+        files = (tmp_path / name / "finetuned" / "transformer").glob("*.safetensors")
+        found[name] = {key: value for file in files for key, value in load_file(file).items()}
+        found[name] |= load_file(tmp_path / name / "finetuned" / "pytorch_lora_weights.safetensors")
+    assert found["streamed"].keys() == found["resident"].keys()
+    assert {str(value.dtype) for key, value in found["streamed"].items() if "lora" not in key} == {f"torch.{dtype}"}
+    for key, value in found["resident"].items():
+        assert (found["streamed"][key] == value).all(), key

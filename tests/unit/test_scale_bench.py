@@ -4,6 +4,7 @@ import pytest
 import torch
 from trainers import train
 
+from experiments.scale import real_block
 from experiments.scale.models import STACK, TINY, TINY_INTERVALS, make_batch, make_teacher
 from experiments.scale.published import PublishedDistillation
 from experiments.scale.steps import block_passes, losses
@@ -71,3 +72,10 @@ def test_the_published_loop_costs_what_is_said(family, teacher):
     assert passes(ours, teacher, batch) == expected["ours"]
     ours, _ = modules(family, teacher, gradient_checkpointing=False)
     assert passes(ours, teacher, batch) == expected["ours, no checkpointing"]
+
+
+@pytest.mark.parametrize("part", ["probe", "finetune", "depth", "width"])
+def test_the_plan_holds_with_data(part):
+    """A narrow run of what `real_block` measures at the real size."""
+    for name, row in real_block.compare(part, 128, real_block.TINY).items():
+        assert row["ratio"] == pytest.approx(1, rel=0.15), name

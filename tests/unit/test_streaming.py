@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ppcl.config import DistillConfig
+from ppcl.distill.depth import DepthDistillation
 from ppcl.errors import UsageError
 from ppcl.streaming import load_streamed, still
 from ppcl.surgery.depth import student_block
@@ -146,3 +148,15 @@ def test_a_folder_without_all_tensors_is_refused(family, folder, tmp_path):
         expected = r"lacks transformer_blocks\.0\.attn\.to_q\.weight"
     with pytest.raises(UsageError, match=expected):
         load_streamed(family, broken, CPU, torch.float32)
+
+
+def test_batches_of_a_training_pass_each_block_together(family, resident, streamed, make_batch):
+    modules = [DepthDistillation(family, teacher, {"transformer_blocks": [(1, 2)]}, DistillConfig())
+               for teacher in (streamed, resident)]  # fmt: skip
+    order = []
+    for index, block in enumerate(streamed.transformer_blocks):
+        block.register_forward_hook(lambda *_, index=index: order.append(index))
+    batches = [make_batch(0), make_batch(1)]
+    found, expected = (module.heldout(batches) for module in modules)
+    assert found == expected
+    assert order == [0, 0, 1, 1, 2, 2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class DepthDistillation(LocalDistillation):
     def _call_student(self, stack: str, pair: Interval, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
         return self.call(stack, self.student(stack, pair), kwargs, inputs)
 
-    def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
+    def watch(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> Callable[[BlockCall], None]:
         starts = {(stack, pair[0]): number for number, (stack, pair) in enumerate(self.pairs)}
         ends = {(stack, pair[1]): number for number, (stack, pair) in enumerate(self.pairs)}
         masks = self.family.masks(batch.inputs)
@@ -93,8 +93,7 @@ class DepthDistillation(LocalDistillation):
                     student = self._call_student(*self.pairs[number], waiting.pop(number), batch.inputs)
                     visit(number, with_loss(*self.output_terms(student, call.outputs, masks, batch.average_of)))
 
-        with torch.no_grad():
-            observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
+        return on_block
 
     def learn(
         self, batch: TrainingBatch, done: Callable[[nn.Module], None] | None = None, share: float = 1.0
@@ -154,7 +153,8 @@ class DepthFromBoundaries(DepthDistillation):
         self.pairs = [(stack, pair) for stack in family.stacks for pair in intervals.get(stack, [])]
         LocalDistillation.__init__(self, family, nn.Identity(), students, config, precision)
 
-    def each_loss(self, batch: Any, visit: Callable[[int, Terms], None]) -> None:
-        for number, part in enumerate(batch.parts):
-            student = self._call_student(*self.pairs[number], part.kwargs, part.inputs)
-            visit(number, with_loss(*self.output_terms(student, part.outputs, part.masks, batch.average_of)))
+    def each_loss_abreast(self, batches: Sequence[Any], visits: Sequence[Callable[[int, Terms], None]]) -> None:
+        for batch, visit in zip(batches, visits, strict=True):
+            for number, part in enumerate(batch.parts):
+                student = self._call_student(*self.pairs[number], part.kwargs, part.inputs)
+                visit(number, with_loss(*self.output_terms(student, part.outputs, part.masks, batch.average_of)))

@@ -59,6 +59,7 @@ class FineTune(ManualOptimization):
         self.student: Any = student
         self.config = config
         self.is_sharded = sharding is not None
+        self.strict_loading = self.is_sharded or not config.lora_rank
         self._skeleton: tuple[Any, ...] = ()
         if sharding is not None:
             self._skeleton = (skeleton(student),)
@@ -73,6 +74,15 @@ class FineTune(ManualOptimization):
             student_model: Any = student
             student_model.enable_gradient_checkpointing()
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return what a checkpoint holds. With a LoRA, the frozen weights are left out: teacher and plugs have them."""
+        state = super().state_dict(*args, **kwargs)
+        if self.strict_loading:
+            return state
+        frozen = [name for name, parameter in self.student.named_parameters() if not parameter.requires_grad]
+        left_out = {f"{model}.{name}" for model in ("student", "ema") for name in frozen}
+        return {key: value for key, value in state.items() if key not in left_out}
+
     @property
     def result(self) -> nn.Module:
         """The model to keep: the moving average of the weights if there is one, else the student."""
@@ -86,9 +96,15 @@ class FineTune(ManualOptimization):
         return self._skeleton[0]
 
     def _copy(self) -> nn.Module:
-        """Return a copy of the student. Of a sharded student it is a plain module with copies of the shards."""
+        """Return a copy of the student, which shares frozen parameters.
+
+        Of a sharded student it is a plain module with copies of the shards.
+        """
         if not self._skeleton:
-            return copy.deepcopy(self.student)
+            frozen = {
+                id(parameter): parameter for parameter in self.student.parameters() if not parameter.requires_grad
+            }
+            return copy.deepcopy(self.student, dict(frozen))
         copied = copy.deepcopy(self._skeleton[0])
         copied.load_state_dict({key: value.clone() for key, value in self.student.state_dict().items()}, assign=True)
         return copied
@@ -210,7 +226,8 @@ class FineTune(ManualOptimization):
         # The decay is smaller at first, so that the initial weights do not dominate the average.
         decay = min(self.config.ema_decay, (1 + self.global_step) / (10 + self.global_step))
         for mean, now in zip(self.ema.parameters(), self.student.parameters(), strict=True):
-            mean.lerp_(now.to(mean.dtype), 1 - decay)
+            if now.requires_grad:
+                mean.lerp_(now.to(mean.dtype), 1 - decay)
 
     def configure_optimizers(self) -> tuple[list, list]:
         config = self.config

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from ppcl.families.base import Family
 from ppcl.ops.losses import Average, norm_ratio
 from ppcl.parallel import mean_terms
 from ppcl.precision import computing
-from ppcl.taps import Streams
+from ppcl.streaming import is_streamed
+from ppcl.taps import BlockCall, BlockKey, Streams, observe_each
 from ppcl.training.optimizers import cosine_schedule, optimizers_of
 from ppcl.training.sharding import Sharding
 
 _AVERAGE_DECAY = 0.98
+MOST_ABREAST = 8  # batches for which a streamed teacher is read once
 
 
 class LocalDistillation(ManualOptimization):
@@ -81,13 +84,43 @@ class LocalDistillation(ManualOptimization):
         if not self.is_sharded:
             self._teacher[0].to(self.device)
 
+    @property
     @abstractmethod
+    def last(self) -> BlockKey:
+        """The block that the teacher's forward stops after."""
+
+    @abstractmethod
+    def watch(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> Callable[[BlockCall], None]:
+        """Return what is to be called after each block of the teacher's forward on `batch`.
+
+        It calls `visit` as `each_loss` does.
+        """
+
     def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
         """Run the teacher and call `visit(number, terms)` once for each part, numbered as in `names`.
 
         `terms` are scalars: `terms["loss"]` is to be back-propagated, the others are logged. A part's graph is freed
         when `visit` returns, unless `visit` keeps a reference to its terms.
         """
+        self.each_loss_abreast([batch], [visit])
+
+    def each_loss_abreast(
+        self, batches: Sequence[TrainingBatch], visits: Sequence[Callable[[int, Terms], None]]
+    ) -> None:
+        """Do as `each_loss` for several batches, of which `visits` has a function each. They pass each block together.
+
+        A streamed teacher is then read once.
+        """
+        watches = [self.watch(batch, visit) for batch, visit in zip(batches, visits, strict=True)]
+        with torch.no_grad():
+            observe_each(self.family, self._teacher[0], [batch.inputs for batch in batches], watches, last=self.last)
+
+    def abreast(self, batches: Iterable[TrainingBatch]) -> Iterator[list[TrainingBatch]]:
+        """Yield `batches` one by one, or for a streamed teacher by eight, for which it is read once."""
+        streamed = any(is_streamed(module) for module in self._teacher[0].modules())
+        rest = iter(batches)
+        while group := list(islice(rest, MOST_ABREAST if streamed else 1)):
+            yield group
 
     def call(self, stack: str, block: nn.Module, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
         """Call `block`, which has trainable parameters, and return its output streams `[B, tokens, D]` by name.
@@ -136,22 +169,33 @@ class LocalDistillation(ManualOptimization):
         `done(part)` is called as soon as a part has its gradient, before the next part's loss is computed. `share`:
         what the batch is of a step's samples; the gradients are so much of a whole batch's.
         """
-        logged: list[Terms] = [{} for _ in self.names]
+        return self._learn([batch], done, share)[0]
 
-        def descend(number: int, terms: Terms) -> None:
+    def _learn(
+        self, batches: Sequence[TrainingBatch], done: Callable[[nn.Module], None] | None, share: float
+    ) -> list[list[Terms]]:
+        """Do as `learn` for batches that pass the teacher together, and return the terms for each.
+
+        With several, `done` must be None: parts that end at one block have their gradients together.
+        """
+        logged: list[list[Terms]] = [[{} for _ in self.names] for _ in batches]
+
+        def descend(found: list[Terms], number: int, terms: Terms) -> None:
             self.manual_backward(terms["loss"] * share)
-            logged[number] = {key: value.detach() for key, value in terms.items()}
+            found[number] = {key: value.detach() for key, value in terms.items()}
             if done is not None:
                 done(self.parts[self.key(self.names[number])])
 
-        self.each_loss(batch, descend)
+        self.each_loss_abreast(batches, [partial(descend, found) for found in logged])
         return logged
 
     def training_step(self, batch: TrainingBatch | list[TrainingBatch], batch_idx: int) -> Tensor:
         batches = listed(batch)
         # A part takes its step as soon as it has the gradient of all batches.
-        done = self._descend if len(batches) == 1 else None
-        found = [self.learn(each, done, 1 / len(batches)) for each in batches]
+        done, share = self._descend if len(batches) == 1 else None, 1 / len(batches)
+        found: list[list[Terms]] = []
+        for group in self.abreast(batches):
+            found += [self.learn(group[0], done, share)] if len(group) == 1 else self._learn(group, done, share)
         logged = mean_terms([mean_of(terms) for terms in zip(*found, strict=True)], batches[0].average)
         self._descend(*self.parts.values())  # those that have not, and in sequential mode all
         listed(self.optimizers())[0].step()  # no gradients are left; Lightning counts it as the global step
@@ -191,13 +235,14 @@ class LocalDistillation(ManualOptimization):
         """
         sums: list[dict[str, float]] = [{} for _ in self.names]
         count = 0
-        for batch in batches:
-            found: list[Terms] = [{} for _ in self.names]
-            self.each_loss(batch, found.__setitem__)
-            for total, terms in zip(sums, mean_terms(found, batch.average), strict=True):
-                for key, value in terms.items():
-                    total[key] = total.get(key, 0.0) + value.item()
-            count += 1
+        for group in self.abreast(batches):
+            each: list[list[Terms]] = [[{} for _ in self.names] for _ in group]
+            self.each_loss_abreast(group, [found.__setitem__ for found in each])
+            for batch, found in zip(group, each, strict=True):
+                for total, terms in zip(sums, mean_terms(found, batch.average), strict=True):
+                    for key, value in terms.items():
+                        total[key] = total.get(key, 0.0) + value.item()
+                count += 1
         return [{key: value / count for key, value in terms.items()} for terms in sums]
 
     def configure_optimizers(self) -> tuple[list, list]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ppcl.ops.losses import Average, relative_error
 from ppcl.precision import computing
 from ppcl.streaming import resident
 from ppcl.surgery.width import width_surgery
-from ppcl.taps import BlockCall, BlockKey, Streams, free_bytes, observe, stack_of
+from ppcl.taps import BlockCall, BlockKey, Streams, free_bytes, observe_each, stack_of
 from ppcl.training.sharding import Sharding, assign, whole_call
 
 
@@ -161,8 +162,12 @@ class WidthDistillation(LocalDistillation):
         place = self.pruned[-1].place
         return place.stack, place.end
 
-    def each_call(self, batch: TrainingBatch, visit: Callable[[int, dict[str, Any], Streams], None]) -> None:
-        """Run the teacher without gradient and call `visit(number, arguments, target)` for each pruned place.
+    def watch_calls(
+        self, batch: TrainingBatch, visit: Callable[[int, dict[str, Any], Streams], None]
+    ) -> Callable[[BlockCall], None]:
+        """Return what is to be called after each block of the teacher's forward on `batch`, without gradient.
+
+        It calls `visit(number, arguments, target)` for each pruned place.
 
         `number`: the index in `pruned`. `arguments`: the keyword arguments for the pruned block. `target`: the output
         streams `[B, tokens, D]` of the teacher block that the place stands for. The call comes as soon as the teacher
@@ -182,9 +187,9 @@ class WidthDistillation(LocalDistillation):
         z_of: dict[BlockKey, Tensor] = {}
         h_of: dict[BlockKey, Tensor] = {}
         waiting: dict[int, dict[str, Any]] = {}
-        self._inputs = batch.inputs
 
         def on_block(call: BlockCall) -> None:
+            self._inputs = batch.inputs
             if call.key in read:
                 z_of[call.key] = self._text_qkv_input(read[call.key], call.kwargs)
             if call.key in text_of:
@@ -202,8 +207,7 @@ class WidthDistillation(LocalDistillation):
             for number in ends.get(call.key, []):
                 visit(number, waiting.pop(number), call.outputs)
 
-        with torch.no_grad():
-            observe(self.family, self._teacher[0], batch.inputs, on_block, last=self.last)
+        return on_block
 
     def _text_qkv_input(self, place: Place, kwargs: dict[str, Any]) -> Tensor:
         return whole_call(place.module, self.surgery.text_qkv_input, kwargs)
@@ -224,7 +228,7 @@ class WidthDistillation(LocalDistillation):
     ) -> Terms:
         """Return the loss terms of pruned place `number`: those of each stream, Eq. 12 per projector, and norm ratios.
 
-        `arguments`: from `each_call`. `student`, `teacher`: output streams `[B, tokens, D]`. `masks`: valid tokens
+        `arguments`: from `watch_calls`. `student`, `teacher`: output streams `[B, tokens, D]`. `masks`: valid tokens
         `[B, tokens]` per stream, None for all. `average_of`: for each stream, what turns a denominator into the whole
         step's.
         """
@@ -242,7 +246,7 @@ class WidthDistillation(LocalDistillation):
         descended, logged = self.output_terms(student, teacher, masks, average_of)
         return with_loss(descended | weighted, logged)
 
-    def each_loss(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> None:
+    def watch(self, batch: TrainingBatch, visit: Callable[[int, Terms], None]) -> Callable[[BlockCall], None]:
         masks = self.family.masks(batch.inputs)
         gradients = torch.is_grad_enabled()
 
@@ -251,7 +255,7 @@ class WidthDistillation(LocalDistillation):
                 student = self._call(number, arguments)
                 visit(number, self.terms(number, arguments, student, teacher, masks, batch.average_of))
 
-        self.each_call(batch, learn)
+        return self.watch_calls(batch, learn)
 
     @torch.no_grad()
     def fit_linear(self, batches: Iterable[TrainingBatch], *, ridge: float) -> None:
@@ -261,7 +265,6 @@ class WidthDistillation(LocalDistillation):
         are still identities.
         """
         equations: dict[tuple[int, str], NormalEquations] = {}
-        masks: dict[str, Tensor | None] = {}
         projectors: list[Any] = [
             each for number in range(len(self.pruned)) for each in self.projectors(number).values()
         ]
@@ -269,7 +272,7 @@ class WidthDistillation(LocalDistillation):
         size = 8 * sum((dim_in + 1) * (dim_in + 1 + dim_out) for dim_out, dim_in in shapes)
         home: torch.device | None = None
 
-        def add(number: int, arguments: dict[str, Any], teacher: Streams) -> None:
+        def add(masks: dict[str, Tensor | None], number: int, arguments: dict[str, Any], teacher: Streams) -> None:
             nonlocal home
             for key in self.projectors(number):
                 x, y, mask = self._pair(number, key, arguments, teacher, masks)
@@ -282,9 +285,9 @@ class WidthDistillation(LocalDistillation):
                 for rows, change in changes(x, y, mask):
                     equations[number, key].add(rows, change)
 
-        for batch in batches:
-            masks.update(self.family.masks(batch.inputs))
-            self.each_call(batch, add)
+        for group in self.abreast(batches):
+            watches = [self.watch_calls(batch, partial(add, self.family.masks(batch.inputs))) for batch in group]
+            observe_each(self.family, self._teacher[0], [batch.inputs for batch in group], watches, last=self.last)
         for (number, key), system in equations.items():
             weight, bias = system.solve(ridge=ridge)
             projector: Any = self.projectors(number)[key]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import ceil
 
 import psutil
 import torch
@@ -19,9 +20,11 @@ from rich.table import Table
 from ppcl.artifacts.plan import Intervals, Width
 from ppcl.context import Run
 from ppcl.distill.groups import divided, select_intervals
+from ppcl.distill.local import MOST_ABREAST
 from ppcl.errors import UsageError
 from ppcl.launch import launched, rank, shard_ranks
 from ppcl.memory import dry
+from ppcl.ops.least_squares import COPIES
 from ppcl.report.text import in_bytes
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.model import model_folder
@@ -124,7 +127,17 @@ class Plan:
         """Return how many of a step's `count` samples a rank passes at once, if it divides its own by `parts`."""
         return max(1, count // self.share // parts)
 
-    def _hours(self, steps: float, flops: float, reads: int = 0) -> float:
+    def _abreast(self, parts: int, count: int) -> dict[str, float]:
+        """Return the bytes of the streams of a step's other parts, of `count` samples, which wait at a streamed block.
+
+        Each has those that entered the interval, and those that come from the block.
+        """
+        others = min(parts, MOST_ABREAST) - 1
+        if not others or not self.run.config.model.streaming:
+            return {}
+        return {"streams of the other parts": 2.0 * others * dry.stream_bytes(self.run, count)}
+
+    def _hours(self, steps: float, flops: float, reads: float = 0) -> float:
         """Return the hours of `steps` steps of `flops` operations that read the streamed teacher `reads` times each."""
         seconds = flops / FLOPS / self.share
         if self.run.config.model.streaming:
@@ -148,7 +161,7 @@ class Plan:
         batches = sum(-(-count // self.share) for count in (config.num_batches, config.num_heldout_batches))
         parts = self.teacher() | {
             "streams of all batches": batches * dry.stream_bytes(self.run, config.batch_size),
-            "forward": dry.forward_peak(self.run, config.batch_size),
+            "forward or statistics": max(dry.forward_peak(self.run, config.batch_size), self._statistics()),
             "normal equations": self._equations(2),
         }
         samples = (config.num_batches + config.num_heldout_batches) * config.batch_size
@@ -177,11 +190,13 @@ class Plan:
         }
         if config.accumulate > 1:
             parts["other gradients"] = 4 * (sum(params.values()) - max(self.block[s] for s in params)) / divisor
+        parts |= self._abreast(config.accumulate, count)
         tokens = self._tokens(config.batch_size)
         learning = 8 * sum(sum(size.values()) for size in sizes)
         flops = (2 * self.teacher_params * groups + learning) * tokens
         saved = (4 * sum(params.values()) + parts["states"] * divisor) * 2
-        return Need("depth", parts, saved, self._hours(config.steps, flops, groups))
+        reads = groups * ceil(config.accumulate / MOST_ABREAST)
+        return Need("depth", parts, saved, self._hours(config.steps, flops, reads))
 
     def width_stage(self) -> Need:
         """Return the need of the stage `width`. What it replaces in one stack stands for all."""
@@ -201,8 +216,9 @@ class Plan:
             "normal equations": self._equations(2 * number),
             "activations and a gradient": dry.width_peak(run, config, stack, kinds, count),
         }
+        parts |= self._abreast(config.accumulate, count)
         flops = 4 * self.teacher_params * self._tokens(config.batch_size)
-        hours = self._hours(run.config.width.steps, flops, 1)
+        hours = self._hours(run.config.width.steps, flops, ceil(config.accumulate / MOST_ABREAST))
         return Need("width", parts, hours=hours)
 
     def finetune(self) -> Need:
@@ -213,35 +229,42 @@ class Plan:
         counts = count_parameters(run.family, run.config.model.arch, self.intervals, self.width, run.layout)
         student = counts["student"]
         divisor = self.shards if self.sharded else 1
+        streamed = bool(config.lora_rank) and run.config.model.streaming
+        if streamed:
+            config = replace(config, gradient_checkpointing=True)
         peak: float = dry.finetune_peak(run, config, left, count)
         parts = self.teacher(sharded=self.sharded)
         if config.lora_rank:
             kept = sum(self.block[s] * (n - len(self.intervals.get(s, []))) for s, n in left.items())
-            if config.recorded or run.config.model.streaming:  # there is no teacher to share weights with
+            if config.recorded and not streamed:  # there is no teacher to share weights with
                 parts["frozen weights"] = self.itemsize * student
             else:
                 parts["weights that the teacher lacks"] = self.itemsize * max(0, student - kept) / divisor
             states = dry.matrix_states(config, config.lora_rank, self._side)
-            parts["LoRA and states"] = (4 + states) * self._lora_params(left) / divisor
+            trained = self._lora_params(left)
+            copied = self.itemsize * student if self.sharded else 4 * trained  # shards are copied whole
+            parts["LoRA and states"] = (4 + states) * trained / divisor
         else:
             inside = {s: self.block[s] * n for s, n in left.items()}
             shrunk = student / (sum(inside.values()) + self.teacher_params - self._inside)  # by projectors
-            states = dry.optimizer_bytes(run, config, inside, self.teacher_params - self._inside)
+            states, copied = dry.optimizer_bytes(run, config, inside, self.teacher_params - self._inside), 4 * student
             parts |= {"student": 4 * student / divisor, "states": states * shrunk / divisor}
             if divisor > 1:
                 peak -= 4 * student * (1 - 1 / divisor)  # gradients are sharded
                 parts["gathered blocks"] = 2 * 4 * max(self.block.values())
         if config.ema_decay:
-            parts["mean of weights"] = (4 if not config.lora_rank else self.itemsize) * student / divisor
+            parts["mean of weights"] = copied / divisor
         parts["activations and gradients"] = peak
         saved = 2 * divisor * (parts["LoRA and states"] if config.lora_rank else parts["student"] + parts["states"])
         if config.recorded:
             recording = self.teacher() | {"forward": dry.forward_peak(run, count)}
-            parts = {name: size for name, size in parts.items() if name not in self.teacher()}
+            if not streamed:
+                parts = {name: size for name, size in parts.items() if name not in self.teacher()}
             if sum(recording.values()) > sum(parts.values()):
                 parts = {f"{name}, while its velocities are written": size for name, size in recording.items()}
         flops = (2 * self.teacher_params + 8 * student) * self._tokens(config.batch_size)
-        return Need("finetune", parts, saved, self._hours(config.steps, flops))
+        reads = config.accumulate * ((not config.recorded) + (2 * kept / self._inside if streamed else 0))
+        return Need("finetune", parts, saved, self._hours(config.steps, flops, reads))
 
     def generate(self) -> Need:
         run, count = self.run, self.run.config.generate.batch_size
@@ -291,6 +314,11 @@ class Plan:
     def _equations(self, number: int) -> float:
         """Return the bytes of so many normal equations in float64."""
         return 8.0 * number * (self._side + 1) * (2 * self._side + 1)
+
+    def _statistics(self) -> float:
+        """Return the bytes of what is added to normal equations at once: rows and changes, in float32 and float64."""
+        rows = min(self._tokens(self.run.config.probe.batch_size), COPIES // (16 * self._side))
+        return self._side * (32.0 * rows + 8 * self._side)
 
     def _encoders(self) -> float:
         """Return the bytes of the text encoders, without a local folder those of the published model."""

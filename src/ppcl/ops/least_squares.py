@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_COPIES = 512 << 20  # the most bytes of float64 copies of samples to make at once
+COPIES = 512 << 20  # the most bytes of float64 copies of samples to make at once
 
 
 def in_chunks(*samples: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -17,7 +17,7 @@ def in_chunks(*samples: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Float64 copies of what is yielded stay below a fixed size, however many samples there are, if one sample does.
     """
     size = 8 * sum(each.shape[1:].numel() for each in samples)
-    return zip(*(each.split(max(1, _COPIES // size)) for each in samples), strict=True)
+    return zip(*(each.split(max(1, COPIES // size)) for each in samples), strict=True)
 
 
 class NormalEquations:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +18,8 @@ from ppcl.distill.finetune import FineTune
 from ppcl.distill.targets import STEPS_PER_FILE, Batches, Targets
 from ppcl.errors import UsageError
 from ppcl.options import identity
-from ppcl.streaming import still
-from ppcl.surgery.adapter import merge_lora
+from ppcl.streaming import follow, still
+from ppcl.surgery.adapter import merge_lora, save_lora, save_merged
 from ppcl.taps import BlockKey
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import Sharding, place
@@ -66,6 +66,9 @@ def run(run: Run) -> None:
     checkpoints = run.folder / "finetune-checkpoint"
     check_resumable(checkpoints, header, sharded=run.teacher.sharded)
     student, stands_for = _student(run, plugs, plan)
+    streamed = bool(config.lora_rank) and run.config.model.streaming
+    if streamed:  # the weights of a block are gone when its backward pass begins
+        config = replace(config, gradient_checkpointing=True)
     sharding = Sharding.of(run) if run.teacher.sharded else None
     seed = run.config.data.train_seed
     teacher = run.teacher.pipeline.transformer
@@ -89,8 +92,13 @@ def run(run: Run) -> None:
     if run.writes:
         with atomic_folder(folder) as temporary:
             if config.lora_rank:
-                merge_lora(result, run.teacher.pipeline_class, temporary)
-            result.to(run.teacher.dtype).save_pretrained(temporary / "transformer")
+                save_lora(result, run.teacher.pipeline_class, temporary)
+            if streamed:
+                save_merged(run.family, result, temporary / "transformer", run.teacher.dtype)
+            else:
+                if config.lora_rank:
+                    merge_lora(result)
+                result.to(run.teacher.dtype).save_pretrained(temporary / "transformer")
             facts = {
                 "plugged": [*plan.students, *plan.removed, *plan.projectors],
                 "velocity_error": {"before": before, "after": after},  # held-out
@@ -107,16 +115,19 @@ def run(run: Run) -> None:
 def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey, BlockKey]]:
     """Return the model to tune, and for each of its blocks the teacher's block that it stands for.
 
-    It has its own copy of every parameter, unless it is going to be sharded, which copies, or only a LoRA learns. A
-    streamed teacher's weights cannot be shared.
+    It has its own copy of every parameter, unless it is going to be sharded, which copies, or only a LoRA learns. Then
+    its blocks stream the weights that they share with those of a streamed teacher.
     """
-    shares = run.teacher.sharded or (run.config.finetune.lora_rank and not run.config.model.streaming)
     teacher = run.family.blocks(run.teacher.pipeline.transformer)
     switch = Switch(run, plugs)
     switch(plan)
-    with still(*(teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept)):
-        student = switch.board.standalone()
-        if not shares:
+    student = switch.board.standalone()
+    sources = [teacher[stack, index] for stack, kept in switch.board.kept.items() for index in kept]
+    if run.config.finetune.lora_rank:
+        for block, source in zip(run.family.blocks(student).values(), sources, strict=True):
+            follow(block, source)
+    elif not run.teacher.sharded:
+        with still(*sources):
             student = copy.deepcopy(student)
     stands_for = switch.board.stands_for
     switch.restore()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ppcl.artifacts.files import write_json
+from ppcl.artifacts.tensors import write_tensors
 from ppcl.families.base import Family
+from ppcl.streaming import still
 
 
 def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
@@ -30,16 +34,52 @@ def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
         adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, exclude_modules=others or None))
 
 
-def merge_lora(model: Any, pipeline_class: Any, folder: Path) -> None:
-    """Save the LoRA of `model` to `folder` in the format of its pipeline's class, and add it to the weights of `model`.
+def save_lora(model: Any, pipeline_class: Any, folder: Path) -> None:
+    """Save the LoRA of `model` to `folder` in the format of its pipeline's class.
 
-    `pipeline.load_lora_weights(folder)` loads the file. The weights become copies in host memory before.
+    `pipeline.load_lora_weights(folder)` loads the file.
     """
     from peft.utils import get_peft_model_state_dict
 
     (name,) = model.peft_config
     layers, metadata = get_peft_model_state_dict(model, adapter_name=name), model.peft_config[name].to_dict()
     pipeline_class.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+
+
+def merge_lora(model: Any) -> None:
+    """Add the LoRA of `model` to its weights, which become copies in host memory before."""
     model.load_state_dict({key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}, assign=True)
     model.fuse_lora()  # in place, and the weights may have been shared with the teacher
     model.unload_lora()
+
+
+def save_merged(family: Family, model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Save `model` with its LoRA added to its weights, as `merge_lora` and `save_pretrained` would, as `dtype`.
+
+    Each block has a file of its own, so that the weights of one block are in memory at a time. Blocks may be streamed.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def merged(block: nn.Module) -> dict[str, Tensor]:
+        with still(block):
+            block = copy.deepcopy(block)
+        for layer in block.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+        state = block.state_dict()
+        return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+
+    blocks = {f"{stack}.{index}.": block for (stack, index), block in family.blocks(model).items()}
+    state, files = model.state_dict(), dict[str, str]()
+    rest = {name: value for name, value in state.items() if not name.startswith(tuple(blocks))}
+    folder.mkdir(parents=True)
+    for number, prefix in enumerate([*blocks, ""], start=1):
+        values = merged(blocks[prefix]) if prefix else rest
+        tensors = {prefix + name: value.to("cpu", dtype) for name, value in values.items()}
+        file = f"diffusion_pytorch_model-{number:05d}-of-{len(blocks) + 1:05d}.safetensors"
+        write_tensors(folder / file, tensors, {"format": "pt"})
+        files |= dict.fromkeys(tensors, file)
+    size = sum((folder / file).stat().st_size for file in {*files.values()})
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
+    model.save_config(folder)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ppcl.errors import UsageError
-from ppcl.streaming import still
+from ppcl.streaming import is_streamed, still
 
 
 def load_shared(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -32,14 +33,20 @@ def share_pruned(pruned: nn.Module, block: nn.Module, projectors: Mapping[str, T
     """
     own = block.state_dict(keep_vars=True)
     first = next(block.parameters())
-    state: dict[str, Tensor] = {}
+    state, shapes = dict[str, Tensor](), {key: empty.shape for key, empty in pruned.state_dict().items()}
+    smaller = [key for key, shape in shapes.items() if key in own and own[key].shape != shape]
+    streamed = is_streamed(block)
+    with still(block) if smaller else nullcontext():
+        for key in smaller:
+            cut = own[key].detach()[tuple(map(slice, shapes[key]))]
+            # A view of a streamed weight would keep all that is read with it, and change when that is overwritten.
+            cut = cut.clone(memory_format=torch.contiguous_format) if streamed else cut.contiguous()
+            state[key] = cut.requires_grad_(own[key].requires_grad)
     for key, empty in pruned.state_dict().items():
+        if key in smaller:
+            continue
         if key in own:
             state[key] = own[key]
-            if own[key].shape != empty.shape:
-                with still(block):
-                    cut = own[key].detach()[tuple(map(slice, empty.shape))].contiguous()
-                state[key] = cut.requires_grad_(own[key].requires_grad)
         elif key in projectors:
             if projectors[key].shape != empty.shape:
                 raise UsageError(

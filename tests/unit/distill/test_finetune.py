@@ -243,7 +243,20 @@ def test_a_lora_is_all_that_is_trained(family, teacher, student, batch, make_bat
     assert {name for name in inner - trained if not (".1." in name and any(part in name for part in dead))} == set()
 
 
-def test_a_merged_lora_leaves_weights_that_it_shares_as_they_are(family, pipeline, tmp_path):
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_checkpoint_of_a_lora_holds_the_lora_alone(family, teacher, student, make_batch, decay):
+    modules = [FineTune(family, teacher, copy.deepcopy(student), settings(lora_rank=2, ema_decay=decay))
+               for _ in range(2)]  # fmt: skip
+    train(modules[0], make_batch, LENGTHS)
+    held = modules[0].state_dict()
+    assert held
+    assert all(".lora_" in name for name in held)
+    modules[1].load_state_dict(held, strict=modules[1].strict_loading)
+    found, expected = (state_of(module.result) for module in reversed(modules))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_a_merged_lora_leaves_weights_that_it_shares_as_they_are(family, pipeline):
     teacher = pipeline.transformer
     before = state_of(teacher)
     student = Plugboard(family, teacher, {}).standalone()
@@ -254,7 +267,7 @@ def test_a_merged_lora_leaves_weights_that_it_shares_as_they_are(family, pipelin
     with torch.no_grad():
         for name, value in student.named_parameters():
             value.fill_(0.1) if "lora_" in name else None
-    merge_lora(module.whole_result(), pipeline, tmp_path)
+    merge_lora(module.whole_result())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     changed = [name for name, value in student.state_dict().items() if not torch.equal(value, before[name])]
     assert "transformer_blocks.0.attn.to_q.weight" in changed

@@ -85,7 +85,7 @@ def test_padded_text_tokens_do_not_reach_the_probes(family, transformer, batches
 
 @pytest.mark.parametrize("size", [1, 100, 1 << 20])  # single rows, single samples, all at once
 def test_changes_are_of_valid_rows_in_order(size, monkeypatch):
-    monkeypatch.setattr(least_squares, "_COPIES", size)
+    monkeypatch.setattr(least_squares, "COPIES", size)
     before = torch.arange(12.0).view(2, 3, 2).to(torch.bfloat16)
     mask = torch.tensor([[True, True, False], [True, False, False]])
     parts = list(changes(before, 3 * before, mask))
@@ -98,7 +98,7 @@ def test_changes_are_of_valid_rows_in_order(size, monkeypatch):
 
 
 def test_changes_need_as_little_memory_for_a_large_batch(monkeypatch):
-    monkeypatch.setattr(least_squares, "_COPIES", 100_000)
+    monkeypatch.setattr(least_squares, "COPIES", 100_000)
     peaks = []
     for count in (4, 16):
         before, after = torch.randn(2, count, 50, 64).to(torch.bfloat16)

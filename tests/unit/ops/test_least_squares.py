@@ -96,14 +96,14 @@ def test_half_precision_inputs_are_summed_in_float64():
 def test_chunks_of_rows_add_up_to_all_at_once(monkeypatch):
     x, y = data()
     expected = torch.linalg.lstsq(with_ones(x), y.double()).solution
-    monkeypatch.setattr(least_squares, "_COPIES", 8 * (9 + 5) * 30)  # 30 rows, so that the last chunk is smaller
+    monkeypatch.setattr(least_squares, "COPIES", 8 * (9 + 5) * 30)  # 30 rows, so that the last chunk is smaller
     weight, bias = solve([(x, y)], ridge=0.0)
     torch.testing.assert_close(torch.cat([weight.T, bias[None]]), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("system", [NormalEquations(9, 9), InputMoments(9)])
 def test_temporary_memory_does_not_grow_with_the_samples(system, monkeypatch):
-    monkeypatch.setattr(least_squares, "_COPIES", 8 * (9 + 9) * 100)
+    monkeypatch.setattr(least_squares, "COPIES", 8 * (9 + 9) * 100)
     peaks = []
     for samples in (400, 1600):
         x, y = data(samples, dim_out=9)
