@@ -312,7 +312,7 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
 def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) -> None:
     """Run the stages one after the other. A stage that ranks do not share runs on rank 0 only."""
     from ppcl.describe import describe
-    from ppcl.memory.plan import check_memory, in_memory
+    from ppcl.memory.checks import check_memory, in_memory
     from ppcl.needs import check_needs
     from ppcl.quiet import quiet_progress
     from ppcl.stages import STAGES
@@ -326,7 +326,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
 
         torch.set_num_threads(config.trainer.num_threads)
     if config.explain:
-        from ppcl.memory.plan import explain
+        from ppcl.memory.checks import explain
 
         explain(run)
         return

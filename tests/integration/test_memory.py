@@ -16,7 +16,8 @@ from commands import INTERVALS, PLUG_NAMES, REPOSITORY, digests, ppcl, succeed
 from ppcl.command import prepare
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.memory.plan import STAGES, Plan, fits, in_memory
+from ppcl.memory.checks import in_memory
+from ppcl.memory.plan import STAGES, Plan, fits
 
 # Near the last block: the teacher's weights behind the last one that is needed are not touched in a step.
 SETS = ["intervals.transformer_blocks=[[2,4],[6,8],[17,18]]", "width.source=given"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -120,7 +121,33 @@ def encode_samples(
     Tensors are named `NNN.NAME`, where NNN is the sample's position in the list of records. `advance` is called after
     each batch, with its number of samples.
     """
-    images, kept, bad = [], [], []
+    bad: list[dict[str, str]] = []
+    tensors: dict[str, Tensor] = {}
+    records: list[dict[str, Any]] = []
+    usable = _opened(encoder, samples, bad)
+    while part := list(islice(usable, encoder.config.encode_batch_size)):
+        pictures = encoder.pictures([image for _, image, _ in part])
+        if encoder.config.given:
+            prompts = [encoder.edit(sample.caption, given) for sample, _, given in part]
+        else:
+            prompts = encoder.prompts([sample.caption for sample, _, _ in part])
+        for (sample, _, _), (latents, size), conditions in zip(part, pictures, prompts, strict=True):
+            prefix = f"{len(records):03d}."
+            tensors |= {prefix + LATENTS: latents}
+            tensors |= {prefix + name: value.contiguous() for name, value in conditions.items()}
+            record = {"key": sample.key, "caption": sample.caption, "size": list(size)}
+            records.append(record | ({"given": conditions[SIZES].tolist()} if SIZES in conditions else {}))
+        advance(len(pictures))
+    return (tensors, records), bad
+
+
+def _opened(
+    encoder: Encoder, samples: list[Sample], bad: list[dict[str, str]]
+) -> Iterator[tuple[Sample, Tensor, list[Image.Image]]]:
+    """Yield each sample with its picture `[3, H, W]` and its given pictures. Adds those that cannot be used to `bad`.
+
+    A picture is opened when it is asked for, since those of a whole file would take gigabytes.
+    """
     for sample in samples:
         try:
             picture, *given = sample.open()
@@ -130,25 +157,4 @@ def encode_samples(
         if len(given) > encoder.most_given:
             bad.append({"key": sample.key, "why": f"{len(given)} given pictures; the model takes {encoder.most_given}"})
             continue
-        images.append(encoder.fitted(picture, given))
-        kept.append((sample, given))
-    tensors: dict[str, Tensor] = {}
-    records = []
-    step = encoder.config.encode_batch_size
-    for start in range(0, len(kept), step):
-        part = slice(start, start + step)
-        pictures = encoder.pictures(images[part])
-        if encoder.config.given:
-            prompts = [encoder.edit(sample.caption, given) for sample, given in kept[part]]
-        else:
-            prompts = encoder.prompts([sample.caption for sample, _ in kept[part]])
-        for offset, ((sample, _), (latents, size), conditions) in enumerate(
-            zip(kept[part], pictures, prompts, strict=True)
-        ):
-            prefix = f"{start + offset:03d}."
-            tensors |= {prefix + LATENTS: latents}
-            tensors |= {prefix + name: value.contiguous() for name, value in conditions.items()}
-            record = {"key": sample.key, "caption": sample.caption, "size": list(size)}
-            records.append(record | ({"given": conditions[SIZES].tolist()} if SIZES in conditions else {}))
-        advance(len(pictures))
-    return (tensors, records), bad
+        yield sample, encoder.fitted(picture, given), given
