@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields
@@ -279,6 +280,8 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
         if config.explain:
             with suppress(OSError):
                 folder.rmdir()  # Hydra has made it
+                if {*folder.parent.iterdir()} == {folder.parent / "multirun.yaml"}:  # and this one, of a sweep
+                    shutil.rmtree(folder.parent)
         return
     records = (folder / "config.yaml", folder / "versions.json")
     before = {path: path.read_bytes() for path in records if path.exists()}

@@ -383,9 +383,11 @@ class Plan:
 
     def groups(self) -> int:
         """Return into how many groups depth distillation divides the intervals: for `auto` as few as fit."""
-        asked = self.run.config.distill.groups
-        if asked != "auto":
-            return int(asked)
+        config = self.run.config.distill
+        if config.groups != "auto":
+            return int(config.groups)
+        if config.mode == "sequential":  # a chain trains as one
+            return 1
         most = max(1, sum(map(len, self.trained.values())))
         return next((n for n in range(1, most) if fits(self.depth(n).total, capacity(self.run))), most)
 
