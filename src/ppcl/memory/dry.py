@@ -333,4 +333,4 @@ def boundaries_peak(run: Run, config: DistillConfig) -> int:
 
 def _of_batches(measured: Callable[[Mapping[str, int]], int], count: int) -> int:
     """Return `measured({"batches": count})`, which grows linearly with that number."""
-    return _extrapolated(measured, {"batches": 1}, {"batches": count})
+    return _extrapolated(measured, {"batches": min(FEW, count)}, {"batches": count})
