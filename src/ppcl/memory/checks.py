@@ -52,17 +52,16 @@ def needs(run: Run) -> list[Need]:
 def explain(run: Run) -> None:
     """Print a table of what each stage of the command needs."""
     room = capacity(run)
-    columns = "stage", "on the device", "of that", "in host memory", "writes", "hours"
-    table = Table(*columns, title=f"{run.config.model.name}: estimates")
+    table = Table("stage", "on the device", "of that", "writes", "hours", title=f"{run.config.model.name}: estimates")
     found = needs(run)
     for need in found:
-        parts = sorted(need.device.items(), key=lambda item: -item[1])
-        told = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts if size >= 0.005 * need.total)
-        size = in_bytes(need.total) + ("" if fits(need.total, room) else " (too much)")
+        size = in_bytes(need.total) + ("" if fits(need.total, room) else " (too much)") if need.device else ""
         hours = "" if need.hours is None else f"{need.hours:.1f}"
-        held, written = (in_bytes(size) if size else "" for size in (sum(need.host.values()), need.disk))
-        table.add_row(need.stage, size if need.device else "", told, held, written, hours)
+        table.add_row(need.stage, size, _told(need.device), in_bytes(need.disk) if need.disk else "", hours)
     run.console.print(table)
+    for need in found:
+        if told := _told(need.host):
+            run.say("explain", f"{need.stage} also holds in host memory: {told}")
     others = [stage for stage in run.config.stages if stage not in estimated(run)]
     if others:
         run.say("explain", f"{', '.join(others)}: not estimated")
@@ -73,6 +72,12 @@ def explain(run: Run) -> None:
         f"the device has {in_bytes(room)}; needed are also {in_bytes(RESERVED)} for its libraries and "
         f"{SLACK - 1:.0%} for fragmentation. Hours: at {FLOPS:.0e} operations and {in_bytes(DISK)} read a second",
     )
+
+
+def _told(parts: dict[str, float]) -> str:
+    """Return the parts and their sizes, largest first, without those that are small beside the rest."""
+    largest = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {in_bytes(size)}" for name, size in largest if size > 0.005 * sum(parts.values()))
 
 
 def check_memory(run: Run) -> None:
