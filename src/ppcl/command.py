@@ -280,7 +280,7 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
         if config.explain:
             with suppress(OSError):
                 folder.rmdir()  # Hydra has made it
-                if {*folder.parent.iterdir()} == {folder.parent / "multirun.yaml"}:  # and this one, of a sweep
+                if _in_sweep() and {*folder.parent.iterdir()} <= {folder.parent / "multirun.yaml"}:
                     shutil.rmtree(folder.parent)
         return
     records = (folder / "config.yaml", folder / "versions.json")
@@ -297,6 +297,13 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
             for path in records:
                 path.unlink(missing_ok=True)
         raise
+
+
+def _in_sweep() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
