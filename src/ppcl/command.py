@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields
@@ -279,6 +280,8 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
         if config.explain:
             with suppress(OSError):
                 folder.rmdir()  # Hydra has made it
+                if _in_sweep() and {*folder.parent.iterdir()} <= {folder.parent / "multirun.yaml"}:
+                    shutil.rmtree(folder.parent)
         return
     records = (folder / "config.yaml", folder / "versions.json")
     before = {path: path.read_bytes() for path in records if path.exists()}
@@ -294,6 +297,13 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
             for path in records:
                 path.unlink(missing_ok=True)
         raise
+
+
+def _in_sweep() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
@@ -313,7 +323,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
     """Run the stages one after the other. A stage that ranks do not share runs on rank 0 only."""
     from ppcl.attention import attention
     from ppcl.describe import describe
-    from ppcl.memory.plan import check_memory, in_memory
+    from ppcl.memory.checks import check_memory, in_memory
     from ppcl.needs import check_needs
     from ppcl.quiet import quiet_progress
     from ppcl.stages import STAGES
@@ -327,7 +337,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
 
         torch.set_num_threads(config.trainer.num_threads)
     if config.explain:
-        from ppcl.memory.plan import explain
+        from ppcl.memory.checks import explain
 
         explain(run)
         return

@@ -45,20 +45,19 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.resident = 0
         self._seen: set[int] = set()
-        self._resident: dict[int, int] = {}
-
-    @property
-    def resident(self) -> int:
-        """The bytes of tensors that existed before the context and were used in it."""
-        return sum(self._resident.values())
+        self._before: set[int] = set()  # those that are still alive: another one may get the address of one that is not
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
+            if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self._resident[storage._cdata] = storage.nbytes()
+                key = storage._cdata
+                if key not in self._seen and key not in self._before:
+                    self._before.add(key)
+                    self.resident += storage.nbytes()
+                    weakref.finalize(storage, self._before.discard, key)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
@@ -67,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._seen or key in self._resident:
+        if key in self._seen or key in self._before:
             return
         self._seen.add(key)
         self.live += storage.nbytes()

@@ -57,7 +57,7 @@ class TeacherModel:
         needs, data = STAGES[stage], self.config.data
         transformer, encoders = needs.transformer, needs.encoders
         fitted = stage == "quantize" and self.config.quantize.rounding == "least_squares"
-        if fitted or stage == "plan":  # to count needs no weights, but with a budget plugs are measured
+        if stage == "plan":  # to count needs no weights, but with a budget plugs are measured
             transformer = "device"
         cached = data.name in ("webdataset", "folder")
         if data.name == "shapes" and (needs.data or fitted or stage == "plan"):

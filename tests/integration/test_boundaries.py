@@ -50,7 +50,7 @@ def both_ways(command: list[str]) -> Path:
     """With an online training, boundaries, and a training from them."""
     succeed(*command, "name=online", "stages=[depth]")
     outcome = succeed(*command, "name=written", "stages=[boundaries]")
-    assert "MB for 10 steps" in outcome.out
+    assert "MB for 26 steps" in outcome.out  # 16 of them held out
     succeed(*command, "name=offline", "stages=[depth]", FROM)
     return Path(next(a for a in reversed(command) if a.startswith("paths.runs_dir=")).partition("=")[2])
 
@@ -175,7 +175,7 @@ def test_replayed_steps_come_round_again(
 ) -> None:
     replay = [f"paths.runs_dir={tmp_path}", "distill.replay=3"]
     outcome = succeed(*command, *replay, "name=replayed", "stages=[boundaries]")
-    assert "MB for 4 steps" in outcome.out
+    assert "MB for 20 steps" in outcome.out
     succeed(*command, *replay, FROM, "name=replayed", "stages=[depth]")
     replayed, online = plug_tensors(tmp_path / "replayed"), plug_tensors(runs / "online")
     assert replayed.keys() == online.keys()

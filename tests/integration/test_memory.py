@@ -15,8 +15,11 @@ from commands import INTERVALS, PLUG_NAMES, REPOSITORY, digests, ppcl, succeed
 
 from ppcl.command import prepare
 from ppcl.context import Run
+from ppcl.distill.groups import divided
 from ppcl.errors import UsageError
-from ppcl.memory.plan import STAGES, Plan, fits, in_memory
+from ppcl.memory.checks import in_memory
+from ppcl.memory.plan import STAGES, Plan, fits
+from ppcl.stages import depth
 
 # Near the last block: the teacher's weights behind the last one that is needed are not touched in a step.
 SETS = ["intervals.transformer_blocks=[[2,4],[6,8],[17,18]]", "width.source=given"]
@@ -74,6 +77,20 @@ def test_students_that_train_in_groups_are_the_same(settings: list[str], trained
     assert json.loads((tmp_path / "grouped" / "training" / "depth.json").read_text())["steps"] == cost["steps"]
 
 
+@pytest.mark.parametrize(("asked", "goes_on"), [("auto", True), ("1", False)])
+def test_groups_that_a_stopped_training_has_begun(
+    settings: list[str], tmp_path: Path, asked: str, goes_on: bool
+) -> None:
+    command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "name=resumed", "stages=[depth]"]
+    run = prepare(command)
+    begun = depth._checkpoint_folder(run, divided(run.intervals, 2)[1])
+    begun.mkdir(parents=True)
+    outcome = succeed(*command, f"distill.groups={asked}")
+    assert ("group 2 of 2" in outcome.out) == goes_on
+    assert (f"{begun} is not used: distill.groups=2" in outcome.out) != goes_on
+    assert not [*(tmp_path / "resumed" / "plugs").glob("checkpoint-*")]
+
+
 def test_as_many_groups_as_fit(tmp_path: Path) -> None:
     groups = {}
     for memory in (400, 80, 48, 24):
@@ -87,7 +104,7 @@ def test_as_many_groups_as_fit(tmp_path: Path) -> None:
 
 
 def test_only_the_students_that_a_job_trains_count() -> None:
-    command = [*PAPER, "stages=[depth]", "explain=true"]
+    command = [*PAPER, "stages=[depth]", "explain=true", "distill.groups=1"]
     every, one = (Plan(prepare([*command, f"distill.intervals={names}"])) for names in ("null", "[3-4]"))
     assert len(every.trained["transformer_blocks"]) == 13
     assert one.trained == {"transformer_blocks": [(3, 4)]}
@@ -127,10 +144,13 @@ def test_a_lack_of_memory_names_what_to_turn() -> None:
 
 @pytest.mark.parametrize("model", ["qwen_image_edit_2509", "flux_dev", "dit_xl"])
 def test_every_model_is_estimated_without_weights(model: str, tmp_path: Path) -> None:
-    stages = "stages=[cache,probe,depth,width,finetune,generate,evaluate]"
-    outcome = succeed(f"model={model}", stages, "width=auto", "explain=true", f"paths.runs_dir={tmp_path}")
+    stages = "stages=[cache,probe,detect,boundaries,depth,width,finetune,export,quantize,generate,evaluate]"
+    outcome = succeed(
+        f"model={model}", stages, "width=auto", "quantize=int4", "explain=true", f"paths.runs_dir={tmp_path}"
+    )
     assert "it is assumed that three of every five blocks become one" in outcome.out
     assert outcome.out.count("teacher ") >= 4
+    assert "export also holds in host memory: teacher " in outcome.out
 
 
 STREAMED = "model.streaming=true"
@@ -141,7 +161,10 @@ ROWS = [  # stages with settings, as the README shows them
     ("cache",),
     ("probe",),
     ("probe", STREAMED),
-    ("depth",),
+    ("detect",),
+    ("detect", STREAMED),
+    ("boundaries", STREAMED),
+    ("depth", "distill.groups=1"),
     ("depth", "distill.groups=auto"),
     ("depth", "distill.groups=auto", STREAMED),
     ("width",),
@@ -149,6 +172,7 @@ ROWS = [  # stages with settings, as the README shows them
     ("finetune",),
     ("finetune", LORA),
     ("finetune", LORA, "finetune.recorded=true", STREAMED, "finetune.accumulate=4"),
+    ("quantize", "quantize.rounding=least_squares"),
     ("generate",),
     ("generate", "generate.offload=group"),
     ("evaluate",),
@@ -168,7 +192,7 @@ def with_settings(run: Run, settings: list[str]) -> Run:
 
 def row_of(run: Run, stage: str, *settings: str) -> list[str]:
     """The cells of a row: what the stage needs in GB, whether each card has it, and what each of eight cards needs."""
-    plan = Plan(with_settings(run, [f"stages=[{stage}]", *settings]))
+    plan = Plan(with_settings(run, [f"stages=[{stage}]", "data.name=folder", *settings]))
     cells, sizes = [], set()
     for room in CARDS.values():
         plan.run.config.trainer.memory_gb = room / 1e9
@@ -178,7 +202,7 @@ def row_of(run: Run, stage: str, *settings: str) -> list[str]:
         cells.append("no" if not fits(need.total, room) else "yes" if groups == 1 else f"{groups} groups")
     least, most = min(sizes), max(sizes)
     each = ""
-    if stage in SHARDED and not settings:
+    if stage in SHARDED and settings in ((), ("distill.groups=1",)):
         batches = ["distill.batch_size=16", "finetune.batch_size=16", "strategy.kind=fsdp"]
         eight = with_settings(run, [*settings, *batches])
         each = f"{STAGES[stage](Plan(eight, ranks=8)).total / 1e9:.0f} GB"
@@ -216,6 +240,6 @@ def test_a_wrong_interval_is_said_before_anything_is_estimated(changes: list[str
 
 
 def test_what_is_not_estimated_is_named(tmp_path: Path) -> None:
-    for stage in ("pretrain", "detect"):
+    for stage in ("pretrain", "report"):
         outcome = succeed("model=tiny_qwen_image", f"stages=[{stage}]", "explain=true", f"paths.runs_dir={tmp_path}")
         assert f"{stage}: not estimated" in outcome.out

@@ -49,3 +49,9 @@ def test_intervals_train_in_processes_of_their_own_and_meet(settings: list[str],
     failed = ppcl_process("--multirun", *command, *jobs, "distill.intervals=[1-2],[9-10]", *launcher)
     assert failed.returncode == 2
     assert "distill.intervals=9-10 is not one of this run's intervals" in failed.stderr
+
+
+def test_explain_leaves_no_folder_of_a_sweep(settings: list[str], tmp_path: Path) -> None:
+    command = [*settings, f"paths.runs_dir={tmp_path / 'runs'}", "name=sweep", "stages=[probe]", "explain=true"]
+    assert succeed("--multirun", *command, "probe.batch_size=4,8").out.count("estimates") == 2
+    assert not (tmp_path / "runs" / "sweep").exists()

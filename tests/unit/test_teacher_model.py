@@ -55,7 +55,7 @@ def test_stages_that_need_the_same_share_a_pipeline():
         assert teacher.pipeline is pipeline
 
 
-def test_least_squares_rounding_runs_the_model():
-    teacher = make_teacher("folder", quantize=QuantizeConfig(rounding="least_squares"))
+def test_least_squares_rounding_encodes_toy_pictures():
+    teacher = make_teacher("shapes", quantize=QuantizeConfig(rounding="least_squares"))
     teacher.enter("quantize")
-    assert places(teacher) == ("meta", "cpu")
+    assert places(teacher) == ("cpu", "meta")  # `Switch` moves the pruned model alone to the device

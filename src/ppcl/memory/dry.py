@@ -11,19 +11,28 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppcl.config import DistillConfig, FinetuneConfig
+from ppcl.config import DistillConfig, FinetuneConfig, MethodConfig, ProbeConfig
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
+from ppcl.data.boundaries import STEPS_PER_SHARD
 from ppcl.distill.depth import DepthDistillation
 from ppcl.distill.finetune import FineTune
 from ppcl.distill.width import WidthDistillation, places
 from ppcl.efficiency import LiveBytes
+from ppcl.methods.base import Teacher
+from ppcl.methods.lp import Lp, batches_at_once, run_once
+from ppcl.methods.probes import fit_probes
+from ppcl.methods.registry import load_method
+from ppcl.methods.similarity import unit_grams
+from ppcl.methods.surrogates import SurrogateCurves
+from ppcl.taps import BlockCall, observe, observe_abreast
 from ppcl.training.optimizers import split_for_muon
 from ppcl.training.states import state_bytes
 from ppcl.validation.model import is_toy, model_folder
@@ -118,6 +127,18 @@ def stream_bytes(run: Run, count: int) -> int:
         tokens += 0 if text is None else text.shape[1]
     width = arch["num_attention_heads"] * arch["attention_head_dim"]
     return count * tokens * width * run.teacher.dtype.itemsize
+
+
+def latent_bytes(run: Run, count: int) -> int:
+    """Return the bytes of the latents, and so of the velocities, of `count` samples."""
+    with without_data(run.teacher.dtype):
+        return blank_batch(run, count).target.nbytes
+
+
+def sample_bytes(run: Run, count: int) -> int:
+    """Return the bytes of all inputs of `count` samples."""
+    with without_data(run.teacher.dtype):
+        return sum(value.nbytes for value in blank_batch(run, count).inputs.values() if isinstance(value, Tensor))
 
 
 def depth_peak(run: Run, config: DistillConfig, stacks: list[str], count: int) -> int:
@@ -238,3 +259,92 @@ def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:
         with torch.no_grad(), LiveBytes() as decoding:
             vae.decode(latents, return_dict=False)
     return weights, encoding.peak, decoding.peak
+
+
+def probe_peak(run: Run, config: ProbeConfig, count: int) -> int:
+    """Return the peak bytes that the fit of all probes to `count` batches adds to the teacher.
+
+    They are the batches, their streams, and the normal equations.
+    """
+
+    def measured(sizes: Mapping[str, int]) -> int:
+        with without_data(run.teacher.dtype):
+            model = model_of(run, few(run))
+            with LiveBytes() as recorded:
+                batches = [blank_batch(run, config.batch_size) for _ in range(sizes["batches"])]
+                for _ in fit_probes(run.family, model, batches, ridge=config.ridge, bias=config.bias):
+                    pass
+        return recorded.peak
+
+    return _of_batches(measured, count)
+
+
+def detect_peak(run: Run, config: MethodConfig, free: float) -> int:
+    """Return the peak bytes that detection adds to the teacher.
+
+    `free`: the bytes of the device beside the teacher, which say how much of the calibration is taken at once.
+    """
+    samples = min(config.batch_size, config.num_samples)
+
+    def maps(layers: Mapping[str, int]) -> int:
+        with without_data(run.teacher.dtype):
+            model, batch = model_of(run, layers), blank_batch(run, samples)
+            with LiveBytes() as recorded:
+                unit_grams(run.family, model, batch)
+        return recorded.peak
+
+    peaks = [_extrapolated(maps, few(run), run.num_layers)]
+    method = load_method(config)
+    if isinstance(method, Lp):
+        peaks.append(_simulation_peak(run, config, samples, method.num_batches, free))
+    return max(peaks)
+
+
+def _simulation_peak(run: Run, config: MethodConfig, samples: int, most: int, free: float) -> int:
+    """Return the peak bytes of the simulation of surrogates. `samples`: of a batch; `most`: all batches."""
+    with without_data(run.teacher.dtype):
+        model, weights = model_of(run, few(run)), dict[str, Tensor]()
+
+        def note(call: BlockCall) -> None:
+            for name, stream in call.outputs.items():
+                side = stream.shape[-1]
+                weights[f"{call.stack}.{call.index}.{name}"] = torch.empty(side, side, dtype=torch.float32)
+
+        observe(run.family, model, blank_batch(run, 1).inputs, note)
+        probes: Any = SimpleNamespace(weights=weights)
+        curves = SurrogateCurves(probes, few(run), debiased=config.debiased)
+        teacher = Teacher(run.family, model, lambda: [], lambda: probes)
+        size = min(most, batches_at_once(teacher, curves, blank_batch(run, samples), free))
+
+    def measured(sizes: Mapping[str, int]) -> int:
+        with without_data(run.teacher.dtype), torch.no_grad():
+            model = model_of(run, few(run))
+            teacher = Teacher(run.family, model, lambda: [], lambda: probes)
+            curves = SurrogateCurves(probes, few(run), debiased=config.debiased)
+            with LiveBytes() as recorded:
+                for _ in run_once(teacher, curves, [blank_batch(run, samples) for _ in range(sizes["batches"])]):
+                    pass
+        return recorded.peak
+
+    return _of_batches(measured, size)
+
+
+def boundaries_peak(run: Run, config: DistillConfig) -> int:
+    """Return the peak bytes that a shard of boundaries adds to the teacher, while an interval's inputs are kept."""
+
+    def measured(sizes: Mapping[str, int]) -> int:
+        with without_data(run.teacher.dtype), torch.no_grad():
+            model = model_of(run, few(run))
+            with LiveBytes() as recorded:
+                batches = [blank_batch(run, config.batch_size) for _ in range(sizes["batches"])]
+                kept: dict[int, Any] = {}
+                for number, call in observe_abreast(run.family, model, [batch.inputs for batch in batches]):
+                    kept.setdefault(number, call.kwargs)  # of the first block, up to the end
+        return recorded.peak
+
+    return _of_batches(measured, STEPS_PER_SHARD)
+
+
+def _of_batches(measured: Callable[[Mapping[str, int]], int], count: int) -> int:
+    """Return `measured({"batches": count})`, which grows linearly with that number."""
+    return _extrapolated(measured, {"batches": min(FEW, count)}, {"batches": count})

@@ -7,25 +7,23 @@ optimiser states. Hours are an order of magnitude: floating-point operations at 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import ceil
 
 import psutil
 import torch
-from rich.table import Table
 
 from ppcl.artifacts.plan import Intervals, Width
 from ppcl.context import Run
+from ppcl.data.boundaries import STEPS_PER_SHARD
+from ppcl.distill.boundaries import held_out_steps, num_stored
 from ppcl.distill.groups import divided, select_intervals
 from ppcl.distill.local import MOST_ABREAST
-from ppcl.errors import UsageError
+from ppcl.distill.targets import STEPS_PER_FILE
 from ppcl.launch import launched, rank, shard_ranks
 from ppcl.memory import dry
-from ppcl.ops.least_squares import COPIES
-from ppcl.report.text import in_bytes
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.model import model_folder
 from ppcl.validation.pruning import resolve_width
@@ -34,30 +32,22 @@ FLOPS = 2e14  # a second, in bfloat16: half of what an H100 reaches at best
 DISK = 2.5e9  # bytes a second of an NVMe disk
 RESERVED = 0.8e9  # of the device, by CUDA and its libraries
 SLACK = 1.05  # fragmentation of the allocator
-# What to turn if a stage needs too much, by stage.
-KEYS = {
-    "cache": "data.encode_batch_size",
-    "probe": "probe.num_batches or probe.batch_size, or model.streaming=true",
-    "detect": "method.batch_size, or model.streaming=true",
-    "boundaries": "distill.batch_size, or model.streaming=true",
-    "depth": "distill.groups=auto, distill.accumulate, distill.optimizer_states=8bit, or model.streaming=true",
-    "width": "distill.accumulate, distill.optimizer_states=8bit or width.num_batches, or model.streaming=true",
-    "finetune": "finetune.lora_rank, finetune.accumulate, finetune.optimizer_states=8bit, or strategy=fsdp",
-    "quantize": "quantize.batch_size, or trainer.accelerator=cpu",
-    "generate": "generate.batch_size, or generate.offload=model or group",
-    "evaluate": "generate.variants, or trainer.accelerator=cpu",
-}
-LARGE = 1_000_000_000  # parameters; smaller models are not checked, since that takes seconds
+TUNED = ("ppcl-finetuned", "ppcl-quantized")  # variants with weights of their own
 
 
 @dataclass
 class Need:
-    """The needs of one stage: bytes on the device by what they hold, bytes that it writes to disk, and hours."""
+    """The needs of one stage: bytes on the device by what they hold, bytes that it writes to disk, and hours.
+
+    `host`: bytes in host memory, also by what they hold, where they are many. Weights that are mapped from their files
+    count too, although the system can do with fewer of them at a time.
+    """
 
     stage: str
     device: dict[str, float]
     disk: float = 0.0
     hours: float | None = None
+    host: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -151,22 +141,43 @@ class Plan:
     # Stages.
 
     def cache(self) -> Need:
-        batch = self.run.config.data.encode_batch_size
-        vae, encoding, _ = dry.vae_peaks(self.run, batch)
+        config = self.run.config.data
+        vae, encoding, _ = dry.vae_peaks(self.run, config.encode_batch_size)
         parts = {"VAE": vae, "text encoders": self._encoders(), "encoding": encoding}
-        return Need("cache", parts)
+        return Need("cache", parts, host={"samples of a file": config.samples_per_file * dry.sample_bytes(self.run, 1)})
 
     def probe(self) -> Need:
         config = self.run.config.probe
         batches = sum(-(-count // self.share) for count in (config.num_batches, config.num_heldout_batches))
-        parts = self.teacher() | {
-            "streams of all batches": batches * dry.stream_bytes(self.run, config.batch_size),
-            "forward or statistics": max(dry.forward_peak(self.run, config.batch_size), self._statistics()),
-            "normal equations": self._equations(2),
-        }
         samples = (config.num_batches + config.num_heldout_batches) * config.batch_size
+        parts = self.teacher() | {"streams of all batches, and equations": dry.probe_peak(self.run, config, batches)}
         flops = 2 * self.teacher_params * self._tokens(samples)
-        return Need("probe", parts, hours=self._hours(1, flops, 1))
+        trained = 4 * self._probes() if config.train_steps else 0.0  # with gradients and Adam's states
+        return Need("probe", parts, self._probes(), self._hours(1, flops, 1), {"probes": trained})
+
+    def detect(self) -> Need:
+        """Return the need of detection, which takes the calibration in parts that fit."""
+        run, config, teacher = self.run, self.run.config.method, self.teacher()
+        free = max(0.0, capacity(run) - sum(teacher.values()))
+        flops = 2 * self.teacher_params * self._tokens(config.num_samples * config.num_timesteps)
+        parts = teacher | {"streams and similarities": dry.detect_peak(run, config, free)}
+        return Need("detect", parts, hours=self._hours(1, flops, 1), host={"probes": self._probes()})
+
+    def boundaries(self) -> Need:
+        run, config = self.run, self.run.config.distill
+        steps = num_stored(run) + len(held_out_steps(run))
+        streams = dry.stream_bytes(run, config.batch_size)
+        parts = self.teacher() | {"streams of a shard": dry.boundaries_peak(run, config)}
+        count = sum(self.students.values())
+        shared = sum(u == v + 1 for pairs in self.intervals.values() for (_, v), (u, _) in pairwise(pairs))
+        flops = 2 * self.teacher_params * self._tokens(config.batch_size)
+        return Need(
+            "boundaries",
+            parts,
+            disk=streams * steps * (2 * count - shared) + self._student_bytes(),
+            hours=self._hours(steps, flops) + self._hours(steps / STEPS_PER_SHARD, 0, 1),
+            host={"a shard": 2.0 * streams * STEPS_PER_SHARD},
+        )
 
     def depth(self, groups: int | None = None) -> Need:
         """Return the need of depth distillation. `groups`: into how many the intervals are divided."""
@@ -211,7 +222,7 @@ class Plan:
         projector = 2 * self._side**2  # an input and an output projector, or one for each stream
         states = dry.matrix_states(config, self._side, self._side)
         parts = self.teacher(sharded=self.sharded) | {
-            "students": self.itemsize * sum(self.block[s] * n for s, n in self.students.items()),
+            "students": self._student_bytes(),
             "projectors and states": (4 + states) * projector * number,
             "normal equations": self._equations(2 * number),
             "activations and a gradient": dry.width_peak(run, config, stack, kinds, count),
@@ -257,23 +268,59 @@ class Plan:
         parts["activations and gradients"] = peak
         saved = 2 * divisor * (parts["LoRA and states"] if config.lora_rank else parts["student"] + parts["states"])
         if config.recorded:
-            recording = self.teacher() | {"forward": dry.forward_peak(run, count)}
+            recording = self.recording()
             if not streamed:
                 parts = {name: size for name, size in parts.items() if name not in self.teacher()}
-            if sum(recording.values()) > sum(parts.values()):
-                parts = {f"{name}, while its velocities are written": size for name, size in recording.items()}
+            if recording.total > sum(parts.values()):
+                parts = {f"{name}, while its velocities are written": size for name, size in recording.device.items()}
+            saved += recording.disk
         flops = (2 * self.teacher_params + 8 * student) * self._tokens(config.batch_size)
         reads = config.accumulate * ((not config.recorded) + (2 * kept / self._inside if streamed else 0))
         return Need("finetune", parts, saved, self._hours(config.steps, flops, reads))
 
+    def recording(self) -> Need:
+        """Return the need of writing the teacher's velocities, which `finetune.recorded` does before it tunes."""
+        config = self.run.config.finetune
+        count = self._of_rank(config.batch_size, config.accumulate)
+        file = STEPS_PER_FILE * dry.latent_bytes(self.run, config.batch_size)  # whole, whatever the steps
+        parts = self.teacher() | {"forward": dry.forward_peak(self.run, count)}
+        return Need("finetune", parts, -(-config.steps // STEPS_PER_FILE) * file, host={"a file": file})
+
+    def plan(self) -> Need:
+        """Return the need of measuring plugs for a budget."""
+        run, config = self.run, self.run.config.distill
+        calls = sum(run.num_layers.values()) * dry.stream_bytes(run, 1)
+        count = max(1, config.batch_size // config.accumulate)
+        parts = self.teacher() | {"students": self._student_bytes(), "inputs of all blocks": calls}
+        return Need("plan", parts | {"forward": dry.forward_peak(run, count)})
+
+    def export(self) -> Need:
+        """Return the need of an export. It maps the teacher's weights from their files and writes shard by shard."""
+        encoders = self._encoders() + dry.vae_peaks(self.run, 1)[0]
+        parts = {"teacher": self._teacher_bytes, "encoders": encoders, "students": 2 * self._student_bytes()}
+        return Need("export", {}, self._pruned() + encoders, host=parts)
+
+    def quantize(self) -> Need:
+        """Return the need of quantisation: in host memory, or for least squares on the device."""
+        run, config = self.run, self.run.config.quantize
+        encoders = self._encoders() + dry.vae_peaks(run, 1)[0]
+        eight = self._pruned() / self.itemsize  # bits a weight, also in int4 as torchao stores it
+        host = {"teacher": self._teacher_bytes, "encoders": encoders, "students": 2 * self._student_bytes()}
+        if config.rounding != "least_squares":
+            return Need("quantize", {}, eight + encoders, host=host | {"rounded weights": eight})
+        parts = {
+            "pruned model": self._pruned(),
+            "rounded weights": eight,
+            "streams of both models": 2.0 * dry.stream_bytes(run, config.num_batches * config.batch_size),
+            "forward": dry.forward_peak(run, config.batch_size),
+            "moments of a layer's inputs": 8 * 8.0 * (4 * self._side) ** 2,  # of an FFN's, with copies to solve
+        }
+        return Need("quantize", parts, eight + encoders, host=host)
+
     def generate(self) -> Need:
         run, count = self.run, self.run.config.generate.batch_size
         vae, _, decoding = dry.vae_peaks(run, count)
-        parts = {
-            "transformer": float(self.teacher_params * self.itemsize),
-            "VAE": vae,
-            "text encoders": self._encoders(),
-        }
+        parts = {"transformer": self._drawn(), "VAE": vae, "text encoders": self._encoders()}
         if run.config.generate.offload == "model":
             parts = {"largest of the models": max(parts.values())}
         elif run.config.generate.offload == "group":
@@ -282,15 +329,42 @@ class Plan:
         return Need("generate", parts)
 
     def evaluate(self) -> Need:
-        students = self.itemsize * sum(self.block[s] * n for s, n in self.students.items())
         run, variants = self.run, self.run.config.generate.variants
-        parts = self.teacher() | {"students": students, "forward": dry.forward_peak(run, 1)}
-        if variants is None or {"ppcl-finetuned", "ppcl-quantized"} & {*variants}:
-            counts = count_parameters(run.family, run.config.model.arch, self.intervals, self.width, run.layout)
-            parts["tuned model"] = self.itemsize * counts["student"]
+        parts = self.teacher() | {"students": self._student_bytes(), "forward": dry.forward_peak(run, 1)}
+        if variants is None or {*TUNED} & {*variants}:
+            parts["tuned model"] = self._pruned(self.width)
+        if run.config.data.name not in ("webdataset", "folder"):  # the step that it times is not on disk
+            parts["text encoders and VAE"] = self._encoders() + dry.vae_peaks(run, 1)[0]
         return Need("evaluate", parts)
 
     # Sizes.
+
+    @property
+    def _teacher_bytes(self) -> float:
+        return float(self.teacher_params * self.itemsize)
+
+    def _student_bytes(self) -> float:
+        """Return the bytes of all students."""
+        return float(self.itemsize * sum(self.block[s] * n for s, n in self.students.items()))
+
+    def _pruned(self, width: Width | None = None) -> float:
+        """Return the bytes of the pruned model, with all students and the projectors of `width`."""
+        run = self.run
+        counts = count_parameters(run.family, run.config.model.arch, self.intervals, width, run.layout)
+        return float(self.itemsize * counts["student"])
+
+    def _drawn(self) -> float:
+        """Return the bytes of the largest transformer that is drawn with. One variant is on the device at a time."""
+        variants, above = self.run.config.generate.variants, self.run.config.generate.teacher_above
+        pruned = None if variants is None else {*variants} - {"teacher"}
+        if above is not None and pruned != set():
+            apart = pruned is None or pruned & {*TUNED}
+            return self._teacher_bytes + (self._pruned(self.width) if apart else self._student_bytes())
+        return self._teacher_bytes if variants is None or "teacher" in variants else self._pruned()
+
+    def _probes(self) -> float:
+        """Return the bytes of the probes of two streams at every block."""
+        return 2 * 4.0 * self._side**2 * sum(self.run.num_layers.values())
 
     def _depth_peak(self, count: int) -> int:
         """Return the peak bytes of a step of depth distillation beside weights and states, measured once."""
@@ -315,11 +389,6 @@ class Plan:
         """Return the bytes of so many normal equations in float64."""
         return 8.0 * number * (self._side + 1) * (2 * self._side + 1)
 
-    def _statistics(self) -> float:
-        """Return the bytes of what is added to normal equations at once: rows and changes, in float32 and float64."""
-        rows = min(self._tokens(self.run.config.probe.batch_size), COPIES // (16 * self._side))
-        return self._side * (32.0 * rows + 8 * self._side)
-
     def _encoders(self) -> float:
         """Return the bytes of the text encoders, without a local folder those of the published model."""
         folder = model_folder(self.run.config.model)
@@ -339,9 +408,11 @@ class Plan:
 
     def groups(self) -> int:
         """Return into how many groups depth distillation divides the intervals: for `auto` as few as fit."""
-        asked = self.run.config.distill.groups
-        if asked != "auto":
-            return int(asked)
+        config = self.run.config.distill
+        if config.groups != "auto":
+            return int(config.groups)
+        if config.mode == "sequential":  # a chain trains as one
+            return 1
         most = max(1, sum(map(len, self.trained.values())))
         return next((n for n in range(1, most) if fits(self.depth(n).total, capacity(self.run))), most)
 
@@ -349,9 +420,14 @@ class Plan:
 STAGES: dict[str, Callable[[Plan], Need]] = {
     "cache": Plan.cache,
     "probe": Plan.probe,
+    "detect": Plan.detect,
+    "boundaries": Plan.boundaries,
     "depth": Plan.depth,
     "width": Plan.width_stage,
+    "plan": Plan.plan,
     "finetune": Plan.finetune,
+    "export": Plan.export,
+    "quantize": Plan.quantize,
     "generate": Plan.generate,
     "evaluate": Plan.evaluate,
 }
@@ -369,75 +445,3 @@ def capacity(run: Run) -> float:
 def fits(needed: float, room: float) -> bool:
     """Return whether `needed` bytes fit on a device of `room` bytes."""
     return needed * SLACK + RESERVED <= room
-
-
-def needs(run: Run) -> list[Need]:
-    """Return what the stages of a command need, for those that run the model."""
-    if not STAGES.keys() & {*run.config.stages}:
-        return []
-    plan = Plan(run)
-    return [estimate(plan) for stage, estimate in STAGES.items() if stage in run.config.stages]
-
-
-def explain(run: Run) -> None:
-    """Print a table of what each stage of the command needs."""
-    room = capacity(run)
-    table = Table("stage", "on the device", "of that", "writes", "hours", title=f"{run.config.model.name}: estimates")
-    found = needs(run)
-    for need in found:
-        parts = sorted(need.device.items(), key=lambda item: -item[1])
-        told = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts if size >= 0.005 * need.total)
-        size = in_bytes(need.total) + ("" if fits(need.total, room) else " (too much)")
-        hours = "" if need.hours is None else f"{need.hours:.1f}"
-        table.add_row(need.stage, size, told, in_bytes(need.disk) if need.disk else "", hours)
-    run.console.print(table)
-    for need in found:
-        if not fits(need.total, room):
-            run.say("explain", f"{need.stage} does not fit: turn {KEYS[need.stage]}")
-    others = [stage for stage in run.config.stages if stage not in STAGES]
-    if others:
-        run.say("explain", f"{', '.join(others)}: not estimated")
-    if {"depth", "width", "finetune", "evaluate"} & {*run.config.stages} and not run.has_intervals:
-        run.say("explain", "intervals are not known yet: it is assumed that three of every five blocks become one")
-    run.say(
-        "explain",
-        f"the device has {in_bytes(room)}; needed are also {in_bytes(RESERVED)} for its libraries and "
-        f"{SLACK - 1:.0%} for fragmentation. Hours: at {FLOPS:.0e} operations and {in_bytes(DISK)} read a second",
-    )
-
-
-def check_memory(run: Run) -> None:
-    """Raise `UsageError` if a stage of the command needs more than the device has. Small models are not checked."""
-    if not run.config.trainer.check_memory or not STAGES.keys() & {*run.config.stages} or not _is_large(run):
-        return
-    room = capacity(run)
-    for need in needs(run):
-        if not fits(need.total, room):
-            parts = sorted(need.device.items(), key=lambda item: -item[1])[:3]
-            told = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts)
-            keys = KEYS[need.stage]
-            if run.config.strategy.kind == "fsdp" and shard_ranks(run.config.strategy.shard_over) < rank()[1]:
-                keys += ", or strategy.shard_over=all"
-            raise UsageError(
-                f"'stages=[{need.stage}]' needs about {in_bytes(need.total)} on {run.device}, which has "
-                f"{in_bytes(room)} ({told}): turn {keys}; explain=true prints all figures, and "
-                "trainer.check_memory=false tries it."
-            )
-
-
-@contextmanager
-def in_memory(run: Run, stage: str) -> Iterator[None]:
-    """Turn a lack of memory on the device within the context into a `UsageError` that says what to turn."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory", str(error)):
-            raise
-        raise UsageError(
-            f"'stages=[{stage}]' ran out of memory on {run.device}: turn {KEYS.get(stage, 'to a larger device')}; "
-            "explain=true prints what each stage needs. Nothing is lost: the same command continues."
-        ) from error
-
-
-def _is_large(run: Run) -> bool:
-    return count_parameters(run.family, run.config.model.arch, {})["teacher"] >= LARGE

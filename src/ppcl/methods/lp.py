@@ -102,18 +102,19 @@ def _simulate(teacher: Teacher, curves: SurrogateCurves) -> Iterator[None]:
     part = list(islice(batches, 1))
     if not part:
         return  # there are fewer batches than ranks
-    size = _batches_at_once(teacher, curves, part[0])
+    size = batches_at_once(teacher, curves, part[0])
     part += islice(batches, size - 1)
     while part:
-        yield from _pass(teacher, curves, part)
+        yield from run_once(teacher, curves, part)
         part = []  # frees its batches before the next ones are made
         part += islice(batches, size)
 
 
-def _batches_at_once(teacher: Teacher, curves: SurrogateCurves, batch: TrainingBatch) -> int:
+def batches_at_once(teacher: Teacher, curves: SurrogateCurves, batch: TrainingBatch, free: float | None = None) -> int:
     """Return how many batches like `batch` half of the free memory holds; the other half is for what a block computes.
 
-    It does not depend on how many there are. The streams are measured in the first block that has an image.
+    It does not depend on how many there are. The streams are measured in the first block that has an image. `free`: the
+    bytes that are free; None: those of the batch's device.
     """
     streams: Streams = {}
 
@@ -125,10 +126,11 @@ def _batches_at_once(teacher: Teacher, curves: SurrogateCurves, batch: TrainingB
     observe(teacher.family, teacher.transformer, batch.inputs, measure)
     features = list(streams.values())
     needed = sum(each.nbytes for each in features) + max(map(curves.held_bytes, features))
-    return max(1, int(min(_MOST_SAMPLES // len(features[0]), free_bytes(features[0].device) / 2 / needed)))
+    free = free_bytes(features[0].device) if free is None else free
+    return max(1, int(min(_MOST_SAMPLES // len(features[0]), free / 2 / needed)))
 
 
-def _pass(teacher: Teacher, curves: SurrogateCurves, batches: Sequence[TrainingBatch]) -> Iterator[None]:
+def run_once(teacher: Teacher, curves: SurrogateCurves, batches: Sequence[TrainingBatch]) -> Iterator[None]:
     """Run the teacher once on `batches`, add the outputs of its blocks to `curves`, and yield after each call."""
     masks = [teacher.family.masks(batch.inputs) for batch in batches]
     inputs = [batch.inputs for batch in batches]

@@ -13,7 +13,6 @@ from ppcl.taps import BlockCall, observe
 MAP_TOKENS = 256
 
 
-@torch.no_grad()
 def similarity_maps(
     family: Family, transformer: torch.nn.Module, batch: TrainingBatch, *, top_channels: int = 0
 ) -> dict[str, list[list[float | None]]]:
@@ -25,8 +24,27 @@ def similarity_maps(
     `top_channels`: how many channels of each block to leave out, those of the most variance. A few very large ones can
     make different blocks look alike.
     """
+    maps: dict[str, list[list[float | None]]] = {}
+    for stream, grams in unit_grams(family, transformer, batch, top_channels=top_channels).items():
+        rows = (grams @ grams.mT).mean(dim=0).tolist()
+        there = [row[place] > 0 for place, row in enumerate(rows)]
+        maps[stream] = [
+            [value if one and other else None for other, value in zip(there, row, strict=True)]
+            for one, row in zip(there, rows, strict=True)
+        ]
+    return maps
+
+
+@torch.no_grad()
+def unit_grams(
+    family: Family, transformer: torch.nn.Module, batch: TrainingBatch, *, top_channels: int = 0
+) -> dict[str, Tensor]:
+    """Return per stream the Gram matrices of all blocks' outputs, scaled to norm 1, `[B, blocks, N * N]` of N tokens.
+
+    They are zero where a block does not output the stream.
+    """
     masks = family.masks(batch.inputs)
-    grams: dict[str, dict[int, Tensor]] = {}
+    grams: dict[str, Tensor] = {}
     places = {key: place for place, key in enumerate(family.blocks(transformer))}
 
     def on_block(call: BlockCall) -> None:
@@ -38,14 +56,10 @@ def similarity_maps(
                 variance = centred.square().sum(dim=(0, 1))
                 centred = centred[..., variance.argsort()[: len(variance) - top_channels]]
             gram = centred @ centred.mT  # [B, N, N]
-            unit = gram / gram.square().sum(dim=(1, 2), keepdim=True).sqrt()
-            grams.setdefault(stream, {})[places[call.key]] = unit.flatten(1).float()
+            unit = (gram / gram.square().sum(dim=(1, 2), keepdim=True).sqrt()).flatten(1)
+            if stream not in grams:
+                grams[stream] = unit.new_zeros(len(unit), len(places), unit.shape[1], dtype=torch.float32)
+            grams[stream][:, places[call.key]] = unit
 
     observe(family, transformer, batch.inputs, on_block)
-    maps: dict[str, list[list[float | None]]] = {}
-    for stream, units in grams.items():
-        stacked = torch.stack([*units.values()], dim=1)  # [B, M, N * N]
-        found = (stacked @ stacked.mT).mean(dim=0).tolist()
-        rows = dict(zip(units, (dict(zip(units, row, strict=True)) for row in found), strict=True))
-        maps[stream] = [[rows.get(i, {}).get(j) for j in places.values()] for i in places.values()]
-    return maps
+    return grams

@@ -58,14 +58,15 @@ def run(run: Run) -> None:
         TRAIN: (run.data.stream(config.data.train_seed, config.distill.batch_size), num_stored(run)),
     }
     run.say_once("boundaries", kinds[TRAIN][0].remark)
+    done = {kind: min(whole_shards(folder / name, kind) for name in names) for kind in kinds}
+    left = sum(max(0, steps - done[kind] * STEPS_PER_SHARD) for kind, (_, steps) in kinds.items())
+    if left:
+        _check_space(run, kinds[TRAIN][0], folder, pairs, left)
     for kind, (stream, steps) in kinds.items():
         writers = _writers(folder, kind, pairs)
-        done = min(whole_shards(folder / name, kind) for name in names)
         for writer in writers.values():
-            writer.shard = done
-        start = done * STEPS_PER_SHARD
-        if kind == TRAIN and start < steps:
-            _check_space(run, stream, folder, pairs, steps - start)
+            writer.shard = done[kind]
+        start = done[kind] * STEPS_PER_SHARD
         shards = range(start, steps, STEPS_PER_SHARD)
         for first in run.track(shards, f"{kind} boundaries"):
             batches = [run.data.to_device(stream(step)) for step in range(first, min(first + STEPS_PER_SHARD, steps))]

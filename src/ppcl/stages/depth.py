@@ -30,6 +30,7 @@ from ppcl.distill.depth import DepthDistillation, DepthFromBoundaries
 from ppcl.distill.groups import divided, select_intervals
 from ppcl.memory.plan import Plan
 from ppcl.options import identity
+from ppcl.parallel import barrier
 from ppcl.report.text import counted
 from ppcl.training.cost import total_cost
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
@@ -69,14 +70,22 @@ def plug_header(run: Run, stack: str, pair: Interval) -> Header:
     return Header("ppcl.plug", made_from)
 
 
-def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
-    """Return the checkpoint folder and its header for a training of exactly these intervals.
+def _names(intervals: Intervals) -> list[str]:
+    return [plug_name(stack, pair) for stack, pairs in intervals.items() for pair in pairs]
+
+
+def _checkpoint_folder(run: Run, intervals: Intervals) -> Path:
+    """Return the checkpoint folder of a training of exactly these intervals.
 
     Jobs that train other intervals in the same run therefore have checkpoints of their own.
     """
-    names = [plug_name(stack, pair) for stack, pairs in intervals.items() for pair in pairs]
-    header = Header("ppcl.depth", plug_header(run, "", (0, 0)).made_from | {"intervals": names})
-    return run.plugs_folder / f"checkpoint-{fingerprint({'intervals': names})}", header
+    return run.plugs_folder / f"checkpoint-{fingerprint({'intervals': _names(intervals)})}"
+
+
+def _checkpoint_of(run: Run, intervals: Intervals) -> tuple[Path, Header]:
+    """Return that folder, and the header of its training."""
+    header = Header("ppcl.depth", plug_header(run, "", (0, 0)).made_from | {"intervals": _names(intervals)})
+    return _checkpoint_folder(run, intervals), header
 
 
 def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
@@ -122,13 +131,12 @@ def run(run: Run) -> None:
     checkpoint. Raises `UsageError` if the budget cannot be reached with these intervals, or if the run has students or
     checkpoints of other settings.
     """
-    config = run.config.distill
     check_reachable(run, run.intervals)
-    groups = divided(select_intervals(run.intervals, config.intervals), Plan(run).groups())
+    every = select_intervals(run.intervals, run.config.distill.intervals)
+    groups = _groups(run, every)
     for number, chosen in enumerate(groups, start=1):
         if len(groups) > 1:
-            names = [plug_name(stack, pair) for stack, pairs in chosen.items() for pair in pairs]
-            run.say("depth", f"group {number} of {len(groups)}: {', '.join(names)}")
+            run.say("depth", f"group {number} of {len(groups)}: {', '.join(_names(chosen))}")
         if _train(run, chosen) and run.writes and len(groups) > 1:
             shutil.copy(_cost_path(run), _cost_path(run, chosen))
     if run.writes and len(groups) > 1:
@@ -136,13 +144,43 @@ def run(run: Run) -> None:
         found = [path for chosen in groups if (path := _cost_path(run, chosen)).exists()]
         if found:  # students may also have been trained without groups, or imported
             write_json(_cost_path(run), total_cost([read_json(path, "The cost of a training") for path in found]))
+    for folder in _begun(run, every).values():
+        discard_checkpoint(run, folder)  # of another division, whose students are all trained by now
+
+
+def _begun(run: Run, every: Intervals) -> dict[int, Path]:
+    """Return the checkpoint folder of each division into groups that a stopped training has begun, by their number."""
+    found: dict[int, Path] = {}
+    for number in range(1, 1 + sum(map(len, every.values()))):
+        for group in divided(every, number):
+            folder = _checkpoint_folder(run, group)
+            if folder.is_dir() and folder not in found.values():
+                found[number] = folder
+    return found
+
+
+def _groups(run: Run, every: Intervals) -> list[Intervals]:
+    """Return `every` interval, divided into the groups that are trained one after another.
+
+    `auto` goes on with the division that a stopped training has begun, if that fits on this device.
+    """
+    number, begun = Plan(run).groups(), _begun(run, every)
+    fitting = [other for other in begun if other >= number]  # more groups need less memory
+    if run.config.distill.groups == "auto" and fitting:
+        number = fitting[0]
+    used = divided(every, number)
+    for other, folder in begun.items():
+        if divided(every, other) != used:
+            run.say("depth", f"{folder} is not used: distill.groups={other} goes on with it, this trains anew")
+    barrier()  # all ranks must have looked before one changes these folders
+    return used
 
 
 def _cost_path(run: Run, group: Intervals | None = None) -> Path:
     """Return the file with the cost of the training, or of that of one group of intervals."""
     if group is None:
         return run.folder / "training" / "depth.json"
-    return run.plugs_folder / f"cost-{_checkpoint_of(run, group)[0].name}.json"
+    return run.plugs_folder / f"cost-{_checkpoint_folder(run, group).name}.json"
 
 
 def _train(run: Run, chosen: Intervals) -> bool:
@@ -155,7 +193,7 @@ def _train(run: Run, chosen: Intervals) -> bool:
             if not is_current(record, plug_header(run, stack, pair), _advice(run)):
                 missing.setdefault(stack, []).append(pair)
     if not missing:
-        discard_checkpoint(run, _checkpoint_of(run, chosen)[0])
+        discard_checkpoint(run, _checkpoint_folder(run, chosen))
         run.say("depth", f"reused {folder}")
         return False
     checkpoints, header = _checkpoint_of(run, chosen)
@@ -191,7 +229,7 @@ def _train(run: Run, chosen: Intervals) -> bool:
             "depth",
             f"{plug.name}: held-out loss {losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}",
         )
-    for finished in (checkpoints, _checkpoint_of(run, chosen)[0]):
+    for finished in (checkpoints, _checkpoint_folder(run, chosen)):
         discard_checkpoint(run, finished)
     run.say("depth", f"wrote {counted(len(module.pairs), 'plug')} to {folder}")
     return True

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
@@ -65,21 +67,22 @@ def run(run: Run) -> None:
         return
     checkpoints = run.folder / "finetune-checkpoint"
     check_resumable(checkpoints, header, sharded=run.teacher.sharded)
-    student, stands_for = _student(run, plugs, plan)
     streamed = bool(config.lora_rank) and run.config.model.streaming
     if streamed:  # the weights of a block are gone when its backward pass begins
         config = replace(config, gradient_checkpointing=True)
-    sharding = Sharding.of(run) if run.teacher.sharded else None
     seed = run.config.data.train_seed
-    teacher = run.teacher.pipeline.transformer
-    module = FineTune(run.family, teacher, student, config, stands_for, sharding, seed, run.precision)
     # Other batches than those that the stages depth and width train on.
     stream = run.data.shared_stream(seed, config.batch_size)
     run.say_once("finetune", stream.remark)
     batches: Batches = partial(_later, stream, config.accumulate)
     heldout = _heldout(run)
+    if config.recorded:  # before there is a student, so that only the teacher is in memory
+        batches, heldout = _record(run, batches, heldout)
+    student, stands_for = _student(run, plugs, plan)
+    sharding = Sharding.of(run) if run.teacher.sharded else None
+    teacher = run.teacher.pipeline.transformer
+    module = FineTune(run.family, teacher, student, config, stands_for, sharding, seed, run.precision)
     if config.recorded:
-        batches, heldout = _record(run, module, batches, heldout)
         module.forget_teacher()
         run.teacher.forget_pipeline()
     blocks = [b for model in (*module.teachers, student) for b in run.family.blocks(model).values()]
@@ -151,7 +154,7 @@ def _velocity_error(run: Run, module: FineTune, heldout: Batches, description: s
     return module.velocity_error(run.data.to_device(batch) for step in steps for batch in heldout(step))
 
 
-def _record(run: Run, module: FineTune, *streams: Batches) -> tuple[Batches, Batches]:
+def _record(run: Run, *streams: Batches) -> tuple[Batches, Batches]:
     """Write the teacher's velocities for training and held-out batches, as far as they are not on disk.
 
     Returns both kinds of batches with these velocities. They lie in the cache, where a later training with the same
@@ -159,8 +162,12 @@ def _record(run: Run, module: FineTune, *streams: Batches) -> tuple[Batches, Bat
     """
     config = run.config.finetune
     steps = {"train": range(config.steps), "held_out": _heldout_steps(run)}
-    module.setup("fit")
+    teacher = run.teacher.pipeline.transformer
     found: list[Batches] = []
+
+    def velocity(batch: TrainingBatch) -> Tensor:
+        return batch.prediction(teacher(**batch.inputs)[0])
+
     for (kind, numbers), batches in zip(steps.items(), streams, strict=True):
         made_from = {"model": run.teacher.identity, "data": run.data.identity, "batch_size": config.batch_size}
         header = Header("ppcl.velocities", made_from | {"kind": kind})
@@ -173,7 +180,7 @@ def _record(run: Run, module: FineTune, *streams: Batches) -> tuple[Batches, Bat
             run.say("finetune", told)
         for number in run.track(missing, f"the teacher's velocities, {kind.replace('_', '-')}"):
             moved = partial(_moved, run, batches)
-            targets.write(number, moved, module.teacher_velocity)
+            targets.write(number, moved, velocity)
         found.append(partial(_with_targets, targets, batches))
     return found[0], found[1]
 

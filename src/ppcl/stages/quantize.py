@@ -70,7 +70,7 @@ def run(run: Run) -> None:
     if is_current(folder / "ppcl.json", header, another_run(run, folder, variant)):
         run.say("quantize", f"reused {folder}")
         return
-    switch = Switch(run, plugs)
+    switch = Switch(run, plugs, alone=config.rounding == "least_squares")  # which runs the model on the device
     model = switch.standalone(variant)
     model.register_to_config(ppcl=provenance_of(run, variant, switch, header))
     before, params = weight_bytes(model), model.num_parameters()

@@ -164,7 +164,7 @@ def check(config: Config) -> None:
         raise UsageError("distill.intervals=[] names no interval to train: name some, or leave it out for all.")
     if distill.groups != "auto" and (type(distill.groups) is not int or distill.groups < 1):
         raise UsageError(f"distill.groups={distill.groups} must be auto or a number from 1 on.")
-    if distill.mode == "sequential" and distill.groups != 1:
+    if distill.mode == "sequential" and distill.groups not in (1, "auto"):
         raise UsageError(
             f"distill.groups={distill.groups} needs distill.mode=parallel: a sequential chain trains as one."
         )

@@ -1,0 +1,119 @@
+"""Tells what the stages of a command need, and refuses a command that needs more than its device has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.table import Table
+
+from ppcl.context import Run
+from ppcl.errors import UsageError
+from ppcl.launch import rank, shard_ranks
+from ppcl.memory.plan import DISK, FLOPS, RESERVED, SLACK, STAGES, Need, Plan, capacity, fits
+from ppcl.report.text import in_bytes
+from ppcl.surgery.count import count_parameters
+from ppcl.validation.pruning import budget_of
+
+# What to turn if a stage needs too much, by stage.
+KEYS = {
+    "cache": "data.encode_batch_size",
+    "probe": "probe.num_batches or probe.batch_size, or model.streaming=true",
+    "detect": "method.batch_size, or model.streaming=true",
+    "boundaries": "distill.batch_size, or model.streaming=true",
+    "depth": "distill.groups=auto, distill.accumulate, distill.optimizer_states=8bit, or model.streaming=true",
+    "width": "distill.accumulate, distill.optimizer_states=8bit or width.num_batches, or model.streaming=true",
+    "finetune": "finetune.lora_rank, finetune.accumulate, finetune.optimizer_states=8bit, or strategy=fsdp",
+    "plan": "trainer.accelerator=cpu",
+    "quantize": "quantize.batch_size or quantize.num_batches, or trainer.accelerator=cpu",
+    "generate": "generate.batch_size, or generate.offload=model or group",
+    "evaluate": "generate.variants, or trainer.accelerator=cpu",
+}
+OF_INTERVALS = {"boundaries", "depth", "width", "plan", "finetune", "export", "quantize", "evaluate"}
+LARGE = 1_000_000_000  # parameters; smaller models are not checked, since that takes seconds
+
+
+def estimated(run: Run) -> list[str]:
+    """Return the stages of the command that are estimated. `plan` without a budget only counts."""
+    return [s for s in STAGES if s in run.config.stages and (s != "plan" or budget_of(run.config) is not None)]
+
+
+def needs(run: Run) -> list[Need]:
+    """Return what the stages of a command need, for those that run the model."""
+    stages = estimated(run)
+    if not stages:
+        return []
+    plan = Plan(run)
+    return [STAGES[stage](plan) for stage in stages]
+
+
+def explain(run: Run) -> None:
+    """Print a table of what each stage of the command needs."""
+    room = capacity(run)
+    table = Table("stage", "on the device", "of that", "writes", "hours", title=f"{run.config.model.name}: estimates")
+    found = needs(run)
+    for need in found:
+        size = in_bytes(need.total) + ("" if fits(need.total, room) else " (too much)") if need.device else ""
+        hours = "" if need.hours is None else f"{need.hours:.1f}"
+        table.add_row(need.stage, size, _told(need.device), in_bytes(need.disk) if need.disk else "", hours)
+    run.console.print(table)
+    for need in found:
+        if told := _told(need.host):
+            run.say("explain", f"{need.stage} also holds in host memory: {told}")
+        if not fits(need.total, room):
+            run.say("explain", f"{need.stage} does not fit: turn {KEYS[need.stage]}")
+    others = [stage for stage in run.config.stages if stage not in estimated(run)]
+    if others:
+        run.say("explain", f"{', '.join(others)}: not estimated")
+    if OF_INTERVALS & {*run.config.stages} and not run.has_intervals:
+        run.say("explain", "intervals are not known yet: it is assumed that three of every five blocks become one")
+    run.say(
+        "explain",
+        f"the device has {in_bytes(room)}; needed are also {in_bytes(RESERVED)} for its libraries and "
+        f"{SLACK - 1:.0%} for fragmentation. Hours: at {FLOPS:.0e} operations and {in_bytes(DISK)} read a second",
+    )
+
+
+def _told(parts: dict[str, float]) -> str:
+    """Return the parts and their sizes, largest first, without those that are small beside the rest."""
+    largest = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {in_bytes(size)}" for name, size in largest if size > 0.005 * sum(parts.values()))
+
+
+def check_memory(run: Run) -> None:
+    """Raise `UsageError` if a stage of the command needs more than the device has. Small models are not checked."""
+    if not run.config.trainer.check_memory or not estimated(run) or not _is_large(run):
+        return
+    room = capacity(run)
+    for need in needs(run):
+        if not fits(need.total, room):
+            parts = sorted(need.device.items(), key=lambda item: -item[1])[:3]
+            told = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts)
+            keys = KEYS[need.stage]
+            if run.config.strategy.kind == "fsdp" and shard_ranks(run.config.strategy.shard_over) < rank()[1]:
+                keys += ", or strategy.shard_over=all"
+            raise UsageError(
+                f"'stages=[{need.stage}]' needs about {in_bytes(need.total)} on {run.device}, which has "
+                f"{in_bytes(room)} ({told}): turn {keys}; explain=true prints all figures, and "
+                "trainer.check_memory=false tries it."
+            )
+
+
+@contextmanager
+def in_memory(run: Run, stage: str) -> Iterator[None]:
+    """Turn a lack of memory on the device within the context into a `UsageError` that says what to turn."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory", str(error)):
+            raise
+        raise UsageError(
+            f"'stages=[{stage}]' ran out of memory on {run.device}: turn {KEYS.get(stage, 'to a larger device')}; "
+            "explain=true prints what each stage needs. Nothing is lost: the same command continues."
+        ) from error
+
+
+def _is_large(run: Run) -> bool:
+    return count_parameters(run.family, run.config.model.arch, {})["teacher"] >= LARGE
