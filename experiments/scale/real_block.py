@@ -30,8 +30,7 @@ from ppcl.command import prepare
 from ppcl.context import Run
 from ppcl.efficiency import LiveBytes
 from ppcl.memory import dry
-from ppcl.memory.plan import STAGES, Plan
-from ppcl.methods.probes import fit_probes
+from ppcl.memory.plan import Plan
 
 HERE = Path(__file__).parent
 SEED = 0
@@ -77,14 +76,10 @@ def measured(step: Callable[[], object]) -> list[LiveBytes]:
 
 
 def of_probes(run: Run) -> dict[str, tuple[float, float]]:
-    """Return planned and measured bytes of probes, without the teacher's weights."""
-    planned = STAGES["probe"](Plan(run)).device
-    with with_data(run.teacher.dtype):
-        model, batch = dry.model_of(run, dry.few(run)), dry.blank_batch(run, 1)
-    with LiveBytes() as recorded:
-        for _ in fit_probes(run.family, model, [batch, batch], ridge=1e-6, bias=True):
-            pass
-    return {"probe": (sum(planned.values()) - planned["teacher"], recorded.peak)}
+    """Return planned and measured bytes of probes, of one batch to fit and one held out, without weights."""
+    arguments = run, run.config.probe, 2
+    (recorded,) = measured(lambda: dry.probe_peak(*arguments))
+    return {"probe": (dry.probe_peak(*arguments), recorded.peak)}
 
 
 def of_depth(run: Run) -> dict[str, tuple[float, float]]:
