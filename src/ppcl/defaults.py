@@ -30,6 +30,7 @@ def register_resolvers() -> None:
     """Register the functions below with OmegaConf, under their own names."""
     OmegaConf.register_new_resolver("by_size", by_size, replace=True)
     OmegaConf.register_new_resolver("optimizer", optimizer, replace=True)
+    OmegaConf.register_new_resolver("by_lora", by_lora, replace=True)
     OmegaConf.register_new_resolver("with_muon", with_muon, replace=True)
     OmegaConf.register_new_resolver("rate", rate, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
@@ -62,9 +63,14 @@ def with_muon(relative_update: float, *, _root_: Any) -> float | None:
     return relative_update if config.optimizer == "muon" and not config.lora_rank else None
 
 
+def by_lora(lora: Any, full: Any, *, _root_: Any) -> Any:
+    """Return `lora` if fine-tuning trains a LoRA, else `full`."""
+    return lora if _root_.finetune.lora_rank else full
+
+
 def optimizer(*, _root_: Any) -> str:
     """Return the optimiser of fine-tuning: AdamW for a LoRA, else by the size of the model."""
-    return "adamw" if _root_.finetune.lora_rank else by_size("muon", "adamw", _root_=_root_)
+    return by_lora("adamw", by_size("muon", "adamw", _root_=_root_), _root_=_root_)
 
 
 def by_pixels(most: int, *, _root_: Any) -> int:

@@ -668,6 +668,7 @@ def test_settings_come_with_the_models_size(auto):
     small, large = parsed(*auto), parsed("model=qwen_image", "data=shapes")
     assert (small.distill.steps, small.finetune.relative_update, small.finetune.optimizer) == (400, 0.01, "muon")
     assert (large.distill.steps, large.finetune.lr, large.finetune.optimizer) == (6000, 1e-5, "adamw")
+    assert parsed("model=qwen_image", "data=shapes", "finetune.lora_rank=16").finetune.lr == 1e-4
     assert parsed(*auto, "distill.steps=7").distill.steps == 7
     assert parsed(*auto, "distill=paper").distill.steps == 6000
 

@@ -114,7 +114,7 @@ def test_only_the_students_that_a_job_trains_count() -> None:
 def test_explain_shows_and_leaves_nothing(tmp_path: Path) -> None:
     stages = "stages=[depth,width,finetune,generate]"
     outcome = succeed(*PAPER, stages, "explain=true", "trainer.memory_gb=85", f"paths.runs_dir={tmp_path}")
-    turns = "depth does not fit: turn distill.groups=auto", "finetune.optimizer_states=8bit"
+    turns = "finetune does not fit: turn finetune.lora_rank", "finetune.optimizer_states=8bit"
     for word in ("teacher 40.86 GB", "(too much)", "hours", "the device has 85.00 GB", *turns):
         assert word in outcome.out
     assert not [*tmp_path.iterdir()]
@@ -167,11 +167,13 @@ ROWS = [  # stages with settings, as the README shows them
     ("depth", "distill.groups=1"),
     ("depth", "distill.groups=auto"),
     ("depth", "distill.groups=auto", STREAMED),
+    ("depth", "distill.groups=auto", STREAMED, "distill.optimizer_states=8bit"),
     ("width",),
     ("width", STREAMED),
     ("finetune",),
     ("finetune", LORA),
-    ("finetune", LORA, "finetune.recorded=true", STREAMED, "finetune.accumulate=4"),
+    ("finetune", LORA, "finetune.recorded=true", "finetune.accumulate=2"),
+    ("finetune", LORA, "finetune.accumulate=2", STREAMED),
     ("quantize", "quantize.rounding=least_squares"),
     ("generate",),
     ("generate", "generate.offload=group"),

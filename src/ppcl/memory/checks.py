@@ -23,7 +23,7 @@ KEYS = {
     "probe": "probe.num_batches or probe.batch_size, or model.streaming=true",
     "detect": "method.batch_size, or model.streaming=true",
     "boundaries": "distill.batch_size, or model.streaming=true",
-    "depth": "distill.groups=auto, distill.accumulate, distill.optimizer_states=8bit, or model.streaming=true",
+    "depth": "distill.accumulate, distill.optimizer_states=8bit, distill.groups=auto, or model.streaming=true",
     "width": "distill.accumulate, distill.optimizer_states=8bit or width.num_batches, or model.streaming=true",
     "finetune": "finetune.lora_rank, finetune.accumulate, finetune.optimizer_states=8bit, or strategy=fsdp",
     "plan": "trainer.accelerator=cpu",

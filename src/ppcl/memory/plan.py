@@ -275,7 +275,8 @@ class Plan:
                 parts = {f"{name}, while its velocities are written": size for name, size in recording.device.items()}
             saved += recording.disk
         flops = (2 * self.teacher_params + 8 * student) * self._tokens(config.batch_size)
-        reads = config.accumulate * ((not config.recorded) + (2 * kept / self._inside if streamed else 0))
+        # Of the teacher, in the step or when its velocity is recorded, and of the frozen blocks, forward and backward.
+        reads = config.accumulate * (1 + (2 * kept / self._inside if streamed else 0))
         return Need("finetune", parts, saved, self._hours(config.steps, flops, reads))
 
     def recording(self) -> Need:
