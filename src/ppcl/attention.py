@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -50,10 +51,12 @@ def attention(config: Config) -> Iterator[None]:
             raise UsageError(f"model.attention_backend={name} cannot be used here: {error}") from None
         try:
             yield
-        except ValueError as error:
-            if "attn_mask" not in str(error):
-                raise
-            raise UsageError(
-                f"model.attention_backend={name} takes no mask of padded text: use batches of one sample, or another "
-                "backend."
-            ) from error
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, ValueError) and "attn_mask" in str(error):
+                raise UsageError(
+                    f"model.attention_backend={name} takes no mask of padded text: use batches of one sample, or "
+                    "another backend."
+                ) from error
+            if re.search("viable backend|FlexAttention", str(error)):  # torch finds out in the first forward
+                raise UsageError(f"model.attention_backend={name} cannot be used here: {error}") from error
+            raise

@@ -114,7 +114,7 @@ def test_only_the_students_that_a_job_trains_count() -> None:
 def test_explain_shows_and_leaves_nothing(tmp_path: Path) -> None:
     stages = "stages=[depth,width,finetune,generate]"
     outcome = succeed(*PAPER, stages, "explain=true", "trainer.memory_gb=85", f"paths.runs_dir={tmp_path}")
-    turns = "finetune does not fit: turn finetune.lora_rank", "finetune.optimizer_states=8bit"
+    turns = "finetune does not fit: turn finetune.lora_rank=16 or finetune.accumulate", "or strategy=fsdp"
     for word in ("teacher 40.86 GB", "(too much)", "hours", "the device has 85.00 GB", *turns):
         assert word in outcome.out
     assert not [*tmp_path.iterdir()]
@@ -129,7 +129,6 @@ def test_what_does_not_fit_is_refused_before_anything_loads(tmp_path: Path) -> N
     training = ["model=qwen_image", "model.path=NAME/NONE", "stages=[cache,depth]", f"data.path={tmp_path}"]
     outcome = ppcl(*training, "intervals=qwen_image_paper", "trainer.memory_gb=48", f"paths.runs_dir={tmp_path}")
     assert outcome.code == 2
-    print(outcome.err)
     assert "distill.optimizer_states=8bit" in outcome.err
     assert not [*tmp_path.iterdir()]
 

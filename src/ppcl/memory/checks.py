@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
+from typing import Any, cast
 
 import torch
 from rich.table import Table
 
+from ppcl.config import Config
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.launch import rank, shard_ranks
@@ -17,19 +20,19 @@ from ppcl.report.text import in_bytes
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import budget_of
 
-# What to turn if a stage needs too much, by stage.
-KEYS = {
-    "cache": "data.encode_batch_size",
-    "probe": "probe.num_batches or probe.batch_size, or model.streaming=true",
-    "detect": "method.batch_size, or model.streaming=true",
-    "boundaries": "distill.batch_size, or model.streaming=true",
-    "depth": "distill.accumulate, distill.optimizer_states=8bit, distill.groups=auto, or model.streaming=true",
-    "width": "distill.accumulate, distill.optimizer_states=8bit or width.num_batches, or model.streaming=true",
-    "finetune": "finetune.lora_rank, finetune.accumulate, finetune.optimizer_states=8bit, or strategy=fsdp",
-    "plan": "trainer.accelerator=cpu",
-    "quantize": "quantize.batch_size or quantize.num_batches, or trainer.accelerator=cpu",
-    "generate": "generate.batch_size, or generate.offload=model or group",
-    "evaluate": "generate.variants, or trainer.accelerator=cpu",
+# What to turn if a stage needs too much, by stage. A key with a value is only named while it has another one.
+KEYS: dict[str, tuple[str, ...]] = {
+    "cache": ("data.encode_batch_size",),
+    "probe": ("probe.num_batches", "probe.batch_size", "model.streaming=true"),
+    "detect": ("method.batch_size", "model.streaming=true"),
+    "boundaries": ("distill.batch_size", "model.streaming=true"),
+    "depth": ("distill.accumulate", "distill.optimizer_states=8bit", "distill.groups=auto", "model.streaming=true"),
+    "width": ("distill.accumulate", "distill.optimizer_states=8bit", "width.num_batches", "model.streaming=true"),
+    "finetune": ("finetune.lora_rank=16", "finetune.accumulate", "model.streaming=true", "strategy=fsdp"),
+    "plan": ("trainer.accelerator=cpu",),
+    "quantize": ("quantize.batch_size", "quantize.num_batches", "trainer.accelerator=cpu"),
+    "generate": ("generate.batch_size", "generate.offload=model", "generate.offload=group"),
+    "evaluate": ("generate.variants (a tuned one has weights of its own)", "trainer.accelerator=cpu"),
 }
 OF_INTERVALS = {"boundaries", "depth", "width", "plan", "finetune", "export", "quantize", "evaluate"}
 LARGE = 1_000_000_000  # parameters; smaller models are not checked, since that takes seconds
@@ -63,7 +66,7 @@ def explain(run: Run) -> None:
         if told := _told(need.host):
             run.say("explain", f"{need.stage} also holds in host memory: {told}")
         if not fits(need.total, room):
-            run.say("explain", f"{need.stage} does not fit: turn {KEYS[need.stage]}")
+            run.say("explain", f"{need.stage} does not fit: turn {_keys(run, need.stage)}")
     others = [stage for stage in run.config.stages if stage not in estimated(run)]
     if others:
         run.say("explain", f"{', '.join(others)}: not estimated")
@@ -82,6 +85,24 @@ def _told(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {in_bytes(size)}" for name, size in largest if size > 0.005 * sum(parts.values()))
 
 
+def _keys(run: Run, stage: str) -> str:
+    """Return the keys to turn if `stage` needs too much, without those that already have the value in `KEYS`."""
+    config = run.config
+    found = [key for key in KEYS.get(stage, ()) if not _in_force(config, key)]
+    if config.strategy.kind == "fsdp" and shard_ranks(config.strategy.shard_over) < rank()[1]:
+        found.append("strategy.shard_over=all")
+    return " or ".join(found) or "to a larger device"
+
+
+def _in_force(config: Config, setting: str) -> bool:
+    key, _, value = setting.partition("=")
+    if setting == "strategy=fsdp":
+        return config.strategy.kind == "fsdp"
+    if key == "finetune.lora_rank":
+        return bool(config.finetune.lora_rank)
+    return bool(value) and str(reduce(getattr, key.split("."), cast(Any, config))).lower() == value
+
+
 def check_memory(run: Run) -> None:
     """Raise `UsageError` if a stage of the command needs more than the device has. Small models are not checked."""
     if not run.config.trainer.check_memory or not estimated(run) or not _is_large(run):
@@ -91,12 +112,9 @@ def check_memory(run: Run) -> None:
         if not fits(need.total, room):
             parts = sorted(need.device.items(), key=lambda item: -item[1])[:3]
             told = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts)
-            keys = KEYS[need.stage]
-            if run.config.strategy.kind == "fsdp" and shard_ranks(run.config.strategy.shard_over) < rank()[1]:
-                keys += ", or strategy.shard_over=all"
             raise UsageError(
                 f"'stages=[{need.stage}]' needs about {in_bytes(need.total)} on {run.device}, which has "
-                f"{in_bytes(room)} ({told}): turn {keys}; explain=true prints all figures, and "
+                f"{in_bytes(room)} ({told}): turn {_keys(run, need.stage)}; explain=true prints all figures, and "
                 "trainer.check_memory=false tries it."
             )
 
@@ -110,7 +128,7 @@ def in_memory(run: Run, stage: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory", str(error)):
             raise
         raise UsageError(
-            f"'stages=[{stage}]' ran out of memory on {run.device}: turn {KEYS.get(stage, 'to a larger device')}; "
+            f"'stages=[{stage}]' ran out of memory on {run.device}: turn {_keys(run, stage)}; "
             "explain=true prints what each stage needs. Nothing is lost: the same command continues."
         ) from error
 

@@ -40,11 +40,13 @@ def run(run: Run) -> None:
     stored = folder.name == every.fingerprint and (folder / "boundaries.json").exists()
     header = every if stored else boundaries_header(run, intervals)
     advice = f"give another folder as distill.boundaries=, or delete {folder} to write it anew"
-    if is_current(folder / "boundaries.json", header, advice):
-        run.say("boundaries", f"reused {folder}")
-        return
     pairs = [(stack, pair) for stack in run.family.stacks for pair in intervals.get(stack, [])]
     names = [plug_name(stack, pair) for stack, pair in pairs]
+    complete = is_current(folder / "boundaries.json", header, advice)
+    if complete and all((folder / name / "init.safetensors").exists() for name in names):
+        run.say("boundaries", f"reused {folder}")
+        return
+    (folder / "boundaries.json").unlink(missing_ok=True)  # of a set from which intervals were deleted
     transformer = run.teacher.pipeline.transformer
     for name, (stack, pair) in zip(names, pairs, strict=True):
         student = student_block(list(stack_of(transformer, stack)), pair, run.config.distill.init)

@@ -40,17 +40,17 @@ def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> b
     """
     record = folder / "checkpoint.json"
     advice = f"go on with that setting, or delete {folder} to train anew"
+    mine, other = (SHARDED, CHECKPOINT) if sharded else (CHECKPOINT, SHARDED)
+    if not (folder / mine).exists() and not (folder / other).exists():
+        return False  # a training that was killed before its first checkpoint leaves the record alone
     if not is_current(record, header, advice):
         return False
-    mine, other = (SHARDED, CHECKPOINT) if sharded else (CHECKPOINT, SHARDED)
     if not (folder / mine).exists():
-        if (folder / other).exists():
-            written, asked = ("single or ddp", "fsdp") if sharded else ("fsdp", "single and ddp")
-            raise UsageError(
-                f"{folder} holds a checkpoint of strategy={written}, which {asked} cannot read: go on as it was begun, "
-                f"with any number of ranks, or delete {folder} to train anew."
-            )
-        return False
+        written, asked = ("single or ddp", "fsdp") if sharded else ("fsdp", "single and ddp")
+        raise UsageError(
+            f"{folder} holds a checkpoint of strategy={written}, which {asked} cannot read: go on as it was begun, "
+            f"with any number of ranks, or delete {folder} to train anew."
+        )
     if sharded:
         return True
     if not zipfile.is_zipfile(folder / CHECKPOINT):

@@ -249,5 +249,5 @@ def check_budget(config: Config) -> None:
     budget = budget_of(config)
     if budget is not None and budget[1] <= 0:
         raise UsageError(f"budget.{budget[0]}={budget[1]:g} must be above 0.")
-    if budget is not None and config.model.path is None:
+    if budget is not None and config.model.path is None and not config.explain:
         raise UsageError(f"budget.{budget[0]} needs measurements: set model.path to a pipeline folder.")
