@@ -51,13 +51,13 @@ def test_a_plug_of_before_a_key_was_added_is_still_taken(plug):
 
 
 def test_a_plug_of_before_a_key_was_added_is_refused_where_the_key_does_something(plug):
-    with pytest.raises(UsageError, match=r"distill\.smoothing=None, now 0\.1"):
+    with pytest.raises(UsageError, match=r"distill\.smoothing=unset, now 0\.1"):
         is_current(plug(Yesterday()), header(Tomorrow(smoothing=0.1)))
 
 
 def test_a_plug_made_under_an_old_default_is_refused_under_the_new_one(plug):
     for old in (Yesterday(), Tomorrow()):
-        with pytest.raises(UsageError, match=r"distill\.smoothing=None, now 0\.5"):
+        with pytest.raises(UsageError, match=r"distill\.smoothing=unset, now 0\.5"):
             is_current(plug(old), header(DayAfter()))
 
 

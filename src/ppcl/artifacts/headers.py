@@ -52,7 +52,7 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     """Name the first key whose values differ in two `made_from`, with both values: `distill.steps=6, now 12`.
 
     Values are compared in their JSON form, as files hold them: a tuple equals the list of its items. A key that one of
-    them lacks has its default there. Returns `nothing` where all are equal.
+    them lacks is `unset` there. Returns `nothing` where all are equal.
     """
     before, after = (json.loads(json.dumps(values, default=str)) for values in (old, new))
     for key in sorted({*before, *after}):
@@ -60,7 +60,7 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
         if was != now:
             if isinstance(was, dict) and isinstance(now, dict):
                 return first_difference(was, now, f"{prefix}{key}.")
-            words = (repr(values[key]) if key in values else "default" for values in (before, after))
+            words = (repr(values[key]) if key in values else "unset" for values in (before, after))
             return f"{prefix}{key}={', now '.join(words)}"
     return "nothing"
 

@@ -156,7 +156,7 @@ def test_a_header_depends_on_format_and_version_too():
     ("new", "expected"),
     [
         (MADE_FROM | {"probe": {"ridge": 1e-3, "num_batches": 4}}, "probe.ridge=1e-06, now 0.001"),
-        (MADE_FROM | {"seed": 7}, "seed=default, now 7"),
+        (MADE_FROM | {"seed": 7}, "seed=unset, now 7"),
         (MADE_FROM, "nothing"),
     ],
 )
