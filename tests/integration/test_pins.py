@@ -512,7 +512,7 @@ def read_refusals(header: dict[str, Any], write: Any, command: list[str]) -> dic
     for _ in range(20):
         write(header | {"fingerprint": "0" * 16, "made_from": made_from})
         error = ppcl(*command).err.strip()
-        found = re.search(r" was made with (?:nothing|(\w+)=None, now (.*)): [a-z].*", error)
+        found = re.search(r" was made with (?:nothing|(\w+)=unset, now (.*)): [a-z].*", error)
         assert found, error
         if found[1] is None:
             complete = header | {"made_from": made_from}
