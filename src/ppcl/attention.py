@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from ppcl.config import Config
 from ppcl.errors import UsageError
-
-_TRAINING = {"pretrain", "depth", "width", "finetune"}
+from ppcl.stages import TRAINED
 
 
 def check_attention(config: Config) -> None:
@@ -22,7 +21,7 @@ def check_attention(config: Config) -> None:
     names = sorted(member.value for member in AttentionBackendName)
     if name not in names:
         raise UsageError(f"model.attention_backend={name} is not one that diffusers has: {', '.join(names)}.")
-    training = _TRAINING & set(config.stages)
+    training = {"pretrain", *TRAINED} & set(config.stages)
     if "sage" in name and training:
         raise UsageError(
             f"model.attention_backend={name} computes no gradients, which 'stages=[{min(training)}]' needs: use it to "

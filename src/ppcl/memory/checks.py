@@ -110,12 +110,10 @@ def check_memory(run: Run) -> None:
     room = capacity(run)
     for need in needs(run):
         if not fits(need.total, room):
-            parts = sorted(need.device.items(), key=lambda item: -item[1])[:3]
-            told = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts)
             raise UsageError(
                 f"'stages=[{need.stage}]' needs about {in_bytes(need.total)} on {run.device}, which has "
-                f"{in_bytes(room)} ({told}): turn {_keys(run, need.stage)}; explain=true prints all figures, and "
-                "trainer.check_memory=false tries it."
+                f"{in_bytes(room)} ({_told(need.device)}): turn {_keys(run, need.stage)}; "
+                "explain=true prints all figures, and trainer.check_memory=false tries it."
             )
 
 
