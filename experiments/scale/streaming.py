@@ -108,7 +108,7 @@ def _random(shapes: dict[str, tuple[int, ...]], pool: torch.Tensor, seed: int) -
     return tensors
 
 
-def _write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Write a safetensors file of bfloat16 zeros, sparse: it takes no room on disk."""
     entries, end = dict[str, Any](), 0
     for name, shape in shapes.items():
@@ -144,7 +144,7 @@ def write_teacher(folder: Path, arch: dict[str, Any], dense: Collection[int] | N
         elif dense is None or number == 0 or number - 1 in dense:
             write_tensors(path, _random(own, pool, number), {"format": "pt"})
         else:
-            _write_zeros(path, own)
+            write_sparse(path, own)
         files |= dict.fromkeys(names, file)
     index = {"metadata": {}, "weight_map": files}
     write_json(folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json", index)

@@ -555,6 +555,7 @@ class TrainerConfig:
         two, which pays from about 1,000 steps on.
     `tf32`: whether trainings on a CUDA device multiply float32 matrices in TF32, which has 10 bits and is several times
         as fast. Where `precision` is `bf16-mixed` there are few such products.
+    `deterministic`: whether trainings on a CUDA device give the same bits each time, and after a kill, for more time.
     `progress`: whether to show progress.
     `check_memory`: whether a command is refused at its start if the device has too little memory by estimate.
     `memory_gb`: the memory of the device in GB (1e9 bytes) that estimates and `distill.groups=auto` reckon with. None:
@@ -566,6 +567,7 @@ class TrainerConfig:
     num_threads: int | None = None
     compile: bool = False
     tf32: bool = True
+    deterministic: bool = False
     progress: bool = True
     check_memory: bool = True
     memory_gb: float | None = option(None, least=0)

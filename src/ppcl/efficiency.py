@@ -41,10 +41,13 @@ class LiveBytes(TorchDispatchMode):
 
     Tensors that existed before and are used, such as weights, optimiser state and inputs, are counted in `resident`.
     Tensors on the meta device have no memory.
+
+    `cudnn`: whether to count what cuDNN needs for a convolution of videos: copies of input and output in its layout.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, cudnn: bool = False) -> None:
         super().__init__()
+        self.cudnn = cudnn
         self.live = self.peak = self.resident = 0
         self._seen: set[int] = set()
         self._before: set[int] = set()  # those that are still alive: another one may get the address of one that is not
@@ -62,6 +65,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._hold(tensor.untyped_storage())
+        if self.cudnn and func is torch.ops.aten.convolution.default and result.ndim == 5:
+            self.peak = max(self.peak, self.live + args[0].nbytes + result.nbytes)
         return result
 
     def _hold(self, storage: torch.UntypedStorage) -> None:

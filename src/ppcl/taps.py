@@ -185,10 +185,15 @@ _INSIDE_BLOCK = 14
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return the free memory of a device in bytes; infinity if it is not known."""
+    """Return the free memory of a device in bytes; infinity if it is not known.
+
+    On a GPU of which this process may use a share alone (`torch.cuda.set_per_process_memory_fraction`), of that share.
+    """
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = total * torch.cuda.get_per_process_memory_fraction(device)
+        used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return min(free + held, allowed) - used
     return psutil.virtual_memory().available if device.type == "cpu" else float("inf")
 
 

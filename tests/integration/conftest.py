@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from commands import BATCH, CHAIN, INTERVALS, NUM_LAYERS, NUM_PROMPTS, VARIANTS, succeed
+
+# On a GPU: PPCL_TEST_SETTINGS="trainer=auto trainer.tf32=false trainer.deterministic=true" make test
+DEVICE = os.environ.get("PPCL_TEST_SETTINGS", "trainer=cpu").split()
 
 torch.set_num_threads(1)  # as ../conftest.py has it, also where torch was built without OpenMP
 
@@ -42,7 +46,7 @@ def settings(teacher: Path) -> list[str]:
         f"generate.batch_size={BATCH}",
         f"benchmark.prompts_per_category={NUM_PROMPTS // 6}",
         "benchmark.latency_repeats=2",
-        "trainer=cpu",
+        *DEVICE,
         "trainer.num_threads=1",
         "trainer.progress=false",
         "logger=none",

@@ -11,8 +11,9 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.distill.depth import DepthDistillation
 from ppcl.distill.finetune import FineTune
 from ppcl.distill.width import WidthDistillation, places
+from ppcl.errors import UsageError
 from ppcl.layers import Layout
-from ppcl.precision import fast_products
+from ppcl.precision import fast_products, same_bits
 
 STACK = "transformer_blocks"
 PAIRS = {STACK: [(0, 1), (2, 4)]}
@@ -27,6 +28,21 @@ def test_float32_products_are_fast_for_a_training_on_a_gpu_alone(device, wanted,
     with fast_products(torch.device(device), wanted=wanted):
         assert torch.get_float32_matmul_precision() == within
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_sums_have_a_fixed_order_on_a_gpu_if_wanted(device, wanted):
+    with same_bits(torch.device(device), wanted=wanted):
+        assert torch.are_deterministic_algorithms_enabled() == (device == "cuda" and wanted)
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_has_no_fixed_order_is_named():
+    with pytest.raises(UsageError, match=r"trainer\.deterministic=true: .* in put_ .*: drop it"):  # noqa: SIM117
+        with same_bits(torch.device("cuda"), wanted=True):
+            raise RuntimeError("put_ with accumulate=False does not have a deterministic implementation, but you set..")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def settings(kind=DistillConfig, **changes):

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -42,19 +43,35 @@ TOY_TOKENS = 12  # text tokens of a toy world's caption
 
 
 @contextmanager
-def without_data(dtype: torch.dtype) -> Iterator[None]:
-    """Make all new tensors in the context fake ones; new modules get the dtype `dtype`."""
-    before = torch.get_default_dtype()
+def without_data(run: Run) -> Iterator[None]:
+    """Make all new tensors in the context fake ones; new modules get the dtype of the run's teacher."""
+    before, layer_norm = torch.get_default_dtype(), nn.functional.layer_norm
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch does so for parameters
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # slower, but not on a GPU
         convert, nn.Module._apply = nn.Module._apply, _apply_in_place  # type: ignore[method-assign]
-        torch.set_default_dtype(dtype)
+        if on_gpu(run):
+            nn.functional.layer_norm = partial(_in_float32, layer_norm)
+        torch.set_default_dtype(run.teacher.dtype)
         try:
             yield
         finally:
             torch.set_default_dtype(before)
+            nn.functional.layer_norm = layer_norm
             nn.Module._apply = convert  # type: ignore[method-assign]
+
+
+def on_gpu(run: Run) -> bool:
+    """Return whether to estimate for a GPU, whose kernels hold more than those of a CPU, though there may be none."""
+    return run.config.trainer.accelerator != "cpu"
+
+
+def _in_float32(layer_norm: Callable[..., Tensor], stream: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+    """Normalise a stream in float32 under autocast, as it does on a GPU, but not on the CPU of a dry run."""
+    if not torch.is_autocast_enabled("cpu"):
+        return layer_norm(stream, *arguments, **settings)
+    with torch.autocast("cpu", enabled=False):
+        return layer_norm(stream.float(), *arguments, **settings)
 
 
 def _apply_in_place(module: Any, function: Callable[[Any], Any], recurse: bool = True) -> Any:
@@ -110,7 +127,7 @@ def few(run: Run) -> dict[str, int]:
 
 def forward_peak(run: Run, count: int) -> int:
     """Return the peak bytes that a forward of the teacher adds to its weights, for `count` samples."""
-    with without_data(run.teacher.dtype):
+    with without_data(run):
         model, batch = model_of(run, few(run)), blank_batch(run, count)
         with torch.no_grad(), LiveBytes() as recorded:
             model(**batch.inputs)
@@ -120,7 +137,7 @@ def forward_peak(run: Run, count: int) -> int:
 def stream_bytes(run: Run, count: int) -> int:
     """Return the bytes of the streams of `count` samples at one block."""
     arch, inputs = run.config.model.arch, None
-    with without_data(run.teacher.dtype):
+    with without_data(run):
         inputs = blank_batch(run, count).inputs
         image, text = inputs["hidden_states"], inputs.get("encoder_hidden_states")
         tokens = image.shape[1] if image.ndim == 3 else image[0, 0].numel() // arch.get("patch_size", 1) ** 2
@@ -131,13 +148,13 @@ def stream_bytes(run: Run, count: int) -> int:
 
 def latent_bytes(run: Run, count: int) -> int:
     """Return the bytes of the latents, and so of the velocities, of `count` samples."""
-    with without_data(run.teacher.dtype):
+    with without_data(run):
         return blank_batch(run, count).target.nbytes
 
 
 def sample_bytes(run: Run, count: int) -> int:
     """Return the bytes of all inputs of `count` samples."""
-    with without_data(run.teacher.dtype):
+    with without_data(run):
         return sum(value.nbytes for value in blank_batch(run, count).inputs.values() if isinstance(value, Tensor))
 
 
@@ -146,7 +163,7 @@ def depth_peak(run: Run, config: DistillConfig, stacks: list[str], count: int) -
 
     `stacks`: those with intervals. `count`: samples that are passed at once.
     """
-    with without_data(run.teacher.dtype):
+    with without_data(run):
         layers = few(run) | dict.fromkeys(stacks, FEW)
         teacher, batch = model_of(run, layers), blank_batch(run, count)
         intervals = {stack: [(0, 1)] for stack in stacks}
@@ -159,7 +176,7 @@ def depth_peak(run: Run, config: DistillConfig, stacks: list[str], count: int) -
 
 def width_peak(run: Run, config: DistillConfig, stack: str, kinds: list[str], count: int) -> int:
     """Return the same for a step of width distillation. `kinds`: what is replaced in `stack`, `text` or `ffn`."""
-    with without_data(run.teacher.dtype):
+    with without_data(run):
         teacher, batch = model_of(run, few(run) | {stack: FEW}), blank_batch(run, count)
         sets = {stack: {kind: [1] if kind in kinds else [] for kind in ("text", "ffn")}}
         kept = places(run.family, teacher, {}, {})
@@ -178,7 +195,7 @@ def finetune_peak(run: Run, config: FinetuneConfig, student: Mapping[str, int], 
     """
 
     def measured(layers: Mapping[str, int]) -> int:
-        with without_data(run.teacher.dtype):
+        with without_data(run):
             teacher, tuned, batch = model_of(run, layers), model_of(run, layers), blank_batch(run, count)
             itself = {key: key for key in run.family.blocks(tuned)}
             module: Any = FineTune(run.family, teacher, tuned, config, itself, precision=run.precision)
@@ -209,7 +226,7 @@ def optimizer_bytes(
 
     `params`: trained parameters in blocks, by stack. `outside`: those outside of blocks.
     """
-    with without_data(run.teacher.dtype):
+    with without_data(run):
         model = model_of(run, dict.fromkeys(run.num_layers, 1)).requires_grad_(True)
         blocks = run.family.blocks(model)
         matrices = split_for_muon(run.family, model, list(blocks.values()))[0] if config.optimizer == "muon" else []
@@ -249,14 +266,14 @@ def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:
     vae_class = getattr(diffusers, str((config or {}).get("_class_name")), None)
     if config is None or vae_class is None:
         return 0, 0, 0
-    sampling = run.config.model.sampling
-    with without_data(run.teacher.dtype):
+    sampling, gpu = run.config.model.sampling, on_gpu(run)
+    with without_data(run):
         vae = vae_class.from_config(config).eval().requires_grad_(False)
         frames = (1,) if hasattr(vae, "temperal_downsample") else ()
         weights = sum(p.numel() * p.element_size() for p in chain(vae.parameters(), vae.buffers()))
-        with torch.no_grad(), LiveBytes() as encoding:
+        with torch.no_grad(), LiveBytes(cudnn=gpu) as encoding:
             latents = vae.encode(torch.empty(count, 3, *frames, *sampling.size)).latent_dist.mode()
-        with torch.no_grad(), LiveBytes() as decoding:
+        with torch.no_grad(), LiveBytes(cudnn=gpu) as decoding:
             vae.decode(latents, return_dict=False)
     return weights, encoding.peak, decoding.peak
 
@@ -268,7 +285,7 @@ def probe_peak(run: Run, config: ProbeConfig, count: int) -> int:
     """
 
     def measured(sizes: Mapping[str, int]) -> int:
-        with without_data(run.teacher.dtype):
+        with without_data(run):
             model = model_of(run, few(run))
             with LiveBytes() as recorded:
                 batches = [blank_batch(run, config.batch_size) for _ in range(sizes["batches"])]
@@ -287,7 +304,7 @@ def detect_peak(run: Run, config: MethodConfig, free: float) -> int:
     samples = min(config.batch_size, config.num_samples)
 
     def maps(layers: Mapping[str, int]) -> int:
-        with without_data(run.teacher.dtype):
+        with without_data(run):
             model, batch = model_of(run, layers), blank_batch(run, samples)
             with LiveBytes() as recorded:
                 unit_grams(run.family, model, batch)
@@ -302,7 +319,7 @@ def detect_peak(run: Run, config: MethodConfig, free: float) -> int:
 
 def _simulation_peak(run: Run, config: MethodConfig, samples: int, most: int, free: float) -> int:
     """Return the peak bytes of the simulation of surrogates. `samples`: of a batch; `most`: all batches."""
-    with without_data(run.teacher.dtype):
+    with without_data(run):
         model, weights = model_of(run, few(run)), dict[str, Tensor]()
 
         def note(call: BlockCall) -> None:
@@ -317,7 +334,7 @@ def _simulation_peak(run: Run, config: MethodConfig, samples: int, most: int, fr
         size = min(most, batches_at_once(teacher, curves, blank_batch(run, samples), free))
 
     def measured(sizes: Mapping[str, int]) -> int:
-        with without_data(run.teacher.dtype), torch.no_grad():
+        with without_data(run), torch.no_grad():
             model = model_of(run, few(run))
             teacher = Teacher(run.family, model, lambda: [], lambda: probes)
             curves = SurrogateCurves(probes, few(run), debiased=config.debiased)
@@ -333,7 +350,7 @@ def boundaries_peak(run: Run, config: DistillConfig) -> int:
     """Return the peak bytes that a shard of boundaries adds to the teacher, while an interval's inputs are kept."""
 
     def measured(sizes: Mapping[str, int]) -> int:
-        with without_data(run.teacher.dtype), torch.no_grad():
+        with without_data(run), torch.no_grad():
             model = model_of(run, few(run))
             with LiveBytes() as recorded:
                 batches = [blank_batch(run, config.batch_size) for _ in range(sizes["batches"])]

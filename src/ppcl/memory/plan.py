@@ -30,7 +30,7 @@ from ppcl.validation.pruning import resolve_width
 
 FLOPS = 2e14  # a second, in bfloat16: half of what an H100 reaches at best
 DISK = 2.5e9  # bytes a second of an NVMe disk
-RESERVED = 0.8e9  # of the device, by CUDA and its libraries
+RESERVED = 1.2e9  # of the device, by CUDA, its libraries, and kernels for themselves
 SLACK = 1.05  # fragmentation of the allocator
 TUNED = ("ppcl-finetuned", "ppcl-quantized")  # variants with weights of their own
 
@@ -325,7 +325,8 @@ class Plan:
         if run.config.generate.offload == "model":
             parts = {"largest of the models": max(parts.values())}
         elif run.config.generate.offload == "group":
-            parts = {"two blocks": 2.0 * max(self.block.values()) * self.itemsize}
+            outside = (self.teacher_params - self._inside) * self.itemsize
+            parts = {"two blocks": 2.0 * max(self.block.values()) * self.itemsize + outside, "VAE": vae}
         parts["forward or decoding"] = max(dry.forward_peak(run, count), decoding)
         return Need("generate", parts)
 

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,6 +60,7 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
         # Pixels are divided by this. A model without any tensor would have no dtype and no weights file.
         self.register_buffer("pixel_scale", torch.ones(1))
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]  # moves the model to the device if it is offloaded
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PointDistribution]:
         frame = x[:, :, 0] if x.ndim == 5 else x
         if frame.shape[-1] >= self.factor * self.cell:
@@ -67,6 +69,7 @@ class AutoencoderPixelUnshuffle(ModelMixin, ConfigMixin):  # type: ignore[misc]
         posterior = PointDistribution(latents.unsqueeze(2) if x.ndim == 5 else latents)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         pixels = F.pixel_shuffle(z[:, :, 0] if z.ndim == 5 else z, self.factor) * self.pixel_scale
         pixels = pixels.repeat_interleave(self.cell, dim=-2).repeat_interleave(self.cell, dim=-1)

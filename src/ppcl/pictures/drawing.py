@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
@@ -159,25 +160,36 @@ def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]
         if config.offload == "model":
             pipeline.enable_model_cpu_offload(device=run.device)
         elif config.offload == "group":
-            _offload_blocks(pipeline, run.device)
+            _offload_blocks(run, pipeline)
         yield pipeline, arguments
 
 
-def _offload_blocks(pipeline: Any, device: torch.device) -> None:
-    """Let every block wait in host memory until it runs.
+def _offload_blocks(run: Run, pipeline: Any) -> None:
+    """Let every block of diffusers' models, and every layer of all others, wait in host memory until it runs.
 
-    To a CUDA device the next block is copied while one runs. These copies come from pinned memory: of all weights where
+    The VAE stays on the device: the pipeline calls its methods `encode` and `decode`, before which nothing is moved. To
+    a CUDA device the next block is copied while one runs. These copies come from pinned memory: of all weights where
     the host has room for that, else of a block just before it is copied.
     """
-    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    weights = sum(parameter.nbytes for model in models for parameter in model.parameters())
-    pipeline.enable_group_offload(
-        device,
-        offload_type="block_level",
-        num_blocks_per_group=1,
-        use_stream=device.type == "cuda",
-        low_cpu_mem_usage=1.2 * weights > free_bytes(torch.device("cpu")),
-    )
+    from diffusers.hooks import apply_group_offloading  # imports torchao, which is loud, where it is installed
+
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    pipeline.vae.to(run.device)
+    weights = sum(parameter.nbytes for model in models.values() for parameter in model.parameters())
+    for name, model in models.items():
+        if name != "vae":
+            level: dict[str, Any] = {
+                "offload_type": "leaf_level"
+            }  # text encoders, in which diffusers would find no blocks
+            if isinstance(model, ModelMixin):
+                level = {"offload_type": "block_level", "num_blocks_per_group": 1}
+            apply_group_offloading(
+                model,
+                run.device,
+                use_stream=run.device.type == "cuda",
+                low_cpu_mem_usage=1.2 * weights > free_bytes(torch.device("cpu")),
+                **level,
+            )
 
 
 def _blocks(run: Run) -> list[nn.Module]:

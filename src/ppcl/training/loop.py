@@ -21,7 +21,7 @@ from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.parallel import barrier
-from ppcl.precision import fast_products
+from ppcl.precision import fast_products, same_bits
 from ppcl.training.checkpoints import CHECKPOINT, Checkpoints
 from ppcl.training.cost import TrainingCost
 from ppcl.training.loggers import finish_logger, make_logger
@@ -114,8 +114,9 @@ def fit(
     signals.register_signal_handlers = lambda: None
     checkpoint = str(folder / CHECKPOINT) if resumable else None
     compiling = compiled(blocks if run.config.trainer.compile else ())
+    products = fast_products(run.device, wanted=run.config.trainer.tf32)
     try:
-        with stop, compiling, fast_products(run.device, wanted=run.config.trainer.tf32):
+        with stop, compiling, products, same_bits(run.device, wanted=run.config.trainer.deterministic):
             trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning raises it for a second Ctrl-C
         raise KeyboardInterrupt from None

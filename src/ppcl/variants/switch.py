@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import swap_tensors
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ppcl.artifacts.plugs import Plug
 from ppcl.context import Run
@@ -59,14 +61,23 @@ class Resident:
         used = {*model.parameters()}
         for parameter in chain.from_iterable(other.parameters() for other in others):
             if parameter not in used:
-                parameter.data = self._in_host.pop(parameter) if parameter in self._in_host else parameter.data.cpu()
+                _fill(parameter, self._in_host.pop(parameter) if parameter in self._in_host else parameter.data.cpu())
         for parameter in used:
             before = parameter.data
             here = self.to_device(before)
             if here is not before:
-                self._in_host[parameter], parameter.data = before, here
+                self._in_host[parameter] = before
+                _fill(parameter, here)
         for buffers in (module._buffers for module in model.modules()):
             buffers.update({name: None if value is None else self.to_device(value) for name, value in buffers.items()})
+
+
+def _fill(parameter: nn.Parameter, value: Tensor) -> None:
+    """Make `parameter` hold the tensor `value`, which may be on another device."""
+    if is_traceable_wrapper_subclass(value):  # a quantised tensor consists of others, which assigning leaves behind
+        swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    else:
+        parameter.data = value
 
 
 class Switch:

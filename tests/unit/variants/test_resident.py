@@ -41,3 +41,22 @@ def test_a_model_leaves_the_device_for_its_own_memory_when_another_comes(shared)
     assert memory(second[1]) == before[-2:]
     now = (*first.parameters(), *second.parameters())
     assert all(torch.equal(one, other) for one, other in zip(now, values, strict=True))
+
+
+def test_quantised_weights_go_with_all_that_they_consist_of():
+    """torchao's tensor is a wrapper: the integers and the scales that it computes with are tensors of their own."""
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
+    granularity = quantization.granularity.PerGroup(32)
+    quantization.quantize_(layer, quantization.IntxWeightOnlyConfig(getattr(torch, "int4"), granularity))  # noqa: B009
+    parts = [*layer.weight.__tensor_flatten__()[0]]
+    before = [getattr(layer.weight, part).data_ptr() for part in parts]
+    stream = torch.randn(2, 64)
+    expected = layer(stream)
+    resident, other = Resident(torch.clone), nn.Linear(64, 32)
+    resident(layer, [layer, other])
+    assert not {*before} & {getattr(layer.weight, part).data_ptr() for part in parts}
+    assert torch.equal(layer(stream), expected)
+    resident(other, [layer, other])
+    assert [getattr(layer.weight, part).data_ptr() for part in parts] == before
+    assert torch.equal(layer(stream), expected)
