@@ -20,6 +20,7 @@ from PIL import Image
 
 from ppcl.config import DataConfig
 from ppcl.data.cached import CachedStream, held_out_keys, held_out_share, read_entries
+from ppcl.data.sources import Sample, find_units
 from ppcl.data.worlds import shapes
 from ppcl.errors import UsageError
 from ppcl.families.registry import get_family
@@ -338,6 +339,26 @@ def test_a_shard_that_is_cut_short_ends_nothing(command: list[str], shards: Path
     assert {f"{number:06d}" for number in range(12)} <= keys
     assert len(keys) in (52, 53)
     assert any("cut short" in item["why"] for item in skipped(cache_of(arguments)))
+
+
+@pytest.mark.parametrize("name", ["pipe:touch made; cat shard.tar", "http:.tar", "file:shard.tar", "s3:shard.tar"])
+def test_the_name_of_a_shard_is_the_name_of_a_file(
+    command: list[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A shell would run what follows `pipe:`."""
+    (first, *_) = sorted(shards.glob("*.tar"))
+    for folder in (tmp_path / "plain", tmp_path / "odd"):
+        folder.mkdir()
+    shutil.copy(first, tmp_path / "plain" / "shard.tar")
+    shutil.copy(first, tmp_path / "odd" / (name if name.endswith(".tar") else f"{name}.tar"))
+    found = []
+    for folder in ("plain", "odd"):
+        monkeypatch.chdir(tmp_path / folder)
+        units = find_units(DataConfig(name="webdataset", path="."))
+        found.append([sample for unit in units for sample in unit.read(DataConfig())])
+    assert not (tmp_path / "odd" / "made").exists()
+    assert found[0] == found[1]
+    assert any(isinstance(sample, Sample) for sample in found[0])
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

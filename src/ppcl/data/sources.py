@@ -20,6 +20,7 @@ from typing import Any
 
 import webdataset as wds
 from PIL import Image, ImageOps
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ppcl.config import DataConfig
 from ppcl.errors import UsageError
@@ -90,19 +91,21 @@ class Shard(Unit):
             broken.append(error)
             return True
 
-        members = wds.DataPipeline(wds.SimpleShardList([str(self.path)]), wds.tarfile_to_samples(handler=note))
-        for member in members:
-            key = str(member["__key__"])
-            found = _picture(member, "")
-            given = [picture for name in config.given or () if (picture := _picture(member, f"{name}."))]
-            try:
-                facts = json.loads(member["json"]) if "json" in member else {}
-            except ValueError:
-                yield Skipped(key, "its .json does not read as JSON")
-                continue
-            if "txt" in member:
-                facts = {config.captions[0]: member["txt"].decode("utf-8", "replace")} | facts
-            yield _sample(key, facts, found, given, config)
+        # Given a name in place of an open file, webdataset would run one that begins with `pipe:` in a shell.
+        with self.path.open("rb") as stream:
+            files = tar_file_expander([{"url": str(self.path), "stream": stream}], handler=note)
+            for member in group_by_keys(files, handler=note):
+                key = str(member["__key__"])
+                found = _picture(member, "")
+                given = [picture for name in config.given or () if (picture := _picture(member, f"{name}."))]
+                try:
+                    facts = json.loads(member["json"]) if "json" in member else {}
+                except ValueError:
+                    yield Skipped(key, "its .json does not read as JSON")
+                    continue
+                if "txt" in member:
+                    facts = {config.captions[0]: member["txt"].decode("utf-8", "replace")} | facts
+                yield _sample(key, facts, found, given, config)
         if broken:
             yield Skipped(self.path.name, f"cut short or damaged: {type(broken[0]).__name__}")
 

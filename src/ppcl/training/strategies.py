@@ -15,7 +15,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.checkpoint import DefaultLoadPlanner, load
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,6 +26,7 @@ from ppcl.artifacts.files import atomic_path, read_json, write_json
 from ppcl.config import StrategyConfig
 from ppcl.launch import local_rank, rank
 from ppcl.parallel import barrier, copy_from_first
+from ppcl.training.sharded_files import load_sharded
 
 SHARDED = "sharded.json"  # names the last complete sharded checkpoint, a folder beside this file
 
@@ -90,11 +90,11 @@ class Sharded(ModelParallelStrategy):
         """
         folder, model = cast(Path, _last(Path(checkpoint_path).parent)), cast(Any, self.model)
         whole = {"state_dict": get_model_state_dict(model)}
-        load(whole, checkpoint_id=folder)
+        load_sharded(whole, folder)
         model.load_state_dict(whole["state_dict"])
         for number, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{number}": get_optimizer_state_dict(model, optimizer)}
-            load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+            load_sharded(state, folder, partial=True)
             (found,), options = state.values(), StateDictOptions(cpu_offload=True)
             set_optimizer_state_dict(model, optimizer, found, options=options)
         return torch.load(folder / "meta.pt", weights_only=True)
