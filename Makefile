@@ -45,6 +45,10 @@ test: setup ## Run the tests, on every core
 test-fast: setup ## Run the tests of units and of the configuration alone, under three minutes
 	$(PYTEST) tests/unit tests/conf $(ARGS)
 
+.PHONY: battery
+battery: setup ## Damage, kill, misuse and attack tiny runs, 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery $(ARGS)
+
 .PHONY: test-wheel
 test-wheel: setup ## Install the wheel into an empty environment and run it there, a few minutes
 	PPCL_TEST_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_wheel.py $(ARGS)

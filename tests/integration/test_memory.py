@@ -99,6 +99,7 @@ def test_as_many_groups_as_fit(tmp_path: Path) -> None:
         plan = Plan(prepare([*command, *streamed]))
         groups[memory] = plan.groups()
         assert plan.depth().total < memory * 1e9
+        assert (f"in {groups[memory]} groups" in plan.depth().note) == (groups[memory] > 1)
     assert groups[400] == 1
     assert 1 < groups[80] < groups[24] < 13
 

@@ -63,6 +63,8 @@ def explain(run: Run) -> None:
         table.add_row(need.stage, size, _told(need.device), in_bytes(need.disk) if need.disk else "", hours)
     run.console.print(table)
     for need in found:
+        if need.note:
+            run.say("explain", need.note)
         if told := _told(need.host):
             run.say("explain", f"{need.stage} also holds in host memory: {told}")
         if not fits(need.total, room):

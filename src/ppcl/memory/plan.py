@@ -40,7 +40,7 @@ class Need:
     """The needs of one stage: bytes on the device by what they hold, bytes that it writes to disk, and hours.
 
     `host`: bytes in host memory, also by what they hold, where they are many. Weights that are mapped from their files
-    count too, although the system can do with fewer of them at a time.
+    count too, although the system can do with fewer of them at a time. `note`: how the stage goes about it.
     """
 
     stage: str
@@ -48,6 +48,7 @@ class Need:
     disk: float = 0.0
     hours: float | None = None
     host: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def total(self) -> float:
@@ -207,7 +208,8 @@ class Plan:
         flops = (2 * self.teacher_params * groups + learning) * tokens
         saved = (4 * sum(params.values()) + parts["states"] * divisor) * 2
         reads = groups * ceil(config.accumulate / MOST_ABREAST)
-        return Need("depth", parts, saved, self._hours(config.steps, flops, reads))
+        note = f"depth trains its students in {groups} groups, one after another" if groups > 1 else ""
+        return Need("depth", parts, saved, self._hours(config.steps, flops, reads), note=note)
 
     def width_stage(self) -> Need:
         """Return the need of the stage `width`. What it replaces in one stack stands for all."""

@@ -1,0 +1,1 @@
+"""Damage, kills, nonsense and malice, many of each: `make battery`."""
