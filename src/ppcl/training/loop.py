@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -120,6 +121,10 @@ def fit(
             trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning raises it for a second Ctrl-C
         raise KeyboardInterrupt from None
+    except pickle.UnpicklingError:  # which lists what torch.load would trust
+        raise UsageError(
+            f"{folder / CHECKPOINT} is damaged, or holds more than tensors and settings: delete {folder} to train anew."
+        ) from None
     finally:
         finish_logger(logger)
     if stop.agreed:
