@@ -324,13 +324,14 @@ class Plan:
         run, count = self.run, self.run.config.generate.batch_size
         vae, _, decoding = dry.vae_peaks(run, count)
         parts = {"transformer": self._drawn(), "VAE": vae, "text encoders": self._encoders()}
+        host = {} if run.config.generate.offload == "none" else {"all weights": sum(parts.values())}
         if run.config.generate.offload == "model":
             parts = {"largest of the models": max(parts.values())}
         elif run.config.generate.offload == "group":
             outside = (self.teacher_params - self._inside) * self.itemsize
             parts = {"two blocks": 2.0 * max(self.block.values()) * self.itemsize + outside, "VAE": vae}
         parts["forward or decoding"] = max(dry.forward_peak(run, count), decoding)
-        return Need("generate", parts)
+        return Need("generate", parts, host=host)
 
     def evaluate(self) -> Need:
         run, variants = self.run, self.run.config.generate.variants
