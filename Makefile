@@ -46,7 +46,7 @@ test-fast: setup ## Run the tests of units and of the configuration alone, under
 	$(PYTEST) tests/unit tests/conf $(ARGS)
 
 .PHONY: battery
-battery: setup ## Damage, kill, misuse and attack tiny runs, 20 minutes
+battery: setup ## Kill, pair and attack tiny runs, some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery $(ARGS)
 
 .PHONY: test-wheel
