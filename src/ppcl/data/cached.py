@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class Entry:
 def unit_record(name: str) -> str:
     """Return the name of the file that exists once a unit is completely cached."""
     return f"{name}.json"
+
+
+def part_record(unit: str, number: int) -> str:
+    """Return the name of the file that lists the samples of part `number` of a unit."""
+    return f"{unit}-{number:03d}.json"
 
 
 def trimmed(conditions: Conditions) -> Conditions:
@@ -123,13 +129,36 @@ def held_out_keys(keys: Sequence[str], share: float) -> set[str]:
     return set(chosen)
 
 
+def read_parts(folder: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """Yield the record of each part of a cache's whole units, in a fixed order, and the records of its samples.
+
+    Raises `UsageError` if a unit has fewer samples than its record says.
+    """
+    records = {path.name: read_json(path, "A cache's record") for path in folder.glob("*.json")}
+    units = {record["unit"]: record["samples"] for record in records.values() if "unit" in record}
+    for unit in sorted(units, key=lambda name: f"{name}-"):  # the order of the files, where none has a fourth digit
+        found = 0
+        for number in count():
+            name = part_record(unit, number)
+            if name not in records:
+                break
+            samples = records[name]["samples"]
+            found += len(samples)
+            yield folder / name, samples
+        if found != units[unit]:
+            raise UsageError(
+                f"{folder / name} is missing, so that {units[unit] - found} samples are: delete "
+                f"{folder / unit_record(unit)}, and run 'stages=[cache]' again."
+            )
+
+
 def read_entries(folder: Path) -> list[Entry]:
-    """Return all samples of a cache, in a fixed order; raises `UsageError` for a damaged part."""
+    """Return all samples of a cache, in a fixed order; raises `UsageError` for a part that is damaged or missing."""
     entries = []
-    for record in sorted(folder.glob("*-[0-9][0-9][0-9].json")):
+    for record, samples in read_parts(folder):
         part = record.with_suffix(".safetensors")
         check_safetensors(part)
-        for number, item in enumerate(read_json(record, "A cache's part")["samples"]):
+        for number, item in enumerate(samples):
             given = tuple((height, width) for height, width in item.get("given", ()))
             entries.append(Entry(item["key"], part, number, tuple(item["size"]), given))
     return entries
