@@ -14,7 +14,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_KINDS = {dict: "an object with named values", list: "a list without a text", bool: "true or false"}
+_KINDS = {dict: "an object with named values", list: "a list of other things", bool: "true or false"}
 
 
 class NoCaptionError(ValueError):
