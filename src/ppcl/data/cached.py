@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -134,22 +134,23 @@ def read_parts(folder: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
 
     Raises `UsageError` if a unit has fewer samples than its record says.
     """
-    records = {path.name: read_json(path, "A cache's record") for path in folder.glob("*.json")}
-    units = {record["unit"]: record["samples"] for record in records.values() if "unit" in record}
+    units: dict[str, int] = {}
+    parts: dict[str, dict[int, tuple[Path, list[dict[str, Any]]]]] = {}
+    for path in folder.glob("*.json"):
+        record = read_json(path, "A cache's record")
+        if "unit" in record:
+            units[record["unit"]] = record["samples"]
+        elif part := re.fullmatch(r"(.+)-(\d{3,})\.json", path.name):
+            parts.setdefault(part[1], {})[int(part[2])] = path, record["samples"]
     for unit in sorted(units, key=lambda name: f"{name}-"):  # the order of the files, where none has a fourth digit
-        found = 0
-        for number in count():
-            name = part_record(unit, number)
-            if name not in records:
-                break
-            samples = records[name]["samples"]
-            found += len(samples)
-            yield folder / name, samples
-        if found != units[unit]:
+        found = [part for _, part in sorted(parts.get(unit, {}).items())]
+        missing = units[unit] - sum(len(samples) for _, samples in found)
+        if missing > 0:
             raise UsageError(
-                f"{folder / name} is missing, so that {units[unit] - found} samples are: delete "
-                f"{folder / unit_record(unit)}, and run 'stages=[cache]' again."
+                f"{folder} lacks {missing} samples of {unit}: delete {folder / unit_record(unit)}, and run "
+                "'stages=[cache]' again."
             )
+        yield from found
 
 
 def read_entries(folder: Path) -> list[Entry]:

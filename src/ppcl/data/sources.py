@@ -94,14 +94,11 @@ class Shard(Unit):
                 if isinstance(member, Damage):
                     skipped.append(Skipped(self.path.name, member.why))
                 elif not _META.match(member.name):
-                    # A name that is not UTF-8 would end whatever writes it.
-                    name = member.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-                    yield {"fname": name, "data": member.content, "__url__": str(self.path)}
+                    yield {"fname": _utf8(member.name), "data": member.content, "__url__": str(self.path)}
 
         def note(error: Exception) -> bool:
-            skipped.append(
-                Skipped(self.path.name, f"a name occurs twice, and its first file is taken: {error.args[0]}")
-            )
+            name = str(error.args[0]).partition(": duplicate")[0]
+            skipped.append(Skipped(name, "its name occurs twice in the shard; the first file is taken"))
             return True
 
         for member in group_by_keys(files(), handler=note):
@@ -151,7 +148,7 @@ class Rows(Unit):
                 yield row
                 continue
             name = next((str(row[key]) for key in ("image", "file_name", "path") if row.get(key)), None)
-            key = name or f"row {number}"
+            key = _utf8(name or f"row {number}")
             if name is None:
                 yield Skipped(key, f"no image, file_name or path: {seen(row)}")
                 continue
@@ -162,12 +159,17 @@ class Rows(Unit):
                 yield Skipped(key, f"its file cannot be read: {error.strerror}")
                 continue
             except ValueError:  # a zero byte, or what is not UTF-8
-                yield Skipped(key.encode(errors="backslashreplace").decode(), "its file has a name that none has")
+                yield Skipped(key, "its file has a name that none has")
                 continue
             yield _sample(key, row, content, others, config)
 
     def count(self) -> int:
         return len(self.rows)
+
+
+def _utf8(name: str) -> str:
+    """Return a name with bytes that are not UTF-8 written out: a key that holds them could not be hashed or written."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _picture(member: Mapping[str, Any], prefix: str) -> bytes | None:

@@ -61,7 +61,7 @@ def picture_digest(path: str) -> str:
             marks.append("upright")
         plain = _upright(picture).convert("RGB")
     if open_picture(content).tobytes() != plain.tobytes():
-        marks.append("on white")
+        marks.append("rgb")
     return " ".join(marks)
 
 

@@ -1,4 +1,4 @@
-"""What can be read of archives that are damaged, cut short, joined, or no archives: files in order, and every damage."""
+"""What can be read of archives that are damaged, cut short, joined, or none: files in order, and every damage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def archive(names: list[str] = NAMES, kind: int = tarfile.PAX_FORMAT) -> bytes:
 
 WHOLE = archive()
 HEADERS = [
-    member.offset for member in tarfile.open(fileobj=io.BytesIO(WHOLE))  # noqa: SIM115 - nothing is open
+    member.offset
+    for member in tarfile.open(fileobj=io.BytesIO(WHOLE))  # noqa: SIM115 - nothing is open
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ppcl.data.captions import NoCaptionError, caption_of, decoded, seen
 
-TEXT = "un café – 猫"
+TEXT = "un café, 猫"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
