@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ppcl.command import prepare
+from ppcl.errors import UsageError
 from ppcl.pictures.opening import UnusablePictureError, open_picture, picture_digest
 
 GREYS = np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)
@@ -165,3 +167,23 @@ def test_a_picture_that_is_read_as_ever_keeps_its_digest(tmp_path: Path) -> None
         (tmp_path / name).write_bytes(content)
         marks[name] = picture_digest(str(tmp_path / name)).partition(" ")[2]
     assert marks == {"plain": "", "opaque": "", "turned": "upright", "clear": "rgb", "deep": "rgb"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (stored(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "it holds floats"),
+        (stored(Image.new("RGB", (200, 200), "red"))[:100], "it does not decode"),
+        (None, "cannot be read"),
+    ],
+    ids=["floats", "cut", "missing"],
+)
+def test_a_picture_to_edit_that_cannot_be_used_is_refused_at_once(
+    tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    path = tmp_path / "picture.tiff"
+    if content is not None:
+        path.write_bytes(content)
+    asked = ["model=tiny_qwen_image_edit", "stages=[generate]", "generate.prompt=a", f"generate.images=[{path}]"]
+    with pytest.raises(UsageError, match=rf"generate\.images={path} .*{said}"):
+        prepare([*asked, f"paths.runs_dir={tmp_path}", "trainer=cpu"])
