@@ -12,6 +12,7 @@ from ppcl.command import check_choices, execute, failed_access, sentence
 from ppcl.errors import SaidElsewhere, Stopped, UsageError
 from ppcl.launch import is_first, take_gpu
 from ppcl.paths import conf_dir
+from ppcl.progress import visible
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
 
@@ -35,7 +36,7 @@ def main() -> None:
         check_choices([argument for argument in sys.argv[1:] if not argument.startswith("-")])
     except UsageError as error:
         if is_first():
-            print(f"ppcl: {error}", file=sys.stderr)
+            print(f"ppcl: {visible(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
     import hydra
@@ -55,7 +56,7 @@ def main() -> None:
             raise error
         mistakes.append(error)
         if not isinstance(error, SaidElsewhere):
-            print(f"ppcl: {sentence(error)}", file=sys.stderr)
+            print(f"ppcl: {visible(sentence(error))}", file=sys.stderr)
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def app(raw: Any) -> None:

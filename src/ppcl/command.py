@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -443,4 +444,6 @@ def failed_access(error: Exception) -> UsageError | None:
         reason = "writing a checkpoint failed: is the disk full?"
     else:
         return None
-    return UsageError(f"{reason}; finished files are intact, and the same command continues from them.")
+    few = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    remedy = "after `ulimit -n 4096` " if few else ""
+    return UsageError(f"{reason}; finished files are intact, and {remedy}the same command continues from them.")

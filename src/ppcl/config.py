@@ -251,7 +251,9 @@ class DataConfig:
     `name`: `shapes` renders 32x32 toy pictures. `webdataset` and `folder` read your pictures: .tar shards, or a folder
         with a table. `stages=[cache]` encodes these once. `none`: there is no data.
     `path`: the shards or the folder. `cache`: the folder of a cache that was made elsewhere, in place of `path`.
-    `captions`: the keys or columns that may hold a caption. The first that a sample has is taken.
+    `captions`: the keys or columns that may hold a caption. The first that is not blank is taken. Of a list of captions
+        it is the first text that is not blank. A .txt in a shard counts as the first key, if the .json has none there.
+        Text is UTF-8, or UTF-16 with a byte order mark; other samples are left out.
     `given`: for an edit model, the file suffixes in a shard, or the table's columns, that hold the pictures given to
         it.
     `min_text_accuracy`: leaves out samples whose `text_accuracy` is lower. None: keeps all.

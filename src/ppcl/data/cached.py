@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +56,11 @@ class Entry:
 def unit_record(name: str) -> str:
     """Return the name of the file that exists once a unit is completely cached."""
     return f"{name}.json"
+
+
+def part_record(unit: str, number: int) -> str:
+    """Return the name of the file that lists the samples of part `number` of a unit."""
+    return f"{unit}-{number:03d}.json"
 
 
 def trimmed(conditions: Conditions) -> Conditions:
@@ -123,13 +129,37 @@ def held_out_keys(keys: Sequence[str], share: float) -> set[str]:
     return set(chosen)
 
 
+def read_parts(folder: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """Yield the record of each part of a cache's whole units, in a fixed order, and the records of its samples.
+
+    Raises `UsageError` if a unit has fewer samples than its record says.
+    """
+    units: dict[str, int] = {}
+    parts: dict[str, dict[int, tuple[Path, list[dict[str, Any]]]]] = {}
+    for path in folder.glob("*.json"):
+        record = read_json(path, "A cache's record")
+        if "unit" in record:
+            units[record["unit"]] = record["samples"]
+        elif part := re.fullmatch(r"(.+)-(\d{3,})\.json", path.name):
+            parts.setdefault(part[1], {})[int(part[2])] = path, record["samples"]
+    for unit in sorted(units, key=lambda name: f"{name}-"):  # the order of the files, where none has a fourth digit
+        found = [part for _, part in sorted(parts.get(unit, {}).items())]
+        missing = units[unit] - sum(len(samples) for _, samples in found)
+        if missing > 0:
+            raise UsageError(
+                f"{folder} lacks {missing} samples of {unit}: delete {folder / unit_record(unit)}, and run "
+                "'stages=[cache]' again."
+            )
+        yield from found
+
+
 def read_entries(folder: Path) -> list[Entry]:
-    """Return all samples of a cache, in a fixed order; raises `UsageError` for a damaged part."""
+    """Return all samples of a cache, in a fixed order; raises `UsageError` for a part that is damaged or missing."""
     entries = []
-    for record in sorted(folder.glob("*-[0-9][0-9][0-9].json")):
+    for record, samples in read_parts(folder):
         part = record.with_suffix(".safetensors")
         check_safetensors(part)
-        for number, item in enumerate(read_json(record, "A cache's part")["samples"]):
+        for number, item in enumerate(samples):
             given = tuple((height, width) for height, width in item.get("given", ()))
             entries.append(Entry(item["key"], part, number, tuple(item["size"]), given))
     return entries

@@ -20,6 +20,7 @@ from ppcl.context import Run
 from ppcl.data.cached import CachedStream
 from ppcl.errors import UsageError
 from ppcl.families.base import without_needless_mask
+from ppcl.pictures.opening import open_picture
 from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
@@ -250,6 +251,6 @@ def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
     pipeline = pipeline_class(**run.teacher.pipeline.components, controlnet=controlnet.to(run.device))
     pipeline.set_progress_bar_config(disable=True)
     height, width = run.config.model.sampling.size
-    image = Image.open(str(config.control_image)).convert("RGB").resize((width, height))
+    image = open_picture(str(config.control_image)).resize((width, height))
     arguments = {"control_image": image, "controlnet_conditioning_scale": config.control_scale}
     return pipeline, arguments if mode is None else arguments | {"control_mode": mode}

@@ -87,7 +87,12 @@ def read_images(run: Run, variant: str) -> Iterator[Image.Image]:
 
 def read_image(run: Run, variant: str, number: int) -> Image.Image:
     """Return picture `number` of a variant, in RGB."""
-    with Image.open(picture_path(image_folder(run, variant), number)) as image:
+    return read_picture(picture_path(image_folder(run, variant), number))
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Return a picture that a variant has drawn, in RGB. Its file is closed again."""
+    with Image.open(path) as image:
         return image.convert("RGB")
 
 

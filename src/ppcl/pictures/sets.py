@@ -28,6 +28,7 @@ from ppcl.benchmarks.base import Benchmark, Prompt
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.options import identity
+from ppcl.pictures.opening import picture_digest
 from ppcl.validation.outputs import UNSCORED, has_own_prompts
 
 # Keys of a header that describe the model. All other keys describe the set.
@@ -74,7 +75,7 @@ def _put_on(config: Config) -> dict[str, Any]:
         files = by_name if len(by_name) == len(pairs) else pairs  # a dict would lose files of equal names
         made_from["loras"] = {"files": files, "scale": settings.lora_scale, "source": config.lora.source}
     if settings.controlnet:
-        image = _digest(str(settings.control_image))
+        image = picture_digest(str(settings.control_image))
         made_from["controlnet"] = {"path": settings.controlnet, "scale": settings.control_scale, "image": image}
         if settings.control_mode is not None:
             made_from["controlnet"]["mode"] = settings.control_mode

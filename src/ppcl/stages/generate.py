@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from ppcl.artifacts.files import atomic_folder, link_or_copy, write_json
@@ -31,6 +30,7 @@ from ppcl.pictures.images import (
     given_to,
     picture_path,
     prompts_of,
+    read_picture,
     save_image,
     save_prompts,
     told_by,
@@ -108,7 +108,7 @@ def _finish(run: Run, drawing: Drawing) -> None:
     folder, count = drawing.folder, len(run.prompts)
     save_prompts(run, folder)
     first = range(min(count, IN_GRID))
-    image_grid(folder / "grid.png", [Image.open(picture_path(folder, number)) for number in first])
+    image_grid(folder / "grid.png", (read_picture(picture_path(folder, number)) for number in first))
     _complete(folder, drawing.header, count)
 
 

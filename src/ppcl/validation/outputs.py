@@ -7,14 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from PIL import Image
-
 from ppcl.artifacts.files import check_safetensors
 from ppcl.benchmarks.base import load_benchmark
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.export.single_file import DTYPES, layouts
 from ppcl.families.registry import FAMILIES
+from ppcl.pictures.opening import UnusablePictureError, open_picture
 from ppcl.validation.model import is_toy
 from ppcl.validation.prompts import check_layout
 from ppcl.validation.pruning import budget_of, resolve_width
@@ -132,10 +131,11 @@ def _check_teacher_above(config: Config) -> None:
 
 def _check_picture(key: str, path: str) -> None:
     try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError):
-        raise UsageError(f"{key}={path} is no picture that can be read; name a PNG or JPEG.") from None
+        open_picture(path)
+    except OSError as error:
+        raise UsageError(f"{key}={path} cannot be read ({error.strerror}); name a PNG or JPEG.") from None
+    except UnusablePictureError as error:
+        raise UsageError(f"{key}={path} is no picture that can be used: it {error}; name a PNG or JPEG.") from None
 
 
 def _check_given_images(config: Config) -> None:
