@@ -248,7 +248,8 @@ def _loader(facts: FamilyFacts) -> Any:
 
 def _converted(raw: Mapping[str, Tensor], loader: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return what diffusers makes of a LoRA's tensors, and the alphas that it applies later, by key."""
-    state, *rest = loader.lora_state_dict(dict(raw), return_alphas=True, return_lora_metadata=True)
+    own = {key: value.clone() if _TEXT_MODULE.match(key) else value for key, value in raw.items()}  # scaled in place
+    state, *rest = loader.lora_state_dict(own, return_alphas=True, return_lora_metadata=True)
     return dict(state), dict((rest[0] if len(rest) == 2 else None) or {})
 
 
@@ -262,7 +263,7 @@ def _respelt(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for prefix in _SPELLINGS:
             name = name.removeprefix(prefix)
         found[f"diffusion_model.{name}{end}"] = value
-    return found
+    return found if len(found) == len(raw) else {}  # two names of one layer are refused later
 
 
 class _Arrivals:
@@ -333,7 +334,7 @@ def _renamed(raw: Mapping[str, Tensor], layers_of: Mapping[str, str]) -> dict[st
 def _scaled(
     state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None, alphas: Mapping[str, Tensor], layers: Layers
 ) -> dict[str, Tensor]:
-    """Return the tensors in the format of PEFT, with the scales of `metadata` and `alphas` multiplied into B."""
+    """Return the tensors with the scales of `metadata` and `alphas` multiplied into B."""
     if alphas and metadata:
         raise UsageError(
             f"this LoRA has scales both in {METADATA_KEY} and in {next(iter(alphas))}, and diffusers takes it in one "
@@ -346,14 +347,13 @@ def _scaled(
             continue
         if prefix == _PREFIX:
             _check_shapes(part, layers)
-        else:
-            part = _in_peft_names(part)
+        named = part if prefix == _PREFIX else in_peft_names(part)
         own = {key.removeprefix(prefix): value for key, value in (metadata or {}).items() if _is_of(prefix, key)}
         given = {key.removeprefix(prefix): value for key, value in alphas.items() if key.startswith(prefix)}
-        scales = scales_of(part, own, given, text=prefix != _PREFIX)
-        for key, value in part.items():
-            module = key.removesuffix(".lora_B.weight")
-            result[prefix + key] = scaled(value, scales[module]) if module != key else value
+        scales = scales_of(named, own, given, text=prefix != _PREFIX)
+        for (key, value), name in zip(part.items(), named, strict=True):
+            module = name.removesuffix(".lora_B.weight")
+            result[prefix + key] = scaled(value, scales[module]) if module != name else value
     return result
 
 
@@ -362,10 +362,17 @@ def _is_of(prefix: str, key: str) -> bool:
     return key.startswith(prefix) or (prefix == _PREFIX and not key.startswith(_TEXT))
 
 
-def _in_peft_names(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_peft_names(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the LoRA of a text encoder with the keys that diffusers gives PEFT, in the same order."""
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 
-    return convert_state_dict_to_peft(convert_state_dict_to_diffusers(dict(text)))
+    try:
+        return convert_state_dict_to_peft(convert_state_dict_to_diffusers(dict(text)))
+    except ValueError:
+        raise UsageError(
+            f"diffusers does not know the names in the text encoder's part of this LoRA, such as {next(iter(text))}: "
+            "leave that part out."
+        ) from None
 
 
 def _check_shapes(part: Mapping[str, Tensor], layers: Layers) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ppcl.artifacts.headers import fingerprint
 from ppcl.errors import UsageError
 from ppcl.layers import BlockMap
+from ppcl.surgery.lora_files import in_peft_names
 from ppcl.surgery.provenance import earlier_models, pruned_blocks
 
 _COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")
@@ -53,22 +54,25 @@ def marked_metadata(state: Mapping[str, Tensor], mark: str) -> dict[str, Any]:
     `state`: keys as diffusers has them, such as `transformer.NAME.lora_B.weight`.
     """
     metadata: dict[str, Any] = {}
-    for prefix in _COMPONENTS:
-        ranks = {
-            key.removeprefix(f"{prefix}.").removesuffix(".lora_B.weight").removeprefix("text_model."): value.shape[1]
-            for key, value in state.items()
-            if key.startswith(f"{prefix}.") and key.endswith(".lora_B.weight")
-        }
-        if not ranks:
+    for component in _COMPONENTS:
+        begin = f"{component}."
+        part = {key.removeprefix(begin): value for key, value in state.items() if key.startswith(begin)}
+        if not part:
             continue
-        usual = max(set(ranks.values()), key=list(ranks.values()).count)
+        ranks = {
+            key.removesuffix(".lora_B.weight"): value.shape[1]
+            for key, value in (part if component == "transformer" else in_peft_names(part)).items()
+            if key.endswith(".lora_B.weight")
+        }
         # PEFT searches for a pattern at the end of a module's name, so `^` tells `a.b` from `c.a.b`.
-        pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
-        if prefix != "transformer":  # its modules may or may not begin with `text_model.`
-            pattern = {name.removeprefix("^"): rank for name, rank in pattern.items()}
+        anchor = "^" if component == "transformer" else ""
+        if component != "transformer":  # its modules may or may not begin with `text_model.`
+            ranks = {name.removeprefix("text_model."): rank for name, rank in ranks.items()}
+        usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
+        pattern = {anchor + name: rank for name, rank in ranks.items() if rank != usual}
         own = {"r": usual, "lora_alpha": usual, "rank_pattern": pattern, "alpha_pattern": pattern}
         own |= {"target_modules": sorted(ranks), "base_model_name_or_path": mark}
-        metadata |= {f"{prefix}.{key}": value for key, value in own.items()}
+        metadata |= {begin + key: value for key, value in own.items()}
     return metadata
 
 

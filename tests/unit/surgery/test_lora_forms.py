@@ -1,14 +1,18 @@
 """Every form of a LoRA: what is added to a kept layer equals what diffusers adds on the full model."""
 
+import copy
 import inspect
 import json
 
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, QwenImagePipeline, QwenImageTransformer2DModel
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from ppcl.errors import UsageError
+from ppcl.surgery.lora_marks import mark_of, marked_metadata
+from ppcl.surgery.provenance import exported_blocks
 from ppcl.surgery.remap import remap_lora
 
 KEPT = {"transformer_blocks": [0, 2], "single_transformer_blocks": [0, 1, 3]}
@@ -28,7 +32,7 @@ class Kind:
 
     def teacher(self):
         """A pipeline of the full model alone, whose memory is never touched."""
-        model = self.build(COUNTS).to(torch.bfloat16).to_empty(device="cpu")
+        model = self.build(COUNTS).to_empty(device="cpu")
         parts = dict.fromkeys(inspect.signature(self.pipeline.__init__).parameters)
         parts.pop("self")
         return self.pipeline(**parts | {"transformer": model})
@@ -79,7 +83,9 @@ def sizes(kind):
 
 
 def numbered(stacks):
-    return {f"{s}.{n}.{x}": size for s, found in stacks.items() for n in range(OF_BLOCKS[s]) for x, size in found.items()}
+    return {
+        f"{s}.{n}.{x}": size for s, found in stacks.items() for n in range(OF_BLOCKS[s]) for x, size in found.items()
+    }
 
 
 def random(layers, *, begin="transformer.", halves=(".lora_A.weight", ".lora_B.weight"), alpha=None, flat=False,
@@ -99,6 +105,8 @@ def random(layers, *, begin="transformer.", halves=(".lora_A.weight", ".lora_B.w
 DOWN = (".lora_down.weight", ".lora_up.weight")
 BARE = (".down.weight", ".up.weight")
 DEFAULT = (".lora_A.default.weight", ".lora_B.default.weight")
+KOHYA = {"begin": "lora_unet_", "halves": DOWN, "flat": True}
+ONETRAINER = {"begin": "lora_transformer_", "halves": DOWN, "flat": True}
 MIXED = {"ranks": (4, 4, 2, 8)}
 BF16, FP8 = {"dtype": torch.bfloat16}, {"dtype": torch.float8_e4m3fn}
 ATTENTION = {name: size for name, size in numbered(FLUX_LAYERS).items() if ".attn." in name}
@@ -111,8 +119,8 @@ READ = {
     "qwen comfy": (QWEN, {"begin": "diffusion_model."}),
     "qwen comfy alphas": (QWEN, {"begin": "diffusion_model.", "alpha": 3.0} | MIXED),
     "qwen comfy down": (QWEN, {"begin": "diffusion_model.", "halves": DOWN, "alpha": 0.5} | BF16),
-    "qwen kohya": (QWEN, {"begin": "lora_unet_", "halves": DOWN, "alpha": 1.0, "flat": True} | MIXED),
-    "qwen kohya bf16": (QWEN, {"begin": "lora_unet_", "halves": DOWN, "alpha": 3.0, "flat": True} | BF16),
+    "qwen kohya": (QWEN, {"alpha": 1.0} | KOHYA | MIXED),
+    "qwen kohya bf16": (QWEN, {"alpha": 3.0} | KOHYA | BF16),
     "flux peft": (FLUX, {}),
     "flux peft mixed": (FLUX, MIXED),
     "flux peft fp8": (FLUX, FP8),
@@ -120,12 +128,12 @@ READ = {
     "flux peft alphas mixed": (FLUX, {"alpha": 1.5} | MIXED | BF16),
     "flux civitai": (FLUX, {"halves": DOWN}),
     "flux civitai alphas": (FLUX, {"halves": DOWN, "alpha": 1.0}),
-    "flux kohya": (FLUX, {"layers": BFL_LAYERS, "begin": "lora_unet_", "halves": DOWN, "flat": True, "alpha": 1.0} | MIXED),
-    "flux kohya plain": (FLUX, {"layers": BFL_LAYERS, "begin": "lora_unet_", "halves": DOWN, "flat": True} | BF16),
+    "flux kohya": (FLUX, {"layers": BFL_LAYERS, "alpha": 1.0} | KOHYA | MIXED),
+    "flux kohya plain": (FLUX, {"layers": BFL_LAYERS} | KOHYA | BF16),
     "flux comfy": (FLUX, {"layers": BFL_LAYERS, "begin": "diffusion_model.", "halves": DOWN, "alpha": 8.0} | BF16),
     "flux xlabs": (FLUX, {"layers": XLABS_LAYERS, "begin": "", "halves": BARE} | MIXED),
     "flux xlabs comfy": (FLUX, {"layers": XLABS_LAYERS, "begin": "diffusion_model.", "halves": BARE} | BF16),
-    "flux mixture": (FLUX, {"layers": ATTENTION, "begin": "lora_transformer_", "halves": DOWN, "flat": True, "alpha": 2.0}),
+    "flux mixture": (FLUX, {"layers": ATTENTION, "alpha": 2.0} | ONETRAINER),
 }  # fmt: skip
 
 
@@ -147,7 +155,11 @@ def on_the_teacher(kind, lora):
     """What diffusers adds to each layer of the full model, by the file or the tensors of a LoRA."""
     pipeline = kind.teacher()
     pipeline.load_lora_weights(lora, adapter_name="it")
-    layers = {n: m for n, m in pipeline.transformer.named_modules() if "it" in getattr(m, "lora_A", {})}
+    return added(pipeline.transformer)
+
+
+def added(model):
+    layers = {n: m for n, m in model.named_modules() if "it" in getattr(m, "lora_A", {})}
     return {n: probe(m.lora_A["it"].weight, m.lora_B["it"].weight, m.scaling["it"]) for n, m in layers.items()}
 
 
@@ -159,8 +171,8 @@ def on_the_pruned(found):
 
 def original(name):
     """The full model's name of a kept layer."""
-    stack, number, *inner = name.split(".")
-    return ".".join([stack, str(KEPT[stack][int(number)]), *inner]) if stack in KEPT else name
+    stack, *rest = name.split(".")
+    return ".".join([stack, str(KEPT[stack][int(rest[0])]), *rest[1:]]) if stack in KEPT else name
 
 
 def assert_equal(ours, theirs):
@@ -191,7 +203,8 @@ def test_a_form_that_diffusers_reads_adds_the_same_to_every_kept_layer(form):
 @pytest.mark.parametrize("settings", [
     {"r": 4, "lora_alpha": 8},
     {"r": 4, "lora_alpha": 8, "use_rslora": True},
-    {"r": 4, "lora_alpha": 8, "rank_pattern": {"attn.to_q": 2}, "alpha_pattern": {"attn.to_q": 6, "^transformer_blocks.0.attn.to_q": 3}},
+    {"r": 4, "lora_alpha": 8, "rank_pattern": {"attn.to_q": 2},
+     "alpha_pattern": {"^transformer_blocks.0.attn.to_q": 3, "attn.to_q": 6}},
 ], ids=["alpha", "rslora", "patterns"])  # fmt: skip
 @torch.no_grad()
 def test_scales_in_the_metadata_are_those_of_peft(kind, settings, tmp_path):
@@ -213,13 +226,13 @@ RENAMED = {
     "qwen peft's own, with transformer": (QWEN, {"begin": "base_model.model.transformer."}, {}),
     "qwen prefix and default": (QWEN, {"halves": DEFAULT}, {}),
     "qwen prefix and alphas": (QWEN, {"alpha": 1.0}, {"begin": "diffusion_model.", "alpha": 1.0}),
-    "qwen onetrainer": (QWEN, {"halves": DOWN, "alpha": 1.0} | MIXED, {"begin": "diffusion_model.", "alpha": 1.0} | MIXED),
-    "qwen kohya fp8": (QWEN, {"begin": "lora_unet_", "halves": DOWN, "flat": True} | FP8, FP8),
+    "qwen onetrainer": (QWEN, {"halves": DOWN, "alpha": 1.0}, {"begin": "diffusion_model.", "alpha": 1.0}),
+    "qwen kohya fp8": (QWEN, KOHYA | FP8, FP8),
     "flux peft's own": (FLUX, {"begin": "base_model.model."}, {}),
     "flux no prefix": (FLUX, {"begin": ""}, {}),
     "flux default": (FLUX, {"halves": DEFAULT}, {}),
     "flux comfy": (FLUX, {"begin": "diffusion_model.", "alpha": 1.0}, {"alpha": 1.0}),
-    "flux onetrainer": (FLUX, {"begin": "lora_transformer_", "halves": DOWN, "flat": True, "alpha": 1.0}, {"alpha": 1.0}),
+    "flux onetrainer": (FLUX, {"alpha": 1.0} | ONETRAINER, {"alpha": 1.0}),
     "flux bfl names in halves of peft": (
         FLUX,
         {"layers": BFL_LAYERS, "begin": "diffusion_model.", "alpha": 1.0},
@@ -279,7 +292,10 @@ OTHERS = {
     "twice": (pair(Q) | pair(Q.removeprefix("transformer.")) | pair(f"base_model.model.{Q}"), "twice"),
     "integers": ({key: value.to(torch.int8) for key, value in pair(Q).items()}, "int8"),
     "a NaN": (pair(Q) | {f"{Q}.lora_B.weight": torch.full((64, 4), torch.nan)}, "finite"),
-    "an infinite fp8": (pair(Q) | {f"{Q}.lora_A.weight": torch.full((4, 64), torch.inf).to(torch.float8_e5m2)}, "finite"),
+    "an infinite fp8": (
+        pair(Q) | {f"{Q}.lora_A.weight": torch.full((4, 64), torch.inf).to(torch.float8_e5m2)},
+        "finite",
+    ),
     "a NaN alpha": (pair(Q) | {f"{Q}.alpha": torch.tensor(torch.nan)}, "finite"),
     "nothing": ({"step": torch.ones(1)}, "step"),
     "only removed blocks": (pair("transformer.transformer_blocks.1.attn.to_q"), "nothing of this LoRA is left"),
@@ -293,3 +309,71 @@ def test_what_is_no_plain_lora_of_the_model_gets_one_sentence(what):
     assert part in text
     if what not in ("a NaN", "an infinite fp8", "a NaN alpha", "integers", "two ranks", "twice", "only removed blocks"):
         assert "transformer_blocks.0." in text  # what the model's names are like
+
+
+TEXT = "lora_te1_text_model_encoder_layers_{}_{}"
+OF_TEXT = [*((f"self_attn_{x}_proj", (32, 32)) for x in ("q", "k", "v", "out")), ("mlp_fc1", (32, 64))]
+
+
+@pytest.fixture
+def encoder():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=100, bos_token_id=0, eos_token_id=1))
+
+
+@torch.no_grad()
+def test_a_text_encoders_part_stays_as_diffusers_reads_it_and_what_diffusers_leaves_out_is_said(encoder, tmp_path):
+    """kohya's parts: of CLIP with alphas, of T5, and of a layer outside of the blocks."""
+    state = made(FLUX, READ["flux kohya"][1]) | random({"img_in": (64, D)}, **KOHYA)
+    state |= random({"encoder_block_0_q": (32, 32)}, begin="lora_te3_", halves=DOWN)
+    layers = {TEXT.format(n, name): size for n in range(2) for name, size in OF_TEXT}
+    state |= random(layers, begin="", halves=DOWN, alpha=1.0, ranks=(2, 4))
+    path = tmp_path / "lora.safetensors"
+    save_file(state, path)
+    whole, pruned = FLUX.teacher(), FLUX.pruned().to_empty(device="cpu")
+    whole.text_encoder = copy.deepcopy(encoder)
+    whole.load_lora_weights(str(path), adapter_name="it")
+    found = remap_lora(path, pruned)
+    assert found.left_out == ["lora_te3_encoder_block_0_q", "lora_unet_img_in"]
+    written = tmp_path / "mapped.safetensors"
+    metadata = marked_metadata(found.state, mark_of(exported_blocks(pruned).kept))
+    save_file(found.state, written, {"lora_adapter_metadata": json.dumps(metadata), "format": "pt"})
+    smaller = FLUX.teacher()
+    smaller.transformer, smaller.text_encoder = pruned, encoder
+    smaller.load_lora_weights(str(written), adapter_name="it")
+    theirs, ours = (added(pipeline.text_encoder) for pipeline in (whole, smaller))
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == len(layers)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
+
+
+def test_zeros_that_change_nothing_are_no_reason_to_refuse():
+    state = made(QWEN, {})
+    assert remap_lora(state | {f"{Q}.diff_b": torch.zeros(64)}, QWEN.pruned()).layers
+
+
+def test_peft_keeps_the_scale_of_its_own_files_beside_them(tmp_path):
+    """As its `save_pretrained` does."""
+    model = QWEN.build(COUNTS).to_empty(device="cpu")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    scaled = on_the_pruned(remap_lora(path, QWEN.pruned()))
+    (tmp_path / "adapter_config.json").unlink()
+    plain = on_the_pruned(remap_lora(path, QWEN.pruned()))
+    assert len(plain) == 2 * len(KEPT["transformer_blocks"])
+    for name, value in plain.items():
+        torch.testing.assert_close(scaled[name], 2 * value)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ["{", "[]", '{"transformer.r": 3}', '{"transformer.r": 4, "transformer.use_dora": true}', '{"transformer.a": 4}'],
+)
+def test_metadata_that_do_not_fit_are_refused(stored, tmp_path):
+    save_file(made(QWEN, {}), tmp_path / "lora.safetensors", {"lora_adapter_metadata": stored})
+    with pytest.raises(UsageError, match="lora_adapter_metadata"):
+        remap_lora(tmp_path / "lora.safetensors", QWEN.pruned())
