@@ -32,7 +32,8 @@ def load(folder: Path) -> DiffusionPipeline:
 def draw(pipeline: DiffusionPipeline) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     arguments = {"height": 32, "width": 32, "num_inference_steps": 2, "generator": generator}
-    return np.asarray(pipeline(prompt="a red circle", **arguments).images[0]).astype(int)
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": "", "max_sequence_length": 512}  # as the run draws
+    return np.asarray(pipeline(prompt="a red circle", **arguments, **guided).images[0]).astype(int)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,8 @@ def run(run: Run) -> None:
     with atomic_path(target) as temporary:
         metadata = {METADATA_KEY: json.dumps(marked_metadata(found.state, mark)), "format": "pt"}
         save_file(found.state, temporary, metadata)
-    write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped, "left_out": found.left_out})
+    left_out = {"left_out": found.left_out} if found.left_out else {}
+    write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped} | left_out)
     run.say(
         "remap_lora",
         f"{len(found.layers)} layers have their LoRA, {len(found.dropped)} are dropped: the pruned model has no place "
