@@ -456,11 +456,15 @@ class LoraConfig:
     `model`: the folder of an exported model. None: this run's export.
     `source`: what a student of the interval [u, v] gets: the LoRA of its `first` block, u, or the `mean` or the `sum`
         of the LoRAs of blocks u to v, as one LoRA of higher rank. `generate.loras` are mapped in the same way.
+    `counts`: whose blocks the file numbers: those of the `full` model, or `pruned`, of the exported model itself, on
+        which it was trained then. For `generate.loras`, `pruned` means the teacher, if that is an export. None: as the
+        file says, if ppcl wrote it, and else `full`.
     """
 
     path: str | None = None
     model: str | None = None
     source: str = option("first", choices=("first", "mean", "sum"))
+    counts: str | None = option(None, choices=("full", "pruned"), before=None)
 
 
 @dataclass

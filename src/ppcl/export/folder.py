@@ -16,23 +16,36 @@ from ppcl.export.model_card import (
     license_of,
     model_card,
 )
+from ppcl.surgery.provenance import earlier_of
 from ppcl.validation.model import model_folder
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import Variant
 
 
 def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:
-    """Return the `ppcl` entry of an export's config: which blocks were kept, and how the model was made."""
+    """Return the `ppcl` entry of an export's config: which blocks were kept, and how the model was made.
+
+    Blocks are counted as in the full model, also if the teacher was pruned from that itself.
+    """
     config = run.config
     board = switch.board
+    blocks, teacher = board.blocks, board.teacher_blocks
+    width = {
+        stack: {kind: [teacher.kept[stack][index] for index in indices] for kind, indices in sets.items()}
+        for stack, sets in board.width.items()
+    }
+    earlier = {}
+    if teacher.renumbered:  # LoRAs may count the blocks of the teacher, or of one before it
+        earlier["pruned_from"] = [*earlier_of(switch.teacher.config.get("ppcl")), teacher.kept]
     return {
         "version": __version__,
         "base_model": BaseModel.of(run).hub_id or config.model.path,
         "revision": config.model.revision,
         "variant": variant.name,
-        "kept_layers": board.kept,
-        "removed_intervals": board.removed_intervals,
-        "width": board.width,
+        "kept_layers": blocks.kept,
+        "removed_intervals": blocks.removed,
+        **earlier,
+        "width": width,
         "method": config.method.name,
         "distill": "none"
         if config.distill.mode == "none"
@@ -95,10 +108,10 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
             "without": "".join(f", {name}=None" for name in missing),
             "call": call,
             "seed": config.seed,
-            "intervals": json.dumps(switch.board.removed_intervals),
+            "intervals": json.dumps(board.blocks.removed),
             "students": len(board.plugged),
             "width_sets": json.dumps(board.width) if board.width else "none",
             "method": config.method.name,
-            "kept_layers": json.dumps(board.kept),
+            "kept_layers": json.dumps(board.blocks.kept),
         }
     )

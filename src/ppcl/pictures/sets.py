@@ -74,6 +74,8 @@ def _put_on(config: Config) -> dict[str, Any]:
         by_name = dict(pairs)
         files = by_name if len(by_name) == len(pairs) else pairs  # a dict would lose files of equal names
         made_from["loras"] = {"files": files, "scale": settings.lora_scale, "source": config.lora.source}
+        if config.lora.counts is not None:
+            made_from["loras"]["counts"] = config.lora.counts
     if settings.controlnet:
         image = picture_digest(str(settings.control_image))
         made_from["controlnet"] = {"path": settings.controlnet, "scale": settings.control_scale, "image": image}

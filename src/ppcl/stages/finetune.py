@@ -19,6 +19,7 @@ from ppcl.disk import check_space
 from ppcl.distill.finetune import FineTune
 from ppcl.distill.targets import STEPS_PER_FILE, Batches, Targets
 from ppcl.errors import UsageError
+from ppcl.layers import BlockMap
 from ppcl.options import identity
 from ppcl.streaming import follow, still
 from ppcl.surgery.adapter import merge_lora, save_lora, save_merged
@@ -78,7 +79,7 @@ def run(run: Run) -> None:
     heldout = _heldout(run)
     if config.recorded:  # before there is a student, so that only the teacher is in memory
         batches, heldout = _record(run, batches, heldout)
-    student, stands_for = _student(run, plugs, plan)
+    student, stands_for, kept = _student(run, plugs, plan)
     sharding = Sharding.of(run) if run.teacher.sharded else None
     teacher = run.teacher.pipeline.transformer
     module = FineTune(run.family, teacher, student, config, stands_for, sharding, seed, run.precision)
@@ -95,7 +96,7 @@ def run(run: Run) -> None:
     if run.writes:
         with atomic_folder(folder) as temporary:
             if config.lora_rank:
-                save_lora(result, run.teacher.pipeline_class, temporary)
+                save_lora(result, run.teacher.pipeline_class, temporary, kept)
             if streamed:
                 save_merged(run.family, result, temporary / "transformer", run.teacher.dtype)
             else:
@@ -115,8 +116,8 @@ def run(run: Run) -> None:
     run.say("finetune", f"wrote {folder}")
 
 
-def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey, BlockKey]]:
-    """Return the model to tune, and for each of its blocks the teacher's block that it stands for.
+def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey, BlockKey], BlockMap]:
+    """Return the model to tune, for each of its blocks the teacher's block that it stands for, and those it has kept.
 
     It has its own copy of every parameter, unless it is going to be sharded, which copies, or only a LoRA learns. Then
     its blocks stream the weights that they share with those of a streamed teacher.
@@ -132,9 +133,9 @@ def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey,
     elif not run.teacher.sharded:
         with still(*sources):
             student = copy.deepcopy(student)
-    stands_for = switch.board.stands_for
+    stands_for, kept = switch.board.stands_for, switch.board.blocks
     switch.restore()
-    return student, stands_for
+    return student, stands_for, kept
 
 
 def _heldout(run: Run) -> Batches:

@@ -37,6 +37,7 @@ from ppcl.pictures.images import (
 )
 from ppcl.pictures.latents import save_latents
 from ppcl.pictures.layouts import write_layout
+from ppcl.pictures.loras import TeacherLora, read_loras
 from ppcl.progress import counter
 from ppcl.report.plots import image_grid
 from ppcl.report.text import by_ranks
@@ -49,12 +50,12 @@ from ppcl.variants.variants import variants_of
 IN_GRID = 400  # pictures of the overview `grid.png`
 
 
-def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> list[int]:
+def _draw_variant(run: Run, drawing: Drawing, board: Plugboard, loras: list[TeacherLora]) -> list[int]:
     """Draw the pictures of one variant that do not exist yet, and return how many each rank has drawn.
 
-    The folder is claimed as late as possible, so that nothing is written for a LoRA or ControlNet that does not fit.
+    The folder is claimed as late as possible, so that nothing is written for a ControlNet that does not fit.
     """
-    with equipped(run, board) as (pipeline, arguments):
+    with equipped(run, board, loras) as (pipeline, arguments):
         with together():
             if run.writes:
                 claim(run, drawing)
@@ -187,6 +188,7 @@ def run(run: Run) -> None:
 
 def _draw(run: Run, missing: list[Drawing], plugs: Plugs) -> None:
     """Draw the pictures that are missing, or take the teacher's from the cache."""
+    loras = read_loras(run)  # before any weights are loaded, since it may refuse some
     with together():
         if run.writes:
             missing = [drawing for drawing in missing if not _reuse_teacher(run, drawing)]
@@ -195,7 +197,7 @@ def _draw(run: Run, missing: list[Drawing], plugs: Plugs) -> None:
     switch = Switch(run, plugs, alone=True)
     for drawing in missing:
         transformer = switch(drawing.variant, run.config.generate.teacher_above)
-        by_rank = _draw_variant(run, drawing, switch.board)
+        by_rank = _draw_variant(run, drawing, switch.board, loras)
         drawn, name = sum(by_rank), drawing.variant.name
         folder = run.image_folders[name]
         if name == "teacher" and run.writes:
