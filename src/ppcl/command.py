@@ -422,7 +422,7 @@ def _wrong_kind(override: str, cause: str, kind: str) -> str:
     key, _, given = override.lstrip("+").partition("=")
     told = re.search(r"Value '(.*?)'", cause)
     value = told[1] if told else given
-    default = next((value for name, value, _, _ in declared(Config()) if name == key), None)
+    default = next((item.value for item in declared(Config()) if item.name == key), None)
     if kind == "a list":
         remedy = f"; write '{key}=[{given}]'"
     elif isinstance(default, (bool, int, float)):

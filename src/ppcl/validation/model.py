@@ -259,13 +259,9 @@ def check_data(config: Config) -> None:
     if data.given and (data.cache is not None or not edits):
         why = "data.cache has them" if edits else f"model.family={config.model.family} is given no pictures"
         raise UsageError(f"data.given={data.given}: {why}; leave it out.")
-    if data.held_out is not None and not 0 < data.held_out < 1:
-        raise UsageError(f"data.held_out={data.held_out} must lie between 0 and 1, such as 0.1.")
     if not data.captions:
         raise UsageError("data.captions=[] names no key for captions; give some, such as [caption].")
     if not data.aspects:
         raise UsageError("data.aspects=[] leaves no shape to cut pictures to; write some, such as 1:1.")
     for aspect in data.aspects:
         aspect_ratio(aspect)
-    if not 1 <= data.samples_per_file <= 1000:
-        raise UsageError(f"data.samples_per_file={data.samples_per_file} must lie between 1 and 1000.")

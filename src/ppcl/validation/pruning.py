@@ -21,6 +21,7 @@ from ppcl.families.registry import FAMILIES
 from ppcl.layers import check_counts, check_width_sets, kept_layers
 from ppcl.validation.model import num_layers
 
+_FEWEST = 1000  # parameters of a pruned model
 _KEYS = ("transformer_blocks", "single_transformer_blocks")  # stacks with their own keys in `intervals` and `width`
 
 
@@ -220,10 +221,6 @@ def check_width_group(config: Config, intervals: Intervals | None) -> None:
     drawn = config.generate.variants or [] if {"generate", "evaluate", "report"} & set(config.stages) else []
     if config.width.source == "none" and "ppcl-width" in [*drawn, config.export.variant]:
         raise UsageError("variant ppcl-width needs width sets: width=auto, width=from_plan or width.source=given.")
-    if not 0 < config.width.text_threshold <= 1:
-        raise UsageError(f"width.text_threshold={config.width.text_threshold} must lie between 0 and 1.")
-    if not 0 <= config.finetune.ema_decay < 1:
-        raise UsageError(f"finetune.ema_decay={config.finetune.ema_decay} must be at least 0 and below 1.")
     if config.finetune.output_weight == config.finetune.flow_weight == 0:
         raise UsageError(
             "finetune.output_weight and finetune.flow_weight are both 0, so no loss trains the output: set one."
@@ -245,9 +242,12 @@ def budget_of(config: Config) -> tuple[str, float] | None:
 
 
 def check_budget(config: Config) -> None:
-    """Raise `UsageError` if the budget is not above 0, or if there are no weights to measure costs with."""
+    """Raise `UsageError` if the budget is no size of a model, or if there are no weights to measure costs with."""
     budget = budget_of(config)
-    if budget is not None and budget[1] <= 0:
-        raise UsageError(f"budget.{budget[0]}={budget[1]:g} must be above 0.")
+    if budget is not None and budget[0] == "params" and 1 < budget[1] < _FEWEST:
+        raise UsageError(
+            f"budget.params={budget[1]:g} is more than the whole model as a share, and too few as a number of "
+            f"parameters: write {min(budget[1] / 100, 0.6):g} for {min(budget[1], 60):g}%, or a number such as 6e9."
+        )
     if budget is not None and config.model.path is None and not config.explain:
         raise UsageError(f"budget.{budget[0]} needs measurements: set model.path to a pipeline folder.")
