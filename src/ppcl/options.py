@@ -31,8 +31,7 @@ class Bounds:
 
     def check(self, key: str, value: float) -> None:
         """Raise `UsageError` unless the number `value` is allowed; `key` starts the sentence."""
-        limited = self.most is not None or self.below is not None
-        most = MOST if isinstance(value, int) and not limited else self.most
+        most = MOST if isinstance(value, int) and self.most is None and self.below is None else self.most
         fits = (
             (self.least is None or value >= self.least)
             and (most is None or value <= most)
@@ -41,19 +40,17 @@ class Bounds:
         )
         if fits and math.isfinite(value):
             return
-        words = [
-            f"{word} {bound:g}" if isinstance(bound, float) else f"{word} {bound}"
-            for word, bound in (
-                ("at least", self.least),
-                ("above", self.above),
-                ("at most", most),
-                ("below", self.below),
-            )
-            if bound is not None
-        ]
+        if value < MOST:
+            most = self.most  # the general bound goes without saying
+        sides = (("at least", self.least), ("above", self.above), ("at most", most), ("below", self.below))
+        words = [f"{word} {_written(bound)}" for word, bound in sides if bound is not None]
         if not math.isfinite(value):
             words = ["a finite number", *words]
-        raise UsageError(f"{key}={value} must be {' and '.join(words)}.")
+        raise UsageError(f"{key}={_written(value)} must be {' and '.join(words)}.")
+
+
+def _written(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def option(

@@ -17,7 +17,6 @@ from ppcl.artifacts.plugs import Projector
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.width import Place, PrunedPlace, WidthDistillation, places
-from ppcl.errors import UsageError
 from ppcl.layers import references
 from ppcl.methods.similarity import similarity_maps
 from ppcl.methods.width import ffn_errors, select_ffn, select_text
@@ -73,11 +72,8 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     """Return the width sets that `width=auto` selects, and the CKA values and errors that they were selected by.
 
     Text streams are selected by CKA with the output of their reference, FFNs by the held-out error of their linear fit.
-    Raises `UsageError` if `width.num_text` and `width.num_ffn` are both 0.
     """
     config, family, teacher = run.config.width, run.family, run.teacher.pipeline.transformer
-    if config.num_text == 0 and config.num_ffn == 0:
-        raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
     here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
     stop = config.num_batches
 

@@ -19,6 +19,7 @@ from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.methods.registry import load_method, method_names
 from ppcl.options import declared, unknown_key
+from ppcl.sentences import of_key
 from ppcl.stages import STAGES
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_size, check_streaming
 from ppcl.validation.outputs import (
@@ -32,7 +33,7 @@ from ppcl.validation.outputs import (
     resolve_benchmark,
 )
 from ppcl.validation.prompts import read_prompts
-from ppcl.validation.pruning import check_budget, check_width_group, resolve_intervals
+from ppcl.validation.pruning import check_budget, check_method, check_width_group, resolve_intervals
 from ppcl.validation.strategy import check_strategy, resolve_precision
 from ppcl.validation.values import one_of
 
@@ -47,7 +48,7 @@ def parse(raw: DictConfig) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        raise UsageError(f"{key}: {str(error).splitlines()[0]}.") from None
+        raise UsageError(of_key(key, str(error))) from None
     assert isinstance(config, Config)
     for key in _unknown(config, raw):
         raise UsageError(unknown_key(key, config))
@@ -204,6 +205,7 @@ def check(config: Config) -> None:
         raise UsageError(
             "intervals are given, so 'stages=[detect]' has nothing to find: leave out the stage or the intervals."
         )
+    check_method(config)
     check_width_group(config, intervals)
     check_budget(config)
     if "export" in config.stages:

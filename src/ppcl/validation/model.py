@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Container
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from ppcl.artifacts.files import check_safetensors, read_json
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
-from ppcl.families.registry import FAMILIES, builders, family_of_pipeline
+from ppcl.families.registry import FAMILIES, builders, family_of_pipeline, get_family
 from ppcl.paths import is_toy_folder, local_folder
 from ppcl.stages import STAGES
 from ppcl.validation.values import aspect_ratio, one_of
+
+_MOST_BLOCKS = 10_000
 
 
 def is_toy(model: ModelConfig) -> bool:
@@ -35,8 +39,31 @@ def model_folder(model: ModelConfig) -> Path | None:
 
 
 def num_layers(config: Config) -> dict[str, int]:
-    """Return the number of blocks of the configured model, by block stack."""
-    return {stack: int(config.model.arch[key]) for stack, key in FAMILIES[config.model.family].stacks.items()}
+    """Return the number of blocks of the configured model, by block stack; `UsageError` if it is no number of blocks."""
+    found = {}
+    for stack, key in FAMILIES[config.model.family].stacks.items():
+        count = config.model.arch.get(key)
+        if type(count) is not int or not 0 <= count <= _MOST_BLOCKS:
+            raise UsageError(
+                f"model.arch.{key}={count} is no number of blocks: give one from 0 to {_MOST_BLOCKS}, or model.path of "
+                "a folder whose transformer/config.json has it."
+            )
+        found[stack] = count
+    if not any(found.values()):
+        raise UsageError(
+            f"model.arch has no block: {' and '.join(FAMILIES[config.model.family].stacks.values())} is 0."
+        )
+    return found
+
+
+def _check_arch(model: ModelConfig, known: Container[str]) -> None:
+    """Raise `UsageError` for a key of `model.arch` that is neither in `known` nor a setting of the transformer's class."""
+    strange = [key for key in model.arch if key not in known and key != "ppcl" and not key.startswith("_")]
+    if strange:
+        settings = inspect.signature(get_family(model.family, model.arch).transformer_class.__init__).parameters
+        for key in strange:
+            if key not in settings:
+                raise UsageError(f"model.arch.{key} is no setting of the model's class: leave it out.")
 
 
 def check_categories(config: Config) -> None:
@@ -86,6 +113,7 @@ def check_model(config: Config) -> None:
             raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
         _check_whole(config, arch, FAMILIES[found])
         model.family = found
+        _check_arch(model, arch)
         model.arch = {key: value for key, value in arch.items() if not key.startswith("_")}
         for file in sorted(folder.rglob("*.safetensors")):
             check_safetensors(file, "model.path: ")
@@ -99,6 +127,9 @@ def check_model(config: Config) -> None:
         needs = ", ".join(needing)
         raise UsageError(f"'stages=[{needs}]' need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
+    if model.path is None:
+        _check_arch(model, ())
+    num_layers(config)
     check_categories(config)
 
 

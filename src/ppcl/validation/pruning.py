@@ -18,7 +18,7 @@ from ppcl.artifacts.plan import (
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.families.registry import FAMILIES
-from ppcl.layers import check_counts, check_width_sets, kept_layers
+from ppcl.layers import check_counts, check_width_sets, kept_layers, removable
 from ppcl.validation.model import num_layers
 
 _FEWEST = 1000  # parameters of a pruned model
@@ -211,11 +211,31 @@ def check_width(config: Config, width: Width, intervals: Intervals, where: str =
         check_width_sets(stack, kept, sets["text"], sets["ffn"], where)
 
 
+def check_method(config: Config) -> None:
+    """Raise `UsageError` if the model has too few blocks for the settings of `method`."""
+    method, facts = config.method, FAMILIES[config.model.family]
+    if "detect" not in config.stages:
+        return
+    layers = num_layers(config)
+    if method.end is not None and method.end <= method.start:
+        raise UsageError(
+            f"method.end={method.end} must be above method.start={method.start}: an interval has two blocks."
+        )
+    most = max(layers.values()) - 1 - facts.last_blocks
+    if method.start >= most:
+        raise UsageError(f"method.start={method.start} leaves no interval, which may contain blocks up to {most}.")
+    if method.rule == "cka_sensitivity":
+        start = max(facts.first_block, method.start)
+        removable(layers, count=method.num_remove or 1, start=start, end=method.end, last=facts.last_blocks)
+
+
 def check_width_group(config: Config, intervals: Intervals | None) -> None:
     """Check the width sets against `intervals` and the stages, and the losses of `finetune`; raises `UsageError`."""
     width = resolve_width(config)
     if width is not None and intervals is not None:
         check_width(config, width, intervals)
+    if config.width.source == "auto" and config.width.num_text == config.width.num_ffn == 0:
+        raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
     if config.width.source == "none" and "width" in config.stages:
         raise UsageError("'stages=[width]' needs width sets: width=auto, width=from_plan or width.source=given.")
     drawn = config.generate.variants or [] if {"generate", "evaluate", "report"} & set(config.stages) else []
@@ -247,7 +267,7 @@ def check_budget(config: Config) -> None:
     if budget is not None and budget[0] == "params" and 1 < budget[1] < _FEWEST:
         raise UsageError(
             f"budget.params={budget[1]:g} is more than the whole model as a share, and too few as a number of "
-            f"parameters: write {min(budget[1] / 100, 0.6):g} for {min(budget[1], 60):g}%, or a number such as 6e9."
+            "parameters: write a share such as 0.6, or a number such as 6e9."
         )
     if budget is not None and config.model.path is None and not config.explain:
         raise UsageError(f"budget.{budget[0]} needs measurements: set model.path to a pipeline folder.")
