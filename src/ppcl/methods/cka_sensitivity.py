@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ppcl.artifacts.files import check_finite
 from ppcl.artifacts.plan import Interval, Intervals
 from ppcl.config import MethodConfig
 from ppcl.data.batches import TrainingBatch
@@ -61,6 +62,7 @@ class CkaSensitivity(Method):
         parts = teacher.gathered((sums, count))
         count = sum(samples for _, samples in parts)
         scores = {key: sum(part[key] for part, _ in parts if part) / count for key in parts[0][0]}
+        check_finite(scores, "no block is chosen, since the similarity of the output without one is no number")
         end, facts = self.config.end, teacher.family.facts
         count_of = {stack: len(stack_of(teacher.transformer, stack)) for stack in teacher.family.stacks}
         assert self.config.num_remove is not None, "checked above"

@@ -13,7 +13,7 @@ import torch
 
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import PruningPlan, Width
-from ppcl.artifacts.plugs import Projector
+from ppcl.artifacts.plugs import Projector, check_losses
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.width import Place, PrunedPlace, WidthDistillation, places
@@ -193,6 +193,8 @@ def run(run: Run) -> None:
         return module.heldout(_calibration(run, first, first + 4, "held-out losses", shared=True))
 
     before = measure()
+    for item, found in zip(module.pruned, before, strict=True):
+        check_losses(item.name, found)  # before the training, whose rate would be blamed
     if config.steps:
         stream = run.data.shared_stream(run.config.data.train_seed, distill.batch_size)
         run.say_once("width", stream.remark)
@@ -202,6 +204,8 @@ def run(run: Run) -> None:
         fit(run, "width", module, loader, checkpoints, header, distill, blocks)
         place(run, module)
     after = measure()
+    for item, found in zip(module.pruned, after, strict=True):
+        check_losses(item.name, found)  # of all, before the first is written
     for number, item in enumerate(module.pruned):
         losses = {"heldout_before": before[number]["loss"]}
         losses |= {f"heldout_{key}": value for key, value in after[number].items()}

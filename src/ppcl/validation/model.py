@@ -39,9 +39,9 @@ def model_folder(model: ModelConfig) -> Path | None:
 
 
 def num_layers(config: Config) -> dict[str, int]:
-    """Return the number of blocks of the configured model, by block stack; `UsageError` if it is no number of blocks."""
-    found = {}
-    for stack, key in FAMILIES[config.model.family].stacks.items():
+    """Return the number of blocks of the configured model, by block stack; `UsageError` if `model.arch` lacks it."""
+    stacks, found = FAMILIES[config.model.family].stacks, {}
+    for stack, key in stacks.items():
         count = config.model.arch.get(key)
         if type(count) is not int or not 0 <= count <= _MOST_BLOCKS:
             raise UsageError(
@@ -50,14 +50,12 @@ def num_layers(config: Config) -> dict[str, int]:
             )
         found[stack] = count
     if not any(found.values()):
-        raise UsageError(
-            f"model.arch has no block: {' and '.join(FAMILIES[config.model.family].stacks.values())} is 0."
-        )
+        raise UsageError(f"model.arch.{next(iter(stacks.values()))}=0 is a model without blocks: give their number.")
     return found
 
 
 def _check_arch(model: ModelConfig, known: Container[str]) -> None:
-    """Raise `UsageError` for a key of `model.arch` that is neither in `known` nor a setting of the transformer's class."""
+    """Raise `UsageError` for a key of `model.arch` that is not in `known` and no setting of the transformer's class."""
     strange = [key for key in model.arch if key not in known and key != "ppcl" and not key.startswith("_")]
     if strange:
         settings = inspect.signature(get_family(model.family, model.arch).transformer_class.__init__).parameters
