@@ -166,8 +166,8 @@ class WidthConfig:
     ridge: float = option(1e-6, least=0, most=1000)
     num_batches: int = option(16, least=1)
     steps: int = option(2000, least=0)
-    lr: float | None = option(1e-5, least=0, most=MOST_RATE)
-    relative_update: float | None = option(None, least=0, most=MOST_RATE, before=None)
+    lr: float | None = option(1e-5, above=0, most=MOST_RATE)
+    relative_update: float | None = option(None, above=0, most=MOST_RATE, before=None)
     linear_weight: float = option(1.0, least=0, most=MOST_WEIGHT)
 
 
@@ -211,7 +211,7 @@ class ProbeConfig:
     bias: bool = True
     init: str = option("closed_form", choices=("closed_form", "zero"))
     train_steps: int = option(0, least=0)
-    lr: float = option(1e-4, least=0, most=MOST_RATE)
+    lr: float = option(1e-4, above=0, most=MOST_RATE)
 
 
 @dataclass
@@ -241,7 +241,7 @@ class MethodConfig:
     end: int | None = option(None, least=1)
     min_length: int = option(2, least=2)
     min_cka: float = option(0.0, least=-1, most=1)
-    threshold: float = option(0.98, least=-1, most=1)
+    threshold: float = option(0.98, above=0, most=1)
     extend: list[int] | None = option(None, least=0)
     num_remove: int | None = option(None, least=1)
     num_samples: int = option(16, least=1)
@@ -314,13 +314,13 @@ class TrainingConfig:
     steps: int = option(6000, least=1)
     batch_size: int = option(2, least=1)
     accumulate: int = option(1, least=1, identity=False)
-    lr: float | None = option(1e-5, least=0, most=MOST_RATE)
+    lr: float | None = option(1e-5, above=0, most=MOST_RATE)
     min_lr_ratio: float = option(0.0, least=0, most=1)
     warmup_steps: int = option(16, least=0)
     beta1: float = option(0.9, least=0, below=1)
     beta2: float = option(0.95, least=0, below=1)
     weight_decay: float = option(0.02, least=0, most=1000)
-    max_grad_norm: float | None = option(None, above=0)
+    max_grad_norm: float | None = option(None, above=0, most=1e9)
     optimizer_states: str = option("float32", choices=("float32", "bfloat16", "8bit"), before="float32")
     gradient_checkpointing: bool = option(True, identity=False)
     checkpoint_every: int = option(500, least=1, identity=False)
@@ -358,7 +358,7 @@ class DistillConfig(TrainingConfig):
         factory=lambda: {"direction": 1.0}, least=0, most=MOST_WEIGHT, before={"direction": 1.0}
     )
     optimizer: str = option("adamw", choices=("adamw", "muon"), before="adamw")
-    relative_update: float | None = option(None, least=0, most=MOST_RATE, before=None)
+    relative_update: float | None = option(None, above=0, most=MOST_RATE, before=None)
     magnitude_weight: float = option(0.0, least=0, most=MOST_WEIGHT)
     intervals: list[str] | None = option(None, identity=False)
     groups: Any = option(1, most=1000, identity=False)
@@ -388,12 +388,12 @@ class FinetuneConfig(TrainingConfig):
 
     steps: int = option(1000, least=1)
     batch_size: int = option(4, least=1)
-    max_grad_norm: float | None = option(1.0, above=0)
+    max_grad_norm: float | None = option(1.0, above=0, most=1e9)
     checkpoint_every: int = option(250, least=1, identity=False)
     lora_rank: int = option(0, least=0, before=0)
     optimizer: str = option("adamw", choices=("adamw", "muon"))
-    muon_lr: float | None = option(0.01, least=0, most=MOST_RATE)
-    relative_update: float | None = option(None, least=0, most=MOST_RATE, before=None)
+    muon_lr: float | None = option(0.01, above=0, most=MOST_RATE)
+    relative_update: float | None = option(None, above=0, most=MOST_RATE, before=None)
     recorded: bool = option(False, identity=False)
     output_weight: float = option(1.0, least=0, most=MOST_WEIGHT)
     flow_weight: float = option(0.0, least=0, most=MOST_WEIGHT)
@@ -423,9 +423,9 @@ class PretrainConfig:
     categories: list[str] | None = option(None, before=None)
     steps: int = option(6500, least=1)
     batch_size: int = option(64, least=1)
-    muon_lr: float = option(0.02, least=0, most=MOST_RATE)
-    adam_lr: float = option(2e-3, least=0, most=MOST_RATE)
-    text_encoder_lr: float | None = option(None, least=0, most=MOST_RATE, before=None)
+    muon_lr: float = option(0.02, above=0, most=MOST_RATE)
+    adam_lr: float = option(2e-3, above=0, most=MOST_RATE)
+    text_encoder_lr: float | None = option(None, above=0, most=MOST_RATE, before=None)
     warmup_steps: int = option(50, least=1)
     decay: float = option(0.4, least=0, most=1)
     checkpoint_every: int = option(250, least=1, identity=False)
@@ -480,7 +480,7 @@ class ImportConfig:
 
     path: str | None = None
     residual: bool | None = None
-    ehs_same: list[list[int]] | None = None
+    ehs_same: list[list[int]] | None = option(None, least=0)
 
 
 @dataclass
@@ -527,7 +527,7 @@ class GenerateConfig:
     lora_scale: float = option(1.0, least=-1000, most=1000)
     controlnet: str | None = None
     control_image: str | None = None
-    control_scale: float = option(1.0, least=-1000, most=1000)
+    control_scale: float = option(1.0, least=0, most=1000)
     control_mode: int | None = option(None, least=0, most=100, before=None)
     compile: bool = False
     offload: str = option("none", choices=("none", "model", "group"))

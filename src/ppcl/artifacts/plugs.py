@@ -21,8 +21,8 @@ from ppcl.errors import UsageError
 class _Pluggable(ABC):
     """Tensors that replace a part of the teacher, and the losses of their training.
 
-    Saving raises `UsageError` for tensors and losses that are not finite, loading for such tensors. Otherwise a NaN in a
-    projector would show only much later, as grey pictures.
+    Saving raises `UsageError` for tensors and losses that are not finite, and so does loading for tensors. Otherwise a
+    NaN in a projector would show only much later, as grey pictures.
     """
 
     header: Header

@@ -40,7 +40,8 @@ class ManualOptimization(L.LightningModule):
         """
         if torch.isfinite(loss):
             return
-        of = f" of {', '.join(whose)}" if whose else ""
+        more = f" and {len(whose) - 3} more" if len(whose) > 3 else ""
+        of = f" of {', '.join(whose[:3])}{more}" if whose else ""
         if not step:
             raise UsageError(
                 f"the loss{of} is {loss.item()} at the first step, before anything was learnt: look for NaN and for "

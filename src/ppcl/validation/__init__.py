@@ -139,8 +139,8 @@ def check(config: Config) -> None:
     seeds = (config.data.train_seed, config.data.calibration_seed, config.data.eval_seed)
     if len(set(seeds)) < 3:
         raise UsageError(
-            f"data.train_seed, calibration_seed and eval_seed are {seeds}: make them different, or results are "
-            "measured on samples that they were fitted to."
+            f"data.train_seed, data.calibration_seed and data.eval_seed are {seeds}: make them different, or results "
+            "are measured on samples that they were fitted to."
         )
     base = config.paths.base_run
     if base is not None and not Path(base).is_dir():

@@ -14,6 +14,7 @@ from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
 from ppcl.families.registry import FAMILIES, builders, family_of_pipeline, get_family
+from ppcl.options import Bounds
 from ppcl.paths import is_toy_folder, local_folder
 from ppcl.stages import STAGES
 from ppcl.validation.values import aspect_ratio, one_of
@@ -198,11 +199,16 @@ def check_pretrain(config: Config) -> None:
 
 
 def check_size(config: Config) -> None:
-    """Check `model.sampling.height` and `width`; raises `UsageError`.
+    """Check `model.sampling.height` and `width`, and the shift of `scheduler`; raises `UsageError`.
 
-    They may be None only for an edit model, which then takes them from a picture that it is given.
+    Height and width may be None only for an edit model, which then takes them from a picture that it is given.
     """
     sampling, family = config.model.sampling, config.model.family
+    shift = sampling.scheduler.get("shift")
+    if shift is not None:  # as `data.shift`; of the other settings the scheduler itself knows
+        if not isinstance(shift, (int, float)):
+            raise UsageError(f"model.sampling.scheduler.shift={shift} is not a number; write one, such as 3.0.")
+        Bounds(above=0, most=1000).check("model.sampling.scheduler.shift", shift)
     given = {"height": sampling.height, "width": sampling.width}
     lacking = [name for name, side in given.items() if side is None]
     if not lacking:

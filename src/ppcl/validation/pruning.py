@@ -232,8 +232,8 @@ def check_method(config: Config) -> None:
 def check_width_group(config: Config, intervals: Intervals | None) -> None:
     """Check the width sets against `intervals` and the stages, and the losses of `finetune`; raises `UsageError`."""
     width = resolve_width(config)
-    if width is not None and intervals is not None:
-        check_width(config, width, intervals)
+    if width is not None:
+        check_width(config, width, intervals or {})  # those that are to be detected only keep fewer blocks
     if config.width.source == "auto" and config.width.num_text == config.width.num_ffn == 0:
         raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
     if config.width.source == "none" and "width" in config.stages:
