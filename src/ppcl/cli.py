@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ppcl.command import check_choices, execute, failed_access, sentence
+from ppcl.command import check_choices, execute
 from ppcl.errors import SaidElsewhere, Stopped, UsageError
 from ppcl.launch import is_first, take_gpu
 from ppcl.paths import conf_dir
 from ppcl.progress import visible
+from ppcl.sentences import failed_access, sentence
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
 

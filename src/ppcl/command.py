@@ -5,23 +5,21 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import fields
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.config import Config, GenerateConfig
+from ppcl.config import GenerateConfig
 from ppcl.errors import UsageError
 from ppcl.launch import is_first, launched
-from ppcl.options import declared, unknown_key
-from ppcl.paths import conf_dir
+from ppcl.paths import check_folder, check_name, conf_dir
+from ppcl.sentences import in_words
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -80,9 +78,17 @@ def compose(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
 
 
 def check_choices(overrides: Sequence[str]) -> None:
-    """Raise `UsageError` for the first `group=choice` without a file. Hydra's own message would fill a page."""
+    """Raise `UsageError` for the first `group=choice` without a file. Hydra's own message would fill a page.
+
+    It does so too for a `name=` that leads out of the folder of runs, since Hydra would make the folder at once.
+    """
     for override in overrides:
         group, sign, choice = override.lstrip("+").partition("=")
+        if not group.strip():
+            raise UsageError(f"{override} names no key: write KEY=VALUE, such as experiment=try.")
+        if group in ("name", "paths.runs_dir", "paths.cache_dir") and sign and "$" not in choice:
+            for name in choice.split(",") if choice[:1] not in ("'", '"') else [choice.strip(choice[0])]:
+                check_name(group, name.strip())
         folder = conf_dir() / group
         if not group or not sign or not folder.is_dir() or not group.isidentifier():
             continue
@@ -236,6 +242,7 @@ def prepare(overrides: Sequence[str], console: Console | None = None) -> Run:
 
     with in_words():
         raw, folder = compose(overrides)
+        check_folder(raw)
         config = parse(continued(raw, overrides))
     quiet_messages()  # before anything that imports torch or diffusers
     from ppcl.context import Run
@@ -267,6 +274,7 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
     from ppcl.validation import parse
 
     quiet_messages()  # before anything that imports torch or diffusers
+    check_folder(raw)
     looking = raw.run is not None and {*raw.stages} <= _LOOKING
     raw = continued(raw, overrides)
     shared = _meet(raw)
@@ -316,7 +324,10 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
         return nullcontext
     from ppcl import parallel
 
-    parallel.start(raw.trainer.accelerator, timedelta(minutes=raw.strategy.timeout_minutes))
+    minutes = raw.strategy.timeout_minutes
+    if not 0 < minutes <= 100_000:
+        minutes = 1  # until the ranks have refused that together
+    parallel.start(raw.trainer.accelerator, timedelta(minutes=minutes))
     return parallel.together
 
 
@@ -351,99 +362,3 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
         with shared(), in_memory(run, stage), attention(config):
             if config.strategy.kind == "single" or STAGES[stage].ranks != "first" or is_first():
                 import_module(f"ppcl.stages.{stage}").run(run)
-
-
-# Errors in plain words
-
-
-@contextmanager
-def in_words() -> Iterator[None]:
-    """Turn errors of Hydra and OmegaConf, and failures to read or write files, into `UsageError` within the context."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        yield
-    except UsageError:
-        raise
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(sentence(error)) from error
-    except Exception as error:
-        failure = failed_access(error)
-        if failure is None:
-            raise
-        raise failure from error
-
-
-# Patterns in OmegaConf's messages about a wrong value, and what the value should have been.
-_KINDS = {
-    r"to Integer|type hint 'int'": "a whole number",
-    r"to Float|type hint 'float'": "a number",
-    r"valid bool|type hint 'bool'": "true or false",
-    r"not a ListConfig|to List": "a list",
-    r"not a DictConfig|to Dict|Cannot assign": "a group of keys",
-}
-
-
-def sentence(error: Exception) -> str:
-    """Return an error as one sentence, which names the override that caused it if that is known."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UsageError):
-        return text
-    override = getattr(error, "override", None)  # an override that Hydra could not parse
-    if override is not None:
-        if "=" not in override:
-            return f"{override} is no override: write KEY=VALUE, such as experiment=try; `ppcl --help` lists more."
-        key = override.partition("=")[0]
-        return f"{override} cannot be read: close brackets and quotes; write text as '{key}=\"TEXT\"'."
-    found = re.match(r"Could not override '([^']*)'", text)
-    if found:
-        return unknown_key(found[1].strip("."), Config())
-    found = re.match(r"Ambiguous value for argument '(.*?)' 1\. To use", text)
-    if found:
-        key, _, value = found[1].partition("=")
-        if (conf_dir() / key).is_dir():
-            return f"{found[1]} names several choices: name one, or add --multirun for a run of each."
-        return (
-            f"{found[1]} gives several values: write '{key}=[{value}]' for a list, '{key}=\"{value}\"' for text with a "
-            "comma, or add --multirun for a run of each."
-        )
-    found = re.match(r"Error merging override (.*)$", str(error), re.DOTALL)
-    cause = " ".join(str(error.__cause__).split()) if error.__cause__ is not None else ""
-    kind = next((words for pattern, words in _KINDS.items() if re.search(pattern, cause)), None)
-    if found and kind:
-        return _wrong_kind(found[1], cause, kind)
-    if error.__cause__ is not None:
-        text += ": " + str(error.__cause__).splitlines()[0]
-    return text
-
-
-def _wrong_kind(override: str, cause: str, kind: str) -> str:
-    """Return the sentence for an override whose value is not of the right kind, such as `a number`."""
-    key, _, given = override.lstrip("+").partition("=")
-    told = re.search(r"Value '(.*?)'", cause)
-    value = told[1] if told else given
-    default = next((value for name, value, _, _ in declared(Config()) if name == key), None)
-    if kind == "a list":
-        remedy = f"; write '{key}=[{given}]'"
-    elif isinstance(default, (bool, int, float)):
-        remedy = f"; write one, such as {key}={str(default).lower()}"
-    else:
-        remedy = ""
-    return f"{override}: {value!r} is not {kind}{remedy}."
-
-
-def failed_access(error: Exception) -> UsageError | None:
-    """Return a failure to read or write a file as a `UsageError` with the system's reason; None for other errors."""
-    found = re.search(r"\(os error (\d+)\)", str(error))  # the wording of safetensors
-    if isinstance(error, OSError) and (error.filename or error.errno):
-        reason = f"{error.filename or 'writing'}: {error.strerror}"
-    elif found:
-        reason = f"writing: {os.strerror(int(found[1]))}"
-    elif "PytorchStreamWriter failed" in str(error):
-        reason = "writing a checkpoint failed: is the disk full?"
-    else:
-        return None
-    few = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-    remedy = "after `ulimit -n 4096` " if few else ""
-    return UsageError(f"{reason}; finished files are intact, and {remedy}the same command continues from them.")

@@ -15,8 +15,11 @@ from ppcl.artifacts.files import read_json
 from ppcl.artifacts.plan import plug_name, projector_name
 from ppcl.context import Run
 from ppcl.errors import UsageError
+from ppcl.export.hub import check_token
+from ppcl.export.quantized import require_bitsandbytes
 from ppcl.methods.registry import load_method
 from ppcl.stages import STAGES
+from ppcl.training.loggers import check_logger
 from ppcl.validation.model import model_folder
 from ppcl.validation.pruning import budget_of
 
@@ -41,9 +44,14 @@ def _check_machine(run: Run) -> None:
     accelerator = run.config.trainer.accelerator
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UsageError(f"trainer.accelerator={accelerator}: torch finds no GPU here; use trainer.accelerator=cpu.")
-    scheme = run.config.quantize.scheme
-    if "quantize" in run.config.stages and scheme in ("int8", "int4") and find_spec("torchao") is None:
+    check_logger(run.config)
+    scheme, stages = run.config.quantize.scheme, run.config.stages
+    if "quantize" in stages and scheme in ("int8", "int4") and find_spec("torchao") is None:
         raise UsageError(f"quantize.scheme={scheme} needs torchao: pip install 'torchao>=0.18'.")
+    if "quantize" in stages and scheme == "nf4":
+        require_bitsandbytes()
+    if "export" in stages and run.config.export.push_to_hub is not None:
+        check_token(run.config.export.push_to_hub)
     folder = model_folder(run.config.model)
     needing = [stage for stage in run.config.stages if STAGES[stage].encoders == "device"]
     if folder is not None and needing and not _has_vae(folder):

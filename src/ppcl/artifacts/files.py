@@ -6,6 +6,7 @@ The JSON record of an artifact is always written last, so if it exists, the arti
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -68,16 +69,46 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, all or nothing; `UsageError` if a number in it is not finite, which JSON does not have."""
+    check_finite(content, f"{path} is not written")
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_finite(content: Any, start: str, key: str = "") -> None:
+    """Raise `UsageError` for the first infinite number or NaN in nested mappings and lists, with its key.
+
+    `start` begins the sentence. `key`: the key of `content` itself.
+    """
+    if isinstance(content, float) and not math.isfinite(content):
+        raise UsageError(
+            f"{start}: {key or 'a value'} is {content}; look for NaN and for values that overflow in the teacher's "
+            "weights, in plugs and in the data."
+        )
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            check_finite(value, start, f"{key}.{name}" if key else str(name))
+    elif isinstance(content, (list, tuple)):
+        for number, value in enumerate(content):
+            check_finite(value, start, f"{key}[{number}]")
+
+
+class _NotFinite(Exception):  # noqa: N818 - it never leaves this module
+    """`NaN` or `Infinity` in a file, which Python's JSON would read."""
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _NotFinite(name)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Return the JSON object in `path`; `UsageError` if there is none. `what` names the file in the sentence."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise UsageError(f"{what} {path} does not exist.") from None
+    except _NotFinite as error:
+        raise UsageError(f"{what} {path} holds {error}, which is no number: delete it and make it anew.") from None
     except (UnicodeDecodeError, json.JSONDecodeError, IsADirectoryError):
         raise UsageError(f"{what} {path} is not a JSON file.") from None
     if not isinstance(content, dict):

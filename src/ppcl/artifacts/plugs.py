@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.files import check_finite, read_json, write_json
 from ppcl.artifacts.headers import Header
 from ppcl.artifacts.plan import Interval, plug_name, projector_name, read_plug_name, read_projector_name
 from ppcl.artifacts.tensors import read_tensors, write_tensors
@@ -20,8 +21,8 @@ from ppcl.errors import UsageError
 class _Pluggable(ABC):
     """Tensors that replace a part of the teacher, and the losses of their training.
 
-    Saving and loading raise `UsageError` for tensors that are not finite. Otherwise a NaN in a projector would show
-    only much later, as grey pictures.
+    Saving raises `UsageError` for tensors and losses that are not finite, and so does loading for tensors. Otherwise a
+    NaN in a projector would show only much later, as grey pictures.
     """
 
     header: Header
@@ -45,10 +46,16 @@ class _Pluggable(ABC):
 
     def save(self, folder: Path) -> None:
         self.check_finite(f"plug {self.name} is not written")
+        check_losses(self.name, self.losses)
         record = folder / f"{self.name}.json"
         record.unlink(missing_ok=True)
         write_tensors(folder / f"{self.name}.safetensors", self.state_dict, {"fingerprint": self.header.fingerprint})
         write_json(record, self.header.to_json() | {"stack": self.stack} | self.place() | {"losses": self.losses})
+
+
+def check_losses(name: str, losses: Mapping[str, float]) -> None:
+    """Raise `UsageError` if one of the `losses` of the plug `name` is not finite."""
+    check_finite(losses, f"plug {name} is not written")
 
 
 def _read_pluggable(record: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -77,6 +77,12 @@ class _StoredProbes(Mapping[str, Tensor]):
         return len(self.names)
 
 
+def check_probe(key: str, weight: Tensor, bias: Tensor, remedy: str) -> None:
+    """Raise `UsageError`, which ends with `remedy`, if a probe's tensors are not finite."""
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise UsageError(f"the probe {key} has values that are not finite and is not written: {remedy}.")
+
+
 def write_probe(folder: Path, header: Header, key: str, weight: Tensor, bias: Tensor) -> None:
     """Write one probe's file. Call `finish_probes` after the last."""
     (folder / "probes.json").unlink(missing_ok=True)

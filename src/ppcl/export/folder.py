@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ppcl import __version__
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header
 from ppcl.context import Run
 from ppcl.export.model_card import (
@@ -16,6 +18,7 @@ from ppcl.export.model_card import (
     license_of,
     model_card,
 )
+from ppcl.paths import EMBEDDED
 from ppcl.surgery.provenance import earlier_of
 from ppcl.validation.model import model_folder
 from ppcl.variants.switch import Switch
@@ -39,7 +42,7 @@ def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) ->
         earlier["pruned_from"] = [*earlier_of(switch.teacher.config.get("ppcl")), teacher.kept]
     return {
         "version": __version__,
-        "base_model": BaseModel.of(run).hub_id or config.model.path,
+        "base_model": base_name(run),
         "revision": config.model.revision,
         "variant": variant.name,
         "kept_layers": blocks.kept,
@@ -54,6 +57,27 @@ def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) ->
         "data": config.data.name,
         "fingerprint": header.fingerprint,
     }
+
+
+def base_name(run: Run) -> str | None:
+    """Return what an export calls its teacher: its id on the Hub, `embedded:NAME`, or the name of its folder.
+
+    The folder's path is of this machine, and nobody else's business. None without weights.
+    """
+    path, folder = run.config.model.path, model_folder(run.config.model)
+    if path is None or path.startswith(EMBEDDED):
+        return path
+    return hub_id(path, folder) or (path if folder is None else folder.resolve().name)
+
+
+def forget_paths(folder: Path, base: str | None) -> None:
+    """Replace paths of this machine by `base` in the configs of a saved pipeline, where diffusers notes its source."""
+    for path in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
+        config = read_json(path, "The config") if path.name.endswith(("config.json", "index.json")) else {}
+        for key in ("_name_or_path", "name_or_path"):
+            if isinstance(config.get(key), str) and Path(config[key]).is_absolute():
+                config[key] = base or ""
+                write_json(path, config)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class NormalEquations:
         damping = ridge * gram.diagonal()[:dim_in].mean()
         gram.diagonal()[:dim_in] += damping
         # Without ridge the Gram matrix may be rank-deficient; then take the minimum-norm solution, as lstsq does.
-        solve = torch.linalg.solve if ridge > 0 else lambda a, b: torch.linalg.pinv(a, rtol=1e-12, hermitian=True) @ b
+        # So it is where all inputs are 0, which leaves nothing to damp.
+        solve = torch.linalg.solve if damping > 0 else lambda a, b: torch.linalg.pinv(a, rtol=1e-12, hermitian=True) @ b
         solution = solve(gram, cross)
         weight = solution[:dim_in].T.contiguous()
         offset = solution[dim_in] if bias else weight.new_zeros(len(weight))

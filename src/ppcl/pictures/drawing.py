@@ -17,8 +17,8 @@ from ppcl.context import Run
 from ppcl.data.cached import CachedStream
 from ppcl.errors import UsageError
 from ppcl.families.base import without_needless_mask
-from ppcl.pictures.opening import open_picture
 from ppcl.pictures.loras import TeacherLora, put_on_loras
+from ppcl.pictures.opening import open_picture
 from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard

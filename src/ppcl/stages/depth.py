@@ -15,7 +15,7 @@ from torch import nn
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import Interval, Intervals, plug_name
-from ppcl.artifacts.plugs import Plug
+from ppcl.artifacts.plugs import Plug, check_losses
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
@@ -211,16 +211,21 @@ def _train(run: Run, chosen: Intervals) -> bool:
         return module.heldout(run.data.to_device(batch) for step in steps for batch in heldout(step))
 
     before = measure("before distillation")
+    for (stack, pair), found in zip(module.pairs, before, strict=True):
+        check_losses(plug_name(stack, pair), found)  # before the training, whose rate would be blamed
     loader = StepLoader(stream, config.steps, ahead=config.from_boundaries or run.data.from_disk)
     blocks = [*blocks, *module.parts.values()]
     fit(run, "depth", module, loader, checkpoints, header, config, blocks)
     after = measure("after distillation")
+    each_losses = {}
     for number, (stack, pair) in enumerate(module.pairs):
-        losses = {
+        each_losses[stack, pair] = losses = {
             "train": module.average_losses[number].item(),
             "heldout_before": before[number]["loss"],
             **{f"heldout_{key}": value for key, value in after[number].items()},
         }
+        check_losses(plug_name(stack, pair), losses)  # of all, before the first is written
+    for (stack, pair), losses in each_losses.items():
         state = whole_state(module.student(stack, pair), run.teacher.dtype)
         plug = Plug(plug_header(run, stack, pair), stack, state, losses, pair)
         if run.writes:

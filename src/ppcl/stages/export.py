@@ -14,7 +14,7 @@ from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.export.folder import BaseModel, model_card_of, provenance_of
+from ppcl.export.folder import BaseModel, forget_paths, model_card_of, provenance_of
 from ppcl.export.model_card import (
     evaluation_section,
     single_file_section,
@@ -90,6 +90,7 @@ def _write_folder(run: Run, folder: Path, variant: Variant, plugs: Plugs, header
             switch.restore()
         (temporary / "README.md").write_text(card, encoding="utf-8")
         add_code(temporary)
+        forget_paths(temporary, provenance["base_model"])
         write_json(temporary / "ppcl.json", header.to_json() | provenance)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     run.say(

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ppcl.artifacts.files import atomic_folder, write_json
+from ppcl.artifacts.files import atomic_folder, check_finite, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
@@ -149,10 +149,12 @@ def _heldout_steps(run: Run) -> range:
 
 
 def _velocity_error(run: Run, module: FineTune, heldout: Batches, description: str) -> float:
-    """Return the velocity error on the held-out batches."""
+    """Return the velocity error on the held-out batches; `UsageError` if it is no number."""
     place(run, module)
     steps = run.track(_heldout_steps(run), description)
-    return module.velocity_error(run.data.to_device(batch) for step in steps for batch in heldout(step))
+    found = module.velocity_error(run.data.to_device(batch) for step in steps for batch in heldout(step))
+    check_finite(found, "nothing is written", f"the held-out velocity error {description}")
+    return found
 
 
 def _record(run: Run, *streams: Batches) -> tuple[Batches, Batches]:

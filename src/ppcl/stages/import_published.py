@@ -19,6 +19,7 @@ from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import plug_name
 from ppcl.artifacts.plugs import Plug, Projector
 from ppcl.context import Run
+from ppcl.export.folder import base_name, forget_paths
 from ppcl.export.remote_code import add_code
 from ppcl.families.qwen_image.published import (
     INDEX,
@@ -97,6 +98,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
         model.save_config(temporary / "transformer")
         _write_weights(run, source, temporary / "transformer")
         _write_pipeline(source, temporary, ours=bool(published.text or published.ffn))
+        forget_paths(temporary, base_name(run))
         write_json(temporary / "ppcl.json", header.to_json() | provenance | facts)
     _tell(run, source, folder)
 
@@ -130,7 +132,7 @@ def _provenance(run: Run, source: PublishedFolder, header: Header) -> dict[str, 
     kept = kept_layers(num_layers(config)[STACK], pairs)
     width = {"text": [kept[place] for place in published.text], "ffn": [kept[place] for place in published.ffn]}
     return found | {
-        "base_model": config.model.path,
+        "base_model": base_name(run),
         "revision": config.model.revision,
         "kept_layers": {STACK: kept},
         "removed_intervals": {STACK: [list(pair) for pair in pairs]},

@@ -11,7 +11,7 @@ from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.export.folder import model_card_of, provenance_of
+from ppcl.export.folder import base_name, forget_paths, model_card_of, provenance_of
 from ppcl.export.model_card import quantized_section, with_section
 from ppcl.export.quantized import (
     declare,
@@ -92,6 +92,7 @@ def run(run: Run) -> None:
             run.teacher.pipeline.transformer = model
             run.teacher.pipeline.save_pretrained(temporary)
             add_code(temporary)
+            forget_paths(temporary, base_name(run))
             facts = {"params": params, "weight_bytes": weight_bytes(model), "unquantized_bytes": before}
             card = model_card_of(run, switch, name, params)
             section = quantized_section(config.scheme, run.config.model.dtype, facts["weight_bytes"], before)

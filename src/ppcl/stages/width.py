@@ -13,11 +13,10 @@ import torch
 
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import PruningPlan, Width
-from ppcl.artifacts.plugs import Projector
+from ppcl.artifacts.plugs import Projector, check_losses
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.width import Place, PrunedPlace, WidthDistillation, places
-from ppcl.errors import UsageError
 from ppcl.layers import references
 from ppcl.methods.similarity import similarity_maps
 from ppcl.methods.width import ffn_errors, select_ffn, select_text
@@ -73,11 +72,8 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     """Return the width sets that `width=auto` selects, and the CKA values and errors that they were selected by.
 
     Text streams are selected by CKA with the output of their reference, FFNs by the held-out error of their linear fit.
-    Raises `UsageError` if `width.num_text` and `width.num_ffn` are both 0.
     """
     config, family, teacher = run.config.width, run.family, run.teacher.pipeline.transformer
-    if config.num_text == 0 and config.num_ffn == 0:
-        raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
     here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
     stop = config.num_batches
 
@@ -197,6 +193,8 @@ def run(run: Run) -> None:
         return module.heldout(_calibration(run, first, first + 4, "held-out losses", shared=True))
 
     before = measure()
+    for item, found in zip(module.pruned, before, strict=True):
+        check_losses(item.name, found)  # before the training, whose rate would be blamed
     if config.steps:
         stream = run.data.shared_stream(run.config.data.train_seed, distill.batch_size)
         run.say_once("width", stream.remark)
@@ -206,6 +204,8 @@ def run(run: Run) -> None:
         fit(run, "width", module, loader, checkpoints, header, distill, blocks)
         place(run, module)
     after = measure()
+    for item, found in zip(module.pruned, after, strict=True):
+        check_losses(item.name, found)  # of all, before the first is written
     for number, item in enumerate(module.pruned):
         losses = {"heldout_before": before[number]["loss"]}
         losses |= {f"heldout_{key}": value for key, value in after[number].items()}

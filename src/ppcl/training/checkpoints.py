@@ -17,6 +17,7 @@ from ppcl.artifacts.headers import Header
 from ppcl.config import PretrainConfig, TrainingConfig
 from ppcl.context import Run
 from ppcl.disk import check_space
+from ppcl.distill.objective import ManualOptimization
 from ppcl.parallel import largest, together
 from ppcl.report.text import in_bytes
 from ppcl.training.states import state_bytes
@@ -31,8 +32,9 @@ class Checkpoints(L.Callback):
     """Saves `last.ckpt` in `folder` at the end of a step: after so many steps or minutes, and when a signal says stop.
 
     A training that ends before the first checkpoint is due saves one then, to have it while its results are measured.
-    All ranks save at the same step. Before the first step, the disk is checked and `checkpoint.json` is written, which
-    identifies the training by `header`.
+    All ranks save at the same step. Weights that are not finite raise `UsageError` there and at the end, and are not
+    saved. Before the first step, the disk is checked and `checkpoint.json` is written, which identifies the training by
+    `header`.
 
     `settings`: the training's `checkpoint_every` and `checkpoint_minutes`.
     `stop`: notes that signal. The training ends once its checkpoint is saved.
@@ -79,7 +81,10 @@ class Checkpoints(L.Callback):
         self.stop.agreed, any_late = largest(self.stop.noted, int(late))
         step = trainer.global_step
         only = step >= trainer.max_steps and not self._saves
-        if self.stop.agreed or any_late or step % self.settings.checkpoint_every == 0 or only:
+        saves = self.stop.agreed or any_late or step % self.settings.checkpoint_every == 0 or only
+        if (saves or step >= trainer.max_steps) and isinstance(pl_module, ManualOptimization):
+            pl_module.refuse_infinite_weights()
+        if saves:
             self._save(trainer)
         if self.stop.agreed:
             self.run.say(self.stage, f"saved step {step} of {trainer.max_steps} in {self.folder}")

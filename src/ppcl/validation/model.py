@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Container
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,13 @@ from ppcl.artifacts.files import check_safetensors, read_json
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
-from ppcl.families.registry import FAMILIES, builders, family_of_pipeline
+from ppcl.families.registry import FAMILIES, builders, family_of_pipeline, get_family
+from ppcl.options import Bounds
 from ppcl.paths import is_toy_folder, local_folder
 from ppcl.stages import STAGES
 from ppcl.validation.values import aspect_ratio, one_of
+
+_MOST_BLOCKS = 10_000
 
 
 def is_toy(model: ModelConfig) -> bool:
@@ -35,8 +40,29 @@ def model_folder(model: ModelConfig) -> Path | None:
 
 
 def num_layers(config: Config) -> dict[str, int]:
-    """Return the number of blocks of the configured model, by block stack."""
-    return {stack: int(config.model.arch[key]) for stack, key in FAMILIES[config.model.family].stacks.items()}
+    """Return the number of blocks of the configured model, by block stack; `UsageError` if `model.arch` lacks it."""
+    stacks, found = FAMILIES[config.model.family].stacks, {}
+    for stack, key in stacks.items():
+        count = config.model.arch.get(key)
+        if type(count) is not int or not 0 <= count <= _MOST_BLOCKS:
+            raise UsageError(
+                f"model.arch.{key}={count} is no number of blocks: give one from 0 to {_MOST_BLOCKS}, or model.path of "
+                "a folder whose transformer/config.json has it."
+            )
+        found[stack] = count
+    if not any(found.values()):
+        raise UsageError(f"model.arch.{next(iter(stacks.values()))}=0 is a model without blocks: give their number.")
+    return found
+
+
+def _check_arch(model: ModelConfig, known: Container[str]) -> None:
+    """Raise `UsageError` for a key of `model.arch` that is not in `known` and no setting of the transformer's class."""
+    strange = [key for key in model.arch if key not in known and key != "ppcl" and not key.startswith("_")]
+    if strange:
+        settings = inspect.signature(get_family(model.family, model.arch).transformer_class.__init__).parameters
+        for key in strange:
+            if key not in settings:
+                raise UsageError(f"model.arch.{key} is no setting of the model's class: leave it out.")
 
 
 def check_categories(config: Config) -> None:
@@ -86,6 +112,7 @@ def check_model(config: Config) -> None:
             raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
         _check_whole(config, arch, FAMILIES[found])
         model.family = found
+        _check_arch(model, arch)
         model.arch = {key: value for key, value in arch.items() if not key.startswith("_")}
         for file in sorted(folder.rglob("*.safetensors")):
             check_safetensors(file, "model.path: ")
@@ -99,6 +126,9 @@ def check_model(config: Config) -> None:
         needs = ", ".join(needing)
         raise UsageError(f"'stages=[{needs}]' need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
+    if model.path is None:
+        _check_arch(model, ())
+    num_layers(config)
     check_categories(config)
 
 
@@ -169,11 +199,16 @@ def check_pretrain(config: Config) -> None:
 
 
 def check_size(config: Config) -> None:
-    """Check `model.sampling.height` and `width`; raises `UsageError`.
+    """Check `model.sampling.height` and `width`, and the shift of `scheduler`; raises `UsageError`.
 
-    They may be None only for an edit model, which then takes them from a picture that it is given.
+    Height and width may be None only for an edit model, which then takes them from a picture that it is given.
     """
     sampling, family = config.model.sampling, config.model.family
+    shift = sampling.scheduler.get("shift")
+    if shift is not None:  # as `data.shift`; of the other settings the scheduler itself knows
+        if not isinstance(shift, (int, float)):
+            raise UsageError(f"model.sampling.scheduler.shift={shift} is not a number; write one, such as 3.0.")
+        Bounds(above=0, most=1000).check("model.sampling.scheduler.shift", shift)
     given = {"height": sampling.height, "width": sampling.width}
     lacking = [name for name, side in given.items() if side is None]
     if not lacking:
@@ -259,13 +294,9 @@ def check_data(config: Config) -> None:
     if data.given and (data.cache is not None or not edits):
         why = "data.cache has them" if edits else f"model.family={config.model.family} is given no pictures"
         raise UsageError(f"data.given={data.given}: {why}; leave it out.")
-    if data.held_out is not None and not 0 < data.held_out < 1:
-        raise UsageError(f"data.held_out={data.held_out} must lie between 0 and 1, such as 0.1.")
     if not data.captions:
         raise UsageError("data.captions=[] names no key for captions; give some, such as [caption].")
     if not data.aspects:
         raise UsageError("data.aspects=[] leaves no shape to cut pictures to; write some, such as 1:1.")
     for aspect in data.aspects:
         aspect_ratio(aspect)
-    if not 1 <= data.samples_per_file <= 1000:
-        raise UsageError(f"data.samples_per_file={data.samples_per_file} must lie between 1 and 1000.")
