@@ -60,6 +60,8 @@ class ModelConfig:
     `path`: a pipeline folder, `embedded:NAME` for a teacher that is shipped with ppcl, or a Hugging Face Hub id
         `owner/name`. None: there are no weights, and only stages that need none can run.
     `revision`: the branch, tag or commit to load from the Hub. None: the default branch.
+    `variant`: load weight files with this word in their names, such as `fp16` for `model.fp16.safetensors`, of the
+        components that have such files. None: files without such a word.
     `dtype`: the dtype that weights are loaded in and the teacher computes in.
     `streaming`: true leaves the weights of the teacher's blocks on disk. A block is loaded just before it is used and
         the next one is prefetched, so that at most two are in memory.
@@ -77,6 +79,7 @@ class ModelConfig:
     family: str = MISSING
     path: str | None = None
     revision: str | None = None
+    variant: str | None = None
     dtype: str = option("float32", choices=("float32", "bfloat16", "float16"))
     streaming: bool = False
     attention_backend: str | None = option(None, identity=False)

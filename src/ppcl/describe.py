@@ -24,7 +24,7 @@ def describe_model(run: Run) -> str:
     """Return a description of the teacher: name, family, number of blocks, parameters, and where it comes from."""
     model, folder = run.config.model, model_folder(run.config.model)
     blocks = " + ".join(str(count) for count in run.num_layers.values())
-    known = 0 if folder is None else stored_weights(folder)[0]
+    known = 0 if folder is None else stored_weights(folder, model.variant)[0]
     size = f", {billions(known)} parameters" if known else ""
     return f"{model.name} ({model.family}): {blocks} blocks{size}, from {model.path or 'its configuration alone'}"
 

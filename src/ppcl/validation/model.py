@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ppcl.artifacts.files import check_safetensors, read_json
+from ppcl.artifacts.model_files import component_files, has_weights, variants_of, weight_files
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
@@ -69,14 +70,9 @@ def check_model(config: Config) -> None:
     model = config.model
     folder = model_folder(model)
     if folder is not None:
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise UsageError(f"model.path={model.path} is not a pipeline folder: {index} does not exist.")
-        try:
-            pipeline_class = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-            arch = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-        except (OSError, KeyError, ValueError):
-            raise UsageError(f"model.path={model.path} is not a pipeline folder: its JSON files do not read.") from None
+        index = _index_of(folder, model)
+        pipeline_class = index["_class_name"]
+        arch = _read(folder, "transformer/config.json", model)
         found = family_of_pipeline(pipeline_class)
         if found is None:
             raise UsageError(
@@ -84,22 +80,78 @@ def check_model(config: Config) -> None:
             )
         if model.family not in ("auto", found):
             raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
+        check_not_quantised(model, arch)
         _check_whole(config, arch, FAMILIES[found])
+        for key in FAMILIES[found].stacks.values():
+            if type(arch.get(key)) is not int or arch[key] < 1:
+                raise UsageError(
+                    f"{folder / 'transformer' / 'config.json'} has {key}={arch.get(key)}, which must be the number of "
+                    "blocks: fetch it again."
+                )
         model.family = found
         model.arch = {key: value for key, value in arch.items() if not key.startswith("_")}
-        for file in sorted(folder.rglob("*.safetensors")):
-            check_safetensors(file, "model.path: ")
+        _check_weights(config, folder, index)
     elif model.family == "auto":
         raise UsageError("model=auto needs model.path, the folder of a diffusers pipeline.")
     elif (
         model.path is None
         and not config.explain
-        and (needing := [stage for stage in config.stages if _needs_weights(config, stage)])
+        and (needing := [stage for stage in config.stages if needs_weights(config, stage)])
     ):
         needs = ", ".join(needing)
         raise UsageError(f"'stages=[{needs}]' need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
     check_categories(config)
+
+
+def _read(folder: Path, name: str, model: ModelConfig) -> dict[str, Any]:
+    """Return the JSON object in the file `name` of a pipeline folder; `UsageError` if there is none."""
+    try:
+        return read_json(folder / name, "model.path:")
+    except UsageError:
+        raise UsageError(
+            f"model.path={model.path} is not a pipeline folder: its {name} does not read as a JSON object; fetch it "
+            "again."
+        ) from None
+
+
+def _index_of(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    """Return the content of `model_index.json`, whose components are pairs of a library and a class."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UsageError(f"model.path={model.path} is not a pipeline folder: {path} does not exist.")
+    index = _read(folder, path.name, model)
+    if not isinstance(index.get("_class_name"), str):
+        raise UsageError(f"model.path={model.path} is not a pipeline folder: its {path.name} has no _class_name.")
+    return index
+
+
+def _check_weights(config: Config, folder: Path, index: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if weight files that diffusers would load are missing, cut short or damaged."""
+    model, parts = config.model, [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
+    if model.variant is not None and not any(
+        found.startswith(model.variant) for name in parts for found in variants_of(folder / name)
+    ):
+        raise UsageError(f"model.variant={model.variant}: {folder} has no files of this variant; leave it out.")
+    needed = any(needs_weights(config, stage) for stage in config.stages)
+    for name in parts:
+        part = folder / name
+        if has_weights(part) or (name == "transformer" and needed):
+            files = weight_files(part, model.variant) if name == "transformer" else component_files(part, model.variant)
+            for file in files:
+                if file.suffix == ".safetensors":
+                    check_safetensors(file, "model.path: ")
+
+
+def check_not_quantised(model: ModelConfig, arch: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if the config of a transformer says that it is quantised."""
+    found = arch.get("quantization_config")
+    if found:
+        kind = found.get("quant_method", "quantised") if isinstance(found, dict) else "quantised"
+        raise UsageError(
+            f"model.path={model.path} has a quantised transformer ({kind}), which can be neither trained nor pruned: "
+            "set model.path to the model that it was made from; quantize=int8 quantises the pruned one."
+        )
 
 
 def _check_whole(config: Config, arch: dict[str, Any], facts: FamilyFacts) -> None:
@@ -123,7 +175,8 @@ def _check_whole(config: Config, arch: dict[str, Any], facts: FamilyFacts) -> No
         )
 
 
-def _needs_weights(config: Config, stage: str) -> bool:
+def needs_weights(config: Config, stage: str) -> bool:
+    """Return whether a stage, with its present settings, needs the teacher's weights."""
     if stage == "depth" and config.distill.from_boundaries and config.distill.boundaries is not None:
         return False  # the teacher's activations are on disk
     return STAGES[stage].weights
