@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ppcl.artifacts.model_files import has_weights
+from ppcl.artifacts.model_files import has_weights, variants_of
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
@@ -162,6 +162,7 @@ class TeacherModel:
         """Load the pipeline, with the `given` components in place of those in its folder; None leaves one out."""
         from diffusers import DiffusionPipeline
 
+        given = dict(given) | self._text_encoders(folder, given)
         with loading(self.config.model):
             pipeline = DiffusionPipeline.from_pretrained(
                 folder, variant=self.config.model.variant, dtype=self.dtype, **given
@@ -174,6 +175,27 @@ class TeacherModel:
                         f"{folder / name} lacks {lacking}, which its config.json asks for: fetch it again."
                     )
         return pipeline
+
+    def _text_encoders(self, folder: Path, given: Mapping[str, Any]) -> dict[str, nn.Module]:
+        """Load the components that are models of transformers, but those `given`.
+
+        Raises `UsageError` if the files of one lack weights. transformers would take random numbers in their place.
+        """
+        import transformers
+
+        found, variant = {}, self.config.model.variant
+        for name, (library, kind) in self._components().items():
+            if library != "transformers" or name in given or not has_weights(folder / name):
+                continue
+            known = variant if variant is not None and variant in variants_of(folder / name) else None
+            with loading(self.config.model, f"{name} of "):
+                found[name], info = getattr(transformers, kind).from_pretrained(
+                    folder / name, dtype=self.dtype, variant=known, output_loading_info=True
+                )
+            lacking = min(info["missing_keys"], default=None)
+            if lacking is not None:
+                raise UsageError(f"{folder / name} lacks {lacking}, which its config.json asks for: fetch it again.")
+        return found
 
     def check_encoding(self) -> None:
         """Load what prepares prompts and pictures, such as the tokenizer, to see that it loads.

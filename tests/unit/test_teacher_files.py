@@ -257,6 +257,17 @@ def test_weights_of_another_config_are_refused_in_one_sentence(folder, tmp_path,
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_encoder_that_lacks_weights_is_refused(folder, tmp_path):
+    """transformers would take random numbers for them."""
+    edit(folder / "text_encoder" / "model.safetensors", lambda state: state.pop("model.layers.0.mlp.up_proj.weight"))
+    config = files_of(folder, tmp_path).config
+    teacher = TeacherModel(config, get_family("qwen_image", config.model.arch), torch.device("cpu"))
+    with pytest.raises(
+        UsageError, match=r"text_encoder lacks model\.\S*up_proj\.weight, which its config\.json asks for"
+    ):
+        _ = teacher.pipeline
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_weights_that_are_not_finite_are_refused_where_they_enter(folder, tmp_path, suffix):
     weights = folder / "transformer" / SAFE
