@@ -11,16 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ppcl.artifacts.contents import digests, joined
 from ppcl.artifacts.files import read_json, write_json
-from ppcl.artifacts.model_files import component_files, pickled_tensors, stored_tensors, weight_files
+from ppcl.artifacts.headers import fingerprint
+from ppcl.artifacts.model_files import component_files, pickled_tensors, stored_tensors, variants_of, weight_files
 from ppcl.config import Config, ModelConfig
+from ppcl.disk import check_space
 from ppcl.errors import UsageError, root
 from ppcl.families.base import Family
+from ppcl.made_transformer import DONE, from_single_file, merge_lora, save
 from ppcl.model_fit import check_fit, without_weights
-from ppcl.paths import ASSETS
+from ppcl.paths import is_single_file
 from ppcl.validation.model import check_not_quantised, model_folder
 
 ENCODERS = ("vae", "text_encoder*", "tokenizer*")  # patterns of the components that encode pictures and prompts
@@ -46,10 +50,10 @@ class TeacherFiles:
             return local
         from diffusers import DiffusionPipeline
 
-        assert model.path is not None, "checked in validation"
+        assert model.pipeline is not None, "checked in validation"
         with loading(model):
             found = DiffusionPipeline.download(
-                model.path, revision=model.revision, variant=model.variant, **dict.fromkeys(needless)
+                model.pipeline, revision=model.revision, variant=model.variant, **dict.fromkeys(needless)
             )
         return Path(found)
 
@@ -61,16 +65,72 @@ class TeacherFiles:
         model = self.config.model
         with loading(model):
             found: dict[str, Any] = DiffusionPipeline.load_config(
-                model_folder(model) or model.path, revision=model.revision
+                model_folder(model) or model.pipeline, revision=model.revision
             )
         return found
 
     @cached_property
-    def _transformer(self) -> Path:
-        """The folder of the transformer. Of a Hub id no other component is downloaded."""
-        if (local := model_folder(self.config.model)) is not None:
+    def _stored(self) -> Path:
+        """The transformer's folder in the pipeline. Of a Hub id only that component is downloaded."""
+        model = self.config.model
+        if (local := model_folder(model)) is not None:
             return local / "transformer"
+        if is_single_file(model.path):
+            from huggingface_hub import hf_hub_download
+
+            with loading(model):
+                config = hf_hub_download(str(model.base), "transformer/config.json", revision=model.revision)
+            return Path(config).parent
         return self.folder(name for name in self.index if name != "transformer") / "transformer"
+
+    @cached_property
+    def transformer(self) -> Path:
+        """The folder of the transformer as diffusers saves it.
+
+        The transformer of a single file, or with a LoRA merged in, is made first and kept in the cache. Raises
+        `UsageError` if that cannot be made, or if the disk has too little space.
+        """
+        model = self.config.model
+        if not is_single_file(model.path) and model.lora is None:
+            return self._stored
+        key = fingerprint({"identity": self.identity, "of": "transformer", "version": 1})
+        folder = self._memory / f"made-{key}"
+        if not (folder / DONE).is_file():
+            self._make(folder)
+        return folder / "transformer"
+
+    def _make(self, folder: Path) -> None:
+        """Make the transformer of a single file, or with a LoRA merged in, and save it in `folder`."""
+        model, dtype = self.config.model, getattr(torch, self.config.model.dtype)
+        size = sum(file.stat().st_size for file in self._weights())
+        check_space(folder, size, "the teacher's weights", "name a larger disk as paths.cache_dir=")
+        arch = read_json(self._stored / "config.json", "The transformer's config")
+        check_not_quantised(model, arch)
+        with loading(model):
+            if is_single_file(model.path):
+                layout = self.family.facts.single_file
+                assert layout is not None, "checked in validation"
+                made = from_single_file(self._class(arch), layout, Path(str(model.path)), self._stored, dtype)
+            else:
+                self._check_fit(self._stored)
+                made = self._class(arch).from_pretrained(self._stored, variant=self._variant(), dtype=dtype)
+        if model.lora is not None:
+            import diffusers
+
+            with loading(model, "model.lora with "):
+                components = [name for name, entry in self.index.items() if isinstance(entry, list)]
+                merge_lora(getattr(diffusers, self.index["_class_name"]), components, made, Path(model.lora))
+        save(made, folder)
+
+    def _variant(self) -> str | None:
+        """The variant to load the transformer with; None if its folder has no files of it."""
+        variant = self.config.model.variant
+        return variant if variant is not None and variant in variants_of(self._stored) else None
+
+    def _weights(self) -> list[Path]:
+        """Return the files with the weights that the teacher is given by, without those of a LoRA."""
+        model = self.config.model
+        return [Path(str(model.path))] if is_single_file(model.path) else weight_files(self._stored, model.variant)
 
     @property
     def _memory(self) -> Path:
@@ -88,15 +148,16 @@ class TeacherFiles:
         identity = {"family": model.family, "arch": model.arch, "dtype": model.dtype}
         if model.path is None:
             return identity | {"path": None, "revision": model.revision}
-        folder = self._transformer
-        files = weight_files(folder, model.variant)
+        if model.lora is not None:
+            identity["lora"] = digests([Path(model.lora)], self._memory, self.console)[0]
+        files = self._weights()
         digest = joined(digests(files, self._memory, self.console))
         former: dict[str, Any] = {"path": model.path, "revision": model.revision}
         if model_folder(model) is not None:
-            former = {"weights": _former_digest(folder.glob("*.safetensors"))}
-        if self._known_as(former, digest, files):
+            former = {"weights": _former_digest(self._stored.glob("*.safetensors"))}
+        if files[0].parent == self._stored and self._known_as(former, digest, files):
             return identity | former
-        return identity | {"arch": arch_in(folder), "weights": digest}
+        return identity | {"arch": arch_in(self._stored), "weights": digest}
 
     @cached_property
     def encoder_identity(self) -> dict[str, Any]:
@@ -113,7 +174,7 @@ class TeacherFiles:
         each = digests(files, self._memory, self.console)
         names = (file.relative_to(folder).as_posix() for file in files)
         digest = joined(f"{name} {value}" for name, value in zip(names, each, strict=True))
-        former: dict[str, Any] = {"path": model.path, "revision": model.revision}
+        former: dict[str, Any] = {"path": model.pipeline, "revision": model.revision}
         if model_folder(model) is not None:
             former = {"encoders": _former_digest(file for part in parts for file in part.iterdir() if file.is_file())}
         if self._known_as(former, digest, files):
@@ -127,9 +188,8 @@ class TeacherFiles:
         stays that of the first files that have it, if there are results of that name which are newer than the files.
         It never becomes the name of others. Teachers that are shipped with ppcl keep theirs.
         """
-        shipped = json.loads((ASSETS / "former_digests.json").read_text(encoding="utf-8"))
-        if digest in shipped:
-            return bool(shipped[digest] in former.values())
+        if digest in _SHIPPED:
+            return _SHIPPED[digest] in former.values()
         if former.get("weights") == _NOTHING:
             return False
         record = self._memory / f"former-{hashlib.sha256(json.dumps(former).encode()).hexdigest()[:16]}.json"
@@ -162,7 +222,10 @@ class TeacherFiles:
         """
         if self.config.model.path is None:
             return
-        variant, folder = self.config.model.variant, self._transformer
+        self._check_fit(self.transformer)
+
+    def _check_fit(self, folder: Path) -> None:
+        variant = self.config.model.variant
         files = weight_files(folder, variant)
         arch = read_json(folder / "config.json", "The transformer's config")
         check_not_quantised(self.config.model, arch)
@@ -183,6 +246,19 @@ class TeacherFiles:
 
 # Records in the cache that name a teacher.
 _SHARED = ("probes/*/probes.json", "boundaries/*/boundaries.json", "images/*/ppcl.json", "data/*/cache.json")
+# Digests of weights and encoders of the teachers that are shipped, and what earlier versions called them.
+_SHIPPED = {
+    "1386586588b06fe31200ebed48e9c181": "62da4881a42eed1d",
+    "2da44be5f6e10ed474e32e2f8817724f": "b48f3784244050d1",
+    "562a8dd2142cadc8ed706153f219a5ee": "b1af0affb143662a",
+    "60c19205b4156ba63d17bd87dfc7cbba": "5c4087f37e83297d",
+    "852782df64e998a33eede312bbc38ac9": "8207be164f78b0cd",
+    "a2763350ffb0173207ea3fdd66441433": "e3636ca6bdd497dd",
+    "acde805e5f2c7a6e84c2b3d8fd566599": "0ab2324f936cd114",
+    "b8717a9ad52168d208adafb3b7751548": "0fb3e0318851681b",
+    "bbd5cf5efa1c68342d57fb0bf9267126": "3882af16e258c16a",
+    "fa4b014504e5d00b1eaabaa341612a67": "c51bacc2cff3e462",
+}
 _NOTHING = hashlib.sha256().hexdigest()[:16]  # the former digest of a folder without safetensors files
 
 

@@ -99,7 +99,7 @@ class TeacherModel:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         model = self.config.model
-        source = model_folder(model) or model.path
+        source = model_folder(model) or model.pipeline
         own: dict[str, Any] = {}
         if source is not None:
             # It reads the file of any class of scheduler.
@@ -135,12 +135,14 @@ class TeacherModel:
         left_out: dict[str, Any] = dict.fromkeys(needless)
         if "transformer" not in needless:
             self.files.check()
+            weights = self.files.transformer
             if self.config.model.streaming:
                 from ppcl.streaming import load_streamed
 
-                weights = folder / "transformer"
                 variant = self.config.model.variant
                 left_out["transformer"] = load_streamed(self.family, weights, self.device, self.dtype, variant)
+            elif weights != folder / "transformer":  # it was made of other files
+                left_out["transformer"] = self.family.transformer_class.from_pretrained(weights, dtype=self.dtype)
         pipeline = self._load(folder, left_out)
         pipeline.set_progress_bar_config(disable=True)
         if self.config.generate.offload == "none" and not self.sharded:

@@ -152,15 +152,20 @@ def stored_tensors(folder: Path, variant: str | None = None) -> dict[str, Stored
     in a `.bin` file.
     """
     files, named = _resolved(folder, variant)
-    if files[0].suffix == ".bin":
-        raise UsageError(
-            f"{files[0]} is no safetensors file, and model.streaming=true reads no other: leave it out, or save the "
-            "model as safetensors, by save_pretrained."
-        )
+    check_streamable(files[0])
     found: dict[str, Stored] = {}
     for path in files:  # of a tensor that two shards hold diffusers takes the last
         found |= {name: stored for name, stored in read_header(path).items() if named is None or name in named}
     return found
+
+
+def check_streamable(path: Path) -> None:
+    """Raise `UsageError` if the weights in `path` cannot be read one by one."""
+    if path.suffix == ".bin":
+        raise UsageError(
+            f"{path} is no safetensors file, and model.streaming=true reads no other: leave it out, or save the model "
+            "as safetensors, by save_pretrained."
+        )
 
 
 def pickled_tensors(path: Path) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.artifacts.files import check_safetensors, read_json
-from ppcl.artifacts.model_files import component_files, has_weights, variants_of, weight_files
+from ppcl.artifacts.model_files import check_streamable, component_files, has_weights, variants_of, weight_files
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
 from ppcl.families.registry import FAMILIES, builders, family_of_pipeline
-from ppcl.paths import is_toy_folder, local_folder
+from ppcl.paths import is_single_file, is_toy_folder, local_folder
 from ppcl.stages import STAGES
 from ppcl.validation.values import aspect_ratio, one_of
 
@@ -22,16 +22,20 @@ def is_toy(model: ModelConfig) -> bool:
     """Return whether the model draws toy pictures: a shipped teacher, or a folder of one that was trained like them."""
     if model.builder is not None:
         return True
-    return model.path is not None and is_toy_folder(local_folder(model.path))
+    return model.pipeline is not None and is_toy_folder(local_folder(model.pipeline))
 
 
 def model_folder(model: ModelConfig) -> Path | None:
-    """Return the local pipeline folder of the model; None for a Hub id, or for a model without weights."""
-    if model.path is None:
+    """Return the local pipeline folder of the model; None for a Hub id, or for a model without weights.
+
+    Of a transformer in a single file it is that of `model.base`.
+    """
+    source = model.pipeline
+    if source is None:
         return None
-    path = local_folder(model.path)
+    path = local_folder(source)
     # `owner/name` is a Hub id unless such a folder exists. Everything else is a path.
-    looks_like_hub_id = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~"))
+    looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     return None if looks_like_hub_id and not path.exists() else path
 
 
@@ -68,6 +72,7 @@ def check_model(config: Config) -> None:
     Raises `UsageError` if it is not, or if a stage needs weights and there are none.
     """
     model = config.model
+    _check_parts(model)
     folder = model_folder(model)
     if folder is not None:
         index = _index_of(folder, model)
@@ -101,7 +106,38 @@ def check_model(config: Config) -> None:
         needs = ", ".join(needing)
         raise UsageError(f"'stages=[{needs}]' need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
+    if is_single_file(model.path) and FAMILIES[model.family].single_file is None:
+        able = ", ".join(name for name, known in FAMILIES.items() if known.single_file is not None)
+        raise UsageError(
+            f"model.path={model.path}: there are no single files of model.family={model.family}, only of {able}; give "
+            "a pipeline folder."
+        )
+    if model.lora is not None and not FAMILIES[model.family].takes_lora:
+        raise UsageError(
+            f"model.lora={model.lora}: pipelines of model.family={model.family} load no LoRAs; leave it out."
+        )
     check_categories(config)
+
+
+def _check_parts(model: ModelConfig) -> None:
+    """Check that the files of a teacher in parts are there, and go together: one file and its base, a LoRA."""
+    if is_single_file(model.path):
+        if model.base is None:
+            raise UsageError(
+                f"model.path={model.path} is a file with a transformer alone: add model.base=FOLDER, the pipeline that "
+                "its config, VAE and text encoders are taken from."
+            )
+        check_safetensors(Path(str(model.path)), "model.path: ")
+    elif model.base is not None:
+        raise UsageError(
+            f"model.base={model.base} goes only with a model.path that is a .safetensors file: leave it out."
+        )
+    if model.lora is not None:
+        if model.path is None:
+            raise UsageError(f"model.lora={model.lora} needs model.path, the model that it is merged into.")
+        if not is_single_file(model.lora):
+            raise UsageError(f"model.lora={model.lora} must be a .safetensors file; other formats are not read.")
+        check_safetensors(Path(model.lora), "model.lora: ")
 
 
 def _read(folder: Path, name: str, model: ModelConfig) -> dict[str, Any]:
@@ -135,9 +171,13 @@ def _check_weights(config: Config, folder: Path, index: Mapping[str, Any]) -> No
         raise UsageError(f"model.variant={model.variant}: {folder} has no files of this variant; leave it out.")
     needed = any(needs_weights(config, stage) for stage in config.stages)
     for name in parts:
+        if name == "transformer" and is_single_file(model.path):
+            continue
         part = folder / name
         if has_weights(part) or (name == "transformer" and needed):
             files = weight_files(part, model.variant) if name == "transformer" else component_files(part, model.variant)
+            if name == "transformer" and model.streaming and model.lora is None:
+                check_streamable(files[0])
             for file in files:
                 if file.suffix == ".safetensors":
                     check_safetensors(file, "model.path: ")
