@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ppcl.options import option
+from ppcl.paths import is_single_file
 
 # The models that a run can draw and score, each an arrangement of the teacher, students and projectors:
 #   removed: the teacher without blocks u+1 to v of every interval [u, v], untrained: the baseline.
@@ -64,8 +65,14 @@ class ModelConfig:
 
     `family`: the model family, a name in `ppcl.families`. `auto` reads it from `path/model_index.json`.
     `path`: a pipeline folder, `embedded:NAME` for a teacher that is shipped with ppcl, or a Hugging Face Hub id
-        `owner/name`. None: there are no weights, and only stages that need none can run.
+        `owner/name`. None: there are no weights, and only stages that need none can run. A file `*.safetensors` holds
+        the transformer alone, with ComfyUI's or the original names.
+    `base`: for such a file, the pipeline of all else: the transformer's config, VAE, text encoders. Like `path` it is a
+        folder, `embedded:NAME` or a Hub id.
+    `lora`: a safetensors file of a LoRA, which is merged into the transformer. The sum is the teacher.
     `revision`: the branch, tag or commit to load from the Hub. None: the default branch.
+    `variant`: load weight files with this word in their names, such as `fp16` for `model.fp16.safetensors`, of the
+        components that have such files. None: files without such a word.
     `dtype`: the dtype that weights are loaded in and the teacher computes in.
     `streaming`: true leaves the weights of the teacher's blocks on disk. A block is loaded just before it is used and
         the next one is prefetched, so that at most two are in memory.
@@ -82,7 +89,10 @@ class ModelConfig:
     name: str = MISSING
     family: str = MISSING
     path: str | None = None
+    base: str | None = None
+    lora: str | None = None
     revision: str | None = None
+    variant: str | None = None
     dtype: str = option("float32", choices=("float32", "bfloat16", "float16"))
     streaming: bool = False
     attention_backend: str | None = option(None, identity=False)
@@ -90,6 +100,11 @@ class ModelConfig:
     categories: list[str] | None = None
     arch: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    @property
+    def pipeline(self) -> str | None:
+        """The pipeline of all parts but the transformer: `base` for a single file, else `path`."""
+        return self.base if is_single_file(self.path) else self.path
 
 
 @dataclass

@@ -103,7 +103,8 @@ class Run:
     @cached_property
     def teacher(self) -> TeacherModel:
         """The teacher. Its weights are loaded when its pipeline is first used."""
-        return TeacherModel(self.config, self.family, self.device)
+        results = (self.folder, *((self.base,) if self.base != self.folder else ()))
+        return TeacherModel(self.config, self.family, self.device, results, self.progress_console)
 
     @cached_property
     def data(self) -> TrainingData:

@@ -28,6 +28,11 @@ def local_folder(path: str) -> Path:
     return ASSETS / path.removeprefix(EMBEDDED) if path.startswith(EMBEDDED) else Path(path)
 
 
+def is_single_file(path: str | None) -> bool:
+    """Return whether `model.path` names one file with a transformer in it, not a pipeline."""
+    return path is not None and path.endswith(".safetensors")
+
+
 def is_toy_folder(folder: Path) -> bool:
     """Return whether a pipeline folder holds a toy model, which is recognised by its autoencoder."""
     try:

@@ -139,7 +139,7 @@ def test_a_folder_without_all_tensors_is_refused(family, folder, tmp_path):
     index = broken / "diffusion_pytorch_model.safetensors.index.json"
     if not index.exists():
         (broken / "diffusion_pytorch_model.safetensors").unlink()
-        expected = "no safetensors"
+        expected = r"holds no diffusion_pytorch_model\.safetensors"
     else:
         content = json.loads(index.read_text())
         content["weight_map"].pop("transformer_blocks.0.attn.to_q.weight")

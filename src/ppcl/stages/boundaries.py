@@ -20,9 +20,9 @@ from ppcl.artifacts.tensors import write_tensors
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
-from ppcl.disk import check_space
+from ppcl.disk import check_space, in_bytes
 from ppcl.distill.boundaries import asked_for, boundaries_folder, boundaries_header, held_out_steps, num_stored
-from ppcl.report.text import counted, in_bytes
+from ppcl.report.text import counted
 from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
 from ppcl.variants.reach import check_reachable

@@ -9,9 +9,10 @@ from dataclasses import asdict
 
 from ppcl.artifacts.plan import Choice, PruningPlan
 from ppcl.context import Run
+from ppcl.disk import in_bytes
 from ppcl.errors import UsageError
 from ppcl.report import plots
-from ppcl.report.text import billions, counted, in_bytes, show_plan
+from ppcl.report.text import billions, counted, show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import budget_of, resolve_intervals, resolve_width
 from ppcl.variants.costs import measure, target_of

@@ -16,10 +16,9 @@ from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import Header
 from ppcl.config import PretrainConfig, TrainingConfig
 from ppcl.context import Run
-from ppcl.disk import check_space
+from ppcl.disk import check_space, in_bytes
 from ppcl.distill.objective import ManualOptimization
 from ppcl.parallel import largest, together
-from ppcl.report.text import in_bytes
 from ppcl.training.states import state_bytes
 from ppcl.training.stops import Stop
 
