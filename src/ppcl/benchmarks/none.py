@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import ExifTags, Image, ImageOps
 
-from ppcl.artifacts.files import read_json
 from ppcl.benchmarks.base import Benchmark, Prompt
 from ppcl.errors import UsageError
 from ppcl.validation.outputs import has_own_prompts
@@ -95,12 +94,12 @@ def _captions(family: Family, config: Config) -> Iterator[str]:
     """
     import torch
 
-    from ppcl.data.cached import held_out_keys
+    from ppcl.data.cached import held_out_keys, read_part
     from ppcl.data.training import TrainingData
     from ppcl.teacher_model import TeacherModel
 
     data = TrainingData(config, TeacherModel(config, family, torch.device("cpu")))
     records = sorted(data.cache_folder.glob("*-[0-9][0-9][0-9].json"))
-    samples = [item for record in records for item in read_json(record, "A cache's part")["samples"]]
+    samples = [item for record in records for item in read_part(record)["samples"]]
     held_out = held_out_keys([item["key"] for item in samples], data.held_out)
     yield from (item["caption"] for item in samples if item["key"] in held_out and item.get("caption"))

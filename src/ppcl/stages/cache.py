@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from glob import escape
 from itertools import islice
 from pathlib import Path
 
-from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.files import sweep, write_json
 from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.tensors import write_tensors
 from ppcl.context import Run
-from ppcl.data.cached import EMPTY, unit_record
+from ppcl.data.cached import EMPTY, is_whole, read_part, unit_record
 from ppcl.data.encoding import Encoder, encode_samples
 from ppcl.data.sources import Sample, Skipped, Unit, find_units
 from ppcl.disk import check_space
@@ -36,7 +37,7 @@ def run(run: Run) -> None:
     if not is_current(folder / "cache.json", header):
         run.data.refuse_encoding_again()
         write_json(folder / "cache.json", header.to_json())  # written first, to identify the files that follow
-    mine = [unit for unit in units[number::count] if not (folder / unit_record(unit.name)).exists()]
+    mine = [unit for unit in units[number::count] if not is_whole(folder, unit.name)]
     if not mine and (folder / EMPTY).exists():
         run.say("cache", f"reused {folder}")
         return
@@ -61,7 +62,7 @@ def run(run: Run) -> None:
         )
     if stored < FEW and len(mine) == len(units):
         run.say("cache", f"{stored} are few: held-out figures will rest on a handful; a few hundred say more")
-    others = sum(not (folder / unit_record(unit.name)).exists() for unit in units)
+    others = sum(not is_whole(folder, unit.name) for unit in units)
     if others:
         run.say("cache", f"other ranks cache {counted(others, 'unit')} of {len(units)}")
 
@@ -92,16 +93,15 @@ def _cache_unit(
     """
     size, skipped, stored = run.config.data.samples_per_file, [], 0
     stem = unit_record(unit.name).removesuffix(".json")
-    for leftover in folder.glob(f".{stem}*.tmp"):  # files of a killed process; no other rank writes this unit
-        leftover.unlink()
+    sweep(folder, f"{escape(stem)}*")
     for part, chunk in enumerate(_chunks(unit.read(run.config.data), size)):
         skipped += [{"key": item.key, "why": item.why} for item in chunk if isinstance(item, Skipped)]
         record = folder / f"{stem}-{part:03d}.json"
-        if not record.exists():
+        if not (record.exists() and record.with_suffix(".safetensors").exists()):
             found, bad = encode_samples(encoder, [item for item in chunk if isinstance(item, Sample)], advance)
-            write_tensors(record.with_suffix(".safetensors"), found[0], {"unit": unit.name})
+            write_tensors(record.with_suffix(".safetensors"), found[0], {"unit": unit.name, "fingerprint": folder.name})
             write_json(record, {"samples": found[1], "skipped": bad})
-        content = read_json(record, "A cache's part")
+        content = read_part(record)
         skipped += content["skipped"]
         stored += len(content["samples"])
     write_json(folder / unit_record(unit.name), {"unit": unit.name, "samples": stored, "skipped": skipped})

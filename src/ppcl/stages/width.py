@@ -13,7 +13,7 @@ import torch
 
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import PruningPlan, Width
-from ppcl.artifacts.plugs import Projector
+from ppcl.artifacts.plugs import Projector, is_stored
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.width import Place, PrunedPlace, WidthDistillation, places
@@ -117,8 +117,11 @@ def _has_plan(path: Path, plan: PruningPlan) -> bool:
 
     A plan with given sets may be replaced. One with selected sets may not, so that raises `UsageError` if it differs.
     """
-    if path.exists() and PruningPlan.load(path).made_from.get("width", {}).get("source") in ("given", "plan"):
-        return PruningPlan.load(path).header().fingerprint == plan.header().fingerprint
+    if path.exists() and PruningPlan.load(path, stage="width").made_from.get("width", {}).get("source") in (
+        "given",
+        "plan",
+    ):
+        return PruningPlan.load(path, stage="width").header().fingerprint == plan.header().fingerprint
     return is_current(path, plan.header(), "delete that file to select anew")
 
 
@@ -134,7 +137,7 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
     made_from = {"model": run.teacher.identity, "intervals": run.intervals, "students": students, "width": selection}
     plan = PruningPlan(run.config.model.family, run.num_layers, run.intervals, made_from)
     if _has_plan(run.width_path, plan):
-        return PruningPlan.load(run.width_path)
+        return PruningPlan.load(run.width_path, stage="width")
     if config.source == "auto":
         plan.width, plan.scores = _select(run, kept)
     else:
@@ -180,7 +183,7 @@ def run(run: Run) -> None:
 
     headers = {item.name: projector_header(run, item, students) for item in distillation().pruned}
     advice = f"delete {folder}/*.text.json and {folder}/*.ffn.json to train all projectors anew"
-    stale = [name for name, header in headers.items() if not is_current(folder / f"{name}.json", header, advice)]
+    stale = [name for name, header in headers.items() if not is_stored(folder / f"{name}.json", header, advice)]
     made_from = {"projectors": {name: header.fingerprint for name, header in headers.items()}}
     header = Header("ppcl.width", made_from)
     checkpoints = folder / f"checkpoint-width-{fingerprint({'projectors': stale})}"

@@ -1,0 +1,69 @@
+"""Checksums of the files of a saved model, which its record lists and which are compared before the model is used."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ppcl.artifacts.files import check_safetensors
+from ppcl.errors import UsageError
+
+_CHUNK = 1 << 24  # bytes read at a time
+_THREADS = 4  # of which each reads a file
+_UNLISTED = ("README.md", "ppcl.json")  # the model card is completed later; the record holds the list itself
+
+
+def list_files(folder: Path) -> dict[str, Any]:
+    """Return the entry of a record that lists every file in `folder`: `{"files": {path: [bytes, CRC-32]}}`."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in _UNLISTED]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        checksums = list(pool.map(_checksum, paths))
+    sizes = [path.stat().st_size for path in paths]
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return {"files": {name: [size, found] for name, size, found in zip(names, sizes, checksums, strict=True)}}
+
+
+def check_files(folder: Path, record: Mapping[str, Any], stage: str) -> None:
+    """Raise `UsageError` if a file of the model in `folder` is missing or differs from the list in its `record`.
+
+    `stage`: the stage that makes the model. Records of earlier versions have no list; then only the headers of
+    safetensors files are read.
+    """
+    remedy = f"delete {folder} and run 'stages=[{stage}]' again"
+    listed = record.get("files")
+    if listed is None:
+        weights = sorted(folder.rglob("*.safetensors"))
+        if not any(path.parent.name == "transformer" for path in weights):
+            raise UsageError(f"{folder / 'transformer'} holds no weights: {remedy}.")
+        for path in weights:
+            _check(path, remedy)
+        return
+    for name, (size, _) in listed.items():  # first what costs nothing
+        path = folder / name
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist: {remedy}.")
+        if path.stat().st_size != size:
+            raise UsageError(f"{path} has changed since it was written: {remedy}.")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(_checksum, [folder / name for name in listed])
+        for (name, (_, wanted)), checksum in zip(listed.items(), found, strict=True):
+            if checksum != wanted:
+                raise UsageError(f"{folder / name} has changed since it was written: {remedy}.")
+
+
+def _check(path: Path, remedy: str) -> None:
+    try:
+        check_safetensors(path)
+    except UsageError:
+        raise UsageError(f"{path} is truncated or not a safetensors file: {remedy}.") from None
+
+
+def _checksum(path: Path) -> str:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return f"{checksum:08x}"
