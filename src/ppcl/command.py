@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from datetime import timedelta
 from importlib import import_module
@@ -258,10 +258,8 @@ def execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Co
 
 
 def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Console | None) -> None:
-    from omegaconf import OmegaConf
     from rich.console import Console
 
-    from ppcl.artifacts.files import atomic_path
     from ppcl.quiet import quiet_messages
     from ppcl.validation import parse
 
@@ -275,6 +273,38 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
 
     silent = config.strategy.kind != "single" and not is_first()
     run = Run(config, folder, Console(quiet=True) if silent else console)
+    with ExitStack() as locks:
+        if not (looking or config.explain):
+            with shared():
+                if not silent:
+                    _take(run, locks)
+        _record_and_run(run, looking, silent, shared)
+
+
+def _take(run: Run, locks: ExitStack) -> None:
+    """Lock the stages of the command in the run's folder, and delete what killed commands have left there.
+
+    Raises `UsageError` if another command runs one of them there. Drawing and measuring may run side by side, and so
+    may trainings of single intervals.
+    """
+    from ppcl.artifacts.files import sweep
+    from ppcl.artifacts.locks import locked
+
+    side_by_side = _LOOKING | ({"depth"} if run.config.distill.intervals is not None else set())
+    for stage in sorted({*run.config.stages} - side_by_side):
+        what = f"'stages=[{stage}]' is being run in {run.folder}"
+        locks.enter_context(locked(run.folder / f".{stage}.lock", what, "wait for its end, or give another name="))
+    for folder in {run.folder, run.base, *Path(run.config.paths.cache_dir).glob("*")}:
+        sweep(folder, deep=True)
+
+
+def _record_and_run(run: Run, looking: bool, silent: bool, shared: Callable[[], AbstractContextManager[None]]) -> None:
+    """Record the configuration of a command that is not just `looking`, and run its stages."""
+    from omegaconf import OmegaConf
+
+    from ppcl.artifacts.files import atomic_path
+
+    config, folder = run.config, run.folder
     if silent or looking or config.explain:
         _run_stages(run, shared)
         if config.explain:

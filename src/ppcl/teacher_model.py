@@ -141,7 +141,7 @@ class TeacherModel:
                 name: None for name, entry in components.items() if name in needless or entry == [None, None]
             }
             if model.streaming and "transformer" not in needless:
-                left_out["transformer"] = self._streamed_transformer(source)
+                left_out["transformer"] = self._streamed_transformer()
             pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, dtype=self.dtype, **left_out)
         except OSError as error:
             reason = _root(error)
@@ -161,15 +161,20 @@ class TeacherModel:
                 part.eval().requires_grad_(False)
         return pipeline
 
-    def _streamed_transformer(self, source: Path | str) -> nn.Module:
-        from ppcl.streaming import load_streamed
-
-        if isinstance(source, str):
+    def own_files(self, component: str) -> Path:
+        """Return the folder of a component of the teacher, which is downloaded if the teacher is on the Hub."""
+        model = self.config.model
+        folder = model_folder(model)
+        if folder is None:
             from huggingface_hub import snapshot_download
 
-            revision = self.config.model.revision
-            source = Path(snapshot_download(source, revision=revision, allow_patterns="transformer/*"))
-        return load_streamed(self.family, source / "transformer", self.device, self.dtype)
+            folder = Path(snapshot_download(str(model.path), revision=model.revision, allow_patterns=f"{component}/*"))
+        return folder / component
+
+    def _streamed_transformer(self) -> nn.Module:
+        from ppcl.streaming import load_streamed
+
+        return load_streamed(self.family, self.own_files("transformer"), self.device, self.dtype)
 
     def _arrange_scheduler(self, pipeline: Any) -> None:
         """Override the scheduler's settings by `model.sampling.scheduler`; `UsageError` for one that it lacks."""

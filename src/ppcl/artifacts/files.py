@@ -6,14 +6,17 @@ ours holds a checksum of its content, so that a file that was changed or damaged
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import re
 import shutil
 import socket
 import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,8 +36,7 @@ def temporary_path(path: Path) -> Path:
 
     It names machine and process, so that `sweep` can tell what a killed process has left from what is being written.
     """
-    host = "".join(letter for letter in socket.gethostname() if letter.isalnum() or letter in "-_")
-    return path.with_name(f".{path.name}.{host}.{os.getpid()}.{next(_numbers)}.tmp")
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{next(_numbers)}.tmp")
 
 
 def sweep(folder: Path, pattern: str = "*", *, deep: bool = False) -> None:
@@ -42,29 +44,36 @@ def sweep(folder: Path, pattern: str = "*", *, deep: bool = False) -> None:
 
     `pattern`: the name of the file that was to be written. `deep`: whether to look into all folders below, too.
     """
-    wanted = f".{pattern}.tmp"
-    for path in [*folder.rglob(wanted)] if deep else [*folder.glob(wanted)]:
-        if not _is_left(path):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for place, folders, files in os.walk(folder):
+        for name in fnmatch.filter([*folders, *files], f".{pattern}.tmp"):
+            path = Path(place) / name
+            if name in folders:
+                folders.remove(name)
+            if _is_left(path):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if not deep:
+            return
 
 
 def _is_left(path: Path) -> bool:
     """Return whether no process writes this temporary file any more."""
-    *_, host, process, _, _ = f"..{path.name}".rsplit(".", 4)
-    own = temporary_path(path).name.rsplit(".", 4)[1]
+    found = re.search(r"\.([\w-]+)\.(\d+)\.\d+\.tmp$", path.name)
+    earlier = re.search(r"\.(\d+)\.tmp$", path.name)  # of an earlier version, which did not name the machine
     try:
-        if host != own or not process.isdigit():  # another machine's, or of an earlier version
+        if found is None and earlier is None:
+            return False
+        if found is not None and found[1] != _host():
             return time.time() - path.stat().st_mtime > _FOREIGN
-        os.kill(int(process), 0)
+        os.kill(int(found[2] if found else earlier[1]), 0)  # type: ignore[index]
     except ProcessLookupError:
         return True
     except OSError:  # already gone, or a live process of another user
         return False
     return False
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "", socket.gethostname())
 
 
 @contextmanager
@@ -90,17 +99,30 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     First it deletes temporary folders that a killed process has left.
     """
-    sweep(folder.parent, f"{folder.name}.*")
-    temporary, before = temporary_path(folder), temporary_path(folder)
+    before = temporary_path(folder)
+    with temporary_folder(folder) as temporary:
+        try:
+            yield temporary
+            if folder.exists():  # moved first: deleting takes time, in which another process could read it
+                os.replace(folder, before)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`, which is deleted when the `with` block ends.
+
+    First it deletes those that a killed process has left.
+    """
+    sweep(folder.parent, f"{escape(folder.name)}.*")
+    temporary = temporary_path(folder)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if folder.exists():  # moved first: deleting takes time, in which another process could read it
-            os.replace(folder, before)
-        os.replace(temporary, folder)
     finally:
-        for left in (temporary, before):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

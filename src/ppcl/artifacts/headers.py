@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 ADVICE = "give this run another name=, or delete that file to make it anew"
 
-# The stage that makes an artifact, by the format that its record names.
+# The stage that makes an artifact or a checkpoint, by the format that its record names.
 MAKERS = {
     "ppcl.teacher": "pretrain",
     "ppcl.cache": "cache",
@@ -24,7 +24,9 @@ MAKERS = {
     "ppcl.plan": "detect",
     "ppcl.boundaries": "boundaries",
     "ppcl.plug": "depth",
+    "ppcl.depth": "depth",
     "ppcl.projector": "width",
+    "ppcl.width": "width",
     "ppcl.costs": "plan",
     "ppcl.finetuned": "finetune",
     "ppcl.velocities": "finetune",

@@ -27,6 +27,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     checksums = json.dumps({key: _checksum(value) for key, value in plain.items()}, sort_keys=True)
     with atomic_path(path) as temporary:
         save_file(plain, temporary, {**metadata, CHECKSUM: checksums})
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file in place; the library writes them in a random order."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(written) == length:  # unless a name was escaped in another way
+            file.seek(8)
+            file.write(written)
 
 
 def _checksum(tensor: Tensor) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
 
-from ppcl.artifacts.files import read_json
+from ppcl.artifacts.files import again, read_json
 from ppcl.artifacts.headers import Header
 from ppcl.config import Config
 from ppcl.data.cached import EMPTY, CachedStream, held_out_share, is_whole, read_unit, unit_record
@@ -115,7 +115,12 @@ class TrainingData:
 
     def _whole_cache(self) -> Path:
         """Return the folder of the cache; raises `UsageError` if the cache is not complete."""
-        folder = self.cache_folder
+        folder, record = self.cache_folder, self.cache_folder / "cache.json"
+        if (
+            record.exists()
+            and read_json(record, "The record", "cache").get("fingerprint") != self.cache_header.fingerprint
+        ):
+            raise UsageError(f"{record} is that of another cache: {again('cache')}.")
         missing = next(self._missing(folder), None)
         if missing is not None:
             if not folder.exists():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ppcl import __version__
@@ -41,6 +43,22 @@ def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) ->
         "data": config.data.name,
         "fingerprint": header.fingerprint,
     }
+
+
+def keep_own_files(run: Run, folder: Path) -> None:
+    """Replace the saved tokenizers and processors of the pipeline in `folder` by the teacher's own files.
+
+    Encoding captions leaves a length and a padding in a tokenizer, which it would save. What is exported must not
+    depend on the stages that ran before.
+    """
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    for name, part in run.teacher.pipeline.components.items():
+        if isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
+            own = run.teacher.own_files(name)
+            if own.is_dir():
+                shutil.rmtree(folder / name)
+                shutil.copytree(own, folder / name)
 
 
 @dataclass(frozen=True)

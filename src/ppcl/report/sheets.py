@@ -13,13 +13,14 @@ from typing import Any
 
 from PIL import Image
 
-from ppcl.artifacts.files import read_json
+from ppcl.artifacts.files import again, read_json
+from ppcl.artifacts.folders import check_files
 from ppcl.artifacts.headers import fingerprint
 from ppcl.config import STORED_VARIANTS
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import given_pictures
-from ppcl.pictures.images import image_folder, read_image, variant_header
+from ppcl.pictures.images import image_folder, open_picture, read_image, variant_header
 from ppcl.pictures.sets import OF_MODEL
 from ppcl.variants.variants import variants_of
 
@@ -184,7 +185,9 @@ def _own_sheet(folder: Path, current: Callable[[str], str | None]) -> Sheet | st
     records = list(firsts.values())[:OWN_PROMPTS]
     if not records:
         return None
-    rows = {name: [_read(place / record["image"]) for record in records] for name, place in shown.items()}
+    for place in shown.values():
+        check_files(place, read_json(place / "manifest.json", "The record", "generate"), again("generate"))
+    rows = {name: [open_picture(place / record["image"]) for record in records] for name, place in shown.items()}
     remark = f"{len(firsts)} prompt{'s' if len(firsts) > 1 else ''}, seed {records[0]['seed']}"
     remark += f"; {outdated} and left out" if without else ""
     return Sheet(folder, [record["prompt"] for record in records], rows, remark=remark)
@@ -205,8 +208,3 @@ def _shown(
         else:
             shown[name] = place
     return {name: shown[name] for name in reversed(shown)}, without[::-1]
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

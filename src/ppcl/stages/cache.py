@@ -92,6 +92,7 @@ def _cache_unit(
         key and reason (`key`, `why`) of each sample that was left out.
     """
     size, skipped, stored = run.config.data.samples_per_file, [], 0
+    fingerprint = run.data.cache_header.fingerprint
     stem = unit_record(unit.name).removesuffix(".json")
     sweep(folder, f"{escape(stem)}*")
     for part, chunk in enumerate(_chunks(unit.read(run.config.data), size)):
@@ -99,7 +100,7 @@ def _cache_unit(
         record = folder / f"{stem}-{part:03d}.json"
         if not (record.exists() and record.with_suffix(".safetensors").exists()):
             found, bad = encode_samples(encoder, [item for item in chunk if isinstance(item, Sample)], advance)
-            write_tensors(record.with_suffix(".safetensors"), found[0], {"unit": unit.name, "fingerprint": folder.name})
+            write_tensors(record.with_suffix(".safetensors"), found[0], {"unit": unit.name, "fingerprint": fingerprint})
             write_json(record, {"samples": found[1], "skipped": bad})
         content = read_part(record)
         skipped += content["skipped"]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from ppcl import __version__
 from ppcl.artifacts.files import atomic_folder, read_json, write_json
-from ppcl.artifacts.folders import check_files, list_files
+from ppcl.artifacts.folders import check_model, list_files
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import plug_name
 from ppcl.artifacts.plugs import Plug, Projector
@@ -86,7 +86,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
     }
     header = Header("ppcl.imported", made_from)
     if is_current(folder / "ppcl.json", header):
-        check_files(folder, read_json(folder / "ppcl.json", "The record"), "import_published")
+        check_model(folder, read_json(folder / "ppcl.json", "The record"), "import_published")
         run.say("import_published", f"reused {folder}")
         return
     facts = _text_projector_facts(run, source)

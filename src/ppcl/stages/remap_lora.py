@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from ppcl.artifacts.files import atomic_path, read_json, write_json
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
+from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import METADATA_KEY, read_lora
@@ -53,14 +53,14 @@ def run(run: Run) -> None:
         "model": transformer.config.get("ppcl", {}).get("fingerprint"),
     }
     header = Header("ppcl.lora", made_from)
-    if is_current(target.with_suffix(".json"), header, "delete that file to make it anew"):
+    if is_current(target.with_suffix(".json"), header, "delete that file to make it anew", [target]):
+        read_tensors(target, "remap_lora")
         run.say("remap_lora", f"reused {target}")
         return
     state, peft = read_lora(run, path)
     found = remap_lora(state, transformer, source=run.config.lora.source, metadata=peft)
-    with atomic_path(target) as temporary:
-        metadata = {METADATA_KEY: json.dumps(adapter_metadata(found.state, transformer)), "format": "pt"}
-        save_file(found.state, temporary, metadata)
+    metadata = {METADATA_KEY: json.dumps(adapter_metadata(found.state, transformer)), "format": "pt"}
+    write_tensors(target, found.state, metadata)
     write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped})
     modules = len({key.split(".lora_")[0] for key in found.state})
     run.say(
