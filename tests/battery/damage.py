@@ -41,6 +41,14 @@ LEAVES = {
     "evaluate": [f"{NAME}/scores"],
     "report": [f"{NAME}/report"],
 }
+# The results that are made anew in a trial, since they are made from what a stage leaves.
+MADE_FROM = {
+    "probe": [f"{NAME}/plan"],
+    "detect": [f"{NAME}/export"],
+    "depth": [f"{NAME}/finetuned", f"{NAME}/images/shapes/ppcl-depth"],
+    "finetune": [f"{NAME}/export"],
+    "generate": [f"{NAME}/scores"],
+}
 VARYING = re.compile(r"latency|seconds|peak_memory|^date$|^crc32$|^trainings$|^commands$|^path$")
 
 
@@ -60,14 +68,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Trial:
-    """One file, relative to the root, one kind of damage, and whether the results of later stages are kept."""
+    """One file, relative to the root, one kind of damage, and whether the results made from it are kept."""
 
     file: str
     damage: str
     kept: bool
 
     def __str__(self) -> str:
-        return f"{self.file} {self.damage}{', later results kept' if self.kept else ''}"
+        return f"{self.file} {self.damage}{', results kept' if self.kept else ''}"
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,8 @@ def trials(finished: Finished) -> list[Trial]:
 
 
 def maker_of(file: str) -> str:
-    """Return the stage that leaves `file`, or the first one for what belongs to none."""
-    return next((stage for stage, places in LEAVES.items() if file.startswith(tuple(places))), STAGES[0])
+    """Return the stage that leaves `file`, or nothing for what belongs to none."""
+    return next((stage for stage, places in LEAVES.items() if file.startswith(tuple(places))), "")
 
 
 def harm(finished: Finished, root: Path, trial: Trial) -> bool:
@@ -162,9 +170,8 @@ def run_trial(finished: Finished, trial: Trial, wanted: dict[str, str], root: Pa
     if not harm(finished, root, trial):
         return None
     if not trial.kept:
-        for stage in STAGES[STAGES.index(maker_of(trial.file)) + 1 :]:
-            for place in LEAVES[stage]:
-                shutil.rmtree(root / place, ignore_errors=True)
+        for place in MADE_FROM.get(maker_of(trial.file), []):
+            shutil.rmtree(root / place)
         if trial.file.startswith("cache/images"):
             shutil.rmtree(root / NAME / "images")
     command = finished.command(root)
