@@ -22,11 +22,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 
-from commands import VARIANTS, Outcome, ppcl
+from commands import Outcome, ppcl
 
 STAGES = ["probe", "detect", "depth", "finetune", "export", "generate", "evaluate", "report"]
 DAMAGES = ["cut", "emptied", "flipped", "of another seed", "deleted"]
-SETTINGS = ["finetune=tiny", "finetune.steps=4", "finetune.batch_size=4"]
+VARIANTS = "generate.variants=[teacher,ppcl-depth,ppcl-finetuned]"
+SETTINGS = ["finetune=tiny", "finetune.steps=4", "finetune.batch_size=4", "benchmark.prompts_per_category=1"]
+SETTINGS += ["generate.batch_size=3", "method.num_samples=2"]
 NAME = "run"
 SEED = ["data.train_seed=77", "data.calibration_seed=78", "seed=79", "data.eval_seed=80"]
 
@@ -46,7 +48,7 @@ MADE_FROM = {
     "probe": [f"{NAME}/plan"],
     "detect": [f"{NAME}/export"],
     "depth": [f"{NAME}/finetuned", f"{NAME}/images/shapes/ppcl-depth"],
-    "finetune": [f"{NAME}/export"],
+    "finetune": [f"{NAME}/export", f"{NAME}/images/shapes/ppcl-finetuned"],
     "generate": [f"{NAME}/scores"],
 }
 VARYING = re.compile(r"latency|seconds|peak_memory|^date$|^crc32$|^trainings$|^commands$|^path$")

@@ -53,7 +53,7 @@ class TensorFile:
     """An open safetensors file. Each tensor is checked when it is first read.
 
     `stage`: the stage that makes the file, for error messages.
-    `fingerprint`: what the metadata must have as `fingerprint`, if the metadata have one. None: anything.
+    `fingerprint`: what the metadata must have as `fingerprint`. None: anything.
     `metadata`: the file's metadata, without the checksums.
 
     Raises `UsageError` if the file is missing, damaged, or belongs to other settings; `get_tensor` raises it for a
@@ -65,8 +65,10 @@ class TensorFile:
         self.path, self.stage = path, stage
         self._file: Any = safe_open(path, framework="pt").__enter__()
         self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+        earlier = CHECKSUM not in self.metadata  # files of earlier versions may lack a fingerprint, too
         self._left: dict[str, str] = self._checksums(self.metadata.pop(CHECKSUM, "{}"))
-        if fingerprint is not None and self.metadata.get("fingerprint", fingerprint) != fingerprint:
+        found = self.metadata.get("fingerprint", fingerprint if earlier else "")
+        if fingerprint is not None and found != fingerprint:
             raise UsageError(f"{path} belongs to a run with other settings: {again(stage)}.")
 
     def _checksums(self, text: str) -> dict[str, str]:
