@@ -12,6 +12,7 @@ from ppcl.command import check_choices, execute, failed_access, sentence
 from ppcl.errors import SaidElsewhere, Stopped, UsageError
 from ppcl.launch import is_first, take_gpu
 from ppcl.paths import conf_dir
+from ppcl.watch import Watch
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
 
@@ -78,6 +79,8 @@ def main() -> None:
     except Exception as error:
         failure = failed_access(error)
         if failure is None:
+            if Watch.current is not None:
+                Watch.current.wait_for_end()
             raise
         complain(failure)
     except KeyboardInterrupt as error:

@@ -20,7 +20,7 @@ from typing import Any
 
 _GRACE = 5.0  # seconds that a rank has to end by itself, for example with the error that ended the other
 _CONNECT = 20.0  # seconds that a rank tries to reach rank 0
-_GOODBYE = b"."
+_GOODBYE, _TOLD = b".", b"!"  # what a rank says at its end; rank 0, when it has said which rank has died
 EXIT_CODE = 128 + signal.SIGTERM
 
 
@@ -31,8 +31,12 @@ class Watch:
     by `lookup`. Where the network does not let them connect, nothing is watched.
     """
 
+    current: Watch | None = None  # of this process
+
     def __init__(self, number: int, size: int, publish: Callable[[str], None], lookup: Callable[[], str]) -> None:
         self.number = number
+        self._noticed = threading.Event()
+        Watch.current = self
         self._connections: list[socket.socket] = []
         if number == 0:
             server = socket.create_server(("", 0), backlog=size)
@@ -50,13 +54,16 @@ class Watch:
             threading.Thread(target=self._listen, args=({connection: 0},), daemon=True).start()
         atexit.register(self.leave)
 
+    def wait_for_end(self) -> None:
+        """Let this process be ended if another rank has died. An error of communication may be noticed first."""
+        if self._noticed.wait(1.0):
+            time.sleep(2 * _GRACE + 5)
+
     def leave(self) -> None:
         """Tell the other ranks that this one ends well; after an error of the program they are left to notice it."""
         if hasattr(sys, "last_type"):  # Python has printed a traceback
             return
-        for connection in self._connections:
-            with suppress(OSError):  # that rank has ended before
-                connection.sendall(_GOODBYE)
+        self._say(_GOODBYE)
 
     def _serve(self, server: socket.socket, others: int) -> None:
         """Take the connections of all other ranks, and listen to them."""
@@ -89,11 +96,20 @@ class Watch:
                 dead = ranks.pop(ended)
                 selector.unregister(ended)
                 if said != _GOODBYE:
-                    self._end(dead)
+                    self._end(None if said == _TOLD else dead)
 
-    def _end(self, dead: int) -> None:
+    def _end(self, dead: int | None) -> None:
+        """End this process, and say that rank `dead` has died; None if rank 0 says it."""
+        self._noticed.set()
+        if self.number == 0:
+            self._say(_TOLD)
         time.sleep(_GRACE)
-        if self.number == 0 or (dead, self.number) == (0, 1):  # the others say nothing
+        if self.number == 0 or (self.number == 1 and dead is not None):  # of all others it was rank 0
             os.write(2, f"ppcl: rank {dead} has died, so all ranks end; the same command resumes.\n".encode())
         sys.stdout.flush()
-        os._exit(EXIT_CODE)  # which closes the connections of this rank: all others follow
+        os._exit(EXIT_CODE)
+
+    def _say(self, word: bytes) -> None:
+        for connection in self._connections:
+            with suppress(OSError):  # that rank has ended before
+                connection.sendall(word)

@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from commands import DIE_AT_RENAME, INTERVALS, digests, ppcl, ppcl_process, succeed, two_ranks
 from safetensors.torch import load_file
@@ -52,13 +51,13 @@ def test_a_sample_of_all_damages_ends_well(settings: list[str], tmp_path: Path) 
 def test_a_checkpoint_is_of_its_own_training_and_whole(settings: list[str], tmp_path: Path) -> None:
     command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "stages=[depth]", "distill.checkpoint_every=3"]
     checkpoints = {}
-    for name, seed in (("cut", 1), ("other", 2)):
+    for name, seed in (("cut", 7), ("other", 8)):
         again = [*command, f"name={name}", f"data.train_seed={seed}"]
         died = ppcl_process("*.1-2.safetensors", *again, python=DIE_AT_RENAME)
         assert died.returncode == 9, died.stderr
         (checkpoints[name],) = (tmp_path / name).glob("plugs/checkpoint-*/last.ckpt")
     mine = checkpoints["cut"]
-    whole, again = mine.read_bytes(), [*command, "name=cut", "data.train_seed=1"]
+    whole, again = mine.read_bytes(), [*command, "name=cut", "data.train_seed=7"]
     shutil.copy(checkpoints["other"], mine)
     said = refused(ppcl(*again), "holds the checkpoint of another training")
     assert f"delete {mine.parent} to train anew" in said
@@ -127,7 +126,7 @@ def test_exported_tokenizers_are_the_teachers_own(
 ) -> None:
     """Encoding captions gives a tokenizer a length and a padding, which it would save."""
     shutil.copytree(trained / "plugs", tmp_path / "own" / "plugs")
-    run = prepare([*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "name=own", "stages=[cache,export]"])
+    run = prepare([*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "name=own", "stages=[export]"])
     run.teacher.enter("export")
     tokenizer = run.teacher.pipeline.tokenizer
     tokenizer(["a red circle", "two"], padding="max_length", max_length=7, truncation=True)
@@ -183,17 +182,16 @@ def test_probes_of_another_job_are_not_taken_away(settings: list[str], tmp_path:
     assert (record.parent / "transformer_blocks.3.image.safetensors").exists()
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
-def test_all_ranks_end_when_one_is_killed(settings: list[str], tmp_path: Path, victim: str) -> None:
+def test_all_ranks_end_when_one_is_killed(settings: list[str], tmp_path: Path) -> None:
     """Outside of a training a signal ends a rank at once; the other one would wait for it for days."""
-    killing = f"""
+    killing = """
 import os, signal
 import ppcl.watch
 import ppcl.methods.probes as probes
 ppcl.watch._GRACE = 0.2
 fit = probes.fit_probes
 def dying(*arguments, **settings):
-    if os.environ["RANK"] == "{victim}":
+    if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return fit(*arguments, **settings)
 import ppcl.stages.probe
@@ -201,5 +199,5 @@ ppcl.stages.probe.fit_probes = dying
 """
     command = [*settings, f"paths.runs_dir={tmp_path}", "name=ranks", "stages=[probe]", "strategy=ddp"]
     outcome = two_ranks(*command, before=killing)
-    assert outcome.returncode in (143, -15), outcome.stderr
-    assert f"ppcl: rank {victim} has died, so all ranks end; the same command resumes." in outcome.stderr
+    assert outcome.returncode == 143, outcome.stderr
+    assert "ppcl: rank 1 has died, so all ranks end; the same command resumes." in outcome.stderr
