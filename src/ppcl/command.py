@@ -145,7 +145,7 @@ def read_record(folder: Path, key: str = "run=") -> DictConfig:
     try:
         if is_changed(path.read_text(encoding="utf-8")):
             raise UsageError(
-                f"{path} has changed since it was written: {remedy}, or delete its last line to keep the change."
+                f"{path} has changed since it was written: {remedy}, or delete its first line to keep the change."
             )
         record = OmegaConf.load(path)
     except OSError:

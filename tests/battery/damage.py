@@ -51,7 +51,7 @@ MADE_FROM = {
     "finetune": [f"{NAME}/export", f"{NAME}/images/shapes/ppcl-finetuned"],
     "generate": [f"{NAME}/scores"],
 }
-VARYING = re.compile(r"latency|seconds|peak_memory|^date$|^crc32$|^trainings$|^commands$|^path$")
+VARYING = re.compile(r"latency|seconds|peak_memory|^date$|^crc32$|^files$|^trainings$|^commands$|^path$|_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,10 @@ def make(settings: list[str], folder: Path) -> Finished:
 
 
 def trials(finished: Finished) -> list[Trial]:
-    """Return all trials: of files that differ in a number or the variant alone, the first and the last."""
+    """Return all trials: of files that differ in a number or the variant alone, the first and the last.
+
+    Left out is what users may do: edit a model card, or put another configuration into a run.
+    """
     alike: dict[str, list[str]] = {}
     for path in sorted(finished.root.rglob("*")):
         name = path.relative_to(finished.root).as_posix()
@@ -107,7 +110,11 @@ def trials(finished: Finished) -> list[Trial]:
             alike.setdefault(kind, []).append(name)
     files = [name for names in alike.values() for name in dict.fromkeys((names[0], names[-1]))]
     found = [Trial(file, damage, False) for file in files for damage in DAMAGES]
-    return found + [Trial(file, damage, True) for file in files for damage in ("flipped", "deleted")]
+    users = {f"{NAME}/export/README.md": ("cut", "flipped", "of another seed"), f"{NAME}/config.yaml": DAMAGES[3:4]}
+    found = [trial for trial in found if trial.damage not in users.get(trial.file, ())]
+    return found + [
+        Trial(file, damage, True) for file in files for damage in ("flipped", "deleted") if maker_of(file) in MADE_FROM
+    ]
 
 
 def maker_of(file: str) -> str:
@@ -147,15 +154,13 @@ def results(root: Path) -> dict[str, str]:
     found = {}
     for path in sorted((root / NAME).rglob("*")):
         name = path.relative_to(root / NAME).as_posix()
-        if not path.is_file() or name in ("report/report.html", "config.yaml", "versions.json"):
+        if not path.is_file() or name in ("report/report.html", "config.yaml", "versions.json", "export/README.md"):
             continue
         if name.startswith(("training/", "report/")) and path.suffix != ".json":
             continue  # drawn from what is compared
         content = path.read_bytes()
         if path.suffix == ".json":
             content = json.dumps(_steady(json.loads(content)), sort_keys=True).encode()
-        elif path.name == "README.md":
-            content = re.sub(rb"[\d.]+ (ms|MB)|name: .*|\|.*", b"", content)
         found[name] = hashlib.sha256(content).hexdigest()
     return found
 

@@ -182,14 +182,14 @@ def read_json(path: Path, what: str, stage: str = "", *, edited: bool = False) -
 
 
 def with_checksum(text: str) -> str:
-    """Return a YAML text with a last line, a comment, that holds a checksum of all others."""
-    return f"{text}# {CHECKSUM} {zlib.crc32(text.encode()):08x}\n"
+    """Return a YAML text below a first line, a comment, that holds a checksum of it."""
+    return f"# {CHECKSUM} {zlib.crc32(text.encode()):08x}\n{text}"
 
 
 def is_changed(text: str) -> bool:
-    """Return whether a text from `with_checksum` has changed since. Without such a last line it has not."""
-    found = re.search(rf"^# {CHECKSUM} ([0-9a-f]{{8}})\n?\Z", text, re.MULTILINE)
-    return found is not None and found[1] != f"{zlib.crc32(text[: found.start()].encode()):08x}"
+    """Return whether a text from `with_checksum` has changed since. Without such a first line it has not."""
+    found = re.match(rf"# {CHECKSUM} (\w*)\n?", text)
+    return found is not None and found[1] != f"{zlib.crc32(text[found.end() :].encode()):08x}"
 
 
 def check_safetensors(path: Path, key: str = "", stage: str = "") -> None:

@@ -148,8 +148,8 @@ def _complete_card(run: Run, path: Path, variant: str) -> None:
 
     The first is removed if there is no single file. The scores stay as they are if this run has no current ones.
     """
-    if not path.exists():
-        raise UsageError(f"{path} does not exist: delete {path.parent} and run 'stages=[export]' again.")
+    if not path.exists() or not path.stat().st_size:
+        raise UsageError(f"{path} does not exist or is empty: delete {path.parent} and run 'stages=[export]' again.")
     card = path.read_text(encoding="utf-8")
     layers = read_json(path.parent / "ppcl.json", "The record", "export")["kept_layers"].values()
     usage = single_file_section(run.config.model.family, sum(map(len, layers)))
