@@ -284,27 +284,12 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
     run = Run(config, folder, Console(quiet=True) if silent else console)
     with ExitStack() as locks:
         if not (looking or config.explain):
+            from ppcl.claims import claim
+
             with shared():
                 if not silent:
-                    _take(run, locks)
+                    claim(run, _LOOKING, locks)
         _record_and_run(run, looking, silent, shared)
-
-
-def _take(run: Run, locks: ExitStack) -> None:
-    """Lock the stages of the command in the run's folder, and delete what killed commands have left there.
-
-    Raises `UsageError` if another command runs one of them there. Drawing and measuring may run side by side, and so
-    may trainings of single intervals.
-    """
-    from ppcl.artifacts.files import sweep
-    from ppcl.artifacts.locks import locked
-
-    side_by_side = _LOOKING | ({"depth"} if run.config.distill.intervals is not None else set())
-    for stage in sorted({*run.config.stages} - side_by_side):
-        what = f"'stages=[{stage}]' is being run in {run.folder}"
-        locks.enter_context(locked(run.folder / f".{stage}.lock", what, "wait for its end, or give another name="))
-    for folder in {run.folder, run.base, *Path(run.config.paths.cache_dir).glob("*")}:
-        sweep(folder, deep=True)
 
 
 def _record_and_run(run: Run, looking: bool, silent: bool, shared: Callable[[], AbstractContextManager[None]]) -> None:
