@@ -14,6 +14,7 @@ from ppcl.launch import is_first, take_gpu
 from ppcl.paths import conf_dir
 from ppcl.progress import visible
 from ppcl.sentences import failed_access, sentence
+from ppcl.watch import Watch
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
 
@@ -80,6 +81,8 @@ def main() -> None:
     except Exception as error:
         failure = failed_access(error)
         if failure is None:
+            if Watch.current is not None:
+                Watch.current.wait_for_end()
             raise
         complain(failure)
     except KeyboardInterrupt as error:

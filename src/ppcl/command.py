@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import fields
 from datetime import timedelta
 from importlib import import_module
@@ -145,17 +145,26 @@ def read_record(folder: Path, key: str = "run=") -> DictConfig:
     from omegaconf import DictConfig, OmegaConf
     from yaml import YAMLError
 
+    from ppcl.artifacts.files import is_changed
+
     path = folder / "config.yaml"
+    remedy = f"run the command that made {folder} again"
     try:
+        if is_changed(path.read_text(encoding="utf-8")):
+            raise UsageError(
+                f"{path} has changed since it was written: {remedy}, or delete its first line to keep the change."
+            )
         record = OmegaConf.load(path)
     except OSError:
         jobs = sorted(job.parent for job in folder.glob("*/config.yaml"))
         other = f"; it holds those of a sweep: name one, such as {jobs[0]}" if jobs else "; name one, such as runs/demo"
-        raise UsageError(f"{key}{folder} is not the folder of a run, which has a config.yaml{other}.") from None
+        raise UsageError(
+            f"{key}{folder} is not the folder of a run, which has a config.yaml{other}; if it was deleted, {remedy}."
+        ) from None
     except (YAMLError, UnicodeDecodeError):
-        raise UsageError(f"{path} is not YAML; run the command that made {folder} again.") from None
+        raise UsageError(f"{path} is not YAML; {remedy}.") from None
     if not isinstance(record, DictConfig) or not {"model", "stages"} <= record.keys():
-        raise UsageError(f"{path} is not the record of a run; name the folder of one, such as runs/demo.")
+        raise UsageError(f"{path} is not the record of a run; name the folder of one, such as runs/demo, or {remedy}.")
     return record
 
 
@@ -266,10 +275,8 @@ def execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Co
 
 
 def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Console | None) -> None:
-    from omegaconf import OmegaConf
     from rich.console import Console
 
-    from ppcl.artifacts.files import atomic_path
     from ppcl.quiet import quiet_messages
     from ppcl.validation import parse
 
@@ -284,6 +291,23 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
 
     silent = config.strategy.kind != "single" and not is_first()
     run = Run(config, folder, Console(quiet=True) if silent else console)
+    with ExitStack() as locks:
+        if not (looking or config.explain):
+            from ppcl.claims import claim
+
+            with shared():
+                if not silent:
+                    claim(run, _LOOKING, locks)
+        _record_and_run(run, looking, silent, shared)
+
+
+def _record_and_run(run: Run, looking: bool, silent: bool, shared: Callable[[], AbstractContextManager[None]]) -> None:
+    """Record the configuration of a command that is not just `looking`, and run its stages."""
+    from omegaconf import OmegaConf
+
+    from ppcl.artifacts.files import atomic_path, with_checksum
+
+    config, folder = run.config, run.folder
     if silent or looking or config.explain:
         _run_stages(run, shared)
         if config.explain:
@@ -295,7 +319,8 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
     records = (folder / "config.yaml", folder / "versions.json")
     before = {path: path.read_bytes() for path in records if path.exists()}
     with atomic_path(folder / "config.yaml") as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        text = with_checksum(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        temporary.write_text(text, encoding="utf-8")
     run.record_versions()
     try:
         _run_stages(run, shared)

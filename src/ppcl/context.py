@@ -247,7 +247,7 @@ class Run:
         if given is None:
             if not self.width_path.exists():
                 raise UsageError("width=auto has selected nothing in this run yet: add 'stages=[width]'.")
-            given = PruningPlan.load(self.width_path).width
+            given = PruningPlan.load(self.width_path, stage="width").width
         check_width(self.config, given, self.intervals)
         return given
 

@@ -165,7 +165,7 @@ def _quantized_base(run: Run) -> str:
     """The variant that this run's quantised model is made from, or is going to be."""
     record = run.folder / "quantized" / "ppcl.json"
     if record.exists():
-        return str(read_json(record, "The record of the quantised model")["made_from"]["variant"])
+        return str(read_json(record, "The record", "quantize")["made_from"]["variant"])
     return run.config.quantize.variant or "ppcl-planned"
 
 

@@ -213,6 +213,10 @@ class TeacherModel:
                 with loading(self.config.model, f"{name} of "):
                     _check_vocabulary(found.from_pretrained(folder / name), folder / name)
 
+    def own_files(self, component: str) -> Path:
+        """Return the folder of a component of the teacher, which is downloaded if the teacher is on the Hub."""
+        return self.files.folder([name for name in self._components() if name != component]) / component
+
     def _arrange_scheduler(self, pipeline: Any) -> None:
         """Override the scheduler's settings by `model.sampling.scheduler`; `UsageError` for one that it lacks."""
         overrides, scheduler = self.config.model.sampling.scheduler, pipeline.scheduler

@@ -44,13 +44,13 @@ class PruningPlan:
         """Whether `stages=[plan]` has counted it from given intervals: the configuration alone makes it again."""
         return {"family", "arch", "intervals"} <= self.made_from.keys()
 
-    def is_current(self, path: Path, advice: str) -> bool:
-        """Return whether `path` holds this plan; one that was only counted may be replaced.
+    def is_current(self, path: Path, advice: str, stage: str) -> bool:
+        """Return whether `path` holds this plan, which `stage` makes; one that was only counted may be replaced.
 
         Raises `UsageError`, which ends with `advice`, where another plan lies there that was detected or written by
         hand.
         """
-        if path.exists() and (found := PruningPlan.load(path)).is_counted:
+        if path.exists() and (found := PruningPlan.load(path, stage=stage)).is_counted:
             return found.header().fingerprint == self.header().fingerprint
         return is_current(path, self.header(), advice)
 
@@ -60,8 +60,9 @@ class PruningPlan:
         write_json(path, self.header().to_json() | body)
 
     @classmethod
-    def load(cls, path: Path, key: str = "") -> PruningPlan:
-        content = read_json(path, f"{key}the pruning plan")
+    def load(cls, path: Path, key: str = "", stage: str = "detect") -> PruningPlan:
+        """Read a plan of a run, which `stage` has made; with `key`, the override that names it, one edited by hand."""
+        content = read_json(path, f"{key}the pruning plan" if key else "The pruning plan", stage, edited=bool(key))
         try:
             intervals = {stack: [(int(u), int(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()}
             width = {
@@ -137,7 +138,7 @@ class Choice:
 
     @classmethod
     def load(cls, path: Path) -> Choice:
-        content = read_json(path, "The plan's choice")
+        content = read_json(path, "The plan's choice", "plan")
         try:
             name, value, cost = content["budget"]
             rest = {item.name: content.get(item.name) for item in fields(cls)[2:]}

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ppcl.artifacts.files import check_finite, read_json, write_json
-from ppcl.artifacts.headers import Header
+from ppcl.artifacts.files import again, check_finite, read_json, write_json
+from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import Interval, plug_name, projector_name, read_plug_name, read_projector_name
 from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.errors import UsageError
@@ -48,7 +48,6 @@ class _Pluggable(ABC):
         self.check_finite(f"plug {self.name} is not written")
         check_losses(self.name, self.losses)
         record = folder / f"{self.name}.json"
-        record.unlink(missing_ok=True)
         write_tensors(folder / f"{self.name}.safetensors", self.state_dict, {"fingerprint": self.header.fingerprint})
         write_json(record, self.header.to_json() | {"stack": self.stack} | self.place() | {"losses": self.losses})
 
@@ -60,13 +59,21 @@ def check_losses(name: str, losses: Mapping[str, float]) -> None:
 
 def _read_pluggable(record: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the JSON record of a plug or projector, and the fields that both kinds have; `stage` makes them."""
-    content = read_json(record, "The plug")
-    header = Header(content["format"], content["made_from"], content["version"])
-    tensors, metadata = read_tensors(record.with_suffix(".safetensors"))
+    content = read_json(record, "The plug", stage)
+    header = Header.of(content, record, stage)
+    tensors, metadata = read_tensors(record.with_suffix(".safetensors"), stage)
     if metadata.get("fingerprint") != header.fingerprint:
         raise UsageError(f"{record} and its safetensors are of two runs; delete both and run 'stages=[{stage}]' again.")
-    fields = {"header": header, "stack": content["stack"], "state_dict": tensors, "losses": content["losses"]}
+    try:
+        fields = {"header": header, "stack": content["stack"], "state_dict": tensors, "losses": content["losses"]}
+    except KeyError:
+        raise UsageError(f"{record} is not the record of a plug: {again(stage)}.") from None
     return content, fields
+
+
+def is_stored(record: Path, header: Header, advice: str) -> bool:
+    """Return whether the plug of this record and header is there, with its tensors; raises as `is_current` does."""
+    return is_current(record, header, advice, [record.with_suffix(".safetensors")])
 
 
 @dataclass

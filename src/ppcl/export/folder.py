@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,23 @@ def forget_paths(folder: Path, base: str | None) -> None:
         for key in ("_name_or_path", "name_or_path"):
             if isinstance(config.get(key), str) and Path(config[key]).is_absolute():
                 config[key] = base or ""
-                write_json(path, config)
+                write_json(path, config, checked=False)
+
+
+def keep_own_files(run: Run, folder: Path) -> None:
+    """Replace the saved tokenizers and processors of the pipeline in `folder` by the teacher's own files.
+
+    Encoding captions leaves a length and a padding in a tokenizer, which it would save. What is exported must not
+    depend on the stages that ran before.
+    """
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    for name, part in run.teacher.pipeline.components.items():
+        if isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
+            own = run.teacher.own_files(name)
+            if own.is_dir():
+                shutil.rmtree(folder / name)
+                shutil.copytree(own, folder / name)
 
 
 @dataclass(frozen=True)

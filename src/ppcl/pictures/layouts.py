@@ -60,6 +60,4 @@ def _write_dpg(path: Path, files: Sequence[Path]) -> None:
 
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same picture as `source`, also where it was an earlier one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
     link_or_copy(source, target)

@@ -96,7 +96,7 @@ def trainings_of(run: Run) -> dict[str, dict[str, float]]:
     found = {}
     for folder in (run.base, run.folder):
         for path in (folder / "training").glob("*.json"):
-            cost = read_json(path, "The training's cost")
+            cost = read_json(path, "The cost of a training", "report")
             if all(isinstance(cost.get(key), (int, float)) for key in _COSTS):
                 found[path.stem] = cost
     order = list(STAGES)

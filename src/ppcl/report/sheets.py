@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from ppcl.artifacts.files import read_json
+from ppcl.artifacts.files import again, read_json
+from ppcl.artifacts.folders import check_files
 from ppcl.artifacts.headers import fingerprint
 from ppcl.config import STORED_VARIANTS
 from ppcl.context import Run
@@ -188,6 +189,8 @@ def _own_sheet(folder: Path, current: Callable[[str], str | None]) -> Sheet | st
     records = list(firsts.values())[:OWN_PROMPTS]
     if not records:
         return None
+    for place in shown.values():
+        check_files(place, read_json(place / "manifest.json", "The record", "generate"), again("generate"))
     rows = {name: [read_picture(place / record["image"]) for record in records] for name, place in shown.items()}
     remark = f"{len(firsts)} prompt{'s' if len(firsts) > 1 else ''}, seed {records[0]['seed']}"
     remark += f"; {outdated} and left out" if without else ""

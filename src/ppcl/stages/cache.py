@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.files import sweep, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.tensors import write_tensors
 from ppcl.context import Run
-from ppcl.data.cached import EMPTY, part_record, unit_record
+from ppcl.data.cached import EMPTY, is_whole, part_record, read_part, read_unit, unit_record
 from ppcl.data.encoding import Encoder, encode_samples
 from ppcl.data.sources import Sample, Skipped, Unit, find_units
 from ppcl.disk import check_space
@@ -41,12 +41,12 @@ def run(run: Run) -> None:
         run.data.refuse_encoding_again()
         write_json(folder / "cache.json", header.to_json())  # written first, to identify the files that follow
     own = units[number::count]
-    mine = [unit for unit in own if not (folder / unit_record(unit.name)).exists()]
+    mine = [unit for unit in own if not is_whole(folder, unit.name)]
     if mine or not (folder / EMPTY).exists():
         _cache(run, mine, folder, header)
     else:
         run.say("cache", f"reused {folder}: {_told(own, folder)}")
-    others = sum(not (folder / unit_record(unit.name)).exists() for unit in units)
+    others = sum(not is_whole(folder, unit.name) for unit in units)
     if others:
         run.say("cache", f"other ranks cache {counted(others, 'unit')} of {len(units)}")
         return
@@ -75,7 +75,7 @@ def _cache(run: Run, units: list[Unit], folder: Path, header: Header) -> None:
 
 def _records(units: Sequence[Unit], folder: Path) -> list[dict[str, Any]]:
     """Return the records of cached units."""
-    return [read_json(folder / unit_record(unit.name), "A cache's unit") for unit in units]
+    return [read_unit(folder / unit_record(unit.name)) for unit in units]
 
 
 def _told(units: Sequence[Unit], folder: Path) -> str:
@@ -129,18 +129,16 @@ def _cache_unit(
         each sample that was left out.
     """
     size, skipped, stored = run.config.data.samples_per_file, [], 0
-    for leftover in folder.glob(
-        f".{escape(unit.name)}*.tmp"
-    ):  # files of a killed process; no other rank writes this unit
-        leftover.unlink()
+    fingerprint = run.data.cache_header.fingerprint
+    sweep(folder, f"{escape(unit_record(unit.name).removesuffix('.json'))}*")
     for part, chunk in enumerate(_chunks(unit.read(run.config.data), size)):
         skipped += [{"key": item.key, "why": item.why} for item in chunk if isinstance(item, Skipped)]
         record = folder / part_record(unit.name, part)
-        if not record.exists():
+        if not (record.exists() and record.with_suffix(".safetensors").exists()):
             found, bad = encode_samples(encoder, [item for item in chunk if isinstance(item, Sample)], advance)
-            write_tensors(record.with_suffix(".safetensors"), found[0], {"unit": unit.name})
+            write_tensors(record.with_suffix(".safetensors"), found[0], {"unit": unit.name, "fingerprint": fingerprint})
             write_json(record, {"samples": found[1], "skipped": bad})
-        content = read_json(record, "A cache's part")
+        content = read_part(record)
         skipped += content["skipped"]
         stored += len(content["samples"])
     write_json(folder / unit_record(unit.name), {"unit": unit.name, "samples": stored, "skipped": skipped})

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ppcl.artifacts.files import atomic_folder, check_finite, write_json
+from ppcl.artifacts.files import atomic_folder, check_finite, read_json, write_json
+from ppcl.artifacts.folders import check_model, list_files
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
@@ -64,6 +65,7 @@ def run(run: Run) -> None:
         )
     header = finetune_header(run, made_of(plan, plugs))
     if is_current(folder / "ppcl.json", header, another_run(run, folder)):
+        check_model(folder, read_json(folder / "ppcl.json", "The record", "finetune"), "finetune")
         run.say("finetune", f"reused {folder}")
         return
     checkpoints = run.folder / "finetune-checkpoint"
@@ -107,7 +109,7 @@ def run(run: Run) -> None:
                 "plugged": [*plan.students, *plan.removed, *plan.projectors],
                 "velocity_error": {"before": before, "after": after},  # held-out
             }
-            write_json(temporary / "ppcl.json", header.to_json() | facts)
+            write_json(temporary / "ppcl.json", header.to_json() | facts | list_files(temporary))
     discard_checkpoint(run, checkpoints)
     run.say("finetune", f"held-out velocity error {before:.4f} -> {after:.4f}")
     if after >= before:

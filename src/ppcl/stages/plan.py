@@ -45,7 +45,7 @@ def run(run: Run) -> None:
     plan = PruningPlan(model.family, run.num_layers, intervals, made_from, width=width)
     path = run.folder / "plan" / "plan.json"  # `run.plan_path` may be in another run, which is only read
     advice = "leave out intervals= to use these intervals, or give name=OTHER to count others"
-    reused = plan.is_current(path, advice)
+    reused = plan.is_current(path, advice, "plan")
     if reused:
         plan = PruningPlan.load(path)
     else:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ppcl.artifacts.files import check_finite
-from ppcl.artifacts.headers import Header, is_current
-from ppcl.artifacts.probes import Probes, check_probe, finish_probes, write_probe
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.probes import Probes, check_probe, finish_probes, has_probes, write_probe
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.streams import Stream
@@ -29,7 +29,7 @@ def run(run: Run) -> None:
     """
     settings, folder = run.config.probe, run.probe_folder
     header = Probes.header_for(run.probe_settings)
-    if of_first(is_current(folder / "probes.json", header)):  # another run may write them just now
+    if of_first(has_probes(folder, header)):  # another run may write them just now
         run.say("probe", f"reused {folder}")
         return
     stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from ppcl.artifacts.files import atomic_path, read_json, write_json
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
+from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.surgery.lora_files import METADATA_KEY
@@ -58,14 +58,14 @@ def run(run: Run) -> None:
     if config.counts is not None:
         made_from["counts"] = config.counts
     header = Header("ppcl.lora", made_from)
-    if is_current(target.with_suffix(".json"), header, "delete that file to make it anew"):
+    if is_current(target.with_suffix(".json"), header, "delete that file to make it anew", [target]):
+        read_tensors(target, "remap_lora")
         run.say("remap_lora", f"reused {target}")
         return
     found = remap_lora(path, transformer, source=config.source, counts=config.counts)
     mark = mark_of(exported_blocks(transformer).kept)
-    with atomic_path(target) as temporary:
-        metadata = {METADATA_KEY: json.dumps(marked_metadata(found.state, mark)), "format": "pt"}
-        save_file(found.state, temporary, metadata)
+    metadata = {METADATA_KEY: json.dumps(marked_metadata(found.state, mark)), "format": "pt"}
+    write_tensors(target, found.state, metadata)
     left_out = {"left_out": found.left_out} if found.left_out else {}
     write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped} | left_out)
     run.say(

@@ -85,5 +85,5 @@ def save_merged(family: Family, model: Any, folder: Path, dtype: torch.dtype) ->
         files |= dict.fromkeys(tensors, file)
     size = sum((folder / file).stat().st_size for file in {*files.values()})
     index = {"metadata": {"total_size": size}, "weight_map": files}
-    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index, checked=False)
     model.save_config(folder)

@@ -18,11 +18,13 @@ from ppcl.config import PretrainConfig, TrainingConfig
 from ppcl.context import Run
 from ppcl.disk import check_space, in_bytes
 from ppcl.distill.objective import ManualOptimization
+from ppcl.errors import UsageError
 from ppcl.parallel import largest, together
 from ppcl.training.states import state_bytes
 from ppcl.training.stops import Stop
 
 CHECKPOINT = "last.ckpt"
+FINGERPRINT = "ppcl_fingerprint"  # the key of a checkpoint that says which training it belongs to
 LARGE = 1e9  # bytes; of larger checkpoints the size and the time to save one are printed
 _ASSUMED_SPEED = 1e9  # bytes a second, until a checkpoint has been saved
 
@@ -52,6 +54,16 @@ class Checkpoints(L.Callback):
         self.settings, self.stop = settings, stop
         self.size = 0
         self._steps = self._saves = 0
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[FINGERPRINT] = self.header.fingerprint
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raise `UsageError` for a checkpoint of another training, whose record was put beside it."""
+        if checkpoint.get(FINGERPRINT, self.header.fingerprint) != self.header.fingerprint:
+            raise UsageError(
+                f"{self.folder} holds the checkpoint of another training: delete {self.folder} to train anew."
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise `UsageError` if the disk has no room for two checkpoints: one lies there while the next is written."""
