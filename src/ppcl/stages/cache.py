@@ -53,7 +53,7 @@ def run(run: Run) -> None:
     stored = sum(record["samples"] for record in _records(units, folder))
     if not stored:
         raise _nothing(run, units, folder)
-    if stored < FEW:
+    if mine and stored < FEW:
         run.say("cache", f"{stored} are few: held-out figures will rest on a handful; a few hundred say more")
 
 
@@ -129,9 +129,8 @@ def _cache_unit(
         each sample that was left out.
     """
     size, skipped, stored = run.config.data.samples_per_file, [], 0
-    for leftover in folder.glob(
-        f".{escape(unit.name)}*.tmp"
-    ):  # files of a killed process; no other rank writes this unit
+    # Of a killed process: no other rank writes this unit.
+    for leftover in folder.glob(f".{escape(unit.name)}*.tmp"):
         leftover.unlink()
     for part, chunk in enumerate(_chunks(unit.read(run.config.data), size)):
         skipped += [{"key": item.key, "why": item.why} for item in chunk if isinstance(item, Skipped)]
