@@ -68,7 +68,7 @@ SUFFIXES = {"cmyk": "tiff", "float": "tiff"}
 BAD = {
     "float": (stored(Image.fromarray(GREYS.astype(np.float32)), "TIFF"), b'{"caption": "a"}', "holds floats"),
     "thin": (stored(Image.new("RGB", (3000, 1))), b'{"caption": "a"}', "3000x1 pixels: any shape of data.aspects"),
-    "null": (stored(halves()), b'{"caption": null}', "no caption: none of caption; it has caption"),
+    "null": (stored(halves()), b'{"caption": null}', "no caption in data.captions=[caption]; it has caption"),
     "nothing": (stored(halves()), b"null", "holds no object with named values"),
     "object": (stored(halves()), b'{"caption": {"en": "a"}}', "its caption is an object with named values"),
     "latin": (stored(halves()), '{"caption": "café"}'.encode("cp1252"), "its .json is not UTF-8"),
@@ -241,8 +241,8 @@ def no_pictures(folder: Path) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (no_captions, "4 of them for this reason: no caption: none of caption; it has file_name, description"),
-        (no_pictures, "4 of them for this reason: its file cannot be read: No such file or directory"),
+        (no_captions, "no caption in data.captions=[caption]; it has file_name, description"),
+        (no_pictures, "its file cannot be read: No such file or directory"),
     ],
 )
 def test_nothing_usable_is_an_error_and_the_same_command_works_once_it_is_mended(
@@ -256,6 +256,9 @@ def test_nothing_usable_is_an_error_and_the_same_command_works_once_it_is_mended
         outcome = ppcl(*arguments)
         assert outcome.code == 2
         assert outcome.err.count("\n") == 1
-        assert f"data.path={tmp_path} has no sample that can be used: 4 are left out, {said}" in outcome.err
+        assert (
+            f"data.path={tmp_path} has no sample that can be used: 4 are left out, 4 of them for this reason: {said}"
+            in outcome.err
+        )
     mend()
     assert "4 samples of 1 unit cached, 0 left out" in succeed(*arguments).out

@@ -47,14 +47,17 @@ def read_members(path: Path, *, contents: bool = True) -> Iterator[Member | Dama
     `contents`: whether to read the files; otherwise each `content` is empty.
 
     Positions in an archive are bytes; if it is compressed, of what it decompresses to. Nothing can be read behind the
-    first damage in a compressed archive. Raises `OSError` if there is no such file.
+    first damage in a compressed archive.
     """
-    with path.open("rb") as stored:
-        start = stored.read(max(map(len, _OPENERS)))
-        stored.seek(0)
-        opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
-        with nullcontext(stored) if opener is None else closing(opener(stored)) as file:
-            yield from _members(file, contents)
+    try:
+        with path.open("rb") as stored:
+            start = stored.read(max(map(len, _OPENERS)))
+            stored.seek(0)
+            opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
+            with nullcontext(stored) if opener is None else closing(opener(stored)) as file:
+                yield from _members(file, contents)
+    except OSError as error:  # of opening it; the archive itself is read in `_members`
+        yield Damage(f"it cannot be read: {error.strerror}")
 
 
 def _members(file: IO[bytes], contents: bool) -> Iterator[Member | Damage]:

@@ -40,12 +40,17 @@ def caption_of(facts: Mapping[Any, Any], names: Sequence[str]) -> str:
         value = facts.get(name)
         if isinstance(value, list) and value:
             value = next((item for item in value if isinstance(item, str) and item.strip()), value)
-        if not value or (isinstance(value, str) and not value.strip()):
+        if is_blank(value):
             continue
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise NoCaptionError(f"its {name} is {_KINDS.get(type(value), 'a number')}, no text")
         return _checked(name, str(value).strip().lstrip("\ufeff").strip())
-    raise NoCaptionError(f"no caption: none of {', '.join(names)}; {seen(facts)}")
+    raise NoCaptionError(f"no caption in data.captions=[{', '.join(names)}]; {seen(facts)}")
+
+
+def is_blank(value: Any) -> bool:
+    """Return whether a value says nothing: null, 0, an empty list or object, and text of spaces alone."""
+    return not value or (isinstance(value, str) and not value.strip())
 
 
 def _checked(name: str, text: str) -> str:

@@ -26,7 +26,7 @@ from webdataset.tariterators import group_by_keys
 
 from ppcl.config import DataConfig
 from ppcl.data.archives import Damage, read_members
-from ppcl.data.captions import NoCaptionError, caption_of, decoded, seen
+from ppcl.data.captions import NoCaptionError, caption_of, decoded, is_blank, seen
 from ppcl.errors import UsageError
 from ppcl.pictures.opening import open_picture
 
@@ -126,7 +126,7 @@ def _of_shard(member: Mapping[str, Any], config: DataConfig) -> Sample | Skipped
         return Skipped(key, "its .json does not read as JSON")
     if not isinstance(facts, Mapping):
         return Skipped(key, "its .json holds no object with named values")
-    if "txt" in member and not facts.get(config.captions[0]):
+    if "txt" in member and is_blank(facts.get(config.captions[0])):
         try:
             facts = {**facts, config.captions[0]: decoded(member["txt"])}
         except UnicodeDecodeError:

@@ -53,7 +53,7 @@ def run(run: Run) -> None:
     stored = sum(record["samples"] for record in _records(units, folder))
     if not stored:
         raise _nothing(run, units, folder)
-    if stored < FEW:
+    if mine and stored < FEW:
         run.say("cache", f"{stored} are few: held-out figures will rest on a handful; a few hundred say more")
 
 

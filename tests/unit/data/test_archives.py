@@ -129,6 +129,10 @@ def test_what_is_no_archive_is_said(tmp_path: Path, content: bytes, said: str) -
     assert [said in damage for damage in damages] == [True]
 
 
+def test_a_file_that_does_not_open_is_said(tmp_path: Path) -> None:
+    assert [*read_members(tmp_path)] == [Damage("it cannot be read: Is a directory")]
+
+
 def test_a_size_below_zero_ends(tmp_path: Path) -> None:
     """`tarfile` would read the same header again and again."""
     header = bytearray(WHOLE[HEADERS[1] : HEADERS[1] + 512])

@@ -46,8 +46,8 @@ def test_the_first_that_is_not_blank_is_the_caption(facts: dict[str, Any], capti
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({}, "no caption: none of caption, text; it has none"),
-        ({"Caption": "a cat", "id": 1}, "no caption: none of caption, text; it has Caption, id"),
+        ({}, "no caption in data.captions=[caption, text]; it has none"),
+        ({"Caption": "a cat", "id": 1}, "no caption in data.captions=[caption, text]; it has Caption, id"),
         ({"caption": {"en": "a cat"}, "text": "a dog"}, "its caption is an object with named values, no text"),
         ({"caption": [{"en": "a cat"}]}, "its caption is a list of other things, no text"),
         ({"caption": True}, "its caption is true or false, no text"),

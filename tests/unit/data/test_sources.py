@@ -69,7 +69,7 @@ def test_a_shard_has_captions_of_text_and_of_json(tmp_path: Path) -> None:
         "j": "text_accuracy=nan is not a number",
         "k": f"text_accuracy={10**400} is not a number",
         "m": "no picture: it has 5.png, txt",
-        "n": "no caption: none of caption, text; it has none",
+        "n": "no caption in data.captions=[caption, text]; it has none",
     }
 
 
@@ -134,7 +134,7 @@ def test_a_row_that_cannot_be_used_is_listed(tmp_path: Path) -> None:
     assert samples == {"0.png": "a cat, sitting"}
     assert skipped == {
         "line 2": "has more cells than there are columns: put text with ',' into double quotes",
-        "./0.png": "no caption: none of caption, text; it has image, caption",
+        "./0.png": "no caption in data.captions=[caption, text]; it has image, caption",
         "1.png": "its file cannot be read: No such file or directory",
         "row 3": "no image, file_name or path: it has image, caption",
     }
