@@ -70,8 +70,7 @@ def run(run: Run) -> None:
     write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped} | left_out)
     run.say(
         "remap_lora",
-        f"{len(found.layers)} layers have their LoRA, {len(found.dropped)} are dropped: the pruned model has no place "
-        "for them",
+        f"{len(found.layers)} modules mapped, {len(found.dropped)} dropped: the pruned model has no place for them",
     )
     for told, names in (("dropped", found.dropped), ("diffusers leaves out", found.left_out)):
         if names:
