@@ -61,7 +61,10 @@ def run(run: Run) -> None:
     if is_current(target.with_suffix(".json"), header, "delete that file to make it anew"):
         run.say("remap_lora", f"reused {target}")
         return
-    found = remap_lora(path, transformer, source=config.source, counts=config.counts)
+    try:
+        found = remap_lora(path, transformer, source=config.source, counts=config.counts)
+    except UsageError as error:
+        raise UsageError(f"lora.path={path}: {error}") from None
     mark = mark_of(exported_blocks(transformer).kept)
     with atomic_path(target) as temporary:
         metadata = {METADATA_KEY: json.dumps(marked_metadata(found.state, mark)), "format": "pt"}
