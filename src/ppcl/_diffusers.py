@@ -53,10 +53,15 @@ def _guard_loras() -> None:
     @wraps(load)
     def load_lora_adapter(self: Any, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
         from ppcl.surgery.lora_marks import refuse_unmapped
+        from ppcl.surgery.provenance import pruned_blocks
 
         state = pretrained_model_name_or_path_or_dict
+        if pruned_blocks(self) is None:
+            return load(self, state, *args, **kwargs)
         if not isinstance(state, dict):  # pipelines pass on a dict
             told = {key: kwargs.pop(key, None) for key in _OF_FILE}
+            if told["use_safetensors"] is None:  # diffusers reads metadata, with the mark, only if it is told so
+                told["use_safetensors"] = not str(told["weight_name"] or state).endswith((".bin", ".pt"))
             state, kwargs["metadata"] = _fetch_state_dict(state, **told, **fixed, metadata=kwargs.get("metadata"))
         refuse_unmapped(self, state, kwargs.get("metadata"))
         return load(self, state, *args, **kwargs)

@@ -184,6 +184,12 @@ def bare(state: dict[str, torch.Tensor]) -> set[str]:
     return {key.split(".lora_")[0] for key in state}
 
 
+def test_the_transformer_alone_takes_a_mapped_file(chain: Path, mapped: Path) -> None:
+    transformer = load(chain / "export").transformer
+    transformer.load_lora_adapter(mapped, adapter_name="it")
+    assert transformer.peft_config["it"].r == 4
+
+
 def test_what_is_mapped_already_is_not_mapped_again(command: list[str], mapped: Path, chain: Path) -> None:
     outcome = ppcl(*command, "name=again", f"lora.path={mapped}")
     assert outcome.code == 2

@@ -62,7 +62,7 @@ def put_on_loras(run: Run, loras: list[TeacherLora], board: Plugboard) -> None:
         if mapped.state:
             states[f"lora_{number}"] = mapped.state
         if mapped.dropped:
-            run.say("generate", f"{item.path.name}: {len(mapped.dropped)} layers are of blocks that are gone")
+            run.say("generate", f"{item.path.name}: {len(mapped.dropped)} modules are of blocks that are gone")
     mark = mark_of(board.teacher_blocks.kept)  # of the config that the transformer still has
     for name, state in states.items():
         pipeline.load_lora_weights(with_mark(state, mark), adapter_name=name)

@@ -62,7 +62,10 @@ def run(run: Run) -> None:
         read_tensors(target, "remap_lora")
         run.say("remap_lora", f"reused {target}")
         return
-    found = remap_lora(path, transformer, source=config.source, counts=config.counts)
+    try:
+        found = remap_lora(path, transformer, source=config.source, counts=config.counts)
+    except UsageError as error:
+        raise UsageError(f"lora.path={path}: {error}") from None
     mark = mark_of(exported_blocks(transformer).kept)
     metadata = {METADATA_KEY: json.dumps(marked_metadata(found.state, mark)), "format": "pt"}
     write_tensors(target, found.state, metadata)
@@ -70,8 +73,7 @@ def run(run: Run) -> None:
     write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped} | left_out)
     run.say(
         "remap_lora",
-        f"{len(found.layers)} layers have their LoRA, {len(found.dropped)} are dropped: the pruned model has no place "
-        "for them",
+        f"{len(found.layers)} modules mapped, {len(found.dropped)} dropped: the pruned model has no place for them",
     )
     for told, names in (("dropped", found.dropped), ("diffusers leaves out", found.left_out)):
         if names:

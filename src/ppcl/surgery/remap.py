@@ -75,8 +75,8 @@ def remap_lora(
     Raises `UsageError` if it is no plain LoRA, if it does not fit the model that it counts, or if nothing is left.
     """
     blocks, facts = exported_blocks(transformer), family_of_transformer(type(transformer).__name__)
-    if facts is None:
-        raise UsageError(f"{type(transformer).__name__} is of no known family, so that no LoRA can be mapped to it.")
+    if facts is None or not facts.takes_lora:
+        raise UsageError(f"{type(transformer).__name__} takes no LoRA that ppcl knows of.")
     if counts not in (None, *COUNTS):
         raise UsageError(f"lora.counts={counts} is not one of {', '.join(COUNTS)}.")
     if isinstance(lora, (str, Path)):
