@@ -235,10 +235,6 @@ MISFITS = {
         lambda f: edit(f / "transformer" / SAFE, lambda state: state.pop("img_in.bias")),
         r"lacks img_in\.bias, which its config\.json asks for",
     ),
-    "a tensor is too much": (
-        lambda f: edit(f / "transformer" / SAFE, lambda state: state.__setitem__("more", torch.ones(1))),
-        r"holds more, which its config\.json has no place for",
-    ),
     "another width": (lambda f: change_config(f, attention_head_dim=64, axes_dims_rope=[16, 24, 24]), r"of shape \["),
     "no number": (lambda f: change_config(f, attention_head_dim="wide"), r"is no config of a QwenImageTransformer2D"),
 }
