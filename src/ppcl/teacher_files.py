@@ -110,10 +110,10 @@ class TeacherFiles:
             if is_single_file(model.path):
                 layout = self.family.facts.single_file
                 assert layout is not None, "checked in validation"
-                made = from_single_file(self._class(arch), layout, Path(str(model.path)), self._stored, dtype)
+                made = from_single_file(self.transformer_class, layout, Path(str(model.path)), self._stored, dtype)
             else:
                 self._check_fit(self._stored)
-                made = self._class(arch).from_pretrained(self._stored, variant=self._variant(), dtype=dtype)
+                made = self.transformer_class.from_pretrained(self._stored, variant=self._variant(), dtype=dtype)
         if model.lora is not None:
             import diffusers
 
@@ -222,6 +222,13 @@ class TeacherFiles:
         """
         if self.config.model.path is None:
             return
+        for key in self.family.stacks.values():
+            asked, there = self.config.model.arch.get(key), arch_in(self._stored).get(key)
+            if asked != there:  # only of a Hub id, whose config is not read with the settings
+                raise UsageError(
+                    f"model.path={self.config.model.path} has {key}={there}, and the settings of "
+                    f"model={self.config.model.name} say {asked}: add model.arch.{key}={there}."
+                )
         self._check_fit(self.transformer)
 
     def _check_fit(self, folder: Path) -> None:
@@ -233,14 +240,16 @@ class TeacherFiles:
             shapes = {name: tuple(value.shape) for name, value in pickled_tensors(files[0]).items()}
         else:
             shapes = {name: stored.shape for name, stored in stored_tensors(folder, variant).items()}
-        check_fit(without_weights(self._class(arch), folder), shapes, folder, self.family.stacks)
+        check_fit(without_weights(self.transformer_class, folder), shapes, folder, self.family.stacks)
 
-    def _class(self, arch: Mapping[str, Any]) -> Any:
-        """Return the class of the transformer: the stock one, or that of models pruned in width."""
-        if arch.get("_class_name") in self.family.facts.pruned_models:
+    @property
+    def transformer_class(self) -> Any:
+        """The class of the transformer: the stock one, or that of models pruned in width."""
+        name = read_json(self._stored / "config.json", "The transformer's config").get("_class_name")
+        if name in self.family.facts.pruned_models:
             import ppcl
 
-            return getattr(ppcl, arch["_class_name"])
+            return getattr(ppcl, name)
         return self.family.transformer_class
 
 
