@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class TeacherFiles:
             )
         return Path(found)
 
-    @property
+    @cached_property
     def index(self) -> dict[str, Any]:
         """The content of the pipeline's `model_index.json`."""
         from diffusers import DiffusionPipeline
@@ -193,18 +193,20 @@ class TeacherFiles:
         if former.get("weights") == _NOTHING:
             return False
         record = self._memory / f"former-{hashlib.sha256(json.dumps(former).encode()).hexdigest()[:16]}.json"
-        if record.is_file():
+        with suppress(UsageError):  # there is none, or it is damaged and made again
             return bool(read_json(record, "A teacher's record").get("digest") == digest)
         changed = max(file.stat().st_mtime for file in files)
         if not any(_names(content, former) for content in self._records(changed)):
             return False
-        write_json(record, {"digest": digest, "former": former})
+        with suppress(OSError):  # a cache that cannot be written to
+            write_json(record, {"digest": digest, "former": former})
         return True
 
     def _records(self, since: float) -> Iterator[Any]:
         """Yield the content of every JSON record among the results that was written at the time `since` or later."""
         cache = Path(self.config.paths.cache_dir)
-        paths = [path for folder in self.results for path in folder.glob("*/*.json")]
+        kinds = ("*/*.json", "images/*/*/manifest.json")
+        paths = [path for folder in self.results for kind in kinds for path in folder.glob(kind)]
         paths += [path for kind in _SHARED for path in cache.glob(kind)]
         for path in paths:
             try:
@@ -254,7 +256,7 @@ class TeacherFiles:
 
 
 # Records in the cache that name a teacher.
-_SHARED = ("probes/*/probes.json", "boundaries/*/boundaries.json", "images/*/ppcl.json", "data/*/cache.json")
+_SHARED = ("probes/*/probes.json", "boundaries/*/boundaries.json", "images/*/manifest.json", "data/*/cache.json")
 # Digests of weights and encoders of the teachers that are shipped, and what earlier versions called them.
 _SHIPPED = {
     "1386586588b06fe31200ebed48e9c181": "62da4881a42eed1d",
