@@ -224,14 +224,19 @@ class TeacherFiles:
         """
         if self.config.model.path is None:
             return
-        for key in self.family.stacks.values():
-            asked, there = self.config.model.arch.get(key), arch_in(self._stored).get(key)
-            if asked != there:  # only of a Hub id, whose config is not read with the settings
-                raise UsageError(
-                    f"model.path={self.config.model.path} has {key}={there}, and the settings of "
-                    f"model={self.config.model.name} say {asked}: add model.arch.{key}={there}."
-                )
+        if model_folder(self.config.model) is None:
+            self._check_settings()
         self._check_fit(self.transformer)
+
+    def _check_settings(self) -> None:
+        """Raise `UsageError` if a model on the Hub has another number of blocks than the settings say."""
+        model, arch = self.config.model, arch_in(self._stored)
+        for key in self.family.stacks.values():
+            if model.arch.get(key) != arch.get(key):
+                raise UsageError(
+                    f"model.path={model.path} has {key}={arch.get(key)}, and the settings of model={model.name} say "
+                    f"{model.arch.get(key)}: add model.arch.{key}={arch.get(key)}."
+                )
 
     def _check_fit(self, folder: Path) -> None:
         variant = self.config.model.variant
