@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -270,6 +271,11 @@ def load_streamed(
     transformer = without_weights(family.transformer_class, folder)
     stored = stored_tensors(folder, variant)
     check_fit(transformer, {name: each.shape for name, each in stored.items()}, folder, family.stacks)
+    unused = sorted(stored.keys() - transformer.state_dict().keys())
+    if unused:  # as diffusers warns
+        logging.getLogger(__name__).warning(
+            "%s were not used: its config.json has no place for them.", ", ".join(unused)
+        )
     other = [name for name in transformer.state_dict() if stored[name].dtype not in _DTYPES]
     if other:
         raise UsageError(

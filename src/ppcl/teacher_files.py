@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class TeacherFiles:
             )
         return Path(found)
 
-    @property
+    @cached_property
     def index(self) -> dict[str, Any]:
         """The content of the pipeline's `model_index.json`."""
         from diffusers import DiffusionPipeline
@@ -110,10 +110,10 @@ class TeacherFiles:
             if is_single_file(model.path):
                 layout = self.family.facts.single_file
                 assert layout is not None, "checked in validation"
-                made = from_single_file(self._class(arch), layout, Path(str(model.path)), self._stored, dtype)
+                made = from_single_file(self.transformer_class, layout, Path(str(model.path)), self._stored, dtype)
             else:
                 self._check_fit(self._stored)
-                made = self._class(arch).from_pretrained(self._stored, variant=self._variant(), dtype=dtype)
+                made = self.transformer_class.from_pretrained(self._stored, variant=self._variant(), dtype=dtype)
         if model.lora is not None:
             import diffusers
 
@@ -193,18 +193,20 @@ class TeacherFiles:
         if former.get("weights") == _NOTHING:
             return False
         record = self._memory / f"former-{hashlib.sha256(json.dumps(former).encode()).hexdigest()[:16]}.json"
-        if record.is_file():
+        with suppress(UsageError):  # there is none, or it is damaged and made again
             return bool(read_json(record, "A teacher's record").get("digest") == digest)
         changed = max(file.stat().st_mtime for file in files)
         if not any(_names(content, former) for content in self._records(changed)):
             return False
-        write_json(record, {"digest": digest, "former": former})
+        with suppress(OSError):  # a cache that cannot be written to
+            write_json(record, {"digest": digest, "former": former})
         return True
 
     def _records(self, since: float) -> Iterator[Any]:
         """Yield the content of every JSON record among the results that was written at the time `since` or later."""
         cache = Path(self.config.paths.cache_dir)
-        paths = [path for folder in self.results for path in folder.glob("*/*.json")]
+        kinds = ("*/*.json", "images/*/*/manifest.json")
+        paths = [path for folder in self.results for kind in kinds for path in folder.glob(kind)]
         paths += [path for kind in _SHARED for path in cache.glob(kind)]
         for path in paths:
             try:
@@ -222,7 +224,19 @@ class TeacherFiles:
         """
         if self.config.model.path is None:
             return
+        if model_folder(self.config.model) is None:
+            self._check_settings()
         self._check_fit(self.transformer)
+
+    def _check_settings(self) -> None:
+        """Raise `UsageError` if a model on the Hub has another number of blocks than the settings say."""
+        model, arch = self.config.model, arch_in(self._stored)
+        for key in self.family.stacks.values():
+            if model.arch.get(key) != arch.get(key):
+                raise UsageError(
+                    f"model.path={model.path} has {key}={arch.get(key)}, and the settings of model={model.name} say "
+                    f"{model.arch.get(key)}: add model.arch.{key}={arch.get(key)}."
+                )
 
     def _check_fit(self, folder: Path) -> None:
         variant = self.config.model.variant
@@ -233,19 +247,21 @@ class TeacherFiles:
             shapes = {name: tuple(value.shape) for name, value in pickled_tensors(files[0]).items()}
         else:
             shapes = {name: stored.shape for name, stored in stored_tensors(folder, variant).items()}
-        check_fit(without_weights(self._class(arch), folder), shapes, folder, self.family.stacks)
+        check_fit(without_weights(self.transformer_class, folder), shapes, folder, self.family.stacks)
 
-    def _class(self, arch: Mapping[str, Any]) -> Any:
-        """Return the class of the transformer: the stock one, or that of models pruned in width."""
-        if arch.get("_class_name") in self.family.facts.pruned_models:
+    @property
+    def transformer_class(self) -> Any:
+        """The class of the transformer: the stock one, or that of models pruned in width."""
+        name = read_json(self._stored / "config.json", "The transformer's config").get("_class_name")
+        if name in self.family.facts.pruned_models:
             import ppcl
 
-            return getattr(ppcl, arch["_class_name"])
+            return getattr(ppcl, name)
         return self.family.transformer_class
 
 
 # Records in the cache that name a teacher.
-_SHARED = ("probes/*/probes.json", "boundaries/*/boundaries.json", "images/*/ppcl.json", "data/*/cache.json")
+_SHARED = ("probes/*/probes.json", "boundaries/*/boundaries.json", "images/*/manifest.json", "data/*/cache.json")
 # Digests of weights and encoders of the teachers that are shipped, and what earlier versions called them.
 _SHIPPED = {
     "1386586588b06fe31200ebed48e9c181": "62da4881a42eed1d",

@@ -142,7 +142,7 @@ class TeacherModel:
                 variant = self.config.model.variant
                 left_out["transformer"] = load_streamed(self.family, weights, self.device, self.dtype, variant)
             elif weights != folder / "transformer":  # it was made of other files
-                left_out["transformer"] = self.family.transformer_class.from_pretrained(weights, dtype=self.dtype)
+                left_out["transformer"] = self.files.transformer_class.from_pretrained(weights, dtype=self.dtype)
         pipeline = self._load(folder, left_out)
         pipeline.set_progress_bar_config(disable=True)
         if self.config.generate.offload == "none" and not self.sharded:

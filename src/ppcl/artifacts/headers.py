@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,7 @@ def is_current(path: Path, header: Header, advice: str | None = None, files: Ite
     found = read_json(path, "The record", header.stage)
     if found.get("fingerprint") == header.fingerprint:
         return all(file.exists() for file in files)
-    raise UsageError(
-        f"{path} was made with {first_difference(found.get('made_from', {}), header.made_from)}: {advice or ADVICE}."
-    )
+    difference = first_difference(found.get("made_from", {}), header.made_from)
+    if re.search(r"(weights|encoders)='[0-9a-f]{16}', now '[0-9a-f]{32}'$", difference):
+        difference += " (an earlier version looked at parts of the files alone, so they may be another model's)"
+    raise UsageError(f"{path} was made with {difference}: {advice or ADVICE}.")
