@@ -64,14 +64,16 @@ class PruningPlan:
         """Read a plan of a run, which `stage` has made; with `key`, the override that names it, one edited by hand."""
         content = read_json(path, f"{key}the pruning plan" if key else "The pruning plan", stage, edited=bool(key))
         try:
-            intervals = {stack: [(int(u), int(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()}
+            intervals = {
+                stack: [(_whole(u), _whole(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()
+            }
             width = {
-                stack: {kind: [int(index) for index in sets.get(kind, [])] for kind in ("text", "ffn")}
+                stack: {kind: [_whole(index) for index in sets.get(kind, [])] for kind in ("text", "ffn")}
                 for stack, sets in content.get("width", {}).items()
             }
             return cls(
                 family=str(content["family"]),
-                num_layers={stack: int(count) for stack, count in content["num_layers"].items()},
+                num_layers={stack: _whole(count) for stack, count in content["num_layers"].items()},
                 intervals=intervals,
                 made_from=content.get("made_from", {}),
                 parameters=content.get("parameters", {}),
@@ -80,8 +82,16 @@ class PruningPlan:
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UsageError(
-                f"{key}{path} is not a pruning plan: it needs family, num_layers, intervals {{stack: [[u, v], ...]}}."
+                f"{key}{path} is not a pruning plan: it needs family, num_layers, intervals {{stack: [[u, v], ...]}}, "
+                "in whole numbers."
             ) from None
+
+
+def _whole(value: Any) -> int:
+    """Return a number of a JSON file; `ValueError` if it is not whole, since 1.7 is no block."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(value)
+    return value
 
 
 def plug_name(stack: str, interval: Interval) -> str:

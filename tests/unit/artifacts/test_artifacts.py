@@ -275,7 +275,8 @@ def test_a_plan_written_by_hand_needs_only_what_it_decides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "intervals", [[[0, 1]], {"transformer_blocks": [[0]]}, {"transformer_blocks": 3}, {"a": ["xy"]}]
+    "intervals",
+    [[[0, 1]], {"transformer_blocks": [[0]]}, {"transformer_blocks": 3}, {"a": ["xy"]}, {"a": [[0, 1.7]]}],
 )
 def test_a_plan_of_another_shape_is_refused(tmp_path, intervals):
     path = tmp_path / "plan.json"
