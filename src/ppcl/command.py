@@ -327,7 +327,8 @@ def _record_and_run(run: Run, looking: bool, silent: bool, shared: Callable[[], 
     except UsageError:
         for path, content in before.items():  # restore the earlier record
             path.write_bytes(content)
-        if not before and set(folder.iterdir()) <= set(records):  # the folder is new and has nothing else
+        own = {path for path in folder.iterdir() if path.suffix != ".lock"}
+        if not before and own <= set(records):  # the folder is new and has nothing else
             for path in records:
                 path.unlink(missing_ok=True)
         raise

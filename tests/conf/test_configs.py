@@ -653,7 +653,7 @@ def test_a_group_needs_one_of_its_choices(override):
 def test_a_loss_without_weight_is_as_if_it_were_not_named(auto):
     assert parsed(*auto, "distill.losses.relative=0").distill.losses == {"relative_per_token": 1.0}
     for weight in ("nan", "inf"):
-        with pytest.raises(UsageError, match=r"distill\.losses=\w+ must be"):
+        with pytest.raises(UsageError, match=r"distill\.losses\.relative=\w+ must be a finite number"):
             parsed(*auto, f"distill.losses.relative={weight}")
 
 

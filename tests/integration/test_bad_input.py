@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppcl, ppcl_process, succeed
 
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, fingerprint
 
 DRAW, ABOVE = "stages=[generate]", "generate.teacher_above=0.9"
@@ -302,8 +303,8 @@ def test_plan_is_named(command: list[str], tmp_path: Path, content: str | None, 
 def test_plan_of_this_run_for_another_model_is_named(command: list[str], chain: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs" / "bad" / "plan" / "plan.json"
     path.parent.mkdir(parents=True)
-    plan = json.loads((chain / "plan" / "plan.json").read_text())
-    path.write_text(json.dumps(plan | {"num_layers": {"transformer_blocks": 20}}))
+    plan = read_json(chain / "plan" / "plan.json", "The plan")
+    write_json(path, plan | {"num_layers": {"transformer_blocks": 20}})
     assert_one_sentence(ppcl(*command, "stages=[depth]"), str(path), "20")
 
 

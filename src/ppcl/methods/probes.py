@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ppcl.data.batches import TrainingBatch
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.ops.finite import all_finite
 from ppcl.ops.least_squares import NormalEquations, in_chunks
 from ppcl.ops.losses import own
 from ppcl.taps import observe_abreast
@@ -86,7 +87,7 @@ def solved(system: NormalEquations, key: str, *, ridge: float, bias: bool = True
 
     `key`: the block and stream, or the projector, that it is of, for the message.
     """
-    if not (system.gram.isfinite().all() and system.cross.isfinite().all()):
+    if not (all_finite(system.gram) and all_finite(system.cross)):
         raise UsageError(
             f"the teacher's activations at {key} are not finite: look for NaN and for values that overflow in its "
             "weights and in the data, or use a model.dtype of a wider range."

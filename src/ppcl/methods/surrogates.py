@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from ppcl.artifacts.probes import Probes
 from ppcl.errors import UsageError
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
+from ppcl.ops.finite import all_finite
 from ppcl.ops.least_squares import in_chunks
 from ppcl.taps import free_bytes
 
@@ -57,7 +58,7 @@ class SurrogateCurves:
         if key in self._maps:
             return self._maps[key]
         weight = self.weights[key]
-        if not weight.isfinite().all():
+        if not all_finite(weight):
             _refuse(f"the probe {key}")
         found = torch.eye(len(weight), dtype=self.precision) + weight.T.to(self.precision)
         if len(self.weights) * found.nbytes <= self.most_held:
@@ -71,7 +72,7 @@ class SurrogateCurves:
         """Add block u's output streams `[B, tokens, D]` of some batches; `masks` has their valid tokens."""
         for stream in outputs[0]:
             features, valid = [each[stream] for each in outputs], [each[stream] for each in masks]
-            if not all(each.isfinite().all() for each in features):
+            if not all(map(all_finite, features)):
                 _refuse(f"the output of the teacher's block {stack}.{u}.{stream}")
             layers = self.num_layers[stack]
             sums = self.sums.setdefault((stack, stream), torch.full((layers, layers), torch.nan, dtype=torch.float64))

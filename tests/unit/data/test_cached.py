@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ppcl.artifacts.headers import Header
 from ppcl.config import DataConfig
 from ppcl.data.cached import EMPTY, CachedStream, part_record, unit_record
 
@@ -16,6 +17,7 @@ SIZES = [(8, 8), (7, 9), (9, 7), (6, 10)]
 
 
 def cache(folder: Path, samples: list[dict]) -> Path:
+    (folder / "cache.json").write_text(json.dumps(Header("ppcl.cache", {}).to_json()))
     save_file({"prompt_embeds": torch.zeros(1, 4)}, folder / EMPTY)
     save_file({}, (folder / part_record("0.tar", 0)).with_suffix(".safetensors"))
     (folder / part_record("0.tar", 0)).write_text(json.dumps({"samples": samples, "skipped": []}))
