@@ -564,7 +564,8 @@ def test_demo(tmp_path: Path) -> None:
                 run / "plugs" / f"{name}.safetensors", tensors, {"fingerprint": found[kind]["fingerprint"]}
             )
         if kind == "finetuned":
-            write_safetensors(run / "finetuned" / "transformer" / "model.safetensors", {"norm": np.ones(1, np.float32)})
+            weights = run / "finetuned" / "transformer" / "model.safetensors"
+            write_safetensors(weights, {"norm": np.ones(1, np.float32)}, {})
         write(found[kind])
         outcome = ppcl(*stage)
         assert outcome.code == 0, f"the demo's {kind} changed: {outcome.err}; renew with PPCL_RENEW_PINS=demo"

@@ -7,7 +7,6 @@ read again. Weights in safetensors files are checked on the way: numbers that ar
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 import time
@@ -23,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ppcl.artifacts.files import write_json
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.model_files import Stored, pickled_tensors, read_header
 from ppcl.errors import UsageError
 from ppcl.progress import counter
@@ -98,9 +97,9 @@ def _record(memory: Path, file: Path) -> Path:
 
 def _remembered(record: Path, state: dict[str, Any]) -> str | None:
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = read_json(record, "The record of a file")
         digest = content.pop("digest")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it is made again
+    except (OSError, UsageError, KeyError):  # it is made again
         return None
     return digest if content == state and isinstance(digest, str) and len(digest) == 32 else None
 
