@@ -554,14 +554,17 @@ def test_demo(tmp_path: Path) -> None:
             found[kind] = pinned("demo")[kind]
         assert found[kind]["fingerprint"] == fingerprint_of(found[kind]), kind
         write(found[kind])
+        # Without its tensors a record does not count.
+        fingerprint = {"fingerprint": found[kind]["fingerprint"]}
+        if kind == "plug":
+            write_safetensors(run / "plugs" / f"{name}.safetensors", {"norm": np.ones(1, np.float32)}, fingerprint)
+        elif kind == "finetuned":
+            (run / "finetuned" / "transformer").mkdir()
+            weights = run / "finetuned" / "transformer" / "model.safetensors"
+            write_safetensors(weights, {"norm": np.ones(1, np.float32)}, fingerprint)
         outcome = ppcl(*stage)
         assert outcome.code == 0, f"the demo's {kind} changed: {outcome.err}; renew with PPCL_RENEW_PINS=demo"
         assert "reused" in outcome.out, kind
-        if kind == "plug":  # what the next stage reads
-            tensors = {"norm": np.ones(1, np.float32)}
-            write_safetensors(
-                run / "plugs" / f"{name}.safetensors", tensors, {"fingerprint": found[kind]["fingerprint"]}
-            )
 
     probes: dict[str, Any] = {
         "format": "ppcl.probes",
