@@ -43,6 +43,7 @@ LEAVES = {
     "evaluate": [f"{NAME}/scores"],
     "report": [f"{NAME}/report"],
 }
+UNREAD = (f"{NAME}/report/", f"{NAME}/plan/curves.json")  # nothing reads them; figures are shown as they are
 # The results that are made anew in a trial, since they are made from what a stage leaves.
 MADE_FROM = {
     "probe": [f"{NAME}/plan"],
@@ -105,7 +106,11 @@ def trials(finished: Finished) -> list[Trial]:
     alike: dict[str, list[str]] = {}
     for path in sorted(finished.root.rglob("*")):
         name = path.relative_to(finished.root).as_posix()
-        if path.is_file() and not name.startswith(f"{NAME}/report/"):  # which nothing reads
+        if (
+            path.is_file()
+            and not name.startswith(UNREAD)
+            and not (maker_of(name) == "detect" and path.suffix == ".png")
+        ):
             kind = re.sub(r"\d+", "#", re.sub(r"images/shapes/(removed|ppcl-\w+)", "images/shapes/pruned", name))
             alike.setdefault(kind, []).append(name)
     files = [name for names in alike.values() for name in dict.fromkeys((names[0], names[-1]))]
@@ -154,10 +159,11 @@ def results(root: Path) -> dict[str, str]:
     found = {}
     for path in sorted((root / NAME).rglob("*")):
         name = path.relative_to(root / NAME).as_posix()
-        if not path.is_file() or name in ("report/report.html", "config.yaml", "versions.json", "export/README.md"):
+        if not path.is_file() or name in ("config.yaml", "versions.json", "export/README.md"):
             continue
-        if name.startswith(("training/", "report/")) and path.suffix != ".json":
-            continue  # drawn from what is compared
+        if name.startswith(("training/", "plan/curves", "report/")) and name != "report/report.json":
+            continue  # times, and what is drawn from what is compared
+        name = re.sub(r"(images/\w+/[\w-]+?|scores/[\w-]+?)-[0-9a-f]{6}\b", r"\1", name)  # drawn again beside others
         content = path.read_bytes()
         if path.suffix == ".json":
             content = json.dumps(_steady(json.loads(content)), sort_keys=True).encode()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import INTERVALS, assert_same_tensors, digests, plug_tensors, ppcl_process, succeed
 
-from ppcl.command import failed_access
+from ppcl.sentences import failed_access
 
 FULL = """
 import resource, signal, sys
