@@ -99,7 +99,7 @@ def make(settings: list[str], folder: Path) -> Finished:
 
 
 def trials(finished: Finished) -> list[Trial]:
-    """Return all trials: of files that differ in a number or the variant alone, the first and the last.
+    """Return all trials: of files that differ in a number or the variant alone, the first.
 
     Left out is what users may do: edit a model card, or put another configuration into a run.
     """
@@ -113,7 +113,7 @@ def trials(finished: Finished) -> list[Trial]:
         ):
             kind = re.sub(r"\d+", "#", re.sub(r"images/shapes/(removed|ppcl-\w+)", "images/shapes/pruned", name))
             alike.setdefault(kind, []).append(name)
-    files = [name for names in alike.values() for name in dict.fromkeys((names[0], names[-1]))]
+    files = [names[0] for names in alike.values()]
     found = [Trial(file, damage, False) for file in files for damage in DAMAGES]
     users = {f"{NAME}/export/README.md": ("cut", "flipped", "of another seed"), f"{NAME}/config.yaml": DAMAGES[3:4]}
     found = [trial for trial in found if trial.damage not in users.get(trial.file, ())]
@@ -163,7 +163,8 @@ def results(root: Path) -> dict[str, str]:
             continue
         if name.startswith(("training/", "plan/curves", "report/")) and name != "report/report.json":
             continue  # times, and what is drawn from what is compared
-        name = re.sub(r"(images/\w+/[\w-]+?|scores/[\w-]+?)-[0-9a-f]{6}\b", r"\1", name)  # drawn again beside others
+        # What was drawn again lies in a folder beside the other one, of the set or of the variant.
+        name = re.sub(r"-[0-9a-f]{6}\b", "", name).replace("scores/shapes/", "scores/")
         content = path.read_bytes()
         if path.suffix == ".json":
             content = json.dumps(_steady(json.loads(content)), sort_keys=True).encode()
@@ -194,7 +195,8 @@ def run_trial(finished: Finished, trial: Trial, wanted: dict[str, str], root: Pa
     for _ in range(6):
         outcome = ppcl(*command)
         if outcome.code == 0:
-            different = {name for name, digest in wanted.items() if results(root).get(name) != digest}
+            found = results(root)
+            different = {name for name, digest in wanted.items() if found.get(name) != digest}
             if different:
                 return Ending("silently used", [*said, f"different: {', '.join(sorted(different)[:4])}"])
             return Ending("sentence" if said else "remade", said)

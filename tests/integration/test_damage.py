@@ -15,7 +15,7 @@ from ppcl.command import prepare
 from ppcl.stages import export
 from tests.battery.damage import make, run_all, sample
 
-NUM_TRIALS, SEED = 12, 3
+NUM_TRIALS, SEED = 6, 3
 WIDTH = ["width.source=given", "width.transformer_blocks.ffn=[0]", "width.transformer_blocks.text=[5]"]
 DRAWN = ["stages=[generate]", "generate.variants=[teacher,removed]"]
 

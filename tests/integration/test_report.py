@@ -52,7 +52,7 @@ def test_the_page_is_in_the_order_of_what_matters(chain: Path, teacher: Path) ->
 
 def test_the_page_tells_how_it_was_made(chain: Path) -> None:
     page = page_of(chain)
-    cost = json.loads((chain / "training" / "depth.json").read_text())
+    cost = read_json(chain / "training" / "depth.json", "The cost")
     assert f"<td>depth</td><td>{cost['steps']}</td>" in page
     report = json.loads((chain / "report" / "report.json").read_text())
     assert report["trainings"]["depth"] == cost

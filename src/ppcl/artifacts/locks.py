@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ppcl.errors import UsageError
@@ -19,6 +19,7 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
     Raises `UsageError` if another process holds it: the sentence begins with `what`, says which process that is, and
     ends with `remedy`. On file systems without locks nothing is refused.
     """
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+", encoding="utf-8")
@@ -45,3 +46,6 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+        if is_new:
+            with suppress(OSError):  # something has been written there
+                path.parent.rmdir()
