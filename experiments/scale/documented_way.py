@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -101,8 +102,6 @@ def _write_text_encoder(folder: Path, small: Any) -> None:
 
 def _write_vae(folder: Path) -> None:
     """Write the VAE with random weights."""
-    from diffusers import AutoencoderKLQwenImage
-
     if not (folder / "config.json").exists():
         torch.manual_seed(SEED)
         AutoencoderKLQwenImage().to(torch.bfloat16).save_pretrained(folder)
@@ -127,8 +126,7 @@ def command_of(folder: Path, stage: str, gb: float, tiny: bool) -> list[str]:
     settings = FIRST + WAY[stage] + places + (TINY if tiny else [])
     if stage == "detect":  # by a run of its own, as the others are given their intervals
         settings = [s for s in settings if not s.startswith("intervals")] + ["name=detected", "method.min_cka=-1"]
-    last = {setting.partition("=")[0].removesuffix("+"): setting for setting in settings}
-    return list(last.values())
+    return list({setting.partition("=")[0]: setting for setting in settings}.values())  # the last of each key
 
 
 def measured(folder: Path, stage: str, gb: float, tiny: bool) -> dict[str, Any]:
