@@ -46,7 +46,9 @@ test-fast: setup ## Run the tests of units and of the configuration alone, under
 	$(PYTEST) tests/unit tests/conf $(ARGS)
 
 .PHONY: battery
-battery: setup ## Kill, pair and attack tiny runs, some minutes
+battery: setup ## Damage, kill, misuse and attack tiny runs, 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery.keys
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery.damage
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery $(ARGS)
 
 .PHONY: test-wheel

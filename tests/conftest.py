@@ -21,6 +21,7 @@ LONGEST = [
     "test_foreign_families",
     "test_removal",
     "test_interruption",
+    "test_damage",
     "test_embedded_teachers",
     "test_bad_input",
     "test_boundaries",

@@ -17,6 +17,12 @@ from typing import Any
 
 from ppcl.families.registry import component_classes
 
+# Arguments of diffusers' loader that say which file to read.
+_OF_FILE = (
+    *("weight_name", "subfolder", "revision", "use_safetensors", "cache_dir"),
+    *("force_download", "proxies", "local_files_only", "token"),
+)
+
 
 class _Module:
     """Stands in for a module, and imports it when an attribute is first read."""
@@ -36,20 +42,28 @@ def _register() -> None:
 
 def _guard_loras() -> None:
     """Make diffusers refuse a LoRA of the full model on a pruned one, where it would silently hit the wrong blocks."""
+    from diffusers.loaders.lora_base import _fetch_state_dict
     from diffusers.loaders.peft import PeftAdapterMixin
 
     load: Any = PeftAdapterMixin.load_lora_adapter
     if hasattr(load, "__wrapped__"):
         return
+    fixed = {"user_agent": {"file_type": "attn_procs_weights", "framework": "pytorch"}, "allow_pickle": False}
 
     @wraps(load)
     def load_lora_adapter(self: Any, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        from ppcl.surgery.remap import refuse_unmapped
+        from ppcl.surgery.lora_marks import refuse_unmapped
+        from ppcl.surgery.provenance import pruned_blocks
 
         state = pretrained_model_name_or_path_or_dict
-        if isinstance(state, dict):  # as pipelines pass it on
-            metadata = {key.removeprefix("transformer."): v for key, v in (kwargs.get("metadata") or {}).items()}
-            refuse_unmapped(self, state, metadata)
+        if pruned_blocks(self) is None:
+            return load(self, state, *args, **kwargs)
+        if not isinstance(state, dict):  # pipelines pass on a dict
+            told = {key: kwargs.pop(key, None) for key in _OF_FILE}
+            if told["use_safetensors"] is None:  # diffusers reads metadata, with the mark, only if it is told so
+                told["use_safetensors"] = not str(told["weight_name"] or state).endswith((".bin", ".pt"))
+            state, kwargs["metadata"] = _fetch_state_dict(state, **told, **fixed, metadata=kwargs.get("metadata"))
+        refuse_unmapped(self, state, kwargs.get("metadata"))
         return load(self, state, *args, **kwargs)
 
     PeftAdapterMixin.load_lora_adapter = load_lora_adapter  # type: ignore[method-assign]

@@ -12,11 +12,12 @@ from rich.console import Console
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.plan import Choice, PruningPlan, plug_name
 from ppcl.artifacts.scores import ScoreRow
-from ppcl.command import as_overrides, compose, execute, in_words, prepare, read_record
+from ppcl.command import as_overrides, compose, execute, prepare, read_record
 from ppcl.config import STORED_VARIANTS, Config
 from ppcl.errors import UsageError
 from ppcl.paths import ASSETS
 from ppcl.quiet import quiet_messages
+from ppcl.sentences import in_words
 
 if TYPE_CHECKING:
     from ppcl.context import Run

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ppcl.command import check_choices, execute, failed_access, sentence
+from ppcl.command import check_choices, execute
 from ppcl.errors import SaidElsewhere, Stopped, UsageError
 from ppcl.launch import is_first, take_gpu
 from ppcl.paths import conf_dir
+from ppcl.progress import visible
+from ppcl.sentences import failed_access, sentence
+from ppcl.watch import Watch
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
 
@@ -35,7 +38,7 @@ def main() -> None:
         check_choices([argument for argument in sys.argv[1:] if not argument.startswith("-")])
     except UsageError as error:
         if is_first():
-            print(f"ppcl: {error}", file=sys.stderr)
+            print(f"ppcl: {visible(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
     import hydra
@@ -55,7 +58,7 @@ def main() -> None:
             raise error
         mistakes.append(error)
         if not isinstance(error, SaidElsewhere):
-            print(f"ppcl: {sentence(error)}", file=sys.stderr)
+            print(f"ppcl: {visible(sentence(error))}", file=sys.stderr)
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def app(raw: Any) -> None:
@@ -78,6 +81,8 @@ def main() -> None:
     except Exception as error:
         failure = failed_access(error)
         if failure is None:
+            if Watch.current is not None:
+                Watch.current.wait_for_end()
             raise
         complain(failure)
     except KeyboardInterrupt as error:

@@ -5,22 +5,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import fields
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.config import Config, GenerateConfig
+from ppcl.config import GenerateConfig
 from ppcl.errors import UsageError
 from ppcl.launch import is_first, launched
-from ppcl.options import declared, unknown_key
-from ppcl.paths import conf_dir
+from ppcl.paths import check_folder, check_name, conf_dir
+from ppcl.sentences import in_words
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -79,9 +78,17 @@ def compose(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
 
 
 def check_choices(overrides: Sequence[str]) -> None:
-    """Raise `UsageError` for the first `group=choice` without a file. Hydra's own message would fill a page."""
+    """Raise `UsageError` for the first `group=choice` without a file. Hydra's own message would fill a page.
+
+    It does so too for a `name=` that leads out of the folder of runs, since Hydra would make the folder at once.
+    """
     for override in overrides:
         group, sign, choice = override.lstrip("+").partition("=")
+        if not group.strip():
+            raise UsageError(f"{override} names no key: write KEY=VALUE, such as experiment=try.")
+        if group in ("name", "paths.runs_dir", "paths.cache_dir") and sign and "$" not in choice:
+            for name in choice.split(",") if choice[:1] not in ("'", '"') else [choice.strip(choice[0])]:
+                check_name(group, name.strip())
         folder = conf_dir() / group
         if not group or not sign or not folder.is_dir() or not group.isidentifier():
             continue
@@ -138,17 +145,26 @@ def read_record(folder: Path, key: str = "run=") -> DictConfig:
     from omegaconf import DictConfig, OmegaConf
     from yaml import YAMLError
 
+    from ppcl.artifacts.files import is_changed
+
     path = folder / "config.yaml"
+    remedy = f"run the command that made {folder} again"
     try:
+        if is_changed(path.read_text(encoding="utf-8")):
+            raise UsageError(
+                f"{path} has changed since it was written: {remedy}, or delete its first line to keep the change."
+            )
         record = OmegaConf.load(path)
     except OSError:
         jobs = sorted(job.parent for job in folder.glob("*/config.yaml"))
         other = f"; it holds those of a sweep: name one, such as {jobs[0]}" if jobs else "; name one, such as runs/demo"
-        raise UsageError(f"{key}{folder} is not the folder of a run, which has a config.yaml{other}.") from None
+        raise UsageError(
+            f"{key}{folder} is not the folder of a run, which has a config.yaml{other}; if it was deleted, {remedy}."
+        ) from None
     except (YAMLError, UnicodeDecodeError):
-        raise UsageError(f"{path} is not YAML; run the command that made {folder} again.") from None
+        raise UsageError(f"{path} is not YAML; {remedy}.") from None
     if not isinstance(record, DictConfig) or not {"model", "stages"} <= record.keys():
-        raise UsageError(f"{path} is not the record of a run; name the folder of one, such as runs/demo.")
+        raise UsageError(f"{path} is not the record of a run; name the folder of one, such as runs/demo, or {remedy}.")
     return record
 
 
@@ -235,6 +251,7 @@ def prepare(overrides: Sequence[str], console: Console | None = None) -> Run:
 
     with in_words():
         raw, folder = compose(overrides)
+        check_folder(raw)
         config = parse(continued(raw, overrides))
     quiet_messages()  # before anything that imports torch or diffusers
     from ppcl.context import Run
@@ -258,14 +275,13 @@ def execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Co
 
 
 def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Console | None) -> None:
-    from omegaconf import OmegaConf
     from rich.console import Console
 
-    from ppcl.artifacts.files import atomic_path
     from ppcl.quiet import quiet_messages
     from ppcl.validation import parse
 
     quiet_messages()  # before anything that imports torch or diffusers
+    check_folder(raw)
     looking = raw.run is not None and {*raw.stages} <= _LOOKING
     raw = continued(raw, overrides)
     shared = _meet(raw)
@@ -275,6 +291,23 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
 
     silent = config.strategy.kind != "single" and not is_first()
     run = Run(config, folder, Console(quiet=True) if silent else console)
+    with ExitStack() as locks:
+        if not (looking or config.explain):
+            from ppcl.claims import claim
+
+            with shared():
+                if not silent:
+                    claim(run, _LOOKING, locks)
+        _record_and_run(run, looking, silent, shared)
+
+
+def _record_and_run(run: Run, looking: bool, silent: bool, shared: Callable[[], AbstractContextManager[None]]) -> None:
+    """Record the configuration of a command that is not just `looking`, and run its stages."""
+    from omegaconf import OmegaConf
+
+    from ppcl.artifacts.files import atomic_path, with_checksum
+
+    config, folder = run.config, run.folder
     if silent or looking or config.explain:
         _run_stages(run, shared)
         if config.explain:
@@ -286,14 +319,16 @@ def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: C
     records = (folder / "config.yaml", folder / "versions.json")
     before = {path: path.read_bytes() for path in records if path.exists()}
     with atomic_path(folder / "config.yaml") as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        text = with_checksum(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        temporary.write_text(text, encoding="utf-8")
     run.record_versions()
     try:
         _run_stages(run, shared)
     except UsageError:
         for path, content in before.items():  # restore the earlier record
             path.write_bytes(content)
-        if not before and set(folder.iterdir()) <= set(records):  # the folder is new and has nothing else
+        own = {path for path in folder.iterdir() if path.suffix != ".lock"}
+        if not before and own <= set(records):  # the folder is new and has nothing else
             for path in records:
                 path.unlink(missing_ok=True)
         raise
@@ -315,7 +350,10 @@ def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:
         return nullcontext
     from ppcl import parallel
 
-    parallel.start(raw.trainer.accelerator, timedelta(minutes=raw.strategy.timeout_minutes))
+    minutes = raw.strategy.timeout_minutes
+    if not 0 < minutes <= 100_000:
+        minutes = 1  # until the ranks have refused that together
+    parallel.start(raw.trainer.accelerator, timedelta(minutes=minutes))
     return parallel.together
 
 
@@ -350,97 +388,3 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
         with shared(), in_memory(run, stage), attention(config):
             if config.strategy.kind == "single" or STAGES[stage].ranks != "first" or is_first():
                 import_module(f"ppcl.stages.{stage}").run(run)
-
-
-# Errors in plain words
-
-
-@contextmanager
-def in_words() -> Iterator[None]:
-    """Turn errors of Hydra and OmegaConf, and failures to read or write files, into `UsageError` within the context."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        yield
-    except UsageError:
-        raise
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(sentence(error)) from error
-    except Exception as error:
-        failure = failed_access(error)
-        if failure is None:
-            raise
-        raise failure from error
-
-
-# Patterns in OmegaConf's messages about a wrong value, and what the value should have been.
-_KINDS = {
-    r"to Integer|type hint 'int'": "a whole number",
-    r"to Float|type hint 'float'": "a number",
-    r"valid bool|type hint 'bool'": "true or false",
-    r"not a ListConfig|to List": "a list",
-    r"not a DictConfig|to Dict|Cannot assign": "a group of keys",
-}
-
-
-def sentence(error: Exception) -> str:
-    """Return an error as one sentence, which names the override that caused it if that is known."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UsageError):
-        return text
-    override = getattr(error, "override", None)  # an override that Hydra could not parse
-    if override is not None:
-        if "=" not in override:
-            return f"{override} is no override: write KEY=VALUE, such as experiment=try; `ppcl --help` lists more."
-        key = override.partition("=")[0]
-        return f"{override} cannot be read: close brackets and quotes; write text as '{key}=\"TEXT\"'."
-    found = re.match(r"Could not override '([^']*)'", text)
-    if found:
-        return unknown_key(found[1].strip("."), Config())
-    found = re.match(r"Ambiguous value for argument '(.*?)' 1\. To use", text)
-    if found:
-        key, _, value = found[1].partition("=")
-        if (conf_dir() / key).is_dir():
-            return f"{found[1]} names several choices: name one, or add --multirun for a run of each."
-        return (
-            f"{found[1]} gives several values: write '{key}=[{value}]' for a list, '{key}=\"{value}\"' for text with a "
-            "comma, or add --multirun for a run of each."
-        )
-    found = re.match(r"Error merging override (.*)$", str(error), re.DOTALL)
-    cause = " ".join(str(error.__cause__).split()) if error.__cause__ is not None else ""
-    kind = next((words for pattern, words in _KINDS.items() if re.search(pattern, cause)), None)
-    if found and kind:
-        return _wrong_kind(found[1], cause, kind)
-    if error.__cause__ is not None:
-        text += ": " + str(error.__cause__).splitlines()[0]
-    return text
-
-
-def _wrong_kind(override: str, cause: str, kind: str) -> str:
-    """Return the sentence for an override whose value is not of the right kind, such as `a number`."""
-    key, _, given = override.lstrip("+").partition("=")
-    told = re.search(r"Value '(.*?)'", cause)
-    value = told[1] if told else given
-    default = next((value for name, value, _, _ in declared(Config()) if name == key), None)
-    if kind == "a list":
-        remedy = f"; write '{key}=[{given}]'"
-    elif isinstance(default, (bool, int, float)):
-        remedy = f"; write one, such as {key}={str(default).lower()}"
-    else:
-        remedy = ""
-    return f"{override}: {value!r} is not {kind}{remedy}."
-
-
-def failed_access(error: Exception) -> UsageError | None:
-    """Return a failure to read or write a file as a `UsageError` with the system's reason; None for other errors."""
-    found = re.search(r"\(os error (\d+)\)", str(error))  # the wording of safetensors
-    if isinstance(error, OSError) and (error.filename or error.errno):
-        reason = f"{error.filename or 'writing'}: {error.strerror}"
-    elif found:
-        reason = f"writing: {os.strerror(int(found[1]))}"
-    elif "PytorchStreamWriter failed" in str(error):
-        reason = "writing a checkpoint failed: is the disk full?"
-    else:
-        return None
-    return UsageError(f"{reason}; finished files are intact, and the same command continues from them.")

@@ -1,7 +1,8 @@
 """The typed configuration: one dataclass for each group of keys, with types, defaults and allowed values.
 
 `conf/` fills these groups, and `ppcl.validation` checks them. Keys that are declared with `option` state their bounds,
-and whether artifacts depend on them. None is written `null` on the command line and in YAML.
+and whether artifacts depend on them. No number may be NaN or infinite. None is written `null` on the command line and
+in YAML.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ppcl.options import option
+from ppcl.paths import is_single_file
 
 # The models that a run can draw and score, each an arrangement of the teacher, students and projectors:
 #   removed: the teacher without blocks u+1 to v of every interval [u, v], untrained: the baseline.
@@ -20,6 +22,11 @@ from ppcl.options import option
 #   ppcl-finetuned: the planned model after fine-tuning. ppcl-quantized: the model of 'stages=[quantize]'.
 VARIANTS = ("teacher", "removed", "ppcl-depth", "ppcl-mixed", "ppcl-width", "ppcl-planned", "ppcl-finetuned")
 STORED_VARIANTS = (*VARIANTS, "ppcl-quantized")  # the last one exists only after 'stages=[quantize]'
+
+# Bounds that several keys share. Larger rates and weights overflow within a few steps.
+MOST_SEED = 2**32 - 1  # numpy takes no larger one
+MOST_RATE = 1000
+MOST_WEIGHT = 1_000_000
 
 
 @dataclass
@@ -37,13 +44,13 @@ class SamplingConfig:
     `scheduler`: entries that replace those of the model's own scheduler config, such as `shift: 3.0`.
     """
 
-    height: int | None = 1328
-    width: int | None = 1328
-    num_inference_steps: int = 50
-    true_cfg_scale: float = 4.0
+    height: int | None = option(1328, least=8, most=16384)
+    width: int | None = option(1328, least=8, most=16384)
+    num_inference_steps: int = option(50, least=1, most=1000)
+    true_cfg_scale: float = option(4.0, least=0, most=1000)
     negative_prompt: str = ""
-    guidance_scale: float = 3.5
-    max_sequence_length: int = 512
+    guidance_scale: float = option(3.5, least=0, most=1000)
+    max_sequence_length: int = option(512, least=1, most=1024)
     scheduler: dict[str, Any] = option(factory=dict, before={})
 
     @property
@@ -58,8 +65,14 @@ class ModelConfig:
 
     `family`: the model family, a name in `ppcl.families`. `auto` reads it from `path/model_index.json`.
     `path`: a pipeline folder, `embedded:NAME` for a teacher that is shipped with ppcl, or a Hugging Face Hub id
-        `owner/name`. None: there are no weights, and only stages that need none can run.
+        `owner/name`. None: there are no weights, and only stages that need none can run. A file `*.safetensors` holds
+        the transformer alone, with ComfyUI's or the original names.
+    `base`: for such a file, the pipeline of all else: the transformer's config, VAE, text encoders. Like `path` it is a
+        folder, `embedded:NAME` or a Hub id.
+    `lora`: a safetensors file of a LoRA, which is merged into the transformer. The sum is the teacher.
     `revision`: the branch, tag or commit to load from the Hub. None: the default branch.
+    `variant`: load weight files with this word in their names, such as `fp16` for `model.fp16.safetensors`, of the
+        components that have such files. None: files without such a word.
     `dtype`: the dtype that weights are loaded in and the teacher computes in.
     `streaming`: true leaves the weights of the teacher's blocks on disk. A block is loaded just before it is used and
         the next one is prefetched, so that at most two are in memory.
@@ -76,7 +89,10 @@ class ModelConfig:
     name: str = MISSING
     family: str = MISSING
     path: str | None = None
+    base: str | None = None
+    lora: str | None = None
     revision: str | None = None
+    variant: str | None = None
     dtype: str = option("float32", choices=("float32", "bfloat16", "float16"))
     streaming: bool = False
     attention_backend: str | None = option(None, identity=False)
@@ -84,6 +100,11 @@ class ModelConfig:
     categories: list[str] | None = None
     arch: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    @property
+    def pipeline(self) -> str | None:
+        """The pipeline of all parts but the transformer: `base` for a single file, else `path`."""
+        return self.base if is_single_file(self.path) else self.path
 
 
 @dataclass
@@ -152,17 +173,17 @@ class WidthConfig:
     names: list[str] | None = None
     transformer_blocks: WidthSet = field(default_factory=WidthSet)
     single_transformer_blocks: WidthSet = field(default_factory=WidthSet)
-    text_threshold: float = 0.999
+    text_threshold: float = option(0.999, above=0, most=1)
     num_text: int | None = option(None, least=0)
     num_ffn: int = option(3, least=0)
     text_output: str = option("last", choices=("last", "each"))
     keep_text_query: bool = False
-    ridge: float = option(1e-6, least=0)
+    ridge: float = option(1e-6, least=0, most=1000)
     num_batches: int = option(16, least=1)
     steps: int = option(2000, least=0)
-    lr: float | None = option(1e-5, least=0)
-    relative_update: float | None = option(None, least=0, before=None)
-    linear_weight: float = option(1.0, least=0)
+    lr: float | None = option(1e-5, above=0, most=MOST_RATE)
+    relative_update: float | None = option(None, above=0, most=MOST_RATE, before=None)
+    linear_weight: float = option(1.0, least=0, most=MOST_WEIGHT)
 
 
 @dataclass
@@ -179,9 +200,9 @@ class BudgetConfig:
     `num_batches`: held-out batches to measure that error on.
     """
 
-    params: float | None = None
-    memory_gb: float | None = None
-    latency_ratio: float | None = None
+    params: float | None = option(None, above=0, most=1e15)
+    memory_gb: float | None = option(None, above=0, most=1e6)
+    latency_ratio: float | None = option(None, above=0, most=1)
     cost: str = option("velocity", choices=("velocity", "loss"))
     num_batches: int = option(4, least=1)
 
@@ -200,12 +221,12 @@ class ProbeConfig:
 
     num_batches: int = option(16, least=1)
     num_heldout_batches: int = option(4, least=1)
-    batch_size: int = 32
-    ridge: float = option(1e-6, least=0)
+    batch_size: int = option(32, least=1)
+    ridge: float = option(1e-6, least=0, most=1000)
     bias: bool = True
     init: str = option("closed_form", choices=("closed_form", "zero"))
     train_steps: int = option(0, least=0)
-    lr: float = 1e-4
+    lr: float = option(1e-4, above=0, most=MOST_RATE)
 
 
 @dataclass
@@ -231,16 +252,16 @@ class MethodConfig:
     rule: str = "lp"
     stream: str = option("mean", choices=("image", "text", "mean"))
     debiased: bool = False
-    start: int = 0
-    end: int | None = None
+    start: int = option(0, least=0)
+    end: int | None = option(None, least=1)
     min_length: int = option(2, least=2)
-    min_cka: float = 0.0
-    threshold: float = 0.98
-    extend: list[int] | None = None
-    num_remove: int | None = None
-    num_samples: int = 16
+    min_cka: float = option(0.0, least=-1, most=1)
+    threshold: float = option(0.98, above=0, most=1)
+    extend: list[int] | None = option(None, least=0)
+    num_remove: int | None = option(None, least=1)
+    num_samples: int = option(16, least=1)
     num_timesteps: int = option(8, least=1)
-    batch_size: int = 16
+    batch_size: int = option(16, least=1)
     settings: dict[str, Any] = option(factory=dict, before={})
 
 
@@ -251,7 +272,9 @@ class DataConfig:
     `name`: `shapes` renders 32x32 toy pictures. `webdataset` and `folder` read your pictures: .tar shards, or a folder
         with a table. `stages=[cache]` encodes these once. `none`: there is no data.
     `path`: the shards or the folder. `cache`: the folder of a cache that was made elsewhere, in place of `path`.
-    `captions`: the keys or columns that may hold a caption. The first that a sample has is taken.
+    `captions`: the keys or columns that may hold a caption. The first that is not blank is taken. Of a list of captions
+        it is the first text that is not blank. A .txt in a shard counts as the first key, if the .json has none there.
+        Text is UTF-8, or UTF-16 with a byte order mark; other samples are left out.
     `given`: for an edit model, the file suffixes in a shard, or the table's columns, that hold the pictures given to
         it.
     `min_text_accuracy`: leaves out samples whose `text_accuracy` is lower. None: keeps all.
@@ -274,17 +297,17 @@ class DataConfig:
     cache: str | None = None
     captions: list[str] = field(default_factory=lambda: ["prompt_en", "caption_en", "prompt_zh"])
     given: list[str] | None = None
-    min_text_accuracy: float | None = None
+    min_text_accuracy: float | None = option(None, least=0, most=100)
     aspects: list[str] = field(default_factory=lambda: ["1:1"])
-    held_out: float | None = None
-    samples_per_file: int = 256
+    held_out: float | None = option(None, above=0, below=1)
+    samples_per_file: int = option(256, least=1, most=1000)
     encode_batch_size: int = option(8, least=1)
-    train_seed: int = 0
-    calibration_seed: int = 1
-    eval_seed: int = 2
-    caption_dropout: float = 0.1
+    train_seed: int = option(0, least=0, most=MOST_SEED)
+    calibration_seed: int = option(1, least=0, most=MOST_SEED)
+    eval_seed: int = option(2, least=0, most=MOST_SEED)
+    caption_dropout: float = option(0.1, least=0, most=1)
     timesteps: str | None = option("logit_normal", choices=("logit_normal", "uniform"))
-    shift: float | None = 1.0
+    shift: float | None = option(1.0, above=0, most=1000)
 
 
 @dataclass
@@ -308,17 +331,17 @@ class TrainingConfig:
     steps: int = option(6000, least=1)
     batch_size: int = option(2, least=1)
     accumulate: int = option(1, least=1, identity=False)
-    lr: float | None = option(1e-5, least=0)
-    min_lr_ratio: float = 0.0
-    warmup_steps: int = 16
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.02
-    max_grad_norm: float | None = None
+    lr: float | None = option(1e-5, above=0, most=MOST_RATE)
+    min_lr_ratio: float = option(0.0, least=0, most=1)
+    warmup_steps: int = option(16, least=0)
+    beta1: float = option(0.9, least=0, below=1)
+    beta2: float = option(0.95, least=0, below=1)
+    weight_decay: float = option(0.02, least=0, most=1000)
+    max_grad_norm: float | None = option(None, above=0, most=1e9)
     optimizer_states: str = option("float32", choices=("float32", "bfloat16", "8bit"), before="float32")
     gradient_checkpointing: bool = option(True, identity=False)
     checkpoint_every: int = option(500, least=1, identity=False)
-    checkpoint_minutes: float | None = option(15.0, least=0, identity=False)
+    checkpoint_minutes: float | None = option(15.0, least=0, most=100_000, identity=False)
 
 
 @dataclass
@@ -348,12 +371,14 @@ class DistillConfig(TrainingConfig):
 
     mode: str = option("parallel", choices=("parallel", "sequential", "none"))
     init: str = option("first", choices=("first", "middle", "average"))
-    losses: dict[str, float] = option(factory=lambda: {"direction": 1.0}, least=0, before={"direction": 1.0})
+    losses: dict[str, float] = option(
+        factory=lambda: {"direction": 1.0}, least=0, most=MOST_WEIGHT, before={"direction": 1.0}
+    )
     optimizer: str = option("adamw", choices=("adamw", "muon"), before="adamw")
-    relative_update: float | None = option(None, least=0, before=None)
-    magnitude_weight: float = option(0.0, least=0)
+    relative_update: float | None = option(None, above=0, most=MOST_RATE, before=None)
+    magnitude_weight: float = option(0.0, least=0, most=MOST_WEIGHT)
     intervals: list[str] | None = option(None, identity=False)
-    groups: Any = option(1, identity=False)
+    groups: Any = option(1, most=1000, identity=False)
     from_boundaries: bool = option(False, identity=False)
     boundaries: str | None = option(None, identity=False)
     replay: int = option(1, least=1, identity=False)
@@ -380,17 +405,17 @@ class FinetuneConfig(TrainingConfig):
 
     steps: int = option(1000, least=1)
     batch_size: int = option(4, least=1)
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float | None = option(1.0, above=0, most=1e9)
     checkpoint_every: int = option(250, least=1, identity=False)
     lora_rank: int = option(0, least=0, before=0)
     optimizer: str = option("adamw", choices=("adamw", "muon"))
-    muon_lr: float | None = option(0.01, least=0)
-    relative_update: float | None = option(None, least=0, before=None)
+    muon_lr: float | None = option(0.01, above=0, most=MOST_RATE)
+    relative_update: float | None = option(None, above=0, most=MOST_RATE, before=None)
     recorded: bool = option(False, identity=False)
-    output_weight: float = option(1.0, least=0)
-    flow_weight: float = option(0.0, least=0)
-    feature_weight: float = option(0.0, least=0)
-    ema_decay: float = 0.0
+    output_weight: float = option(1.0, least=0, most=MOST_WEIGHT)
+    flow_weight: float = option(0.0, least=0, most=MOST_WEIGHT)
+    feature_weight: float = option(0.0, least=0, most=MOST_WEIGHT)
+    ema_decay: float = option(0.0, least=0, below=1)
 
 
 @dataclass
@@ -411,17 +436,17 @@ class PretrainConfig:
     """
 
     init: str | None = None
-    num_layers: int | None = None
+    num_layers: int | None = option(None, least=1, most=1000)
     categories: list[str] | None = option(None, before=None)
-    steps: int = 6500
-    batch_size: int = 64
-    muon_lr: float = 0.02
-    adam_lr: float = 2e-3
-    text_encoder_lr: float | None = option(None, least=0, before=None)
-    warmup_steps: int = 50
-    decay: float = 0.4
+    steps: int = option(6500, least=1)
+    batch_size: int = option(64, least=1)
+    muon_lr: float = option(0.02, above=0, most=MOST_RATE)
+    adam_lr: float = option(2e-3, above=0, most=MOST_RATE)
+    text_encoder_lr: float | None = option(None, above=0, most=MOST_RATE, before=None)
+    warmup_steps: int = option(50, least=1)
+    decay: float = option(0.4, least=0, most=1)
     checkpoint_every: int = option(250, least=1, identity=False)
-    checkpoint_minutes: float | None = option(15.0, least=0, identity=False)
+    checkpoint_minutes: float | None = option(15.0, least=0, most=100_000, identity=False)
 
 
 @dataclass
@@ -454,11 +479,15 @@ class LoraConfig:
     `model`: the folder of an exported model. None: this run's export.
     `source`: what a student of the interval [u, v] gets: the LoRA of its `first` block, u, or the `mean` or the `sum`
         of the LoRAs of blocks u to v, as one LoRA of higher rank. `generate.loras` are mapped in the same way.
+    `counts`: whose blocks the file numbers: those of the `full` model, or `pruned`, of the exported model itself, on
+        which it was trained then. For `generate.loras`, `pruned` means the teacher, if that is an export. None: as the
+        file says, if ppcl wrote it, and else `full`.
     """
 
     path: str | None = None
     model: str | None = None
     source: str = option("first", choices=("first", "mean", "sum"))
+    counts: str | None = option(None, choices=("full", "pruned"), before=None)
 
 
 @dataclass
@@ -472,7 +501,7 @@ class ImportConfig:
 
     path: str | None = None
     residual: bool | None = None
-    ehs_same: list[list[int]] | None = None
+    ehs_same: list[list[int]] | None = option(None, least=0)
 
 
 @dataclass
@@ -507,8 +536,8 @@ class GenerateConfig:
 
     variants: list[str] | None = option(None, choices=STORED_VARIANTS)
     name: str | None = None
-    plug_fraction: float = 0.5
-    teacher_above: float | None = option(None, least=0, before=None)
+    plug_fraction: float = option(0.5, above=0, below=1)
+    teacher_above: float | None = option(None, least=0, most=1, before=None)
     batch_size: int = option(60, least=1)
     prompt: str | None = None
     prompt_file: str | None = None
@@ -516,11 +545,11 @@ class GenerateConfig:
     layout: str | None = option(None, choices=("geneval", "dpg"), before=None)
     images: list[str] = field(default_factory=list)
     loras: list[str] = field(default_factory=list)
-    lora_scale: float = 1.0
+    lora_scale: float = option(1.0, least=-1000, most=1000)
     controlnet: str | None = None
     control_image: str | None = None
-    control_scale: float = 1.0
-    control_mode: int | None = option(None, least=0, before=None)
+    control_scale: float = option(1.0, least=0, most=1000)
+    control_mode: int | None = option(None, least=0, most=100, before=None)
     compile: bool = False
     offload: str = option("none", choices=("none", "model", "group"))
 
@@ -540,7 +569,7 @@ class BenchmarkConfig:
     name: str = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
     prompts_per_category: int = option(60, least=1)
-    latency_repeats: int = 50
+    latency_repeats: int = option(50, least=1)
 
 
 @dataclass
@@ -562,15 +591,15 @@ class TrainerConfig:
         what it has.
     """
 
-    accelerator: str = "auto"
+    accelerator: str = option("auto", choices=("auto", "cpu", "gpu", "cuda"))
     precision: str | None = None
-    num_threads: int | None = None
+    num_threads: int | None = option(None, least=1, most=4096)
     compile: bool = False
     tf32: bool = True
     deterministic: bool = False
     progress: bool = True
     check_memory: bool = True
-    memory_gb: float | None = option(None, least=0)
+    memory_gb: float | None = option(None, above=0, most=1e6)
 
 
 @dataclass
@@ -589,7 +618,7 @@ class StrategyConfig:
     kind: str = option("single", choices=("single", "ddp", "fsdp"))
     cpu_offload: bool = False
     shard_over: str = option("machine", choices=("machine", "all"))
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = option(30.0, above=0, most=100_000)
 
 
 @dataclass
@@ -635,12 +664,12 @@ class QuantizeConfig:
     """
 
     scheme: str = option("none", choices=("none", "int8", "int4", "nf4"))
-    group_size: int | None = None
+    group_size: int | None = option(None, least=2, most=4096)
     rounding: str = option("nearest", choices=("nearest", "least_squares"))
     skip: list[str] = field(default_factory=list)
     num_batches: int = option(8, least=1)
     batch_size: int = option(32, least=1)
-    damping: float = option(1e-3, least=0)
+    damping: float = option(1e-3, least=0, most=1000)
     variant: str | None = option(None, choices=VARIANTS)
 
 
@@ -660,7 +689,7 @@ class Config:
     stages: list[str] = MISSING
     run: str | None = None
     explain: bool = False
-    seed: int = 42
+    seed: int = option(42, least=0, most=MOST_SEED)
     model: ModelConfig = field(default_factory=ModelConfig)
     intervals: IntervalsConfig = field(default_factory=IntervalsConfig)
     method: MethodConfig = field(default_factory=MethodConfig)

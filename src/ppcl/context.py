@@ -27,7 +27,7 @@ from ppcl.launch import is_first, local_rank
 from ppcl.layers import Layout
 from ppcl.options import identity
 from ppcl.pictures.sets import set_folder, set_settings
-from ppcl.progress import Item, heading, track
+from ppcl.progress import Item, heading, track, visible
 from ppcl.teacher_model import TeacherModel
 from ppcl.validation.model import num_layers
 from ppcl.validation.outputs import UNSCORED, has_own_prompts
@@ -58,7 +58,7 @@ class Run:
 
     def say(self, stage: str, text: str) -> None:
         """Print a line under the name of `stage`."""
-        self.console.print(heading(stage) + escape(text), highlight=False, soft_wrap=True)
+        self.console.print(heading(stage) + escape(visible(text)), highlight=False, soft_wrap=True)
 
     def say_once(self, stage: str, text: str) -> None:
         """Print a line like `say`, unless it is empty or a stage of this command has printed the same."""
@@ -103,7 +103,8 @@ class Run:
     @cached_property
     def teacher(self) -> TeacherModel:
         """The teacher. Its weights are loaded when its pipeline is first used."""
-        return TeacherModel(self.config, self.family, self.device)
+        results = (self.folder, *((self.base,) if self.base != self.folder else ()))
+        return TeacherModel(self.config, self.family, self.device, results, self.progress_console)
 
     @cached_property
     def data(self) -> TrainingData:
@@ -246,7 +247,7 @@ class Run:
         if given is None:
             if not self.width_path.exists():
                 raise UsageError("width=auto has selected nothing in this run yet: add 'stages=[width]'.")
-            given = PruningPlan.load(self.width_path).width
+            given = PruningPlan.load(self.width_path, stage="width").width
         check_width(self.config, given, self.intervals)
         return given
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 
-from ppcl.paths import conf_dir, is_toy_folder, local_folder
+from ppcl.artifacts.model_files import pickled_tensors, read_header, weight_files
+from ppcl.errors import UsageError
+from ppcl.paths import conf_dir, is_single_file, is_toy_folder, local_folder
 
 TINY = 100_000_000  # parameters; smaller models train better with the toy teachers' settings than with the paper's
 
@@ -44,7 +44,7 @@ def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
     model = _root_.model
     if model.path is None:
         return tiny if model.get("builder") else large
-    count, _ = stored_weights(local_folder(model.path))
+    count, _ = stored_weights(local_folder(model.path), model.get("variant"))
     return tiny if 0 < count < TINY else large
 
 
@@ -98,7 +98,7 @@ def data_name(*, _root_: Any) -> str:
     if cache is not None:
         return "webdataset"
     model = _root_.model
-    if model.get("builder") or (model.path is not None and is_toy_folder(local_folder(model.path))):
+    if model.get("builder") or (model.path is not None and is_toy_folder(_pipeline(model))):
         return "shapes"
     return "none"
 
@@ -112,27 +112,39 @@ def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:
     path = _root_.model.path
     folder = None if path is None else local_folder(path)
     if key == "dtype":
-        return otherwise if folder is None else stored_weights(folder)[1]
-    found = {} if folder is None else _family_sampling(_pipeline_class(folder), is_toy_folder(folder))
+        return otherwise if folder is None else stored_weights(folder, _root_.model.get("variant"))[1]
+    if folder is None:
+        return otherwise
+    pipeline = _pipeline(_root_.model)
+    found = _family_sampling(_pipeline_class(pipeline), is_toy_folder(pipeline))
     return found.get(key, otherwise)
 
 
-def stored_weights(folder: Path) -> tuple[int, str]:
+def stored_weights(folder: Path, variant: str | None = None) -> tuple[int, str]:
     """Return the number of parameters of the transformer in a pipeline folder, and the dtype of most of them.
 
-    Returns 0 and `float32` if there are no readable weights.
+    `folder` may also be a single file with a transformer. `variant`: see `model.variant`. Returns 0 and `float32` if
+    there are no readable weights.
     """
     counts: Counter[str] = Counter()
-    for file in (folder / "transformer").glob("*.safetensors"):
-        try:
-            with safe_open(file, framework="np") as content:
-                for name in content.keys():  # noqa: SIM118 - a file, not a mapping
-                    tensor = content.get_slice(name)
-                    counts[tensor.get_dtype()] += prod(tensor.get_shape())
-        except (OSError, SafetensorError):
-            return 0, "float32"
+    try:
+        files = [folder] if is_single_file(folder.name) else weight_files(folder / "transformer", variant)
+        for file in files:
+            if file.suffix == ".bin":
+                for tensor in pickled_tensors(file).values():
+                    counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+            else:
+                for stored in read_header(file).values():
+                    counts[_DTYPES.get(stored.dtype, "float32")] += stored.numel
+    except (OSError, UsageError):  # the checks of the model say what is wrong
+        return 0, "float32"
     most = counts.most_common(1)
-    return sum(counts.values()), _DTYPES.get(most[0][0], "float32") if most else "float32"
+    return sum(counts.values()), most[0][0] if most and most[0][0] in _DTYPES.values() else "float32"
+
+
+def _pipeline(model: Any) -> Path:
+    """Return the folder of the pipeline, which of a single file is `model.base`."""
+    return local_folder(str(model.get("base")) if is_single_file(model.path) else model.path)
 
 
 def _pipeline_class(folder: Path) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ppcl.context import Run
 from ppcl.data.sources import find_units
 from ppcl.defaults import stored_weights
+from ppcl.paths import is_single_file
 from ppcl.report.text import billions
 from ppcl.stages import STAGES
 from ppcl.validation.model import model_folder
@@ -24,9 +27,11 @@ def describe_model(run: Run) -> str:
     """Return a description of the teacher: name, family, number of blocks, parameters, and where it comes from."""
     model, folder = run.config.model, model_folder(run.config.model)
     blocks = " + ".join(str(count) for count in run.num_layers.values())
-    known = 0 if folder is None else stored_weights(folder)[0]
+    weights = Path(str(model.path)) if is_single_file(model.path) else folder
+    known = 0 if weights is None else stored_weights(weights, model.variant)[0]
     size = f", {billions(known)} parameters" if known else ""
-    return f"{model.name} ({model.family}): {blocks} blocks{size}, from {model.path or 'its configuration alone'}"
+    place = f"{model.path or 'its configuration alone'}{f' with {model.lora}' if model.lora is not None else ''}"
+    return f"{model.name} ({model.family}): {blocks} blocks{size}, from {place}"
 
 
 def describe_data(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Checks that a disk has room for what is about to be written."""
+"""Sizes in bytes: checks that a disk has room for what is about to be written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 from ppcl.errors import UsageError
-from ppcl.report.text import in_bytes
 
 _MARGIN = 1.05  # the estimated size times this must be free
 
@@ -24,3 +23,11 @@ def check_space(folder: Path, needed: float, what: str, remedy: str, *, place: s
             f"{place or folder} has {in_bytes(free)} free, and {what} take about {in_bytes(needed)}: {remedy}."
         )
     return f"about {in_bytes(needed)} for {what}; {in_bytes(free)} are free"
+
+
+def in_bytes(size: float) -> str:
+    """Return a size in bytes in the unit that fits: 812 -> `812 bytes`, 3.2e6 -> `3.20 MB`."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} bytes"

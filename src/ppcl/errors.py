@@ -23,3 +23,10 @@ class Stopped(KeyboardInterrupt):
 
 class SaidElsewhere(UsageError):  # noqa: N818 - the base class ends in Error
     """A `UsageError` that another rank prints, so this rank exits without printing it."""
+
+
+def root(error: BaseException) -> str:
+    """Return the first line of the first error that led to `error`, such as a connection that was refused."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return str(error).split("\n")[0] or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ppcl.artifacts.plan import Interval
 from ppcl.errors import UsageError
@@ -13,6 +14,63 @@ def kept_layers(num_layers: int, intervals: Iterable[Interval]) -> list[int]:
     """Return the teacher's block indices that are left when each interval [u, v] becomes one block at index u."""
     removed = {index for u, v in intervals for index in range(u + 1, v + 1)}
     return [index for index in range(num_layers) if index not in removed]
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Says which blocks of a full model the blocks of a pruned model are.
+
+    `kept`: for each stack the full model's index of every block in place, in ascending order.
+    `counts`: for each stack the number of blocks of the full model.
+    """
+
+    kept: dict[str, list[int]]
+    counts: dict[str, int]
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any] | None, counts: Mapping[str, int]) -> BlockMap:
+        """Return the map of a model with `counts` blocks by stack, from the `ppcl` entry of its config.
+
+        A model without that entry is its own full model. Raises `UsageError` if the entry has other counts.
+        """
+        kept: dict[str, list[int]] = {
+            stack: [*found] for stack, found in (provenance or {}).get("kept_layers", {}).items()
+        }
+        if not kept:
+            return cls({stack: list(range(count)) for stack, count in counts.items()}, dict(counts))
+        for stack, count in counts.items():
+            if len(kept.get(stack, [])) != count:
+                raise UsageError(
+                    f"the config's ppcl.kept_layers names {len(kept.get(stack, []))} blocks of {stack}, and the model "
+                    f"has {count}: use the config.json that was exported with these weights."
+                )
+        removed: Mapping[str, Any] = (provenance or {}).get("removed_intervals", {})
+        # A removed block lies in an interval, so the last block of a stack is kept or ends an interval.
+        last = {stack: max([*found, *(v for _, v in removed.get(stack, []))]) for stack, found in kept.items()}
+        return cls(kept, {stack: index + 1 for stack, index in last.items()})
+
+    @property
+    def removed(self) -> dict[str, list[list[int]]]:
+        """The intervals [u, v] of the full model that one block stands for, by stack. That block is u."""
+        found: dict[str, list[list[int]]] = {}
+        for stack, kept in self.kept.items():
+            ends = [index - 1 for index in [*kept[1:], self.counts[stack]]]
+            found[stack] = [[u, v] for u, v in zip(kept, ends, strict=True) if v > u]
+        return found
+
+    @property
+    def renumbered(self) -> list[str]:
+        """The stacks in which some block has another index than in the full model, or in which the last are gone."""
+        return [stack for stack, kept in self.kept.items() if kept != list(range(self.counts[stack]))]
+
+    def then(self, kept: Mapping[str, Sequence[int]]) -> BlockMap:
+        """Return the map of this pruned model pruned again, to its own blocks with the indices `kept` by stack."""
+        return BlockMap({stack: [self.kept[stack][i] for i in found] for stack, found in kept.items()}, self.counts)
+
+    def since(self, earlier: Mapping[str, Sequence[int]]) -> BlockMap:
+        """Return the map from a model in between, which has the blocks `earlier` of the full model."""
+        kept = {stack: [earlier[stack].index(index) for index in found] for stack, found in self.kept.items()}
+        return BlockMap(kept, {stack: len(earlier[stack]) for stack in kept})
 
 
 def check_counts(keys: Mapping[str, str], counts: Mapping[str, int]) -> None:
@@ -27,6 +85,25 @@ def check_counts(keys: Mapping[str, str], counts: Mapping[str, int]) -> None:
                     f"{stack} is left with {counts[stack]} blocks and {other} with {counts[other]}, and the model's "
                     f"config has one {key} for both: prune the same number of blocks from each."
                 )
+
+
+def removable(
+    layers: Mapping[str, int], *, count: int, start: int = 0, end: int | None = None, last: int = 0
+) -> list[tuple[str, int]]:
+    """Return stack and index of the blocks that may be removed one by one; `UsageError` if they are fewer than `count`.
+
+    A removed block follows one that is kept, so block `start` stays. `layers`: the number of blocks by stack. `end`:
+    the last block that may be removed, None for any. `last`: how many blocks at the end of a stack have to stay.
+    """
+    found = [
+        (stack, index)
+        for stack, number in layers.items()
+        for index in range(start + 1, number - last)
+        if end is None or index <= end
+    ]
+    if count > len(found):
+        raise UsageError(f"method.num_remove={count} exceeds the {len(found)} blocks that may be removed.")
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,17 @@ from pathlib import Path
 
 import torch
 
+from ppcl import parallel
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.plan import plug_name, projector_name
 from ppcl.context import Run
 from ppcl.errors import UsageError
+from ppcl.export.hub import check_token
+from ppcl.export.quantized import require_bitsandbytes
 from ppcl.methods.registry import load_method
 from ppcl.stages import STAGES
-from ppcl.validation.model import model_folder
+from ppcl.training.loggers import check_logger
+from ppcl.validation.model import model_folder, needs_weights
 from ppcl.validation.pruning import budget_of
 
 # Stages that build variants, and so need students and projectors.
@@ -27,7 +31,7 @@ _ARRANGING = ("finetune", "export", "quantize", "generate", "evaluate", "report"
 def check_needs(run: Run) -> None:
     """Raise `UsageError` for the first stage of the command that would lack an input, a device or a library.
 
-    Loads no weights.
+    Loads no weights, but reads the teacher's whole files if they are new or have changed.
     """
     _check_machine(run)
     made: set[str] = set()
@@ -35,15 +39,21 @@ def check_needs(run: Run) -> None:
         if stage in run.config.stages:
             _check_stage(run, stage, made)
             made.add(stage)
+    _check_teacher(run)  # the last check, since large files take a minute to read
 
 
 def _check_machine(run: Run) -> None:
     accelerator = run.config.trainer.accelerator
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UsageError(f"trainer.accelerator={accelerator}: torch finds no GPU here; use trainer.accelerator=cpu.")
-    scheme = run.config.quantize.scheme
-    if "quantize" in run.config.stages and scheme in ("int8", "int4") and find_spec("torchao") is None:
+    check_logger(run.config)
+    scheme, stages = run.config.quantize.scheme, run.config.stages
+    if "quantize" in stages and scheme in ("int8", "int4") and find_spec("torchao") is None:
         raise UsageError(f"quantize.scheme={scheme} needs torchao: pip install 'torchao>=0.18'.")
+    if "quantize" in stages and scheme == "nf4":
+        require_bitsandbytes()
+    if "export" in stages and run.config.export.push_to_hub is not None:
+        check_token(run.config.export.push_to_hub)
     folder = model_folder(run.config.model)
     needing = [stage for stage in run.config.stages if STAGES[stage].encoders == "device"]
     if folder is not None and needing and not _has_vae(folder):
@@ -51,6 +61,37 @@ def _check_machine(run: Run) -> None:
             f"'stages=[{needing[0]}]' draws or encodes pictures, and model.path={run.config.model.path} has no VAE: "
             "give a folder of the whole pipeline, or leave that stage out."
         )
+
+
+def _check_teacher(run: Run) -> None:
+    """Refuse a teacher whose files do not fit together or hold numbers that are not finite, if a stage needs them.
+
+    Its files are read once, by rank 0, if they are new or have changed. The other ranks take what it remembers.
+    """
+    config, teacher = run.config, run.teacher
+    if config.model.path is None or "pretrain" in config.stages:
+        return
+    needing = [STAGES[stage] for stage in config.stages if needs_weights(config, stage)]
+    transformer = any(stage.transformer != "nowhere" for stage in needing) or (
+        "plan" in config.stages and budget_of(config) is not None
+    )
+    encoded = config.data.name in ("webdataset", "folder") and any(
+        stage == "cache" or STAGES[stage].data for stage in config.stages
+    )
+
+    def read() -> None:
+        if transformer:
+            teacher.files.check()
+            _ = teacher.identity
+        if encoded:
+            _ = teacher.encoder_identity
+
+    with parallel.together():
+        if parallel.share()[0] == 0:
+            read()
+    read()
+    if any(stage.encoders != "nowhere" for stage in needing):
+        teacher.check_encoding()
 
 
 def _has_vae(folder: Path) -> bool:
@@ -124,7 +165,7 @@ def _quantized_base(run: Run) -> str:
     """The variant that this run's quantised model is made from, or is going to be."""
     record = run.folder / "quantized" / "ppcl.json"
     if record.exists():
-        return str(read_json(record, "The record of the quantised model")["made_from"]["variant"])
+        return str(read_json(record, "The record", "quantize")["made_from"]["variant"])
     return run.config.quantize.variant or "ppcl-planned"
 
 

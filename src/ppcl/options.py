@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import asdict, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from ppcl.errors import UsageError
 from ppcl.paths import conf_dir
+
+# The largest whole number of keys that declare no bound of their own. More is a slip of the hand, and overflows.
+MOST = 10**9
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What numbers a key may have: at least `least`, at most `most`, more than `above`, less than `below`.
+
+    None is no bound. NaN and infinity are never allowed, and whole numbers are at most `MOST` if nothing else is said.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def check(self, key: str, value: float) -> None:
+        """Raise `UsageError` unless the number `value` is allowed; `key` starts the sentence."""
+        most = MOST if isinstance(value, int) and self.most is None and self.below is None else self.most
+        fits = (
+            (self.least is None or value >= self.least)
+            and (most is None or value <= most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        if fits and math.isfinite(value):
+            return
+        if value < MOST:
+            most = self.most  # the general bound goes without saying
+        sides = (("at least", self.least), ("above", self.above), ("at most", most), ("below", self.below))
+        words = [f"{word} {_written(bound)}" for word, bound in sides if bound is not None]
+        if not math.isfinite(value):
+            words = ["a finite number", *words]
+        raise UsageError(f"{key}={_written(value)} must be {' and '.join(words)}.")
+
+
+def _written(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def option(
@@ -16,6 +58,9 @@ def option(
     *,
     factory: Any = NO_DEFAULT,
     least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     choices: Collection[str] | None = None,
     before: Any = NO_DEFAULT,
     identity: bool = True,
@@ -23,14 +68,15 @@ def option(
     """Declare a key of the configuration: a dataclass field with metadata.
 
     `default`, `factory`: the default value, or a function that returns it.
-    `least`: the smallest allowed value. `choices`: the allowed values, for a list those of its items. Both are checked
-        before anything heavy loads.
+    `least`, `most`, `above`, `below`: the bounds of a number, see `Bounds`. `choices`: the allowed values. For a list
+        or a mapping they hold for each item. They are checked before anything heavy loads.
     `identity`: whether artifacts depend on the key. If False, it stays out of their fingerprints.
     `before`: for a key that was added later, the value that gives the behaviour from before the key existed. With this
         value the key stays out of fingerprints, so artifacts that are older than the key remain valid. It must never
         change, even if the default does.
     """
-    metadata = {"least": least, "choices": choices, "identity": identity, "before": before}
+    bounds = Bounds(least, most, above, below)
+    metadata = {"bounds": bounds, "choices": choices, "identity": identity, "before": before}
     if factory is not NO_DEFAULT:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -46,14 +92,29 @@ def identity(settings: Any) -> dict[str, Any]:
     return found
 
 
-def declared(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, float | None, Collection[str] | None]]:
-    """Yield the full name, value, smallest value and choices of every key in a group and in its nested groups."""
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration: its full name, its value, and what it may be.
+
+    `numeric`: whether it is a number, or a list or mapping of numbers, by its annotation.
+    """
+
+    name: str
+    value: Any
+    bounds: Bounds
+    choices: Collection[str] | None
+    numeric: bool
+
+
+def declared(settings: Any, prefix: str = "") -> Iterator[Key]:
+    """Yield every key in a group and in its nested groups."""
     for item in fields(settings):
-        value = getattr(settings, item.name)
+        name, value = f"{prefix}{item.name}", getattr(settings, item.name)
         if is_dataclass(value):
-            yield from declared(value, f"{prefix}{item.name}.")
+            yield from declared(value, f"{name}.")
         else:
-            yield f"{prefix}{item.name}", value, item.metadata.get("least"), item.metadata.get("choices")
+            numeric = re.search(r"\b(int|float)\b", str(item.type)) is not None
+            yield Key(name, value, item.metadata.get("bounds", Bounds()), item.metadata.get("choices"), numeric)
 
 
 def unknown_key(key: str, settings: Any) -> str:
@@ -62,8 +123,8 @@ def unknown_key(key: str, settings: Any) -> str:
     The names are those of the keys and groups in `settings`, and of the groups of configuration files.
     """
     names = sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
-    for name, *_ in declared(settings):
-        parts = name.split(".")
+    for item in declared(settings):
+        parts = item.name.split(".")
         names += [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
     similar = get_close_matches(key, dict.fromkeys(names), n=1, cutoff=0.8)
     remedy = f"did you mean {similar[0]}?" if similar else "`ppcl --cfg job` prints all of them."

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ppcl.errors import SaidElsewhere, UsageError
 from ppcl.launch import export_slurm, local_rank, rank
 from ppcl.ops.losses import Average, own
+from ppcl.watch import Watch
 
 Value = TypeVar("Value")
 
@@ -79,6 +81,7 @@ def start(accelerator: str, timeout: timedelta) -> None:
     group = dist.new_group(backend="gloo", timeout=_STAGE_TIMEOUT)
     atexit.register(dist.destroy_process_group)  # NCCL warns at exit if this was not called
     _ranks = _Ranks(dist.PrefixStore("stages", store), group, count())
+    Watch(number, size, partial(_ranks.store.set, "watch"), lambda: _ranks.store.get("watch").decode())
 
 
 def barrier() -> None:

@@ -6,6 +6,7 @@ than 10 seconds after the last one, and after a minute in any case. Work of less
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -20,6 +21,18 @@ Clock = Callable[[], float]
 
 PARTS = 20  # a line after each of these equal parts of the work
 SHORTEST, LONGEST = 10.0, 60.0  # seconds from one line to the next
+
+
+# Control characters except tab, those that turn the direction of text, and halves of surrogate pairs.
+_UNSEEN = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return a line of text with characters that a terminal would obey, such as `\\x1b`, written out.
+
+    Names of files that come from elsewhere may hold such characters.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def draws_bars(console: Console) -> bool:
@@ -66,7 +79,7 @@ class Lines:
         count = f"{self.unit}{done}" if self.total is None else f"{self.unit}{done}/{self.total}"
         left = self._left(done)
         parts = [count, *facts, *([left] if left else [])]
-        self.console.print(heading(self.label) + escape("  ".join(parts)), highlight=False, soft_wrap=True)
+        self.console.print(heading(self.label) + escape(visible("  ".join(parts))), highlight=False, soft_wrap=True)
 
     def _left(self, done: int) -> str | None:
         """The time that the rest takes at the pace so far; None where that is not known."""

@@ -28,6 +28,9 @@ _MESSAGES = (
     ("transformers.utils.import_utils", r"`\w+` requires torchvision \(not installed\); falling back"),
     # The pipelines' annotations do not allow for our VAE class, nor for a DiT's labels as strings.
     ("diffusers.pipelines.pipeline_utils", r"Expected types for (vae|id2label): "),
+    # A model in a .bin file is read without running code in it, which these call unsafe.
+    ("diffusers.models.modeling_utils", r"An error occurred while trying to fetch .*: Error no file named"),
+    ("diffusers.models.modeling_utils", r"Defaulting to unsafe serialization\."),
     # The list of modules is empty, so that no module is affected.
     ("diffusers.models.modeling_utils", r"There are modules in \w+ that should be kept in float32: \[\]\."),
 )

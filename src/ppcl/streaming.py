@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import json
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,72 +19,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ppcl.artifacts.files import check_safetensors, read_json
+from ppcl.artifacts.model_files import Stored, stored_tensors
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.model_fit import check_fit, without_weights
 
 Weights = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Location of a tensor on disk: the file, the offset in bytes, and the dtype by its safetensors name ("BF16")."""
-
-    path: Path
-    dtype: str
-    start: int
-
-    def read_into(self, handle: Any, target: Tensor) -> None:
-        """Copy the tensor from the open file `handle` into `target`, cast to the dtype of `target`.
-
-        `target`: a flat tensor in host memory with as many elements as the stored one. The file is read, not mapped
-        into memory, so that its pages do not count as memory of this process.
-
-        Raises `UsageError` if the file is shorter than it was when it was opened.
-        """
-        dtype = _DTYPES[self.dtype]
-        raw = target if target.dtype == dtype else torch.empty(len(target), dtype=dtype)
-        buffer: Any = raw.view(torch.uint8).numpy()
-        left, place = memoryview(buffer), self.start
-        while left:
-            count = os.preadv(handle.fileno(), [left], place)
-            if not count:
-                raise UsageError(f"{self.path} ended while it was read: it was changed or cut short.")
-            left, place = left[count:], place + count
-        if raw is not target:
-            target.copy_(raw)
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Return the location of every tensor of the model saved in `folder`, by tensor name.
+def _read_into(stored: Stored, handle: Any, target: Tensor) -> None:
+    """Copy the tensor `stored` from its open file `handle` into `target`, cast to the dtype of `target`.
 
-    Reads the headers of the files named in `*.safetensors.index.json`, or of all `*.safetensors` if there is no index.
-    Raises `UsageError` if there are none, or if one is damaged.
+    `target`: a flat tensor in host memory with as many elements as the stored one. The file is read, not mapped into
+    memory, so that its pages do not count as memory of this process.
+
+    Raises `UsageError` if the file is shorter than it was when it was opened.
     """
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    named: dict[str, str] | None = read_json(indices[0], "A model's index")["weight_map"] if indices else None
-    paths = sorted({folder / file for file in named.values()} if named else folder.glob("*.safetensors"))
-    if not paths:
-        raise UsageError(f"{folder} holds no safetensors: model.streaming=true reads no other files.")
-    found: dict[str, Stored] = {}
-    for path in paths:
-        check_safetensors(path)
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        for name, entry in entries.items():
-            if named is None or named.get(name) == path.name:
-                found[name] = Stored(path, entry["dtype"], 8 + length + entry["data_offsets"][0])
-    return found
+    dtype = _DTYPES[stored.dtype]
+    raw = target if target.dtype == dtype else torch.empty(len(target), dtype=dtype)
+    buffer: Any = raw.view(torch.uint8).numpy()
+    left, place = memoryview(buffer), stored.start
+    while left:
+        count = os.preadv(handle.fileno(), [left], place)
+        if not count:
+            raise UsageError(f"{stored.path} ended while it was read: it was changed or cut short.")
+        left, place = left[count:], place + count
+    if raw is not target:
+        target.copy_(raw)
 
 
 class BlockStream:
@@ -180,7 +148,7 @@ class BlockStream:
                 if stored.path not in files:
                     files[stored.path] = opened.enter_context(stored.path.open("rb", buffering=0))
                 part = slice(start, start + parameter.numel())
-                stored.read_into(files[stored.path], target[part])
+                _read_into(stored, files[stored.path], target[part])
                 weights[name] = buffer[part].view(parameter.shape)
                 if target is not buffer:
                     buffer[part].copy_(target[part], non_blocking=True)
@@ -288,22 +256,26 @@ def _give_freed_memory_back() -> None:
         ctypes.CDLL(None).mallopt(m_mmap_threshold, size)
 
 
-def load_streamed(family: Family, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_streamed(
+    family: Family, folder: Path, device: torch.device, dtype: torch.dtype, variant: str | None = None
+) -> nn.Module:
     """Return the transformer saved in `folder`, in eval mode, with blocks that are streamed from its files.
 
     Everything but the blocks is loaded to `device` as `dtype`. Do not change the files while the model is in use.
+    `variant`: see `model.variant`.
 
-    Raises `UsageError` if the folder has no safetensors files, lacks a tensor of the model, or holds one of a dtype
-    other than F64, F32, F16 and BF16 (a quantised model).
+    Raises `UsageError` if the folder has no safetensors files, lacks a tensor of the model or holds others, or holds
+    one of a dtype other than F64, F32, F16 and BF16 (a quantised model).
     """
     _give_freed_memory_back()
-    config = family.transformer_class.load_config(folder)
-    stored = stored_tensors(folder)
-    with init_empty_weights(include_buffers=False):
-        transformer = family.transformer_class.from_config(config)
-    missing = [name for name in transformer.state_dict() if name not in stored]
-    if missing:
-        raise UsageError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors of this model.")
+    transformer = without_weights(family.transformer_class, folder)
+    stored = stored_tensors(folder, variant)
+    check_fit(transformer, {name: each.shape for name, each in stored.items()}, folder, family.stacks)
+    unused = sorted(stored.keys() - transformer.state_dict().keys())
+    if unused:  # as diffusers warns
+        logging.getLogger(__name__).warning(
+            "%s were not used: its config.json has no place for them.", ", ".join(unused)
+        )
     other = [name for name in transformer.state_dict() if stored[name].dtype not in _DTYPES]
     if other:
         raise UsageError(

@@ -1,21 +1,24 @@
-"""The teacher of a run: its identity for fingerprints, and its pipeline, which is loaded on first use."""
+"""The teacher of a run: its pipeline, which is loaded on first use with the parts that a stage needs."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
+from ppcl.artifacts.model_files import has_weights, variants_of
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.stages import STAGES
+from ppcl.teacher_files import TeacherFiles, loading
 from ppcl.validation.model import model_folder
 
 
@@ -28,8 +31,16 @@ class TeacherModel:
     stage only, and it is not moved to the device.
     """
 
-    def __init__(self, config: Config, family: Family, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        device: torch.device,
+        results: Sequence[Path] = (),
+        console: Console | None = None,
+    ) -> None:
         self.config, self.family, self.device = config, family, device
+        self.files = TeacherFiles(config, family, results, console or Console(quiet=True))
         self.sharded = False
         self._transformer: torch.device | None = device  # None: it is not loaded
         self._encoders: torch.device | None = device  # VAE and text encoders
@@ -80,10 +91,7 @@ class TeacherModel:
         """The diffusers class of the teacher's pipeline; loads no weights."""
         import diffusers
 
-        model = self.config.model
-        source = model_folder(model) or model.path
-        index = diffusers.DiffusionPipeline.load_config(source, revision=model.revision)
-        return getattr(diffusers, index["_class_name"])
+        return getattr(diffusers, self.files.index["_class_name"])
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
@@ -91,33 +99,25 @@ class TeacherModel:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         model = self.config.model
-        source = model_folder(model) or model.path
+        source = model_folder(model) or model.pipeline
         own: dict[str, Any] = {}
         if source is not None:
             # It reads the file of any class of scheduler.
-            own = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler", revision=model.revision)
+            with loading(model):
+                own = FlowMatchEulerDiscreteScheduler.load_config(
+                    source, subfolder="scheduler", revision=model.revision
+                )
         return dict(own) | model.sampling.scheduler
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, Any]:
-        """The teacher's part of an artifact's fingerprint: config, dtype, and digest of the weights.
+        """The teacher's part of an artifact's fingerprint; see `TeacherFiles.identity`."""
+        return self.files.identity
 
-        Weights on the Hub are identified by `model.path` and `model.revision` instead.
-        """
-        model, folder = self.config.model, model_folder(self.config.model)
-        identity = {"family": model.family, "arch": model.arch, "dtype": model.dtype}
-        if folder is None:
-            return identity | {"path": model.path, "revision": model.revision}
-        return identity | {"weights": _digest((folder / "transformer").glob("*.safetensors"))}
-
-    @cached_property
+    @property
     def encoder_identity(self) -> dict[str, Any]:
-        """The part of a cache's fingerprint for the VAE and text encoders: their digest, if the folder has any."""
-        model, folder = self.config.model, model_folder(self.config.model)
-        if folder is None:
-            return {"family": model.family, "path": model.path, "revision": model.revision}
-        files = {p for kind in ("vae", "text_encoder*", "tokenizer*") for p in folder.glob(f"{kind}/*") if p.is_file()}
-        return {"family": model.family} | ({"encoders": _digest(files)} if files else {})
+        """The part of a cache's fingerprint for the VAE and text encoders; see `TeacherFiles.encoder_identity`."""
+        return self.files.encoder_identity
 
     @cached_property
     def pipeline(self) -> Any:
@@ -125,30 +125,25 @@ class TeacherModel:
 
         The other parts are None. Raises `UsageError` if it cannot be loaded.
         """
-        from diffusers import DiffusionPipeline
+        components = self._components()
+        places = {name: self._encoders for name in components if name not in ("transformer", "scheduler")}
+        needless = {name for name, place in places.items() if place is None}
+        needless |= {"transformer"} if self._transformer is None else set()
+        needless |= {name for name, entry in components.items() if entry == [None, None]}
+        folder = self.files.folder(needless)
+        # diffusers must be told, too, which components the folder does not have.
+        left_out: dict[str, Any] = dict.fromkeys(needless)
+        if "transformer" not in needless:
+            self.files.check()
+            weights = self.files.transformer
+            if self.config.model.streaming:
+                from ppcl.streaming import load_streamed
 
-        model = self.config.model
-        source = model_folder(model) or model.path
-        assert source is not None, "checked in validation"
-        try:
-            index = DiffusionPipeline.load_config(source, revision=model.revision)
-            components = {name: entry for name, entry in index.items() if isinstance(entry, list)}
-            places = {name: self._encoders for name in components if name not in ("transformer", "scheduler")}
-            needless = {name for name, place in places.items() if place is None}
-            needless |= {"transformer"} if self._transformer is None else set()
-            # diffusers must be told, too, which components the folder does not have.
-            left_out: dict[str, Any] = {
-                name: None for name, entry in components.items() if name in needless or entry == [None, None]
-            }
-            if model.streaming and "transformer" not in needless:
-                left_out["transformer"] = self._streamed_transformer(source)
-            pipeline = DiffusionPipeline.from_pretrained(source, revision=model.revision, dtype=self.dtype, **left_out)
-        except OSError as error:
-            reason = _root(error)
-            remedy = "give a pipeline folder, or a hub id in reach"
-            if re.search(r"gated|\b40[13]\b", str(error)):
-                remedy = f"accept the licence at https://huggingface.co/{model.path}, and log in by hf auth login"
-            raise UsageError(f"model.path={model.path} could not be loaded ({reason}); {remedy}.") from None
+                variant = self.config.model.variant
+                left_out["transformer"] = load_streamed(self.family, weights, self.device, self.dtype, variant)
+            elif weights != folder / "transformer":  # it was made of other files
+                left_out["transformer"] = self.files.transformer_class.from_pretrained(weights, dtype=self.dtype)
+        pipeline = self._load(folder, left_out)
         pipeline.set_progress_bar_config(disable=True)
         if self.config.generate.offload == "none" and not self.sharded:
             for name, part in pipeline.components.items():
@@ -161,15 +156,66 @@ class TeacherModel:
                 part.eval().requires_grad_(False)
         return pipeline
 
-    def _streamed_transformer(self, source: Path | str) -> nn.Module:
-        from ppcl.streaming import load_streamed
+    def _components(self) -> dict[str, list[Any]]:
+        """Return the entries of the pipeline's components in its index: library and class, or None twice."""
+        return {name: entry for name, entry in self.files.index.items() if isinstance(entry, list)}
 
-        if isinstance(source, str):
-            from huggingface_hub import snapshot_download
+    def _load(self, folder: Path, given: Mapping[str, Any]) -> Any:
+        """Load the pipeline, with the `given` components in place of those in its folder; None leaves one out."""
+        from diffusers import DiffusionPipeline
 
-            revision = self.config.model.revision
-            source = Path(snapshot_download(source, revision=revision, allow_patterns="transformer/*"))
-        return load_streamed(self.family, source / "transformer", self.device, self.dtype)
+        given = dict(given) | self._text_encoders(folder, given)
+        with loading(self.config.model):
+            pipeline = DiffusionPipeline.from_pretrained(
+                folder, variant=self.config.model.variant, dtype=self.dtype, **given
+            )
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and part is not given.get(name):
+                lacking = next((key for key, value in part.state_dict().items() if value.is_meta), None)
+                if lacking is not None:
+                    raise UsageError(
+                        f"{folder / name} lacks {lacking}, which its config.json asks for: fetch it again."
+                    )
+        return pipeline
+
+    def _text_encoders(self, folder: Path, given: Mapping[str, Any]) -> dict[str, nn.Module]:
+        """Load the components that are models of transformers, but those `given`.
+
+        Raises `UsageError` if the files of one lack weights. transformers would take random numbers in their place.
+        """
+        import transformers
+
+        found, variant = {}, self.config.model.variant
+        for name, (library, kind) in self._components().items():
+            if library != "transformers" or name in given or not has_weights(folder / name):
+                continue
+            known = variant if variant is not None and variant in variants_of(folder / name) else None
+            with loading(self.config.model, f"{name} of "):
+                found[name], info = getattr(transformers, kind).from_pretrained(
+                    folder / name, dtype=self.dtype, variant=known, output_loading_info=True
+                )
+            lacking = min(info["missing_keys"], default=None)
+            if lacking is not None:
+                raise UsageError(f"{folder / name} lacks {lacking}, which its config.json asks for: fetch it again.")
+        return found
+
+    def check_encoding(self) -> None:
+        """Load what prepares prompts and pictures, such as the tokenizer, to see that it loads.
+
+        Takes a second, and loads no weights. Raises `UsageError` if a file is missing or damaged.
+        """
+        folder = self.files.folder(["transformer"])
+        for name, (library, kind) in self._components().items():
+            if kind is None or name == "transformer" or has_weights(folder / name):
+                continue
+            found = getattr(import_module(library), kind, None) if find_spec(str(library)) else None
+            if found is not None:
+                with loading(self.config.model, f"{name} of "):
+                    _check_vocabulary(found.from_pretrained(folder / name), folder / name)
+
+    def own_files(self, component: str) -> Path:
+        """Return the folder of a component of the teacher, which is downloaded if the teacher is on the Hub."""
+        return self.files.folder([name for name in self._components() if name != component]) / component
 
     def _arrange_scheduler(self, pipeline: Any) -> None:
         """Override the scheduler's settings by `model.sampling.scheduler`; `UsageError` for one that it lacks."""
@@ -185,20 +231,16 @@ class TeacherModel:
             pipeline.scheduler = type(scheduler).from_config(scheduler.config, **overrides)
 
 
-def _root(error: BaseException) -> str:
-    """Return the first line of the first error that led to `error`, such as a connection that was refused."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
-        error = earlier
-    return str(error).split("\n")[0]
+def _check_vocabulary(part: Any, folder: Path) -> None:
+    """Raise `FileNotFoundError` if `part` has a tokenizer whose files are not in `folder`.
 
-
-def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        # A file's first and last megabyte tell it apart from others; reading all of 40 GB at each start takes too long.
-        with file.open("rb") as handle:
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            digest.update(handle.read(1 << 20))
-            handle.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(handle.read())
-    return digest.hexdigest()[:16]
+    transformers then makes one without words, to which all prompts are alike.
+    """
+    names = getattr(getattr(part, "tokenizer", part), "vocab_files_names", None)
+    if not names:
+        return
+    parts = [name for kind, name in names.items() if kind in ("vocab_file", "merges_file")]
+    whole = [names[kind] for kind in ("tokenizer_file",) if kind in names]
+    missing = [name for name in parts if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in whole) and (missing or not parts):
+        raise FileNotFoundError(f"{' or '.join([*whole, *missing[:1]])} is missing")

@@ -520,8 +520,11 @@ def test_a_truncated_weight_file_in_the_model_folder_is_named(pipeline_folder, t
     ("content", "complaint"),
     [
         ('{"_class_name": "StableDiffusionPipeline"}', "holds a StableDiffusionPipeline, of no known family"),
-        ("{", "its JSON files do not read"),
-        ("{}", "its JSON files do not read"),
+        ("{", "its model_index.json does not read as a JSON object"),
+        ("", "its model_index.json does not read as a JSON object"),
+        ('["QwenImagePipeline"]', "its model_index.json does not read as a JSON object"),
+        ("{}", "its model_index.json has no _class_name"),
+        ('{"_class_name": ["x", "QwenImagePipeline"]}', "its model_index.json has no _class_name"),
     ],
 )
 def test_a_folder_of_another_pipeline_is_refused(pipeline_folder, tmp_path, content, complaint):
@@ -650,7 +653,7 @@ def test_a_group_needs_one_of_its_choices(override):
 def test_a_loss_without_weight_is_as_if_it_were_not_named(auto):
     assert parsed(*auto, "distill.losses.relative=0").distill.losses == {"relative_per_token": 1.0}
     for weight in ("nan", "inf"):
-        with pytest.raises(UsageError, match=r"distill\.losses=\w+ must be"):
+        with pytest.raises(UsageError, match=r"distill\.losses\.relative=\w+ must be a finite number"):
             parsed(*auto, f"distill.losses.relative={weight}")
 
 

@@ -15,18 +15,15 @@ DEVICE = os.environ.get("PPCL_TEST_SETTINGS", "trainer=cpu").split()
 torch.set_num_threads(1)  # as ../conftest.py has it, also where torch was built without OpenMP
 
 
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder with an untrained transformer: every stage is as real as on a trained one."""
+def build_teacher(folder: Path) -> Path:
+    """Write a pipeline with an untrained transformer to `folder`: every stage is as real as on a trained one."""
     from ppcl.families.qwen_image.tiny import build_pipeline
 
-    folder = tmp_path_factory.mktemp("teacher") / "pipeline"
     build_pipeline(0, NUM_LAYERS).save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def settings(teacher: Path) -> list[str]:
+def settings_of(teacher: Path) -> list[str]:
     """What every command here has in common: the teacher, and sizes that take a second."""
     return [
         "model=auto",
@@ -51,6 +48,18 @@ def settings(teacher: Path) -> list[str]:
         "trainer.progress=false",
         "logger=none",
     ]
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `build_teacher`."""
+    return build_teacher(tmp_path_factory.mktemp("teacher") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def settings(teacher: Path) -> list[str]:
+    """The settings of `settings_of` that teacher."""
+    return settings_of(teacher)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import INTERVALS, NUM_LAYERS, PLUG_NAMES, REPOSITORY, Outcome, ppcl, ppcl_process, succeed
 
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, fingerprint
 
 DRAW, ABOVE = "stages=[generate]", "generate.teacher_above=0.9"
@@ -51,7 +53,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["stages=[probe,distil]"], ["stages=distil", "depth"]),
         (["stages=[]"], ["stages=[]"]),
-        ([DRAW, "generate.teacher_above=1.5"], ["generate.teacher_above=1.5", "from 0 to 1"]),
+        ([DRAW, "generate.teacher_above=1.5"], ["generate.teacher_above=1.5", "at least 0 and at most 1"]),
         ([DRAW, "generate.teacher_above=-0.1"], ["generate.teacher_above=-0.1"]),
         ([DRAW, ABOVE, "generate.variants=[teacher]"], [ABOVE, "no effect", "generate.variants"]),
         ([DRAW, ABOVE, "generate.offload=model", "generate.variants=[removed]"], [ABOVE, "generate.offload=model"]),
@@ -124,6 +126,13 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (["budget.params=0.6", "budget.latency_ratio=0.5"], ["budget.params", "budget.latency_ratio"]),
         (["budget.params=0.6", "budget.memory_gb=1", "budget.latency_ratio=0.5"], ["budget.memory_gb"]),
         (["budget.params=0"], ["budget.params=0"]),
+        ([INTERVALS, "stages=[depth,plan]", "budget.params=1.5"], ["budget.params=1.5", "more than the whole model"]),
+        ([INTERVALS, "stages=[depth,plan]", "budget.params=nan"], ["budget.params=nan", "a finite number"]),
+        (["stages=[probe,detect]", "method=cka_sensitivity", "method.num_remove=6"], ["method.num_remove=6", "the 5"]),
+        (["stages=[probe,detect]", "method.start=5"], ["method.start=5", "no interval"]),
+        (["stages=[probe,detect,depth,width]", GIVEN, FFN.format("6")], ["transformer_blocks.ffn", "block 6"]),
+        (["stages=[depth,width]", "width=auto", "width.num_ffn=0", "width.num_text=0"], ["width.num_ffn=0"]),
+        ([INTERVALS, "stages=[depth,generate,evaluate]", "generate.variants=[removed]"], ["add teacher to", "removed"]),
         (["budget.memory_gb=-1"], ["budget.memory_gb=-1"]),
         (["budget.latency_ratio=0"], ["budget.latency_ratio=0"]),
         (["budget.params=small"], ["budget.params", "small"]),
@@ -160,7 +169,61 @@ def test_argument_is_named(command: list[str], arguments: list[str], fragments: 
         kept = [argument for argument in kept if not argument.startswith("model.")]
     assert_one_sentence(ppcl(*kept, *stages, *arguments), *fragments)
     runs = Path(next(a for a in command if a.startswith("paths.runs_dir=")).partition("=")[2])
-    assert not [*runs.rglob("*")]
+    # What was learnt of the teacher stays.
+    assert not [path for path in runs.rglob("*") if path.is_file() and path.parent.name != "teachers"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.usefixtures("no_model")
+def test_what_this_machine_lacks_is_told_before_the_work(command: list[str]) -> None:
+    with_quantize, without = ([INTERVALS, f"stages=[depth,export{more}]"] for more in (",quantize", ""))
+    assert_one_sentence(ppcl(*command, *with_quantize, "quantize=nf4"), "quantize.scheme=nf4 needs a CUDA GPU")
+    assert_one_sentence(ppcl(*command, *without, "trainer.accelerator=gpu"), "trainer.accelerator=gpu", "no GPU")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_missing_token_of_the_hub_is_told_before_the_work(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    outcome = ppcl(*command, INTERVALS, "stages=[depth,export]", "export.push_to_hub=owner/name")
+    assert_one_sentence(outcome, "export.push_to_hub=owner/name", "hf auth login", "HF_TOKEN")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("key", [None, "short"])
+def test_a_missing_key_of_wandb_is_told_before_the_work(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    kept = [argument for argument in command if argument != "logger=none"]
+    outcome = ppcl(*kept, INTERVALS, "stages=[depth]", "logger=wandb", "logger.mode=online")
+    assert_one_sentence(outcome, "logger=wandb logger.mode=online", "logger.mode=offline")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("name", ["..", "../../x", "", "cache", "'a\nb'", "/elsewhere", "a/../../b"])
+def test_a_run_lies_within_the_folder_of_runs(command: list[str], tmp_path: Path, name: str) -> None:
+    """And a refused name leaves no folder, also none beside."""
+    (tmp_path / "deep").mkdir()
+    kept = [argument for argument in command if not argument.startswith(("name=", "paths.runs_dir="))]
+    outcome = ppcl(*kept, f"paths.runs_dir={tmp_path / 'deep' / 'runs'}", "stages=[plan]", f"name={name}")
+    assert_one_sentence(outcome, "name=")
+    assert [file.name for file in tmp_path.rglob("*") if file.name not in ("deep", "runs")] == []
+    assert not (tmp_path.parent / "x").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_keys_of_no_use_are_refused_with_a_recorded_run_too(command: list[str], trained: Path) -> None:
+    for override in ("+foo=1", "foo=1", "+model.foo=1", "++distill.foo.bar=1"):
+        outcome = ppcl(f"run={trained}", "stages=[plan]", override)
+        assert_one_sentence(outcome, "foo is no configuration key")
 
 
 @pytest.mark.usefixtures("no_model")
@@ -240,8 +303,8 @@ def test_plan_is_named(command: list[str], tmp_path: Path, content: str | None, 
 def test_plan_of_this_run_for_another_model_is_named(command: list[str], chain: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs" / "bad" / "plan" / "plan.json"
     path.parent.mkdir(parents=True)
-    plan = json.loads((chain / "plan" / "plan.json").read_text())
-    path.write_text(json.dumps(plan | {"num_layers": {"transformer_blocks": 20}}))
+    plan = read_json(chain / "plan" / "plan.json", "The plan")
+    write_json(path, plan | {"num_layers": {"transformer_blocks": 20}})
     assert_one_sentence(ppcl(*command, "stages=[depth]"), str(path), "20")
 
 

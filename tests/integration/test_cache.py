@@ -224,7 +224,8 @@ def test_one_sample_is_left_for_training_where_chance_leaves_none() -> None:
 def test_only_an_empty_set_is_refused(cached: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"data\.held_out=0\.999999 keeps all 60 samples of data\.path=PICTURES"):
         stream_of(cached, 4, held_out=False, share=0.999999)
-    shutil.copy(cached / "empty.safetensors", tmp_path)
+    for name in ("cache.json", "empty.safetensors"):
+        shutil.copy(cached / name, tmp_path)
     with pytest.raises(UsageError, match=r"data\.path=PICTURES has no sample that could be used"):
         stream_of(tmp_path, 4, held_out=True)
 

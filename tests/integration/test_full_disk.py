@@ -5,10 +5,14 @@ The kernel's limit on the size of a file stands for the disk: what is written be
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from commands import INTERVALS, assert_same_tensors, digests, plug_tensors, ppcl_process, succeed
+
+from ppcl.sentences import failed_access
 
 FULL = """
 import resource, signal, sys
@@ -43,3 +47,11 @@ def test_a_full_disk(settings: list[str], trained: Path, tmp_path: Path, extra: 
     assert not list(tmp_path.rglob(".*.tmp"))
     succeed(*command, "stages=[depth]")
     assert_same_tensors(plug_tensors(tmp_path / "full"), plug_tensors(trained))
+
+
+def test_too_few_file_handles_are_raised_before_the_same_command_continues() -> None:
+    error = failed_access(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "00001.png"))
+    assert str(error).startswith(
+        "00001.png: Too many open files; finished files are intact, and after `ulimit -n 4096`"
+    )
+    assert "ulimit" not in str(failed_access(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "00001.png")))

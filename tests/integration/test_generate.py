@@ -20,7 +20,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import ppcl as package
@@ -176,7 +176,9 @@ def test_a_controlnet_of_the_full_model_reaches_the_blocks_that_are_in(
     command, controlnet, teacher, trained, tmp_path
 ) -> None:
     picture = tmp_path / "edges.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(picture)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the orientation: to be turned by 90 degrees
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(picture, exif=exif)
     control = [f"generate.controlnet={controlnet}", f"generate.control_image={picture}", "generate.control_scale=0.7"]
     succeed(*command, "name=control", *control)
     for variant in ("teacher", "ppcl-depth"):
@@ -185,7 +187,7 @@ def test_a_controlnet_of_the_full_model_reaches_the_blocks_that_are_in(
         model = QwenImageControlNetModel.from_pretrained(controlnet)
         with_control = QwenImageControlNetPipeline(**pipeline.components, controlnet=model)
         with_control.set_progress_bar_config(disable=True)
-        image = Image.open(picture).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(picture))
         expected = drawn(with_control, control_image=image, controlnet_conditioning_scale=0.7)
         (found,) = pictures(command, "control", variant)
         assert np.array_equal(found, expected)

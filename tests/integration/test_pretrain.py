@@ -159,9 +159,9 @@ def test_what_cannot_be_continued_is_refused(tmp_path: Path, overrides: list[str
 
 
 def test_a_loss_that_is_not_a_number_stops(tmp_path: Path) -> None:
-    change = ["pretrain.adam_lr=1e30", "pretrain.warmup_steps=1", "pretrain.checkpoint_every=1"]
+    change = ["pretrain.adam_lr=1000", "pretrain.warmup_steps=1", "pretrain.checkpoint_every=1"]
     outcome = ppcl(*TINY, *change, f"paths.runs_dir={tmp_path}")
     assert outcome.code == 2
-    assert "pretrain.adam_lr=1e+30 made the loss" in outcome.err
+    assert "pretrain.adam_lr=1000.0 made the loss" in outcome.err
     assert (tmp_path / "pretrained" / "pretrain-checkpoint" / "last.ckpt").exists()
     assert not (tmp_path / "pretrained" / "teacher").exists()

@@ -14,6 +14,7 @@ from commands import VARIANTS, succeed
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.context import Run
 from ppcl.report.made import commands_of, data_of, trainings_of
 from ppcl.validation import parse
@@ -36,7 +37,7 @@ def copy(chain: Path, chain_command: list[str], tmp_path_factory: pytest.TempPat
 
 def change_scores(run: Path, **changes: object) -> None:
     for path in (run / "scores").glob("*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        write_json(path, read_json(path, "The scores") | changes)
 
 
 def test_the_page_is_in_the_order_of_what_matters(chain: Path, teacher: Path) -> None:
@@ -51,7 +52,7 @@ def test_the_page_is_in_the_order_of_what_matters(chain: Path, teacher: Path) ->
 
 def test_the_page_tells_how_it_was_made(chain: Path) -> None:
     page = page_of(chain)
-    cost = json.loads((chain / "training" / "depth.json").read_text())
+    cost = read_json(chain / "training" / "depth.json", "The cost")
     assert f"<td>depth</td><td>{cost['steps']}</td>" in page
     report = json.loads((chain / "report" / "report.json").read_text())
     assert report["trainings"]["depth"] == cost

@@ -1,6 +1,6 @@
 """Keys of the configuration: what they declare, and what of them goes into fingerprints."""
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 
 import pytest
 
@@ -8,7 +8,7 @@ from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.config import Config, DistillConfig
 from ppcl.errors import UsageError
-from ppcl.options import declared, identity, option
+from ppcl.options import Bounds, declared, identity, option
 
 
 @dataclass
@@ -79,24 +79,57 @@ def test_what_changes_no_result_is_in_no_fingerprint():
     assert header(changed).fingerprint == header(DistillConfig()).fingerprint
 
 
+def keys():
+    return {item.name: item for item in declared(Config(name="run", stages=["plan"]))}
+
+
 def test_every_key_is_declared_under_its_full_name():
-    found = {name: (least, choices) for name, _, least, choices in declared(Config(name="run", stages=["plan"]))}
-    assert found["distill.lr"] == (0, None)
-    assert found["finetune.optimizer"] == (None, ("adamw", "muon"))
+    found = keys()
+    assert found["distill.lr"].bounds == Bounds(above=0, most=1000)
+    assert found["finetune.optimizer"].choices == ("adamw", "muon")
     assert "model.sampling.height" in found
 
 
-def test_defaults_lie_within_their_own_bounds():
-    def check(group):
-        for item in fields(group):
-            value = getattr(group, item.name)
-            if is_dataclass(value):
-                check(value)
-                continue
-            least, choices = item.metadata.get("least"), item.metadata.get("choices")
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            values = [each for each in items if each is not None]
-            assert least is None or min(values, default=least) >= least, item.name
-            assert choices is None or set(values) <= set(choices), item.name
+def test_every_number_declares_its_bounds():
+    """But for blocks, which are compared with those of the model."""
+    without = {name for name, item in keys().items() if item.numeric and item.bounds == Bounds()}
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    blocks = {f"width.{stack}.{kind}" for stack in stacks for kind in ("text", "ffn")}
+    assert without == blocks | {f"intervals.{stack}" for stack in stacks}
 
-    check(Config(name="run", stages=["plan"]))
+
+def test_defaults_lie_within_their_own_bounds():
+    for name, item in keys().items():
+        value = item.value
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        values = [each for each in items if each is not None]
+        for each in values:
+            if isinstance(each, (int, float)) and not isinstance(each, bool):
+                item.bounds.check(name, each)
+        assert item.choices is None or set(values) <= set(item.choices), name
+
+
+@pytest.mark.parametrize(
+    ("bounds", "value", "said"),
+    [
+        (Bounds(least=0), -1, "key=-1 must be at least 0."),
+        (Bounds(least=0, most=1), 2.5, "key=2.5 must be at least 0 and at most 1."),
+        (Bounds(above=0), 0.0, "key=0 must be above 0."),
+        (Bounds(above=0, below=1), 1.0, "key=1 must be above 0 and below 1."),
+        (Bounds(), float("nan"), "key=nan must be a finite number."),
+        (Bounds(least=0), float("inf"), "key=inf must be a finite number and at least 0."),
+        (Bounds(least=1), 10**12, "key=1000000000000 must be at least 1 and at most 1000000000."),
+    ],
+)
+def test_a_number_out_of_bounds_is_one_sentence(bounds, value, said):
+    with pytest.raises(UsageError) as raised:
+        bounds.check("key", value)
+    assert str(raised.value) == said
+
+
+@pytest.mark.parametrize(
+    ("bounds", "value"),
+    [(Bounds(least=0), 0), (Bounds(most=1), 1.0), (Bounds(most=2**32), 2**32), (Bounds(), -1e30), (Bounds(), 10**9)],
+)
+def test_a_number_at_its_bound_is_taken(bounds, value):
+    bounds.check("key", value)

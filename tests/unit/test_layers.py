@@ -3,7 +3,7 @@
 import pytest
 
 from ppcl.errors import UsageError
-from ppcl.layers import check_counts, check_width_sets, references
+from ppcl.layers import BlockMap, check_counts, check_width_sets, references
 
 KEPT = [0, 1, 3, 5, 6, 8]  # 2, 4 and 7 went with intervals
 
@@ -70,3 +70,24 @@ def test_stacks_that_one_config_key_counts_keep_as_many_blocks():
     check_counts(keys, {"noise_refiner": 1, "context_refiner": 1, "layers": 5})
     with pytest.raises(UsageError, match="noise_refiner is left with 1 blocks and context_refiner with 2, and"):
         check_counts(keys, {"noise_refiner": 1, "context_refiner": 2, "layers": 5})
+
+
+def test_a_map_of_blocks_is_composed_and_taken_apart():
+    once = BlockMap.of({"kept_layers": {"blocks": [0, 1, 3, 5]}, "removed_intervals": {"blocks": [[1, 2], [3, 4]]}},
+                       {"blocks": 4})  # fmt: skip
+    assert once.counts == {"blocks": 6}
+    twice = once.then({"blocks": [0, 1, 3]})
+    assert twice == BlockMap({"blocks": [0, 1, 5]}, {"blocks": 6})
+    assert twice.removed == {"blocks": [[1, 4]]}
+    assert twice.since(once.kept) == BlockMap({"blocks": [0, 1, 3]}, {"blocks": 4})
+    assert twice.since(twice.kept).renumbered == []
+
+
+def test_the_last_blocks_may_be_gone_and_a_model_without_a_map_is_its_own():
+    cut = BlockMap.of({"kept_layers": {"blocks": [0, 1]}, "removed_intervals": {"blocks": [[1, 3]]}}, {"blocks": 2})
+    assert cut.counts == {"blocks": 4}
+    assert cut.removed == {"blocks": [[1, 3]]}
+    assert cut.renumbered == ["blocks"]  # numbers are the same, and the last blocks are not there
+    assert BlockMap.of(None, {"blocks": 3}) == BlockMap({"blocks": [0, 1, 2]}, {"blocks": 3})
+    with pytest.raises(UsageError, match="kept_layers names 2 blocks"):
+        BlockMap.of({"kept_layers": {"blocks": [0, 1]}}, {"blocks": 3})

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ppcl.progress import counter, duration, track
+from ppcl.progress import counter, duration, track, visible
 from ppcl.training.progress import StepProgress
 
 
@@ -107,6 +107,21 @@ def test_a_terminal_gets_a_bar_that_disappears(clock: Clock) -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (48.2, "48 s"), (837, "14 min"), (9000, "2 h 30 min")])
 def test_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("un café, 猫, 👨\u200d👩\u200d👧", "un café, 猫, 👨\u200d👩\u200d👧"),
+        ("\x1b]0;owned\x07\x1b[2J", r"\x1b]0;owned\x07\x1b[2J"),
+        ("\x9b1mC1, \x7f", r"\x9b1mC1, \x7f"),
+        ("two\nlines\r", r"two\nlines\r"),
+        ("gpj.\u202eexe", r"gpj.\u202eexe"),
+        ("caf\udce9", r"caf\udce9"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_written_out(text: str, shown: str) -> None:
+    assert visible(text) == shown
 
 
 class Descent(L.LightningModule):

@@ -139,7 +139,7 @@ def test_a_folder_without_all_tensors_is_refused(family, folder, tmp_path):
     index = broken / "diffusion_pytorch_model.safetensors.index.json"
     if not index.exists():
         (broken / "diffusion_pytorch_model.safetensors").unlink()
-        expected = "no safetensors"
+        expected = r"holds no diffusion_pytorch_model\.safetensors"
     else:
         content = json.loads(index.read_text())
         content["weight_map"].pop("transformer_blocks.0.attn.to_q.weight")
@@ -148,6 +148,20 @@ def test_a_folder_without_all_tensors_is_refused(family, folder, tmp_path):
         expected = r"lacks transformer_blocks\.0\.attn\.to_q\.weight"
     with pytest.raises(UsageError, match=expected):
         load_streamed(family, broken, CPU, torch.float32)
+
+
+def test_a_tensor_that_no_module_takes_is_told(family, folder, tmp_path, caplog):
+    for file in folder.iterdir():
+        shutil.copy(file, tmp_path)
+    for path in sorted(tmp_path.glob("*.safetensors"))[:1]:
+        save_file(load_file(path) | {"other.weight": torch.ones(1)}, path, {"format": "pt"})
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"]["other.weight"] = path.name
+        index.write_text(json.dumps(content))
+    load_streamed(family, tmp_path, CPU, torch.float32)
+    assert "other.weight were not used" in caplog.text
 
 
 def test_batches_of_a_training_pass_each_block_together(family, resident, streamed, make_batch):

@@ -88,7 +88,7 @@ class Costs:
 
     @classmethod
     def load(cls, path: Path) -> Costs:
-        content = read_json(path, "The costs")
+        content = read_json(path, "The costs", "plan")
         try:
             return cls(
                 Header(content["format"], content["made_from"], content["version"]),

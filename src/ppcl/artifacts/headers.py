@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts.files import read_json
+from ppcl.artifacts.files import again, read_json
 from ppcl.errors import UsageError
 
 FORMAT_VERSION = 1
 
 ADVICE = "give this run another name=, or delete that file to make it anew"
+
+# The stage that makes an artifact or a checkpoint, by the format that its record names.
+MAKERS = {
+    "ppcl.teacher": "pretrain",
+    "ppcl.cache": "cache",
+    "ppcl.probes": "probe",
+    "ppcl.plan": "detect",
+    "ppcl.boundaries": "boundaries",
+    "ppcl.plug": "depth",
+    "ppcl.depth": "depth",
+    "ppcl.projector": "width",
+    "ppcl.width": "width",
+    "ppcl.costs": "plan",
+    "ppcl.finetuned": "finetune",
+    "ppcl.velocities": "finetune",
+    "ppcl.export": "export",
+    "ppcl.quantized": "quantize",
+    "ppcl.lora": "remap_lora",
+    "ppcl.images": "generate",
+    "ppcl.scores": "evaluate",
+}
 
 
 def fingerprint(made_from: Mapping[str, Any]) -> str:
@@ -38,6 +60,19 @@ class Header:
     @property
     def fingerprint(self) -> str:
         return fingerprint({"format": self.format, "version": self.version, "made_from": self.made_from})
+
+    @property
+    def stage(self) -> str:
+        """The stage that makes this kind of artifact; empty if its format is not in `MAKERS`."""
+        return MAKERS.get(self.format, "")
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], path: Path, stage: str) -> Header:
+        """Return the header in an artifact's JSON `content`, read from `path`; `UsageError` if it has none."""
+        try:
+            return cls(str(content["format"]), dict(content["made_from"]), content["version"])
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(f"{path} does not say what it was made from: {again(stage)}.") from None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,17 +100,18 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     return "nothing"
 
 
-def is_current(path: Path, header: Header, advice: str | None = None) -> bool:
-    """Return whether the artifact whose JSON file is `path` exists and has this header.
+def is_current(path: Path, header: Header, advice: str | None = None, files: Iterable[Path] = ()) -> bool:
+    """Return whether the artifact whose JSON file is `path` exists and has this header, and all its `files` exist.
 
     Raises `UsageError` where it exists with another header, since only the user may replace it. The sentence
     ends with `advice`, what to do instead: by default, to choose another name or to delete that file.
     """
     if not path.exists():
         return False
-    found = read_json(path, header.format)
+    found = read_json(path, "The record", header.stage)
     if found.get("fingerprint") == header.fingerprint:
-        return True
-    raise UsageError(
-        f"{path} was made with {first_difference(found.get('made_from', {}), header.made_from)}: {advice or ADVICE}."
-    )
+        return all(file.exists() for file in files)
+    difference = first_difference(found.get("made_from", {}), header.made_from)
+    if re.search(r"(weights|encoders)='[0-9a-f]{16}', now '[0-9a-f]{32}'$", difference):
+        difference += " (an earlier version looked at parts of the files alone, so they may be another model's)"
+    raise UsageError(f"{path} was made with {difference}: {advice or ADVICE}.")

@@ -44,13 +44,13 @@ class PruningPlan:
         """Whether `stages=[plan]` has counted it from given intervals: the configuration alone makes it again."""
         return {"family", "arch", "intervals"} <= self.made_from.keys()
 
-    def is_current(self, path: Path, advice: str) -> bool:
-        """Return whether `path` holds this plan; one that was only counted may be replaced.
+    def is_current(self, path: Path, advice: str, stage: str) -> bool:
+        """Return whether `path` holds this plan, which `stage` makes; one that was only counted may be replaced.
 
         Raises `UsageError`, which ends with `advice`, where another plan lies there that was detected or written by
         hand.
         """
-        if path.exists() and (found := PruningPlan.load(path)).is_counted:
+        if path.exists() and (found := PruningPlan.load(path, stage=stage)).is_counted:
             return found.header().fingerprint == self.header().fingerprint
         return is_current(path, self.header(), advice)
 
@@ -60,17 +60,20 @@ class PruningPlan:
         write_json(path, self.header().to_json() | body)
 
     @classmethod
-    def load(cls, path: Path, key: str = "") -> PruningPlan:
-        content = read_json(path, f"{key}the pruning plan")
+    def load(cls, path: Path, key: str = "", stage: str = "detect") -> PruningPlan:
+        """Read a plan of a run, which `stage` has made; with `key`, the override that names it, one edited by hand."""
+        content = read_json(path, f"{key}the pruning plan" if key else "The pruning plan", stage, edited=bool(key))
         try:
-            intervals = {stack: [(int(u), int(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()}
+            intervals = {
+                stack: [(_whole(u), _whole(v)) for u, v in pairs] for stack, pairs in content["intervals"].items()
+            }
             width = {
-                stack: {kind: [int(index) for index in sets.get(kind, [])] for kind in ("text", "ffn")}
+                stack: {kind: [_whole(index) for index in sets.get(kind, [])] for kind in ("text", "ffn")}
                 for stack, sets in content.get("width", {}).items()
             }
             return cls(
                 family=str(content["family"]),
-                num_layers={stack: int(count) for stack, count in content["num_layers"].items()},
+                num_layers={stack: _whole(count) for stack, count in content["num_layers"].items()},
                 intervals=intervals,
                 made_from=content.get("made_from", {}),
                 parameters=content.get("parameters", {}),
@@ -79,8 +82,16 @@ class PruningPlan:
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UsageError(
-                f"{key}{path} is not a pruning plan: it needs family, num_layers, intervals {{stack: [[u, v], ...]}}."
+                f"{key}{path} is not a pruning plan: it needs family, num_layers, intervals {{stack: [[u, v], ...]}}, "
+                "in whole numbers."
             ) from None
+
+
+def _whole(value: Any) -> int:
+    """Return a number of a JSON file; `ValueError` if it is not whole, since 1.7 is no block."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(value)
+    return value
 
 
 def plug_name(stack: str, interval: Interval) -> str:
@@ -137,7 +148,7 @@ class Choice:
 
     @classmethod
     def load(cls, path: Path) -> Choice:
-        content = read_json(path, "The plan's choice")
+        content = read_json(path, "The plan's choice", "plan")
         try:
             name, value, cost = content["budget"]
             rest = {item.name: content.get(item.name) for item in fields(cls)[2:]}

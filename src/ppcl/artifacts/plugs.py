@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ppcl.artifacts.files import read_json, write_json
-from ppcl.artifacts.headers import Header
+from ppcl.artifacts.files import again, check_finite, read_json, write_json
+from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import Interval, plug_name, projector_name, read_plug_name, read_projector_name
 from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.errors import UsageError
@@ -20,8 +21,8 @@ from ppcl.errors import UsageError
 class _Pluggable(ABC):
     """Tensors that replace a part of the teacher, and the losses of their training.
 
-    Saving and loading raise `UsageError` for tensors that are not finite. Otherwise a NaN in a projector would show
-    only much later, as grey pictures.
+    Saving raises `UsageError` for tensors and losses that are not finite, and so does loading for tensors. Otherwise a
+    NaN in a projector would show only much later, as grey pictures.
     """
 
     header: Header
@@ -45,21 +46,34 @@ class _Pluggable(ABC):
 
     def save(self, folder: Path) -> None:
         self.check_finite(f"plug {self.name} is not written")
+        check_losses(self.name, self.losses)
         record = folder / f"{self.name}.json"
-        record.unlink(missing_ok=True)
         write_tensors(folder / f"{self.name}.safetensors", self.state_dict, {"fingerprint": self.header.fingerprint})
         write_json(record, self.header.to_json() | {"stack": self.stack} | self.place() | {"losses": self.losses})
 
 
+def check_losses(name: str, losses: Mapping[str, float]) -> None:
+    """Raise `UsageError` if one of the `losses` of the plug `name` is not finite."""
+    check_finite(losses, f"plug {name} is not written")
+
+
 def _read_pluggable(record: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the JSON record of a plug or projector, and the fields that both kinds have; `stage` makes them."""
-    content = read_json(record, "The plug")
-    header = Header(content["format"], content["made_from"], content["version"])
-    tensors, metadata = read_tensors(record.with_suffix(".safetensors"))
+    content = read_json(record, "The plug", stage)
+    header = Header.of(content, record, stage)
+    tensors, metadata = read_tensors(record.with_suffix(".safetensors"), stage)
     if metadata.get("fingerprint") != header.fingerprint:
         raise UsageError(f"{record} and its safetensors are of two runs; delete both and run 'stages=[{stage}]' again.")
-    fields = {"header": header, "stack": content["stack"], "state_dict": tensors, "losses": content["losses"]}
+    try:
+        fields = {"header": header, "stack": content["stack"], "state_dict": tensors, "losses": content["losses"]}
+    except KeyError:
+        raise UsageError(f"{record} is not the record of a plug: {again(stage)}.") from None
     return content, fields
+
+
+def is_stored(record: Path, header: Header, advice: str) -> bool:
+    """Return whether the plug of this record and header is there, with its tensors; raises as `is_current` does."""
+    return is_current(record, header, advice, [record.with_suffix(".safetensors")])
 
 
 @dataclass

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from ppcl.artifacts.files import check_safetensors, read_json, write_json
-from ppcl.artifacts.headers import Header
-from ppcl.artifacts.tensors import write_tensors
+from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.headers import Header, is_current
+from ppcl.artifacts.tensors import TensorFile, write_tensors
 from ppcl.errors import UsageError
 
 
@@ -41,16 +40,14 @@ class Probes:
     @classmethod
     def load(cls, folder: Path) -> Probes:
         """Open the probes in `folder`. Each tensor is read when it is used, since a large model has many."""
-        content = read_json(folder / "probes.json", "Probes")
-        header = Header(content["format"], content["made_from"], content["version"])
-        for key in content["residuals"]:
-            check_safetensors(folder / f"{key}.safetensors")
-            with safe_open(folder / f"{key}.safetensors", framework="pt") as handle:
-                if (handle.metadata() or {}).get("fingerprint") != header.fingerprint:
-                    raise UsageError(
-                        f"{folder} holds probes of two different runs; delete it and run 'stages=[probe]' again."
-                    )
-        names = list(content["residuals"])
+        content = read_json(folder / "probes.json", "The record", "probe")
+        header = Header.of(content, folder / "probes.json", "probe")
+        names = list(content.get("residuals", {}))
+        for key in names:
+            if TensorFile(folder / f"{key}.safetensors", "probe").metadata.get("fingerprint") != header.fingerprint:
+                raise UsageError(
+                    f"{folder} holds probes of two different runs; delete it and run 'stages=[probe]' again."
+                )
         weights, biases = _StoredProbes(folder, names, "weight"), _StoredProbes(folder, names, "bias")
         return cls(header, weights, biases, content["residuals"])
 
@@ -64,8 +61,7 @@ class _StoredProbes(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.names:
             raise KeyError(key)
-        with safe_open(self.folder / f"{key}.safetensors", framework="pt") as handle:
-            return handle.get_tensor(self.part)
+        return TensorFile(self.folder / f"{key}.safetensors", "probe").get_tensor(self.part)
 
     def __contains__(self, key: object) -> bool:
         return key in self.names  # Mapping's own `__contains__` would read the tensor
@@ -77,11 +73,24 @@ class _StoredProbes(Mapping[str, Tensor]):
         return len(self.names)
 
 
+def check_probe(key: str, weight: Tensor, bias: Tensor, remedy: str) -> None:
+    """Raise `UsageError`, which ends with `remedy`, if a probe's tensors are not finite."""
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise UsageError(f"the probe {key} has values that are not finite and is not written: {remedy}.")
+
+
 def write_probe(folder: Path, header: Header, key: str, weight: Tensor, bias: Tensor) -> None:
     """Write one probe's file. Call `finish_probes` after the last."""
-    (folder / "probes.json").unlink(missing_ok=True)
     tensors = {"weight": weight, "bias": bias}
     write_tensors(folder / f"{key}.safetensors", tensors, {"fingerprint": header.fingerprint})
+
+
+def has_probes(folder: Path, header: Header) -> bool:
+    """Return whether all probes of this header are in `folder`; raises as `is_current` does."""
+    record = folder / "probes.json"
+    if not is_current(record, header):
+        return False
+    return all((folder / f"{key}.safetensors").exists() for key in read_json(record, "The record")["residuals"])
 
 
 def finish_probes(folder: Path, header: Header, residuals: dict[str, float]) -> None:

@@ -176,7 +176,7 @@ class ScoreRow:
 
     @classmethod
     def load(cls, path: Path) -> ScoreRow:
-        content = read_json(path, "The scores")
+        content = read_json(path, "The scores", "evaluate")
         try:
             later = ("score_interval", "velocity_error", "latent_distance", "teacher_share", "fidelity")
             values: dict[str, Any] = {  # older records are without some keys

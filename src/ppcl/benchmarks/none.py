@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
-from ppcl.artifacts.files import read_json
 from ppcl.benchmarks.base import Benchmark, Prompt
 from ppcl.errors import UsageError
+from ppcl.pictures.opening import open_picture, picture_digest
 from ppcl.validation.outputs import has_own_prompts
 from ppcl.validation.prompts import OwnPrompt, read_prompts
 
@@ -39,7 +38,7 @@ class Unscored(Benchmark):
         """Return the prompts; raises `UsageError` if there are neither prompts nor captions."""
         generate = config.generate
         if has_own_prompts(config):
-            file, given = generate.prompt_file, [_upright(path) for path in generate.images]
+            file, given = generate.prompt_file, [open_picture(path) for path in generate.images]
             own = [OwnPrompt(str(generate.prompt))] if file is None else read_prompts(Path(file))
             return [Prompt(prompt.text, references=given, fact=prompt) for prompt in own]
         if config.data.name == "shapes":
@@ -63,22 +62,8 @@ class Unscored(Benchmark):
         """Return hashes of the files in `generate.images`, if there are any."""
         if not has_own_prompts(config):
             return super().given(prompts, config)
-        files = [_digest(path) for path in config.generate.images]
+        files = [picture_digest(path) for path in config.generate.images]
         return {"images": files} if files else {}
-
-
-def _upright(path: str) -> Image.Image:
-    """Return a picture turned as its EXIF orientation says."""
-    with Image.open(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
-
-
-def _digest(path: str) -> str:
-    """Return a hash of a picture's file. It says if the picture is turned upright, which was not always done."""
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    with Image.open(path) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return f"{digest} upright" if turned else digest
 
 
 def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
@@ -95,12 +80,11 @@ def _captions(family: Family, config: Config) -> Iterator[str]:
     """
     import torch
 
-    from ppcl.data.cached import held_out_keys
+    from ppcl.data.cached import held_out_keys, read_parts
     from ppcl.data.training import TrainingData
     from ppcl.teacher_model import TeacherModel
 
     data = TrainingData(config, TeacherModel(config, family, torch.device("cpu")))
-    records = sorted(data.cache_folder.glob("*-[0-9][0-9][0-9].json"))
-    samples = [item for record in records for item in read_json(record, "A cache's part")["samples"]]
+    samples = [item for _, items in read_parts(data.cache_folder) for item in items]
     held_out = held_out_keys([item["key"] for item in samples], data.held_out)
     yield from (item["caption"] for item in samples if item["key"] in held_out and item.get("caption"))

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from safetensors import safe_open
 from torch import Tensor
 
-from ppcl.artifacts.files import check_safetensors, link_or_copy, read_json, write_json
-from ppcl.artifacts.tensors import write_tensors
+from ppcl.artifacts.files import again, link_or_copy, read_json, write_json
+from ppcl.artifacts.tensors import TensorFile, write_tensors
+from ppcl.errors import UsageError
 from ppcl.ops.losses import Average, own
 from ppcl.taps import Streams
 
@@ -108,12 +108,14 @@ def _restore(described: Any, files: Mapping[str, Any]) -> Any:
 class BoundaryWriter:
     """Collects the batches of one interval and writes them in shards to `folder`. `kind`: `train` or `heldout`.
 
+    `fingerprint`: that of the boundaries' record, which every file names.
     `before`: the writer of the interval that ends where this one begins, if there is one. It must be given each batch
     first.
     """
 
-    def __init__(self, folder: Path, kind: str, before: BoundaryWriter | None = None) -> None:
+    def __init__(self, folder: Path, kind: str, fingerprint: str, before: BoundaryWriter | None = None) -> None:
         self.folder, self.kind, self.before = folder, kind, before
+        self.metadata = {"fingerprint": fingerprint}
         self.shard = 0
         self._own = {"tensor"}  # the files that this writes; one more if another interval begins where this one ends
         if before is not None:
@@ -177,13 +179,11 @@ class BoundaryWriter:
         if self._steps:
             stem = self.folder / f"{self.kind}-{self.shard:04d}"
             if self.before is not None:
-                start = _file(stem, "start")
-                start.unlink(missing_ok=True)  # of a killed process
-                link_or_copy(_file(self.before.folder / stem.name, "end"), start)
+                link_or_copy(_file(self.before.folder / stem.name, "end"), _file(stem, "start"))
             for file, tensors in self._files.items():
-                write_tensors(_file(stem, file), tensors, {})
+                write_tensors(_file(stem, file), tensors, self.metadata)
             files = [*self._own, "start"] if self.before is not None else [*self._own]
-            content = {"files": sorted(files), "steps": self._steps}
+            content = {"files": sorted(files), "steps": self._steps, **self.metadata}
             write_json(stem.with_suffix(".json"), content)  # last: it marks the shard as complete
         self.shard += 1
         self._clear()
@@ -195,25 +195,43 @@ def _file(stem: Path, file: str) -> Path:
 
 
 def whole_shards(folder: Path, kind: str) -> int:
-    """Return the number of complete shards of `kind` in `folder`, up to the first that is missing."""
+    """Return the number of complete shards of `kind` in `folder`, up to the first that is missing.
+
+    Raises `UsageError` for a shard's record that does not read.
+    """
     count = 0
-    while (folder / f"{kind}-{count:04d}.json").exists():
+    while (record := folder / f"{kind}-{count:04d}.json").exists() and all(
+        path.exists() for path in _files(record.with_suffix(""), _read_record(record, None)).values()
+    ):
         count += 1
     return count
 
 
+def _files(stem: Path, content: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the safetensors files of a shard, by the names that its record uses."""
+    return {file: _file(stem, file) for file in content.get("files", ["tensor"])}
+
+
+def _read_record(record: Path, fingerprint: str | None) -> dict[str, Any]:
+    content = read_json(record, "A shard of boundaries", "boundaries")
+    if fingerprint is not None and content.get("fingerprint", fingerprint) != fingerprint:
+        raise UsageError(f"{record} belongs to a run with other settings: {again('boundaries')}.")
+    return content
+
+
 @lru_cache(maxsize=32)
-def _opened(stem: Path) -> tuple[list[Any], dict[str, Any]]:
-    content = read_json(stem.with_suffix(".json"), "A shard of boundaries")
-    paths = {file: _file(stem, file) for file in content.get("files", ["tensor"])}
-    for path in paths.values():
-        check_safetensors(path)
-    return content["steps"], {file: safe_open(path, framework="pt") for file, path in paths.items()}
+def _opened(stem: Path, fingerprint: str | None) -> tuple[list[Any], dict[str, TensorFile]]:
+    content = _read_record(stem.with_suffix(".json"), fingerprint)
+    paths = _files(stem, content)
+    return content["steps"], {file: TensorFile(path, "boundaries", fingerprint) for file, path in paths.items()}
 
 
-def read_step(folder: Path, kind: str, step: int) -> tuple[Boundary, Tensor]:
-    """Return batch number `step` of the interval stored in `folder`, and its noise levels `[B]`."""
-    steps, files = _opened(folder / f"{kind}-{step // STEPS_PER_SHARD:04d}")
+def read_step(folder: Path, kind: str, step: int, fingerprint: str | None = None) -> tuple[Boundary, Tensor]:
+    """Return batch number `step` of the interval stored in `folder`, and its noise levels `[B]`.
+
+    `fingerprint`: that of the boundaries' record. None: it is not compared.
+    """
+    steps, files = _opened(folder / f"{kind}-{step // STEPS_PER_SHARD:04d}", fingerprint)
     content = _restore(steps[step % STEPS_PER_SHARD], files)
     sigmas = content.pop("sigmas")
     return Boundary(**content), sigmas
@@ -226,7 +244,8 @@ class BoundaryStream:
     folders: list[Path]
     kind: str
     stored: int
+    fingerprint: str | None = None
 
     def __call__(self, step: int) -> BoundaryBatch:
-        found = [read_step(folder, self.kind, step % self.stored) for folder in self.folders]
+        found = [read_step(folder, self.kind, step % self.stored, self.fingerprint) for folder in self.folders]
         return BoundaryBatch([boundary for boundary, _ in found], found[0][1])

@@ -34,6 +34,11 @@ class Cut:
         across, down = min(1.0, ratio / own), min(1.0, own / ratio)
         return cls((1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2)
 
+    @property
+    def share(self) -> float:
+        """This part's area, as a share of the picture's."""
+        return (self.right - self.left) * (self.bottom - self.top)
+
     def of(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         """Return this part of a picture, resized to `size` (height, width) by the filter of diffusers' pipelines."""
         (width, height), (rows, columns) = picture.size, size

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppcl.artifacts.files import check_safetensors, read_json
-from ppcl.artifacts.tensors import read_tensors
+from ppcl.artifacts.files import again, check_safetensors, read_json
+from ppcl.artifacts.tensors import TensorFile, read_tensors
 from ppcl.config import DataConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.streams import Stream
@@ -55,6 +56,11 @@ class Entry:
 def unit_record(name: str) -> str:
     """Return the name of the file that exists once a unit is completely cached."""
     return f"{name}.json"
+
+
+def part_record(unit: str, number: int) -> str:
+    """Return the name of the file that lists the samples of part `number` of a unit."""
+    return f"{unit}-{number:03d}.json"
 
 
 def trimmed(conditions: Conditions) -> Conditions:
@@ -123,22 +129,89 @@ def held_out_keys(keys: Sequence[str], share: float) -> set[str]:
     return set(chosen)
 
 
+def read_parts(folder: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """Yield the record of each part of a cache's whole units, in a fixed order, and the records of its samples.
+
+    Raises `UsageError` if a unit has fewer samples than its record says.
+    """
+    units: dict[str, int] = {}
+    parts: dict[str, dict[int, tuple[Path, list[dict[str, Any]]]]] = {}
+    for path in folder.glob("*.json"):
+        record = read_json(path, "A cache's record", "cache")
+        if "unit" in record:
+            units[record["unit"]] = record["samples"]
+        elif part := re.fullmatch(r"(.+)-(\d{3,})\.json", path.name):
+            parts.setdefault(part[1], {})[int(part[2])] = path, read_part(path)["samples"]
+    for unit in sorted(units, key=lambda name: f"{name}-"):  # the order of the files, where none has a fourth digit
+        found = [part for _, part in sorted(parts.get(unit, {}).items())]
+        missing = units[unit] - sum(len(samples) for _, samples in found)
+        if missing > 0:
+            raise UsageError(
+                f"{folder} lacks {missing} samples of {unit}: delete {folder / unit_record(unit)}, and run "
+                "'stages=[cache]' again."
+            )
+        yield from found
+
+
+def parts_of(folder: Path, unit: str) -> list[Path]:
+    """Return the records of the parts of a unit, in order."""
+    stem = unit_record(unit).removesuffix(".json")
+    found = [path for path in folder.glob(f"{escape(stem)}-*.json") if path.stem[len(stem) + 1 :].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.rpartition("-")[2]))
+
+
+def is_whole(folder: Path, unit: str) -> bool:
+    """Return whether a unit of a cache has its record, and all the parts that the record counts, with their tensors.
+
+    Raises `UsageError` for a record that does not read.
+    """
+    record = folder / unit_record(unit)
+    if not record.exists():
+        return False
+    parts = parts_of(folder, unit)
+    if not all(part.with_suffix(".safetensors").exists() for part in parts):
+        return False
+    stored = sum(len(read_part(part)["samples"]) for part in parts)
+    return stored == read_unit(record)["samples"]
+
+
+def read_unit(record: Path) -> dict[str, Any]:
+    """Return the record of a unit: `samples`, how many it has, and `skipped`."""
+    content = read_json(record, "A cache's unit", "cache")
+    if not isinstance(content.get("samples"), int):
+        raise UsageError(f"A cache's unit {record} does not say how many samples it has: {again('cache')}.")
+    return content
+
+
+def read_part(record: Path) -> dict[str, Any]:
+    """Return the record of a part: its `samples`, and those `skipped`."""
+    content = read_json(record, "A cache's part", "cache")
+    if not isinstance(content.get("samples"), list):
+        raise UsageError(f"A cache's part {record} has no list of samples: {again('cache')}.")
+    return content
+
+
 def read_entries(folder: Path) -> list[Entry]:
-    """Return all samples of a cache, in a fixed order; raises `UsageError` for a damaged part."""
+    """Return all samples of a cache, in a fixed order; raises `UsageError` for a part that is damaged or missing."""
     entries = []
-    for record in sorted(folder.glob("*-[0-9][0-9][0-9].json")):
+    for record, samples in read_parts(folder):
         part = record.with_suffix(".safetensors")
-        check_safetensors(part)
-        for number, item in enumerate(read_json(record, "A cache's part")["samples"]):
+        check_safetensors(part, stage="cache")
+        for number, item in enumerate(samples):
             given = tuple((height, width) for height, width in item.get("given", ()))
             entries.append(Entry(item["key"], part, number, tuple(item["size"]), given))
     return entries
 
 
+def _fingerprint(folder: Path) -> str:
+    """Return the fingerprint of the cache in `folder`, which the metadata of its files name."""
+    return read_json(folder / "cache.json", "The record", "cache")["fingerprint"]
+
+
 @lru_cache(maxsize=64)
-def _opened(part: Path) -> tuple[Any, dict[int, list[str]]]:
+def _opened(part: Path) -> tuple[TensorFile, dict[int, list[str]]]:
     """Return an open part, and the tensor names of each of its samples."""
-    file = safe_open(part, framework="pt")
+    file = TensorFile(part, "cache", _fingerprint(part.parent))
     names: dict[int, list[str]] = {}
     for key in file.keys():  # noqa: SIM118 - a file, not a mapping
         number, _, name = key.partition(".")
@@ -161,7 +234,7 @@ class CachedStream(Stream):
         self, family: Family, folder: Path, config: DataConfig, seed: int, batch_size: int, *, held_out: bool
     ) -> None:
         super().__init__(family, config, seed, batch_size)
-        self.empty, _ = read_tensors(folder / EMPTY)
+        self.empty, _ = read_tensors(folder / EMPTY, "cache", _fingerprint(folder))
         self.buckets: dict[tuple[tuple[int, int], ...], list[Entry]] = {}
         entries = read_entries(folder)
         share = held_out_share(config, len(entries))

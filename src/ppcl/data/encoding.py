@@ -16,12 +16,15 @@ from torch import Tensor
 
 from ppcl.artifacts.headers import Header
 from ppcl.config import Config
-from ppcl.data.buckets import cut_like, fit, nearest, to_tensor
+from ppcl.data.buckets import Cut, cut_like, fit, nearest, to_tensor
 from ppcl.data.cached import LATENTS, SIZES, difference, trimmed
 from ppcl.data.sources import Sample, Unit
+from ppcl.errors import UsageError
 from ppcl.families.base import Conditions, Family
+from ppcl.pictures.opening import UnusablePictureError
 from ppcl.validation.values import aspect_ratio
 
+LEAST_LEFT = 1 / 20  # of a picture that is cut to a shape; its caption says little about less
 _THREADS = 4  # a photo of 12 megapixels takes one of them 0.2 seconds
 
 
@@ -74,6 +77,14 @@ class Encoder:
         encoded = self.family.encode_prompts(self.pipeline, unique, references)(captions)
         return [trimmed({name: value[row].cpu() for name, value in encoded.items()}) for row in range(len(captions))]
 
+    def refuses(self, caption: str) -> str:
+        """Return why the model cannot take a caption; empty if it can."""
+        try:
+            self.family.check_prompts(self.pipeline, [caption])
+        except UsageError as error:
+            return str(error)
+        return ""
+
     def empty_prompt(self) -> Conditions:
         """Return the conditions of a dropped caption."""
         return self.prompts([self.family.empty_prompt])[0]
@@ -87,6 +98,10 @@ class Encoder:
             return fit(picture, self.sizes[nearest(picture, [width / height for height, width in self.sizes])])
         number = nearest(given[-1], self.ratios)
         return to_tensor(cut_like(picture, given[-1], self.ratios[number]).of(picture, self.sizes[number]))
+
+    def left_of(self, picture: Image.Image) -> float:
+        """Return the share of a picture that is left when it is cut to the nearest of `data.aspects`."""
+        return Cut.middle(picture, self.ratios[nearest(picture, self.ratios)]).share
 
     def edit(self, caption: str, given: list[Image.Image]) -> Conditions:
         """Return the conditions of an edit: its instruction, its given pictures, and as `empty.*` the empty prompt.
@@ -132,10 +147,15 @@ def _open(encoder: Encoder, sample: Sample) -> _Opened:
     """Decode the pictures of a sample and resize the one that is encoded."""
     try:
         picture, *given = sample.open()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        return _Opened(sample, why=f"its picture does not decode: {type(error).__name__}")
+    except UnusablePictureError as error:
+        return _Opened(sample, why=f"its picture {error}")
     if len(given) > encoder.most_given:
         return _Opened(sample, why=f"{len(given)} given pictures; the model takes {encoder.most_given}")
+    for each in (picture, *given):
+        if encoder.left_of(each) < LEAST_LEFT:
+            size = f"{each.width}x{each.height} pixels"
+            why = f"its picture has {size}: any shape of data.aspects leaves less than {LEAST_LEFT:.0%} of it"
+            return _Opened(sample, why=why)
     return _Opened(sample, encoder.fitted(picture, given), given)
 
 
@@ -163,8 +183,9 @@ def encode_samples(
 
     def usable() -> Iterator[_Opened]:
         for opened in _opened(encoder, samples):
-            if opened.picture is None:
-                bad.append({"key": opened.sample.key, "why": opened.why})
+            why = opened.why or encoder.refuses(opened.sample.caption)
+            if why:
+                bad.append({"key": opened.sample.key, "why": why})
             else:
                 yield opened
 

@@ -1,7 +1,7 @@
 """Reads pictures with captions from webdataset shards, or from a folder with a CSV or JSONL table.
 
 The source is divided into units that are cached as a whole: a shard, or up to 1,000 rows of a table. A sample that
-cannot be used is returned as `Skipped`, with the reason. A shard that is cut short gives the samples before the cut.
+cannot be used is returned as `Skipped`, with the reason. So is a damaged part of a shard.
 """
 
 from __future__ import annotations
@@ -10,23 +10,29 @@ import csv
 import glob
 import io
 import json
-import tarfile
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from os.path import commonpath, relpath
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import webdataset as wds
-from PIL import Image, ImageOps
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from PIL import Image
+from webdataset.tariterators import group_by_keys
 
 from ppcl.config import DataConfig
+from ppcl.data.archives import Damage, read_members
+from ppcl.data.captions import NoCaptionError, caption_of, decoded, is_blank, seen
 from ppcl.errors import UsageError
+from ppcl.pictures.opening import open_picture
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "avif")  # of several, a sample's first is taken
 ROWS = 1000  # of a table, in one unit
+_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
 
 
 @dataclass
@@ -42,12 +48,8 @@ class Sample:
     given: Sequence[bytes] = ()
 
     def open(self) -> list[Image.Image]:
-        """Return the decoded RGB pictures, first `image`, then `given`, turned as their EXIF orientation says.
-
-        Raises PIL's errors for a damaged file.
-        """
-        pictures = [Image.open(io.BytesIO(content)) for content in (self.image, *self.given)]
-        return [ImageOps.exif_transpose(picture).convert("RGB") for picture in pictures]
+        """Return the pictures as `open_picture` does: first `image`, then `given`."""
+        return [open_picture(content) for content in (self.image, *self.given)]
 
 
 @dataclass
@@ -85,55 +87,70 @@ class Shard(Unit):
     path: Path
 
     def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
-        broken: list[Exception] = []
+        skipped: list[Skipped] = []
+
+        def files() -> Iterator[dict[str, Any]]:
+            for member in read_members(self.path):
+                if isinstance(member, Damage):
+                    skipped.append(Skipped(self.path.name, member.why))
+                elif not _META.match(member.name):
+                    yield {"fname": _utf8(member.name), "data": member.content, "__url__": str(self.path)}
 
         def note(error: Exception) -> bool:
-            broken.append(error)
+            name = str(error.args[0]).partition(": duplicate")[0]
+            skipped.append(Skipped(name, "its name occurs twice in the shard; the first file is taken"))
             return True
 
-        # Given a name in place of an open file, webdataset would run one that begins with `pipe:` in a shell.
-        with self.path.open("rb") as stream:
-            files = tar_file_expander([{"url": str(self.path), "stream": stream}], handler=note)
-            for member in group_by_keys(files, handler=note):
-                key = str(member["__key__"])
-                found = _picture(member, "")
-                given = [picture for name in config.given or () if (picture := _picture(member, f"{name}."))]
-                try:
-                    facts = json.loads(member["json"]) if "json" in member else {}
-                except ValueError:
-                    yield Skipped(key, "its .json does not read as JSON")
-                    continue
-                if "txt" in member:
-                    facts = {config.captions[0]: member["txt"].decode("utf-8", "replace")} | facts
-                yield _sample(key, facts, found, given, config)
-        if broken:
-            yield Skipped(self.path.name, f"cut short or damaged: {type(broken[0]).__name__}")
+        for member in group_by_keys(files(), handler=note):
+            yield _of_shard(member, config)
+        yield from skipped
 
     def count(self) -> int:
-        found = 0
+        members = read_members(self.path, contents=False)
+        suffixes = (Path(member.name).name.partition(".")[2] for member in members if not isinstance(member, Damage))
+        return sum(suffix.lower() in IMAGES for suffix in suffixes)
+
+
+def _of_shard(member: Mapping[str, Any], config: DataConfig) -> Sample | Skipped:
+    """Return the sample of the files of one name in a shard, by their suffixes; `__key__` is the name."""
+    key = str(member["__key__"])
+    found = _picture(member, "")
+    if found is None:
+        return Skipped(key, f"no picture: {seen([name for name in member if not name.startswith('__')])}")
+    given = [picture for name in config.given or () if (picture := _picture(member, f"{name}."))]
+    try:
+        facts = json.loads(member["json"]) if "json" in member else {}
+    except UnicodeDecodeError:
+        return Skipped(key, "its .json is not UTF-8: save it with that encoding")
+    except (ValueError, RecursionError):
+        return Skipped(key, "its .json does not read as JSON")
+    if not isinstance(facts, Mapping):
+        return Skipped(key, "its .json holds no object with named values")
+    if "txt" in member and is_blank(facts.get(config.captions[0])):
         try:
-            with tarfile.open(self.path) as archive:
-                for member in archive:
-                    found += Path(member.name).name.partition(".")[2].lower() in IMAGES
-        except tarfile.TarError:
-            pass  # reading the shard reports the damage
-        return found
+            facts = {**facts, config.captions[0]: decoded(member["txt"])}
+        except UnicodeDecodeError:
+            return Skipped(key, "its .txt is not UTF-8: save it with that encoding")
+    return _sample(key, facts, found, given, config)
 
 
 @dataclass
 class Rows(Unit):
-    """Up to 1,000 rows of a table, beginning at row number `start`."""
+    """Up to 1,000 rows of a table, beginning at row number `start`. A row that does not read is `Skipped`."""
 
     table: Path
     start: int
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any] | Skipped]
 
     def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
         for number, row in enumerate(self.rows, start=self.start):
+            if isinstance(row, Skipped):
+                yield row
+                continue
             name = next((str(row[key]) for key in ("image", "file_name", "path") if row.get(key)), None)
-            key = name or f"row {number}"
+            key = _utf8(name or f"row {number}")
             if name is None:
-                yield Skipped(key, "no image, file_name or path")
+                yield Skipped(key, f"no image, file_name or path: {seen(row)}")
                 continue
             try:
                 given = [file for column in config.given or () for file in _files(row.get(column))]
@@ -141,10 +158,18 @@ class Rows(Unit):
             except OSError as error:
                 yield Skipped(key, f"its file cannot be read: {error.strerror}")
                 continue
+            except ValueError:  # a zero byte, or what is not UTF-8
+                yield Skipped(key, "its file has a name that none has")
+                continue
             yield _sample(key, row, content, others, config)
 
     def count(self) -> int:
         return len(self.rows)
+
+
+def _utf8(name: str) -> str:
+    """Return a name with bytes that are not UTF-8 written out: a key that holds them could not be hashed or written."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _picture(member: Mapping[str, Any], prefix: str) -> bytes | None:
@@ -160,25 +185,26 @@ def _files(cell: Any) -> list[str]:
     return [str(file) for file in cell] if isinstance(cell, list) else [str(cell)] if cell else []
 
 
-def _sample(key: str, facts: Any, image: bytes | None, given: Sequence[bytes], config: DataConfig) -> Sample | Skipped:
+def _sample(
+    key: str, facts: Mapping[Any, Any], image: bytes, given: Sequence[bytes], config: DataConfig
+) -> Sample | Skipped:
     """Return a sample, or why it cannot be used. `facts`: its keys or columns, among them the caption."""
-    if image is None:
-        return Skipped(key, "no picture")
     if config.given and not given:
         return Skipped(key, f"no given picture: none of {', '.join(config.given)}")
-    if not isinstance(facts, Mapping):
-        return Skipped(key, "its .json holds no object with named values")
-    caption = next((str(facts[name]).strip() for name in config.captions if facts.get(name)), "")
-    if not caption:
-        return Skipped(key, f"no caption: none of {', '.join(config.captions)}")
+    try:
+        caption = caption_of(facts, config.captions)
+    except NoCaptionError as error:
+        return Skipped(key, str(error))
     accuracy = facts.get("text_accuracy")
     if config.min_text_accuracy is not None and accuracy is not None:
         try:
-            low = float(accuracy) < config.min_text_accuracy
-        except (TypeError, ValueError):
-            return Skipped(key, f"text_accuracy={accuracy} is not a number")
-        if low:
+            number = float(accuracy)
+        except (TypeError, ValueError, OverflowError):
+            number = float("nan")
+        if number < config.min_text_accuracy:
             return Skipped(key, f"text_accuracy={accuracy} is below data.min_text_accuracy={config.min_text_accuracy}")
+        if number != number:
+            return Skipped(key, f"text_accuracy={accuracy} is not a number")
     return Sample(key, caption, image, given)
 
 
@@ -190,12 +216,24 @@ def find_units(config: DataConfig) -> list[Unit]:
 def _shards(config: DataConfig) -> list[Unit]:
     pattern = str(config.path)
     names = [f"{pattern}/*.tar"] if Path(pattern).is_dir() else wds.SimpleShardList(pattern).urls
-    paths = sorted(Path(found) for name in names for found in glob.glob(name))
+    paths = sorted({Path(found) for name in names for found in glob.glob(name)})
     if not paths:
         raise UsageError(
             f"data.path={pattern} names no shard; give a folder of .tar files, or shards-{{000..099}}.tar."
         )
-    return [Shard(path.name, path.stat().st_size, path.stat().st_mtime_ns, path) for path in paths]
+    return [
+        Shard(name, path.stat().st_size, path.stat().st_mtime_ns, path)
+        for name, path in zip(_distinct_names(paths), paths, strict=True)
+    ]
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each shard that no other has: of its file, or if two are alike, of the folders that differ."""
+    names = [path.name for path in paths]
+    if len({*names}) == len(names):
+        return names
+    common = commonpath([path.absolute() for path in paths])
+    return [quote(relpath(path, common), safe="", errors="surrogateescape") for path in paths]
 
 
 def _tables(config: DataConfig) -> list[Unit]:
@@ -211,17 +249,48 @@ def _tables(config: DataConfig) -> list[Unit]:
     if not path.is_file():
         raise UsageError(f"data.path={path} does not exist; name a folder, a CSV or a JSONL.")
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".csv":
-            rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (UnicodeDecodeError, ValueError, csv.Error):
-        raise UsageError(f"data.path={path} does not read as {path.suffix or 'a table'}; correct the file.") from None
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise UsageError(f"data.path={path} holds no rows with named columns.")
+        # Only rows with what is not UTF-8 are left out: its bytes become surrogates, which no caption may have.
+        lines = io.StringIO(decoded(path.read_bytes(), "surrogateescape"), newline=None)
+        rows = _rows_of_csv(lines) if path.suffix == ".csv" else _rows_of_json(lines)
+    except (UnicodeDecodeError, csv.Error):
+        rows = []
+    if not any(isinstance(row, Mapping) for row in rows):
+        raise UsageError(f"data.path={path} holds no row with named columns that reads as {path.suffix or 'a table'}.")
     stat = path.stat()
     return [
         Rows(f"{path.name}-{start}", stat.st_size, stat.st_mtime_ns, path, start, rows[start : start + ROWS])
         for start in range(0, len(rows), ROWS)
     ]
+
+
+def _rows_of_csv(lines: io.StringIO) -> list[Mapping[str, Any] | Skipped]:
+    """Return the rows of a CSV, whose cells are divided by commas, semicolons or tabs: what its first line has most of.
+
+    Spreadsheets write the latter two in many countries.
+    """
+    first = lines.readline()
+    lines.seek(0)
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    rows: list[Mapping[str, Any] | Skipped] = []
+    for row in reader:
+        further = row.pop(None, ())  # type: ignore[call-overload]
+        why = f"has more cells than there are columns: put text with {delimiter!r} into double quotes"
+        rows.append(Skipped(f"line {reader.line_num}", why) if any(further) else row)
+    return rows
+
+
+def _rows_of_json(lines: io.StringIO) -> list[Mapping[str, Any] | Skipped]:
+    """Return the rows of a JSON Lines file."""
+    rows: list[Mapping[str, Any] | Skipped] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        whole = isinstance(row, Mapping)
+        rows.append(row if whole else Skipped(f"line {number}", "does not read as a JSON object"))
+    return rows

@@ -10,10 +10,10 @@ from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
 
-from ppcl.artifacts.files import read_json
+from ppcl.artifacts.files import again, read_json
 from ppcl.artifacts.headers import Header
 from ppcl.config import Config
-from ppcl.data.cached import EMPTY, CachedStream, held_out_share, unit_record
+from ppcl.data.cached import EMPTY, CachedStream, held_out_share, is_whole, read_unit, unit_record
 from ppcl.data.encoding import source_header
 from ppcl.data.sources import find_units
 from ppcl.data.streams import ShapesStream, Stream, encode_world
@@ -41,8 +41,8 @@ class TrainingData:
             header = source_header(self.config, find_units(self.config.data), self.teacher.encoder_identity)
             alike = (found for _, found in self._caches() if _encodings(found) == _encodings(header))
             return header if (self._caches_folder / header.fingerprint).exists() else next(alike, header)
-        content = read_json(self.cache_folder / "cache.json", "data.cache:")
-        header = Header(content["format"], content["made_from"], content["version"])
+        record = self.cache_folder / "cache.json"
+        header = Header.of(read_json(record, "data.cache:", "cache"), record, "cache")
         there = self.teacher.encoder_identity
         made_by = header.made_from["model"]
         if there["family"] != made_by["family"] or ("encoders" in there and there != made_by):
@@ -66,8 +66,8 @@ class TrainingData:
     def _caches(self) -> Iterator[tuple[Path, Header]]:
         """Yield folder and header of each cache in `paths.cache_dir`."""
         for path in sorted(self._caches_folder.glob("*/cache.json")):
-            content = read_json(path, "A cache's record")
-            yield path.parent, Header(content["format"], content["made_from"], content["version"])
+            content = read_json(path, "The record", "cache")
+            yield path.parent, Header.of(content, path, "cache")
 
     def refuse_encoding_again(self) -> None:
         """Raise `UsageError` if this data is whole in a cache that was encoded with other versions of libraries.
@@ -105,7 +105,7 @@ class TrainingData:
         if data.held_out is not None:
             return data.held_out
         folder = self._whole_cache()
-        records = (read_json(folder / unit_record(unit), "A cache's unit") for unit in self._units)
+        records = (read_unit(folder / unit_record(unit)) for unit in self._units)
         return held_out_share(data, sum(record["samples"] for record in records))
 
     @property
@@ -115,7 +115,12 @@ class TrainingData:
 
     def _whole_cache(self) -> Path:
         """Return the folder of the cache; raises `UsageError` if the cache is not complete."""
-        folder = self.cache_folder
+        folder, record = self.cache_folder, self.cache_folder / "cache.json"
+        if (
+            record.exists()
+            and read_json(record, "The record", "cache").get("fingerprint") != self.cache_header.fingerprint
+        ):
+            raise UsageError(f"{record} is that of another cache: {again('cache')}.")
         missing = next(self._missing(folder), None)
         if missing is not None:
             if not folder.exists():
@@ -125,7 +130,7 @@ class TrainingData:
 
     def _missing(self, folder: Path) -> Iterator[str]:
         """Yield what a cache in `folder` lacks: names of units, and of the file with the empty prompt."""
-        yield from (unit for unit in self._units if not (folder / unit_record(unit)).exists())
+        yield from (unit for unit in self._units if not is_whole(folder, unit))
         if not (folder / EMPTY).exists():
             yield EMPTY
 

@@ -93,7 +93,7 @@ def stored_boundaries(run: Run) -> tuple[Path, dict[str, Any]]:
             f"settings (distill.steps={config.steps} distill.batch_size={config.batch_size} "
             f"distill.replay={config.replay})."
         )
-    records = {path.parent: read_json(path, "The record of boundaries") for path in found}
+    records = {path.parent: read_json(path, "The record of boundaries", "boundaries") for path in found}
     misfits = {path: _misfit(run, path, record["made_from"]) for path, record in records.items()}
     fitting = [path for path, misfit in misfits.items() if misfit is None]
     if not fitting:
@@ -143,8 +143,10 @@ def _misfit(run: Run, folder: Path, made_from: dict[str, Any]) -> str | None:
     return None
 
 
-def initial_students(run: Run, intervals: Intervals, folder: Path) -> dict[str, nn.Module]:
+def initial_students(run: Run, intervals: Intervals, folder: Path, fingerprint: str) -> dict[str, nn.Module]:
     """Return the students of `intervals` by plug name, with the initial weights stored in `folder`, all trainable.
+
+    `fingerprint`: that of the boundaries in `folder`.
 
     The teacher's weights are not needed: the blocks' structure comes from a model on the meta device.
     """
@@ -155,7 +157,7 @@ def initial_students(run: Run, intervals: Intervals, folder: Path) -> dict[str, 
         for pair in pairs:
             name = plug_name(stack, pair)
             student = copy.deepcopy(stack_of(teacher, stack)[pair[0]])
-            state, _ = read_tensors(folder / name / "init.safetensors")
+            state, _ = read_tensors(folder / name / "init.safetensors", "boundaries", fingerprint)
             student.load_state_dict(state, assign=True)
             students[name] = student.requires_grad_(True)
     return students

@@ -143,7 +143,7 @@ class FineTune(ManualOptimization):
                 target = self.teacher_velocity(batch).double()
                 found = torch.stack([(velocity - target).square().sum(), target.square().sum()])
                 sums += batch.average(found).cpu()
-        return (sums[0] / sums[1]).item()
+        return (sums[0] / sums[1]).item()  # NaN where the teacher's velocity is 0 everywhere
 
     @contextmanager
     def _result_to_run(self) -> Iterator[nn.Module]:
@@ -213,8 +213,7 @@ class FineTune(ManualOptimization):
             found.append({key: value.detach() for key, value in terms.items()})
         (logged,) = mean_terms([mean_of(found)], batches[0].average)
         loss = logged["loss"]
-        key = "lr" if self.config.relative_update is None else "relative_update"
-        self.refuse_infinite(loss, {f"finetune.{key}": getattr(self.config, key)})
+        self.refuse_infinite(loss, self.global_step)
         self.take_step(self.student, self.config.max_grad_norm)
         if self.ema is not None:
             self._average()
@@ -228,6 +227,10 @@ class FineTune(ManualOptimization):
         for mean, now in zip(self.ema.parameters(), self.student.parameters(), strict=True):
             if now.requires_grad:
                 mean.lerp_(now.to(mean.dtype), 1 - decay)
+
+    def rates(self) -> dict[str, float | None]:
+        key = "lr" if self.config.relative_update is None else "relative_update"
+        return {f"finetune.{key}": getattr(self.config, key)}
 
     def configure_optimizers(self) -> tuple[list, list]:
         config = self.config

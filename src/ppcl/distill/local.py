@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from math import isfinite
 from typing import Any
 
 import torch
@@ -212,7 +213,8 @@ class LocalDistillation(ManualOptimization):
                 values = {f"{self.stage_name}/{name}/{key}": value for key, value in terms.items()}
                 self.log_dict(values, batch_size=len(batches[0].sigmas))
         total = losses.sum()
-        self.refuse_infinite(total, self._rates())
+        infinite = [name for name, loss in zip(self.names, losses.tolist(), strict=True) if not isfinite(loss)]
+        self.refuse_infinite(total, int(self.average_steps.item()) - 1, infinite)
         return total
 
     def _descend(self, *parts: nn.Module) -> None:
@@ -249,7 +251,6 @@ class LocalDistillation(ManualOptimization):
         optimizers = optimizers_of(self.family, self.parts, list(self.parts.values()), self.config)
         return optimizers, [cosine_schedule(optimizer, self.config) for optimizer in optimizers]
 
-    def _rates(self) -> dict[str, float]:
-        """Return the learning rates by their configuration keys, which an error message tells to lower."""
+    def rates(self) -> dict[str, float | None]:
         relative = self.config.relative_update
-        return {self.relative_key: relative} if relative is not None else {self.lr_key: self.config.lr or 0.0}
+        return {self.relative_key: relative} if relative is not None else {self.lr_key: self.config.lr}

@@ -6,15 +6,17 @@ two optimisers that share out the parameters (Muon and AdamW).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ppcl.errors import UsageError
-from ppcl.parallel import average_gradients
+from ppcl.parallel import average_gradients, largest
 
 
 class ManualOptimization(L.LightningModule):
@@ -27,19 +29,42 @@ class ManualOptimization(L.LightningModule):
     def configure_model(self) -> None:
         """Do nothing: a model that has to be sharded is sharded before Lightning calls this."""
 
-    def refuse_infinite(self, loss: Tensor, rates: Mapping[str, float]) -> None:
+    @abstractmethod
+    def rates(self) -> dict[str, float | None]:
+        """Return the learning rates by their configuration keys, which an error message tells to lower."""
+
+    def refuse_infinite(self, loss: Tensor, step: int, whose: Sequence[str] = ()) -> None:
         """Raise `UsageError` if the scalar `loss` is infinite or NaN.
 
-        `rates`: the learning rates by their configuration keys; the message tells to lower them.
+        `step`: the number of steps before this loss. `whose`: the names of the parts that it is of, if it is of some.
         """
         if torch.isfinite(loss):
             return
+        more = f" and {len(whose) - 3} more" if len(whose) > 3 else ""
+        of = f" of {', '.join(whose[:3])}{more}" if whose else ""
+        if not step:
+            raise UsageError(
+                f"the loss{of} is {loss.item()} at the first step, before anything was learnt: look for NaN and for "
+                "values that overflow in the teacher's weights and in the data."
+            )
+        self._blame(f"the loss{of} {loss.item()} at step {step}")
+
+    def refuse_infinite_weights(self) -> None:
+        """Raise `UsageError` on all ranks if a trained parameter on any of them has an infinite value or a NaN."""
+        weights = [
+            parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            for parameter in self.parameters()
+            if parameter.requires_grad
+        ]
+        (wrong,) = largest(int(not all(bool(weight.isfinite().all()) for weight in weights)))
+        if wrong:
+            self._blame(f"weights infinite or NaN at step {self.global_step}")
+
+    def _blame(self, what: str) -> NoReturn:
+        rates = self.rates()
         named = " and ".join(f"{key}={value}" for key, value in rates.items())
         them = "it" if len(rates) == 1 else "them"
-        raise UsageError(
-            f"{named} made the loss {loss.item()} at step {self.global_step}; lower {them}. The last checkpoint is "
-            "intact."
-        )
+        raise UsageError(f"{named} made {what}; lower {them}. The last checkpoint is intact.")
 
     @staticmethod
     def prepare_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float | None) -> None:

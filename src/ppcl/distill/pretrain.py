@@ -57,12 +57,14 @@ class Pretrain(ManualOptimization):
         with computing(self.hparams["precision"], batch.sigmas.device):
             output = self.transformer(**batch.inputs)[0]
         loss = (batch.prediction(output) - batch.target).square().mean()
-        rates = {f"pretrain.{key}": self.hparams[key] for key in ("muon_lr", "adam_lr")}
-        self.refuse_infinite(loss, rates)
+        self.refuse_infinite(loss, self.global_step)
         self.manual_backward(loss)
         self.take_step(self, self.hparams["max_grad_norm"])
         self.log("pretrain/loss", loss, prog_bar=True)
         return loss.detach()
+
+    def rates(self) -> dict[str, float | None]:
+        return {f"pretrain.{key}": self.hparams[key] for key in ("muon_lr", "adam_lr")}
 
     def configure_optimizers(self) -> tuple[list, list]:
         blocks = self.family.blocks(self.transformer).values()

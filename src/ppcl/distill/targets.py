@@ -47,10 +47,10 @@ class Targets:
 
     def on(self, step: int, batches: Sequence[TrainingBatch]) -> list[TrainingBatch]:
         """Return the batches of a step with the teacher's velocity."""
-        parts = _read(self._file(step // STEPS_PER_FILE))[str(step)].chunk(len(batches))
+        parts = _read(self._file(step // STEPS_PER_FILE), self.header.fingerprint)[str(step)].chunk(len(batches))
         return [replace(batch, teacher=part) for batch, part in zip(batches, parts, strict=True)]
 
 
 @lru_cache(maxsize=2)
-def _read(path: Path) -> dict[str, Tensor]:
-    return read_tensors(path)[0]
+def _read(path: Path, fingerprint: str) -> dict[str, Tensor]:
+    return read_tensors(path, "finetune", fingerprint)[0]

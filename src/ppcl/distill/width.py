@@ -17,7 +17,7 @@ from ppcl.distill.local import LocalDistillation
 from ppcl.distill.losses import Terms, with_loss
 from ppcl.families.base import Family
 from ppcl.layers import Layout, kept_layers, references
-from ppcl.methods.probes import changes
+from ppcl.methods.probes import changes, solved
 from ppcl.ops.least_squares import NormalEquations
 from ppcl.ops.losses import Average, relative_error
 from ppcl.precision import computing
@@ -289,7 +289,7 @@ class WidthDistillation(LocalDistillation):
             watches = [self.watch_calls(batch, partial(add, self.family.masks(batch.inputs))) for batch in group]
             observe_each(self.family, self._teacher[0], [batch.inputs for batch in group], watches, last=self.last)
         for (number, key), system in equations.items():
-            weight, bias = system.solve(ridge=ridge)
+            weight, bias = solved(system, f"{self.pruned[number].name} ({key})", ridge=ridge)
             projector: Any = self.projectors(number)[key]
             assign(projector.weight, weight)
             assign(projector.bias, bias)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ppcl import __version__
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header
 from ppcl.context import Run
 from ppcl.export.model_card import (
@@ -16,23 +19,37 @@ from ppcl.export.model_card import (
     license_of,
     model_card,
 )
+from ppcl.paths import EMBEDDED
+from ppcl.surgery.provenance import earlier_of
 from ppcl.validation.model import model_folder
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import Variant
 
 
 def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) -> dict[str, Any]:
-    """Return the `ppcl` entry of an export's config: which blocks were kept, and how the model was made."""
+    """Return the `ppcl` entry of an export's config: which blocks were kept, and how the model was made.
+
+    Blocks are counted as in the full model, also if the teacher was pruned from that itself.
+    """
     config = run.config
     board = switch.board
+    blocks, teacher = board.blocks, board.teacher_blocks
+    width = {
+        stack: {kind: [teacher.kept[stack][index] for index in indices] for kind, indices in sets.items()}
+        for stack, sets in board.width.items()
+    }
+    earlier = {}
+    if teacher.renumbered:  # LoRAs may count the blocks of the teacher, or of one before it
+        earlier["pruned_from"] = [*earlier_of(switch.teacher.config.get("ppcl")), teacher.kept]
     return {
         "version": __version__,
-        "base_model": BaseModel.of(run).hub_id or config.model.path,
+        "base_model": base_name(run),
         "revision": config.model.revision,
         "variant": variant.name,
-        "kept_layers": board.kept,
-        "removed_intervals": board.removed_intervals,
-        "width": board.width,
+        "kept_layers": blocks.kept,
+        "removed_intervals": blocks.removed,
+        **earlier,
+        "width": width,
         "method": config.method.name,
         "distill": "none"
         if config.distill.mode == "none"
@@ -41,6 +58,43 @@ def provenance_of(run: Run, variant: Variant, switch: Switch, header: Header) ->
         "data": config.data.name,
         "fingerprint": header.fingerprint,
     }
+
+
+def base_name(run: Run) -> str | None:
+    """Return what an export calls its teacher: its id on the Hub, `embedded:NAME`, or the name of its folder.
+
+    The folder's path is of this machine, and nobody else's business. None without weights.
+    """
+    path, folder = run.config.model.path, model_folder(run.config.model)
+    if path is None or path.startswith(EMBEDDED):
+        return path
+    return hub_id(path, folder) or (path if folder is None else folder.resolve().name)
+
+
+def forget_paths(folder: Path, base: str | None) -> None:
+    """Replace paths of this machine by `base` in the configs of a saved pipeline, where diffusers notes its source."""
+    for path in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
+        config = read_json(path, "The config") if path.name.endswith(("config.json", "index.json")) else {}
+        for key in ("_name_or_path", "name_or_path"):
+            if isinstance(config.get(key), str) and Path(config[key]).is_absolute():
+                config[key] = base or ""
+                write_json(path, config, checked=False)
+
+
+def keep_own_files(run: Run, folder: Path) -> None:
+    """Replace the saved tokenizers and processors of the pipeline in `folder` by the teacher's own files.
+
+    Encoding captions leaves a length and a padding in a tokenizer, which it would save. What is exported must not
+    depend on the stages that ran before.
+    """
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    for name, part in run.teacher.pipeline.components.items():
+        if isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
+            own = run.teacher.own_files(name)
+            if own.is_dir():
+                shutil.rmtree(folder / name)
+                shutil.copytree(own, folder / name)
 
 
 @dataclass(frozen=True)
@@ -95,10 +149,10 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
             "without": "".join(f", {name}=None" for name in missing),
             "call": call,
             "seed": config.seed,
-            "intervals": json.dumps(switch.board.removed_intervals),
+            "intervals": json.dumps(board.blocks.removed),
             "students": len(board.plugged),
             "width_sets": json.dumps(board.width) if board.width else "none",
             "method": config.method.name,
-            "kept_layers": json.dumps(board.kept),
+            "kept_layers": json.dumps(board.blocks.kept),
         }
     )

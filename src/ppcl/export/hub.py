@@ -28,6 +28,17 @@ def check_repo_id(repo_id: str) -> None:
         ) from None
 
 
+def check_token(repo_id: str) -> None:
+    """Raise `UsageError` if this machine has no token for the Hub; needs no network."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise UsageError(
+            f"export.push_to_hub={repo_id} needs a token of the Hub, and none is set: run `hf auth login`, or set "
+            "HF_TOKEN, or leave it out."
+        )
+
+
 def push(
     folder: Path,
     repo_id: str,

@@ -11,6 +11,7 @@ from ppcl.artifacts.files import read_json
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.families.facts import APACHE
 from ppcl.families.registry import FAMILIES
+from ppcl.sentences import printable
 
 _CARD = """---
 {metadata}
@@ -140,12 +141,19 @@ def model_card(facts: Mapping[str, Any]) -> str:
     call: Mapping[str, Any] = facts["call"] or {}
     arguments = "\n".join(f"    {name}={value!r}," for name, value in call.items())
     given = any("load_image" in repr(value) for value in call.values())
+    told = {"without": ""} | dict(facts)
+    told |= {key: plain(str(told[key])) for key in ("title", "base", "method")}  # names that a user has chosen
     return _CARD.format(
-        **({"without": ""} | dict(facts)),
+        **told,
         label="" if facts["width_sets"] == "none" else _WIDTH_LABEL,
         loader="from diffusers.utils import load_image\n" if given else "",
         use=_CALL.format(arguments=arguments, seed=facts["seed"]) if facts["call"] else "",
     )
+
+
+def plain(text: str) -> str:
+    """Return `text` as Markdown that shows it as it is, also in a cell of a table."""
+    return re.sub(r"([\\`*<>\[\]|#~])", r"\\\1", printable(text))
 
 
 def with_section(card: str, name: str, text: str) -> str:

@@ -27,8 +27,8 @@ def add_code(folder: Path) -> None:
         path = folder / component / "config.json"
         if path.exists():  # a processor has no config.json
             config = read_json(path, "The component's config")
-            write_json(path, config | {"auto_map": {"AutoModel": f"{name}.{entry[1]}"}})
-    write_json(folder / "model_index.json", index)
+            write_json(path, config | {"auto_map": {"AutoModel": f"{name}.{entry[1]}"}}, checked=False)
+    write_json(folder / "model_index.json", index, checked=False)
 
 
 def _self_contained(module: ModuleType) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.artifacts.files import atomic_path, check_safetensors, read_json
+from ppcl.artifacts.files import CHECKSUM, again, atomic_path, check_safetensors, read_json
 from ppcl.errors import UsageError
 from ppcl.families.facts import SingleFile
 from ppcl.families.registry import FAMILIES
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}  # safetensors' name, bytes
+_CHECKSUM = f"ppcl.{CHECKSUM}"  # in the metadata: the checksum of everything after the header
 MODELSPEC_VERSION = "1.0.0"
 # An empty tensor with this name tells ComfyUI that reference pictures are modulated with timestep 0 (2511).
 ZERO_CONDITION_MARKER = "__index_timestep_zero__"
@@ -132,7 +134,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file; `UsageError` if it is missing or damaged."""
     from safetensors import safe_open
 
-    check_safetensors(path)
+    check_safetensors(path, stage="export")
     with safe_open(path, framework="pt") as handle:
         return handle.metadata() or {}
 
@@ -163,12 +165,28 @@ def write_single_file(transformer: Path, target: Path, family: str, dtype: str, 
             parts.append(Part(ZERO_CONDITION_MARKER, ()))
         shapes = {part.key: _joined_shape([shards[name].get_slice(name).get_shape() for name in part.sources])
                   for part in parts}  # fmt: skip
+        checksum = 0
         with atomic_path(target) as temporary, open(temporary, "wb") as output:
-            output.write(_header(shapes, dtype, metadata))
+            output.write(_header(shapes, dtype, {**metadata, _CHECKSUM: f"{checksum:08x}"}))
             for part in parts:
                 if part.sources:
-                    output.write(_bytes(_tensor(part, shards, dtype)))
+                    output.write(values := _bytes(_tensor(part, shards, dtype)))
+                    checksum = zlib.crc32(values, checksum)
+            output.seek(0)  # checksums have one length
+            output.write(_header(shapes, dtype, {**metadata, _CHECKSUM: f"{checksum:08x}"}))
     return target.stat().st_size
+
+
+def check_single_file(path: Path) -> None:
+    """Raise `UsageError` if the tensors of a single file have changed since it was written."""
+    wanted = read_metadata(path).get(_CHECKSUM)  # files of earlier versions have none
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        checksum = 0
+        while chunk := file.read(1 << 24):
+            checksum = zlib.crc32(chunk, checksum)
+    if wanted is not None and wanted != f"{checksum:08x}":
+        raise UsageError(f"{path} has changed since it was written: {again('export')}.")
 
 
 def _joined_shape(shapes: list[list[int]]) -> list[int]:

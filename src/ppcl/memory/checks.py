@@ -13,10 +13,10 @@ from rich.table import Table
 
 from ppcl.config import Config
 from ppcl.context import Run
+from ppcl.disk import in_bytes
 from ppcl.errors import UsageError
 from ppcl.launch import rank, shard_ranks
 from ppcl.memory.plan import DISK, FLOPS, RESERVED, SLACK, STAGES, Need, Plan, capacity, fits
-from ppcl.report.text import in_bytes
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import budget_of
 

@@ -15,6 +15,7 @@ from math import ceil
 import psutil
 import torch
 
+from ppcl.artifacts.model_files import component_files
 from ppcl.artifacts.plan import Intervals, Width
 from ppcl.context import Run
 from ppcl.data.boundaries import STEPS_PER_SHARD
@@ -399,7 +400,9 @@ class Plan:
         folder = model_folder(self.run.config.model)
         if folder is None:
             return 1e9 * self.run.family.facts.encoder_gb
-        return float(sum(file.stat().st_size for file in folder.glob("text_encoder*/*.safetensors")))
+        variant = self.run.config.model.variant
+        files = (file for part in folder.glob("text_encoder*") for file in component_files(part, variant))
+        return float(sum(file.stat().st_size for file in files))
 
     def _lora_params(self, left: Mapping[str, int]) -> int:
         """Return the parameters of a LoRA on all linear layers of so many blocks, by stack."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ppcl.artifacts.files import check_finite
 from ppcl.artifacts.plan import Interval, Intervals
 from ppcl.config import MethodConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.errors import UsageError
+from ppcl.layers import removable
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.ops.cka import centre, cka
 from ppcl.taps import BlockKey, replace_stack, stack_of
@@ -60,19 +62,12 @@ class CkaSensitivity(Method):
         parts = teacher.gathered((sums, count))
         count = sum(samples for _, samples in parts)
         scores = {key: sum(part[key] for part, _ in parts if part) / count for key in parts[0][0]}
+        check_finite(scores, "no block is chosen, since the similarity of the output without one is no number")
         end, facts = self.config.end, teacher.family.facts
         count_of = {stack: len(stack_of(teacher.transformer, stack)) for stack in teacher.family.stacks}
-        candidates = [
-            (stack, index)
-            for stack, index in scores
-            if max(facts.first_block, self.config.start) + 1 <= index < count_of[stack] - facts.last_blocks
-            and (end is None or index <= end)
-        ]
         assert self.config.num_remove is not None, "checked above"
-        if self.config.num_remove > len(candidates):
-            raise UsageError(
-                f"method.num_remove={self.config.num_remove} exceeds the {len(candidates)} blocks that may be removed."
-            )
+        start = max(facts.first_block, self.config.start)
+        candidates = removable(count_of, count=self.config.num_remove, start=start, end=end, last=facts.last_blocks)
         ranked = sorted(candidates, key=lambda key: -scores[key])[: self.config.num_remove]
         intervals: Intervals = {
             stack: runs_to_intervals([index for s, index in ranked if s == stack]) for stack in teacher.family.stacks

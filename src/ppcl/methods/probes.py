@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.data.batches import TrainingBatch
+from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.ops.finite import all_finite
 from ppcl.ops.least_squares import NormalEquations, in_chunks
 from ppcl.ops.losses import own
 from ppcl.taps import observe_abreast
@@ -80,6 +82,19 @@ class Residual:
         return self.error / self.size if self.size else 0.0
 
 
+def solved(system: NormalEquations, key: str, *, ridge: float, bias: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias that `system` gives; `UsageError` if its sums are not finite.
+
+    `key`: the block and stream, or the projector, that it is of, for the message.
+    """
+    if not (all_finite(system.gram) and all_finite(system.cross)):
+        raise UsageError(
+            f"the teacher's activations at {key} are not finite: look for NaN and for values that overflow in its "
+            "weights and in the data, or use a model.dtype of a wider range."
+        )
+    return system.solve(ridge=ridge, bias=bias)
+
+
 @dataclass
 class Fit:
     """The probe x -> x + x W^T + b of one block and stream, and its residual on held-out batches."""
@@ -123,7 +138,7 @@ def fit_probes(
         if number == len(batches) - 1:
             system = equations.pop(key)
             system.gram, system.cross = total(system.gram), total(system.cross)
-            weight, offset = system.solve(ridge=ridge, bias=bias)
+            weight, offset = solved(system, key, ridge=ridge, bias=bias)
             fits[key] = Fit(key, weight.float(), offset.float(), Residual())
         if number == final:
             yield fits.pop(key)

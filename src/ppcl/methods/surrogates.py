@@ -9,14 +9,16 @@ parts, each with a pass of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ppcl.artifacts.probes import Probes
+from ppcl.errors import UsageError
 from ppcl.ops.cka import centre, cka, cka_of_linear_map
+from ppcl.ops.finite import all_finite
 from ppcl.ops.least_squares import in_chunks
 from ppcl.taps import free_bytes
 
@@ -56,6 +58,8 @@ class SurrogateCurves:
         if key in self._maps:
             return self._maps[key]
         weight = self.weights[key]
+        if not all_finite(weight):
+            _refuse(f"the probe {key}")
         found = torch.eye(len(weight), dtype=self.precision) + weight.T.to(self.precision)
         if len(self.weights) * found.nbytes <= self.most_held:
             self._maps[key] = found
@@ -68,6 +72,8 @@ class SurrogateCurves:
         """Add block u's output streams `[B, tokens, D]` of some batches; `masks` has their valid tokens."""
         for stream in outputs[0]:
             features, valid = [each[stream] for each in outputs], [each[stream] for each in masks]
+            if not all(map(all_finite, features)):
+                _refuse(f"the output of the teacher's block {stack}.{u}.{stream}")
             layers = self.num_layers[stack]
             sums = self.sums.setdefault((stack, stream), torch.full((layers, layers), torch.nan, dtype=torch.float64))
             sums[u, u:] = torch.nan_to_num(sums[u, u:]) + self._row(stack, u, stream, features, valid)
@@ -146,6 +152,13 @@ class SurrogateCurves:
         if not chosen:  # a stack without blocks
             return torch.full((self.num_layers[stack], self.num_layers[stack]), torch.nan, dtype=torch.float64)
         return torch.stack(chosen).nanmean(dim=0)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UsageError(
+        f"{what} has values that are not finite, so that no intervals can be found: look for NaN and for values that "
+        "overflow in the teacher's weights and in the data."
+    )
 
 
 def blocks_with(table: Tensor) -> range:

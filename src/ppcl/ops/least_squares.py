@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 COPIES = 512 << 20  # the most bytes of float64 copies of samples to make at once
 
@@ -52,8 +53,11 @@ class NormalEquations:
         damping = ridge * gram.diagonal()[:dim_in].mean()
         gram.diagonal()[:dim_in] += damping
         # Without ridge the Gram matrix may be rank-deficient; then take the minimum-norm solution, as lstsq does.
-        solve = torch.linalg.solve if ridge > 0 else lambda a, b: torch.linalg.pinv(a, rtol=1e-12, hermitian=True) @ b
-        solution = solve(gram, cross)
+        # So it is where all inputs are 0, which leaves nothing to damp.
+        if isinstance(damping, FakeTensor) or damping > 0:  # a dry run has no numbers
+            solution = torch.linalg.solve(gram, cross)
+        else:
+            solution = torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ cross
         weight = solution[:dim_in].T.contiguous()
         offset = solution[dim_in] if bias else weight.new_zeros(len(weight))
         return weight.cpu(), offset.cpu()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from PIL import Image
-from safetensors import safe_open
 from torch import nn
 
 from ppcl.benchmarks.base import Prompt
@@ -20,10 +17,11 @@ from ppcl.context import Run
 from ppcl.data.cached import CachedStream
 from ppcl.errors import UsageError
 from ppcl.families.base import without_needless_mask
+from ppcl.pictures.loras import TeacherLora, put_on_loras
+from ppcl.pictures.opening import open_picture
 from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
-from ppcl.surgery.remap import map_blocks
 from ppcl.taps import free_bytes
 from ppcl.training.loop import compiled
 
@@ -46,9 +44,6 @@ def denoising_step(run: Run) -> dict[str, Any]:
     conditions = without_needless_mask(run.family.encode_prompts(run.teacher.pipeline, prompt)(prompt)) | references
     sigmas = torch.full((1,), 0.5).to(latents)
     return run.data.to_device(run.family.forward_inputs(latents, conditions, sigmas, size))
-
-
-METADATA_KEY = "lora_adapter_metadata"  # diffusers stores PEFT's configuration under this key
 
 
 def draw(
@@ -101,17 +96,6 @@ def given_pictures(run: Run, prompt: Prompt) -> list[Image.Image]:
     ]
 
 
-def read_lora(run: Run, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Return a LoRA's tensors, in the names of diffusers whatever its format, and PEFT's metadata or None."""
-    import diffusers
-
-    pipeline_class: Any = getattr(diffusers, run.family.facts.pipeline_classes[0])
-    state = pipeline_class.lora_state_dict(str(path))
-    with safe_open(path, framework="pt") as file:
-        stored = (file.metadata() or {}).get(METADATA_KEY)
-    return state, json.loads(stored) if stored else None
-
-
 @contextmanager
 def decoded_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
     """Yield a list that collects the final latents `[B, C, ...]` which the VAE decodes within the context.
@@ -140,16 +124,16 @@ def decoded_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def equipped(run: Run, board: Plugboard) -> Iterator[tuple[Any, dict[str, Any]]]:
+def equipped(run: Run, board: Plugboard, loras: list[TeacherLora]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield the pipeline to draw with, and further arguments of its call. Afterwards LoRAs and compilation are undone.
 
-    `board`: says which of the teacher's blocks the transformer currently has. Raises `UsageError` if the ControlNet
-        cannot be loaded or does not suit the model.
+    `board`: says which of the teacher's blocks the transformer currently has. `loras`: the LoRAs to put on. Raises
+        `UsageError` if the ControlNet cannot be loaded or does not suit the model.
     """
     config = run.config.generate
     with ExitStack() as stack:
-        if config.loras:
-            _put_on_loras(run, board)
+        if loras:
+            put_on_loras(run, loras, board)
             stack.callback(run.teacher.pipeline.unload_lora_weights)
         pipeline: Any = run.teacher.pipeline
         arguments: dict[str, Any] = {}
@@ -199,25 +183,6 @@ def _blocks(run: Run) -> list[nn.Module]:
     return [block for model in models for block in run.family.blocks(model).values()]
 
 
-def _put_on_loras(run: Run, board: Plugboard) -> None:
-    """Load all LoRAs of the full model, with their block numbers mapped to the current arrangement."""
-    config, pipeline, states = run.config.generate, run.teacher.pipeline, {}
-    modules = dict(pipeline.transformer.named_modules())  # before PEFT wraps some of them
-    for number, path in enumerate(config.loras):
-        state, metadata = read_lora(run, Path(path))
-        mapped = map_blocks(
-            state, modules, board.kept, board.removed_intervals, source=run.config.lora.source, metadata=metadata
-        )
-        if mapped.state:
-            states[f"lora_{number}"] = mapped.state
-        if mapped.dropped:
-            run.say("generate", f"{Path(path).name}: {len(mapped.dropped)} modules are of blocks that are gone")
-    for name, state in states.items():
-        pipeline.load_lora_weights(state, adapter_name=name)
-    if states:
-        pipeline.set_adapters(list(states), [config.lora_scale] * len(states))
-
-
 def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
     """Return the ControlNet pipeline of the family, with the current components, and the arguments of its call."""
     import diffusers
@@ -246,10 +211,10 @@ def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
             f"generate.control_mode={mode} must be a number from 0 to {modes - 1}, the kind of picture that the "
             f"ControlNet-Union generate.controlnet={config.controlnet} is given."
         )
-    hook_residuals(transformer, run.family.facts, board.kept, board.counts)
+    hook_residuals(transformer, run.family.facts, board.blocks)
     pipeline = pipeline_class(**run.teacher.pipeline.components, controlnet=controlnet.to(run.device))
     pipeline.set_progress_bar_config(disable=True)
     height, width = run.config.model.sampling.size
-    image = Image.open(str(config.control_image)).convert("RGB").resize((width, height))
+    image = open_picture(str(config.control_image)).resize((width, height))
     arguments = {"control_image": image, "controlnet_conditioning_scale": config.control_scale}
     return pipeline, arguments if mode is None else arguments | {"control_mode": mode}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ppcl.artifacts.files import atomic_path
+from ppcl.artifacts.files import again, atomic_path, read_json
+from ppcl.artifacts.folders import check_files
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import given_pictures
+from ppcl.pictures.latents import latents_path
 from ppcl.pictures.sets import benchmark_settings, claim_variant, claimed_set, variant_folder
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.variants import Variant, variants_of
@@ -35,9 +38,27 @@ class Drawing:
     def is_complete(self) -> bool:
         """Whether the folder has all pictures, made from exactly this; raises `UsageError` if from something else."""
         numbers = range(self.header.made_from["prompts"]["count"])
-        return is_current(self.folder / "manifest.json", self.header) and all(
-            picture_path(self.folder, number).exists() for number in numbers
-        )
+        return is_current(
+            self.folder / "manifest.json", self.header, None, [picture_path(self.folder, number) for number in numbers]
+        ) and all((self.folder / name).exists() for name in self._listed)
+
+    @property
+    def _listed(self) -> list[str]:
+        """The files that the manifest lists; none in folders of earlier versions."""
+        return list(read_json(self.folder / "manifest.json", "The record", "generate").get("files", {}))
+
+    def check(self) -> None:
+        """Raise `UsageError` for a file of complete pictures that has changed since it was written."""
+        record = read_json(self.folder / "manifest.json", "The record", "generate")
+        check_files(self.folder, record, again("generate"))
+
+    def lacks(self, numbers: Sequence[int]) -> bool:
+        """Return whether the batch of pictures `numbers` lacks one, or the latents that the manifest lists for it."""
+        latents = latents_path(self.folder, numbers[0])
+        name = latents.relative_to(self.folder).as_posix()
+        known = (self.folder / "manifest.json").exists() and name in self._listed
+        pictures = all(picture_path(self.folder, number).exists() for number in numbers)
+        return not pictures or (known and not latents.exists())
 
 
 def drawings(run: Run, variants: list[Variant], plugs: Plugs) -> list[Drawing]:
@@ -87,8 +108,18 @@ def read_images(run: Run, variant: str) -> Iterator[Image.Image]:
 
 def read_image(run: Run, variant: str, number: int) -> Image.Image:
     """Return picture `number` of a variant, in RGB."""
-    with Image.open(picture_path(image_folder(run, variant), number)) as image:
-        return image.convert("RGB")
+    return read_picture(picture_path(image_folder(run, variant), number))
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Return a picture that a variant has drawn, in RGB; `UsageError` if it is missing or damaged."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: run 'stages=[generate]' again.") from None
+    except (OSError, SyntaxError, ValueError, zlib.error):  # what PIL raises for a damaged PNG
+        raise UsageError(f"{path} is damaged: {again('generate')}.") from None
 
 
 def given_to(run: Run, number: int) -> list[Image.Image]:

@@ -24,7 +24,7 @@ def save_latents(folder: Path, numbers: Sequence[int], batches: Sequence[Tensor]
     latents = [one for batch in batches for one in batch]
     if len(latents) == len(numbers):
         tensors = {_key(number): value for number, value in zip(numbers, latents, strict=True)}
-        write_tensors(folder / "latents" / f"{_key(numbers[0])}.safetensors", tensors, {})
+        write_tensors(latents_path(folder, numbers[0]), tensors, {})
 
 
 def latent_distance(folder: Path, teacher: Path, count: int) -> float | None:
@@ -39,7 +39,7 @@ def latent_distance(folder: Path, teacher: Path, count: int) -> float | None:
         ours = folder / "latents" / path.name
         if not ours.exists():
             return None
-        for found, wanted in _pairs(read_tensors(ours)[0], read_tensors(path)[0]):
+        for found, wanted in _pairs(read_tensors(ours, "generate")[0], read_tensors(path, "generate")[0]):
             if found.shape != wanted.shape:
                 return None
             error = error + (found - wanted).square().sum()
@@ -52,6 +52,11 @@ def latent_distance(folder: Path, teacher: Path, count: int) -> float | None:
 def _pairs(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return the float64 latents `[C, positions]` of the pictures that both files have."""
     return [(ours[key].double().flatten(1), theirs[key].double().flatten(1)) for key in theirs if key in ours]
+
+
+def latents_path(folder: Path, first: int) -> Path:
+    """Return the file with the latents of the batch whose first picture is number `first`."""
+    return folder / "latents" / f"{_key(first)}.safetensors"
 
 
 def _key(number: int) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ppcl.artifacts.files import atomic_path, link_or_copy
 from ppcl.context import Run
-from ppcl.pictures.images import image_folder, picture_path, save_image
+from ppcl.pictures.images import image_folder, picture_path, read_picture, save_image
 from ppcl.validation.prompts import OwnPrompt
 
 
@@ -50,7 +50,7 @@ def _write_dpg(path: Path, files: Sequence[Path]) -> None:
     if len(files) == 1:
         _link(files[0], path)
         return
-    tiles = [Image.open(file).convert("RGB") for file in files]
+    tiles = [read_picture(file) for file in files]
     width, height = tiles[0].size
     whole = Image.new("RGB", (2 * width, -(-len(tiles) // 2) * height))
     for index, tile in enumerate(tiles):
@@ -60,6 +60,4 @@ def _write_dpg(path: Path, files: Sequence[Path]) -> None:
 
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same picture as `source`, also where it was an earlier one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
     link_or_copy(source, target)

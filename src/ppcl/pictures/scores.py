@@ -26,6 +26,7 @@ def score_headers(run: Run, variants: list[Variant], plugs: Plugs) -> dict[str, 
             manifest = drawing.folder / "manifest.json"
             lacking = f"{drawing.folder} lacks pictures" if manifest.exists() else f"{manifest} does not exist"
             raise UsageError(f"{lacking}: run 'stages=[generate]' for variant {name} first.")
+        drawing.check()
         headers[name] = Header("ppcl.scores", {"images": drawing.header.fingerprint})
     return headers
 

@@ -12,22 +12,21 @@ same for the set.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.files import read_json, temporary_path, write_json
 from ppcl.artifacts.headers import Header, fingerprint, first_difference
 from ppcl.benchmarks.base import Benchmark, Prompt
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.options import identity
+from ppcl.pictures.opening import picture_digest
 from ppcl.validation.outputs import UNSCORED, has_own_prompts
 
 # Keys of a header that describe the model. All other keys describe the set.
@@ -73,8 +72,10 @@ def _put_on(config: Config) -> dict[str, Any]:
         by_name = dict(pairs)
         files = by_name if len(by_name) == len(pairs) else pairs  # a dict would lose files of equal names
         made_from["loras"] = {"files": files, "scale": settings.lora_scale, "source": config.lora.source}
+        if config.lora.counts is not None:
+            made_from["loras"]["counts"] = config.lora.counts
     if settings.controlnet:
-        image = _digest(str(settings.control_image))
+        image = picture_digest(str(settings.control_image))
         made_from["controlnet"] = {"path": settings.controlnet, "scale": settings.control_scale, "image": image}
         if settings.control_mode is not None:
             made_from["controlnet"]["mode"] = settings.control_mode
@@ -145,7 +146,7 @@ def _other_set(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """
     unknown = ours = False
     if (folder / _SET).is_file():
-        found = read_json(folder / _SET, "The settings of pictures").get("settings", {})
+        found = read_json(folder / _SET, "The record", "generate").get("settings", {})
         if fingerprint(found) != fingerprint(settings):
             return f"made with {first_difference(found, settings)}"
         ours = True
@@ -196,7 +197,7 @@ def claim_variant(folder: Path, header: Header) -> Path:
 
 def _create(path: Path, content: Mapping[str, Any]) -> bool:
     """Write a JSON file unless it exists, and return whether it was written. Of several processes only one writes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.new")
+    temporary = temporary_path(path)
     write_json(temporary, content)
     try:
         os.link(temporary, path)  # unlike a rename, this fails if the file exists
@@ -205,7 +206,7 @@ def _create(path: Path, content: Mapping[str, Any]) -> bool:
     except OSError:  # a file system without hard links
         try:
             with open(path, "x", encoding="utf-8") as file:
-                json.dump(content, file, indent=2)
+                file.write(temporary.read_text(encoding="utf-8"))
         except FileExistsError:
             return False
     finally:
@@ -218,7 +219,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     # The manifest once more: a command that completes the pictures writes it, and then deletes the other file.
     for name in ("manifest.json", "unfinished.json", "manifest.json"):
         if (folder / name).is_file():
-            return read_json(folder / name, "The record of pictures")
+            return read_json(folder / name, "The record", "generate")
     return None
 
 

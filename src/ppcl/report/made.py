@@ -96,7 +96,7 @@ def trainings_of(run: Run) -> dict[str, dict[str, float]]:
     found = {}
     for folder in (run.base, run.folder):
         for path in (folder / "training").glob("*.json"):
-            cost = read_json(path, "The training's cost")
+            cost = read_json(path, "The cost of a training", "report")
             if all(isinstance(cost.get(key), (int, float)) for key in _COSTS):
                 found[path.stem] = cost
     order = list(STAGES)
@@ -165,8 +165,8 @@ def _settings(run: Run) -> list[str]:
     Stages and uploads are left out.
     """
     keys = [key for key in OF_COMMAND if key != "stages" and not key.startswith("export.")]
-    usual = {name: value for name, value, *_ in declared(Config())}
-    said = {name: value for name, value, *_ in declared(run.config) if value != usual[name]}
+    usual = {item.name: item.value for item in declared(Config())}
+    said = {item.name: item.value for item in declared(run.config) if item.value != usual[item.name]}
     return as_overrides({name: value for name, value in said.items() if {name, name.partition(".")[0]} & {*keys}})
 
 

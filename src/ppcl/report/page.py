@@ -59,8 +59,16 @@ def render(
         commands=facts["commands"],
         links=links_of(run),
         intervals="\n".join(_pruned(run, facts["intervals"])),
-        versions=read_json(run.folder / "versions.json", "The versions"),
+        versions=_versions(run),
     )
+
+
+def _versions(run: Run) -> dict[str, Any]:
+    """Return the versions of Python and of the libraries, which are recorded anew if the run has lost its record."""
+    path = run.folder / "versions.json"
+    if not path.exists():
+        run.record_versions()
+    return read_json(path, "The record", "report")
 
 
 def _sentence(run: Run, facts: Mapping[str, Any], rows: Sequence[ComparedRow]) -> str:

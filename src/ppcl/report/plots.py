@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,22 +250,26 @@ def contact_sheet(
     save_figure(figure, path)
 
 
-def image_grid(path: Path, images: list[Image.Image], columns: int = 10, largest: int = 256) -> None:
-    """Write pictures edge to edge in rows. They may differ in size; sides of more than `largest` pixels are reduced."""
-    scales = [min(1.0, largest / max(image.size)) for image in images]
-    sizes = [
-        (round(image.width * scale), round(image.height * scale)) for image, scale in zip(images, scales, strict=True)
-    ]
-    (width, height), gap = map(max, zip(*sizes, strict=True)), 4
-    rows = -(-len(images) // columns)
+def image_grid(path: Path, images: Iterable[Image.Image], columns: int = 10, largest: int = 256) -> None:
+    """Write pictures edge to edge in rows. They may differ in size; sides of more than `largest` pixels are reduced.
+
+    Pictures are taken one after the other, and only the reduced ones are kept in memory.
+    """
+    small = [_reduced(image, largest) for image in images]
+    (width, height), gap = map(max, zip(*(image.size for image in small), strict=True)), 4
+    rows = -(-len(small) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
+    for number, image in enumerate(small):
         row, column = divmod(number, columns)
         left, top = gap + column * (width + gap), gap + row * (height + gap)
-        corner = left + (width - size[0]) // 2, top + (height - size[1]) // 2
-        sheet.paste(image.convert("RGB").resize(size), corner)
+        sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
+
+
+def _reduced(image: Image.Image, largest: int) -> Image.Image:
+    scale = min(1.0, largest / max(image.size))
+    return image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
 def _wrap(caption: str, width: int = 15, most: int = 6) -> str:

@@ -13,17 +13,19 @@ from typing import Any
 
 from PIL import Image
 
-from ppcl.artifacts.files import read_json
+from ppcl.artifacts.files import again, read_json
+from ppcl.artifacts.folders import check_files
 from ppcl.artifacts.headers import fingerprint
 from ppcl.config import STORED_VARIANTS
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import given_pictures
-from ppcl.pictures.images import image_folder, read_image, variant_header
+from ppcl.pictures.images import image_folder, read_image, read_picture, variant_header
 from ppcl.pictures.sets import OF_MODEL
 from ppcl.variants.variants import variants_of
 
 PER_CATEGORY, WITHOUT_CATEGORIES = 2, 12  # prompts per category, and prompts in all if there are no categories
+MOST = 32  # prompts of any sheet
 OWN_SETS, OWN_PROMPTS = 3, 6  # sets of the user's own prompts, and prompts of each
 _LOSSLESS = 128  # pixels; wider pictures are embedded as JPEG, others as PNG
 
@@ -81,12 +83,15 @@ def embedded(image: Image.Image, largest: int) -> str:
 
 
 def some_of(categories: Sequence[Hashable]) -> list[int]:
-    """Return the numbers of the first prompts of each category, or of more prompts if there is only one category."""
+    """Return the numbers of the first prompts of each category, or of more prompts if there is only one category.
+
+    With many categories they are of the first ones alone, `MOST` in all: a sheet has a column for each.
+    """
     groups: dict[Hashable, list[int]] = {}
     for number, category in enumerate(categories):
         groups.setdefault(category, []).append(number)
     each = PER_CATEGORY if len(groups) > 1 else WITHOUT_CATEGORIES
-    return [number for numbers in groups.values() for number in numbers[:each]]
+    return [number for numbers in groups.values() for number in numbers[:each]][:MOST]
 
 
 def compared_sheet(run: Run, names: Sequence[str]) -> Sheet:
@@ -184,7 +189,9 @@ def _own_sheet(folder: Path, current: Callable[[str], str | None]) -> Sheet | st
     records = list(firsts.values())[:OWN_PROMPTS]
     if not records:
         return None
-    rows = {name: [_read(place / record["image"]) for record in records] for name, place in shown.items()}
+    for place in shown.values():
+        check_files(place, read_json(place / "manifest.json", "The record", "generate"), again("generate"))
+    rows = {name: [read_picture(place / record["image"]) for record in records] for name, place in shown.items()}
     remark = f"{len(firsts)} prompt{'s' if len(firsts) > 1 else ''}, seed {records[0]['seed']}"
     remark += f"; {outdated} and left out" if without else ""
     return Sheet(folder, [record["prompt"] for record in records], rows, remark=remark)
@@ -205,8 +212,3 @@ def _shown(
         else:
             shown[name] = place
     return {name: shown[name] for name in reversed(shown)}, without[::-1]
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

@@ -37,14 +37,6 @@ def billions(count: int) -> str:
     return f"{count / 1e9:.3f}B" if count >= 1e8 else f"{count / 1e6:.3f}M"
 
 
-def in_bytes(size: float) -> str:
-    """Return a size in bytes in the unit that fits: 812 -> `812 bytes`, 3.2e6 -> `3.20 MB`."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size:.0f} bytes"
-
-
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: `1 unit`, `3 units`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

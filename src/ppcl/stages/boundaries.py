@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from ppcl.artifacts.files import write_json
+from ppcl.artifacts.files import sweep, write_json
 from ppcl.artifacts.headers import is_current
 from ppcl.artifacts.plan import plug_name
 from ppcl.artifacts.tensors import write_tensors
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
-from ppcl.disk import check_space
+from ppcl.disk import check_space, in_bytes
 from ppcl.distill.boundaries import asked_for, boundaries_folder, boundaries_header, held_out_steps, num_stored
-from ppcl.report.text import counted, in_bytes
+from ppcl.report.text import counted
 from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
 from ppcl.variants.reach import check_reachable
@@ -43,17 +43,16 @@ def run(run: Run) -> None:
     pairs = [(stack, pair) for stack in run.family.stacks for pair in intervals.get(stack, [])]
     names = [plug_name(stack, pair) for stack, pair in pairs]
     complete = is_current(folder / "boundaries.json", header, advice)
-    if complete and all((folder / name / "init.safetensors").exists() for name in names):
+    wanted = {HELD_OUT: len(held_out_steps(run)), TRAIN: num_stored(run)}
+    if complete and all(_is_whole(folder / name, wanted) for name in names):
         run.say("boundaries", f"reused {folder}")
         return
-    (folder / "boundaries.json").unlink(missing_ok=True)  # of a set from which intervals were deleted
     transformer = run.teacher.pipeline.transformer
     for name, (stack, pair) in zip(names, pairs, strict=True):
         student = student_block(list(stack_of(transformer, stack)), pair, run.config.distill.init)
         state = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
-        write_tensors(folder / name / "init.safetensors", state, {})
-        for leftover in (folder / name).glob(".*.tmp"):  # a killed process leaves them
-            leftover.unlink()
+        write_tensors(folder / name / "init.safetensors", state, {"fingerprint": header.fingerprint})
+        sweep(folder / name)
     config = run.config
     kinds = {
         HELD_OUT: (run.data.stream(config.data.calibration_seed, config.distill.batch_size), len(held_out_steps(run))),
@@ -65,7 +64,7 @@ def run(run: Run) -> None:
     if left:
         _check_space(run, kinds[TRAIN][0], folder, pairs, left)
     for kind, (stream, steps) in kinds.items():
-        writers = _writers(folder, kind, pairs)
+        writers = _writers(folder, kind, header.fingerprint, pairs)
         for writer in writers.values():
             writer.shard = done[kind]
         start = done[kind] * STEPS_PER_SHARD
@@ -84,12 +83,19 @@ def run(run: Run) -> None:
     )
 
 
-def _writers(folder: Path, kind: str, pairs: list[Any]) -> dict[tuple[str, int], BoundaryWriter]:
+def _is_whole(folder: Path, steps: Mapping[str, int]) -> bool:
+    """Return whether an interval's folder has its initial student and all shards of so many `steps` of each kind."""
+    return (folder / "init.safetensors").exists() and all(
+        whole_shards(folder, kind) * STEPS_PER_SHARD >= count for kind, count in steps.items()
+    )
+
+
+def _writers(folder: Path, kind: str, fingerprint: str, pairs: list[Any]) -> dict[tuple[str, int], BoundaryWriter]:
     """Return the writer of each interval in `pairs`, (stack, (u, v)), by its stack and last block."""
     writers: dict[tuple[str, int], BoundaryWriter] = {}
     for stack, pair in pairs:
         before = writers.get((stack, pair[0] - 1))
-        writers[stack, pair[1]] = BoundaryWriter(folder / plug_name(stack, pair), kind, before)
+        writers[stack, pair[1]] = BoundaryWriter(folder / plug_name(stack, pair), kind, fingerprint, before)
     return writers
 
 
@@ -141,7 +147,7 @@ def _check_space(run: Run, stream: Any, folder: Path, pairs: list[Any], steps: i
 
     Raises `UsageError` if less is free.
     """
-    trial = _writers(folder, TRAIN, pairs)
+    trial = _writers(folder, TRAIN, "", pairs)
     _write_steps(run, [run.data.to_device(stream(0))], trial, pairs)
     needed = steps * sum(writer.pending_bytes for writer in trial.values())
     remedy = (

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from ppcl.artifacts.files import read_json, write_json
-from ppcl.artifacts.headers import Header, fingerprint, is_current
+from ppcl.artifacts.headers import Header, fingerprint
 from ppcl.artifacts.plan import Interval, Intervals, plug_name
-from ppcl.artifacts.plugs import Plug
+from ppcl.artifacts.plugs import Plug, check_losses, is_stored
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.data.boundaries import HELD_OUT, TRAIN, BoundaryStream
@@ -105,12 +105,12 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
 
 def _from_boundaries(run: Run, intervals: Intervals) -> tuple[DepthDistillation, Any, Any, list[nn.Module]]:
     """Return the same for a training from stored activations. It has no teacher, so the list of blocks is empty."""
-    folder, _ = stored_boundaries(run)
-    students = initial_students(run, intervals, folder)
+    folder, record = stored_boundaries(run)
+    students = initial_students(run, intervals, folder, record["fingerprint"])
     module = DepthFromBoundaries(run.family, intervals, students, run.config.distill, run.precision)
     folders = [folder / plug_name(stack, pair) for stack, pair in module.pairs]
-    stream = BoundaryStream(folders, TRAIN, num_stored(run))
-    heldout = BoundaryStream(folders, HELD_OUT, len(held_out_steps(run)))
+    stream = BoundaryStream(folders, TRAIN, num_stored(run), record["fingerprint"])
+    heldout = BoundaryStream(folders, HELD_OUT, len(held_out_steps(run)), record["fingerprint"])
     return module, lambda step: [stream(step)], lambda step: [heldout(step)], []
 
 
@@ -190,7 +190,7 @@ def _train(run: Run, chosen: Intervals) -> bool:
     for stack, pairs in chosen.items():
         for pair in pairs:
             record = folder / f"{plug_name(stack, pair)}.json"
-            if not is_current(record, plug_header(run, stack, pair), _advice(run)):
+            if not is_stored(record, plug_header(run, stack, pair), _advice(run)):
                 missing.setdefault(stack, []).append(pair)
     if not missing:
         discard_checkpoint(run, _checkpoint_folder(run, chosen))
@@ -211,16 +211,21 @@ def _train(run: Run, chosen: Intervals) -> bool:
         return module.heldout(run.data.to_device(batch) for step in steps for batch in heldout(step))
 
     before = measure("before distillation")
+    for (stack, pair), found in zip(module.pairs, before, strict=True):
+        check_losses(plug_name(stack, pair), found)  # before the training, whose rate would be blamed
     loader = StepLoader(stream, config.steps, ahead=config.from_boundaries or run.data.from_disk)
     blocks = [*blocks, *module.parts.values()]
     fit(run, "depth", module, loader, checkpoints, header, config, blocks)
     after = measure("after distillation")
+    each_losses = {}
     for number, (stack, pair) in enumerate(module.pairs):
-        losses = {
+        each_losses[stack, pair] = losses = {
             "train": module.average_losses[number].item(),
             "heldout_before": before[number]["loss"],
             **{f"heldout_{key}": value for key, value in after[number].items()},
         }
+        check_losses(plug_name(stack, pair), losses)  # of all, before the first is written
+    for (stack, pair), losses in each_losses.items():
         state = whole_state(module.student(stack, pair), run.teacher.dtype)
         plug = Plug(plug_header(run, stack, pair), stack, state, losses, pair)
         if run.writes:

@@ -51,7 +51,7 @@ def run(run: Run) -> None:
     advice = "give this run another name=, or delete that file to detect anew"
     if run.config.paths.base_run is not None:
         advice = "leave out paths.base_run= to detect in this run"
-    if of_first(plan.is_current(run.plan_path, advice)):
+    if of_first(plan.is_current(run.plan_path, advice, "detect")):
         run.say("detect", f"reused {run.plan_path}")
         found_before = PruningPlan.load(run.plan_path)
         show_plan(run, found_before)

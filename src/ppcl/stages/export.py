@@ -10,18 +10,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from ppcl.artifacts.files import atomic_folder, atomic_path, read_json, write_json
+from ppcl.artifacts.folders import check_model, list_files
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.export.folder import BaseModel, model_card_of, provenance_of
+from ppcl.export.folder import BaseModel, forget_paths, keep_own_files, model_card_of, provenance_of
 from ppcl.export.model_card import (
     evaluation_section,
     single_file_section,
     with_section,
 )
 from ppcl.export.remote_code import add_code
-from ppcl.export.single_file import modelspec, read_metadata, write_single_file
+from ppcl.export.single_file import check_single_file, modelspec, read_metadata, write_single_file
 from ppcl.validation.outputs import refuse_single_file
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.switch import Switch
@@ -51,6 +52,7 @@ def run(run: Run) -> None:
     header = Header("ppcl.export", made_from)
     single = _SingleFile(run, header) if config.single_file else None
     if is_current(folder / "ppcl.json", header, another_run(run, folder, variant)):
+        check_model(folder, read_json(folder / "ppcl.json", "The record", "export"), "export")
         run.say("export", f"reused {folder}")
     else:
         _write_folder(run, folder, variant, plugs, header)
@@ -89,8 +91,10 @@ def _write_folder(run: Run, folder: Path, variant: Variant, plugs: Plugs, header
         finally:
             switch.restore()
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        keep_own_files(run, temporary)
         add_code(temporary)
-        write_json(temporary / "ppcl.json", header.to_json() | provenance)
+        forget_paths(temporary, provenance["base_model"])
+        write_json(temporary / "ppcl.json", header.to_json() | provenance | list_files(temporary))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     run.say(
         "export", f"wrote {variant.name} to {folder} ({size / 1e6:.1f} MB); DiffusionPipeline.from_pretrained loads it"
@@ -119,6 +123,7 @@ class _SingleFile:
         """Write the file from `folder/transformer`, unless it exists."""
         run = self.run
         if self.exists:
+            check_single_file(self.path)
             run.say("export", f"reused {self.path}")
             return
         base, (height, width) = BaseModel.of(run), run.config.model.sampling.size
@@ -144,8 +149,10 @@ def _complete_card(run: Run, path: Path, variant: str) -> None:
 
     The first is removed if there is no single file. The scores stay as they are if this run has no current ones.
     """
+    if not path.exists() or not path.stat().st_size:
+        raise UsageError(f"{path} does not exist or is empty: delete {path.parent} and run 'stages=[export]' again.")
     card = path.read_text(encoding="utf-8")
-    layers = read_json(path.parent / "ppcl.json", "The export's record")["kept_layers"].values()
+    layers = read_json(path.parent / "ppcl.json", "The record", "export")["kept_layers"].values()
     usage = single_file_section(run.config.model.family, sum(map(len, layers)))
     changed = with_section(card, "single file", usage if (run.folder / SINGLE_FILE).exists() else "")
     # If this command also evaluates, it does so after this stage, so scores that exist now may be outdated. Scores of

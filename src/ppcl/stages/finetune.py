@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ppcl.artifacts.files import atomic_folder, write_json
+from ppcl.artifacts.files import atomic_folder, check_finite, read_json, write_json
+from ppcl.artifacts.folders import check_model, list_files
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
@@ -19,6 +20,7 @@ from ppcl.disk import check_space
 from ppcl.distill.finetune import FineTune
 from ppcl.distill.targets import STEPS_PER_FILE, Batches, Targets
 from ppcl.errors import UsageError
+from ppcl.layers import BlockMap
 from ppcl.options import identity
 from ppcl.streaming import follow, still
 from ppcl.surgery.adapter import merge_lora, save_lora, save_merged
@@ -63,6 +65,7 @@ def run(run: Run) -> None:
         )
     header = finetune_header(run, made_of(plan, plugs))
     if is_current(folder / "ppcl.json", header, another_run(run, folder)):
+        check_model(folder, read_json(folder / "ppcl.json", "The record", "finetune"), "finetune")
         run.say("finetune", f"reused {folder}")
         return
     checkpoints = run.folder / "finetune-checkpoint"
@@ -78,7 +81,7 @@ def run(run: Run) -> None:
     heldout = _heldout(run)
     if config.recorded:  # before there is a student, so that only the teacher is in memory
         batches, heldout = _record(run, batches, heldout)
-    student, stands_for = _student(run, plugs, plan)
+    student, stands_for, kept = _student(run, plugs, plan)
     sharding = Sharding.of(run) if run.teacher.sharded else None
     teacher = run.teacher.pipeline.transformer
     module = FineTune(run.family, teacher, student, config, stands_for, sharding, seed, run.precision)
@@ -95,7 +98,7 @@ def run(run: Run) -> None:
     if run.writes:
         with atomic_folder(folder) as temporary:
             if config.lora_rank:
-                save_lora(result, run.teacher.pipeline_class, temporary)
+                save_lora(result, run.teacher.pipeline_class, temporary, kept)
             if streamed:
                 save_merged(run.family, result, temporary / "transformer", run.teacher.dtype)
             else:
@@ -106,7 +109,7 @@ def run(run: Run) -> None:
                 "plugged": [*plan.students, *plan.removed, *plan.projectors],
                 "velocity_error": {"before": before, "after": after},  # held-out
             }
-            write_json(temporary / "ppcl.json", header.to_json() | facts)
+            write_json(temporary / "ppcl.json", header.to_json() | facts | list_files(temporary))
     discard_checkpoint(run, checkpoints)
     run.say("finetune", f"held-out velocity error {before:.4f} -> {after:.4f}")
     if after >= before:
@@ -115,8 +118,8 @@ def run(run: Run) -> None:
     run.say("finetune", f"wrote {folder}")
 
 
-def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey, BlockKey]]:
-    """Return the model to tune, and for each of its blocks the teacher's block that it stands for.
+def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey, BlockKey], BlockMap]:
+    """Return the model to tune, for each of its blocks the teacher's block that it stands for, and those it has kept.
 
     It has its own copy of every parameter, unless it is going to be sharded, which copies, or only a LoRA learns. Then
     its blocks stream the weights that they share with those of a streamed teacher.
@@ -132,9 +135,9 @@ def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey,
     elif not run.teacher.sharded:
         with still(*sources):
             student = copy.deepcopy(student)
-    stands_for = switch.board.stands_for
+    stands_for, kept = switch.board.stands_for, switch.board.blocks
     switch.restore()
-    return student, stands_for
+    return student, stands_for, kept
 
 
 def _heldout(run: Run) -> Batches:
@@ -148,10 +151,12 @@ def _heldout_steps(run: Run) -> range:
 
 
 def _velocity_error(run: Run, module: FineTune, heldout: Batches, description: str) -> float:
-    """Return the velocity error on the held-out batches."""
+    """Return the velocity error on the held-out batches; `UsageError` if it is no number."""
     place(run, module)
     steps = run.track(_heldout_steps(run), description)
-    return module.velocity_error(run.data.to_device(batch) for step in steps for batch in heldout(step))
+    found = module.velocity_error(run.data.to_device(batch) for step in steps for batch in heldout(step))
+    check_finite(found, "nothing is written", f"the held-out velocity error {description}")
+    return found
 
 
 def _record(run: Run, *streams: Batches) -> tuple[Batches, Batches]:

@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
-from ppcl.artifacts.files import atomic_folder, link_or_copy, write_json
+from ppcl.artifacts.files import atomic_folder, atomic_path, write_json
+from ppcl.artifacts.folders import list_files
 from ppcl.artifacts.headers import Header
 from ppcl.context import Run
+from ppcl.errors import UsageError
 from ppcl.parallel import dealt, gathered, of_first, together
 from ppcl.pictures.drawing import decoded_latents, draw, equipped
 from ppcl.pictures.images import (
@@ -31,12 +32,14 @@ from ppcl.pictures.images import (
     given_to,
     picture_path,
     prompts_of,
+    read_picture,
     save_image,
     save_prompts,
     told_by,
 )
 from ppcl.pictures.latents import save_latents
 from ppcl.pictures.layouts import write_layout
+from ppcl.pictures.loras import TeacherLora, read_loras
 from ppcl.progress import counter
 from ppcl.report.plots import image_grid
 from ppcl.report.text import by_ranks
@@ -49,12 +52,12 @@ from ppcl.variants.variants import variants_of
 IN_GRID = 400  # pictures of the overview `grid.png`
 
 
-def _draw_variant(run: Run, drawing: Drawing, board: Plugboard) -> list[int]:
+def _draw_variant(run: Run, drawing: Drawing, board: Plugboard, loras: list[TeacherLora]) -> list[int]:
     """Draw the pictures of one variant that do not exist yet, and return how many each rank has drawn.
 
-    The folder is claimed as late as possible, so that nothing is written for a LoRA or ControlNet that does not fit.
+    The folder is claimed as late as possible, so that nothing is written for a ControlNet that does not fit.
     """
-    with equipped(run, board) as (pipeline, arguments):
+    with equipped(run, board, loras) as (pipeline, arguments):
         with together():
             if run.writes:
                 claim(run, drawing)
@@ -83,7 +86,7 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> list[int]:
     told = _own_header(drawing)
     settings = {"variant": name, **told.made_from, "fingerprint": told.fingerprint}
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    missing = [batch for batch in batches if not all(picture_path(folder, number).exists() for number in batch)]
+    missing = [batch for batch in batches if drawing.lacks(batch)]
     mine = dealt(of_first(missing))
     drawn = sum(map(len, mine))
     with together(), counter(name, count, done=count - drawn, console=run.progress_console) as advance:
@@ -108,13 +111,13 @@ def _finish(run: Run, drawing: Drawing) -> None:
     folder, count = drawing.folder, len(run.prompts)
     save_prompts(run, folder)
     first = range(min(count, IN_GRID))
-    image_grid(folder / "grid.png", [Image.open(picture_path(folder, number)) for number in first])
+    image_grid(folder / "grid.png", (read_picture(picture_path(folder, number)) for number in first))
     _complete(folder, drawing.header, count)
 
 
 def _complete(folder: Path, header: Header, count: int) -> None:
     """Record that a folder has all `count` pictures, in place of the record of unfinished ones."""
-    write_json(folder / "manifest.json", header.to_json() | {"num_images": count})
+    write_json(folder / "manifest.json", header.to_json() | {"num_images": count} | list_files(folder))
     (folder / "unfinished.json").unlink(missing_ok=True)
 
 
@@ -135,34 +138,58 @@ def _teacher_cache(run: Run, drawing: Drawing) -> Drawing:
 def _reuse_teacher(run: Run, drawing: Drawing) -> bool:
     """Copy the teacher's pictures from the cache, and return whether that was possible."""
     cached = _teacher_cache(run, drawing)
-    if drawing.variant.name != "teacher" or not cached.is_complete:
+    if drawing.variant.name != "teacher" or not _is_sound(cached):
         return False
     folder = claim(run, drawing)
-    _link_all(cached.folder, folder)
+    try:
+        _copy_all(cached.folder, folder)
+    except FileNotFoundError:  # another job has just replaced them
+        return False
     _complete(folder, drawing.header, len(run.prompts))
     run.say("generate", f"reused {cached.folder}, in {folder}")
     return True
 
 
 def _share_teacher(run: Run, drawing: Drawing, folder: Path) -> None:
-    """Copy the teacher's pictures from `folder` to the cache, unless it has them or one says that it is another's."""
+    """Copy the teacher's pictures from `folder` to the cache, unless it has them or one says that it is another's.
+
+    Damaged ones in the cache are replaced.
+    """
     cached = _teacher_cache(run, drawing)
     ours = (told_by(picture_path(folder, number)).get("fingerprint") for number in range(len(run.prompts)))
-    if cached.is_complete or any(found != cached.header.fingerprint for found in ours):
+    if _is_sound(cached) or any(found != cached.header.fingerprint for found in ours):
         return
     with suppress(OSError), atomic_folder(cached.folder) as temporary:  # another job of the sweep may store them, too
-        _link_all(folder, temporary)
+        _copy_all(folder, temporary)
         _complete(temporary, cached.header, len(run.prompts))
 
 
-def _link_all(source: Path, target: Path) -> None:
-    """Copy a folder of pictures without its records. Files that `target` already has stay."""
+def _is_sound(cached: Drawing) -> bool:
+    """Return whether the cache has these pictures, and none of them has changed since."""
+    try:
+        if not cached.is_complete:
+            return False
+        cached.check()
+        for number in range(cached.header.made_from["prompts"]["count"]):
+            read_picture(picture_path(cached.folder, number))  # folders of earlier versions have no checksums
+    except UsageError:
+        return False
+    return True
 
-    def link(path: str, copy: str) -> None:
-        link_or_copy(Path(path), Path(copy))
+
+def _copy_all(source: Path, target: Path) -> None:
+    """Copy a folder of pictures without its records. Files that `target` already has stay.
+
+    They are no hard links: a file that is spoilt in one run must not be spoilt in all others.
+    """
+
+    def copy(path: str, to: str) -> None:
+        if not Path(to).exists():
+            with atomic_path(Path(to)) as temporary:
+                shutil.copy2(path, temporary)
 
     records = shutil.ignore_patterns("manifest.json", "unfinished.json", ".*")
-    shutil.copytree(source, target, copy_function=link, ignore=records, dirs_exist_ok=True)
+    shutil.copytree(source, target, copy_function=copy, ignore=records, dirs_exist_ok=True)
 
 
 def run(run: Run) -> None:
@@ -177,6 +204,7 @@ def run(run: Run) -> None:
     missing = of_first([drawing for drawing in every if not drawing.is_complete])
     for drawing in every:
         if drawing not in missing:
+            drawing.check()
             run.say("generate", f"reused {drawing.folder}")
     if missing:
         _draw(run, missing, plugs)
@@ -187,6 +215,7 @@ def run(run: Run) -> None:
 
 def _draw(run: Run, missing: list[Drawing], plugs: Plugs) -> None:
     """Draw the pictures that are missing, or take the teacher's from the cache."""
+    loras = read_loras(run)  # before any weights are loaded, since it may refuse some
     with together():
         if run.writes:
             missing = [drawing for drawing in missing if not _reuse_teacher(run, drawing)]
@@ -195,7 +224,7 @@ def _draw(run: Run, missing: list[Drawing], plugs: Plugs) -> None:
     switch = Switch(run, plugs, alone=True)
     for drawing in missing:
         transformer = switch(drawing.variant, run.config.generate.teacher_above)
-        by_rank = _draw_variant(run, drawing, switch.board)
+        by_rank = _draw_variant(run, drawing, switch.board, loras)
         drawn, name = sum(by_rank), drawing.variant.name
         folder = run.image_folders[name]
         if name == "teacher" and run.writes:

@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 
 from ppcl import __version__
 from ppcl.artifacts.files import atomic_folder, read_json, write_json
+from ppcl.artifacts.folders import check_model, list_files
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import plug_name
 from ppcl.artifacts.plugs import Plug, Projector
 from ppcl.context import Run
+from ppcl.export.folder import base_name, forget_paths
 from ppcl.export.remote_code import add_code
 from ppcl.families.qwen_image.published import (
     INDEX,
@@ -85,6 +87,7 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
     }
     header = Header("ppcl.imported", made_from)
     if is_current(folder / "ppcl.json", header):
+        check_model(folder, read_json(folder / "ppcl.json", "The record"), "import_published")
         run.say("import_published", f"reused {folder}")
         return
     facts = _text_projector_facts(run, source)
@@ -97,7 +100,8 @@ def _write_model(run: Run, source: PublishedFolder) -> None:
         model.save_config(temporary / "transformer")
         _write_weights(run, source, temporary / "transformer")
         _write_pipeline(source, temporary, ours=bool(published.text or published.ffn))
-        write_json(temporary / "ppcl.json", header.to_json() | provenance | facts)
+        forget_paths(temporary, base_name(run))
+        write_json(temporary / "ppcl.json", header.to_json() | provenance | facts | list_files(temporary))
     _tell(run, source, folder)
 
 
@@ -130,7 +134,7 @@ def _provenance(run: Run, source: PublishedFolder, header: Header) -> dict[str, 
     kept = kept_layers(num_layers(config)[STACK], pairs)
     width = {"text": [kept[place] for place in published.text], "ffn": [kept[place] for place in published.ffn]}
     return found | {
-        "base_model": config.model.path,
+        "base_model": base_name(run),
         "revision": config.model.revision,
         "kept_layers": {STACK: kept},
         "removed_intervals": {STACK: [list(pair) for pair in pairs]},
@@ -150,7 +154,8 @@ def _write_weights(run: Run, source: PublishedFolder, folder: Path) -> None:
         size += sum(value.nbytes for value in state.values())
         del state
     if len(names) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
+        content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
+        write_json(folder / INDEX, content, checked=False)
 
 
 def _write_pipeline(source: PublishedFolder, folder: Path, ours: bool) -> None:
@@ -168,7 +173,7 @@ def _write_pipeline(source: PublishedFolder, folder: Path, ours: bool) -> None:
                 shutil.copyfile(item, folder / item.name)
     config = read_json(folder / "transformer" / "config.json", "The converted config")
     index["transformer"] = ["ppcl" if ours else "diffusers", config["_class_name"]]
-    write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index, checked=False)
     add_code(folder)
     if source.pipeline is None:  # the index was needed only to add the code
         (folder / "model_index.json").unlink()

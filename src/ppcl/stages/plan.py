@@ -9,9 +9,10 @@ from dataclasses import asdict
 
 from ppcl.artifacts.plan import Choice, PruningPlan
 from ppcl.context import Run
+from ppcl.disk import in_bytes
 from ppcl.errors import UsageError
 from ppcl.report import plots
-from ppcl.report.text import billions, counted, in_bytes, show_plan
+from ppcl.report.text import billions, counted, show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import budget_of, resolve_intervals, resolve_width
 from ppcl.variants.costs import measure, target_of
@@ -44,7 +45,7 @@ def run(run: Run) -> None:
     plan = PruningPlan(model.family, run.num_layers, intervals, made_from, width=width)
     path = run.folder / "plan" / "plan.json"  # `run.plan_path` may be in another run, which is only read
     advice = "leave out intervals= to use these intervals, or give name=OTHER to count others"
-    reused = plan.is_current(path, advice)
+    reused = plan.is_current(path, advice, "plan")
     if reused:
         plan = PruningPlan.load(path)
     else:

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ppcl.artifacts.files import atomic_folder, read_json, write_json
+from ppcl.artifacts.folders import check_model, list_files
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
@@ -85,6 +86,7 @@ def run(run: Run) -> None:
     config, folder = run.config.pretrain, run.folder / "teacher"
     header = teacher_header(run)
     if is_current(folder / "ppcl.json", header):
+        check_model(folder, read_json(folder / "ppcl.json", "The record", "pretrain"), "pretrain")
         run.say("pretrain", f"reused {folder}")
         return
     checkpoints = run.folder / "pretrain-checkpoint"
@@ -119,6 +121,6 @@ def run(run: Run) -> None:
     pipeline.transformer.to("cpu", torch.bfloat16)
     with atomic_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)
-        write_json(temporary / "ppcl.json", header.to_json())
+        write_json(temporary / "ppcl.json", header.to_json() | list_files(temporary))
     discard_checkpoint(run, checkpoints)
     run.say("pretrain", f"wrote {folder}")

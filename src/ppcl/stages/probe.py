@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ppcl.artifacts.headers import Header, is_current
-from ppcl.artifacts.probes import Probes, finish_probes, write_probe
+from ppcl.artifacts.files import check_finite
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.probes import Probes, check_probe, finish_probes, has_probes, write_probe
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.streams import Stream
@@ -28,7 +29,7 @@ def run(run: Run) -> None:
     """
     settings, folder = run.config.probe, run.probe_folder
     header = Probes.header_for(run.probe_settings)
-    if of_first(is_current(folder / "probes.json", header)):  # another run may write them just now
+    if of_first(has_probes(folder, header)):  # another run may write them just now
         run.say("probe", f"reused {folder}")
         return
     stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
@@ -38,6 +39,7 @@ def run(run: Run) -> None:
     if settings.train_steps:
         found = _train(run, stream, header, trained, judged)
         residuals = {key: found[key] for key in residuals}
+    check_finite(residuals, "the probes are not recorded, since the held-out residual of one is no number")
     if not run.writes:
         return
     finish_probes(folder, header, residuals)
@@ -91,6 +93,7 @@ def _fit(run: Run, stream: Stream, header: Header) -> tuple[dict[str, float], di
             zero = settings.init == "zero"
             trained[fit.key] = (fit.weight * 0, fit.bias * 0) if zero else (fit.weight, fit.bias)
         else:
+            check_probe(fit.key, fit.weight, fit.bias, "raise probe.ridge or probe.num_batches")
             write_probe(run.probe_folder, header, fit.key, fit.weight, fit.bias)
     show_shares(run, "probe", len(fitted), "batches fitted")
     parts = gathered(mine)
@@ -117,6 +120,8 @@ def _train(
         trained = train_probes(family, transformer, training, probes, lr=settings.lr)
         heldout = _batches(run, stream, range(settings.num_batches, judged))
         residuals = relative_residuals(family, transformer, heldout, trained)
+        for key, (weight, bias) in trained.items():
+            check_probe(key, weight, bias, f"lower probe.lr={settings.lr}")
         for key, (weight, bias) in trained.items():
             write_probe(run.probe_folder, header, key, weight, bias)
     return {key: value for part in gathered(residuals) for key, value in part.items()}

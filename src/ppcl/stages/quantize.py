@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from ppcl.artifacts.files import atomic_folder, write_json
+from ppcl.artifacts.files import atomic_folder, read_json, temporary_folder, write_json
+from ppcl.artifacts.folders import check_model, list_files
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.export.folder import model_card_of, provenance_of
+from ppcl.export.folder import base_name, forget_paths, keep_own_files, model_card_of, provenance_of
 from ppcl.export.model_card import quantized_section, with_section
 from ppcl.export.quantized import (
     declare,
@@ -68,6 +68,7 @@ def run(run: Run) -> None:
     (variant,), plugs = variants_of(run, [name])
     header = quantized_header(run, name, made_of(variant, plugs), variant.finetuned)
     if is_current(folder / "ppcl.json", header, another_run(run, folder, variant)):
+        check_model(folder, read_json(folder / "ppcl.json", "The record", "quantize"), "quantize")
         run.say("quantize", f"reused {folder}")
         return
     switch = Switch(run, plugs, alone=config.rounding == "least_squares")  # which runs the model on the device
@@ -91,12 +92,15 @@ def run(run: Run) -> None:
         with atomic_folder(folder) as temporary:
             run.teacher.pipeline.transformer = model
             run.teacher.pipeline.save_pretrained(temporary)
+            keep_own_files(run, temporary)
             add_code(temporary)
+            forget_paths(temporary, base_name(run))
             facts = {"params": params, "weight_bytes": weight_bytes(model), "unquantized_bytes": before}
             card = model_card_of(run, switch, name, params)
             section = quantized_section(config.scheme, run.config.model.dtype, facts["weight_bytes"], before)
             (temporary / "README.md").write_text(with_section(card, "quantized", section), encoding="utf-8")
-            write_json(temporary / "ppcl.json", header.to_json() | facts | {"quantized": chosen})
+            record = header.to_json() | facts | {"quantized": chosen} | list_files(temporary)
+            write_json(temporary / "ppcl.json", record)
     finally:
         switch.restore()
     run.say(
@@ -145,7 +149,7 @@ def _to_nf4(run: Run, model: Any, kept: list[str]) -> Any:
     from diffusers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(**nf4_settings(run.teacher.dtype, kept))
-    with TemporaryDirectory(dir=run.folder) as folder:
+    with temporary_folder(run.folder / "nf4") as folder:
         model.save_pretrained(folder)
         quantized = type(model).from_pretrained(
             folder, quantization_config=config, dtype=run.teacher.dtype, device_map={"": run.device}

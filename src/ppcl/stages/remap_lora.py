@@ -1,4 +1,4 @@
-"""Convert a LoRA of the full model for the pruned model. Modules that the pruned model does not have are dropped."""
+"""Convert a LoRA of the full model for the pruned model. Layers that the pruned model does not have are dropped."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from ppcl.artifacts.files import atomic_path, read_json, write_json
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
+from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.context import Run
 from ppcl.errors import UsageError
-from ppcl.pictures.drawing import METADATA_KEY, read_lora
-from ppcl.surgery.remap import adapter_metadata, remap_lora
+from ppcl.surgery.lora_files import METADATA_KEY
+from ppcl.surgery.lora_marks import mark_of, marked_metadata
+from ppcl.surgery.provenance import exported_blocks
+from ppcl.surgery.remap import remap_lora
 
 
 def _pruned_transformer(run: Run) -> Any:
@@ -39,34 +41,42 @@ def _pruned_transformer(run: Run) -> Any:
 def run(run: Run) -> None:
     """Write `lora/NAME.safetensors` for `pipeline.load_lora_weights` of the exported pipeline.
 
-    The names of dropped modules are stored in `lora/NAME.json`. Raises `UsageError` if there is no exported model, if
-    the file is no LoRA, or if an earlier result has other settings.
+    The names of dropped layers are stored in `lora/NAME.json`. Raises `UsageError` if there is no exported model, if
+    the file is no LoRA of the full model, or if an earlier result has other settings. Nothing is written then.
     """
-    path = Path(str(run.config.lora.path))
+    config = run.config.lora
+    path = Path(str(config.path))
     target = run.folder / "lora" / f"{path.stem}.safetensors"
     transformer = _pruned_transformer(run)
     made_from = {
         "lora": str(path.resolve()),
         "size": path.stat().st_size,
         "modified": path.stat().st_mtime_ns,
-        "source": run.config.lora.source,
+        "source": config.source,
         "model": transformer.config.get("ppcl", {}).get("fingerprint"),
     }
+    if config.counts is not None:
+        made_from["counts"] = config.counts
     header = Header("ppcl.lora", made_from)
-    if is_current(target.with_suffix(".json"), header, "delete that file to make it anew"):
+    if is_current(target.with_suffix(".json"), header, "delete that file to make it anew", [target]):
+        read_tensors(target, "remap_lora")
         run.say("remap_lora", f"reused {target}")
         return
-    state, peft = read_lora(run, path)
-    found = remap_lora(state, transformer, source=run.config.lora.source, metadata=peft)
-    with atomic_path(target) as temporary:
-        metadata = {METADATA_KEY: json.dumps(adapter_metadata(found.state, transformer)), "format": "pt"}
-        save_file(found.state, temporary, metadata)
-    write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped})
-    modules = len({key.split(".lora_")[0] for key in found.state})
+    try:
+        found = remap_lora(path, transformer, source=config.source, counts=config.counts)
+    except UsageError as error:
+        raise UsageError(f"lora.path={path}: {error}") from None
+    mark = mark_of(exported_blocks(transformer).kept)
+    metadata = {METADATA_KEY: json.dumps(marked_metadata(found.state, mark)), "format": "pt"}
+    write_tensors(target, found.state, metadata)
+    left_out = {"left_out": found.left_out} if found.left_out else {}
+    write_json(target.with_suffix(".json"), header.to_json() | {"dropped": found.dropped} | left_out)
     run.say(
-        "remap_lora", f"{modules} modules mapped, {len(found.dropped)} dropped: the pruned model has no place for them"
+        "remap_lora",
+        f"{len(found.layers)} modules mapped, {len(found.dropped)} dropped: the pruned model has no place for them",
     )
-    if found.dropped:
-        few = ", ".join(found.dropped[:3])
-        run.say("remap_lora", f"dropped: {few}{', ...' if len(found.dropped) > 3 else ''}; all in {target.stem}.json")
+    for told, names in (("dropped", found.dropped), ("diffusers leaves out", found.left_out)):
+        if names:
+            few = ", ".join(names[:3])
+            run.say("remap_lora", f"{told}: {few}{', ...' if len(names) > 3 else ''}; all in {target.stem}.json")
     run.say("remap_lora", f"wrote {target}; pipeline.load_lora_weights takes it")

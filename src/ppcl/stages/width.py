@@ -13,15 +13,15 @@ import torch
 
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import PruningPlan, Width
-from ppcl.artifacts.plugs import Projector
+from ppcl.artifacts.plugs import Projector, check_losses, is_stored
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.width import Place, PrunedPlace, WidthDistillation, places
-from ppcl.errors import UsageError
 from ppcl.layers import references
 from ppcl.methods.similarity import similarity_maps
 from ppcl.methods.width import ffn_errors, select_ffn, select_text
 from ppcl.options import identity
+from ppcl.parallel import barrier
 from ppcl.report.text import counted, show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
@@ -73,11 +73,8 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     """Return the width sets that `width=auto` selects, and the CKA values and errors that they were selected by.
 
     Text streams are selected by CKA with the output of their reference, FFNs by the held-out error of their linear fit.
-    Raises `UsageError` if `width.num_text` and `width.num_ffn` are both 0.
     """
     config, family, teacher = run.config.width, run.family, run.teacher.pipeline.transformer
-    if config.num_text == 0 and config.num_ffn == 0:
-        raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
     here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
     stop = config.num_batches
 
@@ -117,8 +114,10 @@ def _has_plan(path: Path, plan: PruningPlan) -> bool:
 
     A plan with given sets may be replaced. One with selected sets may not, so that raises `UsageError` if it differs.
     """
-    if path.exists() and PruningPlan.load(path).made_from.get("width", {}).get("source") in ("given", "plan"):
-        return PruningPlan.load(path).header().fingerprint == plan.header().fingerprint
+    if path.exists():
+        found = PruningPlan.load(path, stage="width")
+        if found.made_from.get("width", {}).get("source") in ("given", "plan"):
+            return found.header().fingerprint == plan.header().fingerprint
     return is_current(path, plan.header(), "delete that file to select anew")
 
 
@@ -134,7 +133,7 @@ def _plan(run: Run, kept: Sequence[Place], students: Mapping[str, str]) -> Pruni
     made_from = {"model": run.teacher.identity, "intervals": run.intervals, "students": students, "width": selection}
     plan = PruningPlan(run.config.model.family, run.num_layers, run.intervals, made_from)
     if _has_plan(run.width_path, plan):
-        return PruningPlan.load(run.width_path)
+        return PruningPlan.load(run.width_path, stage="width")
     if config.source == "auto":
         plan.width, plan.scores = _select(run, kept)
     else:
@@ -180,13 +179,19 @@ def run(run: Run) -> None:
 
     headers = {item.name: projector_header(run, item, students) for item in distillation().pruned}
     advice = f"delete {folder}/*.text.json and {folder}/*.ffn.json to train all projectors anew"
-    stale = [name for name, header in headers.items() if not is_current(folder / f"{name}.json", header, advice)]
+    stale = [name for name, header in headers.items() if not is_stored(folder / f"{name}.json", header, advice)]
     made_from = {"projectors": {name: header.fingerprint for name, header in headers.items()}}
     header = Header("ppcl.width", made_from)
-    checkpoints = folder / f"checkpoint-width-{fingerprint({'projectors': stale})}"
+    begun = _begun(folder, [*headers], stale)
     if not stale:
+        for path in begun:
+            discard_checkpoint(run, path)  # the training was killed when its last projector was written
         run.say("width", f"reused {folder}")
         return
+    checkpoints = _checkpoint_folder(folder, stale)
+    if begun and checkpoints not in begun:
+        checkpoints, stale = next(iter(begun.items()))
+    barrier()  # all ranks must have looked before one changes these folders
     check_resumable(checkpoints, header, sharded=run.teacher.sharded)
     module = distillation(stale)
     place(run, module)
@@ -197,6 +202,8 @@ def run(run: Run) -> None:
         return module.heldout(_calibration(run, first, first + 4, "held-out losses", shared=True))
 
     before = measure()
+    for item, found in zip(module.pruned, before, strict=True):
+        check_losses(item.name, found)  # before the training, whose rate would be blamed
     if config.steps:
         stream = run.data.shared_stream(run.config.data.train_seed, distill.batch_size)
         run.say_once("width", stream.remark)
@@ -206,6 +213,8 @@ def run(run: Run) -> None:
         fit(run, "width", module, loader, checkpoints, header, distill, blocks)
         place(run, module)
     after = measure()
+    for item, found in zip(module.pruned, after, strict=True):
+        check_losses(item.name, found)  # of all, before the first is written
     for number, item in enumerate(module.pruned):
         losses = {"heldout_before": before[number]["loss"]}
         losses |= {f"heldout_{key}": value for key, value in after[number].items()}
@@ -214,8 +223,25 @@ def run(run: Run) -> None:
             projector.save(folder)
         change = f"{losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}"
         run.say("width", f"{item.name}: held-out loss {change}")
-    discard_checkpoint(run, checkpoints)
+    for path in {checkpoints, *begun}:
+        discard_checkpoint(run, path)
     run.say("width", f"wrote {counted(len(stale), 'projector')} to {folder}")
+
+
+def _checkpoint_folder(folder: Path, names: Sequence[str]) -> Path:
+    """Return the checkpoint folder of a training of exactly these projectors, in `folder`."""
+    return folder / f"checkpoint-width-{fingerprint({'projectors': names})}"
+
+
+def _begun(folder: Path, names: Sequence[str], stale: Sequence[str]) -> dict[Path, list[str]]:
+    """Return the checkpoint folders of trainings that a killed command has left, and the projectors of each.
+
+    `names`: all projectors, in the order in which they are written. `stale`: those that are missing. A command that was
+    killed while it wrote them has trained those that it had written, too.
+    """
+    first = names.index(stale[0]) if stale else len(names)
+    sets = [[*names[start:first], *stale] for start in range(first, -1, -1)]
+    return {path: found for found in sets if found and (path := _checkpoint_folder(folder, found)).is_dir()}
 
 
 def _projector(run: Run, module: WidthDistillation, number: int, header: Header, losses: dict[str, float]) -> Projector:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.tensors import write_tensors
 from ppcl.families.base import Family
+from ppcl.layers import BlockMap
 from ppcl.streaming import still
+from ppcl.surgery.lora_marks import mark_of
 
 
 def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
@@ -34,15 +36,17 @@ def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
         adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, exclude_modules=others or None))
 
 
-def save_lora(model: Any, pipeline_class: Any, folder: Path) -> None:
+def save_lora(model: Any, pipeline_class: Any, folder: Path, blocks: BlockMap) -> None:
     """Save the LoRA of `model` to `folder` in the format of its pipeline's class.
 
-    `pipeline.load_lora_weights(folder)` loads the file.
+    `pipeline.load_lora_weights(folder)` loads the file. `blocks`: which blocks of the full model `model` has. The file
+    says that it counts these.
     """
     from peft.utils import get_peft_model_state_dict
 
     (name,) = model.peft_config
     layers, metadata = get_peft_model_state_dict(model, adapter_name=name), model.peft_config[name].to_dict()
+    metadata["base_model_name_or_path"] = mark_of(blocks.kept)
     pipeline_class.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
 
 
@@ -81,5 +85,5 @@ def save_merged(family: Family, model: Any, folder: Path, dtype: torch.dtype) ->
         files |= dict.fromkeys(tensors, file)
     size = sum((folder / file).stat().st_size for file in {*files.values()})
     index = {"metadata": {"total_size": size}, "weight_map": files}
-    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index, checked=False)
     model.save_config(folder)

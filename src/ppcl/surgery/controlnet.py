@@ -8,7 +8,7 @@ counterpart in the full model gets.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
 from ppcl.families.registry import family_of_transformer
-from ppcl.surgery.remap import provenance_of
+from ppcl.layers import BlockMap
+from ppcl.surgery.provenance import exported_blocks
 
 
 def expand(samples: Sequence[Any], kept: Sequence[int], num_blocks: int, *, repeat: bool = False) -> list[Any]:
@@ -36,24 +37,18 @@ def place_residuals(transformer: nn.Module) -> RemovableHandle:
     Returns the handle of a forward hook; its `remove()` undoes the change. Raises `UsageError` for a transformer that
     ppcl did not export, and for a class whose ControlNets ppcl does not know.
     """
-    provenance = provenance_of(transformer)
-    kept: dict[str, list[int]] = provenance["kept_layers"]
-    removed: dict[str, list[list[int]]] = provenance["removed_intervals"]
-    # A removed block lies in an interval, so the last block of a stack is kept or ends an interval.
-    counts = {stack: 1 + max([*indices, *(v for _, v in removed.get(stack, []))]) for stack, indices in kept.items()}
+    blocks = exported_blocks(transformer)
     facts = family_of_transformer(type(transformer).__name__)
     if facts is None or not facts.residuals:
         raise UsageError(f"{type(transformer).__name__} takes no ControlNet that ppcl knows of.")
-    return hook_residuals(transformer, facts, kept, counts)
+    return hook_residuals(transformer, facts, blocks)
 
 
-def hook_residuals(
-    transformer: nn.Module, facts: FamilyFacts, kept: Mapping[str, Sequence[int]], counts: Mapping[str, int]
-) -> RemovableHandle:
+def hook_residuals(transformer: nn.Module, facts: FamilyFacts, blocks: BlockMap) -> RemovableHandle:
     """Register a hook that assigns ControlNet residuals to blocks before every forward.
 
-    For each stack, `kept` holds the full model's indices of the blocks in `transformer`, and `counts` the number of
-    blocks in the full model. A second call replaces the hook of the first, since residuals must be expanded once only.
+    `blocks`: which blocks of the full model `transformer` has. A second call replaces the hook of the first, since
+    residuals must be expanded once only.
     """
     if (earlier := getattr(transformer, "_residual_hook", None)) is not None:
         earlier.remove()
@@ -65,7 +60,7 @@ def hook_residuals(
             samples = kwargs.get(argument)
             if samples:
                 again = repeat and stack in facts.repeated_residuals
-                placed[argument] = expand(samples, kept[stack], counts[stack], repeat=again)
+                placed[argument] = expand(samples, blocks.kept[stack], blocks.counts[stack], repeat=again)
         if repeat:
             placed["controlnet_blocks_repeat"] = False  # already expanded: one per block
         return args, placed

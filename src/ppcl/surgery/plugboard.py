@@ -18,7 +18,7 @@ from ppcl.artifacts.plan import Intervals, plug_name, read_plug_name, removal_na
 from ppcl.artifacts.plugs import Plug, Projector, load_plugs, load_projectors
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
-from ppcl.layers import Layout, check_counts, check_width_sets, kept_layers, references
+from ppcl.layers import BlockMap, Layout, check_counts, check_width_sets, kept_layers, references
 from ppcl.streaming import still
 from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.share import load_shared
@@ -39,8 +39,9 @@ class Plugboard:
         board()                                          # the teacher again
 
     After a call `kept` has the teacher's indices of the blocks in place by stack, `plugged` the intervals that are
-    students, `removed` those that are cut, and `width` the blocks pruned in width by stack and kind. `pipeline` is the
-    pipeline that the transformer belongs to, where the board was made for one.
+    students, `removed` those that are cut, and `width` the blocks pruned in width by stack and kind. `teacher_blocks`
+    says which blocks of a full model the teacher has kept, if it was pruned itself. `pipeline` is the pipeline that the
+    transformer belongs to, where the board was made for one.
     """
 
     pipeline: Any = None
@@ -63,6 +64,7 @@ class Plugboard:
         self._pruned: dict[tuple, nn.Module] = {}
         self._teacher = {stack: list(stack_of(transformer, stack)) for stack in family.stacks}
         self.kept = {stack: list(range(len(blocks))) for stack, blocks in self._teacher.items()}
+        self.teacher_blocks = BlockMap.of(getattr(transformer, "config", {}).get("ppcl"), self.counts)
         self.plugged: list[str] = []
         self.removed: list[str] = []
         self.width: dict[str, dict[str, list[int]]] = {}
@@ -92,6 +94,11 @@ class Plugboard:
     def counts(self) -> dict[str, int]:
         """The number of blocks that the teacher has, by stack."""
         return {stack: len(blocks) for stack, blocks in self._teacher.items()}
+
+    @property
+    def blocks(self) -> BlockMap:
+        """Which blocks of the full model are in place. The full model is the teacher, or what that was pruned from."""
+        return self.teacher_blocks.then(self.kept)
 
     @property
     def removed_intervals(self) -> dict[str, list[list[int]]]:
@@ -166,7 +173,7 @@ class Plugboard:
         for stack, (_, modules, _) in arranged.items():
             replace_stack(self.transformer, stack, nn.ModuleList(modules))
             self.transformer.register_to_config(**{self.family.stacks[stack]: len(modules)})
-        hook_residuals(self.transformer, self.family.facts, self.kept, self.counts)
+        hook_residuals(self.transformer, self.family.facts, self.blocks)
         self.plugged = sorted(students, key=self.names.index)
         self.removed = sorted(removed, key=self.names.index)
         return self

@@ -6,16 +6,19 @@ about the numbers that do not exist. So this module renumbers blocks by the `kep
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.artifacts.headers import fingerprint
 from ppcl.errors import UsageError
+from ppcl.families.registry import family_of_transformer
+from ppcl.surgery.lora_files import Layers, layer_names, read_file, read_lora, scaled, scales_of
+from ppcl.surgery.lora_marks import COUNTS, blocks_for, mark_of, read_mark, with_mark
+from ppcl.surgery.provenance import earlier_models, exported_blocks
 
 SOURCES = ("first", "mean", "sum")
 _PREFIX = "transformer."
@@ -24,14 +27,21 @@ _SIDES = {"lora_A.weight": "A", "lora_B.weight": "B"}
 
 @dataclass
 class RemappedLora:
-    """A LoRA for a pruned model.
+    """A LoRA for a pruned model, which its pipeline's `load_lora_weights` takes.
 
-    `state` has PEFT's keys; alpha / rank is multiplied into B. `dropped` names the full model's modules whose LoRA has
-    no counterpart in the pruned model.
+    `state`: tensors with PEFT's keys; every scale is multiplied into B. `dropped`: the full model's layers whose LoRA
+    has no counterpart in the pruned model. `left_out`: names in the file that diffusers leaves out on the full model
+    too.
     """
 
     state: dict[str, Tensor]
     dropped: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the pruned model's layers that the LoRA goes onto."""
+        return layer_names(self.state)
 
 
 def _place(name: str, stacks: Iterable[str]) -> tuple[str, int, str] | None:
@@ -43,50 +53,55 @@ def _place(name: str, stacks: Iterable[str]) -> tuple[str, int, str] | None:
     return None
 
 
-def provenance_of(transformer: nn.Module) -> dict[str, Any]:
-    """Return the provenance in an exported transformer's config; `UsageError` if it has none."""
-    config: Any = transformer.config
-    found = config.get("ppcl")
-    if not found:
-        raise UsageError("this transformer's config has no ppcl key: it is not a model that ppcl exported.")
-    return dict(found)
-
-
-def scales_of(metadata: Mapping[str, Any] | None, modules: Iterable[str]) -> dict[str, float]:
-    """Return the scale alpha / rank of each module, from the metadata that PEFT saves; 1 without metadata."""
-    if not metadata:
-        return dict.fromkeys(modules, 1.0)
-    plain = {key.removeprefix(_PREFIX): value for key, value in metadata.items()}
-    scales = {}
-    for module in modules:
-        values = []
-        for default, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern")):
-            patterns: Mapping[str, float] = plain.get(pattern) or {}
-            special = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
-            values.append(special[0] if special else plain[default])
-        alpha, rank = values
-        scales[module] = alpha / (rank**0.5 if plain.get("use_rslora") else rank)
-    return scales
-
-
 def remap_lora(
-    state: Mapping[str, Tensor],
-    transformer: nn.Module,
+    lora: Mapping[str, Tensor] | str | Path,
+    transformer: Any,
     *,
     source: str = "first",
     metadata: Mapping[str, Any] | None = None,
+    counts: str | None = None,
 ) -> RemappedLora:
-    """Map the LoRA `state` of a full model to an exported `transformer`, which may be on the meta device.
+    """Map a LoRA of a full model to an exported `transformer`, which may be on the meta device.
 
-    `state` and `metadata` are as `pipeline.lora_state_dict` returns them. A student block replaces blocks u to v. With
-    `source=first` it gets the LoRA of block u. With `mean` or `sum` it gets the mean or the sum of the LoRAs of all
-    these blocks, as one LoRA of higher rank. LoRAs of modules that a width-pruned block does not have are dropped. If
-    it has kept half of a modulation, that half of the LoRA is kept. Raises `UsageError` if the LoRA is of another
-    architecture or incomplete.
+    `lora` is a safetensors file of any format that diffusers reads, or its tensors, as in the file or as
+    `pipeline.lora_state_dict` returns them. `metadata`: PEFT's metadata, where tensors are given. A student block
+    replaces blocks u to v. With `source=first` it gets the LoRA of block u. With `mean` or `sum` it gets the mean or
+    the sum of the LoRAs of all these blocks, as one LoRA of higher rank. LoRAs of layers that a width-pruned block does
+    not have are dropped. If it has kept half of a modulation, that half of the LoRA is kept.
+
+    `counts`: `pruned` for a LoRA that was trained on this pruned model, and counts its blocks. None: it says so itself,
+    as those that ppcl trained do, or is of the full model (`full`).
+
+    Raises `UsageError` if it is no plain LoRA, if it does not fit the model that it counts, or if nothing is left.
     """
-    provenance = provenance_of(transformer)
-    kept, removed = provenance["kept_layers"], provenance["removed_intervals"]
-    return map_blocks(state, dict(transformer.named_modules()), kept, removed, source=source, metadata=metadata)
+    blocks, facts = exported_blocks(transformer), family_of_transformer(type(transformer).__name__)
+    if facts is None or not facts.takes_lora:
+        raise UsageError(f"{type(transformer).__name__} takes no LoRA that ppcl knows of.")
+    if counts not in (None, *COUNTS):
+        raise UsageError(f"lora.counts={counts} is not one of {', '.join(COUNTS)}.")
+    if isinstance(lora, (str, Path)):
+        lora, stored = read_file(Path(lora))
+        metadata = stored if metadata is None else metadata
+    mark = read_mark(lora, metadata)
+    if counts is None and mark == mark_of(blocks.kept):
+        raise UsageError("this LoRA counts the blocks of this pruned model already: load it as it is.")
+    modules = dict(transformer.named_modules())
+    if counts == "pruned":
+        blocks = blocks.since(blocks.kept)
+        layers = Layers(transformer, facts)
+    else:
+        blocks = blocks_for(None if counts == "full" else mark, blocks, earlier_models(transformer))
+        layers = Layers.of_full_model(facts, transformer.config, blocks)
+    found = read_lora(lora, metadata, layers)
+    mapped = map_blocks(found.state, modules, blocks.kept, blocks.removed, source=source)
+    if not mapped.state:
+        raise UsageError(
+            f"nothing of this LoRA is left on the pruned model: all of its {len(mapped.dropped)} layers, such as "
+            f"{mapped.dropped[0]}, are of blocks that are gone; lora.source=mean gives their LoRA to students."
+        )
+    mapped.state = with_mark(mapped.state, mark_of(exported_blocks(transformer).kept))
+    mapped.left_out = found.left_out
+    return mapped
 
 
 def map_blocks(
@@ -98,16 +113,16 @@ def map_blocks(
     source: str = "first",
     metadata: Mapping[str, Any] | None = None,
 ) -> RemappedLora:
-    """Do what `remap_lora` does, for a transformer given by its named `modules`.
+    """Do what `remap_lora` does with plain keys, such as `transformer.NAME.lora_A.weight`.
 
-    For each stack, `kept` holds the full model's indices of its blocks, and `removed` the intervals [u, v].
+    The transformer is given by its named `modules`. For each stack, `kept` holds the full model's indices of its
+    blocks, and `removed` the intervals [u, v].
     """
     if source not in SOURCES:
         raise UsageError(f"lora.source={source} is not one of {', '.join(SOURCES)}.")
     pairs, others = _pairs(state)
-    scales = scales_of(metadata, pairs)
+    scales = _scales(pairs, metadata)
     ends = {stack: dict(found) for stack, found in removed.items()}
-    _check_stacks(pairs, kept, modules)
     places = {name: _place(name, kept) for name in pairs}
     result, used = RemappedLora(dict(others)), set()
     for stack, indices in kept.items():
@@ -132,59 +147,10 @@ def map_blocks(
         if places[name] is None:
             a, b = pairs[name]
             result.state[f"{_PREFIX}{name}.lora_A.weight"] = a
-            result.state[f"{_PREFIX}{name}.lora_B.weight"] = b * scales[name]
+            result.state[f"{_PREFIX}{name}.lora_B.weight"] = scaled(b, scales[name])
         elif name not in used:
             result.dropped.append(name)
     return result
-
-
-def adapter_metadata(state: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Any]:
-    """Return PEFT's metadata for a mapped `state`, with scale 1 for every module.
-
-    It marks the LoRA as one for this pruned model, so that `refuse_unmapped` accepts it.
-    """
-    names = {key: value.shape[1] for key, value in state.items() if key.endswith(".lora_B.weight")}
-    ranks = {key.removeprefix(_PREFIX).removesuffix(".lora_B.weight"): rank for key, rank in names.items()}
-    usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
-    pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
-    metadata = {
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
-        "base_model_name_or_path": _base_name(transformer),
-    }
-    return {f"{_PREFIX}{key}": value for key, value in metadata.items()}
-
-
-def _base_name(transformer: nn.Module) -> str:
-    return f"ppcl:{fingerprint(provenance_of(transformer)['kept_layers'])}"
-
-
-def refuse_unmapped(transformer: nn.Module, state: Iterable[str], metadata: Mapping[str, Any] | None) -> None:
-    """Raise `UsageError` for a LoRA that was made for the full model, not for this pruned model.
-
-    Accepted are a LoRA that was mapped to this model (its metadata says so), and one whose highest block number is that
-    of this model's last block, as in a LoRA that was trained on this model.
-    """
-    config: Any = transformer.config
-    kept = (config.get("ppcl") or {}).get("kept_layers") or {}
-    if all(indices == list(range(len(indices))) for indices in kept.values()):
-        return  # not pruned in depth, or not exported by ppcl
-    if ((metadata or {}).get("base_model_name_or_path") or "") == _base_name(transformer):
-        return
-    numbers: dict[str, set[int]] = {}
-    for key in state:
-        place = _place(key.removeprefix(_PREFIX), kept)
-        if place is not None:
-            numbers.setdefault(place[0], set()).add(place[1])
-    if all(max(found) == len(kept[stack]) - 1 for stack, found in numbers.items()):
-        return
-    raise UsageError(
-        "this LoRA numbers the blocks of the full model, and this model is pruned: map it with "
-        "`ppcl ... 'stages=[remap_lora]' lora.path=FILE lora.model=EXPORT` and load the file that this writes."
-    )
 
 
 def _pairs(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
@@ -195,24 +161,14 @@ def _pairs(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]
         if key.startswith("text_encoder"):
             others[key] = value
             continue
-        name = key.removeprefix(_PREFIX)
-        side = next((side for side in _SIDES if name.endswith(f".{side}")), None)
-        if side is None:
-            raise UsageError(f"{key} is no LoRA key that can be mapped; only plain LoRAs (A and B) can.")
-        halves.setdefault(name.removesuffix(f".{side}"), {})[_SIDES[side]] = value
-    incomplete = [name for name, found in halves.items() if len(found) < 2]
-    if incomplete:
-        raise UsageError(f"this LoRA is incomplete: {incomplete[0]} has only one of A and B.")
+        name, _, side = key.removeprefix(_PREFIX).rpartition(".lora_")
+        halves.setdefault(name, {})[side[0]] = value
     return {name: (found["A"], found["B"]) for name, found in halves.items()}, others
 
 
-def _check_stacks(pairs: Iterable[str], kept: Mapping[str, Sequence[int]], modules: Iterable[str]) -> None:
-    """Raise `UsageError` if the LoRA has numbered modules outside of this model's stacks and modules."""
-    known = {*kept, *modules}
-    for name in pairs:
-        found = re.fullmatch(r"(.+?)\.\d+\..+", name)
-        if found and found[1] not in known:
-            raise UsageError(f"this LoRA is of another architecture: it has {name}, the model has {', '.join(kept)}.")
+def _scales(pairs: Mapping[str, tuple[Tensor, Tensor]], metadata: Mapping[str, Any] | None) -> dict[str, float]:
+    plain = {key.removeprefix(_PREFIX): value for key, value in (metadata or {}).items()}
+    return scales_of({f"{name}.lora_B.weight": b for name, (_, b) in pairs.items()}, plain)
 
 
 def _join(members: list[tuple[Tensor, Tensor, float]], target: nn.Linear) -> tuple[Tensor, Tensor] | None:
@@ -223,7 +179,7 @@ def _join(members: list[tuple[Tensor, Tensor, float]], target: nn.Linear) -> tup
     reads the attention (columns).
     """
     a = torch.cat([a for a, _, _ in members])
-    b = torch.cat([scale * b for _, b, scale in members], dim=1)
+    b = torch.cat([scaled(b, scale) for _, b, scale in members], dim=1)
     rows, columns = target.out_features, target.in_features
     if (len(b), a.shape[1]) not in ((rows, columns), (2 * rows, columns), (rows, 5 * columns)):
         return None

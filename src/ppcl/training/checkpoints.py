@@ -16,13 +16,15 @@ from ppcl.artifacts.files import write_json
 from ppcl.artifacts.headers import Header
 from ppcl.config import PretrainConfig, TrainingConfig
 from ppcl.context import Run
-from ppcl.disk import check_space
+from ppcl.disk import check_space, in_bytes
+from ppcl.distill.objective import ManualOptimization
+from ppcl.errors import UsageError
 from ppcl.parallel import largest, together
-from ppcl.report.text import in_bytes
 from ppcl.training.states import state_bytes
 from ppcl.training.stops import Stop
 
 CHECKPOINT = "last.ckpt"
+FINGERPRINT = "ppcl_fingerprint"  # the key of a checkpoint that says which training it belongs to
 LARGE = 1e9  # bytes; of larger checkpoints the size and the time to save one are printed
 _ASSUMED_SPEED = 1e9  # bytes a second, until a checkpoint has been saved
 
@@ -31,8 +33,9 @@ class Checkpoints(L.Callback):
     """Saves `last.ckpt` in `folder` at the end of a step: after so many steps or minutes, and when a signal says stop.
 
     A training that ends before the first checkpoint is due saves one then, to have it while its results are measured.
-    All ranks save at the same step. Before the first step, the disk is checked and `checkpoint.json` is written, which
-    identifies the training by `header`.
+    All ranks save at the same step. Weights that are not finite raise `UsageError` there and at the end, and are not
+    saved. Before the first step, the disk is checked and `checkpoint.json` is written, which identifies the training by
+    `header`.
 
     `settings`: the training's `checkpoint_every` and `checkpoint_minutes`.
     `stop`: notes that signal. The training ends once its checkpoint is saved.
@@ -51,6 +54,16 @@ class Checkpoints(L.Callback):
         self.settings, self.stop = settings, stop
         self.size = 0
         self._steps = self._saves = 0
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[FINGERPRINT] = self.header.fingerprint
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raise `UsageError` for a checkpoint of another training, whose record was put beside it."""
+        if checkpoint.get(FINGERPRINT, self.header.fingerprint) != self.header.fingerprint:
+            raise UsageError(
+                f"{self.folder} holds the checkpoint of another training: delete {self.folder} to train anew."
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise `UsageError` if the disk has no room for two checkpoints: one lies there while the next is written."""
@@ -79,7 +92,10 @@ class Checkpoints(L.Callback):
         self.stop.agreed, any_late = largest(self.stop.noted, int(late))
         step = trainer.global_step
         only = step >= trainer.max_steps and not self._saves
-        if self.stop.agreed or any_late or step % self.settings.checkpoint_every == 0 or only:
+        saves = self.stop.agreed or any_late or step % self.settings.checkpoint_every == 0 or only
+        if (saves or step >= trainer.max_steps) and isinstance(pl_module, ManualOptimization):
+            pl_module.refuse_infinite_weights()
+        if saves:
             self._save(trainer)
         if self.stop.agreed:
             self.run.say(self.stage, f"saved step {step} of {trainer.max_steps} in {self.folder}")

@@ -7,7 +7,8 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from ppcl.artifacts.headers import Header, is_current
+from ppcl.artifacts.locks import locked
 from ppcl.config import PretrainConfig, TrainingConfig
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
-from ppcl.parallel import barrier
+from ppcl.parallel import barrier, together
 from ppcl.precision import fast_products, same_bits
 from ppcl.training.checkpoints import CHECKPOINT, Checkpoints
 from ppcl.training.cost import TrainingCost
@@ -54,9 +56,22 @@ def check_resumable(folder: Path, header: Header, *, sharded: bool = False) -> b
         )
     if sharded:
         return True
-    if not zipfile.is_zipfile(folder / CHECKPOINT):
-        raise UsageError(f"{folder / CHECKPOINT} is truncated or no checkpoint: delete {folder} to train anew.")
+    if not _is_sound(folder / CHECKPOINT, (folder / CHECKPOINT).stat().st_mtime_ns):
+        raise UsageError(f"{folder / CHECKPOINT} is damaged or no checkpoint: delete {folder} to train anew.")
     return True
+
+
+@lru_cache(maxsize=4)
+def _is_sound(checkpoint: Path, changed: int) -> bool:
+    """Return whether a checkpoint is whole: the checksum of every part is compared, which torch does not do.
+
+    `changed`: the time of the file's last change, for which the result is remembered.
+    """
+    try:
+        with zipfile.ZipFile(checkpoint) as parts:
+            return parts.testzip() is None
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+        return False
 
 
 def fit(
@@ -82,6 +97,25 @@ def fit(
     step. Raises `UsageError` if the training stops early, if the disk has no room for checkpoints, or as
     `check_resumable` does.
     """
+    with ExitStack() as locks:
+        with together():
+            if run.writes:
+                what, remedy = f"{stage} is being trained in {folder.parent}", "wait for its end, or give another name="
+                locks.enter_context(locked(folder.with_name(f".{folder.name}.lock"), what, remedy))
+        _fit(run, stage, module, loader, folder, header, settings, blocks)
+
+
+def _fit(
+    run: Run,
+    stage: str,
+    module: L.LightningModule,
+    loader: StepLoader,
+    folder: Path,
+    header: Header,
+    settings: TrainingConfig | PretrainConfig,
+    blocks: Iterable[nn.Module],
+) -> None:
+    """Do what `fit` says, once no other process trains in `folder`."""
     resumable = check_resumable(folder, header, sharded=run.teacher.sharded)
     barrier()  # all ranks must have looked before rank 0 changes the folder
     if run.writes and resumable:

@@ -19,6 +19,7 @@ from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.methods.registry import load_method, method_names
 from ppcl.options import declared, unknown_key
+from ppcl.sentences import of_key
 from ppcl.stages import STAGES
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_size, check_streaming
 from ppcl.validation.outputs import (
@@ -32,9 +33,9 @@ from ppcl.validation.outputs import (
     resolve_benchmark,
 )
 from ppcl.validation.prompts import read_prompts
-from ppcl.validation.pruning import check_budget, check_width_group, resolve_intervals
+from ppcl.validation.pruning import check_budget, check_method, check_width_group, resolve_intervals
 from ppcl.validation.strategy import check_strategy, resolve_precision
-from ppcl.validation.values import at_least, one_of
+from ppcl.validation.values import one_of
 
 
 def parse(raw: DictConfig) -> Config:
@@ -47,7 +48,7 @@ def parse(raw: DictConfig) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        raise UsageError(f"{key}: {str(error).splitlines()[0]}.") from None
+        raise UsageError(of_key(key, str(error))) from None
     assert isinstance(config, Config)
     for key in _unknown(config, raw):
         raise UsageError(unknown_key(key, config))
@@ -67,12 +68,24 @@ def _unknown(group: Any, raw: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def check_options(config: Config) -> None:
     """Check the bounds and choices that keys declare in `ppcl.config`; raises `UsageError`. None is always allowed."""
-    for key, value, least, choices in declared(config):
-        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
-            if choices is not None and each is not None:
-                one_of(key, each, tuple(choices))
-            if least is not None and each is not None:
-                at_least(key, each, least)
+    for item in declared(config):
+        for key, value in _single(item.name, item.value):
+            if item.choices is not None:
+                one_of(key, value, tuple(item.choices))
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                item.bounds.check(key, value)
+
+
+def _single(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the single values in a value of the configuration, each with its name. None is left out."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _single(f"{key}.{name}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _single(key, inner)
+    elif value is not None:
+        yield key, value
 
 
 def check_rates(config: Config) -> None:
@@ -123,13 +136,11 @@ def check(config: Config) -> None:
         raise UsageError("probe.init=zero needs probe.train_steps: probes that start from nothing have to learn.")
     if method.extend is not None and method.rule != "lp_b":
         raise UsageError(f"method.extend={method.extend} has no effect with method.rule={method.rule}: use lp_b.")
-    if not 0 < config.generate.plug_fraction < 1:
-        raise UsageError(f"generate.plug_fraction={config.generate.plug_fraction} must lie between 0 and 1.")
     seeds = (config.data.train_seed, config.data.calibration_seed, config.data.eval_seed)
     if len(set(seeds)) < 3:
         raise UsageError(
-            f"data.train_seed, calibration_seed and eval_seed are {seeds}: make them different, or results are "
-            "measured on samples that they were fitted to."
+            f"data.train_seed, data.calibration_seed and data.eval_seed are {seeds}: make them different, or results "
+            "are measured on samples that they were fitted to."
         )
     base = config.paths.base_run
     if base is not None and not Path(base).is_dir():
@@ -194,6 +205,7 @@ def check(config: Config) -> None:
         raise UsageError(
             "intervals are given, so 'stages=[detect]' has nothing to find: leave out the stage or the intervals."
         )
+    check_method(config)
     check_width_group(config, intervals)
     check_budget(config)
     if "export" in config.stages:

@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
-import json
+import inspect
+from collections.abc import Container, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ppcl.artifacts.files import check_safetensors, read_json
+from ppcl.artifacts.model_files import check_streamable, component_files, has_weights, variants_of, weight_files
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
-from ppcl.families.registry import FAMILIES, builders, family_of_pipeline
-from ppcl.paths import is_toy_folder, local_folder
+from ppcl.families.registry import FAMILIES, builders, family_of_pipeline, get_family
+from ppcl.options import Bounds
+from ppcl.paths import is_single_file, is_toy_folder, local_folder
 from ppcl.stages import STAGES
 from ppcl.validation.values import aspect_ratio, one_of
+
+_MOST_BLOCKS = 10_000
 
 
 def is_toy(model: ModelConfig) -> bool:
     """Return whether the model draws toy pictures: a shipped teacher, or a folder of one that was trained like them."""
     if model.builder is not None:
         return True
-    return model.path is not None and is_toy_folder(local_folder(model.path))
+    return model.pipeline is not None and is_toy_folder(local_folder(model.pipeline))
 
 
 def model_folder(model: ModelConfig) -> Path | None:
-    """Return the local pipeline folder of the model; None for a Hub id, or for a model without weights."""
-    if model.path is None:
+    """Return the local pipeline folder of the model; None for a Hub id, or for a model without weights.
+
+    Of a transformer in a single file it is that of `model.base`.
+    """
+    source = model.pipeline
+    if source is None:
         return None
-    path = local_folder(model.path)
+    path = local_folder(source)
     # `owner/name` is a Hub id unless such a folder exists. Everything else is a path.
-    looks_like_hub_id = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~"))
+    looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     return None if looks_like_hub_id and not path.exists() else path
 
 
 def num_layers(config: Config) -> dict[str, int]:
-    """Return the number of blocks of the configured model, by block stack."""
-    return {stack: int(config.model.arch[key]) for stack, key in FAMILIES[config.model.family].stacks.items()}
+    """Return the number of blocks of the configured model, by block stack; `UsageError` if `model.arch` lacks it."""
+    stacks, found = FAMILIES[config.model.family].stacks, {}
+    for stack, key in stacks.items():
+        count = config.model.arch.get(key)
+        if type(count) is not int or not 0 <= count <= _MOST_BLOCKS:
+            raise UsageError(
+                f"model.arch.{key}={count} is no number of blocks: give one from 0 to {_MOST_BLOCKS}, or model.path of "
+                "a folder whose transformer/config.json has it."
+            )
+        found[stack] = count
+    if not any(found.values()):
+        raise UsageError(f"model.arch.{next(iter(stacks.values()))}=0 is a model without blocks: give their number.")
+    return found
+
+
+def _check_arch(model: ModelConfig, known: Container[str]) -> None:
+    """Raise `UsageError` for a key of `model.arch` that is not in `known` and no setting of the transformer's class."""
+    strange = [key for key in model.arch if key not in known and key != "ppcl" and not key.startswith("_")]
+    if strange:
+        settings = inspect.signature(get_family(model.family, model.arch).transformer_class.__init__).parameters
+        for key in strange:
+            if key not in settings:
+                raise UsageError(f"model.arch.{key} is no setting of the model's class: leave it out.")
 
 
 def check_categories(config: Config) -> None:
@@ -67,16 +97,12 @@ def check_model(config: Config) -> None:
     Raises `UsageError` if it is not, or if a stage needs weights and there are none.
     """
     model = config.model
+    _check_parts(model)
     folder = model_folder(model)
     if folder is not None:
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise UsageError(f"model.path={model.path} is not a pipeline folder: {index} does not exist.")
-        try:
-            pipeline_class = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-            arch = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-        except (OSError, KeyError, ValueError):
-            raise UsageError(f"model.path={model.path} is not a pipeline folder: its JSON files do not read.") from None
+        index = _index_of(folder, model)
+        pipeline_class = index["_class_name"]
+        arch = _read(folder, "transformer/config.json", model)
         found = family_of_pipeline(pipeline_class)
         if found is None:
             raise UsageError(
@@ -84,22 +110,117 @@ def check_model(config: Config) -> None:
             )
         if model.family not in ("auto", found):
             raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
+        check_not_quantised(model, arch)
         _check_whole(config, arch, FAMILIES[found])
+        for key in FAMILIES[found].stacks.values():
+            if type(arch.get(key)) is not int or arch[key] < 1:
+                raise UsageError(
+                    f"{folder / 'transformer' / 'config.json'} has {key}={arch.get(key)}, which must be the number of "
+                    "blocks: fetch it again."
+                )
         model.family = found
+        _check_arch(model, arch)
         model.arch = {key: value for key, value in arch.items() if not key.startswith("_")}
-        for file in sorted(folder.rglob("*.safetensors")):
-            check_safetensors(file, "model.path: ")
+        _check_weights(config, folder, index)
     elif model.family == "auto":
         raise UsageError("model=auto needs model.path, the folder of a diffusers pipeline.")
     elif (
         model.path is None
         and not config.explain
-        and (needing := [stage for stage in config.stages if _needs_weights(config, stage)])
+        and (needing := [stage for stage in config.stages if needs_weights(config, stage)])
     ):
         needs = ", ".join(needing)
         raise UsageError(f"'stages=[{needs}]' need weights: set model.path to a pipeline folder.")
     one_of("model.family", model.family, tuple(FAMILIES))
+    if model.path is None:
+        _check_arch(model, ())
+    num_layers(config)
+    if is_single_file(model.path) and FAMILIES[model.family].single_file is None:
+        able = ", ".join(name for name, known in FAMILIES.items() if known.single_file is not None)
+        raise UsageError(
+            f"model.path={model.path}: there are no single files of model.family={model.family}, only of {able}; give "
+            "a pipeline folder."
+        )
+    if model.lora is not None and not FAMILIES[model.family].takes_lora:
+        raise UsageError(
+            f"model.lora={model.lora}: pipelines of model.family={model.family} load no LoRAs; leave it out."
+        )
     check_categories(config)
+
+
+def _check_parts(model: ModelConfig) -> None:
+    """Check that the files of a teacher in parts are there, and go together: one file and its base, a LoRA."""
+    if is_single_file(model.path):
+        if model.base is None:
+            raise UsageError(
+                f"model.path={model.path} is a file with a transformer alone: add model.base=FOLDER, the pipeline that "
+                "its config, VAE and text encoders are taken from."
+            )
+        check_safetensors(Path(str(model.path)), "model.path: ")
+    elif model.base is not None:
+        raise UsageError(
+            f"model.base={model.base} goes only with a model.path that is a .safetensors file: leave it out."
+        )
+    if model.lora is not None:
+        if model.path is None:
+            raise UsageError(f"model.lora={model.lora} needs model.path, the model that it is merged into.")
+        if not is_single_file(model.lora):
+            raise UsageError(f"model.lora={model.lora} must be a .safetensors file; other formats are not read.")
+        check_safetensors(Path(model.lora), "model.lora: ")
+
+
+def _read(folder: Path, name: str, model: ModelConfig) -> dict[str, Any]:
+    """Return the JSON object in the file `name` of a pipeline folder; `UsageError` if there is none."""
+    try:
+        return read_json(folder / name, "model.path:")
+    except UsageError:
+        raise UsageError(
+            f"model.path={model.path} is not a pipeline folder: its {name} does not read as a JSON object; fetch it "
+            "again."
+        ) from None
+
+
+def _index_of(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    """Return the content of `model_index.json`, whose components are pairs of a library and a class."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UsageError(f"model.path={model.path} is not a pipeline folder: {path} does not exist.")
+    index = _read(folder, path.name, model)
+    if not isinstance(index.get("_class_name"), str):
+        raise UsageError(f"model.path={model.path} is not a pipeline folder: its {path.name} has no _class_name.")
+    return index
+
+
+def _check_weights(config: Config, folder: Path, index: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if weight files that diffusers would load are missing, cut short or damaged."""
+    model, parts = config.model, [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
+    if model.variant is not None and not any(
+        found.startswith(model.variant) for name in parts for found in variants_of(folder / name)
+    ):
+        raise UsageError(f"model.variant={model.variant}: {folder} has no files of this variant; leave it out.")
+    needed = any(needs_weights(config, stage) for stage in config.stages)
+    for name in parts:
+        if name == "transformer" and is_single_file(model.path):
+            continue
+        part = folder / name
+        if has_weights(part) or (name == "transformer" and needed):
+            files = weight_files(part, model.variant) if name == "transformer" else component_files(part, model.variant)
+            if name == "transformer" and model.streaming and model.lora is None:
+                check_streamable(files[0])
+            for file in files:
+                if file.suffix == ".safetensors":
+                    check_safetensors(file, "model.path: ")
+
+
+def check_not_quantised(model: ModelConfig, arch: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if the config of a transformer says that it is quantised."""
+    found = arch.get("quantization_config")
+    if found:
+        kind = found.get("quant_method", "quantised") if isinstance(found, dict) else "quantised"
+        raise UsageError(
+            f"model.path={model.path} has a quantised transformer ({kind}), which can be neither trained nor pruned: "
+            "set model.path to the model that it was made from; quantize=int8 quantises the pruned one."
+        )
 
 
 def _check_whole(config: Config, arch: dict[str, Any], facts: FamilyFacts) -> None:
@@ -123,7 +244,8 @@ def _check_whole(config: Config, arch: dict[str, Any], facts: FamilyFacts) -> No
         )
 
 
-def _needs_weights(config: Config, stage: str) -> bool:
+def needs_weights(config: Config, stage: str) -> bool:
+    """Return whether a stage, with its present settings, needs the teacher's weights."""
     if stage == "depth" and config.distill.from_boundaries and config.distill.boundaries is not None:
         return False  # the teacher's activations are on disk
     return STAGES[stage].weights
@@ -169,11 +291,16 @@ def check_pretrain(config: Config) -> None:
 
 
 def check_size(config: Config) -> None:
-    """Check `model.sampling.height` and `width`; raises `UsageError`.
+    """Check `model.sampling.height` and `width`, and the shift of `scheduler`; raises `UsageError`.
 
-    They may be None only for an edit model, which then takes them from a picture that it is given.
+    Height and width may be None only for an edit model, which then takes them from a picture that it is given.
     """
     sampling, family = config.model.sampling, config.model.family
+    shift = sampling.scheduler.get("shift")
+    if shift is not None:  # as `data.shift`; of the other settings the scheduler itself knows
+        if not isinstance(shift, (int, float)):
+            raise UsageError(f"model.sampling.scheduler.shift={shift} is not a number; write one, such as 3.0.")
+        Bounds(above=0, most=1000).check("model.sampling.scheduler.shift", shift)
     given = {"height": sampling.height, "width": sampling.width}
     lacking = [name for name, side in given.items() if side is None]
     if not lacking:
@@ -259,13 +386,9 @@ def check_data(config: Config) -> None:
     if data.given and (data.cache is not None or not edits):
         why = "data.cache has them" if edits else f"model.family={config.model.family} is given no pictures"
         raise UsageError(f"data.given={data.given}: {why}; leave it out.")
-    if data.held_out is not None and not 0 < data.held_out < 1:
-        raise UsageError(f"data.held_out={data.held_out} must lie between 0 and 1, such as 0.1.")
     if not data.captions:
         raise UsageError("data.captions=[] names no key for captions; give some, such as [caption].")
     if not data.aspects:
         raise UsageError("data.aspects=[] leaves no shape to cut pictures to; write some, such as 1:1.")
     for aspect in data.aspects:
         aspect_ratio(aspect)
-    if not 1 <= data.samples_per_file <= 1000:
-        raise UsageError(f"data.samples_per_file={data.samples_per_file} must lie between 1 and 1000.")

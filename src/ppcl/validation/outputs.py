@@ -7,14 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from PIL import Image
-
 from ppcl.artifacts.files import check_safetensors
 from ppcl.benchmarks.base import load_benchmark
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.export.single_file import DTYPES, layouts
 from ppcl.families.registry import FAMILIES
+from ppcl.pictures.opening import UnusablePictureError, open_picture
 from ppcl.validation.model import is_toy
 from ppcl.validation.prompts import check_layout
 from ppcl.validation.pruning import budget_of, resolve_width
@@ -106,12 +105,10 @@ def check_generate(config: Config) -> None:
 
 
 def _check_teacher_above(config: Config) -> None:
-    """Check the value of `generate.teacher_above`, and that no other key asks for what a pair of models cannot do."""
+    """Check that with `generate.teacher_above` no other key asks for what a pair of models cannot do."""
     generate, above = config.generate, config.generate.teacher_above
     if above is None:
         return
-    if not 0 <= above <= 1:
-        raise UsageError(f"generate.teacher_above={above:g} is no noise level: give one from 0 to 1, such as 0.9.")
     if generate.variants == ["teacher"]:
         raise UsageError(
             f"generate.teacher_above={above:g} has no effect on the teacher: name a pruned variant in "
@@ -132,10 +129,11 @@ def _check_teacher_above(config: Config) -> None:
 
 def _check_picture(key: str, path: str) -> None:
     try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError):
-        raise UsageError(f"{key}={path} is no picture that can be read; name a PNG or JPEG.") from None
+        open_picture(path)
+    except OSError as error:
+        raise UsageError(f"{key}={path} cannot be read ({error.strerror}); name a PNG or JPEG.") from None
+    except UnusablePictureError as error:
+        raise UsageError(f"{key}={path} is no picture that can be used: it {error}; name a PNG or JPEG.") from None
 
 
 def _check_given_images(config: Config) -> None:
@@ -259,7 +257,7 @@ def check_quantize(config: Config) -> None:
     if "quantize" in config.stages and quantize.scheme == "none":
         raise UsageError("'stages=[quantize]' needs a scheme: quantize=int8, quantize=int4 or quantize=nf4.")
     if quantize.scheme == "int4":
-        if quantize.group_size is None or quantize.group_size < 2:
+        if quantize.group_size is None:
             raise UsageError(f"quantize.group_size={quantize.group_size} is no group: give 32, 64 or 128 for int4.")
     elif quantize.group_size is not None:
         raise UsageError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppcl.config import Config
+from ppcl.data.captions import decoded
 from ppcl.errors import UsageError
 
 TILES = 4  # pictures of a prompt that DPG-Bench scores at most
@@ -31,7 +33,7 @@ def read_prompts(path: Path) -> list[OwnPrompt]:
 
     It is a text file with a prompt a line, a `.jsonl` with an object with a `prompt` a line, or a folder with a `.txt`
     file for each prompt, which are sorted by name. Empty lines and files are left out. Raises `UsageError` if it is
-    missing, holds no prompt, or is not UTF-8.
+    missing, holds no prompt, or is neither UTF-8 nor UTF-16 with a byte order mark.
     """
     if path.is_dir():
         found = [OwnPrompt(_read(file).strip(), file.stem) for file in sorted(path.glob("*.txt"))]
@@ -49,7 +51,7 @@ def read_prompts(path: Path) -> list[OwnPrompt]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return io.StringIO(decoded(path.read_bytes()), newline=None).read()
     except FileNotFoundError:
         raise UsageError(
             f"generate.prompt_file={path} does not exist; name a text file with a prompt a line."

@@ -18,9 +18,10 @@ from ppcl.artifacts.plan import (
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.families.registry import FAMILIES
-from ppcl.layers import check_counts, check_width_sets, kept_layers
+from ppcl.layers import check_counts, check_width_sets, kept_layers, removable
 from ppcl.validation.model import num_layers
 
+_FEWEST = 1000  # parameters of a pruned model
 _KEYS = ("transformer_blocks", "single_transformer_blocks")  # stacks with their own keys in `intervals` and `width`
 
 
@@ -210,20 +211,36 @@ def check_width(config: Config, width: Width, intervals: Intervals, where: str =
         check_width_sets(stack, kept, sets["text"], sets["ffn"], where)
 
 
+def check_method(config: Config) -> None:
+    """Raise `UsageError` if the model has too few blocks for the settings of `method`."""
+    method, facts = config.method, FAMILIES[config.model.family]
+    if "detect" not in config.stages:
+        return
+    layers = num_layers(config)
+    if method.end is not None and method.end <= method.start:
+        raise UsageError(
+            f"method.end={method.end} must be above method.start={method.start}: an interval has two blocks."
+        )
+    most = max(layers.values()) - 1 - facts.last_blocks
+    if method.start >= most:
+        raise UsageError(f"method.start={method.start} leaves no interval, which may contain blocks up to {most}.")
+    if method.rule == "cka_sensitivity":
+        start = max(facts.first_block, method.start)
+        removable(layers, count=method.num_remove or 1, start=start, end=method.end, last=facts.last_blocks)
+
+
 def check_width_group(config: Config, intervals: Intervals | None) -> None:
     """Check the width sets against `intervals` and the stages, and the losses of `finetune`; raises `UsageError`."""
     width = resolve_width(config)
-    if width is not None and intervals is not None:
-        check_width(config, width, intervals)
+    if width is not None:
+        check_width(config, width, intervals or {})  # those that are to be detected only keep fewer blocks
+    if config.width.source == "auto" and config.width.num_text == config.width.num_ffn == 0:
+        raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
     if config.width.source == "none" and "width" in config.stages:
         raise UsageError("'stages=[width]' needs width sets: width=auto, width=from_plan or width.source=given.")
     drawn = config.generate.variants or [] if {"generate", "evaluate", "report"} & set(config.stages) else []
     if config.width.source == "none" and "ppcl-width" in [*drawn, config.export.variant]:
         raise UsageError("variant ppcl-width needs width sets: width=auto, width=from_plan or width.source=given.")
-    if not 0 < config.width.text_threshold <= 1:
-        raise UsageError(f"width.text_threshold={config.width.text_threshold} must lie between 0 and 1.")
-    if not 0 <= config.finetune.ema_decay < 1:
-        raise UsageError(f"finetune.ema_decay={config.finetune.ema_decay} must be at least 0 and below 1.")
     if config.finetune.output_weight == config.finetune.flow_weight == 0:
         raise UsageError(
             "finetune.output_weight and finetune.flow_weight are both 0, so no loss trains the output: set one."
@@ -245,9 +262,12 @@ def budget_of(config: Config) -> tuple[str, float] | None:
 
 
 def check_budget(config: Config) -> None:
-    """Raise `UsageError` if the budget is not above 0, or if there are no weights to measure costs with."""
+    """Raise `UsageError` if the budget is no size of a model, or if there are no weights to measure costs with."""
     budget = budget_of(config)
-    if budget is not None and budget[1] <= 0:
-        raise UsageError(f"budget.{budget[0]}={budget[1]:g} must be above 0.")
+    if budget is not None and budget[0] == "params" and 1 < budget[1] < _FEWEST:
+        raise UsageError(
+            f"budget.params={budget[1]:g} is more than the whole model as a share, and too few as a number of "
+            "parameters: write a share such as 0.6, or a number such as 6e9."
+        )
     if budget is not None and config.model.path is None and not config.explain:
         raise UsageError(f"budget.{budget[0]} needs measurements: set model.path to a pipeline folder.")

@@ -35,8 +35,6 @@ def check_strategy(config: Config) -> None:
     """Raise `UsageError` if launcher, `strategy` and stages do not fit together. All ranks decide alike."""
     strategy, stages, (_, count) = config.strategy, config.stages, rank()
     _check_states(config)
-    if strategy.timeout_minutes <= 0:
-        raise UsageError(f"strategy.timeout_minutes={strategy.timeout_minutes:g} must be above 0.")
     if strategy.cpu_offload and strategy.kind != "fsdp":
         raise UsageError(f"strategy.cpu_offload=true means nothing to strategy={strategy.kind}: use strategy=fsdp.")
     if strategy.kind == "single":

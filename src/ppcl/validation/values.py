@@ -13,14 +13,6 @@ def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{key}={value} is not one of {', '.join(allowed)}.")
 
 
-def at_least(key: str, value: float, least: float) -> None:
-    """Raise `UsageError` unless `value` is finite and at least `least`; `key` starts the sentence."""
-    if not value >= least:
-        raise UsageError(f"{key}={value} must be at least {least:g}.")
-    if value == math.inf:
-        raise UsageError(f"{key}={value} must be finite.")
-
-
 def aspect_ratio(aspect: str) -> float:
     """Return width / height of an aspect "w:h"; `UsageError` if it is not one."""
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.artifacts.costs import Costs, Frontier, Overlap, Point, TeacherCost, Unit
+from ppcl.artifacts.files import check_finite
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import projector_name
 from ppcl.context import Run
@@ -69,7 +70,8 @@ def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], tar
 
 def relative_error(errors: Sequence[tuple[float, float]]) -> float:
     """Return the velocity error of all batches from those of each, as `velocity_errors` returns them."""
-    return sum(error for error, _ in errors) / sum(square for _, square in errors)
+    square = sum(square for _, square in errors)
+    return sum(error for error, _ in errors) / square if square else math.nan
 
 
 @torch.no_grad()
@@ -149,7 +151,9 @@ class Meter:
         key = frozenset(names)
         if key not in self.errors:
             self.board(*names)
-            self.errors[key] = velocity_error(self.board.transformer, self.batches, self.targets)
+            found = velocity_error(self.board.transformer, self.batches, self.targets)
+            check_finite(found, "no costs are written", f"the velocity error with {', '.join(sorted(names))}")
+            self.errors[key] = found
         return self.errors[key]
 
     def _modules(self, names: set[str]) -> dict[BlockKey, tuple[nn.Module, dict[str, Any]]]:

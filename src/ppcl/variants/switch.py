@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils import swap_tensors
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ppcl.artifacts.files import read_json
+from ppcl.artifacts.folders import check_model
 from ppcl.artifacts.plugs import Plug
 from ppcl.context import Run
 from ppcl.families.base import Family
@@ -146,6 +148,8 @@ class Switch:
     def _load(self, folder: Path) -> Any:
         """Return the transformer in `folder`, loaded on first use. Its class depends on the present arrangement."""
         if folder not in self._own:
+            stage = "quantize" if folder == quantized_folder(self.run) else "finetune"
+            check_model(folder, read_json(folder / "ppcl.json", "The record", stage), stage)
             model_class: Any = type(self.board.standalone())
             model = model_class.from_pretrained(folder / "transformer", dtype=self.run.teacher.dtype)
             if self._resident is None:

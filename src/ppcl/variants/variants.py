@@ -65,7 +65,7 @@ def _quantized_base(run: Run) -> str:
     record = quantized_folder(run) / "ppcl.json"
     if not record.exists():
         raise UsageError(f"{record} does not exist: run 'stages=[quantize]' first.")
-    return read_json(record, "The record of the quantised model")["made_from"]["variant"]
+    return read_json(record, "The record", "quantize")["made_from"]["variant"]
 
 
 def _arranged(name: str, plugs: Plugs, names: Iterable[str]) -> Variant:
@@ -102,7 +102,7 @@ def tuned_record(run: Run) -> dict[str, Any]:
     path = finetuned_folder(run) / "ppcl.json"
     if not path.exists():
         raise UsageError(f"{path} does not exist: run 'stages=[finetune]' first.")
-    return read_json(path, "The record of the tuned model")
+    return read_json(path, "The record", "finetune")
 
 
 def tuned(run: Run, plugs: Plugs) -> Variant:
@@ -278,7 +278,7 @@ def _variant(run: Run, name: str, plugs: Plugs) -> Variant:
 
 def _quantized(run: Run, plugs: Plugs) -> Variant:
     path = quantized_folder(run) / "ppcl.json"
-    record = read_json(path, "The record of the quantised model")
+    record = read_json(path, "The record", "quantize")
     base = _variant(run, record["made_from"]["variant"], plugs)
     made_from = {"model": run.teacher.identity, "finetuned": base.finetuned} | made_of(base, plugs)
     told = ("model", "finetuned", "plugs", "removed")

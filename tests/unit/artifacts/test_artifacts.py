@@ -190,8 +190,8 @@ def test_tensors_without_json_count_as_absent(tmp_path):
 
 
 @pytest.mark.parametrize("make", [probes, plug])
-def test_saving_again_takes_the_old_record_away_before_touching_the_tensors(tmp_path, make):
-    """Killed while the tensors are being rewritten, the old JSON must not vouch for the new tensors."""
+def test_saving_again_leaves_the_record_of_the_same_settings(tmp_path, make):
+    """Another job may read it at this moment. Tensors of other settings it does not vouch for: see below."""
     make().save(tmp_path)
     (record,) = tmp_path.glob("*.json")
     tensors = next(tmp_path.glob("*.safetensors"))
@@ -199,7 +199,7 @@ def test_saving_again_takes_the_old_record_away_before_touching_the_tensors(tmp_
     tensors.mkdir()  # makes the rewrite fail
     with pytest.raises(OSError, match=tensors.name):
         make().save(tmp_path)
-    assert not record.exists()
+    assert record.exists()
 
 
 def test_tensors_of_another_run_are_refused(tmp_path):
@@ -275,7 +275,8 @@ def test_a_plan_written_by_hand_needs_only_what_it_decides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "intervals", [[[0, 1]], {"transformer_blocks": [[0]]}, {"transformer_blocks": 3}, {"a": ["xy"]}]
+    "intervals",
+    [[[0, 1]], {"transformer_blocks": [[0]]}, {"transformer_blocks": 3}, {"a": ["xy"]}, {"a": [[0, 1.7]]}],
 )
 def test_a_plan_of_another_shape_is_refused(tmp_path, intervals):
     path = tmp_path / "plan.json"

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import ppcl.benchmarks
+from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import Header
 from ppcl.artifacts.scores import ComparedRow, Fidelity, Likeness, NoiseLevel, ScoreRow, Scores
 from ppcl.benchmarks.base import Prompt, benchmark_names, load_benchmark
@@ -174,7 +175,7 @@ def test_a_row_is_read_as_it_was_written(tmp_path):
     path, header = tmp_path / "teacher.json", Header("ppcl.scores", {"images": "0"})
     row().save(path, header, {})
     assert ScoreRow.load(path) == row()
-    content = json.loads(path.read_text())
+    content = read_json(path, "The scores")
     assert list(content)[:5] == ["format", "version", "fingerprint", "made_from", "name"]
     assert content["scores"] == {"a": 0.8, "overall": 0.8}
     damaged = [{k: v for k, v in content.items() if k != key} for key in ("scores", "params")]

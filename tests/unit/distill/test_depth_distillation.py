@@ -207,7 +207,7 @@ def test_the_running_loss_is_a_plain_mean_at_first(family, teacher, make_batch):
 def test_a_loss_that_is_not_finite_is_a_sentence(family, teacher, make_batch):
     """Divergence names the learning rate and the step."""
     module = DepthDistillation(family, teacher, INTERVALS, settings(lr=1e30))
-    with pytest.raises(UsageError, match=r"distill\.lr=1e\+30 made the loss nan at step \d"):
+    with pytest.raises(UsageError, match=r"distill\.lr=1e\+30 made the loss of .*0-1.* nan at step \d"):
         train(module, make_batch, LENGTHS)
 
 

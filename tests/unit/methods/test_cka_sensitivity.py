@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ppcl.config import MethodConfig
+from ppcl.errors import UsageError
 from ppcl.methods.base import Teacher
 from ppcl.methods.cka_sensitivity import CkaSensitivity, runs_to_intervals
 from ppcl.methods.registry import load_method
@@ -129,3 +130,9 @@ def test_the_last_blocks_that_stay_the_teachers_are_not_removed(teacher, monkeyp
     monkeypatch.setattr(teacher.family, "facts", replace(teacher.family.facts, last_blocks=2))
     found = CkaSensitivity(MethodConfig(rule="cka_sensitivity", num_remove=2)).detect(teacher)
     assert found.intervals == {"transformer_blocks": [(0, 2)]}
+
+
+def test_a_similarity_that_is_no_number_chooses_no_block(teacher):
+    torch.nn.init.constant_(teacher.transformer.transformer_blocks[1].img_mod[1].bias, torch.nan)
+    with pytest.raises(UsageError, match=r"no block is chosen.*transformer_blocks"):
+        CkaSensitivity(MethodConfig(rule="cka_sensitivity", num_remove=1)).detect(teacher)

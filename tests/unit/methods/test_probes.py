@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ppcl.efficiency import LiveBytes
+from ppcl.errors import UsageError
 from ppcl.methods.probes import changes, fit_probes, relative_residuals, train_probes
 from ppcl.ops import least_squares
 
@@ -166,3 +167,12 @@ def test_training_moves_every_probe_of_a_real_model_down(family, transformer, ba
     residuals = relative_residuals(family, transformer, batches, trained)
     assert all(value < 1 for value in residuals.values())
     assert all(parameter.grad is None for parameter in transformer.parameters())
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-6])
+def test_activations_that_are_not_finite_are_named(family, transformer, make_batch, ridge):
+    """They come from the data here. A NaN in the teacher's weights shows in the same way."""
+    batch = make_batch(0, LENGTHS, size=(6, 6), padded_to=48, channels=CHANNELS)
+    batch.inputs["hidden_states"][0, 0, 0] = torch.nan
+    with pytest.raises(UsageError, match=r"activations at transformer_blocks\.0\.image are not finite"):
+        fit(family, transformer, [batch], ridge=ridge, bias=True)

@@ -111,3 +111,12 @@ def test_temporary_memory_does_not_grow_with_the_samples(system, monkeypatch):
             system.add(x, y)
         peaks.append(recorder.peak)
     assert peaks[0] == peaks[1] > 0
+
+
+def test_inputs_that_are_all_zero_give_the_minimum_norm_solution():
+    """There is nothing to damp, and the system is singular whatever the ridge."""
+    system = NormalEquations(3, 2)
+    system.add(torch.zeros(5, 3), torch.ones(5, 2))
+    weight, bias = system.solve(ridge=1e-6)
+    assert weight.abs().max() == 0
+    assert bias.tolist() == pytest.approx([1, 1])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import Header
 from ppcl.pictures.sets import claim_variant
 
@@ -22,7 +22,7 @@ def test_models_that_begin_at_once_share_no_folder(tmp_path: Path) -> None:
     owners = {folder: model for model, folder in zip(models, found, strict=True)}
     for model, folder in zip(models, found, strict=True):  # two commands of one model may share theirs
         assert owners[folder] == model
-        assert json.loads((folder / "unfinished.json").read_text()) == header(model).to_json()
+        assert read_json(folder / "unfinished.json", "The claim") == header(model).to_json()
         assert [path.name for path in folder.iterdir()] == ["unfinished.json"]
 
 

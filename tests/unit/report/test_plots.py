@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from itertools import combinations
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 from scored import MEASURED, SCORES, compared
 
 from ppcl.artifacts.scores import Fidelity, Likeness, NoiseLevel
+from ppcl.pictures.images import read_picture
 from ppcl.report.plots import (
     contact_sheet,
     error_by_noise_level,
@@ -65,6 +68,22 @@ def test_a_grid_keeps_the_shape_of_each_picture(tmp_path: Path) -> None:
         red = np.asarray(grid)[..., 1] == 0
     assert red[:, :306].sum() == 300 * 150
     assert red[:, 306:].sum() == 100 * 200
+
+
+def test_a_grid_opens_one_picture_at_a_time(tmp_path: Path) -> None:
+    """With fewer file handles than there are pictures."""
+    for number in range(60):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = max(map(int, os.listdir("/proc/self/fd")))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 20, most))
+        image_grid(tmp_path / "grid.png", (read_picture(tmp_path / f"{number}.png") for number in range(60)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (10 * 12 + 4, 6 * 12 + 4)
+        assert grid.getpixel((8 + 9 * 12, 8 + 5 * 12)) == (59, 0, 0)
 
 
 def test_a_contact_sheet_of_one_picture(tmp_path: Path) -> None:

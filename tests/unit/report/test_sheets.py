@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ppcl.report.sheets import OWN_PROMPTS, OWN_SETS, Sheet, embedded, model_key, own_sheets, some_of
+from ppcl.report.sheets import MOST, OWN_PROMPTS, OWN_SETS, Sheet, embedded, model_key, own_sheets, some_of
 
 
 def draw(folder: Path, prompts: list[str], *, made_from: dict | None = None, time: int = 0, color: str = "red") -> None:
@@ -39,6 +39,7 @@ def test_a_few_prompts_of_each_category_or_more_of_one() -> None:
     assert some_of(["a", "a", "a", "b", "b", "b", "b"]) == [0, 1, 3, 4]
     assert some_of([None] * 20) == list(range(12))
     assert some_of([None]) == [0]
+    assert some_of(range(5000)) == [*range(MOST)]  # a sheet has a column for each
 
 
 def test_the_users_newest_sets_are_shown_without_a_benchmarks(tmp_path: Path) -> None:
