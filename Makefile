@@ -47,8 +47,6 @@ test-fast: setup ## Run the tests of units and of the configuration alone, under
 
 .PHONY: battery
 battery: setup ## Damage, kill, misuse and attack tiny runs, 20 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery.keys
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery.damage
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery $(ARGS)
 
 .PHONY: test-wheel

@@ -6,7 +6,6 @@ Importing this loads no torch.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from ppcl.artifacts.files import parse_json
 from ppcl.artifacts.model_files import pickled_tensors, read_header, weight_files
 from ppcl.errors import UsageError
 from ppcl.paths import conf_dir, is_single_file, is_toy_folder, local_folder
@@ -149,7 +149,7 @@ def _pipeline(model: Any) -> Path:
 
 def _pipeline_class(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+        return str(parse_json((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

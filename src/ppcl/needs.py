@@ -5,14 +5,13 @@ Without these checks a command could train for hours before its last stage fails
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from ppcl import parallel
-from ppcl.artifacts.files import read_json
+from ppcl.artifacts.files import parse_json, read_json
 from ppcl.artifacts.plan import plug_name, projector_name
 from ppcl.context import Run
 from ppcl.errors import UsageError
@@ -95,7 +94,7 @@ def _check_teacher(run: Run) -> None:
 
 
 def _has_vae(folder: Path) -> bool:
-    entry = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("vae")
+    entry = parse_json((folder / "model_index.json").read_text(encoding="utf-8")).get("vae")
     return bool(entry and entry[0])
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ppcl.artifacts.files import parse_json
 from ppcl.errors import UsageError
 
 EMBEDDED = "embedded:"
@@ -36,7 +36,7 @@ def is_single_file(path: str | None) -> bool:
 def is_toy_folder(folder: Path) -> bool:
     """Return whether a pipeline folder holds a toy model, which is recognised by its autoencoder."""
     try:
-        vae = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["vae"]
+        vae = parse_json((folder / "model_index.json").read_text(encoding="utf-8"))["vae"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(vae, list) and vae[-1:] == [_TOY_VAE]

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from ppcl.artifacts.contents import digests, joined
-from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.files import parse_json, read_json, write_json
 from ppcl.artifacts.headers import fingerprint
 from ppcl.artifacts.model_files import component_files, pickled_tensors, stored_tensors, variants_of, weight_files
 from ppcl.config import Config, ModelConfig
@@ -211,7 +211,7 @@ class TeacherFiles:
         for path in paths:
             try:
                 if path.stat().st_mtime >= since:
-                    yield json.loads(path.read_text(encoding="utf-8"))
+                    yield parse_json(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):  # whoever reads it as a result says so
                 continue
 

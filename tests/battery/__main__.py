@@ -10,10 +10,16 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.battery import chain, hostile, kills, pairs
+from tests.battery import chain, damage, hostile, keys, kills, pairs
 
 Part = Callable[[chain.Chain, Path], tuple[Counter[str], list[str]]]
-PARTS: dict[str, Part] = {"kills": kills.run, "pairs": pairs.run, "hostile": hostile.run}
+PARTS: dict[str, Part] = {
+    "keys": keys.run,
+    "hostile": hostile.run,
+    "kills": kills.run,
+    "pairs": pairs.run,
+    "damage": damage.run,
+}
 
 
 def main() -> int:

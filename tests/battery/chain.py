@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import signal
-import sys
 import time
-import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +16,7 @@ from safetensors.torch import load_file
 
 from ppcl.data.worlds import shapes
 from ppcl.families.qwen_image.tiny import build_pipeline
+from tests.forks import run_forked
 
 # Every stage that makes something of its own, and what it takes beside the settings of all.
 STAGES: dict[str, list[str]] = {
@@ -73,69 +69,6 @@ class Chain:
     @property
     def after(self) -> Path:
         return self.folder / "after"
-
-
-@dataclass
-class Ended:
-    """How a command ended: its exit code, negative for a signal, and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def refused(self) -> bool:
-        """Whether it ended in one sentence. A library may have printed something before it."""
-        *_, last = self.err.strip().split("\n")
-        return self.code == 2 and last.startswith("ppcl: ") and "Traceback" not in self.err
-
-
-def start_forked(arguments: Sequence[str], folder: Path, inside: Path | None = None) -> int:
-    """Start `ppcl` in a fork of this process, which has imported everything; return the process number.
-
-    `folder`: where its output is kept. `inside`: the folder that it works in.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        for name, number in (("out.txt", 1), ("err.txt", 2)):
-            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        sys.argv = ["ppcl", *arguments]
-        os.chdir(inside or os.getcwd())
-        from ppcl.cli import main
-
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait_for(child: int, folder: Path) -> Ended:
-    """Return how a process that `start_forked` has started ends."""
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    out, err = ((folder / name).read_text(errors="replace") for name in ("out.txt", "err.txt"))
-    return Ended(code, out, err)
-
-
-def run_forked(
-    arguments: Sequence[str], folder: Path, kill_after: float | None = None, inside: Path | None = None
-) -> Ended:
-    """Run `ppcl` as `start_forked` does. `kill_after`: after how many seconds it is sent SIGKILL."""
-    child = start_forked(arguments, folder, inside)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return wait_for(child, folder)
 
 
 def build(folder: Path) -> Chain:

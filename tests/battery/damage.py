@@ -1,4 +1,4 @@
-"""Damages every file of a finished run, one at a time, and runs the command again: `python -m tests.battery.damage`.
+"""Damages every file of a finished run, one at a time, and runs the command again.
 
 A trial is one file and one kind of damage. It ends well if the command makes the undisturbed results, or refuses in one
 sentence whose remedy, followed word by word, leads to them. It takes about ten minutes; the suite runs a sample of it.
@@ -6,14 +6,12 @@ sentence whose remedy, followed word by word, leads to them. It takes about ten 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
 import re
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 
 from commands import Outcome, ppcl
+
+from tests.battery.chain import Chain
 
 STAGES = ["probe", "detect", "depth", "finetune", "export", "generate", "evaluate", "report"]
 DAMAGES = ["cut", "emptied", "flipped", "of another seed", "deleted"]
@@ -43,6 +43,7 @@ LEAVES = {
     "evaluate": [f"{NAME}/scores"],
     "report": [f"{NAME}/report"],
 }
+BAD = ("traceback", "silently used", "no way out")  # endings
 UNREAD = (f"{NAME}/report/", f"{NAME}/plan/curves.json")  # nothing reads them; figures are shown as they are
 # The results that are made anew in a trial, since they are made from what a stage leaves.
 MADE_FROM = {
@@ -247,7 +248,7 @@ def _named(words: str, paths: list[Path]) -> Iterator[Path]:
         yield from path.parent.glob(path.name)
 
 
-def run_all(finished: Finished, chosen: list[Trial], folder: Path, *, tells: bool = True) -> dict[Trial, Ending]:
+def run_all(finished: Finished, chosen: list[Trial], folder: Path) -> dict[Trial, Ending]:
     """Run trials, and return how each has ended; those whose damage is none are left out."""
     undisturbed = folder / "undisturbed"
     shutil.copytree(finished.root, undisturbed)
@@ -257,11 +258,8 @@ def run_all(finished: Finished, chosen: list[Trial], folder: Path, *, tells: boo
         root = folder / f"trial-{number}"
         ending = run_trial(finished, trial, wanted, root)
         shutil.rmtree(root)
-        if ending is None:
-            continue
-        endings[trial] = ending
-        if tells:
-            print(f"{ending.kind:14} {trial}: {' | '.join(ending.said)}", flush=True)
+        if ending is not None:
+            endings[trial] = ending
     return endings
 
 
@@ -270,26 +268,14 @@ def sample(finished: Finished, count: int, seed: int) -> list[Trial]:
     return random.Random(seed).sample(trials(finished), count)
 
 
-def main() -> None:
-    """Make the runs, run the trials and print the figures."""
+def run(_chain: Chain, folder: Path) -> tuple[Counter[str], list[str]]:
+    """Return how many trials ended in which way, and what went wrong."""
     from conftest import build_teacher, settings_of
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="a part of the names of the files to try")
-    parser.add_argument("--sample", type=int, default=0, help="the number of trials, 0 for all")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        finished = make(settings_of(build_teacher(folder / "teacher")), folder)
-        chosen = [trial for trial in trials(finished) if arguments.only in trial.file]
-        if arguments.sample:
-            chosen = random.Random(0).sample(chosen, arguments.sample)
-        endings = run_all(finished, chosen, folder)
-    counts = Counter(ending.kind for ending in endings.values())
-    kinds = ("sentence", "remade", "traceback", "silently used", "no way out")
-    print(f"{len(endings)} trials: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds))
-    sys.exit(bool(counts["traceback"] + counts["silently used"] + counts["no way out"]))
-
-
-if __name__ == "__main__":
-    main()
+    folder.mkdir(parents=True)
+    finished = make(settings_of(build_teacher(folder / "teacher")), folder)
+    endings = run_all(finished, trials(finished), folder)
+    figures = Counter({"trials": len(endings), "sentence": 0, "remade": 0} | dict.fromkeys(BAD, 0))
+    figures.update(ending.kind for ending in endings.values())
+    wrong = {trial: ending for trial, ending in endings.items() if ending.kind in BAD}
+    return figures, [f"{trial}: {ending.kind}: {' | '.join(ending.said)}" for trial, ending in wrong.items()]

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from tests.battery.chain import Chain, Ended, run_forked
+from tests.battery.chain import Chain
+from tests.forks import Ended, run_forked
 
 
 class Touch:
@@ -132,6 +133,24 @@ def plan_of_a_million_brackets(chain: Chain, folder: Path) -> Ended:
     return run_forked(chain.command("depth", place), folder)
 
 
+def teacher_of_a_million_brackets(chain: Chain, folder: Path) -> Ended:
+    teacher, command = _with_teacher(chain, folder)
+    whole = Path(shutil.copytree(teacher, folder / "whole"))
+    for name in ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        (teacher / name).write_text("[" * 1_000_000)
+        ended = run_forked(command, folder)
+        if not ended.refused:
+            return Ended(ended.code or 1, ended.out, f"{name}: {ended.err}")
+        shutil.copy(whole / name, teacher / name)
+    return ended
+
+
+def prompts_of_a_million_brackets(chain: Chain, folder: Path) -> Ended:
+    (folder / "prompts.jsonl").write_text("[" * 1_000_000)
+    command = chain.command("generate", _copy(chain, "generate", folder))
+    return run_forked([*command, f"generate.prompt_file={folder}/prompts.jsonl"], folder)
+
+
 def settings_that_make_objects(chain: Chain, folder: Path) -> Ended:
     place = _copy(chain, "depth", folder)
     (place / "runs" / "run" / "config.yaml").write_text(
@@ -206,6 +225,8 @@ TRIALS: list[Callable[[Chain, Path], Ended]] = [
     header_of_many_gigabytes,
     plug_with_a_header_of_many_gigabytes,
     plan_of_a_million_brackets,
+    teacher_of_a_million_brackets,
+    prompts_of_a_million_brackets,
     settings_that_make_objects,
     settings_that_name_a_target,
     lora_that_is_a_pickle,

@@ -1,17 +1,16 @@
-"""Tries every numeric key of the configuration at -1, 0, a huge value and NaN: `python tests/battery/keys.py`.
+"""Tries every numeric key of the configuration at -1, 0, a huge value and NaN.
 
 Each trial composes and checks a command as `ppcl` does, and loads no model. It must end in acceptance, or in one
-sentence that names the key. What was accepted is listed with `--accepted`, to be looked through: every accepted value
-has to make sense.
+sentence that names the key. `python -m tests.battery.keys` lists what is accepted, to be looked through: every accepted
+value has to make sense.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -23,6 +22,7 @@ from ppcl.errors import UsageError
 from ppcl.options import declared
 from ppcl.sentences import in_words
 from ppcl.validation import parse
+from tests.battery.chain import Chain
 
 STAGES = "stages=[probe,detect,depth,width,plan,finetune,export,generate,evaluate,report]"
 DRAWN = "generate.variants=[teacher,removed]"
@@ -127,19 +127,17 @@ def overrides() -> list[str]:
     return [f"{key}={form.format(value, value)}" for key, form in numeric_keys() for value in VALUES]
 
 
-def main() -> int:
+def run(_chain: Chain, _folder: Path) -> tuple[Counter[str], list[str]]:
+    """Return how many trials ended in which way, and what went wrong."""
     battery = Battery()
     trials = [battery(override) for override in overrides()]
-    if "--accepted" in sys.argv:
-        print(*(trial.override for trial in trials if trial.accepted), sep="\n")
-    bad = [trial for trial in trials if not (trial.accepted or trial.named)]
-    for trial in bad:
-        print(f"{trial.override}: {trial.error or trial.sentence}", file=sys.stderr)
     kinds = Counter("accepted" if t.accepted else "tracebacks" if t.error else "sentences" for t in trials)
-    figures = {name: kinds[name] for name in ("accepted", "sentences", "tracebacks")}
-    print(json.dumps({"keys": len(list(numeric_keys())), "trials": len(trials)} | figures | {"unnamed": len(bad)}))
-    return 1 if bad else 0
+    figures = Counter({"keys": len([*numeric_keys()]), "trials": len(trials), "accepted": kinds["accepted"]})
+    figures.update({"sentences": kinds["sentences"], "tracebacks": kinds["tracebacks"]})
+    bad = [trial for trial in trials if not (trial.accepted or trial.named)]
+    return figures, [f"{trial.override}: {trial.error or trial.sentence}" for trial in bad]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    battery = Battery()
+    print(*(override for override in overrides() if battery(override).accepted), sep="\n")

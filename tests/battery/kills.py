@@ -7,7 +7,8 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from tests.battery.chain import STAGES, Chain, differences, results, run_forked
+from tests.battery.chain import STAGES, Chain, differences, results
+from tests.forks import run_forked
 
 SEED, KILLS = 0, 20
 

@@ -6,7 +6,8 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from tests.battery.chain import STAGES, Chain, differences, results, run_forked, start_forked, wait_for
+from tests.battery.chain import STAGES, Chain, differences, results
+from tests.forks import run_forked, start_forked, wait_for
 
 
 def at_once(chain: Chain, stage: str, folder: Path, names: tuple[str, str] = ("run", "run")) -> tuple[int, str]:

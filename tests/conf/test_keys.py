@@ -1,4 +1,4 @@
-"""No numeric key takes a value without sense, or ends in a traceback. `tests/battery/keys.py` tries all of them."""
+"""No numeric key takes a value without sense, or ends in a traceback. `make battery` tries all of them."""
 
 import random
 

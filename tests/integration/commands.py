@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.forks import MAIN, start_forked, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -89,42 +90,12 @@ def ppcl_process(*arguments: str, python: str | None = None, anew: bool = False)
     then runs in a fork of this process. With `anew`, or on a machine with a GPU, it runs in a new Python.
     """
     if python is not None and not anew and not torch.cuda.is_available():
-        return _forked(python, arguments)
-    program = python or "from ppcl.cli import main; main()"
+        with tempfile.TemporaryDirectory() as folder:
+            ended = wait_for(start_forked(arguments, Path(folder), REPOSITORY, python), Path(folder))
+        return subprocess.CompletedProcess(["-c", *arguments], ended.code, ended.out, ended.err)
     return subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, "-c", python or MAIN, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
-
-
-def _forked(python: str, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """Run the code `python` in a fork of this process, where all imports are done already.
-
-    A fork only keeps the thread that calls it. Without a GPU that is enough, since only one thread computes.
-    """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
-                sys.argv = ["-c", *arguments]
-                os.chdir(REPOSITORY)
-                exec(python, {"__name__": "__main__"})
-                code = 0
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            except BaseException:
-                traceback.print_exc()
-            finally:  # leave without pytest's own exit handlers, which must run once
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(["-c", *arguments], code, out.read(), err.read())
 
 
 # Two ranks as srun would start them, as forks of a process that has imported everything. Exits with the higher code.

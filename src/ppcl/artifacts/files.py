@@ -192,6 +192,17 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(plain, sort_keys=True).encode()):08x}"
 
 
+def parse_json(text: str | bytes, **settings: Any) -> Any:
+    """Return the content of a JSON text, read with these settings of `json.loads`.
+
+    Raises `ValueError` if the text is no JSON, or is nested too deep for Python to read.
+    """
+    try:
+        return json.loads(text, **settings)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def read_json(path: Path, what: str, stage: str = "", *, edited: bool = False) -> dict[str, Any]:
     """Return the JSON object in `path`, without its checksum.
 
@@ -199,13 +210,13 @@ def read_json(path: Path, what: str, stage: str = "", *, edited: bool = False) -
     the file. Raises `UsageError` if the file is missing, is no JSON object, or has changed since it was written.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = parse_json(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         remedy = f": run 'stages=[{stage}]' again" if stage else ""
         raise UsageError(f"{what} {path} does not exist{remedy}.") from None
     except _NotFinite as error:
         raise UsageError(f"{what} {path} holds {error}, which is no number: {again(stage)}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, IsADirectoryError, RecursionError):
+    except (ValueError, IsADirectoryError):
         raise UsageError(f"{what} {path} is not a JSON file: {again(stage)}.") from None
     if not isinstance(content, dict):
         raise UsageError(f"{what} {path} does not hold a JSON object: {again(stage)}.")

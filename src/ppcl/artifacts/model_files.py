@@ -7,13 +7,12 @@ variant, such as `fp16`, it reads files with the variant in their names instead,
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts.files import check_safetensors, read_json
+from ppcl.artifacts.files import check_safetensors, parse_json, read_json
 from ppcl.errors import UsageError
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -137,7 +136,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     check_safetensors(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
+        entries = parse_json(file.read(length))
     entries.pop("__metadata__", None)
     return {
         name: Stored(path, entry["dtype"], 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))

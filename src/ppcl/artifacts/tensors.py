@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ppcl.artifacts.files import CHECKSUM, again, atomic_path, check_safetensors
+from ppcl.artifacts.files import CHECKSUM, again, atomic_path, check_safetensors, parse_json
 from ppcl.errors import UsageError
 
 
@@ -73,7 +73,7 @@ class TensorFile:
 
     def _checksums(self, text: str) -> dict[str, str]:
         try:
-            return dict(json.loads(text))
+            return dict(parse_json(text))
         except ValueError:
             raise self._changed() from None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import glob
 import io
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import webdataset as wds
 from PIL import Image
 from webdataset.tariterators import group_by_keys
 
+from ppcl.artifacts.files import parse_json
 from ppcl.config import DataConfig
 from ppcl.data.archives import Damage, read_members
 from ppcl.data.captions import NoCaptionError, caption_of, decoded, is_blank, seen
@@ -119,10 +119,10 @@ def _of_shard(member: Mapping[str, Any], config: DataConfig) -> Sample | Skipped
         return Skipped(key, f"no picture: {seen([name for name in member if not name.startswith('__')])}")
     given = [picture for name in config.given or () if (picture := _picture(member, f"{name}."))]
     try:
-        facts = json.loads(member["json"]) if "json" in member else {}
+        facts = parse_json(member["json"]) if "json" in member else {}
     except UnicodeDecodeError:
         return Skipped(key, "its .json is not UTF-8: save it with that encoding")
-    except (ValueError, RecursionError):
+    except ValueError:
         return Skipped(key, "its .json does not read as JSON")
     if not isinstance(facts, Mapping):
         return Skipped(key, "its .json holds no object with named values")
@@ -181,7 +181,7 @@ def _files(cell: Any) -> list[str]:
     """Return the files that a table's cell names: none, one, or several as a list (in a CSV as JSON)."""
     if isinstance(cell, str) and cell.startswith("["):
         with suppress(ValueError):  # not JSON, so it is the name of a file
-            cell = json.loads(cell)
+            cell = parse_json(cell)
     return [str(file) for file in cell] if isinstance(cell, list) else [str(cell)] if cell else []
 
 
@@ -288,8 +288,8 @@ def _rows_of_json(lines: io.StringIO) -> list[Mapping[str, Any] | Skipped]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             row = None
         whole = isinstance(row, Mapping)
         rows.append(row if whole else Skipped(f"line {number}", "does not read as a JSON object"))

@@ -6,7 +6,6 @@ is allocated and nothing is computed. It runs on a model with a few blocks, and 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ppcl.artifacts.files import parse_json
 from ppcl.config import DistillConfig, FinetuneConfig, MethodConfig, ProbeConfig
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
@@ -89,7 +89,7 @@ def vae_config(run: Run) -> dict[str, Any] | None:
     if folder is None:
         return None if known is None else {"_class_name": known[0]} | known[1]
     path = folder / "vae" / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def pixels_per_token(run: Run) -> int:

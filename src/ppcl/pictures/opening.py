@@ -10,7 +10,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF: bits a channel, and whether 0 is white (0) or black (1)
 _SIXTEEN = ("PNG", "PPM")  # formats that are opened as 32-bit integers where their own range is 16 bits
@@ -32,8 +32,7 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
     """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.load()
+        with _opened(content) as picture:
             bits, inverted = _range(picture)
             upright = _upright(picture)
         return _on_white(upright if bits is None else _eight_bits(upright, bits, inverted))
@@ -43,6 +42,8 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
         raise UnusablePictureError(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from None
     except MemoryError:
         raise UnusablePictureError("takes more memory than there is") from None
+    except UnidentifiedImageError:
+        raise UnusablePictureError("does not decode: its format is not read") from None
     except Exception as error:  # decoders raise errors of many types for damaged files
         raise UnusablePictureError(f"does not decode: {type(error).__name__}") from None
 
@@ -55,14 +56,21 @@ def picture_digest(path: str) -> str:
     """
     content = Path(path).read_bytes()
     marks = [hashlib.sha256(content).hexdigest()[:16]]
-    with Image.open(io.BytesIO(content)) as picture:
-        picture.load()
+    with _opened(content) as picture:
         if _orientation(picture) != 1:
             marks.append("upright")
         plain = _upright(picture).convert("RGB")
     if open_picture(content).tobytes() != plain.tobytes():
         marks.append("rgb")
     return " ".join(marks)
+
+
+def _opened(content: bytes) -> Image.Image:
+    """Return a picture as Pillow decodes it, of any format but PostScript: Pillow gives that to another program."""
+    Image.init()
+    picture = Image.open(io.BytesIO(content), formats=[name for name in Image.ID if name != "EPS"])
+    picture.load()
+    return picture
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -8,7 +8,6 @@ name that no layer of the model has.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ppcl.artifacts.files import parse_json
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
 from ppcl.layers import BlockMap
@@ -132,7 +132,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         beside = path.with_name("adapter_config.json")
         if stored is None and beside.is_file() and any(key.startswith("base_model.model.") for key in state):
             stored = beside.read_text(encoding="utf-8")
-        metadata = json.loads(stored) if stored else None
+        metadata = parse_json(stored) if stored else None
     except (OSError, SafetensorError):
         raise UsageError(f"{path} is no safetensors file that reads: give the file of a LoRA.") from None
     except ValueError:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppcl.artifacts.files import parse_json
 from ppcl.config import Config
 from ppcl.data.captions import decoded
 from ppcl.errors import UsageError
@@ -62,9 +62,9 @@ def _read(path: Path) -> str:
 
 def _from_json(path: Path, number: int, line: str) -> OwnPrompt:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         return OwnPrompt(record["prompt"].strip(), record=record)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
             f'generate.prompt_file={path}: line {number} is no JSON object with a text as "prompt"; write one, or name '
             "a .txt file with a prompt a line."

@@ -95,6 +95,7 @@ def test_json_that_cannot_be_written_leaves_nothing_behind(tmp_path):
         (b"\xff\xfe", "is not a JSON file"),
         (b"[1, 2]", "does not hold a JSON object"),
         (b"", "is not a JSON file"),
+        (b"[" * 100_000, "is not a JSON file"),
     ],
 )
 def test_a_bad_json_file_is_named(tmp_path, content, complaint):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ppcl.command import prepare
 from ppcl.errors import UsageError
@@ -151,6 +151,12 @@ def test_damaged_and_huge_pictures_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UnusablePictureError, match="has more than 200 pixels"):
         open_picture(whole)
+
+
+def test_postscript_is_not_given_to_the_program_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it was run"))
+    with pytest.raises(UnusablePictureError, match="its format is not read"):
+        open_picture(stored(Image.new("RGB", (4, 4)), "EPS"))
 
 
 def test_a_picture_that_is_read_as_ever_keeps_its_digest(tmp_path: Path) -> None:
