@@ -139,3 +139,14 @@ def test_card_tells_how_to_load_it(chain: Path) -> None:
     card = (chain / "export" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: diffusers\n")
     assert "import ppcl" in card  # the embedded vae needs it
+
+
+def test_nothing_of_this_machine_is_in_it(chain: Path, teacher: Path) -> None:
+    """The teacher is a local folder, which diffusers and transformers note in what they save."""
+    texts = {path: path.read_text() for path in (chain / "export").rglob("*") if path.suffix in (".json", ".md", ".py")}
+    assert len(texts) > 6
+    home = [str(path) for path in (teacher.parent, chain.parent, Path.home(), Path.cwd())]
+    assert [path for path, text in texts.items() if any(place in text for place in home)] == []
+    assert (
+        json.loads((chain / "export" / "transformer" / "config.json").read_text())["ppcl"]["base_model"] == teacher.name
+    )

@@ -19,6 +19,7 @@ from ppcl.export.model_card import (
     hub_id,
     license_of,
     model_card,
+    plain,
     single_file_section,
     with_section,
 )
@@ -53,6 +54,21 @@ def card(family: str = "qwen_image", base: str | None = "Qwen/Qwen-Image", **fac
     metadata = card_metadata(family, base, license_of(family, base, None))
     call = {"prompt": ["a red circle"], "negative_prompt": ['{"quoted"}'], "true_cfg_scale": 4.0}
     return model_card({"metadata": metadata, "call": call} | FACTS | facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a|b<img src=x>", r"a\|b\<img src=x\>"),
+        ("[x](javascript:y)`", r"\[x\](javascript:y)\`"),
+        ("red\x1b[31m\nname", r"red\\x1b\[31m\\nname"),
+    ],
+)
+def test_names_that_a_user_has_chosen_are_text(name: str, shown: str) -> None:
+    assert plain(name) == shown
+    metadata = card_metadata("qwen_image", None, license_of("qwen_image", None, None))
+    for fact in ("title", "base", "method"):
+        assert shown in model_card({"metadata": metadata, "call": None} | FACTS | {fact: name})
 
 
 def test_the_hub_reads_the_header() -> None:
