@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import selectors
 import signal
 import socket
@@ -27,8 +28,8 @@ EXIT_CODE = 128 + signal.SIGTERM
 class Watch:
     """Watches the other ranks from a thread of its own, until this process ends.
 
-    `number`, `size`: this rank and the number of ranks. `publish` gives the port of rank 0 to all others, which get it
-    by `lookup`. Where the network does not let them connect, nothing is watched.
+    `number`, `size`: this rank and the number of ranks. `publish` gives the port of rank 0, and a key, to all others,
+    which get them by `lookup`. Where the network does not let them connect, nothing is watched.
     """
 
     current: Watch | None = None  # of this process
@@ -40,16 +41,17 @@ class Watch:
         self._connections: list[socket.socket] = []
         if number == 0:
             server = socket.create_server(("", 0), backlog=size)
-            publish(str(server.getsockname()[1]))
-            threading.Thread(target=self._serve, args=(server, size - 1), daemon=True).start()
+            key = secrets.token_hex(8)
+            publish(f"{server.getsockname()[1]} {key}")
+            threading.Thread(target=self._serve, args=(server, size - 1, key.encode()), daemon=True).start()
         else:
             try:
-                address = (os.environ["MASTER_ADDR"], int(lookup()))
-                connection = socket.create_connection(address, _CONNECT)
+                port, key = lookup().split()
+                connection = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), _CONNECT)
             except OSError:
                 return
             connection.settimeout(None)
-            connection.sendall(number.to_bytes(4, "little"))
+            connection.sendall(key.encode() + number.to_bytes(4, "little"))
             self._connections.append(connection)
             threading.Thread(target=self._listen, args=({connection: 0},), daemon=True).start()
         atexit.register(self.leave)
@@ -65,15 +67,19 @@ class Watch:
             return
         self._say(_GOODBYE)
 
-    def _serve(self, server: socket.socket, others: int) -> None:
-        """Take the connections of all other ranks, and listen to them."""
+    def _serve(self, server: socket.socket, others: int, key: bytes) -> None:
+        """Take the connections of all other ranks, which know `key`, and listen to them."""
         ranks: dict[socket.socket, int] = {}
         server.settimeout(2 * _CONNECT)
         try:
             while len(ranks) < others:
                 connection, _ = server.accept()
                 connection.settimeout(_CONNECT)
-                ranks[connection] = int.from_bytes(connection.recv(4), "little")
+                said = _receive(connection, len(key) + 4)
+                if said[:-4] != key:  # a scan of the network, for example
+                    connection.close()
+                    continue
+                ranks[connection] = int.from_bytes(said[-4:], "little")
                 connection.settimeout(None)
                 self._connections.append(connection)
         except OSError:  # some could not connect
@@ -113,3 +119,12 @@ class Watch:
         for connection in self._connections:
             with suppress(OSError):  # that rank has ended before
                 connection.sendall(word)
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    """Return the next `size` bytes; fewer if the connection ends or fails before."""
+    received = b""
+    with suppress(OSError):
+        while len(received) < size and (more := connection.recv(size - len(received))):
+            received += more
+    return received

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,12 +39,13 @@ if end == "error\\n":
 """
 
 
-def started(folder: Path, size: int) -> list[subprocess.Popen[str]]:
+def start(folder: Path, number: int, size: int) -> subprocess.Popen[str]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(number), str(size), str(folder / "port")], **pipes)
-        for number in range(size)
-    ]
+    return subprocess.Popen([sys.executable, "-c", RANK, str(number), str(size), str(folder / "port")], **pipes)
+
+
+def started(folder: Path, size: int) -> list[subprocess.Popen[str]]:
+    ranks = [start(folder, number, size) for number in range(size)]
     for rank in ranks:
         assert rank.stdout.readline() == "ready\n", rank.communicate()
     return ranks
@@ -71,3 +74,22 @@ def test_ranks_that_end_well_end_one_after_the_other(tmp_path: Path) -> None:
         ranks[number].stdin.flush()
         assert ranks[number].wait(timeout=20) == 0
         assert ranks[number].stderr.read() == ""
+
+
+def test_a_stranger_that_connects_is_no_rank(tmp_path: Path) -> None:
+    """As a scan of the network does."""
+    first = start(tmp_path, 0, 2)
+    while not (tmp_path / "port").exists():
+        time.sleep(0.01)
+    address = ("127.0.0.1", int((tmp_path / "port").read_text().split()[0]))
+    for word in (b"", b"GET / HTTP/1.1\r\n\r\n"):
+        with socket.create_connection(address) as stranger:
+            stranger.sendall(word)
+    ranks = [first, start(tmp_path, 1, 2)]
+    for rank in ranks:
+        assert rank.stdout.readline() == "ready\n"
+    for rank in ranks:
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+        assert rank.wait(timeout=20) == 0
+        assert rank.stderr.read() == ""
