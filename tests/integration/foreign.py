@@ -174,8 +174,9 @@ class Foreign:
             records.append({"key": f"sample {number}", "caption": "", "size": [4, 4]})
         header = Header("ppcl.cache", {"model": {"family": self.facts.name}, "units": {unit: [NUM_SAMPLES, 0]}})
         write_json(folder / "cache.json", header.to_json())
-        write_tensors(folder / EMPTY, self.conditions(1), {})
-        write_tensors(folder / f"{unit}-000.safetensors", tensors, {})
+        made = {"fingerprint": header.fingerprint}
+        write_tensors(folder / EMPTY, self.conditions(1), made)
+        write_tensors(folder / f"{unit}-000.safetensors", tensors, made)
         write_json(folder / f"{unit}-000.json", {"samples": records, "skipped": []})
         write_json(folder / unit_record(unit), {"unit": unit, "samples": NUM_SAMPLES, "skipped": []})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import zipfile
@@ -27,6 +26,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from ppcl.artifacts.costs import Overlap, Unit
+from ppcl.artifacts.files import read_json
 from ppcl.config import VARIANTS
 from ppcl.surgery.plugboard import Plugboard, plug
 from ppcl.variants.planner import total_saving
@@ -41,7 +41,7 @@ PLAN, FINETUNE = "stages=[plan]", "stages=[finetune]"
 
 
 def load(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, "The file")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -295,7 +295,7 @@ def test_distillation_losses_may_be_the_cost(again: list[str], tmp_path: Path) -
     assert choice["predicted_error"] == pytest.approx(losses)
 
 
-@pytest.mark.parametrize("budget", ["params=1", "params=1e12", "latency_ratio=1000", "memory_gb=1000"])
+@pytest.mark.parametrize("budget", ["params=1", "params=1e12", "latency_ratio=1", "memory_gb=1000"])
 def test_a_budget_larger_than_the_model_plugs_nothing_in(again: list[str], tmp_path: Path, budget: str) -> None:
     outcome = succeed(*again, f"budget.{budget}", PLAN)
     assert load(tmp_path / "budget" / "plan" / "choice.json")["plugged"] == []

@@ -72,7 +72,7 @@ def command(settings: list[str], shards: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def cached(command: list[str]) -> Path:
     """The cache's folder."""
-    outcome = succeed(*command, "name=cache", "stages=[cache]")
+    outcome = succeed(*command, "name=cached", "stages=[cache]")
     assert "60 samples of 3 units cached, 5 left out" in outcome.out
     assert "GB are free" in outcome.out
     return cache_of(command)

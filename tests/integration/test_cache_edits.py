@@ -83,7 +83,7 @@ def command(family: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cached(command: list[str]) -> Path:
-    outcome = succeed(*command, "name=cache", "stages=[cache]")
+    outcome = succeed(*command, "name=cached", "stages=[cache]")
     assert f"{SAMPLES} samples of 1 unit cached, 2 left out" in outcome.out
     assert "no-given: no given picture: none of given0, given1" in outcome.out
     assert "broken: its picture does not decode" in outcome.out

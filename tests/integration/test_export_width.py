@@ -150,7 +150,7 @@ def test_it_is_not_pruned_again_and_the_sentence_says_what_is(
     assert f"'stages=[{stage}]' cannot prune model.path={pruned / 'export'}" in outcome.err
     assert "PrunedQwenImageTransformer2DModel" in outcome.err
     advised = outcome.err.partition("set model.path to its teacher, ")[2].partition(",")[0]
-    assert Path(advised) == teacher  # which is what the run pruned
+    assert advised == teacher.name  # an export does not say where on a machine its teacher lies
     assert not (pruned.parent / "again").exists()
 
 

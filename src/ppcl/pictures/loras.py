@@ -11,7 +11,7 @@ from ppcl.layers import BlockMap
 from ppcl.surgery.lora_files import Layers, Lora, read_file, read_lora
 from ppcl.surgery.lora_marks import blocks_for, mark_of, read_mark, with_mark
 from ppcl.surgery.plugboard import Plugboard
-from ppcl.surgery.provenance import earlier_of
+from ppcl.surgery.provenance import earlier_of, pruned_blocks
 from ppcl.surgery.remap import map_blocks
 
 
@@ -63,7 +63,8 @@ def put_on_loras(run: Run, loras: list[TeacherLora], board: Plugboard) -> None:
             states[f"lora_{number}"] = mapped.state
         if mapped.dropped:
             run.say("generate", f"{item.path.name}: {len(mapped.dropped)} modules are of blocks that are gone")
-    mark = mark_of(board.teacher_blocks.kept)  # of the config that the transformer still has
+    own = pruned_blocks(pipeline.transformer)  # by its config: of the teacher, or of a quantised model in its place
+    mark = mark_of((own or board.teacher_blocks).kept)
     for name, state in states.items():
         pipeline.load_lora_weights(with_mark(state, mark), adapter_name=name)
     if states:
