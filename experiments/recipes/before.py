@@ -56,6 +56,7 @@ def left(run: Path) -> dict[str, Any]:
             found[path.parts[-3]] = list(csv.DictReader(handle))
     for path in sorted((run / "plugs").glob("*.json")):
         found[path.name] = json.loads(path.read_text(encoding="utf-8"))
+        found[path.name].pop("crc32", None)  # which earlier versions did not write
     for path in sorted((run / "plugs").glob("*.safetensors")):
         found[path.name] = {key: value.tobytes() for key, value in load_file(path).items()}
     return found

@@ -89,7 +89,7 @@ def main() -> None:
         shutil.rmtree(place, ignore_errors=True)
     print(json.dumps(found, indent=2))
     if given.output is not None:
-        write_json(given.output, found)
+        write_json(given.output, found, checked=False)
 
 
 if __name__ == "__main__":

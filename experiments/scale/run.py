@@ -125,7 +125,7 @@ def main() -> None:
         facts, found, seconds = measured(name, chosen.tiny)
         content |= found
         content["machine"] = content.get("machine", {}) | {name: facts | {"seconds": seconds}}
-        write_json(chosen.output, content)
+        write_json(chosen.output, content, checked=False)
         for row in as_rows(found):
             spread = f" ({row['lowest']:.2f} to {row['highest']:.2f})" if row["lowest"] else ""
             of = f"{row['of']} {row['value']:.3g}, {row['and']} {row['other_value']:.3g} {row['unit']}"

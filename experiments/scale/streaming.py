@@ -147,17 +147,17 @@ def write_teacher(folder: Path, arch: dict[str, Any], dense: Collection[int] | N
             write_sparse(path, own)
         files |= dict.fromkeys(names, file)
     index = {"metadata": {}, "weight_map": files}
-    write_json(folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json", index)
-    write_json(folder / "transformer" / "config.json", {"_class_name": "QwenImageTransformer2DModel", **arch})
+    write_json(folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json", index, checked=False)
+    config = {"_class_name": "QwenImageTransformer2DModel", **arch}
+    write_json(folder / "transformer" / "config.json", config, checked=False)
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     entries = {part: [None, None] for part in ("vae", "text_encoder", "tokenizer")}
     entries |= {
         "transformer": ["diffusers", "QwenImageTransformer2DModel"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     }
-    write_json(
-        folder / "model_index.json", {"_class_name": "QwenImagePipeline", "_diffusers_version": "0.36.0", **entries}
-    )
+    index = {"_class_name": "QwenImagePipeline", "_diffusers_version": "0.36.0", **entries}
+    write_json(folder / "model_index.json", index, checked=False)
 
 
 def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) -> None:
@@ -174,8 +174,9 @@ def write_cache(folder: Path, size: tuple[int, int], tokens: int, count: int) ->
     header = Header("ppcl.cache", {"model": {"family": "qwen_image"}, "units": {"random": [0, 0]}})
     samples = [{"key": f"{number:06d}", "caption": "", "size": list(size)} for number in range(count)]
     tensors = {f"{number:03d}.{name}": value for number in range(count) for name, value in sample()}
-    write_tensors(folder / EMPTY, {name: value for name, value in sample() if name != "latents"}, {})
-    write_tensors(folder / "random-000.safetensors", tensors, {"unit": "random"})
+    made = {"fingerprint": header.fingerprint}
+    write_tensors(folder / EMPTY, {name: value for name, value in sample() if name != "latents"}, made)
+    write_tensors(folder / "random-000.safetensors", tensors, {"unit": "random", **made})
     write_json(folder / "random-000.json", {"samples": samples, "skipped": []})
     write_json(folder / unit_record("random"), {"unit": "random", "samples": count, "skipped": []})
     write_json(folder / "cache.json", header.to_json())
@@ -271,4 +272,4 @@ if __name__ == "__main__":
     record = HERE / "full_size.json"
     for stage in options.stages:
         result = full(options.folder, [stage], arch, DENSE if options.sparse else None)
-        write_json(record, read_json(record, "The record") | result)
+        write_json(record, read_json(record, "The record") | result, checked=False)
