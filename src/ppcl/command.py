@@ -362,7 +362,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
     from ppcl.attention import attention
     from ppcl.describe import describe
     from ppcl.memory.checks import check_memory, in_memory
-    from ppcl.needs import check_needs
+    from ppcl.needs import check_needs, check_teacher
     from ppcl.quiet import quiet_progress
     from ppcl.stages import STAGES
     from ppcl.validation.pruning import budget_of
@@ -382,6 +382,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
     with shared():
         check_needs(run)
         check_memory(run)
+        check_teacher(run)
     describe(run)
     for stage in sorted(set(config.stages), key=list(STAGES).index):
         run.teacher.enter(stage)

@@ -30,7 +30,7 @@ _ARRANGING = ("finetune", "export", "quantize", "generate", "evaluate", "report"
 def check_needs(run: Run) -> None:
     """Raise `UsageError` for the first stage of the command that would lack an input, a device or a library.
 
-    Loads no weights, but reads the teacher's whole files if they are new or have changed.
+    Loads no weights, and of a teacher reads the names and shapes of its tensors alone.
     """
     _check_machine(run)
     made: set[str] = set()
@@ -38,7 +38,8 @@ def check_needs(run: Run) -> None:
         if stage in run.config.stages:
             _check_stage(run, stage, made)
             made.add(stage)
-    _check_teacher(run)  # the last check, since large files take a minute to read
+    if run.teacher.files.in_place and _needs_transformer(run):
+        run.teacher.files.check()
 
 
 def _check_machine(run: Run) -> None:
@@ -62,35 +63,42 @@ def _check_machine(run: Run) -> None:
         )
 
 
-def _check_teacher(run: Run) -> None:
+def check_teacher(run: Run) -> None:
     """Refuse a teacher whose files do not fit together or hold numbers that are not finite, if a stage needs them.
 
-    Its files are read once, by rank 0, if they are new or have changed. The other ranks take what it remembers.
+    Its files are downloaded if they are on the Hub, and read once, by rank 0, if they are new or have changed. Large
+    ones take minutes, so this is the last check. The other ranks take what rank 0 remembers.
     """
     config, teacher = run.config, run.teacher
-    if config.model.path is None or "pretrain" in config.stages:
-        return
-    needing = [STAGES[stage] for stage in config.stages if needs_weights(config, stage)]
-    transformer = any(stage.transformer != "nowhere" for stage in needing) or (
-        "plan" in config.stages and budget_of(config) is not None
-    )
     encoded = config.data.name in ("webdataset", "folder") and any(
         stage == "cache" or STAGES[stage].data for stage in config.stages
     )
 
     def read() -> None:
-        if transformer:
+        if _needs_transformer(run):
             teacher.files.check()
             _ = teacher.identity
         if encoded:
             _ = teacher.encoder_identity
 
+    if config.model.path is None or "pretrain" in config.stages:
+        return
     with parallel.together():
         if parallel.share()[0] == 0:
             read()
     read()
-    if any(stage.encoders != "nowhere" for stage in needing):
+    if any(STAGES[stage].encoders != "nowhere" for stage in config.stages if needs_weights(config, stage)):
         teacher.check_encoding()
+
+
+def _needs_transformer(run: Run) -> bool:
+    """Whether a stage of the command needs the weights of the teacher's transformer."""
+    config = run.config
+    if config.model.path is None or "pretrain" in config.stages:
+        return False
+    needing = [STAGES[stage] for stage in config.stages if needs_weights(config, stage)]
+    measured = "plan" in config.stages and budget_of(config) is not None
+    return measured or any(stage.transformer != "nowhere" for stage in needing)
 
 
 def _has_vae(folder: Path) -> bool:

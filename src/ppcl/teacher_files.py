@@ -40,6 +40,12 @@ class TeacherFiles:
     def __init__(self, config: Config, family: Family, results: Sequence[Path], console: Console) -> None:
         self.config, self.family, self.results, self.console = config, family, results, console
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the transformer's files lie in a local folder as diffusers saves them: not on the Hub, nor made."""
+        model = self.config.model
+        return model_folder(model) is not None and not is_single_file(model.path) and model.lora is None
+
     def folder(self, needless: Iterable[str] = ()) -> Path:
         """Return the pipeline's folder. Of a Hub id it is the downloaded snapshot, without the `needless` components.
 
