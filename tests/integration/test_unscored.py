@@ -13,6 +13,8 @@ import pytest
 from commands import INTERVALS, modified, ppcl, succeed
 from PIL import Image
 
+from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.folders import list_files
 from ppcl.artifacts.scores import ScoreRow
 from ppcl.data.cached import held_out_keys
 from ppcl.data.worlds import shapes
@@ -115,11 +117,14 @@ def test_pictures_of_the_benchmark_none_are_compared_without_drawing_them_anew(r
 
 
 def resize(run: Path, variants: tuple[str, ...], numbers: range) -> None:
-    """Enlarge the pictures of some variants, each by another factor."""
-    for path in [run / "images" / "captions" / name / f"{n:05d}.png" for name in variants for n in numbers]:
-        with Image.open(path) as image:
-            larger = image.resize((image.width + 8 * int(path.stem) + 8, image.height))
-        larger.save(path)
+    """Enlarge the pictures of some variants, each by another factor, as if they had been drawn so."""
+    for folder in [run / "images" / "captions" / name for name in variants]:
+        for path in [folder / f"{number:05d}.png" for number in numbers]:
+            with Image.open(path) as image:
+                larger = image.resize((image.width + 8 * int(path.stem) + 8, image.height))
+            larger.save(path)
+        record = read_json(folder / "manifest.json", "The record")
+        write_json(folder / "manifest.json", record | list_files(folder))
 
 
 def test_pictures_of_another_size_than_the_teachers_are_refused(run: Path, tmp_path: Path) -> None:
