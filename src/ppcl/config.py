@@ -622,6 +622,21 @@ class StrategyConfig:
 
 
 @dataclass
+class WatchConfig:
+    """How a training is measured while it runs. The result does not depend on it.
+
+    `heldout`: how many times held-out losses are measured after the start, evenly spaced. 0: only before and after the
+        training.
+    `batches`: held-out batches of each measurement, of as many samples as a step has.
+    `share`: held-out batches per step of the training, at most. Short trainings are therefore measured less often.
+    """
+
+    heldout: int = option(8, least=0, identity=False)
+    batches: int = option(2, least=1, identity=False)
+    share: float = option(0.04, least=0, most=1000, identity=False)
+
+
+@dataclass
 class LoggerConfig:
     """Where the metrics of trainings and evaluations are logged.
 
@@ -708,6 +723,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 

@@ -223,7 +223,7 @@ class LocalDistillation(ManualOptimization):
         if not ready:
             return
         for part in ready:
-            self.prepare_gradients(part.parameters(), self.config.max_grad_norm)  # part by part: they stay independent
+            self.ready_gradients(part.parameters(), self.config.max_grad_norm)  # part by part: they stay independent
         for optimizer in listed(self.optimizers()):
             optimizer.optimizer.step()
         for part in ready:

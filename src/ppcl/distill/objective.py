@@ -25,6 +25,7 @@ class ManualOptimization(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self._gradient_squares: list[Tensor] = []
 
     def configure_model(self) -> None:
         """Do nothing: a model that has to be sharded is sharded before Lightning calls this."""
@@ -66,20 +67,39 @@ class ManualOptimization(L.LightningModule):
         them = "it" if len(rates) == 1 else "them"
         raise UsageError(f"{named} made {what}; lower {them}. The last checkpoint is intact.")
 
+    def ready_gradients(self, parameters: Iterable[nn.Parameter], max_grad_norm: float | None) -> None:
+        """Do as `prepare_gradients`; where the step will be logged, also note the norm before it is clipped."""
+        parameters = list(parameters)
+        norm = self.prepare_gradients(parameters, max_grad_norm)
+        trainer: Any = self._trainer
+        if trainer is None or (self.global_step + 1) % trainer.log_every_n_steps:
+            return
+        if norm is None:
+            norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._gradient_squares.append(whole.detach().float().square())
+
+    def gradient_norm(self) -> float | None:
+        """Return the L2 norm of all gradients of the last step, before clipping; None if it was not noted."""
+        squares, self._gradient_squares = self._gradient_squares, []
+        return torch.stack(squares).sum().sqrt().item() if squares else None
+
     @staticmethod
-    def prepare_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float | None) -> None:
-        """Average gradients over ranks, then clip their total L2 norm to `max_grad_norm`; None does not clip."""
+    def prepare_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float | None) -> Tensor | None:
+        """Average gradients over ranks, then clip their total L2 norm to `max_grad_norm`; None does not clip.
+
+        Returns the norm before clipping, or None if nothing is clipped.
+        """
         parameters = list(parameters)
         average_gradients(parameters)
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        return None if max_grad_norm is None else nn.utils.clip_grad_norm_(parameters, max_grad_norm)
 
     def take_step(self, module: nn.Module, max_grad_norm: float | None) -> None:
         """Step every optimiser and scheduler once with the gradients of `module`, then free the gradients.
 
         `max_grad_norm`: the L2 norm that gradients are clipped to, None for no clipping.
         """
-        self.prepare_gradients(module.parameters(), max_grad_norm)
+        self.ready_gradients(module.parameters(), max_grad_norm)
         optimizers, schedulers = listed(self.optimizers()), listed(self.lr_schedulers())
         optimizers[0].step()
         for other in optimizers[1:]:

@@ -13,11 +13,12 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 from PIL import Image
 
 from ppcl.artifacts.costs import Frontier
+from ppcl.artifacts.curves import Curve
 from ppcl.artifacts.files import atomic_path
 from ppcl.artifacts.plan import Interval
 from ppcl.artifacts.scores import ComparedRow
@@ -225,6 +226,33 @@ def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None
     axis.set(xlabel="held-out distillation loss", xlim=(0, 1.06 * max(before + after)), ylim=(-0.7, len(names) - 0.3))
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save_figure(figure, path)
+
+
+def training_curves(path: Path, curves: Mapping[str, Sequence[Curve]]) -> bool:
+    """Plot held-out losses against the steps of the training, a panel for each stage; return whether there were any.
+
+    Every part that is trained has a thin line; the mean of those that were trained together is bold. Curves of one
+    point are left out.
+    """
+    shown = {stage: long for stage, found in curves.items() if (long := [c for c in found if len(c.steps) > 1])}
+    if not shown:
+        return False
+    figure, axes = plt.subplots(len(shown), 1, figsize=(6.4, 0.5 + 2.3 * len(shown)), squeeze=False)
+    for (stage, found), axis in zip(shown.items(), axes[:, 0], strict=True):
+        for number, curve in enumerate(found):
+            color = PALETTE[number % len(PALETTE)]
+            if len(curve.names) > 1:
+                for name in curve.names:
+                    axis.plot(curve.steps, curve.of(name), color=color, linewidth=0.8, alpha=0.35)
+            mean = [sum(losses.values()) / len(losses) for losses in curve.losses]
+            axis.plot(curve.steps, mean, "o-", color=color, markersize=3, linewidth=2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        only = found[0].names[0] if len(found[0].names) == 1 else f"{len(found[0].names)} parts and their mean"
+        axis.set(xlabel="step", ylabel="held-out", xlim=(0, None))
+        axis.set_title(f"{stage}: {only}", loc="left", color=INK)
+    save_figure(figure, path)
+    return True
 
 
 def contact_sheet(

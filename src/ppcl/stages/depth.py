@@ -215,7 +215,13 @@ def _train(run: Run, chosen: Intervals) -> bool:
         check_losses(plug_name(stack, pair), found)  # before the training, whose rate would be blamed
     loader = StepLoader(stream, config.steps, ahead=config.from_boundaries or run.data.from_disk)
     blocks = [*blocks, *module.parts.values()]
-    fit(run, "depth", module, loader, checkpoints, header, config, blocks)
+
+    def watched(count: int) -> dict[str, float]:
+        steps = held_out_steps(run)[:count]
+        found = module.heldout(run.data.to_device(batch) for step in steps for batch in heldout(step))
+        return {name: losses["loss"] for name, losses in zip(module.names, found, strict=True)}
+
+    fit(run, "depth", module, loader, checkpoints, header, config, blocks, watched)
     after = measure("after distillation")
     each_losses = {}
     for number, (stack, pair) in enumerate(module.pairs):

@@ -92,7 +92,13 @@ def run(run: Run) -> None:
     del teacher
     loader = StepLoader(batches, config.steps, ahead=config.recorded or run.data.from_disk)
     before = _velocity_error(run, module, heldout, "before tuning")
-    fit(run, "finetune", module, loader, checkpoints, header, config, blocks)
+
+    def watched(count: int) -> dict[str, float]:
+        steps = _heldout_steps(run)[:count]
+        found = module.velocity_error(run.data.to_device(batch) for step in steps for batch in heldout(step))
+        return {"velocity error": found}
+
+    fit(run, "finetune", module, loader, checkpoints, header, config, blocks, watched)
     after = _velocity_error(run, module, heldout, "after tuning")
     result = cast(Any, module.whole_result())
     if run.writes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl import __version__
+from ppcl.artifacts.curves import load_curves
 from ppcl.artifacts.files import atomic_path, read_json, write_json
 from ppcl.artifacts.plugs import load_plugs, load_projectors
 from ppcl.artifacts.scores import ComparedRow
@@ -102,6 +103,8 @@ def run(run: Run) -> None:
     if losses:
         plots.distillation_losses(folder / "losses.png", losses)
         drawn["losses"] = folder / "losses.png"
+    if plots.training_curves(folder / "trainings.png", load_curves(run.base) | load_curves(run.folder)):
+        drawn["trainings"] = folder / "trainings.png"
     choice = _choice_path(run, rows)
     if choice is not None:
         drawn["frontier"] = choice.with_name("frontier.png")

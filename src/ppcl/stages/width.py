@@ -201,6 +201,13 @@ def run(run: Run) -> None:
         first = config.num_batches
         return module.heldout(_calibration(run, first, first + 4, "held-out losses", shared=True))
 
+    def watched(count: int) -> dict[str, float]:
+        steps = batch_numbers(distill.batch_size, config.num_batches, config.num_batches + 4)[:count]
+        calibration = run.data.shared_stream(run.config.data.calibration_seed, distill.batch_size)
+        batches = (batch for step in steps for batch in calibration.divided(step, distill.accumulate))
+        found = module.heldout(map(run.data.to_device, batches))
+        return {item.name: losses["loss"] for item, losses in zip(module.pruned, found, strict=True)}
+
     before = measure()
     for item, found in zip(module.pruned, before, strict=True):
         check_losses(item.name, found)  # before the training, whose rate would be blamed
@@ -210,7 +217,7 @@ def run(run: Run) -> None:
         divided = partial(stream.divided, parts=distill.accumulate)
         loader = StepLoader(divided, config.steps, ahead=run.data.from_disk)
         blocks = run.family.blocks(teacher).values()
-        fit(run, "width", module, loader, checkpoints, header, distill, blocks)
+        fit(run, "width", module, loader, checkpoints, header, distill, blocks, watched)
         place(run, module)
     after = measure()
     for item, found in zip(module.pruned, after, strict=True):

@@ -31,6 +31,7 @@ from ppcl.training.loggers import finish_logger, make_logger
 from ppcl.training.progress import StepProgress
 from ppcl.training.stops import Stop
 from ppcl.training.strategies import SHARDED, discard_others, processes
+from ppcl.training.watching import HeldOut, Watching
 
 _MOST_GRAPHS = 64  # of the blocks of one class
 
@@ -83,6 +84,7 @@ def fit(
     header: Header,
     settings: TrainingConfig | PretrainConfig,
     blocks: Iterable[nn.Module],
+    heldout: HeldOut | None = None,
 ) -> None:
     """Train `module` for the steps of `loader`, resuming from the last checkpoint in `folder` if there is one.
 
@@ -92,6 +94,7 @@ def fit(
     `header`: identifies the training. It is stored with the checkpoints.
     `settings`: says when checkpoints are saved (`checkpoint_every`, `checkpoint_minutes`).
     `blocks`: the blocks that a step runs, which `trainer.compile` compiles for the duration of the training.
+    `heldout`: measures held-out losses, which is done now and then (`watch`).
 
     SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 end the training with `Stopped`, after a checkpoint of the running
     step. Raises `UsageError` if the training stops early, if the disk has no room for checkpoints, or as
@@ -102,7 +105,7 @@ def fit(
             if run.writes:
                 what, remedy = f"{stage} is being trained in {folder.parent}", "wait for its end, or give another name="
                 locks.enter_context(locked(folder.with_name(f".{folder.name}.lock"), what, remedy))
-        _fit(run, stage, module, loader, folder, header, settings, blocks)
+        _fit(run, stage, module, loader, folder, header, settings, blocks, heldout)
 
 
 def _fit(
@@ -114,6 +117,7 @@ def _fit(
     header: Header,
     settings: TrainingConfig | PretrainConfig,
     blocks: Iterable[nn.Module],
+    heldout: HeldOut | None,
 ) -> None:
     """Do what `fit` says, once no other process trains in `folder`."""
     resumable = check_resumable(folder, header, sharded=run.teacher.sharded)
@@ -127,7 +131,8 @@ def _fit(
         run.say(stage, f"resuming from the last checkpoint in {folder}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes and tips
     stop = Stop()
-    callbacks: list[Callback] = [TrainingCost(run.folder / "training" / f"{stage}.json")]
+    watching = Watching(run, stage, header, settings.batch_size, heldout)
+    callbacks: list[Callback] = [watching, TrainingCost(run.folder / "training" / f"{stage}.json")]
     if run.config.trainer.progress:
         callbacks.append(StepProgress(stage, run.console))
     callbacks.append(Checkpoints(run, stage, folder, header, settings, stop))
