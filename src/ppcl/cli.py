@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ from ppcl.sentences import failed_access, sentence
 from ppcl.watch import Watch
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
+
+
+def _compare(arguments: list[str]) -> None:
+    """Write a table of finished runs: `ppcl compare FOLDER..`."""
+    from ppcl.report.compare import compare
+
+    try:
+        print(compare(arguments))
+    except UsageError as error:
+        print(f"ppcl: {visible(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
 
 
 def main() -> None:
@@ -32,6 +44,9 @@ def main() -> None:
 
         print(f"ppcl {__version__}")
         return
+    if sys.argv[1] == "compare":
+        _compare(sys.argv[2:])
+        return
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, not printed and swallowed
     try:
@@ -44,11 +59,14 @@ def main() -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
+    from ppcl import sweep
     from ppcl.schema import register_schema
 
     register_schema()
+    sweep.failures.clear()
 
     mistakes: list[Exception] = []
     here = os.getpid()
@@ -65,8 +83,12 @@ def main() -> None:
         job = HydraConfig.get()
         if os.getpid() != here:  # a worker that a launcher of Hydra, such as joblib's, has started
             take_gpu(job.job.num)
+        run_job = partial(execute, raw, job.overrides.task, Path(job.runtime.output_dir))
+        if job.mode == RunMode.MULTIRUN and raw.run is None and not raw.explain:
+            sweep.run_job(job, run_job)  # which records a failure, and tells of it at the end of the sweep
+            return
         try:  # here, since Hydra prints a line of its own about what leaves a job
-            execute(raw, job.overrides.task, Path(job.runtime.output_dir))
+            run_job()
         except (UsageError, OmegaConfBaseException) as error:
             if os.getpid() != here:  # that worker hands the error on
                 raise
@@ -91,7 +113,7 @@ def main() -> None:
             by = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
             print(f"ppcl: {by}; the same command resumes.", file=sys.stderr)
         sys.exit(EXIT_SIGNAL + number)
-    if mistakes:
+    if mistakes or sweep.failures:
         sys.exit(EXIT_USAGE)
 
 

@@ -127,6 +127,32 @@ def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[
     return True
 
 
+def compared_sizes(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
+    """Plot the quality of runs against their share of the teacher's parameters; return whether there was any to plot.
+
+    `points`: the series that a run belongs to, and its numbers `params_percent` and `score` or `velocity_error`. Runs
+    of a series are joined in the order of their size.
+    """
+    key = "score" if any("score" in numbers for _, numbers in points) else "velocity_error"
+    series: dict[str, list[tuple[float, float]]] = {}
+    for name, numbers in points:
+        if "params_percent" in numbers and key in numbers:
+            series.setdefault(name, []).append((numbers["params_percent"], numbers[key]))
+    if not series:
+        return False
+    figure, axis = plt.subplots(figsize=(6.4, 4.0))
+    for number, (name, found) in enumerate(series.items()):
+        color = PALETTE[number % len(PALETTE)]
+        axis.plot(*zip(*sorted(found), strict=True), "o-", color=color, markersize=6, linewidth=1.4, label=name)
+    better = "higher" if key == "score" else "lower"
+    axis.set(xlabel="parameters, % of the teacher", ylabel=f"{key.replace('_', ' ')} ({better} is better)")
+    axis.margins(x=0.08, y=0.1)
+    if any(series):
+        axis.legend(loc="best", fontsize=9)
+    save_figure(figure, path)
+    return True
+
+
 def _quality(rows: Sequence[ComparedRow]) -> tuple[str, list[float | None]]:
     """Return the label of the quality axis, and each row's value on it (None where it is missing)."""
     if any(row.scores is not None for row in rows):

@@ -1,0 +1,30 @@
+"""The record of a sweep's job, `job.json` in its folder: what was typed for it, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppcl.artifacts.files import read_json, write_json
+
+JOB = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep: its overrides, such as `method=ppcl`, and the sentence that it has failed with, or None."""
+
+    overrides: list[str]
+    failed: str | None
+
+
+def write_job(folder: Path, overrides: Sequence[str], failed: str | None) -> None:
+    """Record how a job has ended."""
+    write_json(folder / JOB, {"overrides": list(overrides), "failed": failed})
+
+
+def read_job(folder: Path) -> Job:
+    """Read a job's record; `UsageError` if it is damaged."""
+    content = read_json(folder / JOB, "The record of a job")
+    return Job(list(content.get("overrides", [])), content.get("failed"))

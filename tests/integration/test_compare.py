@@ -1,0 +1,103 @@
+"""A sweep ends with a table of its jobs, the failed ones too, and `ppcl compare` makes the same."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from commands import INTERVALS, Outcome, ppcl, succeed
+
+SIZES = ("0.95", "0.9", "0.1")  # the last one is out of reach
+COSTS = ("velocity", "loss")
+
+
+@pytest.fixture(scope="module")
+def sweep(settings: list[str], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    runs = tmp_path_factory.mktemp("sweep")
+    jobs = ["name=sizes", f"paths.base_run={trained}", "stages=[plan]", "budget.num_batches=1", INTERVALS]
+    jobs += [f"budget.cost={','.join(COSTS)}", f"budget.params={','.join(SIZES)}"]
+    return runs / "sizes", ppcl("--multirun", *settings, f"paths.runs_dir={runs}", *jobs)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "comparison.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_failed_job_is_told_and_does_not_end_the_others(sweep: tuple[Path, Outcome]) -> None:
+    folder, outcome = sweep
+    assert outcome.code == 2
+    said = [line for line in outcome.err.splitlines() if line.startswith("ppcl: ")]
+    assert [line[:13] for line in said] == ["ppcl: job 2: ", "ppcl: job 5: "]
+    assert all("budget.params=0.1" in line for line in said)
+    assert f"6 jobs, compared in {folder / 'comparison.html'}" in outcome.out
+    assert [(folder / str(job) / "plan" / "choice.json").exists() for job in range(6)] == [True, True, False] * 2
+
+
+def test_the_table_has_what_differs_and_what_came_out(sweep: tuple[Path, Outcome]) -> None:
+    folder, _ = sweep
+    rows = rows_of(folder)
+    assert list(rows[0]) == [
+        *("run", "budget.cost", "budget.params", "variant", "parameters", "of the teacher %", "velocity error"),
+        "failed",
+    ]
+    assert [row["run"] for row in rows] == [*"012345"]
+    assert [(row["budget.cost"], row["budget.params"]) for row in rows] == [(c, s) for c in COSTS for s in SIZES]
+    for row in rows:
+        if row["failed"]:
+            assert row["variant"] == row["parameters"] == ""
+            assert "budget.params=0.1" in row["failed"]
+        else:
+            assert float(row["of the teacher %"]) <= 100 * float(row["budget.params"])
+            assert row["variant"] == "ppcl-planned"
+    assert all(bool(row["velocity error"]) == (row["budget.cost"] == "velocity" and not row["failed"]) for row in rows)
+
+
+def test_the_page_leads_to_the_runs(sweep: tuple[Path, Outcome]) -> None:
+    folder, _ = sweep
+    page = (folder / "comparison.html").read_text(encoding="utf-8")
+    assert page.count("<tr class=failed>") == 2
+    assert 'href="0"' in page  # without a report it is the folder
+    assert (folder / "comparison.png").exists()
+
+
+def test_compare_makes_the_same(sweep: tuple[Path, Outcome]) -> None:
+    folder, _ = sweep
+    before = {path.name: path.read_bytes() for path in folder.glob("comparison.*")}
+    assert len(before) == 3
+    for path in folder.glob("comparison.*"):
+        path.unlink()
+    outcome = succeed("compare", *(str(path) for path in sorted(folder.iterdir())))
+    assert f"compared 6 runs: {folder / 'comparison.html'}" in outcome.out
+    assert {path.name: path.read_bytes() for path in folder.glob("comparison.*")} == before
+
+
+def test_runs_without_a_sweep_differ_in_their_configurations(chain: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "first").symlink_to(chain)
+    (tmp_path / "second").symlink_to(trained)
+    from ppcl.report.compare import compared, table
+
+    titles, cells = table(compared([tmp_path / "first", tmp_path / "second"]))
+    assert titles[0] == "run"
+    assert [line[0] for line in cells] == ["first", "second"]
+    first = dict(zip(titles, cells[0], strict=True))
+    assert first["intervals.transformer_blocks"] == "None"
+    assert float(first["score"]) >= 0
+    assert float(first["training s"]) >= 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "0 of the 0 names given are folders of runs"),
+        (["{run}"], "1 of the 1 names given are folders of runs"),
+        (["{run}", "{run}/plugs"], "1 of the 2 names given are folders of runs"),
+        (["{run}", "gone"], "gone does not exist"),
+    ],
+)
+def test_less_than_two_runs_are_refused(trained: Path, given: list[str], said: str) -> None:
+    outcome = ppcl("compare", *(name.format(run=trained) for name in given))
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert outcome.err.count("\n") == 1
