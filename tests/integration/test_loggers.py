@@ -49,6 +49,19 @@ def records(path: Path) -> tuple[dict[str, Any], set[str]]:
     return config, logged
 
 
+def groups(path: Path) -> list[str]:
+    """The names of the groups that an offline W&B run says it belongs to."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for data in stored(path):
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run" and record.run.run_group:
+            found.append(record.run.run_group)
+    return found
+
+
 @pytest.fixture
 def command(settings: list[str], tmp_path: Path) -> list[str]:
     kept = [argument for argument in settings if argument != "logger=none"]
@@ -60,9 +73,13 @@ def test_offline_runs_hold_their_own_configuration(command: list[str], tmp_path:
     sweep = ["distill.relative_update=0.01,0.02", "logger=wandb", "logger.mode=offline"]
     done = ppcl_process("--multirun", *command, *sweep)
     assert done.returncode == 0, done.stderr
+    ids = [json.loads((tmp_path / "logged" / job / "wandb.json").read_text())["depth"] for job in ("0", "1")]
+    assert len({*ids}) == 2
     for job, rate in (("0", 0.01), ("1", 0.02)):
         (run,) = (tmp_path / "logged" / job / "wandb").glob("offline-run-*/*.wandb")
         assert run.stat().st_size > 0
+        assert run.name == f"run-{ids[int(job)]}.wandb"
+        assert next(name for name in groups(run)) == "logged"
         config, logged = records(run)
         assert config["distill"]["relative_update"] == rate
         assert config["distill"]["steps"] == 6

@@ -158,7 +158,7 @@ table {{ border-collapse: collapse; width: 100%; font-size: .88rem; font-variant
 th, td {{ padding: .42rem .6rem; text-align: right; border-bottom: 1px solid #dfe5ea; white-space: nowrap; }}
 th {{ font-weight: 600; color: #5d6d7a; vertical-align: bottom; }}
 th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; font-weight: 600; }}
-td.text {{ text-align: left; white-space: normal; min-width: 22rem; }} tr.best td {{ background: #eaf4f8; }}
+.text {{ text-align: left !important; }} td.text {{ white-space: normal; min-width: 22rem; }}
 </style></head><body>
 <h1>{title}</h1>
 <p>{sentence}</p>
@@ -188,7 +188,7 @@ def _page(
         title=f"{html.escape(folder.resolve().name)}: {len(rows)} runs compared",
         sentence=sentence,
         plot='<img alt="quality against size of every run" src="comparison.png">\n' if drawn else "",
-        head="".join(f"<th>{html.escape(title)}</th>" for title in titles),
+        head="".join(f"<th{' class=text' if title == 'failed' else ''}>{html.escape(title)}</th>" for title in titles),
         body="\n".join(lines),
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import asdict
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from ppcl.artifacts.headers import fingerprint
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.config import Config
 from ppcl.context import Run
 from ppcl.errors import UsageError
@@ -40,8 +41,10 @@ def _first_line(error: Exception) -> str:
 def make_logger(run: Run, stage: str) -> Logger | bool:
     """Return the logger that `logger=` selects, or False for `logger=none`.
 
-    With W&B, every pair of a run folder and a stage is one W&B run, which a resumed training continues. The resolved
-    configuration is logged with it. Raises `UsageError` if W&B refuses or cannot be reached.
+    With W&B, every pair of a run folder and a stage is one W&B run, which a resumed training continues. The jobs of a
+    sweep are a group. The resolved configuration is logged with it.
+
+    Raises `UsageError` if W&B refuses or cannot be reached.
     """
     settings = run.config.logger
     if settings.kind == "none":
@@ -53,7 +56,8 @@ def make_logger(run: Run, stage: str) -> Logger | bool:
         name=f"{run.config.name}/{stage}",
         save_dir=str(run.folder),
         mode=settings.mode,
-        id=fingerprint({"folder": str(run.folder.resolve()), "stage": stage}),
+        id=_wandb_id(run, stage),
+        group=run.folder.parent.name if (run.folder.parent / "multirun.yaml").exists() else None,
         resume="allow",
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes this argument, and wandb warns about it
@@ -64,6 +68,19 @@ def make_logger(run: Run, stage: str) -> Logger | bool:
     except wandb.errors.Error as error:
         raise UsageError(f"logger=wandb logger.mode={settings.mode}: {_first_line(error)}; {_OTHERWISE}.") from None
     return logger
+
+
+def _wandb_id(run: Run, stage: str) -> str:
+    """Return the id of the W&B run of a stage. It is random, and kept in `wandb.json` in the run's folder.
+
+    An id that was made from the folder's name would mix runs of one name from several machines.
+    """
+    path = run.folder / "wandb.json"
+    known = read_json(path, "The record of W&B's ids") if path.exists() else {}
+    if stage not in known:
+        known[stage] = secrets.token_hex(4)
+        write_json(path, known)
+    return str(known[stage])
 
 
 def finish_logger(logger: Logger | bool) -> None:

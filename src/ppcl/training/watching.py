@@ -87,8 +87,7 @@ class Watching(L.Callback):
         used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
         metrics[f"{self.stage}/memory_gb"] = used / 1e9
         self._since, self._counted, self._spent = time.perf_counter(), trainer.global_step, 0.0
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(metrics, trainer.global_step)
+        pl_module.log_dict(metrics, batch_size=self.batch_size)  # beside the losses of this step
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the held-out losses, on all ranks, and add them to the curve and to the log."""
