@@ -101,7 +101,7 @@ def run(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(folder)
     arguments = words[words.index("ppcl") + 1 :]
     counting = arguments[-1] == "stages=[plan]" and "experiment=" not in "".join(arguments)
-    if not counting and not any(argument.startswith("run=") for argument in arguments):
+    if not counting and not any(argument == "compare" or argument.startswith("run=") for argument in arguments):
         arguments = [*arguments, *(item for item in SHORT if not _given(item, arguments))]
     if words[0] == "torchrun":
         with socket.socket() as free:
