@@ -1,0 +1,83 @@
+"""Measure what it costs to watch a training: steps per second over a whole one, watched and not, in turns.
+
+    python -m experiments.scale.watching FOLDER --pairs 3
+
+Students of `tiny_qwen_image` are trained for 250 steps, with the default rhythms: held-out losses of all students are
+measured four times after the start. Writes the figures to `watching.json` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import ppcl
+from ppcl.artifacts.curves import load_curves
+from ppcl.artifacts.files import write_json
+from ppcl.training import loop
+
+HERE = Path(__file__).parent
+STEPS = 250
+
+
+def seconds_of(folder: Path, settings: list[str]) -> float:
+    """Train students in a new run, and return the seconds from the first step to the last, measurements included."""
+    spent, fit = [], loop._fit
+
+    def timed(*arguments: Any) -> None:
+        start = time.perf_counter()
+        fit(*arguments)
+        spent.append(time.perf_counter() - start)
+
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    with patch.object(loop, "_fit", timed):
+        ppcl.run([f"paths.runs_dir={folder}", "name=run", *settings])
+    (seconds,) = spent
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where runs are made")
+    parser.add_argument("--pairs", type=int, default=3, help="trainings of each kind")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--output", type=Path, default=HERE / "watching.json")
+    chosen = parser.parse_args()
+    common = ["model=tiny_qwen_image", "stages=[probe,detect,depth]", f"distill.steps={chosen.steps}"]
+    common += ["trainer.accelerator=cpu", "trainer.progress=false", "logger=csv"]
+    ways = {"watched": common, "unwatched": [*common, "watch.heldout=0"]}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for pair in range(chosen.pairs):
+        for name in list(ways)[:: 1 if pair % 2 else -1]:
+            found[name].append(seconds_of(chosen.folder, ways[name]))
+            if name == "watched":
+                (curve,) = load_curves(chosen.folder / "run")["depth"]
+            print(f"{name}: {chosen.steps / found[name][-1]:.2f} steps/s", flush=True)
+    ratios = [other / own for own, other in zip(found["watched"], found["unwatched"], strict=True)]
+    content = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "steps": chosen.steps,
+        "measured_after": curve.steps,
+        "steps_per_second": {name: [chosen.steps / seconds for seconds in values] for name, values in found.items()},
+        "ratio": median(ratios),
+        "ratios": ratios,
+    }
+    write_json(chosen.output, content, checked=False)
+    print(
+        f"watched trainings run at {median(ratios):.3f} of the speed of others ({min(ratios):.3f}, {max(ratios):.3f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
