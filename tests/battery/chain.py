@@ -45,7 +45,7 @@ SIZES = [
     "trainer.progress=false", "logger=none", "name=run",
 ]  # fmt: skip
 PICTURES = 24
-TIMED = ("latency_ratio",)  # of a choice
+TIMED = ("latency_ratio", "crc32")  # of a choice: a duration, and the checksum over it
 
 
 @dataclass
