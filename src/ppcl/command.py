@@ -161,7 +161,7 @@ def read_record(folder: Path, key: str = "run=") -> DictConfig:
         raise UsageError(
             f"{key}{folder} is not the folder of a run, which has a config.yaml{other}; if it was deleted, {remedy}."
         ) from None
-    except (YAMLError, UnicodeDecodeError):
+    except (YAMLError, UnicodeDecodeError, RecursionError):
         raise UsageError(f"{path} is not YAML; {remedy}.") from None
     if not isinstance(record, DictConfig) or not {"model", "stages"} <= record.keys():
         raise UsageError(f"{path} is not the record of a run; name the folder of one, such as runs/demo, or {remedy}.")

@@ -19,8 +19,9 @@ from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.model_files import read_header
 from ppcl.errors import UsageError
 from ppcl.export.single_file import parts_of
-from ppcl.families.facts import SingleFile
+from ppcl.families.facts import FamilyFacts, SingleFile
 from ppcl.model_fit import without_weights
+from ppcl.surgery.lora_files import Layers, read_file, read_lora
 
 PREFIX = "model.diffusion_model."  # of the transformer's tensors in files that may hold other models, too
 DONE = "made.json"  # written last
@@ -47,6 +48,9 @@ def from_single_file(
             f"model.path={path} is quantised to scaled 8-bit numbers, which can be neither trained nor pruned: give "
             "the file in bfloat16."
         )
+    whole = next((name for name, each in stored.items() if not each.dtype.startswith(("F", "BF"))), None)
+    if whole is not None:
+        raise UsageError(f"model.path={path} holds {stored[whole].dtype} in {whole}: give the file in bfloat16.")
     parts = {part.key: part for part in parts_of(layout, shapes)}
     remedy = "set model.base to the pipeline of the model that the file is of"
     for names, what in ((parts.keys() - stored.keys(), "lacks"), (stored.keys() - parts.keys(), "also has")):
@@ -72,10 +76,13 @@ def from_single_file(
     return model.eval()
 
 
-def merge_lora(pipeline_class: Any, components: Iterable[str], transformer: nn.Module, path: Path) -> None:
+def merge_lora(
+    pipeline_class: Any, components: Iterable[str], transformer: nn.Module, path: Path, facts: FamilyFacts
+) -> None:
     """Add the LoRA in the file `path` to the weights of `transformer`, as `load_lora_weights` and `fuse_lora` do.
 
-    `pipeline_class`: the diffusers class of the pipeline. `components`: the names of its components.
+    `pipeline_class`: the diffusers class of the pipeline. `components`: the names of its components. `facts`: the
+    model's family.
 
     Raises `UsageError` if parts of the file fit no layer, or belong to a text encoder.
     """
@@ -85,11 +92,19 @@ def merge_lora(pipeline_class: Any, components: Iterable[str], transformer: nn.M
             f"model.lora={path} has {of_text} for a text encoder, and only LoRAs of the transformer are merged: give "
             "one of it alone."
         )
+    raw, metadata = read_file(path)
+    try:
+        lora = read_lora(raw, metadata, Layers(transformer, facts))
+    except UsageError as error:
+        raise UsageError(f"model.lora={path}: {error}") from None
+    if lora.left_out:
+        raise UsageError(f"model.lora={path} has parts that diffusers would leave out, as {lora.left_out[0]}.")
+    own = any(name.startswith("base_model.") for name in raw)  # PEFT's names, which diffusers does not read
     pipeline = pipeline_class(**dict.fromkeys(components) | {"transformer": transformer})
     told, logger = _LeftOut(), logging.getLogger("diffusers")
     logger.addHandler(told)
     try:
-        pipeline.load_lora_weights(str(path))
+        pipeline.load_lora_weights(dict(lora.state) if own else str(path))
     finally:
         logger.removeHandler(told)
     fits = any("lora_" in name for name, _ in transformer.named_parameters())

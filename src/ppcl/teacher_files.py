@@ -125,7 +125,8 @@ class TeacherFiles:
 
             with loading(model, "model.lora with "):
                 components = [name for name, entry in self.index.items() if isinstance(entry, list)]
-                merge_lora(getattr(diffusers, self.index["_class_name"]), components, made, Path(model.lora))
+                kind = getattr(diffusers, self.index["_class_name"])
+                merge_lora(kind, components, made, Path(model.lora), self.family.facts)
         save(made, folder)
 
     def _variant(self) -> str | None:

@@ -118,6 +118,15 @@ def test_a_lora_is_merged_as_diffusers_does(saved, tmp_path, family, kind, singl
     assert files_of(tmp_path, lora=str(lora), **place).identity not in (plain, files.identity)
 
 
+def test_a_lora_in_pefts_own_names_is_merged_alike(saved, tmp_path):
+    folder, _ = saved["qwen_image"]
+    lora = lora_of(folder, tmp_path / "style.safetensors")
+    merged = weights_of(files_of(tmp_path, path=str(folder), lora=str(lora)))
+    own = {f"base_model.model.{name.removeprefix('transformer.')}": value for name, value in load_file(lora).items()}
+    save_file(own, tmp_path / "own.safetensors")
+    assert_equal(weights_of(files_of(tmp_path, path=str(folder), lora=str(tmp_path / "own.safetensors"))), merged)
+
+
 def changed(source, target, change):
     state = load_file(source)
     change(state)
@@ -131,6 +140,7 @@ BAD_FILES = {
     "another name": (lambda state: state.__setitem__("x", state.pop("img_in.bias")), r"lacks img_in\.bias, by"),
     "another width": (lambda state: state.__setitem__("img_in.bias", torch.ones(3)), r"img_in\.bias of shape \[3\]"),
     "scaled": (lambda state: state.__setitem__("img_in.scale_weight", torch.ones(1)), "scaled 8-bit numbers"),
+    "whole numbers": (lambda state: state.update({"img_in.bias": state["img_in.bias"].to(torch.int8)}), "holds I8 in"),
     "not finite": (lambda state: state["img_in.bias"].fill_(torch.inf), "NaN or infinite numbers in img_in.bias"),
 }
 
@@ -165,7 +175,9 @@ def test_parts_that_do_not_go_together_are_refused_before_anything_loads(saved, 
         files_of(tmp_path, **{key: value.format(file=file, folder=folder) for key, value in settings.items()})
 
 
-@pytest.mark.parametrize("kind", ["another model's", "partly", "a text encoder's", "not finite", "no LoRA"])
+@pytest.mark.parametrize(
+    "kind", ["another model's", "partly", "twice", "DoRA", "a text encoder's", "not finite", "no LoRA"]
+)
 def test_a_lora_that_does_not_fit_is_refused(saved, tmp_path, kind):
     folder, file = saved["qwen_image"]
     lora = lora_of(folder, tmp_path / "bad.safetensors")
@@ -174,6 +186,10 @@ def test_a_lora_that_does_not_fit_is_refused(saved, tmp_path, kind):
         state = {name.replace("transformer_blocks", "blocks"): value for name, value in state.items()}
     elif kind == "partly":
         state |= {name.replace("blocks.0", "blocks.9"): value.clone() for name, value in state.items()}
+    elif kind == "twice":
+        state |= {name.removeprefix("transformer."): value.clone() for name, value in state.items()}
+    elif kind == "DoRA":
+        state["transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector"] = torch.ones(2)
     elif kind == "a text encoder's":
         state["text_encoder.layers.0.lora_A.weight"] = torch.ones(2, 2)
     elif kind == "not finite":

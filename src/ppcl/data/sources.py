@@ -32,6 +32,7 @@ from ppcl.pictures.opening import open_picture
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "avif")  # of several, a sample's first is taken
 ROWS = 1000  # of a table, in one unit
+LONGEST_CELL = 1 << 24  # characters of a cell in a table
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
 
 
@@ -215,7 +216,7 @@ def find_units(config: DataConfig) -> list[Unit]:
 
 def _shards(config: DataConfig) -> list[Unit]:
     pattern = str(config.path)
-    names = [f"{pattern}/*.tar"] if Path(pattern).is_dir() else wds.SimpleShardList(pattern).urls
+    names = [f"{glob.escape(pattern)}/*.tar"] if Path(pattern).is_dir() else wds.SimpleShardList(pattern).urls
     paths = sorted({Path(found) for name in names for found in glob.glob(name)})
     if not paths:
         raise UsageError(
@@ -268,17 +269,29 @@ def _rows_of_csv(lines: io.StringIO) -> list[Mapping[str, Any] | Skipped]:
 
     Spreadsheets write the latter two in many countries.
     """
-    first = lines.readline()
-    lines.seek(0)
+    start, blank, first = 0, 0, lines.readline()
+    while first.isspace():
+        start, blank, first = lines.tell(), blank + 1, lines.readline()
+    lines.seek(start)
     delimiter = max(",;\t", key=first.count)
-    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    csv.field_size_limit(LONGEST_CELL)
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     rows: list[Mapping[str, Any] | Skipped] = []
-    for row in reader:
+    while True:
+        begin = blank + reader.reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return rows
+        except csv.Error as error:  # a quote that was not closed takes further lines with it
+            end = blank + reader.reader.line_num
+            places = f"line {begin}" if begin == end else f"lines {begin} to {end}"
+            rows.append(Skipped(places, f"{error}: a quote within quotes is written twice, and each needs its end"))
+            continue
         further = row.pop(None, ())  # type: ignore[call-overload]
         why = f"has more cells than there are columns: put text with {delimiter!r} into double quotes"
-        rows.append(Skipped(f"line {reader.line_num}", why) if any(further) else row)
-    return rows
+        rows.append(Skipped(f"line {blank + reader.reader.line_num}", why) if any(further) else row)
 
 
 def _rows_of_json(lines: io.StringIO) -> list[Mapping[str, Any] | Skipped]:

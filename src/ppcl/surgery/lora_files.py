@@ -214,6 +214,9 @@ def _plain(raw: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
                 f"{key} has values that are no finite numbers: give a LoRA whose training did not diverge."
             )
         if half is None:
+            if value.numel() != 1 or value < 0:
+                shown = value.item() if value.numel() == 1 else f"{value.numel()} numbers"
+                raise UsageError(f"{key} is {shown}, and an alpha is one number, 0 or more: save the LoRA anew.")
             alphas.add(module)
         else:
             halves.setdefault(half[0], {})[half[1]] = value
@@ -224,7 +227,7 @@ def _plain(raw: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
                 f"this LoRA is incomplete: {name} has only one of A and B, and a layer needs both, such as "
                 f"{layers.example}.lora_A.weight and {layers.example}.lora_B.weight."
             )
-        if both["A"].ndim < 2 or both["B"].ndim < 2 or both["A"].shape[0] != both["B"].shape[1]:
+        if min(both["A"].ndim, both["B"].ndim) < 2 or not both["A"].shape[0] == both["B"].shape[1] > 0:
             shapes = " and ".join(str(list(both[side].shape)) for side in "AB")
             raise UsageError(f"this LoRA does not fit: {name} has {shapes}, which cannot be multiplied as B A.")
     if alone := sorted(alphas - halves.keys()):
@@ -321,7 +324,7 @@ def _renamed(raw: Mapping[str, Tensor], layers_of: Mapping[str, str]) -> dict[st
         if half is None or half[0] not in layers_of:
             continue
         if half[1] == "B" and (alpha := raw.get(f"{half[0]}.alpha")) is not None:
-            value = scaled(value, float(alpha) / value.shape[1])
+            value = _sound(scaled(value, float(alpha) / value.shape[1]), half[0])
         target = f"{_PREFIX}{layers_of[half[0]]}.lora_{half[1]}.weight"
         if target in found:
             raise UsageError(
@@ -353,7 +356,7 @@ def _scaled(
         scales = scales_of(named, own, given, text=prefix != _PREFIX)
         for (key, value), name in zip(part.items(), named, strict=True):
             module = name.removesuffix(".lora_B.weight")
-            result[prefix + key] = scaled(value, scales[module]) if module != name else value
+            result[prefix + key] = _sound(scaled(value, scales[module]), module) if module != name else value
     return result
 
 
@@ -411,22 +414,38 @@ def scales_of(
         metadata = get_peft_kwargs(
             {f"{begin}{key}": rank for key, rank in ranks.items()}, dict(alphas or {}), dict(part), not text
         )
+
+    def refused(error: Exception) -> UsageError:
+        first = str(error).partition("\n")[0]
+        return UsageError(f"PEFT does not take the {METADATA_KEY} of this LoRA ({first}): save the LoRA anew.")
+
     try:
         config: Any = LoraConfig(**metadata)
-    except (TypeError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"PEFT does not take the {METADATA_KEY} of this LoRA ({first}): save the LoRA anew.") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise refused(error) from None
     for key in ("use_dora", "lora_bias"):
         if getattr(config, key, False):
             raise UsageError(f"the {METADATA_KEY} of this LoRA say {key}, and only plain LoRAs can be mapped.")
     scales: dict[str, float] = {}
     for name, rank in modules.items():
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        try:
+            r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+            alpha = float(
+                config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+            )
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise refused(error) from None
         if r != rank:
             raise UsageError(f"this LoRA does not fit its {METADATA_KEY}: {name} has rank {rank}, and they say {r}.")
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-        scales[name] = float(alpha) / (r**0.5 if config.use_rslora else r)
+        scales[name] = alpha / (r**0.5 if config.use_rslora else r)
     return scales
+
+
+def _sound(value: Tensor, module: str) -> Tensor:
+    """Return `value`, which was multiplied by the scale of `module`; `UsageError` if it is not finite any more."""
+    if not value.isfinite().all():
+        raise UsageError(f"the scale of this LoRA for {module} makes values that are no finite numbers: correct it.")
+    return value
 
 
 def scaled(value: Tensor, scale: float) -> Tensor:

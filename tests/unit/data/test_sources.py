@@ -152,6 +152,31 @@ def test_a_row_in_another_encoding_is_left_out(tmp_path: Path) -> None:
     )
 
 
+def test_a_quote_that_is_not_closed_takes_only_its_own_lines(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(png())
+    lines = ['0.png,"a ""red"" circle"', '1.png,"Stop" sign', "2.png,a", '3.png,"a blue', "4.png,a", '5.png,"x"']
+    (tmp_path / "metadata.csv").write_text("\n \nfile_name,text\n" + "\n".join([*lines, '0.png,"b']) + "\n")
+    samples, skipped = read(tmp_path, "folder")
+    assert samples == {"0.png": 'a "red" circle', "2.png": "a"}
+    assert [*skipped] == ["line 5", "lines 7 to 9", "line 10"]
+    assert all("a quote within quotes is written twice" in why for why in skipped.values())
+
+
+def test_a_long_cell_is_a_caption(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(png())
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n0.png,{'a' * 200_000}\n")
+    (caption,) = read(tmp_path, "folder")[0].values()
+    assert len(caption) == 200_000
+
+
+@pytest.mark.parametrize("name", ["my[set]", "my*", "a?"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    for folder in (name, "myset", "ab", "my"):
+        shard(tmp_path / folder / "0.tar", {f"{folder}.png": png(), f"{folder}.txt": b"a"})
+    assert [*read(tmp_path / name)[0]] == [name]
+
+
 def test_lines_of_json_that_do_not_read_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(png())
     good = json.dumps({"image": "0.png", "caption": "line\u2028separator"}, ensure_ascii=False)

@@ -297,6 +297,10 @@ OTHERS = {
         "finite",
     ),
     "a NaN alpha": (pair(Q) | {f"{Q}.alpha": torch.tensor(torch.nan)}, "finite"),
+    "an alpha below 0": (pair(Q) | {f"{Q}.alpha": torch.tensor(-1.0)}, "alpha is -1.0"),
+    "an alpha of two numbers": (pair(Q) | {f"{Q}.alpha": torch.ones(2)}, "alpha is 2 numbers"),
+    "an alpha of no number": (pair(Q) | {f"{Q}.alpha": torch.ones(0)}, "alpha is 0 numbers"),
+    "rank 0": ({f"{Q}.lora_A.weight": torch.ones(0, 64), f"{Q}.lora_B.weight": torch.ones(64, 0)}, "multiplied"),
     "nothing": ({"step": torch.ones(1)}, "step"),
     "only removed blocks": (pair("transformer.transformer_blocks.1.attn.to_q"), "nothing of this LoRA is left"),
 }  # fmt: skip
@@ -371,9 +375,22 @@ def test_peft_keeps_the_scale_of_its_own_files_beside_them(tmp_path):
 
 @pytest.mark.parametrize(
     "stored",
-    ["{", "[]", '{"transformer.r": 3}', '{"transformer.r": 4, "transformer.use_dora": true}', '{"transformer.a": 4}'],
+    [
+        *("{", "[]", '{"transformer.r": 3}', '{"transformer.r": 4, "transformer.use_dora": true}'),
+        *('{"transformer.a": 4}', '{"transformer.r": 4, "transformer.lora_alpha": null}'),
+        '{"transformer.r": 4, "transformer.rank_pattern": [1]}',
+        '{"transformer.r": 4, "transformer.alpha_pattern": {"(": 1}}',
+    ],
 )
 def test_metadata_that_do_not_fit_are_refused(stored, tmp_path):
     save_file(made(QWEN, {}), tmp_path / "lora.safetensors", {"lora_adapter_metadata": stored})
     with pytest.raises(UsageError, match="lora_adapter_metadata"):
+        remap_lora(tmp_path / "lora.safetensors", QWEN.pruned())
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "1e39"])
+def test_scales_that_make_no_finite_values_are_refused(alpha, tmp_path):
+    stored = f'{{"transformer.r": 4, "transformer.lora_alpha": {alpha}}}'
+    save_file(made(QWEN, {}), tmp_path / "lora.safetensors", {"lora_adapter_metadata": stored})
+    with pytest.raises(UsageError, match="no finite numbers"):
         remap_lora(tmp_path / "lora.safetensors", QWEN.pruned())
