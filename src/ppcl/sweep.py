@@ -12,7 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ppcl.artifacts.jobs import JOB, read_job, write_job
+from ppcl.artifacts.jobs import read_job, write_job
 from ppcl.errors import UsageError
 from ppcl.launch import is_first
 from ppcl.progress import visible
@@ -49,14 +49,15 @@ class Comparison(Callback):
         """Tell which jobs have failed, and write the table of all of them."""
         if not is_first():
             return
-        from ppcl.report.compare import compared, write_comparison
+        from ppcl.report.compare import compared, jobs_of, write_comparison
 
         folder = Path(config.hydra.sweep.dir)
-        jobs = sorted((path.parent for path in folder.glob(f"*/{JOB}")), key=lambda job: (len(job.name), job.name))
+        jobs = jobs_of(folder)
         for job in jobs:
             failed = read_job(job).failed
             if failed is not None:
                 failures.append(failed)
                 print(f"ppcl: job {job.name}: {visible(failed)}", file=sys.stderr)
         if len(jobs) > 1:
-            print(f"     sweep  {len(jobs)} jobs, compared in {write_comparison(compared(jobs), folder)}")
+            count = f"{len(jobs)} jobs, {len(failures)} failed" if failures else f"{len(jobs)} jobs"
+            print(f"     sweep  {count}, compared in {write_comparison(compared(jobs), folder)}")

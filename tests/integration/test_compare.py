@@ -31,7 +31,7 @@ def test_a_failed_job_is_told_and_does_not_end_the_others(sweep: tuple[Path, Out
     said = [line for line in outcome.err.splitlines() if line.startswith("ppcl: ")]
     assert [line[:13] for line in said] == ["ppcl: job 2: ", "ppcl: job 5: "]
     assert all("budget.params=0.1" in line for line in said)
-    assert f"6 jobs, compared in {folder / 'comparison.html'}" in outcome.out
+    assert f"6 jobs, 2 failed, compared in {folder / 'comparison.html'}" in outcome.out
     assert [(folder / str(job) / "plan" / "choice.json").exists() for job in range(6)] == [True, True, False] * 2
 
 
@@ -71,6 +71,27 @@ def test_compare_makes_the_same(sweep: tuple[Path, Outcome]) -> None:
     outcome = succeed("compare", *(str(path) for path in sorted(folder.iterdir())))
     assert f"compared 6 runs: {folder / 'comparison.html'}" in outcome.out
     assert {path.name: path.read_bytes() for path in folder.glob("comparison.*")} == before
+
+
+def test_a_sweep_stands_for_its_jobs_and_some_of_them_do_not_replace_its_table(
+    sweep: tuple[Path, Outcome], trained: Path, tmp_path: Path
+) -> None:
+    folder, _ = sweep
+    before = (folder / "comparison.csv").read_bytes()
+    assert "compared 6 runs" in succeed("compare", str(folder)).out
+    assert (folder / "comparison.csv").read_bytes() == before
+    some = [str(folder / "0"), str(folder / "1")]
+    refused = ppcl("compare", *some)
+    assert refused.code == 2
+    assert "a sweep with 4 more jobs" in refused.err
+    succeed("compare", *some, f"to={tmp_path / 'some'}")
+    assert [row["run"] for row in rows_of(tmp_path / "some")] == ["0", "1"]
+    succeed("compare", str(folder / "0"), str(trained), f"to={tmp_path / 'both'}")
+    (job, other) = rows_of(tmp_path / "both")
+    assert job["budget.params"] == "0.95"
+    assert other["budget.params"] == "None"
+    assert len(job) < 20
+    assert (folder / "comparison.csv").read_bytes() == before
 
 
 def test_runs_without_a_sweep_differ_in_their_configurations(chain: Path, trained: Path, tmp_path: Path) -> None:

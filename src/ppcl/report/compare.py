@@ -34,6 +34,7 @@ _NUMBERS = (
     ("peak MB", "peak_memory_mb", 1),
     ("training s", "training_seconds", 0),
 )
+_LONGEST_LABEL = 60  # characters in the plot's legend
 _LEFT_OUT = ("name", "run", "stages", "paths.", "hydra.")  # settings that say where a run is, or what is made next
 
 
@@ -56,7 +57,8 @@ def compared(folders: Sequence[Path]) -> list[Compared]:
 
     Raises `UsageError` for a folder that is not of a run.
     """
-    settings = _differing([_settings(folder) for folder in folders])
+    jobs = all((folder / JOB).exists() for folder in folders)
+    settings = _differing([_typed(folder) if jobs else _recorded(folder) for folder in folders])
     return [
         Compared(folder, differing, _results(folder), _failure(folder))
         for folder, differing in zip(folders, settings, strict=True)
@@ -67,20 +69,24 @@ def _failure(folder: Path) -> str | None:
     return read_job(folder).failed if (folder / JOB).exists() else None
 
 
-def _settings(folder: Path) -> dict[str, str]:
-    """Return the settings of a run: those that were typed for a job of a sweep, else all."""
-    if (folder / JOB).exists():
-        typed = (item.lstrip("+").partition("=") for item in read_job(folder).overrides)
-        found = {key: value for key, _, value in typed}
-    else:
-        found = {item.name: str(item.value) for item in declared(Results(folder).config)}
-    return {key: value for key, value in found.items() if not key.startswith(_LEFT_OUT)}
+def _typed(folder: Path) -> dict[str, str]:
+    """Return the settings that were typed for a job of a sweep."""
+    typed = (item.lstrip("+").partition("=") for item in read_job(folder).overrides)
+    return {key: value for key, _, value in typed if not key.startswith(_LEFT_OUT)}
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """Return all settings of a run; of one that failed before it had any those that were typed."""
+    if not (folder / "config.yaml").exists():
+        return _typed(folder)
+    every = ((item.name, item.value) for item in declared(Results(folder).config))
+    return {key: str(value) for key, value in every if not key.startswith(_LEFT_OUT)}
 
 
 def _differing(every: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Return the settings of each run that do not have one value in all of them."""
     keys = dict.fromkeys(key for settings in every for key in settings)
-    keys = {key: None for key in keys if len({settings.get(key) for settings in every}) > 1}
+    keys = {key: None for key in keys if len({settings.get(key) for settings in every if settings}) > 1}
     return [{key: settings[key] for key in keys if key in settings} for settings in every]
 
 
@@ -132,8 +138,13 @@ def write_comparison(rows: Sequence[Compared], folder: Path) -> Path:
     titles, cells = table(rows)
     with atomic_path(folder / "comparison.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([titles, *cells])
-    points = [(_series(row), row.results) for row in rows if not row.failed]
-    drawn = plots.compared_sizes(folder / "comparison.png", points)
+    found = [row for row in rows if not row.failed]
+    names = [_series(row) for row in found]
+    if max(map(len, names), default=0) > _LONGEST_LABEL:  # runs that have little in common
+        names = [row.folder.name for row in found]
+    drawn = plots.compared_sizes(
+        folder / "comparison.png", [(name, row.results) for name, row in zip(names, found, strict=True)]
+    )
     with atomic_path(folder / "comparison.html") as temporary:
         temporary.write_text(_page(rows, titles, cells, folder, drawn), encoding="utf-8")
     return folder / "comparison.html"
@@ -142,7 +153,7 @@ def write_comparison(rows: Sequence[Compared], folder: Path) -> Path:
 def _series(row: Compared) -> str:
     """Return the name of a run's line in the plot: the settings that set it apart, without budgets."""
     named = {key: value for key, value in row.settings.items() if not key.startswith("budget.")}
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in named.items())
+    return ", ".join(f"{key}={value}" for key, value in named.items())
 
 
 _PAGE = """<!doctype html>
@@ -173,7 +184,7 @@ def _page(
 ) -> str:
     failed = sum(row.failed is not None for row in rows)
     sentence = f"{len(rows)} runs, {failed} of them failed." if failed else f"{len(rows)} runs."
-    sentence += " A run's name leads to its report. Columns in between are the settings that differ."
+    sentence += " A run's name leads to its report, or to its folder. Settings that differ come first."
     lines = []
     for row, line in zip(rows, cells, strict=True):
         address = Results(row.folder).report if (row.folder / "config.yaml").exists() else None
@@ -196,10 +207,13 @@ def _page(
 def compare(arguments: Sequence[str]) -> str:
     """Do what `ppcl compare FOLDER..` says, and return a line that says where the table is.
 
-    It lies in the folder that holds all of them. Raises `UsageError` for less than two folders, and for one that is not
-    of a run.
+    A folder of a sweep stands for its jobs. The table lies in the folder that holds all runs, or in `to=FOLDER`. Raises
+    `UsageError` for less than two runs, for a folder that does not exist, and for some of the jobs of a sweep without
+    `to=`, since that would replace the table of all of them.
     """
-    folders = [Path(argument) for argument in arguments]
+    told = [argument.removeprefix("to=") for argument in arguments if argument.startswith("to=")]
+    folders = [Path(argument) for argument in arguments if not argument.startswith("to=")]
+    folders = [job for folder in folders for job in (jobs_of(folder) or [folder])]
     runs = [folder for folder in folders if folder.is_dir()]
     for folder in folders:
         if not folder.exists():
@@ -210,6 +224,18 @@ def compare(arguments: Sequence[str]) -> str:
             f"compare: {len(runs)} of the {len(folders)} names given are folders of runs, and it takes two: name them, "
             "such as runs/sizes/*."
         )
-    common = Path(os.path.commonpath([folder.resolve().parent for folder in runs]))
-    page = write_comparison(compared(runs), common)
+    target = Path(told[-1]) if told else Path(os.path.commonpath([folder.resolve().parent for folder in runs]))
+    missing = {job.resolve() for job in jobs_of(target)} - {run.resolve() for run in runs}
+    if missing and not told:
+        raise UsageError(
+            f"compare: {target} has the table of a sweep with {len(missing)} more jobs: name all of them as {target}, "
+            "or say with to=FOLDER where this table goes."
+        )
+    page = write_comparison(compared(runs), target)
     return f"compared {len(runs)} runs: {page}, comparison.csv"
+
+
+def jobs_of(folder: Path) -> list[Path]:
+    """Return the folders of the jobs of a sweep in their order; none if `folder` is not of a sweep."""
+    found = [path.parent for path in folder.glob(f"*/{JOB}")] if (folder / "multirun.yaml").exists() else []
+    return sorted(found, key=lambda job: (len(job.name), job.name))

@@ -13,7 +13,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.text import Text
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -133,7 +133,8 @@ def compared_sizes(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]]) 
     `points`: the series that a run belongs to, and its numbers `params_percent` and `score` or `velocity_error`. Runs
     of a series are joined in the order of their size.
     """
-    key = "score" if any("score" in numbers for _, numbers in points) else "velocity_error"
+    sized = [numbers for _, numbers in points if "params_percent" in numbers]
+    key = "score" if sized and all("score" in numbers for numbers in sized) else "velocity_error"
     series: dict[str, list[tuple[float, float]]] = {}
     for name, numbers in points:
         if "params_percent" in numbers and key in numbers:
@@ -148,7 +149,7 @@ def compared_sizes(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]]) 
     axis.set(xlabel="parameters, % of the teacher", ylabel=f"{key.replace('_', ' ')} ({better} is better)")
     axis.margins(x=0.08, y=0.1)
     if any(series):
-        axis.legend(loc="best", fontsize=9)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
     save_figure(figure, path)
     return True
 
@@ -254,6 +255,13 @@ def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None
     save_figure(figure, path)
 
 
+class _PlainMinor(LogFormatter):
+    """Labels minor ticks of a logarithmic axis as plain numbers, where that leaves few of them."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def training_curves(path: Path, curves: Mapping[str, Sequence[Curve]]) -> bool:
     """Plot held-out losses against the steps of the training, a panel for each stage; return whether there were any.
 
@@ -273,10 +281,13 @@ def training_curves(path: Path, curves: Mapping[str, Sequence[Curve]]) -> bool:
             mean = [sum(losses.values()) / len(losses) for losses in curve.losses]
             axis.plot(curve.steps, mean, "o-", color=color, markersize=3, linewidth=2)
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        only = found[0].names[0] if len(found[0].names) == 1 else f"{len(found[0].names)} parts and their mean"
-        axis.set(xlabel="step", ylabel="held-out", xlim=(0, None))
-        axis.set_title(f"{stage}: {only}", loc="left", color=INK)
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(_PlainMinor())
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        several = max(len(curve.names) for curve in found)
+        axis.set(xlabel="step", ylabel="held-out loss" if stage != "finetune" else "velocity error", xlim=(0, None))
+        title = f"{stage}: the mean (bold) of {several} parts" if several > 1 else stage
+        axis.set_title(title, loc="left", color=INK)
     save_figure(figure, path)
     return True
 

@@ -21,6 +21,7 @@ from ppcl.report import plots
 from ppcl.report.made import commands_of, data_of, trainings_of
 from ppcl.report.page import render
 from ppcl.report.sheets import compared_sheet, current_model, own_sheets
+from ppcl.stages import STAGES
 from ppcl.validation.pruning import budget_of
 from ppcl.variants.variants import default_variants
 
@@ -103,7 +104,9 @@ def run(run: Run) -> None:
     if losses:
         plots.distillation_losses(folder / "losses.png", losses)
         drawn["losses"] = folder / "losses.png"
-    if plots.training_curves(folder / "trainings.png", load_curves(run.base) | load_curves(run.folder)):
+    curves = load_curves(run.base) | load_curves(run.folder)
+    curves = {stage: curves[stage] for stage in STAGES if stage in curves}
+    if plots.training_curves(folder / "trainings.png", curves):
         drawn["trainings"] = folder / "trainings.png"
     choice = _choice_path(run, rows)
     if choice is not None:

@@ -54,7 +54,14 @@ class Watching(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.heldout is not None:
-            self.steps = measured_steps(self.run.config.watch, trainer.max_steps)
+            settings = self.run.config.watch
+            self.steps = measured_steps(settings, trainer.max_steps)
+            if settings.heldout and not self.steps:
+                self.run.say(
+                    self.stage,
+                    f"held-out losses are measured before and after the training only: {trainer.max_steps} steps are "
+                    f"too few for watch.share={settings.share:g}",
+                )
         if trainer.global_step and self.path.exists():
             self.curve = Curve.load(self.path).until(trainer.global_step)
         elif 0 in self.steps:
