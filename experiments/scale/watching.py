@@ -23,7 +23,7 @@ import torch
 import ppcl
 from ppcl.artifacts.curves import load_curves
 from ppcl.artifacts.files import write_json
-from ppcl.training import loop
+from ppcl.stages import depth
 
 HERE = Path(__file__).parent
 STEPS = 250
@@ -31,7 +31,7 @@ STEPS = 250
 
 def seconds_of(folder: Path, settings: list[str]) -> float:
     """Train students in a new run, and return the seconds from the first step to the last, measurements included."""
-    spent, fit = [], loop._fit
+    spent, fit = [], depth.fit
 
     def timed(*arguments: Any) -> None:
         start = time.perf_counter()
@@ -39,7 +39,7 @@ def seconds_of(folder: Path, settings: list[str]) -> float:
         spent.append(time.perf_counter() - start)
 
     shutil.rmtree(folder / "run", ignore_errors=True)
-    with patch.object(loop, "_fit", timed):
+    with patch.object(depth, "fit", timed):
         ppcl.run([f"paths.runs_dir={folder}", "name=run", *settings])
     (seconds,) = spent
     return seconds

@@ -19,7 +19,7 @@ MOST = 10**9
 
 @dataclass(frozen=True)
 class Bounds:
-    """What numbers a key may have: at least `least`, at most `most`, more than `above`, less than `below`.
+    """The numbers that a key may have: at least `least`, at most `most`, more than `above`, less than `below`.
 
     None is no bound. NaN and infinity are never allowed, and whole numbers are at most `MOST` if nothing else is said.
     """

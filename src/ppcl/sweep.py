@@ -1,4 +1,4 @@
-"""What a sweep adds to its jobs: a failed one does not end the others, and at the end all are compared in a table."""
+"""Runs the jobs of a sweep so that a failed one ends no other, and compares all of them in a table at the end."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class Plugboard:
 
     @property
     def blocks(self) -> BlockMap:
-        """Which blocks of the full model are in place. The full model is the teacher, or what that was pruned from."""
+        """The blocks of the full model that are in place. That is the teacher, or what the teacher was pruned from."""
         return self.teacher_blocks.then(self.kept)
 
     @property

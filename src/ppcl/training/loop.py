@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from ppcl.artifacts.headers import Header, is_current
@@ -100,26 +101,50 @@ def fit(
     step. Raises `UsageError` if the training stops early, if the disk has no room for checkpoints, or as
     `check_resumable` does.
     """
+    with _alone(run, stage, folder):
+        resumable = _prepared(run, stage, folder, header)
+        stop = Stop()
+        watching = Watching(run, stage, header, settings.batch_size, heldout)
+        callbacks: list[Callback] = [watching, TrainingCost(run.folder / "training" / f"{stage}.json")]
+        if run.config.trainer.progress:
+            callbacks.append(StepProgress(stage, run.console))
+        callbacks.append(Checkpoints(run, stage, folder, header, settings, stop))
+        logger = make_logger(run, stage) if run.writes else False
+        trainer = _trainer(run, loader.num_steps, folder, callbacks, logger)
+        checkpoint = str(folder / CHECKPOINT) if resumable else None
+        compiling = compiled(blocks if run.config.trainer.compile else ())
+        products = fast_products(run.device, wanted=run.config.trainer.tf32)
+        try:
+            with stop, compiling, products, same_bits(run.device, wanted=run.config.trainer.deterministic):
+                trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # Lightning raises it for a second Ctrl-C
+            raise KeyboardInterrupt from None
+        except pickle.UnpicklingError:  # which lists what torch.load would trust
+            raise UsageError(
+                f"{folder / CHECKPOINT} is damaged, or holds more than tensors and settings: delete {folder} to train "
+                "anew."
+            ) from None
+        finally:
+            finish_logger(logger)
+        if stop.agreed:
+            stop.finish(run, stage)
+        if trainer.global_step < loader.num_steps:
+            raise UsageError(f"{stage} stopped at step {trainer.global_step} of {loader.num_steps}.")
+
+
+@contextmanager
+def _alone(run: Run, stage: str, folder: Path) -> Iterator[None]:
+    """Hold the lock of the checkpoint folder within the context; `UsageError` if another process trains in it."""
     with ExitStack() as locks:
         with together():
             if run.writes:
                 what, remedy = f"{stage} is being trained in {folder.parent}", "wait for its end, or give another name="
                 locks.enter_context(locked(folder.with_name(f".{folder.name}.lock"), what, remedy))
-        _fit(run, stage, module, loader, folder, header, settings, blocks, heldout)
+        yield
 
 
-def _fit(
-    run: Run,
-    stage: str,
-    module: L.LightningModule,
-    loader: StepLoader,
-    folder: Path,
-    header: Header,
-    settings: TrainingConfig | PretrainConfig,
-    blocks: Iterable[nn.Module],
-    heldout: HeldOut | None,
-) -> None:
-    """Do what `fit` says, once no other process trains in `folder`."""
+def _prepared(run: Run, stage: str, folder: Path, header: Header) -> bool:
+    """Return whether the training resumes from a checkpoint in `folder`; delete what it cannot resume from."""
     resumable = check_resumable(folder, header, sharded=run.teacher.sharded)
     barrier()  # all ranks must have looked before rank 0 changes the folder
     if run.writes and resumable:
@@ -129,47 +154,28 @@ def _fit(
     barrier()
     if resumable:
         run.say(stage, f"resuming from the last checkpoint in {folder}")
+    return resumable
+
+
+def _trainer(run: Run, num_steps: int, folder: Path, callbacks: list[Callback], logger: Logger | bool) -> L.Trainer:
+    """Return Lightning's trainer for so many steps, which leaves checkpoints, progress and signals to `callbacks`."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes and tips
-    stop = Stop()
-    watching = Watching(run, stage, header, settings.batch_size, heldout)
-    callbacks: list[Callback] = [watching, TrainingCost(run.folder / "training" / f"{stage}.json")]
-    if run.config.trainer.progress:
-        callbacks.append(StepProgress(stage, run.console))
-    callbacks.append(Checkpoints(run, stage, folder, header, settings, stop))
-    logger = make_logger(run, stage) if run.writes else False
     trainer = L.Trainer(
-        max_steps=loader.num_steps,
+        max_steps=num_steps,
         accelerator=run.config.trainer.accelerator,
         logger=logger,
         callbacks=callbacks,
         enable_checkpointing=False,  # Lightning's own are neither saved by the clock nor at signals
         enable_progress_bar=False,  # `StepProgress` counts steps instead
         enable_model_summary=False,
-        log_every_n_steps=min(25, loader.num_steps),
+        log_every_n_steps=min(25, num_steps),
         default_root_dir=folder,
         **processes(run.config.strategy),
     )
     # Lightning's handler of SIGTERM broadcasts: with several ranks, in the middle of another collective operation.
     signals: Any = trainer._signal_connector
     signals.register_signal_handlers = lambda: None
-    checkpoint = str(folder / CHECKPOINT) if resumable else None
-    compiling = compiled(blocks if run.config.trainer.compile else ())
-    products = fast_products(run.device, wanted=run.config.trainer.tf32)
-    try:
-        with stop, compiling, products, same_bits(run.device, wanted=run.config.trainer.deterministic):
-            trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # Lightning raises it for a second Ctrl-C
-        raise KeyboardInterrupt from None
-    except pickle.UnpicklingError:  # which lists what torch.load would trust
-        raise UsageError(
-            f"{folder / CHECKPOINT} is damaged, or holds more than tensors and settings: delete {folder} to train anew."
-        ) from None
-    finally:
-        finish_logger(logger)
-    if stop.agreed:
-        stop.finish(run, stage)
-    if trainer.global_step < loader.num_steps:
-        raise UsageError(f"{stage} stopped at step {trainer.global_step} of {loader.num_steps}.")
+    return trainer
 
 
 @contextmanager
