@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from ppcl.sentences import failed_access, sentence
 from ppcl.watch import Watch
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
+TOOLS = {
+    "compare": ("ppcl.report.compare", "compare"),
+    "dashboard": ("ppcl.tracking.dashboard", "make_dashboard"),
+}
 
 
-def _compare(arguments: list[str]) -> None:
-    """Write a table of finished runs: `ppcl compare FOLDER..`."""
-    from ppcl.report.compare import compare
-
+def _run_tool(name: str, arguments: list[str]) -> None:
+    """Do what is no run: `ppcl compare FOLDER..` or `ppcl dashboard ENTITY/PROJECT`."""
+    module, function = TOOLS[name]
     try:
-        print(compare(arguments))
+        print(getattr(import_module(module), function)(arguments))
     except UsageError as error:
         print(f"ppcl: {visible(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
@@ -44,8 +48,8 @@ def main() -> None:
 
         print(f"ppcl {__version__}")
         return
-    if sys.argv[1] == "compare":
-        _compare(sys.argv[2:])
+    if sys.argv[1] in TOOLS:
+        _run_tool(sys.argv[1], sys.argv[2:])
         return
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, not printed and swallowed

@@ -19,6 +19,7 @@ from ppcl.config import GenerateConfig
 from ppcl.errors import UsageError
 from ppcl.launch import is_first, launched
 from ppcl.paths import check_folder, check_name, conf_dir
+from ppcl.results import read_record
 from ppcl.sentences import in_words
 
 if TYPE_CHECKING:
@@ -135,37 +136,6 @@ def _written(value: Any) -> str:
 
 
 # Continuing an earlier run
-
-
-def read_record(folder: Path, key: str = "run=") -> DictConfig:
-    """Return the configuration that is recorded in a run's folder.
-
-    `key`: the override that names the folder, for the message. Raises `UsageError` if there is no readable record.
-    """
-    from omegaconf import DictConfig, OmegaConf
-    from yaml import YAMLError
-
-    from ppcl.artifacts.files import is_changed
-
-    path = folder / "config.yaml"
-    remedy = f"run the command that made {folder} again"
-    try:
-        if is_changed(path.read_text(encoding="utf-8")):
-            raise UsageError(
-                f"{path} has changed since it was written: {remedy}, or delete its first line to keep the change."
-            )
-        record = OmegaConf.load(path)
-    except OSError:
-        jobs = sorted(job.parent for job in folder.glob("*/config.yaml"))
-        other = f"; it holds those of a sweep: name one, such as {jobs[0]}" if jobs else "; name one, such as runs/demo"
-        raise UsageError(
-            f"{key}{folder} is not the folder of a run, which has a config.yaml{other}; if it was deleted, {remedy}."
-        ) from None
-    except (YAMLError, UnicodeDecodeError, RecursionError):
-        raise UsageError(f"{path} is not YAML; {remedy}.") from None
-    if not isinstance(record, DictConfig) or not {"model", "stages"} <= record.keys():
-        raise UsageError(f"{path} is not the record of a run; name the folder of one, such as runs/demo, or {remedy}.")
-    return record
 
 
 def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -365,6 +335,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
     from ppcl.needs import check_needs, check_teacher
     from ppcl.quiet import quiet_progress
     from ppcl.stages import STAGES
+    from ppcl.tracking.publish import tracked
     from ppcl.validation.pruning import budget_of
 
     config = run.config
@@ -379,13 +350,15 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
 
         explain(run)
         return
-    with shared():
-        check_needs(run)
-        check_memory(run)
-        check_teacher(run)
-    describe(run)
-    for stage in sorted(set(config.stages), key=list(STAGES).index):
-        run.teacher.enter(stage)
-        with shared(), in_memory(run, stage), attention(config):
-            if config.strategy.kind == "single" or STAGES[stage].ranks != "first" or is_first():
-                import_module(f"ppcl.stages.{stage}").run(run)
+    with tracked(run, in_sweep=_in_sweep()) as publish:
+        with shared():
+            check_needs(run)
+            check_memory(run)
+            check_teacher(run)
+        describe(run)
+        for stage in sorted(set(config.stages), key=list(STAGES).index):
+            run.teacher.enter(stage)
+            with shared(), in_memory(run, stage), attention(config):
+                if config.strategy.kind == "single" or STAGES[stage].ranks != "first" or is_first():
+                    import_module(f"ppcl.stages.{stage}").run(run)
+                    publish(stage)

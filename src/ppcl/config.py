@@ -642,11 +642,13 @@ class LoggerConfig:
 
     `kind`: `csv` writes files in the run's folder, `wandb` logs to Weights & Biases, `none` logs nothing.
     `project`, `mode`: the project and the mode of wandb. The modes `offline` and `disabled` need no account.
+    `upload`: whether W&B also gets the weights of plugs and models. False: it is told where they lie.
     """
 
     kind: str = option("csv", choices=("csv", "wandb", "none"))
     project: str = "ppcl"
     mode: str = option("offline", choices=("online", "offline", "disabled"))
+    upload: bool = False
 
 
 @dataclass

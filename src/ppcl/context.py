@@ -50,6 +50,7 @@ class Run:
         self.console = console or Console()
         self._said: set[str] = set()
         self.image_folders: dict[str, Path] = {}  # of each variant, filled by `ppcl.pictures.images.drawings`
+        self.wandb: Any = None  # Lightning's logger of the W&B run, opened by `ppcl.tracking.loggers`
 
     @property
     def writes(self) -> bool:

@@ -19,7 +19,7 @@ from ppcl.export.hub import check_token
 from ppcl.export.quantized import require_bitsandbytes
 from ppcl.methods.registry import load_method
 from ppcl.stages import STAGES
-from ppcl.training.loggers import check_logger
+from ppcl.tracking.loggers import check_logger
 from ppcl.validation.model import model_folder, needs_weights
 from ppcl.validation.pruning import budget_of
 

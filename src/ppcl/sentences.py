@@ -34,6 +34,16 @@ def in_words() -> Iterator[None]:
         raise failure from error
 
 
+def told(error: BaseException) -> str:
+    """Return why a command has failed, as one sentence; an error that nobody expected begins with its class."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, (UsageError, OmegaConfBaseException)):
+        return sentence(error)
+    failure = failed_access(error) if isinstance(error, Exception) else None
+    return sentence(failure) if failure is not None else f"{type(error).__name__}: {error}".rstrip(": ")
+
+
 # Patterns in OmegaConf's messages about a wrong value, and what the value should have been.
 _KINDS = {
     r"to Integer|type hint 'int'": "a whole number",

@@ -4,62 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commands import INTERVALS, assert_same_tensors, plug_tensors, ppcl_process, succeed
 
-BLOCK = 32768
-
-
-def stored(path: Path) -> Iterator[bytes]:
-    """The records of a `.wandb` file, a LevelDB log: blocks of pieces with checksum, length and kind ahead."""
-    data, position, whole = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < 7:
-            position += left
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            yield whole
-            whole = b""
-
-
-def records(path: Path) -> tuple[dict[str, Any], set[str]]:
-    """The configuration and the names of logged values in an offline W&B run."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    config: dict[str, Any] = {}
-    logged: set[str] = set()
-    for data in stored(path):
-        record = Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
-        if kind in ("config", "run"):
-            updates = (record.config if kind == "config" else record.run.config).update
-            config |= {update.key: json.loads(update.value_json) for update in updates if update.key}
-        if kind == "history":
-            logged |= {item.key or ".".join(item.nested_key) for item in record.history.item}
-    return config, logged
-
-
-def groups(path: Path) -> list[str]:
-    """The names of the groups that an offline W&B run says it belongs to."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    found = []
-    for data in stored(path):
-        record = Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "run" and record.run.run_group:
-            found.append(record.run.run_group)
-    return found
+from tests.offline import read_offline
 
 
 @pytest.fixture
@@ -73,18 +23,19 @@ def test_offline_runs_hold_their_own_configuration(command: list[str], tmp_path:
     sweep = ["distill.relative_update=0.01,0.02", "logger=wandb", "logger.mode=offline"]
     done = ppcl_process("--multirun", *command, *sweep)
     assert done.returncode == 0, done.stderr
-    ids = [json.loads((tmp_path / "logged" / job / "wandb.json").read_text())["depth"] for job in ("0", "1")]
+    ids = [json.loads((tmp_path / "logged" / job / "wandb.json").read_text())["id"] for job in ("0", "1")]
     assert len({*ids}) == 2
     for job, rate in (("0", 0.01), ("1", 0.02)):
-        (run,) = (tmp_path / "logged" / job / "wandb").glob("offline-run-*/*.wandb")
-        assert run.stat().st_size > 0
+        folder = tmp_path / "logged" / job
+        (run,) = folder.glob("wandb/offline-run-*/*.wandb")
         assert run.name == f"run-{ids[int(job)]}.wandb"
-        assert next(name for name in groups(run)) == "logged"
-        config, logged = records(run)
-        assert config["distill"]["relative_update"] == rate
-        assert config["distill"]["steps"] == 6
-        assert config["model"]["family"] == "qwen_image"
-        assert "depth/loss" in logged
+        found = read_offline(folder)
+        assert {*found.names, *found.groups} == {f"logged/{job}", "logged"}
+        assert found.config["distill"]["relative_update"] == rate
+        assert found.config["distill"]["steps"] == 6
+        assert found.config["model"]["family"] == "qwen_image"
+        assert {"depth/loss", "depth/gradient_norm", "depth/heldout_losses"} <= found.logged.keys()
+        assert found.exits == [0]
 
 
 def test_disabled_trains_alike(command: list[str], trained: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.context import Run
-from ppcl.report.made import commands_of, data_of, trainings_of
+from ppcl.report.made import commands_of, data_of
+from ppcl.training.cost import trainings_of
 from ppcl.validation import parse
 
 ORDER = ["Pictures", "Variants", "How it was made", "Diagnosis"]

@@ -13,7 +13,16 @@ from lightning.fabric.utilities import move_data_to_device
 from ppcl.artifacts.files import again, read_json
 from ppcl.artifacts.headers import Header
 from ppcl.config import Config
-from ppcl.data.cached import EMPTY, CachedStream, held_out_share, is_whole, read_unit, unit_record
+from ppcl.data.cached import (
+    EMPTY,
+    CachedStream,
+    held_out_keys,
+    held_out_share,
+    is_whole,
+    read_entries,
+    read_unit,
+    unit_record,
+)
 from ppcl.data.encoding import source_header
 from ppcl.data.sources import find_units
 from ppcl.data.streams import ShapesStream, Stream, encode_world
@@ -107,6 +116,20 @@ class TrainingData:
         folder = self._whole_cache()
         records = (read_unit(folder / unit_record(unit)) for unit in self._units)
         return held_out_share(data, sum(record["samples"] for record in records))
+
+    def counted(self) -> tuple[int, int] | tuple[None, None]:
+        """Return the number of samples in the data's cache, and of those kept from training.
+
+        Both are None if the cache or its source is gone.
+        """
+        try:
+            keys = [entry.key for entry in read_entries(self.cache_folder)]
+        except UsageError:
+            return None, None
+        if not keys:
+            return None, None
+        kept = held_out_keys(keys, held_out_share(self.config.data, len(keys)))
+        return len(keys), sum(key in kept for key in keys)
 
     @property
     def _units(self) -> Iterable[str]:

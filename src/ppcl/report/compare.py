@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ppcl.api import Results
 from ppcl.artifacts.files import atomic_path, read_json
 from ppcl.artifacts.jobs import JOB, read_job
 from ppcl.artifacts.scores import ComparedRow
@@ -22,6 +21,7 @@ from ppcl.errors import UsageError
 from ppcl.options import declared
 from ppcl.report import plots
 from ppcl.report.text import billions, result_of
+from ppcl.results import Stored
 
 # Columns of results: the title, the key in `results`, and the digits behind the point.
 _NUMBERS = (
@@ -60,7 +60,7 @@ def compared(folders: Sequence[Path]) -> list[Compared]:
     jobs = all((folder / JOB).exists() for folder in folders)
     settings = _differing([_typed(folder) if jobs else _recorded(folder) for folder in folders])
     return [
-        Compared(folder, differing, _results(folder), _failure(folder))
+        Compared(folder, differing, results_of(folder), _failure(folder))
         for folder, differing in zip(folders, settings, strict=True)
     ]
 
@@ -79,7 +79,7 @@ def _recorded(folder: Path) -> dict[str, str]:
     """Return all settings of a run; of one that failed before it had any those that were typed."""
     if not (folder / "config.yaml").exists():
         return _typed(folder)
-    every = ((item.name, item.value) for item in declared(Results(folder).config))
+    every = ((item.name, item.value) for item in declared(Stored(folder).config))
     return {key: str(value) for key, value in every if not key.startswith(_LEFT_OUT)}
 
 
@@ -90,11 +90,11 @@ def _differing(every: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     return [{key: settings[key] for key in keys if key in settings} for settings in every]
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def results_of(folder: Path) -> dict[str, Any]:
     """Return what a run has come to; empty if it has no configuration, because it failed before its first result."""
     if not (folder / "config.yaml").exists():
         return {}
-    results, found = Results(folder), dict[str, Any]()
+    results, found = Stored(folder), dict[str, Any]()
     spent = [read_json(path, "The cost of a training", "report") for path in (folder / "training").glob("*.json")]
     if spent:
         found["training_seconds"] = sum(cost["seconds"] for cost in spent)
@@ -187,7 +187,7 @@ def _page(
     sentence += " A run's name leads to its report, or to its folder. Settings that differ come first."
     lines = []
     for row, line in zip(rows, cells, strict=True):
-        address = Results(row.folder).report if (row.folder / "config.yaml").exists() else None
+        address = Stored(row.folder).report if (row.folder / "config.yaml").exists() else None
         target = quote(Path(os.path.relpath(address or row.folder, folder)).as_posix())
         first = f'<td><a href="{target}">{html.escape(line[0])}</a></td>'
         others = (

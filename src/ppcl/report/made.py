@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ppcl.artifacts.files import read_json
 from ppcl.command import OF_COMMAND, as_overrides
 from ppcl.config import Config
 from ppcl.context import Run
-from ppcl.data.cached import held_out_keys, held_out_share, read_entries
-from ppcl.errors import UsageError
 from ppcl.options import declared
 from ppcl.progress import duration
 from ppcl.stages import STAGES
@@ -50,10 +47,6 @@ _FOLDERS = {
 }
 
 
-# The numbers in the record of a training.
-_COSTS = ("steps", "seconds", "seconds_per_step", "peak_memory_mb")
-
-
 def data_of(run: Run) -> dict[str, Any]:
     """Return a description of the training data: `name` and `words`; for pictures also `path` and numbers of samples.
 
@@ -65,42 +58,12 @@ def data_of(run: Run) -> dict[str, Any]:
         return {"name": "shapes", "words": "the shapes world: 32x32 toy pictures"}
     if data.name == "none":
         return {"name": "none", "words": "no data"}
-    samples, held_out = _cached_samples(run)
+    samples, held_out = run.data.counted()
     path = data.path or data.cache
     words = f"captioned pictures of {path}"
     if samples is not None:
         words = f"{samples:,} {words}, {held_out:,} of them held out"
     return {"name": data.name, "path": path, "samples": samples, "held_out": held_out, "words": words}
-
-
-def _cached_samples(run: Run) -> tuple[int, int] | tuple[None, None]:
-    """Return the number of samples in the data's cache, and of those kept from training.
-
-    Both are None if the cache or its source is gone.
-    """
-    try:
-        keys = [entry.key for entry in read_entries(run.data.cache_folder)]
-    except UsageError:
-        return None, None
-    if not keys:
-        return None, None
-    kept = held_out_keys(keys, held_out_share(run.config.data, len(keys)))
-    return len(keys), sum(key in kept for key in keys)
-
-
-def trainings_of(run: Run) -> dict[str, dict[str, float]]:
-    """Return the cost of each training by its stage, including those of the run in `paths.base_run`.
-
-    A record that lacks a number is left out.
-    """
-    found = {}
-    for folder in (run.base, run.folder):
-        for path in (folder / "training").glob("*.json"):
-            cost = read_json(path, "The cost of a training", "report")
-            if all(isinstance(cost.get(key), (int, float)) for key in _COSTS):
-                found[path.stem] = cost
-    order = list(STAGES)
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
 def trainings_in_words(trainings: Mapping[str, Mapping[str, float]]) -> list[list[str]]:

@@ -30,7 +30,7 @@ from ppcl.pictures.latents import latent_distance
 from ppcl.pictures.scores import check_teacher, compare, score_headers, score_record
 from ppcl.report.text import show_scores, show_shares
 from ppcl.surgery.noise_levels import ByNoiseLevel
-from ppcl.training.loggers import finish_logger, make_logger
+from ppcl.tracking.loggers import make_logger
 from ppcl.variants.costs import FIRST_BATCH, relative_error, velocities, velocity_errors
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import Variant, variants_of
@@ -190,4 +190,3 @@ def run(run: Run) -> None:
                 }
             logger.log_metrics({f"{row.name}/{k}": v for k, v in numbers.items() if v is not None})
         logger.finalize("success")
-        finish_logger(logger)

@@ -18,10 +18,11 @@ from ppcl.errors import UsageError
 from ppcl.pictures.images import benchmark_header
 from ppcl.pictures.scores import read_rows
 from ppcl.report import plots
-from ppcl.report.made import commands_of, data_of, trainings_of
+from ppcl.report.made import commands_of, data_of
 from ppcl.report.page import render
 from ppcl.report.sheets import compared_sheet, current_model, own_sheets
 from ppcl.stages import STAGES
+from ppcl.training.cost import trainings_of
 from ppcl.validation.pruning import budget_of
 from ppcl.variants.variants import default_variants
 

@@ -10,9 +10,12 @@ from typing import Any
 import lightning as L
 import torch
 
-from ppcl.artifacts.files import write_json
+from ppcl.artifacts.files import read_json, write_json
+from ppcl.context import Run
 from ppcl.efficiency import LiveBytes
+from ppcl.stages import STAGES
 
+_COSTS = ("steps", "seconds", "seconds_per_step", "peak_memory_mb")  # the numbers in a record
 _MEASURED_STEP = 2  # counted from 0 in this process; by then gradients and optimiser states have been allocated
 
 
@@ -84,3 +87,18 @@ def total_cost(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "seconds_per_step": seconds / max(1, steps),
         "peak_memory_mb": max(cost["peak_memory_mb"] for cost in costs),
     }
+
+
+def trainings_of(run: Run) -> dict[str, dict[str, float]]:
+    """Return the cost of each training by its stage, including those of the run in `paths.base_run`.
+
+    A record that lacks a number is left out.
+    """
+    found = {}
+    for folder in (run.base, run.folder):
+        for path in (folder / "training").glob("*.json"):
+            cost = read_json(path, "The cost of a training", "report")
+            if all(isinstance(cost.get(key), (int, float)) for key in _COSTS):
+                found[path.stem] = cost
+    order = list(STAGES)
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))

@@ -26,9 +26,9 @@ from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
 from ppcl.parallel import barrier, together
 from ppcl.precision import fast_products, same_bits
+from ppcl.tracking.loggers import make_logger
 from ppcl.training.checkpoints import CHECKPOINT, Checkpoints
 from ppcl.training.cost import TrainingCost
-from ppcl.training.loggers import finish_logger, make_logger
 from ppcl.training.progress import StepProgress
 from ppcl.training.stops import Stop
 from ppcl.training.strategies import SHARDED, discard_others, processes
@@ -124,8 +124,6 @@ def fit(
                 f"{folder / CHECKPOINT} is damaged, or holds more than tensors and settings: delete {folder} to train "
                 "anew."
             ) from None
-        finally:
-            finish_logger(logger)
         if stop.agreed:
             stop.finish(run, stage)
         if trainer.global_step < loader.num_steps:
