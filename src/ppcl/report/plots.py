@@ -267,6 +267,7 @@ def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None
     if min(before + after) > 0 and max(before + after) > 10 * min(before + after):
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(_PlainMinor())
     else:
         axis.set_xlim(0, 1.06 * max(before + after))
     figure.legend(loc="outside upper center", ncols=3)
