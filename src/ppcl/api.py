@@ -140,6 +140,25 @@ class Results:
         return PruningPlan.load(path) if path.is_file() else None
 
     @property
+    def detection(self) -> dict[str, Any] | None:
+        """What detection has measured, as tables of CKA: similarities from 0 to 1, with None where there is none.
+
+        `cka[stack][stream][u][k]`: of block k's output to what linear probes make of it from block u's on. `delta`: by
+        how much that falls from block k - 1 to k. `similarity[stream][i][j]`: of the outputs of blocks i and j.
+        """
+        path = self._base / "plan" / "curves.json"
+        return read_json(path, "The record", "detect") if path.is_file() else None
+
+    @property
+    def residuals(self) -> dict[str, float]:
+        """What linear probes miss of each block's change, as a share of it: by `STACK.BLOCK.STREAM`, on held-out data.
+
+        0: the block is linear. Empty if the probes are no longer in the cache.
+        """
+        path = self._open("teacher").probe_folder / "probes.json"
+        return read_json(path, "The record", "probe")["residuals"] if path.is_file() else {}
+
+    @property
     def choice(self) -> Choice | None:
         """The plugs that `stages=[plan]` chose for the budget."""
         path = self.folder / "plan" / "choice.json"

@@ -22,10 +22,10 @@ EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
 
 def _compare(arguments: list[str]) -> None:
     """Write a table of finished runs: `ppcl compare FOLDER..`."""
-    from ppcl.report.compare import compare
+    from ppcl.report.compare import compare_command
 
     try:
-        print(compare(arguments))
+        print(compare_command(arguments))
     except UsageError as error:
         print(f"ppcl: {visible(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
