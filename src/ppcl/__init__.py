@@ -18,6 +18,7 @@ _PUBLIC = {
     "teacher": "ppcl.api",
     "sampling": "ppcl.api",
     "Results": "ppcl.api",
+    "compare": "ppcl.report.compare",
     "UsageError": "ppcl.errors",
     "plug": "ppcl.surgery.plugboard",
     "place_residuals": "ppcl.surgery.controlnet",

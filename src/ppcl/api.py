@@ -112,6 +112,15 @@ class Results(Stored):
     `folder` is the run's folder. Artifacts that the run has not made are None, or empty.
     """
 
+    @property
+    def residuals(self) -> dict[str, float]:
+        """What linear probes miss of each block's change, as a share of it: by `STACK.BLOCK.STREAM`, on held-out data.
+
+        0: the block is linear. Empty if the probes are no longer in the cache.
+        """
+        path = self._open("teacher").probe_folder / "probes.json"
+        return read_json(path, "The record", "probe")["residuals"] if path.is_file() else {}
+
     def sampling(self, count: int = 1) -> dict[str, Any]:
         """Return how this run draws `count` prompts: size, steps and guidance, as arguments of its pipeline."""
         return _sampling(self._open("teacher"), count)

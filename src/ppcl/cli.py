@@ -20,7 +20,7 @@ from ppcl.watch import Watch
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
 TOOLS = {
-    "compare": ("ppcl.report.compare", "compare"),
+    "compare": ("ppcl.report.compare", "compare_command"),
     "dashboard": ("ppcl.tracking.dashboard", "make_dashboard"),
 }
 

@@ -26,6 +26,10 @@ from ppcl.validation.pruning import budget_of
 # Stages that build variants, and so need students and projectors.
 _ARRANGING = ("finetune", "export", "quantize", "generate", "evaluate", "report")
 
+# What a report shows: the stages that make it, and the files that they leave.
+_SHOWN = {"pretrain", "detect", "depth", "width", "plan", "import_published", "finetune", "generate"}
+_LEFT = ("plan/*.json", "plugs/*.json", "training/*.json", "images/*/*/manifest.json")
+
 
 def check_needs(run: Run) -> None:
     """Raise `UsageError` for the first stage of the command that would lack an input, a device or a library.
@@ -148,13 +152,29 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
         raise UsageError(
             f"'stages=[evaluate]' scores pictures, and {run.folder / 'images'} has none yet: add generate to stages."
         )
-    if stage == "report" and "evaluate" not in made and (trained or not (run.folder / "scores").is_dir()):
-        raise UsageError(
-            f"'stages=[report]' shows scores, and {run.folder / 'scores'} has none yet: add evaluate to stages."
-        )
+    if stage == "report" and "evaluate" not in made:
+        _check_reportable(run, trained=bool(trained), made=made)
     needs_export = stage == "remap_lora" and config.lora.model is None and "export" not in made
     if needs_export and not (run.folder / "export").is_dir():
         raise UsageError("'stages=[remap_lora]' needs an exported model: add export to stages, or give lora.model.")
+
+
+def _check_reportable(run: Run, *, trained: bool, made: set[str]) -> None:
+    """Refuse a report on nothing, and one with scores of models that this command is about to replace.
+
+    `trained`: whether it makes new ones. `made`: the stages that run before the report.
+    """
+    if trained and any((run.folder / "scores").rglob("*.json")):
+        raise UsageError(
+            f"'stages=[report]' shows scores, and those in {run.folder / 'scores'} are older than what this command "
+            "trains: add generate and evaluate to stages."
+        )
+    if made & _SHOWN or any(any(folder.glob(left)) for folder in (run.folder, run.base) for left in _LEFT):
+        return
+    raise UsageError(
+        f"'stages=[report]' shows scores, pictures, losses and plans, and {run.folder} has none yet: add evaluate to "
+        "stages."
+    )
 
 
 def _variants(run: Run, stage: str) -> list[str]:

@@ -74,7 +74,7 @@ class Lines:
         return waited >= LONGEST or bool(enough and waited >= SHORTEST)
 
     def write(self, done: int, *facts: str) -> None:
-        """Write a line, with `facts` between the count and the time left."""
+        """Write a line, with `facts` between the count and the time left, or after the last item the time taken."""
         self.last, self.last_time = done, self.clock()
         count = f"{self.unit}{done}" if self.total is None else f"{self.unit}{done}/{self.total}"
         left = self._left(done)
@@ -82,9 +82,11 @@ class Lines:
         self.console.print(heading(self.label) + escape(visible("  ".join(parts))), highlight=False, soft_wrap=True)
 
     def _left(self, done: int) -> str | None:
-        """The time that the rest takes at the pace so far; None where that is not known."""
+        """The time that the rest takes at the pace so far, or that all has taken; None where that is not known."""
         if self.total is None or done <= self.first:
             return None
+        if done == self.total:
+            return f"took {duration(self.last_time - self.start)}"
         return f"about {duration((self.last_time - self.start) / (done - self.first) * max(0, self.total - done))} left"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ppcl.artifacts.files import is_changed, read_json
 from ppcl.artifacts.plan import Choice, PruningPlan
@@ -78,6 +78,16 @@ class Stored:
         """The intervals and width sets, given or detected."""
         path = self._base / "plan" / "plan.json"
         return PruningPlan.load(path) if path.is_file() else None
+
+    @property
+    def detection(self) -> dict[str, Any] | None:
+        """What detection has measured, as tables of CKA: similarities from 0 to 1, with None where there is none.
+
+        `cka[stack][stream][u][k]`: of block k's output to what linear probes make of it from block u's on. `delta`: by
+        how much that falls from block k - 1 to k. `similarity[stream][i][j]`: of the outputs of blocks i and j.
+        """
+        path = self._base / "plan" / "curves.json"
+        return read_json(path, "The record", "detect") if path.is_file() else None
 
     @property
     def choice(self) -> Choice | None:

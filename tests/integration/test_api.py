@@ -118,6 +118,19 @@ def test_a_finished_run_is_loaded(chain: Path) -> None:
     assert all(word in said for word in ("plan", "plugs", "export", "scores", "teacher", str(chain)))
 
 
+def test_what_detection_has_measured(chain: Path, trained: Path) -> None:
+    results = package.load(chain)
+    found = results.detection
+    (stack,) = found["cka"]
+    assert found["cka"][stack]["mean"][1][1] == pytest.approx(1)
+    assert found["cka"][stack]["mean"][2][1] is None
+    assert len(found["similarity"]["image"]) == NUM_LAYERS
+    assert results.residuals.keys() >= {f"{stack}.{block}.image" for block in range(NUM_LAYERS)}
+    assert all(value >= 0 for value in results.residuals.values())
+    assert package.load(trained).detection is None
+    assert package.load(trained).residuals == {}  # of its own cache
+
+
 def test_pipelines_of_a_run(chain: Path) -> None:
     results = package.load(str(chain))
     exported = results.pipeline()

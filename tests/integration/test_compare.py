@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from commands import INTERVALS, Outcome, ppcl, succeed
 
+import ppcl as package
+
 SIZES = ("0.95", "0.9", "0.1")  # the last one is out of reach
 COSTS = ("velocity", "loss")
 
@@ -122,3 +124,16 @@ def test_less_than_two_runs_are_refused(trained: Path, given: list[str], said: s
     assert outcome.code == 2
     assert said in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_python_has_the_rows(sweep: tuple[Path, Outcome], trained: Path) -> None:
+    folder, _ = sweep
+    rows = package.compare([str(folder), trained])
+    assert [row.folder for row in rows] == [*(folder / name for name in "012345"), trained]
+    assert [bool(row.failed) for row in rows] == [False, False, True] * 2 + [False]
+    assert rows[0].settings["budget.params"] == "0.95"
+    assert rows[0].results["params_percent"] <= 95
+    with pytest.raises(package.UsageError, match=r"takes a list of folders: write ppcl.compare\(\['runs/sizes'\]\)"):
+        package.compare("runs/sizes")
+    with pytest.raises(package.UsageError, match="1 of the 1 names given are folders of runs"):
+        package.compare([trained])

@@ -10,7 +10,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from commands import VARIANTS, succeed
+from commands import INTERVALS, VARIANTS, modified, ppcl, succeed
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -177,3 +177,40 @@ def test_asked_again_by_default_the_report_keeps_every_variant_with_scores(copy:
     succeed(f"run={run}", "stages=[report]", "generate.batch_size=6")
     rows = json.loads((run / "report" / "report.json").read_text())["variants"]
     assert [row["name"] for row in rows] == ["teacher", "removed", "ppcl-depth", "ppcl-mixed"]
+
+
+# Before there are scores
+
+
+def test_a_run_without_scores_has_a_page_of_what_it_has(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "trained")
+    command = [f"run={run}", "trainer.accelerator=cpu", "generate.batch_size=6"]
+    said = succeed(*command, "stages=[report]").out
+    assert "There are no scores yet: 'stages=[generate,evaluate,report]' adds them." in said
+    page = page_of(run)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["How it was made", "Diagnosis"]
+    assert "'stages=[generate,evaluate,report]' adds them" in page
+    assert 'alt="distillation losses"' in page
+    assert "[1, 2] [3, 4]" in page
+    assert json.loads((run / "report" / "report.json").read_text())["variants"] == []
+    assert not (run / "report" / "samples.png").exists()
+    said = succeed(*command, "stages=[generate,report]", "generate.variants=[teacher,ppcl-depth]").out
+    assert "There are no scores yet: 'stages=[evaluate,report]' adds them." in said
+    assert re.findall(r"<h2>(.*?)</h2>", page_of(run)) == ["Pictures", "How it was made", "Diagnosis"]
+    assert (run / "report" / "samples.png").exists()
+
+
+def test_a_plan_alone_has_a_page(settings: list[str], tmp_path: Path) -> None:
+    succeed(*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "name=counted", "stages=[plan,report]")
+    page = page_of(tmp_path / "counted")
+    assert "[1, 2] [3, 4]" in page
+    assert "6 blocks, pruned on" in page
+
+
+def test_scores_of_models_that_a_command_replaces_are_not_shown(copy: tuple[Path, list[str]]) -> None:
+    run, _ = copy
+    before = modified(run / "report")
+    refused = ppcl(f"run={run}", "trainer.accelerator=cpu", "stages=[depth,report]")
+    assert refused.code == 2
+    assert "are older than what this command trains: add generate and evaluate to stages" in refused.err
+    assert modified(run / "report") == before

@@ -57,6 +57,11 @@ def check_losses(name: str, losses: Mapping[str, float]) -> None:
     check_finite(losses, f"plug {name} is not written")
 
 
+def has_risen(losses: Mapping[str, float]) -> bool:
+    """Return whether a plug's held-out loss is higher after its training than before, by more than 1%."""
+    return losses["heldout_loss"] > 1.01 * losses["heldout_before"]
+
+
 def _read_pluggable(record: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the JSON record of a plug or projector, and the fields that both kinds have; `stage` makes them."""
     content = read_json(record, "The plug", stage)

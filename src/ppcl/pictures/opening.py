@@ -45,7 +45,8 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise UnusablePictureError("does not decode: its format is not read") from None
     except Exception as error:  # decoders raise errors of many types for damaged files
-        raise UnusablePictureError(f"does not decode: {type(error).__name__}") from None
+        said = str(error).partition("\n")[0]
+        raise UnusablePictureError(f"does not decode: its file is damaged or cut off{said and f' ({said})'}") from None
 
 
 def picture_digest(path: str) -> str:

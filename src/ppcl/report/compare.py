@@ -52,6 +52,19 @@ class Compared:
     failed: str | None
 
 
+def compare(folders: Sequence[str | Path]) -> list[Compared]:
+    """Return a row for each of the runs in `folders`; the folder of a sweep stands for its jobs.
+
+        rows = ppcl.compare(["runs/sizes", "runs/demo"])
+        errors = [row.results.get("velocity_error") for row in rows if not row.failed]
+
+    Raises `UsageError` for less than two runs, and for a folder that does not exist.
+    """
+    if isinstance(folders, str | Path):
+        raise UsageError(f"ppcl.compare takes a list of folders: write ppcl.compare([{str(folders)!r}]).")
+    return compared(_runs_in([Path(folder) for folder in folders]))
+
+
 def compared(folders: Sequence[Path]) -> list[Compared]:
     """Return a row for each of the folders, in their order.
 
@@ -204,7 +217,7 @@ def _page(
     )
 
 
-def compare(arguments: Sequence[str]) -> str:
+def compare_command(arguments: Sequence[str]) -> str:
     """Do what `ppcl compare FOLDER..` says, and return a line that says where the table is.
 
     A folder of a sweep stands for its jobs. The table lies in the folder that holds all runs, or in `to=FOLDER`. Raises
@@ -212,18 +225,7 @@ def compare(arguments: Sequence[str]) -> str:
     `to=`, since that would replace the table of all of them.
     """
     told = [argument.removeprefix("to=") for argument in arguments if argument.startswith("to=")]
-    folders = [Path(argument) for argument in arguments if not argument.startswith("to=")]
-    folders = [job for folder in folders for job in (jobs_of(folder) or [folder])]
-    runs = [folder for folder in folders if folder.is_dir()]
-    for folder in folders:
-        if not folder.exists():
-            raise UsageError(f"compare: {folder} does not exist: name folders of runs, such as runs/sizes/*.")
-    runs = [folder for folder in runs if (folder / "config.yaml").exists() or (folder / JOB).exists()]
-    if len(runs) < 2:
-        raise UsageError(
-            f"compare: {len(runs)} of the {len(folders)} names given are folders of runs, and it takes two: name them, "
-            "such as runs/sizes/*."
-        )
+    runs = _runs_in([Path(argument) for argument in arguments if not argument.startswith("to=")])
     target = Path(told[-1]) if told else Path(os.path.commonpath([folder.resolve().parent for folder in runs]))
     missing = {job.resolve() for job in jobs_of(target)} - {run.resolve() for run in runs}
     if missing and not told:
@@ -233,6 +235,21 @@ def compare(arguments: Sequence[str]) -> str:
         )
     page = write_comparison(compared(runs), target)
     return f"compared {len(runs)} runs: {page}, comparison.csv"
+
+
+def _runs_in(folders: Sequence[Path]) -> list[Path]:
+    """Return the runs that `folders` name, at least two; raises `UsageError` as `compare` does."""
+    folders = [job for folder in folders for job in (jobs_of(folder) or [folder])]
+    for folder in folders:
+        if not folder.exists():
+            raise UsageError(f"compare: {folder} does not exist: name folders of runs, such as runs/sizes/*.")
+    runs = [folder for folder in folders if (folder / "config.yaml").exists() or (folder / JOB).exists()]
+    if len(runs) < 2:
+        raise UsageError(
+            f"compare: {len(runs)} of the {len(folders)} names given are folders of runs, and it takes two: name them, "
+            "such as runs/sizes/*."
+        )
+    return runs
 
 
 def jobs_of(folder: Path) -> list[Path]:

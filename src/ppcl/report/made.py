@@ -84,6 +84,8 @@ def made_by(run: Run) -> str:
     """Return a phrase that says which method found the intervals, or that they were given."""
     if resolve_intervals(run.config) is not None:
         return "intervals as given"
+    if not run.has_intervals:
+        return "no intervals yet"
     return f"intervals found by method {run.config.method.name}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from ppcl.artifacts.files import read_json
+from ppcl.artifacts.plan import Width
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 from ppcl.export.folder import BaseModel
@@ -26,14 +27,15 @@ def render(
     facts: Mapping[str, Any],
     rows: Sequence[ComparedRow],
     plots: Mapping[str, Path],
-    compared: Sheet,
+    compared: Sheet | None,
     own: Sequence[Sheet],
+    missing: str,
 ) -> str:
     """Return the report as HTML. All pictures are embedded, and links to the run's folders are relative.
 
     `facts`: the content of `report.json`. `rows`: the scores of all variants. `plots`: the files of plots by name.
-        `compared`: the pictures of the prompts that variants are compared on. `own`: pictures of the user's own
-        prompts.
+        `compared`: the pictures of the prompts that variants are compared on, if they are drawn. `own`: pictures of
+        the user's own prompts. `missing`: a sentence that says what is not there yet, and how it is added.
     """
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -43,12 +45,13 @@ def render(
         sentence=_sentence(run, facts, rows),
         headlines=headlines(rows),
         plots={name: _embedded_plot(path) for name, path in plots.items() if path.exists()},
-        compared=_section(run, compared, SMALL),
+        missing=missing,
+        compared=_section(run, compared, SMALL) if compared is not None else None,
         fidelity=fidelity_section(run, rows, LARGE),
         own=[_section(run, sheet, LARGE) for sheet in own],
         columns=score_columns(rows, details=True),
         result=result_of([row.name for row in rows]),
-        notes=[*notes_of(rows, run.benchmark.label), *_how_measured(run)],
+        notes=[*notes_of(rows, run.benchmark.label), *_how_measured(run)] if rows else [],
         intervals_known=any(row.score_interval is not None for row in rows),
         variants=[
             {"name": row.name, "meaning": MEANINGS.get(row.name, ""), "plugs": plugs_in_words(plugs_of(row))}
@@ -58,7 +61,7 @@ def render(
         trainings=trainings_in_words(facts["trainings"]),
         commands=facts["commands"],
         links=links_of(run),
-        intervals="\n".join(_pruned(run, facts["intervals"])),
+        intervals="\n".join(_pruned(facts["intervals"], facts.get("width", {}))),
         versions=_versions(run),
     )
 
@@ -73,14 +76,13 @@ def _versions(run: Run) -> dict[str, Any]:
 
 def _sentence(run: Run, facts: Mapping[str, Any], rows: Sequence[ComparedRow]) -> str:
     """Return one sentence that says what was pruned, on which data, and how the intervals were found."""
-    teacher = next(row for row in rows if row.name == "teacher")
+    teacher = next((row for row in rows if row.name == "teacher"), None)
+    size = f"{sum(run.num_layers.values())} blocks" + (f" and {billions(teacher.params)} parameters" if teacher else "")
     name, path = BaseModel.of(run).name, run.config.model.path
     place = "" if path in (None, name) else f" ({path})"
     data = "without data" if run.config.data.name == "none" else f"on {facts['data']['words']}"
-    return (
-        f"{name}{place}, {teacher.num_layers} blocks and {billions(teacher.params)} parameters, pruned "
-        f"{data}; {made_by(run)}; {facts['date']}, seed {facts['seed']}, ppcl {facts['version']}."
-    )
+    made = f"{made_by(run)}; {facts['date']}, seed {facts['seed']}, ppcl {facts['version']}"
+    return f"{name}{place}, {size}, pruned {data}; {made}."
 
 
 def headlines(rows: Sequence[ComparedRow]) -> list[dict[str, str]]:
@@ -141,9 +143,9 @@ def _embedded_plot(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _pruned(run: Run, intervals: Mapping[str, list[list[int]]]) -> list[str]:
+def _pruned(intervals: Mapping[str, list[list[int]]], width: Width) -> list[str]:
     """Return the intervals and width sets as lines, one for each stack and kind."""
     lines = [f"{stack}: " + " ".join(f"[{u}, {v}]" for u, v in pairs) for stack, pairs in intervals.items()]
-    for stack, sets in run.width.items():
+    for stack, sets in width.items():
         lines += [f"{stack} without {kind}: " + " ".join(map(str, indices)) for kind, indices in sets.items()]
     return lines

@@ -21,6 +21,7 @@ from ppcl.artifacts.costs import Frontier
 from ppcl.artifacts.curves import Curve
 from ppcl.artifacts.files import atomic_path
 from ppcl.artifacts.plan import Interval
+from ppcl.artifacts.plugs import has_risen
 from ppcl.artifacts.scores import ComparedRow
 
 INK, GRID = "#22303c", "#dfe5ea"
@@ -219,39 +220,57 @@ def label_points(axis: Any, names: Sequence[str], points: Sequence[tuple[float, 
                 label.remove()
 
 
-def frontier(path: Path, points: Frontier, chosen: float) -> None:
+def frontier(path: Path, points: Frontier, chosen: float, budget: float | None, cost: str) -> None:
     """Plot the measured velocity error of the planner's choices against their size, a line for each kind of cost.
 
-    `chosen`: the share of parameters of the actual choice, which is marked.
+    `chosen`, `budget`: the share of the teacher's parameters in the actual choice, and in a budget of parameters; None
+    for another budget. `cost`: the kind of cost that the actual choice has the least of.
     """
-    figure, axis = plt.subplots(figsize=(5.6, 3.4))
-    names = {"velocity": "planned by velocity error", "loss": "planned by distillation loss"}
-    for number, (cost, line) in enumerate(points.items()):
+    figure, axis = plt.subplots(figsize=(5.6, 3.6))
+    names = {"velocity": "velocity error", "loss": "distillation loss"}
+    for number, (kind, line) in enumerate(points.items()):
         line = sorted(line, key=lambda point: point.params)
         x = [100 * point.params_ratio for point in line]
-        axis.plot(x, [point.velocity_error for point in line], "o-", color=PALETTE[number], label=names[cost])
-    axis.axvline(100 * chosen, color=INK, linewidth=1, linestyle=":")
-    axis.annotate(
-        "budget", (100 * chosen, 1), xycoords=("data", "axes fraction"), xytext=(4, -10), textcoords="offset points",
-        color=INK,
+        label = f"planned by {names[kind]}{', as this plan is' if kind == cost else ''}"
+        axis.plot(x, [point.velocity_error for point in line], "o-", color=PALETTE[number], label=label)
+    axis.plot(
+        100 * chosen, 0, "^", transform=axis.get_xaxis_transform(), color=PALETTE[6], markersize=9, clip_on=False,
+        zorder=3, label=f"this plan: {100 * chosen:.1f}%",
     )  # fmt: skip
+    if budget is not None:
+        axis.axvline(100 * budget, color=INK, linewidth=1, linestyle=":", label=f"budget: {100 * budget:.1f}%")
     axis.set(xlabel="parameters, % of the teacher", ylabel="velocity error (lower is better)", ylim=(0, None))
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
     save_figure(figure, path)
 
 
 def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None:
-    """Plot the held-out loss of each student and projector before and after training."""
+    """Plot the held-out loss of each student and projector before and after training, and mark those that rose.
+
+    The axis is logarithmic where the losses span more than a factor of ten.
+    """
     figure, axis = plt.subplots(figsize=(6.4, 0.9 + (0.42 if len(losses) <= 12 else 0.24) * len(losses)))
     names = list(losses)[::-1]
     before = [losses[name]["heldout_before"] for name in names]
     after = [losses[name]["heldout_loss"] for name in names]
+    rose = [number for number, name in enumerate(names) if has_risen(losses[name])]
     axis.hlines(range(len(names)), after, before, color=GRID, linewidth=5)
     axis.plot(before, range(len(names)), "o", color=PALETTE[1], label="as it starts")
     axis.plot(after, range(len(names)), "o", color=PALETTE[0], label="after distillation")
+    if rose:
+        axis.hlines(rose, [before[n] for n in rose], [after[n] for n in rose], color=PALETTE[6], linewidth=2)
+        axis.plot([after[n] for n in rose], rose, "X", color=PALETTE[6], markersize=8, label="worse than it started")
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="held-out distillation loss", xlim=(0, 1.06 * max(before + after)), ylim=(-0.7, len(names) - 0.3))
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    for number in rose:
+        axis.get_yticklabels()[number].set_color(PALETTE[6])
+    axis.set(xlabel="held-out distillation loss", ylim=(-0.7, len(names) - 0.3))
+    if min(before + after) > 0 and max(before + after) > 10 * min(before + after):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(_PlainMinor())
+    else:
+        axis.set_xlim(0, 1.06 * max(before + after))
+    figure.legend(loc="outside upper center", ncols=3)
     save_figure(figure, path)
 
 
@@ -286,7 +305,7 @@ def training_curves(path: Path, curves: Mapping[str, Sequence[Curve]]) -> bool:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         several = max(len(curve.names) for curve in found)
         axis.set(xlabel="step", ylabel="held-out loss" if stage != "finetune" else "velocity error", xlim=(0, None))
-        title = f"{stage}: the mean (bold) of {several} parts" if several > 1 else stage
+        title = f"{stage}: a thin line for each of {several} parts, their mean bold" if several > 1 else stage
         axis.set_title(title, loc="left", color=INK)
     save_figure(figure, path)
     return True

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ppcl.artifacts.costs import Point
 from ppcl.artifacts.plan import PruningPlan, read_plug_name, read_projector_name
+from ppcl.artifacts.plugs import has_risen
 from ppcl.artifacts.scores import ComparedRow, ScoreRow
 from ppcl.context import Run
 from ppcl.parallel import gathered
@@ -176,6 +177,22 @@ def show_plan(run: Run, plan: PruningPlan) -> None:
         after, name = counts[step], "parameters" if step == "student" else step
         run.say("plan", f"{name:<11} {billions(before)} -> {billions(after)} ({after / counts['teacher']:.3f})")
         before = after
+
+
+def show_risen(run: Run, stage: str, losses: Mapping[str, Mapping[str, float]], rate: str, leave_out: str) -> None:
+    """Print a warning if plugs have ended a training with a higher held-out loss than they began it with.
+
+    `losses`: those of all plugs of the training, by name. `rate`: the key of the learning rate that it had.
+    `leave_out`: how the user leaves a plug out.
+    """
+    risen = [name for name, found in losses.items() if has_risen(found)]
+    if risen:
+        of = f"{len(risen)} of {counted(len(losses), 'plug')} {'is' if len(risen) == 1 else 'are'}"
+        run.say(
+            stage,
+            f"warning: {of} worse after training than before ({', '.join(risen)}): lower {rate}, raise "
+            f"{rate.partition('.')[0]}.steps, or {leave_out}",
+        )
 
 
 def score_table(rows: Sequence[ComparedRow]) -> Table:

@@ -31,7 +31,7 @@ from ppcl.distill.groups import divided, select_intervals
 from ppcl.memory.plan import Plan
 from ppcl.options import identity
 from ppcl.parallel import barrier
-from ppcl.report.text import counted
+from ppcl.report.text import counted, show_risen
 from ppcl.training.cost import total_cost
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, ready, whole_state
@@ -240,6 +240,8 @@ def _train(run: Run, chosen: Intervals) -> bool:
             "depth",
             f"{plug.name}: held-out loss {losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}",
         )
+    trained = {plug_name(*key): losses for key, losses in each_losses.items()}
+    show_risen(run, "depth", trained, next(iter(module.rates())), "name the other intervals in intervals.names")
     for finished in (checkpoints, _checkpoint_folder(run, chosen)):
         discard_checkpoint(run, finished)
     run.say("depth", f"wrote {counted(len(module.pairs), 'plug')} to {folder}")

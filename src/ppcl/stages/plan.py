@@ -94,7 +94,8 @@ def plan_budget(run: Run) -> None:
     reused = path.exists() and picture.exists() and Choice.load(path) == choice
     if not reused:
         choice.save(path)
-        plots.frontier(picture, costs.frontier, ratio)
+        allowed = 1 - saving / teacher.params if name == "params" else None
+        plots.frontier(picture, costs.frontier, ratio, allowed, cost)
     run.say(
         "plan",
         f"budget.{name}={value:g}: {len(plugged)} of {counted(len(units), 'plug')}, {billions(round(params))} "

@@ -1,4 +1,7 @@
-"""Write an HTML page, `report.json` and a contact sheet: what was pruned, what that saved and how quality changed."""
+"""Write an HTML page, `report.json` and a contact sheet: what was pruned, what that saved and how quality changed.
+
+A run that has no scores yet gets a page of what it has: plans, losses, trainings and pictures.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,25 @@ from ppcl.config import STORED_VARIANTS
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.pictures.images import benchmark_header
-from ppcl.pictures.scores import read_rows
+from ppcl.pictures.scores import read_rows, score_headers
 from ppcl.report import plots
 from ppcl.report.made import commands_of, data_of
 from ppcl.report.page import render
-from ppcl.report.sheets import compared_sheet, current_model, own_sheets
+from ppcl.report.sheets import Sheet, compared_sheet, current_model, own_sheets
 from ppcl.stages import STAGES
 from ppcl.training.cost import trainings_of
 from ppcl.validation.pruning import budget_of
-from ppcl.variants.variants import default_variants
+from ppcl.variants.variants import default_variants, variants_of
 
 
 def _rows(run: Run) -> list[ComparedRow]:
-    """Return the scores of `generate.variants`, or by default of all variants that have scores.
+    """Return the scores of `generate.variants`, or by default of all variants that have scores. It may be none.
 
     By default the variants that are drawn by default must have scores too. If some scores are outdated, only these are
     returned.
     """
+    if not any(run.scores_folder.glob("*.json")):
+        return []
     if run.config.generate.variants is not None:
         return read_rows(run)
     usual = default_variants(run)
@@ -43,6 +48,16 @@ def _rows(run: Run) -> list[ComparedRow]:
         return read_rows(run)
 
 
+def _compared(run: Run, rows: list[ComparedRow]) -> Sheet | None:
+    """Return pictures of the variants in `rows`, or without any of `generate.variants`; None if they are not drawn."""
+    try:
+        return compared_sheet(run, [row.name for row in rows] or list(score_headers(run, *variants_of(run))))
+    except UsageError:
+        if rows:
+            raise
+        return None
+
+
 def _losses(run: Run) -> dict[str, dict[str, float]]:
     """Return the held-out losses of each student and projector. Imported ones have none and are left out."""
     trained = load_plugs(run.plugs_folder) | load_projectors(run.plugs_folder)
@@ -50,13 +65,18 @@ def _losses(run: Run) -> dict[str, dict[str, float]]:
 
 
 def _choice_path(run: Run, rows: list[ComparedRow]) -> Path | None:
-    """Return the file of the plan's choice if a budget is set or a variant in `rows` depends on it, else None."""
-    planned = budget_of(run.config) is not None or {"ppcl-planned", "ppcl-finetuned"} & {row.name for row in rows}
+    """Return the file of the plan's choice if a budget is set or a variant in `rows` depends on it, else None.
+
+    Without `rows` it is the newest.
+    """
+    names = {row.name for row in rows}
+    planned = not rows or budget_of(run.config) is not None or {"ppcl-planned", "ppcl-finetuned"} & names
     return run.known_choice_path if planned and run.known_choice_path.exists() else None
 
 
 def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
     """Return the content of `report.json`."""
+    intervals = run.intervals if run.has_intervals else {}
     keys = ("name", "num_layers", "params", "params_ratio", "scores", "score_interval", "drop_percent",
             "velocity_error", "latent_distance", "fidelity", "teacher_share", "latency_ms", "peak_memory_mb",
             "students", "projectors", "removed")  # fmt: skip
@@ -69,13 +89,13 @@ def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
         "model_path": run.config.model.path,
         "data": data_of(run),
         "method": run.config.method.name,
-        "intervals": {stack: [list(pair) for pair in pairs] for stack, pairs in run.intervals.items()},
+        "intervals": {stack: [list(pair) for pair in pairs] for stack, pairs in intervals.items()},
         "prompts_per_category": run.config.benchmark.prompts_per_category,
         "variants": [{key: row.to_json()[key] for key in keys} for row in rows],
         "trainings": trainings_of(run),
         "commands": commands_of(run),
     } | benchmark_header(run)
-    if run.width:
+    if (run.config.width.source != "auto" or run.width_path.exists()) and run.width:
         facts["width"] = run.width
     choice = _choice_path(run, rows)
     if choice is not None:
@@ -84,14 +104,15 @@ def _facts(run: Run, rows: list[ComparedRow]) -> dict[str, Any]:
 
 
 def run(run: Run) -> None:
-    """Write `report/report.html`, `report.json` and `samples.png`.
+    """Write `report/report.html`, `report.json` and, where pictures are drawn, `samples.png`.
 
-    Raises `UsageError` if a variant has no current scores.
+    Raises `UsageError` if some variants have current scores and others have not.
     """
     rows, folder, plan = _rows(run), run.report_folder, run.plan_path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    compared = compared_sheet(run, [row.name for row in rows])
-    plots.contact_sheet(folder / "samples.png", compared.rows, compared.captions, compared.fails)
+    compared = _compared(run, rows)
+    if compared is not None:
+        plots.contact_sheet(folder / "samples.png", compared.rows, compared.captions, compared.fails)
     drawn = {f"curves {path.stem}": path for path in sorted(plan.glob("curves_*.png"))}
     drawn["similarity"] = plan / "similarity.png"
     if plots.quality_against_size(folder / "quality.png", rows, run.benchmark.bounds):
@@ -114,9 +135,17 @@ def run(run: Run) -> None:
         drawn["frontier"] = choice.with_name("frontier.png")
     facts = _facts(run, rows)
     current, say = cache(partial(current_model, run)), partial(run.say, "report")
-    own = own_sheets(run.folder / "images", compared.folder, current, say)
-    page = render(run, facts, rows, drawn, compared, own)
+    own = own_sheets(run.folder / "images", compared.folder if compared else run.set_folder, current, say)
+    missing = "" if rows else f"There are no scores yet: {_remedy(compared)} adds them."
+    page = render(run, facts, rows, drawn, compared, own, missing)
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     write_json(folder / "report.json", facts)
-    run.say("report", f"wrote {folder / 'report.html'}, report.json and samples.png")
+    if missing:
+        run.say("report", missing)
+    run.say("report", f"wrote {folder / 'report.html'}, report.json{' and samples.png' if compared else ''}")
+
+
+def _remedy(compared: Sheet | None) -> str:
+    """Return the stages that add scores to a report, and pictures if there are none."""
+    return f"'stages=[{'generate,' if compared is None else ''}evaluate,report]'"

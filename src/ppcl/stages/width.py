@@ -22,7 +22,7 @@ from ppcl.methods.similarity import similarity_maps
 from ppcl.methods.width import ffn_errors, select_ffn, select_text
 from ppcl.options import identity
 from ppcl.parallel import barrier
-from ppcl.report.text import counted, show_plan
+from ppcl.report.text import counted, show_plan, show_risen
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
@@ -222,14 +222,17 @@ def run(run: Run) -> None:
     after = measure()
     for item, found in zip(module.pruned, after, strict=True):
         check_losses(item.name, found)  # of all, before the first is written
+    each_losses: dict[str, dict[str, float]] = {}
     for number, item in enumerate(module.pruned):
-        losses = {"heldout_before": before[number]["loss"]}
+        each_losses[item.name] = losses = {"heldout_before": before[number]["loss"]}
         losses |= {f"heldout_{key}": value for key, value in after[number].items()}
         projector = _projector(run, module, number, headers[item.name], losses)
         if run.writes:
             projector.save(folder)
         change = f"{losses['heldout_before']:.4f} -> {losses['heldout_loss']:.4f}"
         run.say("width", f"{item.name}: held-out loss {change}")
+    rate, leave_out = next(iter(module.rates())), "name the other projectors in width.names (width.source=given)"
+    show_risen(run, "width", each_losses, rate, leave_out)
     for path in {checkpoints, *begun}:
         discard_checkpoint(run, path)
     run.say("width", f"wrote {counted(len(stale), 'projector')} to {folder}")

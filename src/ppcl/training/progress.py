@@ -46,7 +46,8 @@ class StepProgress(L.Callback):
         done = trainer.global_step
         if self._bar is not None:
             self._bar.update(self._task, completed=done, loss=f"loss {float(outputs['loss']):.4f}")
-        elif self._lines.due(done):
+        elif self._lines.due(done) or (done == trainer.max_steps and self._lines.last > self._lines.first):
+            # A log that has shown steps shows the last one, too: losses are measured after it, which may take minutes.
             self._lines.write(done, f"loss {float(outputs['loss']):.4f}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -148,6 +148,8 @@ def test_damaged_and_huge_pictures_are_refused(monkeypatch: pytest.MonkeyPatch) 
     for content in (b"", b"no picture", whole[: len(whole) // 2], whole[:20]):
         with pytest.raises(UnusablePictureError, match="does not decode"):
             open_picture(content)
+    with pytest.raises(UnusablePictureError, match=r"its file is damaged or cut off \(Truncated"):
+        open_picture(whole[: len(whole) // 2])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UnusablePictureError, match="has more than 200 pixels"):
         open_picture(whole)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from PIL import Image
 from scored import MEASURED, SCORES, compared
 
+from ppcl.artifacts.costs import Point
 from ppcl.artifacts.scores import Fidelity, Likeness, NoiseLevel
 from ppcl.pictures.images import read_picture
+from ppcl.report import plots
 from ppcl.report.plots import (
     contact_sheet,
+    distillation_losses,
     error_by_noise_level,
+    frontier,
     image_grid,
     label_points,
     quality_against_size,
@@ -96,3 +102,48 @@ def test_a_contact_sheet_of_one_picture(tmp_path: Path) -> None:
 def test_a_dollar_in_a_prompt_is_a_dollar(prompt: str, tmp_path: Path) -> None:
     contact_sheet(tmp_path / "sheet.png", {"teacher": [Image.new("RGB", (8, 8))]}, [prompt], {})
     assert (tmp_path / "sheet.png").exists()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
+    """The figures that would be written, to be looked at."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    yield figures
+    plt.close("all")
+
+
+def legend_of(figure: Figure) -> list[str]:
+    legend = figure.axes[0].get_legend() or figure.legends[0]
+    return [text.get_text() for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize(("smallest", "scale"), [(0.5, "linear"), (0.001, "log"), (0.0, "linear")])
+def test_losses_of_more_than_a_decade_have_a_logarithmic_axis(
+    smallest: float, scale: str, drawn: list[Figure], tmp_path: Path
+) -> None:
+    losses = {"a": {"heldout_before": 1.0, "heldout_loss": 0.7}, "b": {"heldout_before": 0.6, "heldout_loss": smallest}}
+    distillation_losses(tmp_path / "losses.png", losses)
+    assert drawn[0].axes[0].get_xscale() == scale
+    assert legend_of(drawn[0]) == ["as it starts", "after distillation"]
+
+
+def test_a_plug_that_ends_worse_than_it_began_is_marked(drawn: list[Figure], tmp_path: Path) -> None:
+    losses = {"a": {"heldout_before": 1.0, "heldout_loss": 0.7}, "b": {"heldout_before": 0.6, "heldout_loss": 0.8}}
+    distillation_losses(tmp_path / "losses.png", losses)
+    assert legend_of(drawn[0])[-1] == "worse than it started"
+    better, worse = (
+        {text.get_text(): text.get_color() for text in drawn[0].axes[0].get_yticklabels()}[n] for n in "ab"
+    )
+    assert better != worse
+
+
+@pytest.mark.parametrize("budget", [0.6, None])
+def test_the_frontier_tells_the_budget_from_the_choice(
+    budget: float | None, drawn: list[Figure], tmp_path: Path
+) -> None:
+    line = [Point([], 6, 100, size, size, 0.1, 0.2, 1 - size) for size in (0.5, 1.0)]
+    frontier(tmp_path / "frontier.png", {"velocity": line, "loss": line}, 0.55, budget, "loss")
+    said = legend_of(drawn[0])
+    assert said[:2] == ["planned by velocity error", "planned by distillation loss, as this plan is"]
+    assert said[2:] == ["this plan: 55.0%", *(["budget: 60.0%"] if budget else [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 from rich.console import Console
 from scored import MEASURED, SCORES, compared
@@ -18,6 +19,7 @@ from ppcl.report.text import (
     result_of,
     score_columns,
     score_table,
+    show_risen,
 )
 
 
@@ -87,4 +89,19 @@ def test_plugs_are_told_by_stack() -> None:
         "students in encoder.blocks: 1-2, 4-6",
         "projectors for FFNs in b: 7, 8",
         "projectors for text streams in b: 8",
+    ]
+
+
+def test_plugs_that_end_worse_than_they_began_are_told_with_the_remedy() -> None:
+    said: list[str] = []
+    run = SimpleNamespace(say=lambda stage, text: said.append(f"{stage}: {text}"))
+    losses = {
+        name: {"heldout_before": 0.1, "heldout_loss": loss}
+        for name, loss in zip("abc", (0.05, 0.1005, 0.2), strict=True)
+    }
+    show_risen(run, "width", losses, "width.lr", "name the others")
+    show_risen(run, "width", {"a": losses["a"]}, "width.lr", "name the others")
+    assert said == [
+        "width: warning: 1 of 3 plugs is worse after training than before (c): lower width.lr, raise width.steps, or "
+        "name the others"
     ]
