@@ -27,7 +27,7 @@ from ppcl.launch import is_first, local_rank
 from ppcl.layers import Layout
 from ppcl.options import identity
 from ppcl.pictures.sets import set_folder, set_settings
-from ppcl.progress import Item, heading, track, visible
+from ppcl.progress import Item, Part, heading, track, visible
 from ppcl.teacher_model import TeacherModel
 from ppcl.validation.model import num_layers
 from ppcl.validation.outputs import UNSCORED, has_own_prompts
@@ -50,6 +50,7 @@ class Run:
         self.console = console or Console()
         self._said: set[str] = set()
         self.image_folders: dict[str, Path] = {}  # of each variant, filled by `ppcl.pictures.images.drawings`
+        self.part: Part | None = None  # of a stage that does several works of one size after each other
         self.wandb: Any = None  # Lightning's logger of the W&B run, opened by `ppcl.tracking.loggers`
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def interleaved_latency_ms(
-    steps: dict[str, Callable[[], object]], repeats: int, prepare: Callable[[str], object] = lambda name: None
+    steps: dict[str, Callable[[], object]],
+    repeats: int,
+    prepare: Callable[[str], object] = lambda name: None,
+    show: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, float]:
     """Return the median time of each step in milliseconds, by name.
 
@@ -24,7 +27,7 @@ def interleaved_latency_ms(
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    for round_number in range(repeats + 3):
+    for round_number in show(range(repeats + 3)):
         for name, step in steps.items():
             prepare(name)
             synchronize()

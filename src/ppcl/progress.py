@@ -10,11 +10,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import Progress, ProgressColumn, Task
+from rich.text import Text
 
 Item = TypeVar("Item")
 Clock = Callable[[], float]
@@ -45,10 +47,24 @@ def heading(label: str) -> str:
     return f"[bold cyan]{escape(label):>10}[/]  "
 
 
+@dataclass(frozen=True)
+class Part:
+    """Says that a piece of work is number `number` of `count` of the same size, called `noun`, such as `groups`."""
+
+    number: int
+    count: int
+    noun: str
+
+    def left(self, pace: float, total: int, left: int) -> str:
+        """Return how long the rest of all parts takes: `pace` seconds an item, `left` of `total` items in this one."""
+        return f"{duration(pace * (left + (self.count - self.number) * total))} for all {self.count} {self.noun}"
+
+
 class Lines:
     """Plain lines for work of `total` items (None where nobody knows), of which `done` are done already.
 
-    `unit` stands before the count: `depth  step 120/400  loss 0.1234  about 3 min left`. `clock` gives seconds.
+    `unit` stands before the count: `depth  step 120/400  loss 0.1234  about 3 min left`. `part`: the part of a longer
+    work that this is, whose end is told, too. `clock` gives seconds.
     """
 
     def __init__(
@@ -59,9 +75,11 @@ class Lines:
         *,
         done: int = 0,
         unit: str = "",
+        part: Part | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self.console, self.label, self.total, self.unit, self.clock = console, label, total, unit, clock
+        self.part = part
         self.first, self.start = done, clock()
         self.last, self.last_time = done, self.start
 
@@ -87,7 +105,23 @@ class Lines:
             return None
         if done == self.total:
             return f"took {duration(self.last_time - self.start)}"
-        return f"about {duration((self.last_time - self.start) / (done - self.first) * max(0, self.total - done))} left"
+        pace, left = (self.last_time - self.start) / (done - self.first), max(0, self.total - done)
+        whole = "" if self.part is None else f", {self.part.left(pace, self.total, left)}"
+        return f"about {duration(pace * left)} left{whole}"
+
+
+class WholeColumn(ProgressColumn):
+    """The column of a bar that says how long all parts of a longer work take; empty where there is but one."""
+
+    def __init__(self, part: Part | None) -> None:
+        super().__init__()
+        self.part = part
+
+    def render(self, task: Task) -> Text:
+        """Return the column's text."""
+        if self.part is None or not task.speed or task.total is None:
+            return Text("")
+        return Text(self.part.left(1 / task.speed, int(task.total), int(task.total - task.completed)), style="dim")
 
 
 def duration(seconds: float) -> str:
@@ -100,19 +134,25 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def counter(
-    description: str, total: int | None, *, console: Console, done: int = 0, clock: Clock = time.monotonic
+    description: str,
+    total: int | None,
+    *,
+    console: Console,
+    done: int = 0,
+    part: Part | None = None,
+    clock: Clock = time.monotonic,
 ) -> Iterator[Callable[[int], None]]:
     """Show on `console` how many of `total` items are done. `done`: how many an earlier command did.
 
-    Gives the block a function that it calls with how many items were done since the last call. `clock` gives seconds,
-    and times the plain lines.
+    Gives the block a function that it calls with how many items were done since the last call. `part`: the part of a
+    longer work that this is. `clock` gives seconds, and times the plain lines.
     """
     if draws_bars(console):
-        with Progress(console=console, transient=True) as bar:
+        with Progress(*Progress.get_default_columns(), WholeColumn(part), console=console, transient=True) as bar:
             task = bar.add_task(description, total=total, completed=done)
             yield lambda count: bar.advance(task, count)
         return
-    lines = Lines(console, description, total, done=done, clock=clock)
+    lines = Lines(console, description, total, done=done, part=part, clock=clock)
 
     def advance(count: int) -> None:
         nonlocal done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import lightning as L
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ppcl.progress import counter, duration, track, visible
+from ppcl.progress import Part, counter, duration, track, visible
 from ppcl.training.progress import StepProgress
 
 
@@ -53,6 +54,24 @@ def test_a_line_at_every_five_percent(console: Console, clock: Clock) -> None:
     assert len(found) == 19
     assert found[0] == "    probes  20/400  about 6 min left"
     assert found[-1] == "    probes  380/400  about 20 s left"
+
+
+def test_one_of_several_parts_says_when_all_of_them_end(console: Console, clock: Clock) -> None:
+    with counter("teacher", 60, console=console, clock=clock, part=Part(2, 5, "variants")) as advance:
+        for _ in range(3):
+            clock.now += 20.0
+            advance(10)
+    assert lines(console)[0] == "   teacher  10/60  about 2 min left, 8 min for all 5 variants"
+    assert lines(console)[-1] == "   teacher  30/60  about 60 s left, 7 min for all 5 variants"
+
+
+def test_a_bar_says_it_too(clock: Clock) -> None:
+    terminal = Console(file=io.StringIO(), width=200, force_terminal=True)
+    with counter("teacher", 60, console=terminal, part=Part(5, 5, "variants")) as advance:
+        advance(10)
+        advance(10)
+        time.sleep(0.2)
+    assert "for all 5 variants" in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_lines_are_at_least_ten_seconds_apart(console: Console, clock: Clock) -> None:

@@ -31,6 +31,7 @@ from ppcl.distill.groups import divided, select_intervals
 from ppcl.memory.plan import Plan
 from ppcl.options import identity
 from ppcl.parallel import barrier
+from ppcl.progress import Part
 from ppcl.report.text import counted, show_risen
 from ppcl.training.cost import total_cost
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
@@ -136,9 +137,11 @@ def run(run: Run) -> None:
     groups = _groups(run, every)
     for number, chosen in enumerate(groups, start=1):
         if len(groups) > 1:
+            run.part = Part(number, len(groups), "groups")
             run.say("depth", f"group {number} of {len(groups)}: {', '.join(_names(chosen))}")
         if _train(run, chosen) and run.writes and len(groups) > 1:
             shutil.copy(_cost_path(run), _cost_path(run, chosen))
+    run.part = None
     if run.writes and len(groups) > 1:
         # Those of earlier commands count, too.
         found = [path for chosen in groups if (path := _cost_path(run, chosen)).exists()]

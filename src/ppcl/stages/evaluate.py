@@ -69,9 +69,10 @@ def _measure(
                 dict.fromkeys(by_name, denoise),
                 run.config.benchmark.latency_repeats,
                 lambda name: switch(by_name[name]),
+                partial(run.track, description="latency, all variants in turns"),
             )
     batches = _heldout(run)
-    targets = velocities(switch(Variant("teacher")), batches)
+    targets = velocities(switch(Variant("teacher")), run.track(batches, "teacher: velocities"))
     sigmas = merged([batch.sigmas.item() for batch in batches])
     if sigmas:
         show_shares(run, "evaluate", len(batches), "held-out samples")
@@ -84,7 +85,10 @@ def _measure(
         if above is not None and name != "teacher":
             transformer = switch(variant, above)
             share, models = teacher_share(run, name), list(cast(ByNoiseLevel, transformer).models)
-        errors = [] if name == "teacher" else merged(velocity_errors(transformer, batches, targets))
+        errors = []
+        if name != "teacher":
+            judged = run.track(batches, f"{name}: velocity error")
+            errors = merged(velocity_errors(transformer, judged, targets))
         if not run.writes:
             continue
         params = cast(Any, transformer).num_parameters()  # also right for packed 4-bit weights

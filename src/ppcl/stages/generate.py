@@ -40,7 +40,7 @@ from ppcl.pictures.images import (
 from ppcl.pictures.latents import save_latents
 from ppcl.pictures.layouts import write_layout
 from ppcl.pictures.loras import TeacherLora, read_loras
-from ppcl.progress import counter
+from ppcl.progress import Part, counter
 from ppcl.report.plots import image_grid
 from ppcl.report.text import by_ranks
 from ppcl.surgery.noise_levels import ByNoiseLevel
@@ -89,7 +89,8 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> list[int]:
     missing = [batch for batch in batches if drawing.lacks(batch)]
     mine = dealt(of_first(missing))
     drawn = sum(map(len, mine))
-    with together(), counter(name, count, done=count - drawn, console=run.progress_console) as advance:
+    progress = counter(name, count, done=count - drawn, console=run.progress_console, part=run.part)
+    with together(), progress as advance:
         for numbers in mine:
             images, latents = draw_batch(numbers)
             save_latents(folder, numbers, latents)
@@ -222,7 +223,8 @@ def _draw(run: Run, missing: list[Drawing], plugs: Plugs) -> None:
     missing = of_first(missing)
     run.family.check_prompts(run.teacher.pipeline, prompts_of(run))
     switch = Switch(run, plugs, alone=True)
-    for drawing in missing:
+    for number, drawing in enumerate(missing, start=1):
+        run.part = Part(number, len(missing), "variants") if len(missing) > 1 else None
         transformer = switch(drawing.variant, run.config.generate.teacher_above)
         by_rank = _draw_variant(run, drawing, switch.board, loras)
         drawn, name = sum(by_rank), drawing.variant.name
@@ -234,4 +236,5 @@ def _draw(run: Run, missing: list[Drawing], plugs: Plugs) -> None:
             share = f", {100 * transformer.teacher_share:.0f}% of the steps by the teacher"
         told = f"{drawn} of {len(run.prompts)} pictures drawn{by_ranks(by_rank)}{share}"
         run.say("generate", f"{name}: {told}, in {folder}")
+    run.part = None
     switch.restore()

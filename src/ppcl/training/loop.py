@@ -107,7 +107,7 @@ def fit(
         watching = Watching(run, stage, header, settings.batch_size, heldout)
         callbacks: list[Callback] = [watching, TrainingCost(run.folder / "training" / f"{stage}.json")]
         if run.config.trainer.progress:
-            callbacks.append(StepProgress(stage, run.console))
+            callbacks.append(StepProgress(stage, run.console, part=run.part))
         callbacks.append(Checkpoints(run, stage, folder, header, settings, stop))
         logger = make_logger(run, stage) if run.writes else False
         trainer = _trainer(run, loader.num_steps, folder, callbacks, logger)

@@ -9,17 +9,20 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ppcl.progress import Clock, Lines, draws_bars
+from ppcl.progress import Clock, Lines, Part, WholeColumn, draws_bars
 
 
 class StepProgress(L.Callback):
     """Shows the stage's name, the steps done, the loss and the time left.
 
-    A terminal gets a bar that disappears at the end, any other console plain lines (`ppcl.progress`).
+    A terminal gets a bar that disappears at the end, any other console plain lines (`ppcl.progress`). `part`: which of
+    several trainings of a stage this is.
     """
 
-    def __init__(self, description: str, console: Console, clock: Clock = time.monotonic) -> None:
-        self.description, self.console, self.clock = description, console, clock
+    def __init__(
+        self, description: str, console: Console, clock: Clock = time.monotonic, part: Part | None = None
+    ) -> None:
+        self.description, self.console, self.clock, self.part = description, console, clock, part
         self._bar: Progress | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -32,13 +35,16 @@ class StepProgress(L.Callback):
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[loss]}"),
+                WholeColumn(self.part),
                 console=self.console,
                 transient=True,
             )
             self._bar.start()
             self._task = self._bar.add_task(self.description, total=total, completed=done, loss="")
         else:
-            self._lines = Lines(self.console, self.description, total, done=done, unit="step ", clock=self.clock)
+            self._lines = Lines(
+                self.console, self.description, total, done=done, unit="step ", part=self.part, clock=self.clock
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

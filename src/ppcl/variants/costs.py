@@ -6,7 +6,7 @@ They are measured once, on one model, and stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -76,7 +76,7 @@ def relative_error(errors: Sequence[tuple[float, float]]) -> float:
 
 @torch.no_grad()
 def velocity_errors(
-    transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]
+    transformer: nn.Module, batches: Iterable[TrainingBatch], targets: Sequence[Tensor]
 ) -> list[tuple[float, float]]:
     """Return ||v - v_T||^2 and ||v_T||^2 of each batch, for the model's velocity v and the teacher's v_T."""
     found = []
@@ -96,7 +96,7 @@ def heldout_batches(run: Run) -> list[TrainingBatch]:
 
 
 @torch.no_grad()
-def velocities(transformer: nn.Module, batches: Sequence[TrainingBatch]) -> list[Tensor]:
+def velocities(transformer: nn.Module, batches: Iterable[TrainingBatch]) -> list[Tensor]:
     """Return the output of a model for each batch."""
     return [transformer(**batch.inputs)[0] for batch in batches]
 
