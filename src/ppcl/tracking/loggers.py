@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -61,8 +60,6 @@ def wandb_logger(run: Run) -> WandbLogger:
         return run.wandb
     settings, folder = run.config.logger, run.folder
     in_sweep = (folder.parent / "multirun.yaml").exists()
-    if settings.mode == "offline":  # what artifacts hold is kept beside the run that `wandb sync` takes
-        os.environ["WANDB_DATA_DIR"] = str(folder.absolute() / "wandb")
     import wandb
 
     logger = WandbLogger(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -60,12 +61,29 @@ def _publish(run: Run, stage: str) -> None:
     if record["stages"].get(stage) == digest and not made:
         return
     experiment: Any = wandb_logger(run).experiment
-    if record["stages"].get(stage) != digest:
-        _show(experiment, stage, shown)
-    for artifact in made:
-        _log(experiment, run, artifact, record["artifacts"])
+    with _kept_beside(run):
+        if record["stages"].get(stage) != digest:
+            _show(experiment, stage, shown)
+        for artifact in made:
+            _log(experiment, run, artifact, record["artifacts"])
     record["stages"][stage] = digest
     write_record(run.folder, record)
+
+
+@contextmanager
+def _kept_beside(run: Run) -> Iterator[None]:
+    """Let W&B keep the files of artifacts in the run's folder within the context, until they are uploaded.
+
+    It would keep those of offline runs in the user's home, apart from the folder that `wandb sync` is given.
+    """
+    if "WANDB_DATA_DIR" in os.environ:  # the user has said where
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(run.folder.absolute() / "wandb")
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
 
 
 def _digest(shown: Shown) -> str:
@@ -110,7 +128,7 @@ def _log(experiment: Any, run: Run, artifact: Made, published: dict[str, str]) -
     for path in artifact.weights:
         name = path.relative_to(artifact.records[0].parent).as_posix()
         if run.config.logger.upload:
-            entry.add_file(str(path), name=name)
+            entry.add_file(str(path), name=name, policy="immutable")  # no copy before it is sent
         elif not {*_CHARACTERS_OF_URLS} & {*str(path)}:
             entry.add_reference(f"file://{path.absolute()}", name=name, checksum=False)
     if run.config.logger.mode != "offline":  # W&B refuses this there
