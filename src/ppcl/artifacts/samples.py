@@ -22,12 +22,13 @@ class Samples:
     """The record of a folder of sample pictures: for each prompt one of the teacher, and one after each of `steps`.
 
     `parts`: the names of what is trained. `seeds`: of the noise that each prompt's pictures start from.
-    `picture_steps`: denoising steps of each picture.
+    `num_steps`: steps of the whole training. `picture_steps`: denoising steps of each picture.
     """
 
     parts: Sequence[str]
     prompts: Sequence[str]
     seeds: Sequence[int]
+    num_steps: int
     picture_steps: int
     steps: Sequence[int] = ()
 

@@ -26,6 +26,7 @@ from ppcl.ops import flow_matching
 from ppcl.precision import computing
 from ppcl.training.samples import draws_pictures, picture_steps, why_no_pictures
 
+_LOOKED_AT = 4  # held-out samples for each prompt that is wanted, as captions may repeat
 _GAP = 4  # pixels between the two pictures of a pair
 
 
@@ -66,8 +67,8 @@ class Subject:
 class SamplePictures:
     """Draws a training's sample pictures, and writes them to `training/samples/` and to the log.
 
-    Prompts are the first held-out captions of the data, encoded as the training reads them, so that no text encoder
-    has to be in memory. Nothing moves the random numbers of the training.
+    Prompts are the first different held-out captions of the data, encoded as the training reads them, so that no text
+    encoder has to be in memory. Nothing moves the random numbers of the training.
 
     `abreast`: the most pictures that are drawn at once: as many as a step passes at once, which fit.
 
@@ -97,7 +98,8 @@ class SamplePictures:
         """Take over the pictures that this training has drawn up to `step`, if they are of the same prompts."""
         assert self._drawn is not None
         prompts, seeds = [each.caption for each in self._subjects], [each.seed for each in self._subjects]
-        new = Samples(list(self._drawn.parts), prompts, seeds, self.run.config.watch.picture_steps)
+        num_steps, picture_steps = self.steps[-1], self.run.config.watch.picture_steps
+        new = Samples(list(self._drawn.parts), prompts, seeds, num_steps, picture_steps)
         known = Samples.load(self.folder) if step else None
         self._samples = new if known is None or known.until(-1) != new.until(-1) else known.until(step)
         if not self._samples.steps:
@@ -133,16 +135,18 @@ class SamplePictures:
 
     @cached_property
     def _subjects(self) -> list[Subject]:
-        run = self.run
+        run, most = self.run, self.run.config.watch.prompts
         stream = run.data.stream(run.config.data.calibration_seed, 1)
-        found = []
-        for number in range(len(stream.names(range(run.config.watch.prompts)))):  # there may be fewer
-            latents, size, conditions = stream.samples(number, range(1), [False])
-            seed = run.config.seed + number
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+        found: dict[str, Subject] = {}
+        for number in range(len(stream.names(range(_LOOKED_AT * most)))):  # the data may have fewer
             (caption,) = stream.captions(number)
-            found.append(Subject(caption, seed, noise, without_needless_mask(conditions), size, latents.dtype))
-        return found
+            if caption in found or len(found) == most:
+                continue
+            latents, size, conditions = stream.samples(number, range(1), [False])
+            seed = run.config.seed + len(found)
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+            found[caption] = Subject(caption, seed, noise, without_needless_mask(conditions), size, latents.dtype)
+        return list(found.values())
 
     @cached_property
     def _decoder(self) -> Any:
