@@ -48,7 +48,7 @@ def why_no_pictures(run: Run, stage: str) -> str:
         return "finetune.recorded=true trains without the teacher"
     if not family.decodes:
         return f"model.family={family.name} has no method decode_latents"
-    if folder is not None and not has_vae(folder):
+    if folder is not None and not (has_vae(folder) and (folder / "vae").is_dir()):
         return f"{folder} has no VAE"
     if not picture_steps(run, stage):
         return f"{num_steps_of(run, stage)} steps are too few for watch.share={config.watch.share:g}"
