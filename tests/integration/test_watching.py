@@ -84,7 +84,7 @@ def test_every_training_has_pictures_from_the_start_to_the_end(runs: Path) -> No
     assert {stage: record.parts for stage, ((_, record),) in drawn.items()} == {
         "depth": PLUG_NAMES,
         "width": PROJECTORS,
-        "finetune": ["model"],
+        "finetune": ["the whole model"],
     }
     for stage, ((folder, record),) in drawn.items():
         assert record.steps == ([0, 2, 4] if stage == "width" else [0, 3, 6])

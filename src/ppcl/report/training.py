@@ -24,13 +24,17 @@ def training_sections(
         {
             "stage": stage,
             "href": link(run, folder),
-            "remark": f"{counted(len(record.parts), 'part')}, {record.picture_steps} denoising steps a picture",
+            "remark": f"{_trained(record)}, {counted(record.picture_steps, 'denoising step')} a picture",
             "columns": [_column(step, record.num_steps) for step in (None, *record.steps)],
             "rows": _rows(folder, record, largest),
         }
         for stage, trainings in drawn.items()
         for folder, record in trainings
     ]
+
+
+def _trained(record: Samples) -> str:
+    return counted(len(record.parts), "part") if len(record.parts) > 1 else record.parts[0]
 
 
 def _column(step: int | None, num_steps: int) -> str:

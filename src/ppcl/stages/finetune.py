@@ -99,7 +99,7 @@ def run(run: Run) -> None:
         found = module.velocity_error(run.data.to_device(batch) for step in steps for batch in heldout(step))
         return {"velocity error": found}
 
-    drawn = Drawn(["model"], module.teachers[0], module.result_to_run) if module.teachers else None
+    drawn = Drawn(["the whole model"], module.teachers[0], module.result_to_run) if module.teachers else None
     fit(run, "finetune", module, loader, checkpoints, header, config, blocks, watched, drawn)
     del drawn
     after = _velocity_error(run, module, heldout, "after tuning")
