@@ -3,8 +3,8 @@
     python -m experiments.scale.watching FOLDER --pairs 3
 
 Students of `tiny_qwen_image` are trained for 250 steps, with the default rhythms: held-out losses of all students are
-measured four times after the start, and pictures of four prompts are drawn twice after it. Writes the figures to
-`watching.json` beside this file. The share of pictures is what they add to a training with held-out losses.
+measured four times after the start, and pictures of four prompts are drawn at the start and at the end. Writes the
+figures to `watching.json` beside this file. The share of pictures is what they add to a training with held-out losses.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--output", type=Path, default=HERE / "watching.json")
+    parser.add_argument("settings", nargs="*", help="further settings of all trainings, such as watch.share=1")
     chosen = parser.parse_args()
     common = ["model=tiny_qwen_image", "stages=[probe,detect,depth]", f"distill.steps={chosen.steps}"]
     common += ["trainer.accelerator=cpu", "trainer.progress=false", "logger=csv"]
+    common += chosen.settings
     ways = {
         "off": [*common, "watch.heldout=0", "watch.pictures=0"],
         "losses": [*common, "watch.pictures=0"],

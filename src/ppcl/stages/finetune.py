@@ -101,7 +101,6 @@ def run(run: Run) -> None:
 
     drawn = Drawn(["the whole model"], module.teachers[0], module.result_to_run) if module.teachers else None
     fit(run, "finetune", module, loader, checkpoints, header, config, blocks, watched, drawn)
-    del drawn
     after = _velocity_error(run, module, heldout, "after tuning")
     result = cast(Any, module.whole_result())
     if run.writes:

@@ -78,7 +78,8 @@ class Watching(L.Callback):
         elif 0 in self.steps:
             self._measure(trainer, pl_module)
         if self.pictures is not None:
-            self.pictures.start(trainer.global_step)
+            with together():  # rank 0 reads files, and may fail
+                self.pictures.start(trainer.global_step)
             self._draw(trainer)
         self._since, self._counted, self._spent = time.perf_counter(), trainer.global_step, 0.0
 
