@@ -102,6 +102,9 @@ class RandomStream(Stream):
         super().__init__(get_family("qwen_image"), DataConfig(), seed=1, batch_size=size.batch)
         self.size = size
 
+    def captions(self, step: int) -> list[str]:
+        return ["random numbers"] * self.batch_size
+
     def samples(self, step: int, rows: range, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
         generator, count = self._generator(step), len(rows)
         conditions = {

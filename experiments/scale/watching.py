@@ -1,9 +1,10 @@
-"""Measure what it costs to watch a training: steps per second over a whole one, watched and not, in turns.
+"""Measure what it costs to watch a training: its time without, with held-out losses, and with pictures too, in turns.
 
     python -m experiments.scale.watching FOLDER --pairs 3
 
 Students of `tiny_qwen_image` are trained for 250 steps, with the default rhythms: held-out losses of all students are
-measured four times after the start. Writes the figures to `watching.json` beside this file.
+measured four times after the start, and pictures of four prompts are drawn at the start and at the end. Writes the
+figures to `watching.json` beside this file. The share of pictures is what they add to a training with held-out losses.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import ppcl
 from ppcl.artifacts.curves import load_curves
 from ppcl.artifacts.files import write_json
+from ppcl.artifacts.samples import load_samples
 from ppcl.stages import depth
 
 HERE = Path(__file__).parent
@@ -51,32 +53,47 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--output", type=Path, default=HERE / "watching.json")
+    parser.add_argument("settings", nargs="*", help="further settings of all trainings, such as watch.share=1")
     chosen = parser.parse_args()
     common = ["model=tiny_qwen_image", "stages=[probe,detect,depth]", f"distill.steps={chosen.steps}"]
     common += ["trainer.accelerator=cpu", "trainer.progress=false", "logger=csv"]
-    ways = {"watched": common, "unwatched": [*common, "watch.heldout=0"]}
+    common += chosen.settings
+    ways = {
+        "off": [*common, "watch.heldout=0", "watch.pictures=0"],
+        "losses": [*common, "watch.pictures=0"],
+        "pictures": common,
+    }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for pair in range(chosen.pairs):
         for name in list(ways)[:: 1 if pair % 2 else -1]:
             found[name].append(seconds_of(chosen.folder, ways[name]))
-            if name == "watched":
+            if name == "pictures":
                 (curve,) = load_curves(chosen.folder / "run")["depth"]
+                ((_, samples),) = load_samples(chosen.folder / "run")["depth"]
             print(f"{name}: {chosen.steps / found[name][-1]:.2f} steps/s", flush=True)
-    ratios = [other / own for own, other in zip(found["watched"], found["unwatched"], strict=True)]
+    shares = {
+        "losses": _shares(found["losses"], found["off"], found["off"]),
+        "pictures": _shares(found["pictures"], found["losses"], found["off"]),
+    }
     content = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "steps": chosen.steps,
         "measured_after": curve.steps,
+        "drawn_after": samples.steps,
         "steps_per_second": {name: [chosen.steps / seconds for seconds in values] for name, values in found.items()},
-        "ratio": median(ratios),
-        "ratios": ratios,
+        "share": {name: median(values) for name, values in shares.items()},
+        "shares": shares,
     }
     write_json(chosen.output, content, checked=False)
-    print(
-        f"watched trainings run at {median(ratios):.3f} of the speed of others ({min(ratios):.3f}, {max(ratios):.3f})"
-    )
+    for name, values in shares.items():
+        print(f"{name} add {median(values):.1%} to a training's time ({min(values):.1%} to {max(values):.1%})")
+
+
+def _shares(longer: list[float], shorter: list[float], whole: list[float]) -> list[float]:
+    """Return for each turn by what share of `whole` seconds one training took longer than another."""
+    return [(more - less) / of for more, less, of in zip(longer, shorter, whole, strict=True)]
 
 
 if __name__ == "__main__":

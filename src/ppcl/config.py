@@ -628,12 +628,20 @@ class WatchConfig:
     `heldout`: how many times held-out losses are measured after the start, evenly spaced. 0: only before and after the
         training.
     `batches`: held-out batches of each measurement, of as many samples as a step has.
-    `share`: held-out batches per step of the training, at most. Short trainings are therefore measured less often.
+    `share`: held-out batches per step of the training, at most. Short trainings are therefore measured less often. It
+        also bounds the forwards that pictures take, as a share of those that the training takes.
+    `pictures`: how many times the pruned model draws sample pictures after the start, evenly spaced. Fewer in short
+        trainings, by `share`. The teacher draws them once, to compare. 0: none are drawn.
+    `prompts`: how many of the first held-out captions are drawn, each from a noise of its own.
+    `picture_steps`: denoising steps of each picture, which has no guidance.
     """
 
     heldout: int = option(8, least=0, identity=False)
     batches: int = option(2, least=1, identity=False)
     share: float = option(0.04, least=0, most=1000, identity=False)
+    pictures: int = option(2, least=0, identity=False)
+    prompts: int = option(4, least=1, most=100, identity=False)
+    picture_steps: int = option(12, least=1, most=1000, identity=False)
 
 
 @dataclass

@@ -6,12 +6,11 @@ Without these checks a command could train for hours before its last stage fails
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from ppcl import parallel
-from ppcl.artifacts.files import parse_json, read_json
+from ppcl.artifacts.files import read_json
 from ppcl.artifacts.plan import plug_name, projector_name
 from ppcl.context import Run
 from ppcl.errors import UsageError
@@ -20,7 +19,7 @@ from ppcl.export.quantized import require_bitsandbytes
 from ppcl.methods.registry import load_method
 from ppcl.stages import STAGES
 from ppcl.tracking.loggers import check_logger
-from ppcl.validation.model import model_folder, needs_weights
+from ppcl.validation.model import has_vae, model_folder, needs_weights
 from ppcl.validation.pruning import budget_of
 
 # Stages that build variants, and so need students and projectors.
@@ -60,7 +59,7 @@ def _check_machine(run: Run) -> None:
         check_token(run.config.export.push_to_hub)
     folder = model_folder(run.config.model)
     needing = [stage for stage in run.config.stages if STAGES[stage].encoders == "device"]
-    if folder is not None and needing and not _has_vae(folder):
+    if folder is not None and needing and not has_vae(folder):
         raise UsageError(
             f"'stages=[{needing[0]}]' draws or encodes pictures, and model.path={run.config.model.path} has no VAE: "
             "give a folder of the whole pipeline, or leave that stage out."
@@ -103,11 +102,6 @@ def _needs_transformer(run: Run) -> bool:
     needing = [STAGES[stage] for stage in config.stages if needs_weights(config, stage)]
     measured = "plan" in config.stages and budget_of(config) is not None
     return measured or any(stage.transformer != "nowhere" for stage in needing)
-
-
-def _has_vae(folder: Path) -> bool:
-    entry = parse_json((folder / "model_index.json").read_text(encoding="utf-8")).get("vae")
-    return bool(entry and entry[0])
 
 
 def _check_stage(run: Run, stage: str, made: set[str]) -> None:

@@ -156,6 +156,18 @@ class TeacherModel:
                 part.eval().requires_grad_(False)
         return pipeline
 
+    def decoder(self) -> Any:
+        """Return a pipeline that has the VAE on the device, to turn latents into pictures during a training.
+
+        It is the teacher's own if the present stage has encoders, else one of the VAE alone, which is loaded now.
+        """
+        if self.pipeline.vae is not None:
+            return self.pipeline
+        needless = self._components().keys() - {"vae", "scheduler"}
+        found = self._load(self.files.folder(needless), dict.fromkeys(needless))
+        found.vae.to(self.device).eval().requires_grad_(False)
+        return found
+
     def _components(self) -> dict[str, list[Any]]:
         """Return the entries of the pipeline's components in its index: library and class, or None twice."""
         return {name: entry for name, entry in self.files.index.items() if isinstance(entry, list)}

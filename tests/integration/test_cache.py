@@ -18,6 +18,8 @@ from commands import DIE_AT_RENAME, INTERVALS, digests, ppcl, ppcl_process, succ
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ppcl.artifacts.samples import load_sample, load_samples
+from ppcl.command import prepare
 from ppcl.config import DataConfig
 from ppcl.data.cached import CachedStream, held_out_keys, held_out_share, read_entries
 from ppcl.data.sources import Sample, find_units
@@ -274,6 +276,31 @@ def test_every_training_runs_without_encoders(command: list[str], cached: Path, 
         *settings, *sources, *small, "name=again", "intervals=detect", "stages=[detect]", "method.batch_size=4"
     )
     assert outcome.code == 0, outcome.err
+
+
+def test_pictures_are_drawn_while_it_trains_without_text_encoder(
+    command: list[str], cached: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """Of cached captions of several sizes. Of the encoders, only the VAE is loaded."""
+    settings = [a for a in command if not a.startswith(("data.path", "model.path", "paths.runs_dir"))]
+    drawing = ["watch.share=1000", "watch.pictures=1", "watch.picture_steps=2", INTERVALS, "stages=[depth]"]
+    drawing += [f"data.cache={cached}", f"paths.runs_dir={tmp_path}"]
+    succeed(*settings, *drawing, f"model.path={teacher}", "name=drawn")
+    ((folder, record),) = load_samples(tmp_path / "drawn")["depth"]
+    assert record.steps == [0, 6]
+    captions = {scene_of(number).caption for number in range(SHARDS * PER_SHARD)}
+    assert len(record.prompts) == 4
+    assert {*record.prompts} <= captions
+    assert {load_sample(path).size for path in folder.glob("*.png")} == {(32, 32), (36, 28)}
+    run = prepare([*settings, *drawing, f"model.path={teacher}", "name=loaded"])
+    run.teacher.enter("depth")
+    assert run.teacher.pipeline.vae is None
+    decoder = run.teacher.decoder()
+    assert [name for name in ("vae", "text_encoder", "transformer") if getattr(decoder, name) is not None] == ["vae"]
+    bare = tmp_path / "bare"
+    shutil.copytree(teacher, bare, ignore=shutil.ignore_patterns("text_encoder", "tokenizer", "vae"))
+    assert f"{bare} has no VAE" in succeed(*settings, *drawing, f"model.path={bare}", "name=without").out
+    assert not load_samples(tmp_path / "without")
 
 
 def test_a_second_run_encodes_nothing(command: list[str], cached: Path) -> None:

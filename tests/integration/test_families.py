@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import ppcl
+from ppcl.artifacts.samples import load_sample, load_samples
 from ppcl.benchmarks.shapes import evaluation_scenes
 from ppcl.config import SamplingConfig
 from ppcl.families.registry import builders, get_family
@@ -85,8 +87,9 @@ def chain(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory:
     selected = ["width=auto", "width.num_ffn=2", "width.text_threshold=0.1", "width.steps=0", "distill.steps=1"]
     intervals = [override for override in pruned if override.startswith("intervals.")]
     succeed(*common, "name=selected", *intervals, *selected, "stages=[depth,width]")
+    drawn = ["watch.share=1000", "watch.pictures=1", "watch.prompts=2", "watch.picture_steps=2"]
     tuned = ["finetune=tiny", "finetune.steps=2", "finetune.batch_size=4", "width.steps=2", "width.num_batches=2"]
-    given = [*pruned, "width.source=given", "budget.params=0.8", *tuned, *INT4, VARIANTS]
+    given = [*pruned, "width.source=given", "budget.params=0.8", *tuned, *drawn, *INT4, VARIANTS]
     succeed(*common, "name=pruned", *given, STAGES.replace("probe,detect,", ""))
     pipeline_class = json.loads((folder / "teacher" / "model_index.json").read_text())["_class_name"]
     RAN[pipeline_class] = {stage: any(folder.glob(pattern)) for stage, pattern in EVIDENCE.items()}
@@ -98,6 +101,24 @@ def test_detection_covers_every_stack(chain: Path) -> None:
     assert plan["intervals"].keys() == plan["num_layers"].keys()
     for stack in plan["num_layers"]:
         assert (chain / "detected" / "plan" / f"curves_{stack}.png").exists()
+
+
+def test_pictures_are_drawn_while_it_trains_and_shown(chain: Path) -> None:
+    drawn = load_samples(chain / "pruned")
+    assert {stage: record.steps for stage, ((_, record),) in drawn.items()} == {
+        "depth": [0, 6],
+        "width": [0, 2],
+        "finetune": [0, 2],
+    }
+    pictures = [path for ((folder, _),) in drawn.values() for path in folder.glob("*.png")]
+    assert len(pictures) == 3 * 3 * 2
+    size = load_sample(next((chain / "pruned" / "images").rglob("00000.png"))).size
+    assert {load_sample(path).size for path in pictures} == {size}
+    page = (chain / "pruned" / "report" / "report.html").read_text(encoding="utf-8")
+    section = page.partition("While it trained")[2].partition("How it was made")[0]
+    assert section.count("<img") == len(pictures)
+    for ((_, record),) in drawn.values():
+        assert all(f">{html.escape(prompt)}</span>" in section for prompt in record.prompts)
 
 
 def test_what_loses_its_text_has_one_and_ffns_are_chosen_from_all_blocks(chain: Path) -> None:

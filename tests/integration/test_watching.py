@@ -6,16 +6,21 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import DIE_AT_RENAME, INTERVALS, PLUG_NAMES, ppcl, ppcl_process, succeed
 from safetensors.torch import load_file
 
 from ppcl.artifacts.curves import load_curves
+from ppcl.artifacts.samples import load_sample, load_samples
+from ppcl.command import prepare
 from ppcl.config import WatchConfig
+from ppcl.surgery.plugboard import plug
+from ppcl.training.drawing import as_picture, denoised
 from ppcl.training.watching import measured_steps
 
-WATCHED = ["logger=csv", "watch.share=100", "watch.heldout=3", "watch.batches=16"]
+WATCHED = ["logger=csv", "watch.share=100", "watch.heldout=3", "watch.batches=16", "watch.prompts=2"]
 WIDTH = ["width.source=given", "width.transformer_blocks.ffn=[0]", "width.transformer_blocks.text=[5]", "width.steps=4"]
 TUNE = ["finetune=tiny", "finetune.steps=6", "finetune.batch_size=4"]
 STAGES = "stages=[depth,width,finetune]"
@@ -43,7 +48,7 @@ def runs(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watched")
     command = [*settings, INTERVALS, *WIDTH, *TUNE, f"paths.runs_dir={folder}", STAGES]
     succeed(*command, *WATCHED, "name=watched")
-    succeed(*command, "watch.heldout=0", "name=unwatched")
+    succeed(*command, "watch.heldout=0", "watch.pictures=0", "name=unwatched")
     return folder
 
 
@@ -52,7 +57,8 @@ def test_it_changes_no_bit(runs: Path) -> None:
     assert watched.keys() == unwatched.keys()
     assert len(watched) > 20
     assert all(torch.equal(value, unwatched[name]) for name, value in watched.items())
-    assert not (runs / "unwatched" / "training" / "curves").exists()
+    assert {path.name for path in (runs / "watched" / "training").iterdir() if path.is_dir()} == {"curves", "samples"}
+    assert not any(path.is_dir() for path in (runs / "unwatched" / "training").iterdir())
 
 
 def test_every_part_has_a_curve_from_the_start_to_the_end(runs: Path) -> None:
@@ -71,6 +77,48 @@ def test_every_part_has_a_curve_from_the_start_to_the_end(runs: Path) -> None:
         for name in curve.names:
             assert all(loss > 0 for loss in curve.of(name))
             assert len(set(curve.of(name))) > 1
+
+
+def test_every_training_has_pictures_from_the_start_to_the_end(runs: Path) -> None:
+    drawn = load_samples(runs / "watched")
+    assert {stage: record.parts for stage, ((_, record),) in drawn.items()} == {
+        "depth": PLUG_NAMES,
+        "width": PROJECTORS,
+        "finetune": ["the whole model"],
+    }
+    for stage, ((folder, record),) in drawn.items():
+        assert record.steps == ([0, 2, 4] if stage == "width" else [0, 3, 6])
+        assert record.num_steps == record.steps[-1]
+        assert record.seeds == [42, 43]
+        assert len({*record.prompts}) == 2
+        names = [
+            f"{moment}-{number}.png" for moment in ("teacher", *(f"{s:06d}" for s in record.steps)) for number in (0, 1)
+        ]
+        assert {path.name for path in folder.iterdir()} == {*names, "samples.json"}
+        pictures = {name: load_sample(folder / name) for name in names}
+        assert {picture.size for picture in pictures.values()} == {(32, 32)}
+        assert len({picture.tobytes() for picture in pictures.values()}) == len(names)
+    folders = [folder for ((folder, _),) in drawn.values()]
+    assert len({(folder / "teacher-0.png").read_bytes() for folder in folders}) == 1
+
+
+def test_a_projected_model_is_drawn_as_the_plugs_on_disk_make_it(runs: Path, settings: list[str]) -> None:
+    """The last pictures of depth and width are those of the model that the plugs make."""
+    run = prepare([*settings, INTERVALS, *WIDTH, *TUNE, *WATCHED, f"paths.runs_dir={runs}", "name=watched", STAGES])
+    board = plug(run.teacher.pipeline, runs / "watched" / "plugs")
+    drawn = load_samples(runs / "watched")
+    for stage, names in (("depth", PLUG_NAMES), ("width", [*PLUG_NAMES, *PROJECTORS])):
+        ((folder, record),) = drawn[stage]
+        stream = run.data.stream(run.config.data.calibration_seed, 1)
+        latents, size, conditions = stream.samples(0, range(1), [False])
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(record.seeds[0]))
+        scheduler = run.teacher.scheduler_config
+        model = board(*names).transformer
+        with torch.no_grad():
+            found = denoised(run.family, scheduler, model, noise, conditions, size, latents.dtype, record.picture_steps)
+        pixels = run.family.decode_latents(run.teacher.pipeline, found, size)[0]
+        expected = np.asarray(load_sample(folder / f"{record.steps[-1]:06d}-0.png"), dtype=int)
+        assert np.abs(np.asarray(as_picture(pixels), dtype=int) - expected).max() <= 1
 
 
 def test_it_begins_and_ends_with_what_the_record_says(runs: Path) -> None:
@@ -101,10 +149,20 @@ def test_a_resumed_training_continues_its_curve(settings: list[str], runs: Path,
     assert died.returncode == 9, died.stderr
     (path,) = (tmp_path / "killed" / "training" / "curves").glob("depth-*.json")
     path.write_bytes(next((runs / "watched" / "training" / "curves").glob("depth-*.json")).read_bytes())
+    ((folder, _),) = load_samples(tmp_path / "killed")["depth"]
+    for late in folder.glob("000006-*.png"):
+        late.unlink()
+    first = {late: late.stat().st_mtime_ns for late in folder.glob("*.png")}
     assert "resuming from" in succeed(*command).out
     (curve,) = load_curves(tmp_path / "killed")["depth"]
     (whole,) = load_curves(runs / "watched")["depth"]
     assert curve == whole
+    ((complete, record),) = load_samples(runs / "watched")["depth"]
+    assert load_samples(tmp_path / "killed")["depth"] == [(folder, record)]
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == {
+        path.name: path.read_bytes() for path in complete.glob("*.png")
+    }
+    assert {path: path.stat().st_mtime_ns for path in first} == first  # those before the checkpoint are not drawn again
 
 
 def test_parts_that_are_trained_anew_have_one_curve(settings: list[str], tmp_path: Path) -> None:
@@ -114,6 +172,7 @@ def test_parts_that_are_trained_anew_have_one_curve(settings: list[str], tmp_pat
         path.unlink()
     succeed(*command, "data.train_seed=99")
     assert [curve.names for curve in load_curves(tmp_path / "anew")["depth"]] == [PLUG_NAMES]
+    assert len(load_samples(tmp_path / "anew")["depth"]) == 1
 
 
 def test_a_held_out_loss_that_is_no_number_ends_the_training(

@@ -268,6 +268,10 @@ class CachedStream(Stream):
         epoch, number = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[number]
 
+    def captions(self, step: int) -> list[str]:
+        found = ((entry, read_part(entry.part.with_suffix(".json"))["samples"]) for entry in self.entries(step))
+        return [samples[entry.number].get("caption", entry.key) for entry, samples in found]
+
     def names(self, steps: Iterable[int]) -> set[str]:
         """Return the names of the different samples in batches `steps`. Every epoch repeats those of the first."""
         return {entry.key for step in steps for entry in self.entries(step)}

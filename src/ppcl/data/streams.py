@@ -47,6 +47,10 @@ class Stream(ABC):
         `dropped` says of each row whether its caption is replaced by the empty one.
         """
 
+    @abstractmethod
+    def captions(self, step: int) -> list[str]:
+        """Return the captions of batch number `step` as text."""
+
     def names(self, steps: Iterable[int]) -> set[str]:
         """Return the names of the different samples in batches `steps`. Here no sample is ever repeated."""
         return {f"{step}-{row}" for step in steps for row in range(self.batch_size)}
@@ -171,10 +175,15 @@ class ShapesStream(Stream):
         self.categories = categories or family.categories
         self.prompts = prompts or encode_world(family, pipeline, self.categories)
 
+    def _scenes(self, step: int, rows: Iterable[int]) -> list[Any]:
+        start, make_scene = step * self.batch_size, self.family.world.make_scene
+        return [make_scene(self.seed, start + row, categories=self.categories) for row in rows]
+
+    def captions(self, step: int) -> list[str]:
+        return [scene.caption for scene in self._scenes(step, range(self.batch_size))]
+
     def samples(self, step: int, rows: range, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
-        family, start = self.family, step * self.batch_size
-        numbers = [start + row for row in rows]
-        scenes = [family.world.make_scene(self.seed, number, categories=self.categories) for number in numbers]
+        family, scenes = self.family, self._scenes(step, rows)
         latents, size = family.encode_images(self.pipeline, shapes.pictures(scenes))
         given = zip(*(scene.references for scene in scenes), strict=True)
         references = family.encode_references(self.pipeline, [shapes.to_tensor(list(images)) for images in given])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,7 +59,24 @@ class DepthDistillation(LocalDistillation):
             students[plug_name(stack, pair)] = student
         super().__init__(family, teacher, students, config, precision)
         if config.mode == "sequential":
-            self._board = (Plugboard(family, teacher, intervals, students),)
+            self._board = (self._plugboard(),)
+
+    def _plugboard(self) -> Plugboard:
+        """Return the board that plugs the students into the teacher."""
+        intervals: Intervals = {}
+        for stack, pair in self.pairs:
+            intervals.setdefault(stack, []).append(pair)
+        students = {plug_name(stack, pair): self.student(stack, pair) for stack, pair in self.pairs}
+        return Plugboard(self.family, self._teacher[0], intervals, students)
+
+    @contextmanager
+    def plugged(self) -> Iterator[nn.Module]:
+        """Provide the teacher with all students in place of their intervals, within the context."""
+        board = self._plugboard()
+        try:
+            yield board.all().transformer
+        finally:
+            board()
 
     def student(self, stack: str, pair: Interval) -> nn.Module:
         return self.parts[self.key(plug_name(stack, pair))]

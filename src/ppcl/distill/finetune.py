@@ -136,7 +136,7 @@ class FineTune(ManualOptimization):
         All ranks must call it, each with its own rows of the batches. Each gets the value over all rows.
         """
         sums = torch.zeros(2, dtype=torch.float64)
-        with self._result_to_run() as model:
+        with self.result_to_run() as model:
             for batch in batches:
                 with computing(self.precision, batch.sigmas.device):
                     velocity = batch.prediction(model(**batch.inputs)[0]).double()
@@ -146,7 +146,7 @@ class FineTune(ManualOptimization):
         return (sums[0] / sums[1]).item()  # NaN where the teacher's velocity is 0 everywhere
 
     @contextmanager
-    def _result_to_run(self) -> Iterator[nn.Module]:
+    def result_to_run(self) -> Iterator[nn.Module]:
         """Provide a model within the context that runs with the weights of `result`.
 
         A sharded moving average cannot run, so the student takes over its weights within the context.

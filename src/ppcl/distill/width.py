@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.artifacts.headers import Header
 from ppcl.artifacts.plan import Intervals, Width, plug_name, projector_name, removal_name
+from ppcl.artifacts.plugs import Projector
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.distill.local import LocalDistillation
@@ -22,6 +25,7 @@ from ppcl.ops.least_squares import NormalEquations
 from ppcl.ops.losses import Average, relative_error
 from ppcl.precision import computing
 from ppcl.streaming import resident
+from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.width import width_surgery
 from ppcl.taps import BlockCall, BlockKey, Streams, free_bytes, observe_each, stack_of
 from ppcl.training.sharding import Sharding, assign, whole_call
@@ -116,7 +120,7 @@ class WidthDistillation(LocalDistillation):
         only: Collection[str] | None = None,
         precision: str = "32-true",
     ) -> None:
-        self.layout, self.linear_weight = layout, linear_weight
+        self.kept, self.layout, self.linear_weight = kept, layout, linear_weight
         self.surgery = width_surgery(family)
         self._inputs: dict[str, Any] = {}  # inputs of the teacher's forward that is running
         pruned = [item for stack in family.stacks for item in _prune(family, stack, kept, width)]
@@ -139,6 +143,46 @@ class WidthDistillation(LocalDistillation):
         A text-pruned place has the first two, an FFN-pruned one those of the last two that its streams need.
         """
         return dict(self.parts[self.key(self.names[number])].named_children())
+
+    def projector(
+        self,
+        number: int,
+        state_of: Callable[[nn.Module], Mapping[str, Tensor]],
+        header: Header,
+        losses: dict[str, float],
+    ) -> Projector:
+        """Return the projectors of pruned place `number` as a plug. `state_of`: returns the state dict of a module."""
+        item = self.pruned[number]
+        state = {
+            f"{self.surgery.projectors[key]}.{name}": value
+            for key, projector in self.projectors(number).items()
+            for name, value in state_of(projector).items()
+        }
+        place, reference = item.place, item.reference.index if item.reference else None
+        return Projector(
+            header, place.stack, state, losses, index=place.index, kind=item.kind, base=place.base, reference=reference
+        )
+
+    @contextmanager
+    def plugged(self, others: Mapping[str, Projector]) -> Iterator[nn.Module]:
+        """Provide the teacher with all students and projectors in place, within the context.
+
+        `others`: the projectors that are not trained here.
+        """
+        intervals: Intervals = {}
+        for place in self.kept:
+            if place.base is not None:
+                intervals.setdefault(place.stack, []).append((place.index, place.end))
+        students = {place.base: place.module for place in self.kept if place.base is not None and place.is_student}
+        removed = [place.base for place in self.kept if place.base is not None and not place.is_student]
+        header = Header("ppcl.projector", {})  # only a saved one needs it
+        trained = [self.projector(n, nn.Module.state_dict, header, {}) for n in range(len(self.pruned))]
+        projectors = {**others, **{item.name: item for item in trained}}
+        board = Plugboard(self.family, self._teacher[0], intervals, students, projectors, self.layout)
+        try:
+            yield board(*students, *removed, *projectors).transformer
+        finally:
+            board()
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

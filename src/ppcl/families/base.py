@@ -235,6 +235,25 @@ class Family(ABC):
         """
         raise self._draws_nothing()
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the family can turn latents into pictures: a family that can implements `decode_latents`."""
+        return type(self).decode_latents is not Family.decode_latents
+
+    def decode_latents(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the pictures `[B, 3, H, W]` in [-1, 1] of packed latents `[B, N, C]`: the inverse of `encode_images`.
+
+        Of the pipeline only the VAE is used. Raises `UsageError` if the family draws no pictures.
+        """
+        raise self._draws_nothing()
+
+    def denoise(self, latents: Tensor, prediction: Tensor, sigma: float, following: float) -> Tensor:
+        """Return latents at the noise level `following`, from `latents` at `sigma` and the model's `prediction` there.
+
+        Of flow matching, whose prediction is the velocity, it is a step of Euler's method.
+        """
+        return latents + (following - sigma) * prediction
+
     def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
         """Encode distinct `prompts` as the pipeline does, padded to one length.
 

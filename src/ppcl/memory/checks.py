@@ -16,6 +16,7 @@ from ppcl.context import Run
 from ppcl.disk import in_bytes
 from ppcl.errors import UsageError
 from ppcl.launch import rank, shard_ranks
+from ppcl.memory.pictures import NO_ROOM, with_pictures
 from ppcl.memory.plan import DISK, FLOPS, RESERVED, SLACK, STAGES, Need, Plan, capacity, fits
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import budget_of
@@ -49,7 +50,7 @@ def needs(run: Run) -> list[Need]:
     if not stages:
         return []
     plan = Plan(run)
-    return [STAGES[stage](plan) for stage in stages]
+    return [with_pictures(run, STAGES[stage](plan)) for stage in stages]
 
 
 def explain(run: Run) -> None:
@@ -117,6 +118,11 @@ def check_memory(run: Run) -> None:
                 f"{in_bytes(room)} ({_told(need.device)}): turn {_keys(run, need.stage)}; "
                 "explain=true prints all figures, and trainer.check_memory=false tries it."
             )
+
+
+def room_for_pictures(run: Run, stage: str) -> bool:
+    """Return whether a training has the memory to draw sample pictures. Small models are not checked."""
+    return not _is_large(run) or NO_ROOM not in with_pictures(run, STAGES[stage](Plan(run))).note
 
 
 @contextmanager

@@ -41,7 +41,7 @@ _FOLDERS = {
     "images": "all pictures",
     "layouts": "pictures as the scorers of GenEval and DPG-Bench read them",
     "scores": "scores of each variant",
-    "training": "the cost of each training",
+    "training": "cost, held-out losses and sample pictures of each training",
     "logs": "losses of each training",
     "config.yaml": "every setting",
 }

@@ -11,6 +11,7 @@ import jinja2
 
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.plan import Width
+from ppcl.artifacts.samples import Samples
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 from ppcl.export.folder import BaseModel
@@ -18,6 +19,7 @@ from ppcl.report.fidelity import fidelity_section
 from ppcl.report.made import link, links_of, made_by, trainings_in_words
 from ppcl.report.sheets import Sheet
 from ppcl.report.text import MEANINGS, billions, notes_of, plugs_in_words, plugs_of, result_of, score_columns
+from ppcl.report.training import training_sections
 
 SMALL, LARGE = 256, 512  # pixels per side of pictures in the comparison, and of the user's own prompts
 
@@ -30,12 +32,14 @@ def render(
     compared: Sheet | None,
     own: Sequence[Sheet],
     missing: str,
+    sampled: Mapping[str, Sequence[tuple[Path, Samples]]],
 ) -> str:
     """Return the report as HTML. All pictures are embedded, and links to the run's folders are relative.
 
     `facts`: the content of `report.json`. `rows`: the scores of all variants. `plots`: the files of plots by name.
         `compared`: the pictures of the prompts that variants are compared on, if they are drawn. `own`: pictures of
         the user's own prompts. `missing`: a sentence that says what is not there yet, and how it is added.
+        `sampled`: folders and records of pictures that were drawn during trainings, by stage.
     """
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -58,6 +62,7 @@ def render(
             for row in rows
         ],
         choice=_choice(facts.get("choice")),
+        sampled=training_sections(run, sampled, SMALL),
         trainings=trainings_in_words(facts["trainings"]),
         commands=facts["commands"],
         links=links_of(run),

@@ -56,12 +56,7 @@ class Sheet:
             {
                 "name": name,
                 "pictures": [
-                    {
-                        "source": embedded(image, largest),
-                        "caption": caption,
-                        "pixels": image.width <= _LOSSLESS,
-                        "fails": bool(fails),
-                    }
+                    cell(image, caption, largest) | {"fails": bool(fails)}
                     for image, caption, fails in zip(
                         images, self.captions, self.fails.get(name, [None] * len(images)), strict=True
                     )
@@ -69,6 +64,11 @@ class Sheet:
             }
             for name, images in self.rows.items()
         ]
+
+
+def cell(image: Image.Image, caption: str, largest: int) -> dict[str, Any]:
+    """Return a picture and its caption as the template expects them, with at most `largest` pixels per side."""
+    return {"source": embedded(image, largest), "caption": caption, "pixels": image.width <= _LOSSLESS}
 
 
 def embedded(image: Image.Image, largest: int) -> str:

@@ -34,6 +34,7 @@ from ppcl.parallel import barrier
 from ppcl.progress import Part
 from ppcl.report.text import counted, show_risen
 from ppcl.training.cost import total_cost
+from ppcl.training.drawing import Drawn
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, ready, whole_state
 from ppcl.validation.pruning import resolve_intervals
@@ -224,7 +225,8 @@ def _train(run: Run, chosen: Intervals) -> bool:
         found = module.heldout(run.data.to_device(batch) for step in steps for batch in heldout(step))
         return {name: losses["loss"] for name, losses in zip(module.names, found, strict=True)}
 
-    fit(run, "depth", module, loader, checkpoints, header, config, blocks, watched)
+    drawn = None if config.from_boundaries else Drawn(module.names, run.teacher.pipeline.transformer, module.plugged)
+    fit(run, "depth", module, loader, checkpoints, header, config, blocks, watched, drawn)
     after = measure("after distillation")
     each_losses = {}
     for number, (stack, pair) in enumerate(module.pairs):

@@ -25,6 +25,7 @@ from ppcl.options import identity
 from ppcl.streaming import follow, still
 from ppcl.surgery.adapter import merge_lora, save_lora, save_merged
 from ppcl.taps import BlockKey
+from ppcl.training.drawing import Drawn
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import Sharding, place
 from ppcl.variants.costs import FIRST_BATCH
@@ -98,7 +99,8 @@ def run(run: Run) -> None:
         found = module.velocity_error(run.data.to_device(batch) for step in steps for batch in heldout(step))
         return {"velocity error": found}
 
-    fit(run, "finetune", module, loader, checkpoints, header, config, blocks, watched)
+    drawn = Drawn(["the whole model"], module.teachers[0], module.result_to_run) if module.teachers else None
+    fit(run, "finetune", module, loader, checkpoints, header, config, blocks, watched, drawn)
     after = _velocity_error(run, module, heldout, "after tuning")
     result = cast(Any, module.whole_result())
     if run.writes:

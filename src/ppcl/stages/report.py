@@ -14,6 +14,7 @@ from ppcl import __version__
 from ppcl.artifacts.curves import load_curves
 from ppcl.artifacts.files import atomic_path, read_json, write_json
 from ppcl.artifacts.plugs import load_plugs, load_projectors
+from ppcl.artifacts.samples import load_samples
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.config import STORED_VARIANTS
 from ppcl.context import Run
@@ -137,7 +138,9 @@ def run(run: Run) -> None:
     current, say = cache(partial(current_model, run)), partial(run.say, "report")
     own = own_sheets(run.folder / "images", compared.folder if compared else run.set_folder, current, say)
     missing = "" if rows else f"There are no scores yet: {_remedy(compared)} adds them."
-    page = render(run, facts, rows, drawn, compared, own, missing)
+    sampled = load_samples(run.base) | load_samples(run.folder)
+    sampled = {stage: sampled[stage] for stage in STAGES if stage in sampled}
+    page = render(run, facts, rows, drawn, compared, own, missing, sampled)
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     write_json(folder / "report.json", facts)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ppcl.artifacts.headers import Header, fingerprint, is_current
 from ppcl.artifacts.plan import PruningPlan, Width
-from ppcl.artifacts.plugs import Projector, check_losses, is_stored
+from ppcl.artifacts.plugs import Projector, check_losses, is_stored, load_projectors
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.distill.width import Place, PrunedPlace, WidthDistillation, places
@@ -25,6 +26,7 @@ from ppcl.parallel import barrier
 from ppcl.report.text import counted, show_plan, show_risen
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
+from ppcl.training.drawing import Drawn
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
 from ppcl.variants.plugs import required_removals, required_students
@@ -217,7 +219,9 @@ def run(run: Run) -> None:
         divided = partial(stream.divided, parts=distill.accumulate)
         loader = StepLoader(divided, config.steps, ahead=run.data.from_disk)
         blocks = run.family.blocks(teacher).values()
-        fit(run, "width", module, loader, checkpoints, header, distill, blocks, watched)
+        others = {name: item for name, item in load_projectors(folder).items() if name in headers and name not in stale}
+        drawn = Drawn(module.names, teacher, partial(module.plugged, others))
+        fit(run, "width", module, loader, checkpoints, header, distill, blocks, watched, drawn)
         place(run, module)
     after = measure()
     for item, found in zip(module.pruned, after, strict=True):
@@ -256,19 +260,8 @@ def _begun(folder: Path, names: Sequence[str], stale: Sequence[str]) -> dict[Pat
 
 def _projector(run: Run, module: WidthDistillation, number: int, header: Header, losses: dict[str, float]) -> Projector:
     """Return the trained projector of `module.pruned[number]`. With several ranks only rank 0 gets its tensors."""
-    item = module.pruned[number]
-    state = {
-        f"{module.surgery.projectors[key]}.{name}": value.clone()
-        for key, projector in module.projectors(number).items()
-        for name, value in whole_state(projector, run.teacher.dtype).items()
-    }
-    return Projector(
-        header,
-        item.place.stack,
-        state,
-        losses,
-        index=item.place.index,
-        kind=item.kind,
-        base=item.place.base,
-        reference=item.reference.index if item.reference else None,
-    )
+
+    def state_of(projector: nn.Module) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in whole_state(projector, run.teacher.dtype).items()}
+
+    return module.projector(number, state_of, header, losses)

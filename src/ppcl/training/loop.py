@@ -24,11 +24,13 @@ from ppcl.config import PretrainConfig, TrainingConfig
 from ppcl.context import Run
 from ppcl.data.batches import StepLoader
 from ppcl.errors import UsageError
+from ppcl.launch import rank
 from ppcl.parallel import barrier, together
 from ppcl.precision import fast_products, same_bits
 from ppcl.tracking.loggers import make_logger
 from ppcl.training.checkpoints import CHECKPOINT, Checkpoints
 from ppcl.training.cost import TrainingCost
+from ppcl.training.drawing import Drawn, SamplePictures
 from ppcl.training.progress import StepProgress
 from ppcl.training.stops import Stop
 from ppcl.training.strategies import SHARDED, discard_others, processes
@@ -86,6 +88,7 @@ def fit(
     settings: TrainingConfig | PretrainConfig,
     blocks: Iterable[nn.Module],
     heldout: HeldOut | None = None,
+    drawn: Drawn | None = None,
 ) -> None:
     """Train `module` for the steps of `loader`, resuming from the last checkpoint in `folder` if there is one.
 
@@ -96,6 +99,7 @@ def fit(
     `settings`: says when checkpoints are saved (`checkpoint_every`, `checkpoint_minutes`).
     `blocks`: the blocks that a step runs, which `trainer.compile` compiles for the duration of the training.
     `heldout`: measures held-out losses, which is done now and then (`watch`).
+    `drawn`: the models that sample pictures are drawn with, which is also done now and then.
 
     SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 end the training with `Stopped`, after a checkpoint of the running
     step. Raises `UsageError` if the training stops early, if the disk has no room for checkpoints, or as
@@ -104,8 +108,10 @@ def fit(
     with _alone(run, stage, folder):
         resumable = _prepared(run, stage, folder, header)
         stop = Stop()
-        watching = Watching(run, stage, header, settings.batch_size, heldout)
-        callbacks: list[Callback] = [watching, TrainingCost(run.folder / "training" / f"{stage}.json")]
+        pictures = None if heldout is None else SamplePictures(run, stage, header, drawn, _at_once(run, settings))
+        watching = Watching(run, stage, header, settings.batch_size, heldout, pictures)
+        # The cost first, so that it is of the steps alone.
+        callbacks: list[Callback] = [TrainingCost(run.folder / "training" / f"{stage}.json"), watching]
         if run.config.trainer.progress:
             callbacks.append(StepProgress(stage, run.console, part=run.part))
         callbacks.append(Checkpoints(run, stage, folder, header, settings, stop))
@@ -128,6 +134,12 @@ def fit(
             stop.finish(run, stage)
         if trainer.global_step < loader.num_steps:
             raise UsageError(f"{stage} stopped at step {trainer.global_step} of {loader.num_steps}.")
+
+
+def _at_once(run: Run, settings: TrainingConfig | PretrainConfig) -> int:
+    """Return how many samples of a step a rank passes at once."""
+    ranks = 1 if run.config.strategy.kind == "single" else rank()[1]
+    return max(1, settings.batch_size // ranks // getattr(settings, "accumulate", 1))
 
 
 @contextmanager

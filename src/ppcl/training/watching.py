@@ -1,4 +1,4 @@
-"""Watches a training: rates, gradients, speed and memory for the logger, and held-out losses while it trains."""
+"""Watches a training: rates, gradients, speed and memory for the logger, held-out losses and sample pictures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ppcl.config import WatchConfig
 from ppcl.context import Run
 from ppcl.distill.objective import ManualOptimization
 from ppcl.errors import UsageError
+from ppcl.parallel import together
+from ppcl.training.drawing import SamplePictures
 
 HeldOut = Callable[[int], Mapping[str, float]]
 """Returns the loss of each part that is trained, by its name, on so many held-out batches."""
@@ -37,16 +39,25 @@ class Watching(L.Callback):
     """Logs what happens in a training beside its losses, and measures held-out losses on the way.
 
     Every few steps the logger gets the learning rates, the gradients' norm, samples per second and memory. Held-out
-    losses also go to `training/curves/`, from where the report takes them. A resumed training continues its curve.
+    losses also go to `training/curves/`, from where the report takes them. A resumed training continues its curve, and
+    its sample pictures.
 
     Nothing of this moves the random numbers of the training, which is the same to the bit without it.
 
     `header`: identifies the training. `batch_size`: samples of a step. `heldout`: None for a training that has no
-    held-out losses.
+    held-out losses. `pictures`: draws sample pictures; None for a training that has none.
     """
 
-    def __init__(self, run: Run, stage: str, header: Header, batch_size: int, heldout: HeldOut | None) -> None:
-        self.run, self.stage, self.batch_size, self.heldout = run, stage, batch_size, heldout
+    def __init__(
+        self,
+        run: Run,
+        stage: str,
+        header: Header,
+        batch_size: int,
+        heldout: HeldOut | None,
+        pictures: SamplePictures | None = None,
+    ) -> None:
+        self.run, self.stage, self.batch_size, self.heldout, self.pictures = run, stage, batch_size, heldout, pictures
         self.path = curve_path(run.folder, stage, header)
         self.steps: list[int] = []
         self.curve = Curve([], [])
@@ -66,6 +77,10 @@ class Watching(L.Callback):
             self.curve = Curve.load(self.path).until(trainer.global_step)
         elif 0 in self.steps:
             self._measure(trainer, pl_module)
+        if self.pictures is not None:
+            with together():  # rank 0 reads files, and may fail
+                self.pictures.start(trainer.global_step)
+            self._draw(trainer)
         self._since, self._counted, self._spent = time.perf_counter(), trainer.global_step, 0.0
 
     def on_train_batch_end(
@@ -74,10 +89,19 @@ class Watching(L.Callback):
         logging: Any = trainer
         if trainer.global_step % logging.log_every_n_steps == 0:
             self._log(trainer, pl_module)
+        start = time.perf_counter()
         if trainer.global_step in self.steps:
-            start = time.perf_counter()
             self._measure(trainer, pl_module)
-            self._spent += time.perf_counter() - start
+        self._draw(trainer)
+        self._spent += time.perf_counter() - start
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        """Let rank 0 draw the sample pictures that are due after this step, while the others wait."""
+        if self.pictures is None or not self.pictures.is_due(trainer.global_step):
+            return
+        with together():
+            if self.run.writes:
+                self.pictures.draw(trainer.global_step, trainer.logger)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ManualOptimization), "all trainings are"

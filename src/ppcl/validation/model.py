@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts.files import check_safetensors, read_json
+from ppcl.artifacts.files import check_safetensors, parse_json, read_json
 from ppcl.artifacts.model_files import check_streamable, component_files, has_weights, variants_of, weight_files
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
@@ -41,6 +41,12 @@ def model_folder(model: ModelConfig) -> Path | None:
     # `owner/name` is a Hub id unless such a folder exists. Everything else is a path.
     looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     return None if looks_like_hub_id and not path.exists() else path
+
+
+def has_vae(folder: Path) -> bool:
+    """Return whether the pipeline in a folder has a VAE, by its `model_index.json`."""
+    entry = parse_json((folder / "model_index.json").read_text(encoding="utf-8")).get("vae")
+    return bool(entry and entry[0])
 
 
 def num_layers(config: Config) -> dict[str, int]:

@@ -121,6 +121,26 @@ class DiT(Family):
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
         return latents, (latents.shape[2], latents.shape[3])
 
+    @torch.no_grad()
+    def decode_latents(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        vae = pipeline.vae
+        return vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype), return_dict=False)[0]
+
+    def denoise(self, latents: Tensor, prediction: Tensor, sigma: float, following: float) -> Tensor:
+        """Take a step of DDIM (Song et al., 2010.02502), from one of the schedule's timesteps to another."""
+        kept, last = self.scheduler.alphas_cumprod, NUM_TIMESTEPS - 1
+        here = kept[min(round(sigma * NUM_TIMESTEPS), last)].item()
+        there = kept[min(round(following * NUM_TIMESTEPS), last)].item() if following else 1.0  # clean at last
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            clean = (latents - (1 - here) ** 0.5 * prediction) / here**0.5
+        elif kind == "v_prediction":
+            clean = here**0.5 * latents - (1 - here) ** 0.5 * prediction
+        else:
+            clean = prediction
+        noise = (latents - here**0.5 * clean) / (1 - here) ** 0.5
+        return there**0.5 * clean + (1 - there) ** 0.5 * noise
+
     @property
     def empty_prompt(self) -> str:
         return ""  # no label: there are no negative prompts

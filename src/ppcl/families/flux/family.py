@@ -102,6 +102,13 @@ class Flux(DualStreamFamily):
         return packed, (latents.shape[2] // 2, latents.shape[3] // 2)
 
     @torch.no_grad()
+    def decode_latents(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        vae, scale = pipeline.vae, pipeline.vae_scale_factor
+        unpacked = pipeline._unpack_latents(latents, 2 * scale * size[0], 2 * scale * size[1], scale)  # [B, z, h, w]
+        unpacked = unpacked / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(unpacked.to(vae.device, vae.dtype), return_dict=False)[0]
+
+    @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
         length = self.sampling.max_sequence_length
         embeddings, pooled, _ = pipeline.encode_prompt(prompts, max_sequence_length=length)

@@ -99,6 +99,14 @@ class QwenImage(DualStreamFamily):
         packed = pipeline._pack_latents((latents - mean) / std, *latents.shape)  # [B, hw/4, 4z]
         return packed, (latents.shape[2] // 2, latents.shape[3] // 2)
 
+    @torch.no_grad()
+    def decode_latents(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        vae, scale = pipeline.vae, pipeline.vae_scale_factor
+        frames = pipeline._unpack_latents(latents, 2 * scale * size[0], 2 * scale * size[1], scale)  # [B, z, 1, h, w]
+        mean = frames.new_tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        std = frames.new_tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+        return vae.decode((frames * std + mean).to(vae.device, vae.dtype), return_dict=False)[0][:, :, 0]
+
     def encode_prompts(self, pipeline: Any, prompts: list[str], references: Sequence[Any] = ()) -> EncodedPrompts:
         embeddings, mask = pipeline.encode_prompt(prompts, max_sequence_length=self.sampling.max_sequence_length)
         if mask is None:
