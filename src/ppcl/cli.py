@@ -7,9 +7,9 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ppcl.command import check_choices, execute
+from ppcl.command import check_choices, execute, quoted
 from ppcl.errors import SaidElsewhere, Stopped, UsageError
 from ppcl.launch import is_first, take_gpu
 from ppcl.paths import conf_dir
@@ -47,14 +47,18 @@ def main() -> None:
     if sys.argv[1] == "compare":
         _compare(sys.argv[2:])
         return
+
+    def refuse(error: UsageError) -> NoReturn:
+        if is_first():
+            print(f"ppcl: {visible(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, not printed and swallowed
     try:
         check_choices([argument for argument in sys.argv[1:] if not argument.startswith("-")])
     except UsageError as error:
-        if is_first():
-            print(f"ppcl: {visible(str(error))}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        refuse(error)
 
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -67,6 +71,11 @@ def main() -> None:
 
     register_schema()
     sweep.failures.clear()
+    sys.argv[1:] = [argument if argument.startswith("-") else quoted(argument) for argument in sys.argv[1:]]
+    try:
+        sweep.check_sweep(sys.argv[1:])
+    except UsageError as error:
+        refuse(error)
 
     mistakes: list[Exception] = []
     here = os.getpid()
@@ -83,6 +92,8 @@ def main() -> None:
         job = HydraConfig.get()
         if os.getpid() != here:  # a worker that a launcher of Hydra, such as joblib's, has started
             take_gpu(job.job.num)
+        if job.mode == RunMode.MULTIRUN:
+            sweep.announce(job)
         run_job = partial(execute, raw, job.overrides.task, Path(job.runtime.output_dir))
         if job.mode == RunMode.MULTIRUN and raw.run is None and not raw.explain:
             sweep.run_job(job, run_job)  # which records a failure, and tells of it at the end of the sweep

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import fields
@@ -106,7 +106,7 @@ def as_overrides(settings: Sequence[str] | Mapping[str, Any]) -> list[str]:
     if isinstance(settings, str):
         raise UsageError(f"{settings!r} is one string: give a list of overrides, such as [{settings!r}].")
     if not isinstance(settings, Mapping):
-        return [str(item) for item in settings]
+        return [quoted(str(item)) for item in settings]
     found = []
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
@@ -132,6 +132,25 @@ def _written(value: Any) -> str:
 
     text = str(value).replace("${", "\\${")  # text, and no interpolation
     return QuotedString(text, Quote.single).with_quotes()
+
+
+def quoted(override: str) -> str:
+    """Return `KEY=PATH` with the path in quotes if it has a `=`, as folders of a sweep's jobs do: Hydra needs them.
+
+    Several paths, separated by commas, are quoted one by one. Paths that do not exist, and all else, stay as they are.
+    """
+    key, _, value = override.partition("=")
+    if "=" not in value:
+        return override
+    if os.path.exists(value):
+        return f"{key}={_written(value)}"
+    paths, part = list[str](), ""
+    for piece in value.split(","):  # a path may hold commas, too
+        part = f"{part},{piece}" if part else piece
+        if os.path.exists(part):
+            paths.append(_written(part))
+            part = ""
+    return override if part or not paths else f"{key}={','.join(paths)}"
 
 
 # Continuing an earlier run
@@ -313,8 +332,6 @@ def _record_and_run(run: Run, looking: bool, silent: bool, shared: Callable[[], 
         if config.explain:
             with suppress(OSError):
                 folder.rmdir()  # Hydra has made it
-                if _in_sweep() and {*folder.parent.iterdir()} <= {folder.parent / "multirun.yaml"}:
-                    shutil.rmtree(folder.parent)
         return
     records = (folder / "config.yaml", folder / "versions.json")
     before = {path: path.read_bytes() for path in records if path.exists()}
@@ -332,13 +349,6 @@ def _record_and_run(run: Run, looking: bool, silent: bool, shared: Callable[[], 
             for path in records:
                 path.unlink(missing_ok=True)
         raise
-
-
-def _in_sweep() -> bool:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _meet(raw: Any) -> Callable[[], AbstractContextManager[None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ppcl.config import OPEN_GROUPS, Config
 from ppcl.defaults import register_resolvers
+from ppcl.paths import job_folder
 from ppcl.stages import help_lines
 
 
@@ -18,5 +19,5 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("ppcl_stages", help_lines, replace=True)
     OmegaConf.register_new_resolver("ppcl_folder", lambda run, folder: run or folder, replace=True)
-    OmegaConf.register_new_resolver("ppcl_job", lambda run, number: "." if run else number, replace=True)
+    OmegaConf.register_new_resolver("ppcl_job", job_folder, replace=True)
     register_resolvers()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import html
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -224,6 +225,8 @@ def compare(arguments: Sequence[str]) -> str:
             f"compare: {len(runs)} of the {len(folders)} names given are folders of runs, and it takes two: name them, "
             "such as runs/sizes/*."
         )
+    if len({run.parent for run in runs}) == 1 and all((run / JOB).exists() for run in runs):
+        runs.sort(key=_place)  # a shell has sorted them by their names
     target = Path(told[-1]) if told else Path(os.path.commonpath([folder.resolve().parent for folder in runs]))
     missing = {job.resolve() for job in jobs_of(target)} - {run.resolve() for run in runs}
     if missing and not told:
@@ -236,6 +239,13 @@ def compare(arguments: Sequence[str]) -> str:
 
 
 def jobs_of(folder: Path) -> list[Path]:
-    """Return the folders of the jobs of a sweep in their order; none if `folder` is not of a sweep."""
+    """Return the folders of the jobs of a sweep in the order in which they ran; none if `folder` is not of a sweep."""
     found = [path.parent for path in folder.glob(f"*/{JOB}")] if (folder / "multirun.yaml").exists() else []
-    return sorted(found, key=lambda job: (len(job.name), job.name))
+    return sorted(found, key=_place)
+
+
+def _place(job: Path) -> tuple[float, str]:
+    number = read_job(job).number
+    if number is None:  # of an earlier version, which named folders by the job's number
+        number = int(job.name) if job.name.isdecimal() else None
+    return (math.inf if number is None else number), job.name

@@ -51,13 +51,14 @@ def make_logger(run: Run, stage: str) -> Logger | bool:
         return False
     if settings.kind == "csv":
         return CSVLogger(run.folder, name=f"logs/{stage}")
+    sweep = run.folder.parent.name if (run.folder.parent / "multirun.yaml").exists() else None
     logger = WandbLogger(
         project=settings.project,
-        name=f"{run.config.name}/{stage}",
+        name="/".join([run.config.name, *([run.folder.name] if sweep else []), stage]),
         save_dir=str(run.folder),
         mode=settings.mode,
         id=_wandb_id(run, stage),
-        group=run.folder.parent.name if (run.folder.parent / "multirun.yaml").exists() else None,
+        group=sweep,
         resume="allow",
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes this argument, and wandb warns about it
