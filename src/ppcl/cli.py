@@ -17,11 +17,21 @@ from ppcl.progress import visible
 from ppcl.sentences import failed_access, sentence
 from ppcl.watch import Watch
 
+COMPARE_HELP = """usage: ppcl compare FOLDER FOLDER.. [to=FOLDER]
+
+Write a table of finished runs, comparison.html, .csv and .png, to the folder that holds them all, or to the one that
+to= names: the settings that differ, and what came of them. The folder of a sweep stands for all of its jobs.
+
+  ppcl compare runs/sizes
+  ppcl compare runs/try runs/mine to=runs/compared"""
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
 
 
 def _compare(arguments: list[str]) -> None:
     """Write a table of finished runs: `ppcl compare FOLDER..`."""
+    if {"-h", "--help"} & {*arguments}:
+        print(COMPARE_HELP)
+        return
     from ppcl.report.compare import compare
 
     try:

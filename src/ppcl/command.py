@@ -210,7 +210,7 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"run={raw.run} works in that folder, so {override.input_line} has no effect: drop one of them, or use "
                 f"paths.base_run={raw.run} for another run with its plugs."
             )
-        if key == "experiment" and choice is not None:
+        if key in ("experiment", "sweep") and choice is not None:
             raise UsageError(
                 f"run={raw.run} takes the recorded configuration, and {override.input_line} is a whole one of its own: "
                 "drop one of them."
@@ -223,7 +223,7 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             # They say nothing of what a recipe sets.
             of_recipes = {name for names in recipes.values() for name in names}
             said += [name for name in (f"{key}.{name!s}" for name in raw[key]) if name not in of_recipes]
-        elif key not in ("run", "experiment", "sampling", "recipe") and not (
+        elif key not in ("run", "experiment", "sweep", "sampling", "recipe") and not (
             key.startswith("hydra") or override.is_delete()
         ):
             said.append(key)

@@ -42,10 +42,16 @@ def check_sweep(arguments: Sequence[str]) -> None:
     except HydraException:
         return
     chosen = {override.key_or_group: override for override in overrides}
+    is_sweep = "sweep" in chosen and chosen["sweep"].value() is not None
     if not any(_is_multirun(argument) for argument in arguments):
+        if is_sweep and not any(argument.startswith("-") for argument in arguments):  # flags only show something
+            raise UsageError(
+                f"{chosen['sweep'].input_line} is a whole sweep: add --multirun, as the first argument of ppcl."
+            )
         return
     run = chosen.get("run")
-    others = [key for key, override in chosen.items() if key not in _FOLDERS and override.is_sweep_override()]
+    others = ["sweep"] if is_sweep else []
+    others += [key for key, override in chosen.items() if key not in _FOLDERS and override.is_sweep_override()]
     if run is not None and run.value() is not None and others:
         raise UsageError(
             f"{run.input_line} has jobs work in one folder, where those of {chosen[others[0]].input_line} would write "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,28 @@ def test_the_table_has_what_differs_and_what_came_out(sweep: tuple[Path, Outcome
     assert all(bool(row["velocity error"]) == (row["budget.cost"] == "velocity" and not row["failed"]) for row in rows)
 
 
-def test_the_page_leads_to_the_runs(sweep: tuple[Path, Outcome]) -> None:
+def test_the_page_marks_what_failed_and_what_has_no_report(sweep: tuple[Path, Outcome]) -> None:
     folder, _ = sweep
     page = (folder / "comparison.html").read_text(encoding="utf-8")
     assert page.count("<tr class=failed>") == 2
+    assert page.count(">no report</span>") == 4  # and the failed ones say that they have failed
+    assert "href" not in page
     assert (folder / "comparison.png").exists()
+
+
+def test_the_page_leads_to_reports_and_says_how_sure_a_score_is(chain: Path, trained: Path, tmp_path: Path) -> None:
+    succeed("compare", str(chain), str(trained), f"to={tmp_path}")
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert re.search(r'<td><a href="[^"]*/chain/report/[^"]*report.html">chain</a></td>', page)
+    assert 'trained<span class="note">no report</span>' in page
+    assert re.search(r"<td>\d\.\d{3} ± \d\.\d{3}</td>", page)
+    (first, _) = rows_of(tmp_path)
+    assert float(first["score ±"]) > 0
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_compare(flag: str) -> None:
+    assert "usage: ppcl compare FOLDER" in succeed("compare", flag).out
 
 
 def test_compare_makes_the_same(sweep: tuple[Path, Outcome]) -> None:

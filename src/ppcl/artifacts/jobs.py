@@ -8,6 +8,7 @@ from pathlib import Path
 from ppcl.artifacts.files import read_json, write_json
 
 JOB = "job.json"
+BEST = "best.json"  # in the folder of a search, the best of its jobs
 
 
 @dataclass(frozen=True)
