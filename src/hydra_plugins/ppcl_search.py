@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 
 class Search(Sweeper):
-    """Runs the jobs that Optuna proposes. `settings`: the keys of `ppcl.search.SearchConfig`."""
+    """Runs the jobs that Optuna proposes. `settings`: the keys of `ppcl.config.SearchConfig`."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -22,6 +22,9 @@ class Search(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the search; `arguments` are in the configuration, too."""
-        from ppcl.search import SearchConfig, search
+        from ppcl.config import SearchConfig
+        from ppcl.search import search
 
+        assert self.config is not None  # by `setup`
+        assert self.launcher is not None
         search(SearchConfig(**self.settings), self.config, self.launcher)

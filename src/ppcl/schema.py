@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ppcl.config import OPEN_GROUPS, Config
+from ppcl.config import OPEN_GROUPS, Config, SearchConfig
 from ppcl.defaults import register_resolvers
 from ppcl.paths import job_folder
-from ppcl.search import SearchConfig
 from ppcl.stages import help_lines
 
 

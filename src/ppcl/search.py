@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,10 @@ from ppcl.artifacts.files import write_json
 from ppcl.artifacts.jobs import BEST, JOB, read_job, write_job
 from ppcl.artifacts.locks import locked
 from ppcl.command import as_overrides
-from ppcl.config import MOST_SEED
+from ppcl.config import SearchConfig
 from ppcl.errors import UsageError
 from ppcl.launch import launched
-from ppcl.options import declared, option
+from ppcl.options import declared
 from ppcl.paths import conf_dir, job_folder
 from ppcl.validation.values import one_of
 
@@ -33,35 +33,11 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-MINIMISED = (
-    *("velocity_error", "drop_percent", "latent_distance", "params_percent"),
-    *("latency_ms", "peak_memory_mb", "training_seconds"),
-)
 _DIGITS = 4  # significant ones of the numbers that are tried
 _IDENTITY = "search"  # the study's attribute that says what is searched
 # Settings that change no result of a trial: another value of them goes on with the search.
 _OF_COMMAND = ("name", "run", "explain", "logger.", "watch.", "paths.runs_dir", "paths.cache_dir")
 _OF_MACHINE = ("trainer.progress", "trainer.num_threads", "trainer.check_memory", "trainer.memory_gb")
-
-
-@dataclass
-class SearchConfig:
-    """The keys of `hydra.sweeper` in a search.
-
-    `trials`: the number of trials in all, with those of earlier commands.
-    `minimise`: the result that should be as low as possible.
-    `seed`: the seed of what Optuna's sampler draws.
-    `parallel`: trials that run at once. None: as many as the launcher's jobs, `hydra.launcher.n_jobs`, or else one.
-    `params`: what is searched, as in a sweep: `interval(0.1, 1)`, `tag(log, interval(0.01, 1))`, `range(1, 9)`, or
-        values, `a,b`. Keys that are typed in these forms are searched, too.
-    """
-
-    _target_: str = "hydra_plugins.ppcl_search.Search"
-    trials: int = option(20, least=1, most=100_000)
-    minimise: str = option("velocity_error", choices=MINIMISED)
-    seed: int = option(0, least=0, most=MOST_SEED)
-    parallel: int | None = option(None, least=1, most=10_000)
-    params: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

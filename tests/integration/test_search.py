@@ -11,8 +11,8 @@ import pytest
 from commands import DIE_AT_RENAME, INTERVALS, modified, ppcl, ppcl_process, succeed
 
 from ppcl.artifacts.jobs import read_job
+from ppcl.config import MINIMISED
 from ppcl.report.compare import NUMBERS, jobs_of, results_of
-from ppcl.search import MINIMISED
 
 RATES = "distill.relative_update=tag(log,interval(0.01,0.3))"
 SIZES = "budget.params=0.95,0.9,0.1"  # the last one is out of reach
@@ -63,7 +63,7 @@ def test_the_best_trial_is_a_command_to_paste(folder: Path) -> None:
     assert "wrote" in outcome.out
     assert results_of(folder.parent / "rates_best")["velocity_error"] == best["value"]
     page = (folder / "comparison.html").read_text(encoding="utf-8")
-    assert "best of 8 trials: velocity error" in page
+    assert "The best of 8 trials: velocity error" in page
     assert page.count("<tr class=best>") == 1
 
 

@@ -199,26 +199,31 @@ def _page(
 ) -> str:
     failed = sum(row.failed is not None for row in rows)
     sentence = f"{len(rows)} runs, {failed} of them failed." if failed else f"{len(rows)} runs."
-    sentence += " A name in blue leads to the run's report. Settings that differ come first."
+    sentence += " Settings that differ come first. A name that is a link leads to the run's report."
     best = read_json(folder / BEST, "The best trial") if (folder / BEST).exists() else {}
+    settled = 1 + len({key for row in rows for key in row.settings})  # columns before those of results
+    titles = [title for title in titles if title != "failed"]
+    shown = [title for title in titles if title != PLUS_MINUS]
     lines = []
     for row, line in zip(rows, cells, strict=True):
         kind = "failed" if row.failed else "best" if best and row.folder == folder / best["job"] else None
-        others: list[str] = []
-        for title, cell in zip(titles[1:], line[1:], strict=True):
-            if title == PLUS_MINUS:
-                others[-1] = others[-1].replace("</td>", f" ± {cell}</td>" if cell else "</td>")
-            else:
-                others.append(f"<td{' class=text' if title == 'failed' else ''}>{html.escape(cell)}</td>")
-        attribute = f" class={kind}" if kind else ""
-        lines.append(f"<tr{attribute}><td>{_named(row, folder, kind)}</td>{''.join(others)}</tr>")
-    titles = [title for title in titles if title != PLUS_MINUS]
+        columns = dict(zip(titles, line, strict=False))  # the reason of a failure takes the place of results
+        if interval := columns.pop(PLUS_MINUS, ""):
+            columns["score"] += f" ± {interval}"
+        told = [html.escape(cell) for cell in [*columns.values()][1 : settled if row.failed else None]]
+        row_cells = [f"<td>{_named(row, folder, kind)}</td>", *(f"<td>{cell}</td>" for cell in told)]
+        if row.failed:
+            span = max(1, len(shown) - settled)
+            row_cells.append(f'<td class="text" colspan="{span}">{html.escape(row.failed)}</td>')
+        lines.append(f"<tr{f' class={kind}' if kind else ''}>{''.join(row_cells)}</tr>")
     return _PAGE.format(
         title=f"{html.escape(folder.resolve().name)}: {len(rows)} runs compared",
         sentence=sentence,
-        best="" if not best else f"<p>{html.escape(best['told'])}:</p>\n<pre>{html.escape(best['command'])}</pre>\n",
+        best=""
+        if not best
+        else f"<p>The {html.escape(best['told'])}, by</p>\n<pre>{html.escape(best['command'])}</pre>\n",
         plot='<img alt="quality against size of every run" src="comparison.png">\n' if drawn else "",
-        head="".join(f"<th{' class=text' if title == 'failed' else ''}>{html.escape(title)}</th>" for title in titles),
+        head="".join(f"<th>{html.escape(title)}</th>" for title in shown),
         body="\n".join(lines),
     )
 
