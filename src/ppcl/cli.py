@@ -8,9 +8,9 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ppcl.command import check_choices, execute
+from ppcl.command import check_choices, execute, quoted
 from ppcl.errors import SaidElsewhere, Stopped, UsageError
 from ppcl.launch import is_first, take_gpu
 from ppcl.paths import conf_dir
@@ -19,15 +19,33 @@ from ppcl.sentences import failed_access, sentence
 from ppcl.watch import Watch
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
+# What is no run: module and function, and how it is used.
 TOOLS = {
-    "compare": ("ppcl.report.compare", "compare_command"),
-    "dashboard": ("ppcl.tracking.dashboard", "make_dashboard"),
+    "compare": (
+        ("ppcl.report.compare", "compare_command"),
+        """usage: ppcl compare FOLDER FOLDER.. [to=FOLDER]
+
+Write a table of finished runs, comparison.html, .csv and .png, to the folder that holds them all, or to the one that
+to= names: the settings that differ, and what came of them. The folder of a sweep stands for all of its jobs.
+
+  ppcl compare runs/sizes
+  ppcl compare runs/try runs/mine to=runs/compared""",
+    ),
+    "dashboard": (
+        ("ppcl.tracking.dashboard", "make_dashboard"),
+        """usage: ppcl dashboard ENTITY/PROJECT
+
+Save a dashboard with panels for sweeps to a project of W&B. It needs an account, and the package wandb-workspaces.""",
+    ),
 }
 
 
 def _run_tool(name: str, arguments: list[str]) -> None:
-    """Do what is no run: `ppcl compare FOLDER..` or `ppcl dashboard ENTITY/PROJECT`."""
-    module, function = TOOLS[name]
+    """Do one of `TOOLS`, such as `ppcl compare FOLDER..`, or print how it is used."""
+    (module, function), usage = TOOLS[name]
+    if {"-h", "--help"} & {*arguments}:
+        print(usage)
+        return
     try:
         print(getattr(import_module(module), function)(arguments))
     except UsageError as error:
@@ -51,14 +69,18 @@ def main() -> None:
     if sys.argv[1] in TOOLS:
         _run_tool(sys.argv[1], sys.argv[2:])
         return
+
+    def refuse(error: UsageError) -> NoReturn:
+        if is_first():
+            print(f"ppcl: {visible(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, not printed and swallowed
     try:
         check_choices([argument for argument in sys.argv[1:] if not argument.startswith("-")])
     except UsageError as error:
-        if is_first():
-            print(f"ppcl: {visible(str(error))}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        refuse(error)
 
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -71,6 +93,11 @@ def main() -> None:
 
     register_schema()
     sweep.failures.clear()
+    sys.argv[1:] = [argument if argument.startswith("-") else quoted(argument) for argument in sys.argv[1:]]
+    try:
+        sweep.check_sweep(sys.argv[1:])
+    except UsageError as error:
+        refuse(error)
 
     mistakes: list[Exception] = []
     here = os.getpid()
@@ -87,6 +114,8 @@ def main() -> None:
         job = HydraConfig.get()
         if os.getpid() != here:  # a worker that a launcher of Hydra, such as joblib's, has started
             take_gpu(job.job.num)
+        if job.mode == RunMode.MULTIRUN:
+            sweep.announce(job)
         run_job = partial(execute, raw, job.overrides.task, Path(job.runtime.output_dir))
         if job.mode == RunMode.MULTIRUN and raw.run is None and not raw.explain:
             sweep.run_job(job, run_job)  # which records a failure, and tells of it at the end of the sweep

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import fields
@@ -107,7 +107,7 @@ def as_overrides(settings: Sequence[str] | Mapping[str, Any]) -> list[str]:
     if isinstance(settings, str):
         raise UsageError(f"{settings!r} is one string: give a list of overrides, such as [{settings!r}].")
     if not isinstance(settings, Mapping):
-        return [str(item) for item in settings]
+        return [quoted(str(item)) for item in settings]
     found = []
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
@@ -133,6 +133,25 @@ def _written(value: Any) -> str:
 
     text = str(value).replace("${", "\\${")  # text, and no interpolation
     return QuotedString(text, Quote.single).with_quotes()
+
+
+def quoted(override: str) -> str:
+    """Return `KEY=PATH` with the path in quotes if it has a `=`, as folders of a sweep's jobs do: Hydra needs them.
+
+    Several paths, separated by commas, are quoted one by one. Paths that do not exist, and all else, stay as they are.
+    """
+    key, _, value = override.partition("=")
+    if "=" not in value:
+        return override
+    if os.path.exists(value):
+        return f"{key}={_written(value)}"
+    paths, part = list[str](), ""
+    for piece in value.split(","):  # a path may hold commas, too
+        part = f"{part},{piece}" if part else piece
+        if os.path.exists(part):
+            paths.append(_written(part))
+            part = ""
+    return override if part or not paths else f"{key}={','.join(paths)}"
 
 
 # Continuing an earlier run
@@ -161,7 +180,7 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"run={raw.run} works in that folder, so {override.input_line} has no effect: drop one of them, or use "
                 f"paths.base_run={raw.run} for another run with its plugs."
             )
-        if key == "experiment" and choice is not None:
+        if key in ("experiment", "sweep") and choice is not None:
             raise UsageError(
                 f"run={raw.run} takes the recorded configuration, and {override.input_line} is a whole one of its own: "
                 "drop one of them."
@@ -174,7 +193,7 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             # They say nothing of what a recipe sets.
             of_recipes = {name for names in recipes.values() for name in names}
             said += [name for name in (f"{key}.{name!s}" for name in raw[key]) if name not in of_recipes]
-        elif key not in ("run", "experiment", "sampling", "recipe") and not (
+        elif key not in ("run", "experiment", "sweep", "sampling", "recipe") and not (
             key.startswith("hydra") or override.is_delete()
         ):
             said.append(key)
@@ -283,8 +302,6 @@ def _record_and_run(run: Run, looking: bool, silent: bool, shared: Callable[[], 
         if config.explain:
             with suppress(OSError):
                 folder.rmdir()  # Hydra has made it
-                if _in_sweep() and {*folder.parent.iterdir()} <= {folder.parent / "multirun.yaml"}:
-                    shutil.rmtree(folder.parent)
         return
     records = (folder / "config.yaml", folder / "versions.json")
     before = {path: path.read_bytes() for path in records if path.exists()}

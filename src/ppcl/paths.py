@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ ASSETS = Path(__file__).parent / "assets"
 # The autoencoder of all toy teachers. A pipeline with it draws toy pictures.
 _TOY_VAE = "AutoencoderPixelUnshuffle"
 
+_LONGEST_JOB = 100  # characters in the name of a job's folder
 _LONGEST = 200  # bytes in the name of a folder; file systems take 255, and temporary names are longer
 
 
@@ -40,6 +43,20 @@ def is_toy_folder(folder: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(vae, list) and vae[-1:] == [_TOY_VAE]
+
+
+def job_folder(overrides: str) -> str:
+    """Return the name of the folder of a sweep's job, given what sets it apart, such as `budget.params=0.5,seed=1`.
+
+    A name that would be too long, or has brackets, slashes or the like, is shortened or cleaned, and ends in a hash, so
+    that different jobs have different folders. Without overrides the job has the sweep's own folder.
+    """
+    if not overrides:
+        return "."
+    name = re.sub(r"[^A-Za-z0-9_.=,+-]+", "-", overrides).replace("=-", "=")
+    if name == overrides and len(name) <= _LONGEST_JOB:
+        return name
+    return f"{name[: _LONGEST_JOB - 7].rstrip('-,=')}-{sha256(overrides.encode()).hexdigest()[:6]}"
 
 
 def check_name(key: str, value: str) -> None:

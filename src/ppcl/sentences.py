@@ -36,12 +36,19 @@ def in_words() -> Iterator[None]:
 
 def told(error: BaseException) -> str:
     """Return why a command has failed, as one sentence; an error that nobody expected begins with its class."""
+    if is_unexpected(error):
+        return f"{type(error).__name__}: {error}".rstrip(": ")
+    assert isinstance(error, Exception)
+    return sentence(failed_access(error) or error)
+
+
+def is_unexpected(error: BaseException) -> bool:
+    """Return whether an error is neither a user's mistake nor a failure to read or write a file."""
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, (UsageError, OmegaConfBaseException)):
-        return sentence(error)
-    failure = failed_access(error) if isinstance(error, Exception) else None
-    return sentence(failure) if failure is not None else f"{type(error).__name__}: {error}".rstrip(": ")
+        return False
+    return not isinstance(error, Exception) or failed_access(error) is None
 
 
 # Patterns in OmegaConf's messages about a wrong value, and what the value should have been.

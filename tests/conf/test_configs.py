@@ -114,7 +114,7 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
         return
     config = parse(raw)
     # What the file says is what the run sees: no default or other group silently wins.
-    sections = dict.fromkeys(("", "experiment"), config) | {"sampling": config.model.sampling}
+    sections = dict.fromkeys(("", "experiment", "sweep"), config) | {"sampling": config.model.sampling}
     if group == "recipe":  # it sets keys of other groups
         sections["recipe"] = config
         found = {(part, key): getattr(getattr(config, part), key) for part in content for key in content[part]}

@@ -252,15 +252,16 @@ def test_what_does_not_go_with_a_run_is_refused(finished: Path, arguments: list[
 def test_a_job_of_a_sweep_goes_on_and_a_run_is_swept(settings: list[str], tmp_path: Path) -> None:
     command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "name=sweep", "stages=[plan]"]
     succeed("--multirun", *command, "seed=1,2")
-    results = package.run([f"run={tmp_path / 'sweep' / '1'}", "method=ppcl_lp_a"], quiet=True)
-    assert results.folder == tmp_path / "sweep" / "1"
+    first, second = (tmp_path / "sweep" / f"seed={seed}" for seed in (1, 2))
+    results = package.run([f"run={second}", "method=ppcl_lp_a"], quiet=True)
+    assert results.folder == second
     assert (results.config.seed, results.config.method.name) == (2, "ppcl_lp_a")
-    assert package.load(tmp_path / "sweep" / "0").config.method.name == "ppcl"
-    succeed("--multirun", f"run={tmp_path / 'sweep' / '0'},{tmp_path / 'sweep' / '1'}", "budget.num_batches=3")
-    for job, seed in (("0", 1), ("1", 2)):
-        config = package.load(tmp_path / "sweep" / job).config
+    assert package.load(first).config.method.name == "ppcl"
+    succeed("--multirun", f"run={first},{second}", "budget.num_batches=3")
+    for job, seed in ((first, 1), (second, 2)):
+        config = package.load(job).config
         assert (config.seed, config.budget.num_batches) == (seed, 3)
-    assert not (tmp_path / "sweep" / "0" / "0").exists()
+    assert not list(first.glob("*/config.yaml"))
 
 
 # Teachers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import ppcl as package
 
 SIZES = ("0.95", "0.9", "0.1")  # the last one is out of reach
 COSTS = ("velocity", "loss")
+
+
+JOBS = [f"budget.cost={cost},budget.params={size}" for cost in COSTS for size in SIZES]
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +35,10 @@ def test_a_failed_job_is_told_and_does_not_end_the_others(sweep: tuple[Path, Out
     folder, outcome = sweep
     assert outcome.code == 2
     said = [line for line in outcome.err.splitlines() if line.startswith("ppcl: ")]
-    assert [line[:13] for line in said] == ["ppcl: job 2: ", "ppcl: job 5: "]
+    assert [line.split(": ")[1] for line in said] == [f"job {JOBS[2]}", f"job {JOBS[5]}"]
     assert all("budget.params=0.1" in line for line in said)
     assert f"6 jobs, 2 failed, compared in {folder / 'comparison.html'}" in outcome.out
-    assert [(folder / str(job) / "plan" / "choice.json").exists() for job in range(6)] == [True, True, False] * 2
+    assert [(folder / job / "plan" / "choice.json").exists() for job in JOBS] == [True, True, False] * 2
 
 
 def test_the_table_has_what_differs_and_what_came_out(sweep: tuple[Path, Outcome]) -> None:
@@ -44,7 +48,7 @@ def test_the_table_has_what_differs_and_what_came_out(sweep: tuple[Path, Outcome
         *("run", "budget.cost", "budget.params", "variant", "parameters", "of the teacher %", "velocity error"),
         "failed",
     ]
-    assert [row["run"] for row in rows] == [*"012345"]
+    assert [row["run"] for row in rows] == JOBS
     assert [(row["budget.cost"], row["budget.params"]) for row in rows] == [(c, s) for c in COSTS for s in SIZES]
     for row in rows:
         if row["failed"]:
@@ -56,12 +60,28 @@ def test_the_table_has_what_differs_and_what_came_out(sweep: tuple[Path, Outcome
     assert all(bool(row["velocity error"]) == (row["budget.cost"] == "velocity" and not row["failed"]) for row in rows)
 
 
-def test_the_page_leads_to_the_runs(sweep: tuple[Path, Outcome]) -> None:
+def test_the_page_marks_what_failed_and_what_has_no_report(sweep: tuple[Path, Outcome]) -> None:
     folder, _ = sweep
     page = (folder / "comparison.html").read_text(encoding="utf-8")
     assert page.count("<tr class=failed>") == 2
-    assert 'href="0"' in page  # without a report it is the folder
+    assert page.count(">no report</span>") == 4  # and the failed ones say that they have failed
+    assert "href" not in page
     assert (folder / "comparison.png").exists()
+
+
+def test_the_page_leads_to_reports_and_says_how_sure_a_score_is(chain: Path, trained: Path, tmp_path: Path) -> None:
+    succeed("compare", str(chain), str(trained), f"to={tmp_path}")
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert re.search(r'<td><a href="[^"]*/chain/report/[^"]*report.html">chain</a></td>', page)
+    assert 'trained<span class="note">no report</span>' in page
+    assert re.search(r"<td>\d\.\d{3} ± \d\.\d{3}</td>", page)
+    (first, _) = rows_of(tmp_path)
+    assert float(first["score ±"]) > 0
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_compare(flag: str) -> None:
+    assert "usage: ppcl compare FOLDER" in succeed("compare", flag).out
 
 
 def test_compare_makes_the_same(sweep: tuple[Path, Outcome]) -> None:
@@ -82,13 +102,13 @@ def test_a_sweep_stands_for_its_jobs_and_some_of_them_do_not_replace_its_table(
     before = (folder / "comparison.csv").read_bytes()
     assert "compared 6 runs" in succeed("compare", str(folder)).out
     assert (folder / "comparison.csv").read_bytes() == before
-    some = [str(folder / "0"), str(folder / "1")]
+    some = [str(folder / job) for job in JOBS[:2]]
     refused = ppcl("compare", *some)
     assert refused.code == 2
     assert "a sweep with 4 more jobs" in refused.err
     succeed("compare", *some, f"to={tmp_path / 'some'}")
-    assert [row["run"] for row in rows_of(tmp_path / "some")] == ["0", "1"]
-    succeed("compare", str(folder / "0"), str(trained), f"to={tmp_path / 'both'}")
+    assert [row["run"] for row in rows_of(tmp_path / "some")] == JOBS[:2]
+    succeed("compare", str(folder / JOBS[0]), str(trained), f"to={tmp_path / 'both'}")
     (job, other) = rows_of(tmp_path / "both")
     assert job["budget.params"] == "0.95"
     assert other["budget.params"] == "None"

@@ -23,12 +23,13 @@ def test_offline_runs_hold_their_own_configuration(command: list[str], tmp_path:
     sweep = ["distill.relative_update=0.01,0.02", "logger=wandb", "logger.mode=offline"]
     done = ppcl_process("--multirun", *command, *sweep)
     assert done.returncode == 0, done.stderr
-    ids = [json.loads((tmp_path / "logged" / job / "wandb.json").read_text())["id"] for job in ("0", "1")]
-    assert len({*ids}) == 2
-    for job, rate in (("0", 0.01), ("1", 0.02)):
+    jobs = {f"distill.relative_update={rate}": rate for rate in (0.01, 0.02)}
+    ids = {job: json.loads((tmp_path / "logged" / job / "wandb.json").read_text())["id"] for job in jobs}
+    assert len({*ids.values()}) == 2
+    for job, rate in jobs.items():
         folder = tmp_path / "logged" / job
         (run,) = folder.glob("wandb/offline-run-*/*.wandb")
-        assert run.name == f"run-{ids[int(job)]}.wandb"
+        assert run.name == f"run-{ids[job]}.wandb"
         found = read_offline(folder)
         assert {*found.names, *found.groups} == {f"logged/{job}", "logged"}
         assert found.config["distill"]["relative_update"] == rate

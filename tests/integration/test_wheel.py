@@ -86,7 +86,7 @@ def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pyt
 def test_it_holds_code_configuration_and_teachers(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {name.split("/")[0].partition("-")[0] for name in names} == {"ppcl"}
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"ppcl", "hydra_plugins"}
     for tracked in ("conf/config.yaml", "conf/experiment/demo.yaml", "report/template.html.j2", "py.typed"):
         assert f"ppcl/{tracked}" in names
     for teacher in (REPOSITORY / "src" / "ppcl" / "assets").iterdir():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import html
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ppcl.artifacts.files import atomic_path, read_json
-from ppcl.artifacts.jobs import JOB, read_job
+from ppcl.artifacts.jobs import BEST, JOB, read_job
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.errors import UsageError
 from ppcl.options import declared
@@ -23,10 +24,12 @@ from ppcl.report import plots
 from ppcl.report.text import billions, result_of
 from ppcl.results import Stored
 
+PLUS_MINUS = "score ±"  # title of half the width of the score's 95% confidence interval
 # Columns of results: the title, the key in `results`, and the digits behind the point.
-_NUMBERS = (
+NUMBERS = (
     ("of the teacher %", "params_percent", 1),
     ("score", "score", 3),
+    (PLUS_MINUS, "score_interval", 3),
     ("drop %", "drop_percent", 1),
     ("velocity error", "velocity_error", 4),
     ("latent distance", "latent_distance", 3),
@@ -42,7 +45,7 @@ _LEFT_OUT = ("name", "run", "stages", "paths.", "hydra.")  # settings that say w
 class Compared:
     """A run in the table: its folder, its settings that are not those of all, its results, and why it has failed.
 
-    `results` has numbers by the keys of `_NUMBERS`, the number of parameters as `params`, and the name of the variant
+    `results` has numbers by the keys of `NUMBERS`, the number of parameters as `params`, and the name of the variant
     that they are of as `variant`; what was not measured is missing.
     """
 
@@ -119,6 +122,7 @@ def results_of(folder: Path) -> dict[str, Any]:
         found |= {"variant": name, "params": row.params, "params_percent": 100 * row.params_ratio}
         found |= {"latency_ms": row.latency_ms, "peak_memory_mb": row.peak_memory_mb}
         found["score"] = None if row.scores is None else row.scores.overall
+        found["score_interval"] = row.score_interval
     elif results.finetuned is not None:
         tuned = read_json(results.finetuned / "ppcl.json", "The record", "finetune")
         found |= {"variant": "ppcl-finetuned", "velocity_error": tuned["velocity_error"]["after"]}
@@ -131,6 +135,12 @@ def results_of(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def titled(key: str, value: float) -> str:
+    """Return a result in words, such as `velocity error 0.0123`."""
+    title, digits = next((title, digits) for title, name, digits in NUMBERS if name == key)
+    return f"{title} {value:.{digits}f}"
+
+
 def table(rows: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
     """Return titles and cells of the table. Columns without any value are left out."""
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
@@ -138,7 +148,7 @@ def table(rows: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
     columns |= {key: [row.settings.get(key, "") for row in rows] for key in keys}
     columns["variant"] = [row.results.get("variant", "") for row in rows]
     columns["parameters"] = [billions(row.results["params"]) if "params" in row.results else "" for row in rows]
-    for title, key, digits in _NUMBERS:
+    for title, key, digits in NUMBERS:
         columns[title] = [f"{row.results[key]:.{digits}f}" if key in row.results else "" for row in rows]
     columns["failed"] = [row.failed or "" for row in rows]
     columns = {title: cells for title, cells in columns.items() if title in keys or any(cells)}
@@ -146,7 +156,10 @@ def table(rows: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
 
 
 def write_comparison(rows: Sequence[Compared], folder: Path) -> Path:
-    """Write `comparison.csv`, `comparison.html` and, where sizes are known, `comparison.png`. Return the page."""
+    """Write `comparison.csv`, `comparison.html` and, where sizes are known, `comparison.png`. Return the page.
+
+    The page also has the best trial of a search, if `folder` is of one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     titles, cells = table(rows)
     with atomic_path(folder / "comparison.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -177,7 +190,9 @@ body {{ font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", san
 h1 {{ font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anywhere; }}
 p {{ color: #5d6d7a; margin: .4rem 0 1.6rem; }} a {{ color: #0b6e99; }}
 img {{ max-width: min(100%, 46rem); height: auto; display: block; margin-bottom: 1.6rem; }}
-.scroll {{ overflow-x: auto; }} tr.failed td {{ color: #c0392b; }}
+.scroll {{ overflow-x: auto; }} tr.failed td {{ color: #c0392b; }} tr.best td {{ background: #e8f4ec !important; }}
+.note {{ color: #7a8894; font-weight: 400; font-size: .82em; margin-left: .5em; }}
+pre {{ background: #f4f6f8; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .42rem .6rem; text-align: right; border-bottom: 1px solid #dfe5ea; white-space: nowrap; }}
 th {{ font-weight: 600; color: #5d6d7a; vertical-align: bottom; }}
@@ -186,7 +201,7 @@ th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; b
 </style></head><body>
 <h1>{title}</h1>
 <p>{sentence}</p>
-{plot}<div class="scroll"><table><tr>{head}</tr>
+{best}{plot}<div class="scroll"><table><tr>{head}</tr>
 {body}
 </table></div></body></html>
 """
@@ -197,24 +212,43 @@ def _page(
 ) -> str:
     failed = sum(row.failed is not None for row in rows)
     sentence = f"{len(rows)} runs, {failed} of them failed." if failed else f"{len(rows)} runs."
-    sentence += " A run's name leads to its report, or to its folder. Settings that differ come first."
+    sentence += " Settings that differ come first. A name that is a link leads to the run's report."
+    best = read_json(folder / BEST, "The best trial") if (folder / BEST).exists() else {}
+    settled = 1 + len({key for row in rows for key in row.settings})  # columns before those of results
+    titles = [title for title in titles if title != "failed"]
+    shown = [title for title in titles if title != PLUS_MINUS]
     lines = []
     for row, line in zip(rows, cells, strict=True):
-        address = Stored(row.folder).report if (row.folder / "config.yaml").exists() else None
-        target = quote(Path(os.path.relpath(address or row.folder, folder)).as_posix())
-        first = f'<td><a href="{target}">{html.escape(line[0])}</a></td>'
-        others = (
-            f'<td class="text">{html.escape(cell)}</td>' if title == "failed" else f"<td>{html.escape(cell)}</td>"
-            for title, cell in zip(titles[1:], line[1:], strict=True)
-        )
-        lines.append(f"<tr{' class=failed' if row.failed else ''}>{first}{''.join(others)}</tr>")
+        kind = "failed" if row.failed else "best" if best and row.folder == folder / best["job"] else None
+        columns = dict(zip(titles, line, strict=False))  # the reason of a failure takes the place of results
+        if interval := columns.pop(PLUS_MINUS, ""):
+            columns["score"] += f" ± {interval}"
+        told = [html.escape(cell) for cell in [*columns.values()][1 : settled if row.failed else None]]
+        row_cells = [f"<td>{_named(row, folder, kind)}</td>", *(f"<td>{cell}</td>" for cell in told)]
+        if row.failed:
+            span = max(1, len(shown) - settled)
+            row_cells.append(f'<td class="text" colspan="{span}">{html.escape(row.failed)}</td>')
+        lines.append(f"<tr{f' class={kind}' if kind else ''}>{''.join(row_cells)}</tr>")
     return _PAGE.format(
         title=f"{html.escape(folder.resolve().name)}: {len(rows)} runs compared",
         sentence=sentence,
+        best=""
+        if not best
+        else f"<p>The {html.escape(best['told'])}, by</p>\n<pre>{html.escape(best['command'])}</pre>\n",
         plot='<img alt="quality against size of every run" src="comparison.png">\n' if drawn else "",
-        head="".join(f"<th{' class=text' if title == 'failed' else ''}>{html.escape(title)}</th>" for title in titles),
+        head="".join(f"<th>{html.escape(title)}</th>" for title in shown),
         body="\n".join(lines),
     )
+
+
+def _named(row: Compared, folder: Path, kind: str | None) -> str:
+    """Return a run's name on the page: with a link to its report, or else the remark that there is none."""
+    name = html.escape(row.folder.name)
+    report = Stored(row.folder).report if (row.folder / "config.yaml").exists() else None
+    if report is not None:
+        name = f'<a href="{quote(Path(os.path.relpath(report, folder)).as_posix())}">{name}</a>'
+    notes = [*([kind] if kind else []), *(["no report"] if report is None and not row.failed else [])]
+    return name + "".join(f'<span class="note">{note}</span>' for note in notes)
 
 
 def compare_command(arguments: Sequence[str]) -> str:
@@ -249,10 +283,19 @@ def _runs_in(folders: Sequence[Path]) -> list[Path]:
             f"compare: {len(runs)} of the {len(folders)} names given are folders of runs, and it takes two: name them, "
             "such as runs/sizes/*."
         )
+    if len({run.parent for run in runs}) == 1 and all((run / JOB).exists() for run in runs):
+        runs.sort(key=_place)  # a shell has sorted them by their names
     return runs
 
 
 def jobs_of(folder: Path) -> list[Path]:
-    """Return the folders of the jobs of a sweep in their order; none if `folder` is not of a sweep."""
+    """Return the folders of the jobs of a sweep in the order in which they ran; none if `folder` is not of a sweep."""
     found = [path.parent for path in folder.glob(f"*/{JOB}")] if (folder / "multirun.yaml").exists() else []
-    return sorted(found, key=lambda job: (len(job.name), job.name))
+    return sorted(found, key=_place)
+
+
+def _place(job: Path) -> tuple[float, str]:
+    number = read_job(job).number
+    if number is None:  # of an earlier version, which named folders by the job's number
+        number = int(job.name) if job.name.isdecimal() else None
+    return (math.inf if number is None else number), job.name

@@ -132,20 +132,28 @@ def compared_sizes(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]]) 
     """Plot the quality of runs against their share of the teacher's parameters; return whether there was any to plot.
 
     `points`: the series that a run belongs to, and its numbers `params_percent` and `score` or `velocity_error`. Runs
-    of a series are joined in the order of their size.
+    of a series are joined in the order of their size. A score has a bar of `score_interval` on both sides. More
+    series than there are colours, such as the trials of a search, are points of one colour.
     """
     sized = [numbers for _, numbers in points if "params_percent" in numbers]
     key = "score" if sized and all("score" in numbers for numbers in sized) else "velocity_error"
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: dict[str, list[tuple[float, float, float]]] = {}
     for name, numbers in points:
         if "params_percent" in numbers and key in numbers:
-            series.setdefault(name, []).append((numbers["params_percent"], numbers[key]))
+            half = numbers.get("score_interval", 0.0) if key == "score" else 0.0
+            series.setdefault(name, []).append((numbers["params_percent"], numbers[key], half))
     if not series:
         return False
     figure, axis = plt.subplots(figsize=(6.4, 4.0))
-    for number, (name, found) in enumerate(series.items()):
-        color = PALETTE[number % len(PALETTE)]
-        axis.plot(*zip(*sorted(found), strict=True), "o-", color=color, markersize=6, linewidth=1.4, label=name)
+    if len(series) > len(PALETTE):
+        style, series = "o", {"": [point for found in series.values() for point in found]}
+    else:
+        style = "o-"
+    for color, (name, found) in zip(PALETTE, series.items(), strict=False):
+        sizes, values, halves = zip(*sorted(found), strict=True)
+        axis.plot(sizes, values, style, color=color, markersize=6, linewidth=1.4, label=name)
+        if any(halves):
+            axis.errorbar(sizes, values, yerr=halves, fmt="none", ecolor=color, capsize=3, linewidth=1, alpha=0.6)
     better = "higher" if key == "score" else "lower"
     axis.set(xlabel="parameters, % of the teacher", ylabel=f"{key.replace('_', ' ')} ({better} is better)")
     axis.margins(x=0.08, y=0.1)
