@@ -45,6 +45,10 @@ test: setup ## Run the tests, on every core
 test-fast: setup ## Run the tests of units and of the configuration alone, under three minutes
 	$(PYTEST) tests/unit tests/conf $(ARGS)
 
+.PHONY: test-notebooks
+test-notebooks: setup ## Run every notebook on a tiny finished run, under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_notebooks.py $(ARGS)
+
 .PHONY: battery
 battery: setup ## Damage, kill, misuse and attack tiny runs, 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery $(ARGS)

@@ -14,6 +14,7 @@ introduce()
 # The public names, each with the module that has it.
 _PUBLIC = {
     "run": "ppcl.api",
+    "explain": "ppcl.api",
     "load": "ppcl.api",
     "teacher": "ppcl.api",
     "sampling": "ppcl.api",

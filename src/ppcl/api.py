@@ -1,4 +1,4 @@
-"""The Python entry: `ppcl.run`, `ppcl.load`, `ppcl.teacher` and `ppcl.sampling`. See each function's docstring."""
+"""The Python entry: `ppcl.run`, `explain`, `load`, `teacher` and `sampling`. See each function's docstring."""
 
 from __future__ import annotations
 
@@ -35,8 +35,23 @@ def run(overrides: Sequence[str] | Mapping[str, Any] = (), *, quiet: bool = Fals
     given = as_overrides(overrides)
     with in_words():
         raw, folder = compose(given)
+        if raw.explain:
+            raise UsageError("explain=true makes no run whose results could be returned: call ppcl.explain instead.")
         execute(raw, given, folder, Console(quiet=True) if quiet else None)
     return Results(folder)
+
+
+def explain(overrides: Sequence[str] | Mapping[str, Any] = ()) -> None:
+    """Print how much memory, disk and time each stage of a command is estimated to need, and make nothing.
+
+        ppcl.explain(["model=auto", "model.path=/models/mine", "stages=[depth]"])
+
+    `overrides` are those of `ppcl.run`. Raises `UsageError` where the command itself would at its start.
+    """
+    given = [*as_overrides(overrides), "explain=true"]
+    with in_words():
+        raw, folder = compose(given)
+        execute(raw, given, folder)
 
 
 def load(folder: str | Path, **settings: Any) -> Any:

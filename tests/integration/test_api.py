@@ -102,6 +102,17 @@ def test_run_raises_what_the_command_line_says(settings: list[str], tmp_path: Pa
     assert not [*tmp_path.rglob("*.yaml")]
 
 
+def test_explain_tells_what_a_command_needs_and_makes_nothing(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path / 'runs'}", "name=mine", "stages=[depth]"]
+    package.explain(command)
+    assert "estimates" in capsys.readouterr().out
+    with pytest.raises(package.UsageError, match="explain=true makes no run"):
+        package.run([*command, "explain=true"])
+    assert not [*tmp_path.rglob("*.yaml")]
+
+
 def test_run_takes_no_single_string() -> None:
     with pytest.raises(package.UsageError, match="give a list of overrides"):
         package.run("stages=[plan]")

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FormatStrFormatter, LogFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
@@ -26,7 +24,8 @@ from ppcl.artifacts.scores import ComparedRow
 
 INK, GRID = "#22303c", "#dfe5ea"
 PALETTE = ("#0b6e99", "#d9730d", "#5a8f3d", "#a0408a", "#8a6d3b", "#6b7a89", "#c0392b", "#2f9e95")
-mpl.rcParams.update(
+# Decorates what draws. A notebook's own plots keep its own style.
+_styled = mpl.rc_context(
     {
         "font.size": 10,
         "axes.edgecolor": INK,
@@ -44,19 +43,30 @@ mpl.rcParams.update(
 )
 
 
+def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:
+    """Return a figure and its axes, as `pyplot.subplots` does.
+
+    pyplot is not used: a notebook that calls ppcl would lose the backend that shows its pictures.
+    """
+    figure = Figure(figsize=figsize)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **settings)
+
+
+@_styled
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as a PNG and close it."""
+    """Write a matplotlib figure as a PNG."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
 
 
+@_styled
 def interval_curves(path: Path, curve: list[list[float | None]], intervals: list[Interval]) -> None:
     """Plot cka(u, k) and delta(u, k) (Eq. 3-4) against k for the first block u of each interval, and mark its end v.
 
     `curve`: cka(u, k) as `[u][k]`, None where it is not defined.
     """
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
+    figure, (top, bottom) = _subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
     for number, (u, v) in enumerate(intervals):
         row = np.array([np.nan if value is None else value for value in curve[u]], dtype=float)
         stop = min(v + 2, len(row) - 1)  # one block past the end shows why it ended
@@ -78,6 +88,7 @@ def interval_curves(path: Path, curve: list[list[float | None]], intervals: list
     save_figure(figure, path)
 
 
+@_styled
 def similarity_maps(path: Path, maps: dict[str, list[list[float | None]]]) -> None:
     """Plot the CKA between the outputs of all pairs of blocks, a panel for each map. Missing values stay white.
 
@@ -85,7 +96,7 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float | None]]]) -> No
     """
     columns = min(2, len(maps))
     rows = -(-len(maps) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.8 + 3.2 * columns, 3.3 * rows), squeeze=False)
+    figure, axes = _subplots(rows, columns, figsize=(0.8 + 3.2 * columns, 3.3 * rows), squeeze=False)
     lowest = min(value for table in maps.values() for row in table for value in row if value is not None)
     for axis in axes.flat[len(maps) :]:
         axis.remove()
@@ -99,6 +110,7 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float | None]]]) -> No
     save_figure(figure, path)
 
 
+@_styled
 def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[float, float] | None) -> bool:
     """Plot each variant's quality against its share of the teacher's parameters; return whether there was any to plot.
 
@@ -109,7 +121,7 @@ def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[
     shown = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None]
     if not shown:
         return False
-    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    figure, axis = _subplots(figsize=(5.6, 3.4))
     taken = []
     for number, (row, y) in enumerate(shown):
         x, color = 100 * row.params_ratio, PALETTE[number % len(PALETTE)]
@@ -128,6 +140,7 @@ def quality_against_size(path: Path, rows: Sequence[ComparedRow], bounds: tuple[
     return True
 
 
+@_styled
 def compared_sizes(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
     """Plot the quality of runs against their share of the teacher's parameters; return whether there was any to plot.
 
@@ -144,7 +157,7 @@ def compared_sizes(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]]) 
             series.setdefault(name, []).append((numbers["params_percent"], numbers[key], half))
     if not series:
         return False
-    figure, axis = plt.subplots(figsize=(6.4, 4.0))
+    figure, axis = _subplots(figsize=(6.4, 4.0))
     if len(series) > len(PALETTE):
         style, series = "o", {"": [point for found in series.values() for point in found]}
     else:
@@ -173,12 +186,13 @@ def _quality(rows: Sequence[ComparedRow]) -> tuple[str, list[float | None]]:
     return "velocity error (lower is better)", [row.velocity_error for row in rows]
 
 
+@_styled
 def error_by_noise_level(path: Path, rows: Sequence[ComparedRow]) -> bool:
     """Plot each variant's velocity error against the noise level; return whether any was measured."""
     measured = {row.name: row.fidelity.noise_levels for row in rows if row.fidelity and row.fidelity.noise_levels}
     if not measured:
         return False
-    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    figure, axis = _subplots(figsize=(5.6, 3.4))
     for number, row in enumerate(rows):  # colours are those of `quality_against_size`
         levels, color = measured.get(row.name, []), PALETTE[number % len(PALETTE)]
         middles = [(level.low + level.high) / 2 for level in levels]
@@ -228,13 +242,14 @@ def label_points(axis: Any, names: Sequence[str], points: Sequence[tuple[float, 
                 label.remove()
 
 
+@_styled
 def frontier(path: Path, points: Frontier, chosen: float, budget: float | None, cost: str) -> None:
     """Plot the measured velocity error of the planner's choices against their size, a line for each kind of cost.
 
     `chosen`, `budget`: the share of the teacher's parameters in the actual choice, and in a budget of parameters; None
     for another budget. `cost`: the kind of cost that the actual choice has the least of.
     """
-    figure, axis = plt.subplots(figsize=(5.6, 3.6))
+    figure, axis = _subplots(figsize=(5.6, 3.6))
     names = {"velocity": "velocity error", "loss": "distillation loss"}
     for number, (kind, line) in enumerate(points.items()):
         line = sorted(line, key=lambda point: point.params)
@@ -252,12 +267,13 @@ def frontier(path: Path, points: Frontier, chosen: float, budget: float | None, 
     save_figure(figure, path)
 
 
+@_styled
 def distillation_losses(path: Path, losses: dict[str, dict[str, float]]) -> None:
     """Plot the held-out loss of each student and projector before and after training, and mark those that rose.
 
     The axis is logarithmic where the losses span more than a factor of ten.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 0.9 + (0.42 if len(losses) <= 12 else 0.24) * len(losses)))
+    figure, axis = _subplots(figsize=(6.4, 0.9 + (0.42 if len(losses) <= 12 else 0.24) * len(losses)))
     names = list(losses)[::-1]
     before = [losses[name]["heldout_before"] for name in names]
     after = [losses[name]["heldout_loss"] for name in names]
@@ -289,6 +305,7 @@ class _PlainMinor(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
+@_styled
 def training_curves(path: Path, curves: Mapping[str, Sequence[Curve]]) -> bool:
     """Plot held-out losses against the steps of the training, a panel for each stage; return whether there were any.
 
@@ -298,7 +315,7 @@ def training_curves(path: Path, curves: Mapping[str, Sequence[Curve]]) -> bool:
     shown = {stage: long for stage, found in curves.items() if (long := [c for c in found if len(c.steps) > 1])}
     if not shown:
         return False
-    figure, axes = plt.subplots(len(shown), 1, figsize=(6.4, 0.5 + 2.3 * len(shown)), squeeze=False)
+    figure, axes = _subplots(len(shown), 1, figsize=(6.4, 0.5 + 2.3 * len(shown)), squeeze=False)
     for (stage, found), axis in zip(shown.items(), axes[:, 0], strict=True):
         for number, curve in enumerate(found):
             color = PALETTE[number % len(PALETTE)]
@@ -319,6 +336,7 @@ def training_curves(path: Path, curves: Mapping[str, Sequence[Curve]]) -> bool:
     return True
 
 
+@_styled
 def contact_sheet(
     path: Path, rows: Mapping[str, list[Image.Image]], captions: list[str], fails: Mapping[str, list[bool | None]]
 ) -> None:
@@ -326,7 +344,7 @@ def contact_sheet(
 
     `fails`: for each variant, whether its pictures fail their prompts. These get a red frame. None: not judged.
     """
-    figure, axes = plt.subplots(
+    figure, axes = _subplots(
         len(rows), len(captions), figsize=(1.12 * len(captions) + 1.6, 1.15 * len(rows) + 1.2), squeeze=False
     )
     for axis_row, (name, images) in zip(axes, rows.items(), strict=True):
