@@ -157,3 +157,21 @@ def test_python_has_the_rows(sweep: tuple[Path, Outcome], trained: Path) -> None
         package.compare("runs/sizes")
     with pytest.raises(package.UsageError, match="1 of the 1 names given are folders of runs"):
         package.compare([trained])
+
+
+def test_a_job_shows_the_settings_of_the_job_whose_students_it_uses(tmp_path: Path) -> None:
+    """So that sizes of several methods, each trained once, can be told apart."""
+    from ppcl.artifacts.jobs import Job, write_job
+    from ppcl.report.compare import compared, table
+
+    jobs = []
+    for number, method in enumerate(("ppcl", "ppcl_lp_a")):
+        base = tmp_path / "methods" / f"method={method}"
+        write_job(base, Job([f"method={method}"], None, number))
+        jobs.append(tmp_path / "sizes" / str(number))
+        write_job(jobs[-1], Job([f"paths.base_run='{base}'", "budget.params=0.5"], None, number))
+    jobs.append(tmp_path / "sizes" / "2")
+    write_job(jobs[-1], Job(["paths.base_run=runs/mine", "budget.params=0.6"], None, 2))
+    titles, cells = table(compared(jobs))
+    assert titles == ["run", "method", "budget.params", "paths.base_run"]
+    assert [row[1:] for row in cells] == [["ppcl", "0.5", ""], ["ppcl_lp_a", "0.5", ""], ["", "0.6", "mine"]]

@@ -86,9 +86,17 @@ def _failure(folder: Path) -> str | None:
 
 
 def _typed(folder: Path) -> dict[str, str]:
-    """Return the settings that were typed for a job of a sweep."""
-    typed = (item.lstrip("+").partition("=") for item in read_job(folder).overrides)
-    return {key: value for key, _, value in typed if not key.startswith(_LEFT_OUT)}
+    """Return the settings that were typed for a job of a sweep, and for the job whose students it uses, if it is one.
+
+    Another run whose students it uses is named itself.
+    """
+    typed = {key: value for key, _, value in (item.lstrip("+").partition("=") for item in read_job(folder).overrides)}
+    base = typed.get("paths.base_run", "null").strip("'\"")
+    settings = {key: value for key, value in typed.items() if not key.startswith(_LEFT_OUT)}
+    if base == "null":
+        return settings
+    inherited = _typed(Path(base)) if (Path(base) / JOB).exists() else {"paths.base_run": Path(base).name}
+    return inherited | settings
 
 
 def _recorded(folder: Path) -> dict[str, str]:
