@@ -149,7 +149,7 @@ def test_less_than_two_runs_are_refused(trained: Path, given: list[str], said: s
 def test_python_has_the_rows(sweep: tuple[Path, Outcome], trained: Path) -> None:
     folder, _ = sweep
     rows = package.compare([str(folder), trained])
-    assert [row.folder for row in rows] == [*(folder / name for name in "012345"), trained]
+    assert [row.folder for row in rows] == [*(folder / name for name in JOBS), trained]
     assert [bool(row.failed) for row in rows] == [False, False, True] * 2 + [False]
     assert rows[0].settings["budget.params"] == "0.95"
     assert rows[0].results["params_percent"] <= 95
