@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 MOST_WORKERS = 8  # each takes 1.5 GB, and the longest file is as long on more
 # Files that take longest, by what they took: started first, so that no worker is left alone with one at the end.
 LONGEST = [
+    "test_readme",
     "test_strategies",
     "test_wheel",
     "test_families",
@@ -34,6 +35,10 @@ LONGEST = [
     "test_full_disk",
     "test_export_width",
     "test_cache_edits",
+    "test_samples",
+    "test_tracking",
+    "test_search",
+    "test_notebooks",
     "test_multirun",
     "test_api",
 ]
