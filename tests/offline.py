@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,9 +97,17 @@ def main(folder: Path) -> None:
     """Print the keys, tables, pictures and artifacts with their lineage."""
     found = read_offline(folder)
     numbers = [key for key in found.logged if key not in found.kinds and not key.startswith("_")]
+    files = list(folder.glob("wandb/offline-run-*/*.wandb"))
+    print(f"{len(files)} files of the W&B runs {', '.join(sorted({path.stem for path in files}))}")
     print(f"{len(numbers)} numbers")
     for stage in dict.fromkeys(key.partition("/")[0] for key in numbers):
-        print(f"  {stage}: {sum(key.partition('/')[0] == stage for key in numbers)}")
+        keys = sorted(key.removeprefix(f"{stage}/") for key in numbers if key.partition("/")[0] == stage)
+        parts = sorted({key.rpartition("/")[0] for key in keys if "/" in key})
+        told = [key for key in keys if "/" not in key]
+        told += [f"and of {len(parts)} parts: "] * bool(parts)
+        told += sorted({key.rpartition("/")[2] for key in keys if "/" in key})
+        text = f"{stage}: {', '.join(told)}".replace(": , ", ": ")
+        print(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="      "))
     for kind in dict.fromkeys(found.kinds.values()):
         print(f"{kind}: {', '.join(key for key, value in found.kinds.items() if value == kind)}")
     for name, versions in found.artifacts.items():

@@ -15,7 +15,7 @@ from ppcl.errors import SaidElsewhere, Stopped, UsageError
 from ppcl.launch import is_first, take_gpu
 from ppcl.paths import conf_dir
 from ppcl.progress import visible
-from ppcl.sentences import failed_access, sentence
+from ppcl.sentences import failed_access, in_words, sentence
 from ppcl.watch import Watch
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128  # a signal's number is added to the second
@@ -47,7 +47,8 @@ def _run_tool(name: str, arguments: list[str]) -> None:
         print(usage)
         return
     try:
-        print(getattr(import_module(module), function)(arguments))
+        with in_words():
+            print(getattr(import_module(module), function)(arguments))
     except UsageError as error:
         print(f"ppcl: {visible(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USAGE)

@@ -6,6 +6,8 @@ same command goes on. Importing this loads neither Optuna nor torch.
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ppcl.artifacts.files import write_json
-from ppcl.artifacts.jobs import BEST, JOB, read_job, write_job
+from ppcl.artifacts.files import atomic_path, write_json
+from ppcl.artifacts.jobs import BEST, JOB, NOT_ENDED, read_job, write_job
 from ppcl.artifacts.locks import locked
 from ppcl.command import as_overrides
 from ppcl.config import SearchConfig
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-_DIGITS = 4  # significant ones of the numbers that are tried
+_DIGITS, _MOST_DIGITS = 4, 17  # significant ones of the numbers that are tried
+_NEAR = 1e-3  # by which share of its range a number may be rounded
+_STUDY = "study.journal"
 _IDENTITY = "search"  # the study's attribute that says what is searched
 # Settings that change no result of a trial: another value of them goes on with the search.
 _OF_COMMAND = ("name", "run", "explain", "logger.", "watch.", "paths.runs_dir", "paths.cache_dir")
@@ -52,7 +56,7 @@ class _Plan:
 
     def texts(self, trial: FrozenTrial) -> list[str]:
         """Return the overrides that set a trial apart."""
-        return [f"{key}={_written(trial.params[key])}" for key in self.space]
+        return [f"{key}={_written(trial.params[key], trial.distributions[key])}" for key in self.space]
 
     def overrides(self, trial: FrozenTrial) -> list[str]:
         return [*self.fixed, *self.texts(trial)]
@@ -62,8 +66,14 @@ class _Plan:
         return self.folder / job_folder(",".join(sorted(self.texts(trial))))
 
 
-def _written(value: Any) -> str:
-    return f"{value:.{_DIGITS}g}" if isinstance(value, float) else str(value)
+def _written(value: Any, distribution: Any) -> str:
+    """Return a value in few digits, but so many that it stays in its range, and near what Optuna has drawn of it."""
+    if not isinstance(value, float):
+        return str(value)
+    low, high = distribution.low, distribution.high
+    texts = (f"{value:.{digits}g}" for digits in range(_DIGITS, _MOST_DIGITS))
+    near = (text for text in texts if low <= float(text) <= high and abs(float(text) - value) <= _NEAR * (high - low))
+    return next(near, repr(value))
 
 
 def search(given: SearchConfig, config: DictConfig, launcher: Launcher) -> None:
@@ -115,12 +125,14 @@ def _distribution(override: Override) -> BaseDistribution:
     try:
         if isinstance(values, (IntervalSweep, RangeSweep)) and values.start is not None:
             ends: list[Any] = [values.start, values.end] if isinstance(values, IntervalSweep) else [*values.range()]
+            if not ends or not all(map(math.isfinite, ends)):
+                raise ValueError("it needs two ends, the lower first")
             whole = all(isinstance(end, int) for end in ends)
             kind: Any = IntDistribution if whole else FloatDistribution
             step = {} if isinstance(values, IntervalSweep) else {"step": values.step}
             return kind(ends[0], ends[-1], log="log" in values.tags, **step)
         return CategoricalDistribution([str(value) for value in override.sweep_string_iterator()])
-    except (ValueError, IndexError) as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"{override.input_line} is no range to search: {str(error).rstrip('.')}.") from None
 
 
@@ -132,7 +144,8 @@ def _open(plan: _Plan) -> Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(plan.folder / "study.journal")))
+    _mend(plan.folder / _STUDY)
+    storage = JournalStorage(JournalFileBackend(str(plan.folder / _STUDY)))
     is_new = not optuna.get_all_study_names(storage)
     study = (optuna.create_study if is_new else optuna.load_study)(storage=storage, study_name="search")
     now, known = _identity(plan), study.user_attrs.get(_IDENTITY)
@@ -148,6 +161,26 @@ def _open(plan: _Plan) -> Study:
                 "it as before, or name=NEW for another search."
             )
     return study
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line that was not written whole, as a killed process leaves it.
+
+    Raises `UsageError` for other damage.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        for line in whole.splitlines():
+            if not isinstance(json.loads(line), dict):
+                raise ValueError(line)
+    except ValueError:
+        raise UsageError(
+            f"{path} is damaged: delete it, and give the same command again, which finds the trials that have ended."
+        ) from None
+    if whole != content:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(whole)
 
 
 def _shown(key: str, settings: Mapping[str, str]) -> str:
@@ -204,7 +237,10 @@ def _has_ended(plan: _Plan, trial: FrozenTrial) -> bool:
     """Return whether a job with the overrides of this trial has ended, not one of an earlier sweep in the folder."""
     folder = plan.job(trial)
     own = [override for override in plan.overrides(trial) if not override.startswith("hydra")]
-    return (folder / JOB).exists() and read_job(folder).overrides == own
+    if not (folder / JOB).exists():
+        return False
+    job = read_job(folder)
+    return job.overrides == own and job.failed != NOT_ENDED
 
 
 def _record(plan: _Plan, study: Study, trial: FrozenTrial) -> None:

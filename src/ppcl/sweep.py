@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from ppcl.artifacts.jobs import Job, read_job, write_job
+from ppcl.artifacts.jobs import NOT_ENDED, Job, read_job, write_job
 from ppcl.command import as_overrides
 from ppcl.errors import UsageError
 from ppcl.launch import is_first
@@ -87,6 +87,8 @@ def announce(job: Any) -> None:
     """Print which job of the sweep begins, as a heading of what it prints. `job`: Hydra's configuration of it."""
     if is_first():
         count = job.job.env_set.get(_COUNT)
+        if count and int(count) <= job.job.num:  # a search also goes on with trials that were killed
+            count = None
         told = job.job.override_dirname or job.runtime.output_dir
         print(f"     sweep  job {job.job.num + 1}{f' of {count}' if count else ''}: {visible(told)}", flush=True)
 
@@ -97,6 +99,8 @@ def run_job(job: Any, run: Callable[[], None]) -> None:
     `job`: Hydra's configuration of the job. An unexpected error is also printed with its traceback.
     """
     folder, failed = Path(job.runtime.output_dir), None
+    if is_first():
+        write_job(folder, Job(list(job.overrides.task), NOT_ENDED, job.job.num))
     try:
         run()
     except Exception as error:
@@ -105,6 +109,8 @@ def run_job(job: Any, run: Callable[[], None]) -> None:
             traceback.print_exc()
     if is_first():
         write_job(folder, Job(list(job.overrides.task), failed, job.job.num))
+        if failed is not None:
+            print(f"     sweep  job {job.job.num + 1} has failed: {visible(failed)}", flush=True)
     elif failed is not None:
         failures.append(failed)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,40 @@ def test_a_job_shows_the_settings_of_the_job_whose_students_it_uses(tmp_path: Pa
     titles, cells = table(compared(jobs))
     assert titles == ["run", "method", "budget.params", "paths.base_run"]
     assert [row[1:] for row in cells] == [["ppcl", "0.5", ""], ["ppcl_lp_a", "0.5", ""], ["", "0.6", "mine"]]
+
+
+def test_a_job_whose_record_is_damaged_is_a_row(sweep: tuple[Path, Outcome], tmp_path: Path) -> None:
+    folder, _ = sweep
+    shutil.copytree(folder, tmp_path / "sizes")
+    for name, content in zip(JOBS, ('{"a', '{"overrides": 3, "number": "x"}', '{"overrides": [1]}'), strict=False):
+        (tmp_path / "sizes" / name / "job.json").write_text(content)
+    succeed("compare", str(tmp_path / "sizes"))
+    failed = {row["run"]: row["failed"] for row in rows_of(tmp_path / "sizes")}
+    assert all("job.json is damaged: delete it" in failed[name] for name in JOBS[:3])
+    assert not failed[JOBS[3]]
+
+
+def test_a_job_that_has_not_ended_is_told(sweep: tuple[Path, Outcome], tmp_path: Path) -> None:
+    from ppcl.artifacts.jobs import NOT_ENDED, read_job, write_job
+
+    folder, _ = sweep
+    shutil.copytree(folder, tmp_path / "sizes")
+    write_job(tmp_path / "sizes" / JOBS[0], replace(read_job(folder / JOBS[0]), failed=NOT_ENDED))
+    succeed("compare", str(tmp_path / "sizes"))
+    assert rows_of(tmp_path / "sizes")[0]["failed"] == NOT_ENDED
+
+
+def test_a_run_counts_once(trained: Path) -> None:
+    outcome = ppcl("compare", str(trained), f"{trained}/")
+    assert outcome.code == 2
+    assert "1 of the 1 names given are folders of runs" in outcome.err
+
+
+@pytest.mark.parametrize("target", ["", "{file}", "/proc/x"])
+def test_a_target_that_is_no_folder_is_refused(
+    target: str, sweep: tuple[Path, Outcome], trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    outcome = ppcl("compare", str(sweep[0]), str(trained), f"to={target.format(file=tmp_path / 'file')}")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from commands import DIE_AT_RENAME, INTERVALS, modified, ppcl, ppcl_process, suc
 from ppcl.artifacts.jobs import read_job
 from ppcl.config import MINIMISED
 from ppcl.report.compare import NUMBERS, jobs_of, results_of
+from ppcl.search import _written
 
 RATES = "distill.relative_update=tag(log,interval(0.01,0.3))"
 SIZES = "budget.params=0.95,0.9,0.1"  # the last one is out of reach
@@ -94,6 +96,8 @@ def test_trials_do_not_depend_on_where_the_search_was_continued(folder: Path) ->
             ["distill.relative_update=tag(log,interval(0,0.5))"],
             "distill.relative_update=tag(log,interval(0,0.5)) is no",
         ),
+        (["distill.relative_update=interval(0.1,inf)"], "is no range to search: it needs two ends, the lower first"),
+        (["distill.relative_update=range(0.7,0.9,-0.1)"], "is no range to search: it needs two ends, the lower first"),
     ],
 )
 def test_another_search_in_the_folder_is_refused(
@@ -112,7 +116,7 @@ def test_a_failed_trial_ends_nothing_and_equal_trials_run_once(sizes: list[str],
     assert outcome.code == 2
     jobs = jobs_of(tmp_path / "sizes")
     assert sorted(job.name for job in jobs) == ["budget.params=0.1", "budget.params=0.9", "budget.params=0.95"]
-    assert outcome.out.count("sweep  job") == 3  # of eight trials, five had settings of an earlier one
+    assert len(re.findall(r"sweep  job \d of 8: ", outcome.out)) == 3  # five had settings of an earlier one
     assert [job.name for job in jobs if read_job(job).failed] == ["budget.params=0.1"]
     assert "ppcl: job budget.params=0.1: " in outcome.err
     best = json.loads((tmp_path / "sizes" / "best.json").read_text())
@@ -137,6 +141,36 @@ def test_a_trial_that_was_killed_runs_again(sizes: list[str], tmp_path: Path) ->
     assert f"job 1 of 2: {folder.name}" in outcome.out
     assert "best of 2 trials" in outcome.out
     assert [read_job(job).number for job in jobs_of(tmp_path / "sizes")] == [0, 1]
+
+
+def test_a_line_that_was_not_written_whole_is_cut_off(sizes: list[str], tmp_path: Path) -> None:
+    command = [*sizes, "budget.params=interval(0.8,0.95)"]
+    succeed(*command, "hydra.sweeper.trials=2")
+    journal, before = tmp_path / "sizes" / "study.journal", modified(*jobs_of(tmp_path / "sizes"))
+    journal.write_bytes(journal.read_bytes()[:-25])
+    assert "best of 3 trials" in succeed(*command, "hydra.sweeper.trials=3").out
+    assert before.items() <= modified(*jobs_of(tmp_path / "sizes")).items()
+    for damage in (b"garbage\n", b"\xff\xfe\n", b"3\n"):
+        content = journal.read_bytes()
+        journal.write_bytes(content + damage)
+        refused = ppcl(*command, "hydra.sweeper.trials=4")
+        assert refused.code == 2
+        assert f"{journal} is damaged: delete it, and give the same command again" in refused.err
+        assert refused.err.count("\n") == 1
+        journal.write_bytes(content)
+    journal.unlink()
+    assert "best of 3 trials" in succeed(*command, "hydra.sweeper.trials=3").out
+    assert before.items() <= modified(*jobs_of(tmp_path / "sizes")).items()  # found again
+
+
+@pytest.mark.parametrize("ends", [(0.80006, 0.80009), (0.99991, 0.99999), (1e-5, 3e-1), (-2.0, 5.0)])
+def test_values_stay_in_their_range(ends: tuple[float, float]) -> None:
+    distribution = optuna.distributions.FloatDistribution(*ends)
+    for part in range(101):
+        value = ends[0] + (ends[1] - ends[0]) * part / 100
+        written = float(_written(value, distribution))
+        assert ends[0] <= written <= ends[1]
+        assert written == pytest.approx(value, abs=1e-3 * (ends[1] - ends[0]))
 
 
 def test_every_result_that_can_be_minimised_is_compared() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from commands import INTERVALS, ppcl_process, succeed
+from commands import INTERVALS, ppcl, ppcl_process, succeed
 
 from tests.offline import Offline, read_offline
 
@@ -48,6 +49,12 @@ def test_every_stage_shows_its_numbers_tables_and_pictures(told: tuple[Path, Off
     assert numbers <= found.logged.keys()
     assert {"result/params_percent", "result/velocity_error", "result/training_seconds"} <= found.summary.keys()
     assert found.exits == [0]
+
+
+def test_the_record_has_the_id_of_the_run(told: tuple[Path, Offline]) -> None:
+    folder, _ = told
+    (run,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert run.name == f"run-{json.loads((folder / 'wandb.json').read_text())['id']}.wandb"
 
 
 def test_files_lie_beside_the_run(told: tuple[Path, Offline]) -> None:
@@ -102,6 +109,49 @@ def test_what_is_told_once_is_not_told_again(told: tuple[Path, Offline], tmp_pat
     assert json.loads((copied / "wandb.json").read_text())["id"] in str(next(copied.glob("wandb/offline-run-*")))
     assert {*found.artifacts} == {"choice-told"}
     assert {*found.artifacts["choice-told"]} != {*before.artifacts["choice-told"]}
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"id": "a/b c#"}', '{"id": 5}', '{"id": "abc", "stages": null}', '{"id": "abc", "artifacts": 3}']
+)
+def test_a_damaged_record_is_named(content: str, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "trained")
+    (tmp_path / "trained" / "wandb.json").write_text(content)
+    outcome = ppcl(f"run={tmp_path / 'trained'}", "stages=[depth]", *OFFLINE)
+    assert outcome.code == 2
+    assert (
+        outcome.err
+        == f"ppcl: {tmp_path / 'trained' / 'wandb.json'} is damaged: delete it, and this run gets a new id at W&B.\n"
+    )
+
+
+def test_a_record_that_lacks_keys_is_completed(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "trained")
+    (tmp_path / "trained" / "wandb.json").write_text('{"id": "abc"}')
+    succeed(f"run={tmp_path / 'trained'}", "stages=[depth]", *OFFLINE)
+    assert len(list((tmp_path / "trained").glob("wandb/offline-run-*/run-abc.wandb"))) == 1
+
+
+def test_a_variable_of_wandb_without_sense_is_told(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, tmp_path / "trained")
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    done = ppcl_process(f"run={tmp_path / 'trained'}", "stages=[depth]", *OFFLINE)  # W&B reads it once in a process
+    assert done.returncode == 2
+    assert "look at the variables WANDB_*" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_artifacts_of_odd_names_stay_apart(tmp_path: Path) -> None:
+    from ppcl.tracking.lineage import Made
+
+    names = [
+        Made("plugs", tmp_path / name, ()).name for name in ("demo", "a b", "a#b", "\u65e5\u672c", "x" * 190 + "#")
+    ]
+    assert names[0] == "plugs-demo"
+    assert len({*names}) == 5
+    assert all(re.fullmatch(r"[a-zA-Z0-9._-]{1,128}", name) for name in names)
 
 
 def test_weights_are_uploaded_on_request(settings: list[str], trained: Path, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ppcl.artifacts.files import read_json, write_json
+from ppcl.errors import UsageError
 
 JOB = "job.json"
+NOT_ENDED = "it has not ended: it runs now, or was killed, and then the command of the sweep goes on with it."
 BEST = "best.json"  # in the folder of a search, the best of its jobs
 
 
@@ -29,6 +31,14 @@ def write_job(folder: Path, job: Job) -> None:
 
 
 def read_job(folder: Path) -> Job:
-    """Read a job's record; `UsageError` if it is damaged."""
-    content = read_json(folder / JOB, "The record of a job")
-    return Job(list(content.get("overrides", [])), content.get("failed"), content.get("number"))
+    """Return a job's record. If it is damaged, the job counts as failed, so that it does not hide all others."""
+    path = folder / JOB
+    try:
+        content = read_json(path, "The record of a job")
+        job = Job(content["overrides"], content.get("failed"), content.get("number"))
+        told = isinstance(job.failed, str | None) and isinstance(job.number, int | None)
+        if told and isinstance(job.overrides, list) and all(isinstance(each, str) for each in job.overrides):
+            return job
+    except (UsageError, KeyError):
+        pass
+    return Job([], f"{path} is damaged: delete it, and give the command of the sweep again.")

@@ -52,8 +52,13 @@ class Samples:
             return None
         content = read_json(path, "The record of sample pictures", "report")
         try:
-            return cls(**{key: content[key] for key in cls.__dataclass_fields__})
-        except KeyError:
+            found = cls(**{key: content[key] for key in cls.__dataclass_fields__})
+            lists = (found.parts, found.prompts, found.seeds, found.steps)
+            whole = (found.num_steps, found.picture_steps, *found.seeds, *found.steps)
+            if not all(isinstance(each, list) for each in lists) or not all(isinstance(each, int) for each in whole):
+                raise TypeError(lists)
+            return found
+        except (KeyError, TypeError):
             raise UsageError(f"{path} is not the record of sample pictures: delete {folder}.") from None
 
 

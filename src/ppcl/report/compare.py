@@ -219,7 +219,7 @@ def _page(
     rows: Sequence[Compared], titles: Sequence[str], cells: Sequence[Sequence[str]], folder: Path, drawn: bool
 ) -> str:
     failed = sum(row.failed is not None for row in rows)
-    sentence = f"{len(rows)} runs, {failed} of them failed." if failed else f"{len(rows)} runs."
+    sentence = f"{len(rows)} runs, {failed} of them without a result." if failed else f"{len(rows)} runs."
     sentence += " Settings that differ come first. A name that is a link leads to the run's report."
     best = read_json(folder / BEST, "The best trial") if (folder / BEST).exists() else {}
     settled = 1 + len({key for row in rows for key in row.settings})  # columns before those of results
@@ -267,6 +267,9 @@ def compare_command(arguments: Sequence[str]) -> str:
     `to=`, since that would replace the table of all of them.
     """
     told = [argument.removeprefix("to=") for argument in arguments if argument.startswith("to=")]
+    for name in told:
+        if not name or (Path(name).exists() and not Path(name).is_dir()):
+            raise UsageError(f"compare: to={name} is no folder: name one, such as to=runs/compared.")
     runs = _runs_in([Path(argument) for argument in arguments if not argument.startswith("to=")])
     target = Path(told[-1]) if told else Path(os.path.commonpath([folder.resolve().parent for folder in runs]))
     missing = {job.resolve() for job in jobs_of(target)} - {run.resolve() for run in runs}
@@ -276,12 +279,14 @@ def compare_command(arguments: Sequence[str]) -> str:
             "or say with to=FOLDER where this table goes."
         )
     page = write_comparison(compared(runs), target)
-    return f"compared {len(runs)} runs: {page}, comparison.csv"
+    others = [name for name in ("comparison.csv", "comparison.png") if (target / name).exists()]
+    return f"compared {len(runs)} runs: {', '.join([str(page), *others])}"
 
 
 def _runs_in(folders: Sequence[Path]) -> list[Path]:
     """Return the runs that `folders` name, at least two; raises `UsageError` as `compare` does."""
-    folders = [job for folder in folders for job in (jobs_of(folder) or [folder])]
+    every = [job for folder in folders for job in (jobs_of(folder) or [folder])]
+    folders = list({folder.resolve(): folder for folder in every}.values())
     for folder in folders:
         if not folder.exists():
             raise UsageError(f"compare: {folder} does not exist: name folders of runs, such as runs/sizes/*.")

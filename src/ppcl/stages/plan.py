@@ -87,6 +87,13 @@ def plan_budget(run: Run) -> None:
     latency = 1 - total_saving(units, overlaps, plugged, "latency_ratio")
     memory = teacher.memory_gb - total_saving(units, overlaps, plugged, "memory_gb")
     error = sum(unit.costs[cost] for unit in units if unit.name in plugged)
+    if latency <= 0:
+        path = next(path for path in run.costs_paths if path.exists())
+        run.say(
+            "plan",
+            "warning: latencies make no sense, since other work disturbed the machine while plugs were timed: delete "
+            f"{path}, and plan again when it is idle",
+        )
     choice = Choice((name, value, cost), plugged, round(params), ratio, latency, memory, error)
     if "finetune" in run.config.stages:  # which would refuse another choice than that of the tuned model, too late
         check_choice(run, plugs, plugged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import fingerprint
 from ppcl.artifacts.plan import PruningPlan
 from ppcl.context import Run
+
+_LONGEST = 110  # characters of a name; W&B takes 128
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,15 @@ class Made:
 
     @property
     def name(self) -> str:
-        """The name in W&B, such as `plugs-demo`; that of a sweep's job begins with the sweep's name."""
+        """The name in W&B, such as `plugs-demo`; that of a sweep's job begins with the sweep's name.
+
+        W&B takes few characters. A name that has others ends in a hash, so that no two become one.
+        """
         folder = self.owner.absolute()
         in_sweep = (folder.parent / "multirun.yaml").exists()
         words = f"{self.kind}-{folder.parent.name}-{folder.name}" if in_sweep else f"{self.kind}-{folder.name}"
-        return "".join(
-            letter if letter.isascii() and letter.isalnum() else "-_."["-_.".find(letter)] for letter in words
-        )
+        clean = re.sub(r"[^a-zA-Z0-9._-]", "-", words)
+        return clean if clean == words else f"{clean[:_LONGEST]}-{hashlib.sha256(words.encode()).hexdigest()[:6]}"
 
     @property
     def digest(self) -> str:

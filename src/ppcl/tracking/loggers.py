@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -62,21 +63,24 @@ def wandb_logger(run: Run) -> WandbLogger:
     in_sweep = (folder.parent / "multirun.yaml").exists()
     import wandb
 
-    logger = WandbLogger(
-        project=settings.project,
-        name=f"{folder.parent.name}/{folder.name}" if in_sweep else folder.name,
-        save_dir=str(folder),
-        mode=settings.mode,
-        id=_wandb_id(folder),
-        group=folder.parent.name if in_sweep else None,
-        resume="allow",
-        settings=wandb.Settings(quiet=True),  # it would end with a page of numbers
-    )
-    logger._wandb_init.pop("anonymous", None)  # Lightning always passes this argument, and wandb warns about it
     try:
+        logger = WandbLogger(
+            project=settings.project,
+            name=f"{folder.parent.name}/{folder.name}" if in_sweep else folder.name,
+            save_dir=str(folder),
+            mode=settings.mode,
+            id=read_record(folder)["id"],
+            group=folder.parent.name if in_sweep else None,
+            resume="allow",
+            settings=wandb.Settings(quiet=True),  # it would end with a page of numbers
+        )
+        logger._wandb_init.pop("anonymous", None)  # Lightning always passes this argument, and wandb warns about it
         logger.experiment.config.update(asdict(run.config), allow_val_change=True)
     except wandb.errors.Error as error:
         raise UsageError(f"logger=wandb logger.mode={settings.mode}: {_first_line(error)}; {_OTHERWISE}.") from None
+    except ValueError as error:  # of a variable such as WANDB_MODE
+        reason = " ".join(str(error).split()[:20]).rstrip(".")
+        raise UsageError(f"logger=wandb: W&B refuses its settings: {reason}; look at the variables WANDB_*.") from None
     run.wandb = logger
     where = logger.experiment.dir if settings.mode == "offline" else logger.experiment.url
     if settings.mode != "disabled":
@@ -87,23 +91,25 @@ def wandb_logger(run: Run) -> WandbLogger:
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the record `wandb.json` of a run's folder: the `id` of its W&B run, and digests of what is there.
 
-    They are the digests of what `stages` show, and of `artifacts`, by name.
+    They are the digests of what `stages` show, and of `artifacts`, by name. A folder without a record gets one, with a
+    random id: an id that was made from the folder's name would mix runs of one name from several machines. Raises
+    `UsageError` if the record is damaged.
     """
     path = folder / "wandb.json"
-    found = read_json(path, "The record of W&B's id") if path.exists() else {}
-    return found if "id" in found else {"id": secrets.token_hex(4), "stages": {}, "artifacts": {}}
+    record: dict[str, Any] = {"id": secrets.token_hex(4), "stages": {}, "artifacts": {}}
+    try:
+        known = read_json(path, "The record of W&B's id") if path.exists() else {}
+        whole = re.fullmatch(r"[\w-]{1,64}", known.get("id", record["id"]), re.ASCII)
+        if not whole or not all(isinstance(known.get(key, {}), dict) for key in ("stages", "artifacts")):
+            raise TypeError(known)
+    except (UsageError, TypeError):
+        raise UsageError(f"{path} is damaged: delete it, and this run gets a new id at W&B.") from None
+    record |= known
+    if "id" not in known:  # so it is in records of earlier versions, too
+        write_record(folder, record)
+    return record
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write the record that `read_record` reads."""
     write_json(folder / "wandb.json", record)
-
-
-def _wandb_id(folder: Path) -> str:
-    """Return the id of the W&B run of a run's folder, and record it.
-
-    It is random: an id that was made from the folder's name would mix runs of one name from several machines.
-    """
-    record = read_record(folder)
-    write_record(folder, record)
-    return str(record["id"])
