@@ -66,6 +66,19 @@ def test_files_lie_beside_the_run(told: tuple[Path, Offline]) -> None:
     assert any((folder / "wandb/artifacts/staging").iterdir())
 
 
+def test_the_table_of_curves_has_every_interval(told: tuple[Path, Offline]) -> None:
+    folder, _ = told
+    (path,) = folder.glob("wandb/offline-run-*/files/media/table/detect/curves_*.table.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["stack", "stream", "first", "last", "cka", "delta"]
+    measured = json.loads((folder / "plan" / "curves.json").read_text())
+    for stack, stream, first, last, cka, delta in table["data"]:
+        assert measured["cka"][stack][stream][first][last] == cka
+        assert measured["delta"][stack][stream][first][last] == delta
+    known = [value for row in measured["cka"]["transformer_blocks"]["mean"] for value in row if value is not None]
+    assert len(known) == sum(row[:2] == ["transformer_blocks", "mean"] for row in table["data"]) > 0
+
+
 def test_artifacts_name_what_they_were_made_from(told: tuple[Path, Offline]) -> None:
     """Every input is a version that was logged, too, so that the lineage is whole."""
     folder, found = told

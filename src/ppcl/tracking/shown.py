@@ -15,7 +15,7 @@ from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
 from ppcl.pictures.scores import read_rows
 from ppcl.report.text import plugs_of
-from ppcl.training.cost import trainings_of
+from ppcl.training.cost import COSTS, trainings_of
 
 # What the table of scores has beside the benchmark's own scores.
 _MEASURED = (
@@ -79,13 +79,13 @@ def _parameters(plan: PruningPlan) -> dict[str, float]:
 
 
 def _curves(content: dict[str, Any]) -> Table:
-    """Return the CKA and its fall for every beginning and length of an interval, as a table."""
+    """Return the CKA and its fall for every first and last block of an interval, as a table."""
     rows = [
-        [stack, stream, start, start + length, value, content["delta"][stack][stream][start][length]]
+        [stack, stream, first, last, value, content["delta"][stack][stream][first][last]]
         for stack, streams in content["cka"].items()
         for stream, table in streams.items()
-        for start, row in enumerate(table)
-        for length, value in enumerate(row)
+        for first, row in enumerate(table)
+        for last, value in enumerate(row)
         if value is not None
     ]
     return Table(("stack", "stream", "first", "last", "cka", "delta"), rows)
@@ -176,12 +176,11 @@ def _row(row: ComparedRow, scores: Sequence[str]) -> list[Any]:
 
 def _report(run: Run) -> Shown:
     folder = run.report_folder
-    costs = [[stage, *cost.values()] for stage, cost in trainings_of(run).items()]
+    costs = [[stage, *map(cost.get, COSTS)] for stage, cost in trainings_of(run).items()]
     shown = Shown(pictures=_pictures(folder, ("*",)))
     shown.pages["page"] = folder / "report.html"
     if costs:
-        titles = next(iter(trainings_of(run).values()))
-        shown.tables["costs"] = Table(("stage", *titles), costs)
+        shown.tables["costs"] = Table(("stage", *COSTS), costs)
     return shown
 
 

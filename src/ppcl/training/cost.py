@@ -15,7 +15,7 @@ from ppcl.context import Run
 from ppcl.efficiency import LiveBytes
 from ppcl.stages import STAGES
 
-_COSTS = ("steps", "seconds", "seconds_per_step", "peak_memory_mb")  # the numbers in a record
+COSTS = ("steps", "seconds", "seconds_per_step", "peak_memory_mb")  # the numbers in a record
 _MEASURED_STEP = 2  # counted from 0 in this process; by then gradients and optimiser states have been allocated
 
 
@@ -98,7 +98,7 @@ def trainings_of(run: Run) -> dict[str, dict[str, float]]:
     for folder in (run.base, run.folder):
         for path in (folder / "training").glob("*.json"):
             cost = read_json(path, "The cost of a training", "report")
-            if all(isinstance(cost.get(key), (int, float)) for key in _COSTS):
+            if all(isinstance(cost.get(key), (int, float)) for key in COSTS):
                 found[path.stem] = cost
     order = list(STAGES)
     return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
