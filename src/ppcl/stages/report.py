@@ -32,12 +32,12 @@ from ppcl.variants.variants import default_variants, variants_of
 
 
 def _rows(run: Run) -> list[ComparedRow]:
-    """Return the scores of `generate.variants`, or by default of all variants that have scores. It may be none.
+    """Return the scores of `generate.variants`, or by default of all variants that have scores.
 
     By default the variants that are drawn by default must have scores too. If some scores are outdated, only these are
-    returned.
+    returned. A run that has no scores yet gives none; one that has scores of other pictures is refused.
     """
-    if not any(run.scores_folder.glob("*.json")):
+    if not any((run.folder / "scores").rglob("*.json")):
         return []
     if run.config.generate.variants is not None:
         return read_rows(run)
