@@ -628,8 +628,8 @@ class WatchConfig:
     `heldout`: how many times held-out losses are measured after the start, evenly spaced. 0: only before and after the
         training.
     `batches`: held-out batches of each measurement, of as many samples as a step has.
-    `share`: held-out batches per step of the training, at most. Short trainings are therefore measured less often. It
-        also bounds the forwards that pictures take, as a share of those that the training takes.
+    `share`: the time of held-out losses by that of the steps, at most. Short trainings are therefore measured less
+        often. It also bounds the forwards that pictures take, as a share of those that the training takes.
     `pictures`: how many times the pruned model draws sample pictures after the start, evenly spaced. Fewer in short
         trainings, by `share`. The teacher draws them once, to compare. 0: none are drawn.
     `prompts`: how many of the first held-out captions are drawn, each from a noise of its own.

@@ -20,6 +20,8 @@ from ppcl.errors import UsageError
 from ppcl.parallel import together
 from ppcl.training.drawing import SamplePictures
 
+_STEPS = 1.3  # that a held-out batch takes, by experiments/scale/watching.json: more than its loss is measured
+
 HeldOut = Callable[[int], Mapping[str, float]]
 """Returns the loss of each part that is trained, by its name, on so many held-out batches."""
 
@@ -27,10 +29,10 @@ HeldOut = Callable[[int], Mapping[str, float]]
 def measured_steps(settings: WatchConfig, num_steps: int) -> list[int]:
     """Return the steps after which held-out losses are measured: evenly spaced, with 0 and the last one.
 
-    They are `watch.heldout` after 0, or fewer, so that at most `watch.share` of the batches are held-out ones. Where
-    that allows less than two measurements there are none.
+    They are `watch.heldout` after 0, or fewer, so that they take at most about `watch.share` of the time of the steps.
+    Where that allows less than two measurements there are none.
     """
-    allowed = int(settings.share * num_steps / settings.batches) - 1  # one is needed at step 0
+    allowed = int(settings.share * num_steps / (settings.batches * _STEPS)) - 1  # one is needed at step 0
     count = min(settings.heldout, allowed, num_steps)
     return [round(number * num_steps / count) for number in range(count + 1)] if count > 0 else []
 
