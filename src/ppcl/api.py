@@ -129,7 +129,7 @@ class Results(Stored):
 
     @property
     def residuals(self) -> dict[str, float]:
-        """What linear probes miss of each block's change, as a share of it: by `STACK.BLOCK.STREAM`, on held-out data.
+        """The share of each block's change that linear probes miss on held-out data, by `STACK.BLOCK.STREAM`.
 
         0: the block is linear. Empty if the probes are no longer in the cache.
         """

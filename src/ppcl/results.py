@@ -81,7 +81,7 @@ class Stored:
 
     @property
     def detection(self) -> dict[str, Any] | None:
-        """What detection has measured, as tables of CKA: similarities from 0 to 1, with None where there is none.
+        """The tables of CKA that detection has measured: similarities from 0 to 1, with None where there is none.
 
         `cka[stack][stream][u][k]`: of block k's output to what linear probes make of it from block u's on. `delta`: by
         how much that falls from block k - 1 to k. `similarity[stream][i][j]`: of the outputs of blocks i and j.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from ppcl.artifacts.files import atomic_path, write_json
-from ppcl.artifacts.jobs import BEST, JOB, NOT_ENDED, read_job, write_job
+from ppcl.artifacts.jobs import BEST, JOB, MULTIRUN, NOT_ENDED, read_job, write_job
 from ppcl.artifacts.locks import locked
 from ppcl.command import as_overrides
 from ppcl.config import SearchConfig
@@ -46,7 +46,7 @@ _OF_MACHINE = ("trainer.progress", "trainer.num_threads", "trainer.check_memory"
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is searched: in which folder, what all trials share, what differs, and what is compared."""
+    """Describes a search: its folder, the overrides that all trials share, the ranges, and the result to minimise."""
 
     settings: SearchConfig
     config: DictConfig
@@ -94,7 +94,7 @@ def search(given: SearchConfig, config: DictConfig, launcher: Launcher) -> None:
     at_once = given.parallel or max(1, config.hydra.launcher.get("n_jobs") or 1)
     with locked(plan.folder / "search.lock", f"{plan.folder} is searched", "wait for it, or give another name"):
         study = _open(plan)
-        OmegaConf.save(config, plan.folder / "multirun.yaml")
+        OmegaConf.save(config, plan.folder / MULTIRUN)
         while trials := _next(plan, study, distributions, at_once):
             jobs = [plan.overrides(trial) for trial in trials]
             for ended in launcher.launch(jobs, initial_job_idx=trials[0].number):

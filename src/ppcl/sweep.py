@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from ppcl.artifacts.jobs import NOT_ENDED, Job, read_job, write_job
+from ppcl.artifacts.jobs import MULTIRUN, NOT_ENDED, Job, read_job, write_job
 from ppcl.command import as_overrides
 from ppcl.errors import UsageError
 from ppcl.launch import is_first
@@ -142,8 +142,8 @@ class Sweep(Callback):
         from ppcl.report.compare import compared, jobs_of, write_comparison
 
         folder = Path(config.hydra.sweep.dir)
-        if {*folder.iterdir()} == {folder / "multirun.yaml"}:  # the jobs were elsewhere, or have only been estimated
-            (folder / "multirun.yaml").unlink()
+        if {*folder.iterdir()} == {folder / MULTIRUN}:  # the jobs were elsewhere, or have only been estimated
+            (folder / MULTIRUN).unlink()
             folder.rmdir()
             return
         jobs = jobs_of(folder)

@@ -9,6 +9,7 @@ from ppcl.artifacts.files import read_json, write_json
 from ppcl.errors import UsageError
 
 JOB = "job.json"
+MULTIRUN = "multirun.yaml"  # in the folder of a sweep, written by Hydra
 NOT_ENDED = "it has not ended: it runs now, or was killed, and then the command of the sweep goes on with it."
 BEST = "best.json"  # in the folder of a search, the best of its jobs
 
@@ -23,6 +24,11 @@ class Job:
     overrides: list[str]
     failed: str | None
     number: int | None = None
+
+
+def is_job(folder: Path) -> bool:
+    """Return whether a run's folder is that of a job of a sweep."""
+    return (folder.absolute().parent / MULTIRUN).exists()
 
 
 def write_job(folder: Path, job: Job) -> None:

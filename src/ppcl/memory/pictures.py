@@ -1,4 +1,4 @@
-"""What sample pictures need beside a training, and whether the device has it."""
+"""Estimates the memory that sample pictures need beside a training, and checks whether the device has it."""
 
 from __future__ import annotations
 

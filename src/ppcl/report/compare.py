@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ppcl.artifacts.files import atomic_path, read_json
-from ppcl.artifacts.jobs import BEST, JOB, read_job
+from ppcl.artifacts.jobs import BEST, JOB, MULTIRUN, read_job
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.errors import UsageError
 from ppcl.options import declared
@@ -303,7 +303,7 @@ def _runs_in(folders: Sequence[Path]) -> list[Path]:
 
 def jobs_of(folder: Path) -> list[Path]:
     """Return the folders of the jobs of a sweep in the order in which they ran; none if `folder` is not of a sweep."""
-    found = [path.parent for path in folder.glob(f"*/{JOB}")] if (folder / "multirun.yaml").exists() else []
+    found = [path.parent for path in folder.glob(f"*/{JOB}")] if (folder / MULTIRUN).exists() else []
     return sorted(found, key=_place)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import fingerprint
+from ppcl.artifacts.jobs import is_job
 from ppcl.artifacts.plan import PruningPlan
 from ppcl.context import Run
 
@@ -39,7 +40,7 @@ class Made:
         W&B takes few characters. A name that has others ends in a hash, so that no two become one.
         """
         folder = self.owner.absolute()
-        in_sweep = (folder.parent / "multirun.yaml").exists()
+        in_sweep = is_job(folder)
         words = f"{self.kind}-{folder.parent.name}-{folder.name}" if in_sweep else f"{self.kind}-{folder.name}"
         clean = re.sub(r"[^a-zA-Z0-9._-]", "-", words)
         return clean if clean == words else f"{clean[:_LONGEST]}-{hashlib.sha256(words.encode()).hexdigest()[:6]}"
@@ -51,7 +52,7 @@ class Made:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What W&B shows beside its files: digest, place and size, and name and digest of each input."""
+        """The facts that W&B shows beside its files: digest, place and size, and name and digest of each input."""
         return {
             "digest": self.digest,
             "folder": str(self.owner.absolute()),

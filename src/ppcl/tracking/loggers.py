@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.jobs import is_job
 from ppcl.config import Config
 from ppcl.context import Run
 from ppcl.errors import UsageError
@@ -60,7 +61,7 @@ def wandb_logger(run: Run) -> WandbLogger:
         assert isinstance(run.wandb, WandbLogger)
         return run.wandb
     settings, folder = run.config.logger, run.folder
-    in_sweep = (folder.parent / "multirun.yaml").exists()
+    in_sweep = is_job(folder)
     import wandb
 
     try:

@@ -34,7 +34,10 @@ class Table:
 
 @dataclass
 class Shown:
-    """What a stage shows. All keys get the name of the stage in front; `pictures` and `pages` are files."""
+    """Holds the numbers, tables and files that a stage shows. `pictures` and `pages` are files.
+
+    All keys get the name of the stage in front.
+    """
 
     numbers: dict[str, float] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)

@@ -45,7 +45,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is drawn: a caption with its conditions, and the noise `[1, N, C]` that its pictures start from.
+    """Holds a caption with its conditions, and the noise `[1, N, C]` that its pictures start from.
 
     `size`: height and width in packed tokens. `dtype`: of the latents that the model takes.
     """
