@@ -162,8 +162,8 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     It is the recorded configuration, except for the keys `OF_COMMAND` and those in `overrides`, which are taken from
     `raw`. A group choice replaces its whole group, but `distill=`, `width=` and `finetune=` keep the recorded recipe.
-    Recorded learning rates that do not go with the recipe are replaced, too. Raises `UsageError` for overrides that
-    contradict `run=FOLDER`.
+    `recovery=` replaces every key that any of its choices sets. Recorded learning rates that do not go with the recipe
+    are replaced, too. Raises `UsageError` for overrides that contradict `run=FOLDER`.
     """
     if raw.run is None:
         return raw

@@ -198,7 +198,7 @@ class FineTune(ManualOptimization):
 
     @property
     def feature_weight(self) -> float:
-        """The weight of the feature loss in this step. It depends on nothing but the step, for trainings that resume."""
+        """The weight of the feature loss in this step. It depends on the step alone, for trainings that resume."""
         left = 1 - self.global_step / self.config.steps if self.config.feature_decay else 1.0
         return self.config.feature_weight * left
 

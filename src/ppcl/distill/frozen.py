@@ -1,4 +1,4 @@
-"""Which parameters of a pruned model stay as they are with `finetune.trains=after_first_removed` (HierarchicalPrune)."""
+"""Finds the parameters of a pruned model that `finetune.trains=after_first_removed` leaves as they are."""
 
 from __future__ import annotations
 

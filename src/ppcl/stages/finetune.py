@@ -67,8 +67,8 @@ def run(run: Run) -> None:
         )
     if config.trains == "after_first_removed" and not (plan.students or plan.removed):
         raise UsageError(
-            "finetune.trains=after_first_removed has no removed block to begin after, since only projectors are in: use "
-            "finetune.trains=all."
+            "finetune.trains=after_first_removed has no removed block to begin after, since only projectors are in: "
+            "use finetune.trains=all."
         )
     header = finetune_header(run, made_of(plan, plugs))
     if is_current(folder / "ppcl.json", header, another_run(run, folder)):

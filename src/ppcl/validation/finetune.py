@@ -25,8 +25,8 @@ def check_finetune(config: Config, intervals: Intervals | None) -> None:
     asked = f"finetune.trains={finetune.trains}"
     if finetune.lora_rank:
         raise UsageError(
-            f"{asked} does not go with finetune.lora_rank={finetune.lora_rank}, which adds a LoRA to every block: leave "
-            "one of them out."
+            f"{asked} does not go with finetune.lora_rank={finetune.lora_rank}, which adds a LoRA to every block: "
+            "leave one of them out."
         )
     if intervals is not None and not any(intervals.values()):
         raise UsageError(f"{asked} needs a removed block, and no interval is given: name one, or use all.")
@@ -42,8 +42,8 @@ def _check_features(finetune: FinetuneConfig) -> None:
         )
     if not weight and kind != "relative":
         raise UsageError(
-            f"finetune.feature_loss={kind} has no effect with finetune.feature_weight={weight:g}: set a weight above 0, "
-            "or add finetune.feature_loss=relative."
+            f"finetune.feature_loss={kind} has no effect with finetune.feature_weight={weight:g}: set a weight above "
+            "0, or add finetune.feature_loss=relative."
         )
     if kind != "masked" and finetune.mask_sigmas != FinetuneConfig.mask_sigmas:
         raise UsageError(
