@@ -162,8 +162,8 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     It is the recorded configuration, except for the keys `OF_COMMAND` and those in `overrides`, which are taken from
     `raw`. A group choice replaces its whole group, but `distill=`, `width=` and `finetune=` keep the recorded recipe.
-    Recorded learning rates that do not go with the recipe are replaced, too. Raises `UsageError` for overrides that
-    contradict `run=FOLDER`.
+    `recovery=` replaces every key that any of its choices sets. Recorded learning rates that do not go with the recipe
+    are replaced, too. Raises `UsageError` for overrides that contradict `run=FOLDER`.
     """
     if raw.run is None:
         return raw
@@ -171,7 +171,8 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
     from omegaconf import OmegaConf
 
     record = read_record(Path(raw.run))
-    recipes = {path.stem: _keys_of_recipe(path) for path in (conf_dir() / "recipe").glob("*.yaml")}
+    recipes = _keys_of_choices("recipe")
+    of_recovery = {name for names in _keys_of_choices("recovery").values() for name in names}
     said = list(OF_COMMAND)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, choice = override.key_or_group, override.value()
@@ -189,11 +190,13 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             said += [f"model.sampling.{name!s}" for name in OmegaConf.load(conf_dir() / key / f"{choice}.yaml")]
         elif key == "recipe" and isinstance(choice, str):
             said += recipes[choice]
+        elif key == "recovery" and isinstance(choice, str):
+            said += of_recovery  # also those that this one leaves as `distill` and `finetune` have them
         elif key in ("distill", "width", "finetune") and isinstance(choice, str):
             # They say nothing of what a recipe sets.
             of_recipes = {name for names in recipes.values() for name in names}
             said += [name for name in (f"{key}.{name!s}" for name in raw[key]) if name not in of_recipes]
-        elif key not in ("run", "experiment", "sweep", "sampling", "recipe") and not (
+        elif key not in ("run", "experiment", "sweep", "sampling", "recipe", "recovery") and not (
             key.startswith("hydra") or override.is_delete()
         ):
             said.append(key)
@@ -219,12 +222,14 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return record
 
 
-def _keys_of_recipe(path: Path) -> list[str]:
-    """Return the full names of the keys that a choice of the group `recipe` sets."""
+def _keys_of_choices(group: str) -> dict[str, list[str]]:
+    """Return the full names of the keys that each choice sets of a group that sets keys of other groups."""
     from omegaconf import OmegaConf
 
-    groups: Any = OmegaConf.load(path)
-    return [f"{group}.{name}" for group in groups for name in groups[group]]
+    read: Any = {path.stem: OmegaConf.load(path) for path in (conf_dir() / group).glob("*.yaml")}
+    return {
+        choice: [f"{part}.{name}" for part in content for name in content[part]] for choice, content in read.items()
+    }
 
 
 # Running

@@ -89,7 +89,7 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
     group, _, choice = file.rpartition("/")
     if group == "strategy" and choice != "single":
         started(monkeypatch, 2)
-    content = yaml.safe_load((CONF / file).with_suffix(".yaml").read_text())
+    content = yaml.safe_load((CONF / file).with_suffix(".yaml").read_text()) or {}  # a choice may set nothing
     overrides = auto if group not in ("model", "experiment") else []
     if group == "intervals" and content.get("family"):
         overrides = [f"model={model_of(content['family'])}"]
@@ -115,11 +115,12 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
     config = parse(raw)
     # What the file says is what the run sees: no default or other group silently wins.
     sections = dict.fromkeys(("", "experiment", "sweep"), config) | {"sampling": config.model.sampling}
-    if group == "recipe":  # it sets keys of other groups
-        sections["recipe"] = config
+    if group in ("recipe", "recovery"):  # they set keys of other groups
+        sections[group] = config
         found = {(part, key): getattr(getattr(config, part), key) for part in content for key in content[part]}
-        losses = {name: weight for name, weight in content["distill"].pop("losses").items() if weight}
-        assert found.pop(("distill", "losses")) == losses
+        if group == "recipe":
+            losses = {name: weight for name, weight in content["distill"].pop("losses").items() if weight}
+            assert found.pop(("distill", "losses")) == losses
         for (part, key), value in found.items():
             assert value == content[part][key] or "${" in str(content[part][key])
     section = sections[group] if group in sections else getattr(config, group)

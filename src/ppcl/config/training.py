@@ -97,8 +97,16 @@ class FinetuneConfig(TrainingConfig):
         memory while the model is tuned. It goes with `feature_weight` 0 and one process.
     `output_weight`: weight of the squared distance to the teacher's velocity, ||v_S - v_T||^2.
     `flow_weight`: weight of the flow-matching loss on the data, ||v_S - (n - x_0)||^2.
-    `feature_weight`: weight of the relative distance between the image stream of each block and that of the teacher's
-        block which it replaces. The paper does not have it.
+    `feature_weight`: weight of the distance between the image stream of each block and that of the teacher's block
+        which it replaces. The paper does not have it.
+    `feature_loss`: what that distance is. `relative`: the squared error by the teacher's squared features, as the mean
+        over blocks. `masked`: the mean squared error without extreme values (TinyFusion), as the mean over blocks.
+        `summed`: the mean squared error, as the sum over blocks (HierarchicalPrune).
+    `feature_decay`: whether `feature_weight` falls linearly to 0 over the training.
+    `mask_sigmas`: with `masked`, a value that is so many standard deviations or more from the mean of its sample counts
+        as 0. Student and teacher are masked by themselves.
+    `trains`: `all` parameters, or those `after_first_removed`: the embedders and all blocks before the first removed
+        block stay as they are, later blocks and the output head are trained (HierarchicalPrune).
     `ema_decay`: above 0 keeps an exponential moving average of the weights with that decay as the result.
     """
 
@@ -114,6 +122,10 @@ class FinetuneConfig(TrainingConfig):
     output_weight: float = option(1.0, least=0, most=MOST_WEIGHT)
     flow_weight: float = option(0.0, least=0, most=MOST_WEIGHT)
     feature_weight: float = option(0.0, least=0, most=MOST_WEIGHT)
+    feature_loss: str = option("relative", choices=("relative", "masked", "summed"), before="relative")
+    feature_decay: bool = option(False, before=False)
+    mask_sigmas: float = option(2.0, above=0, most=1000, before=2.0)
+    trains: str = option("all", choices=("all", "after_first_removed"), before="all")
     ema_decay: float = option(0.0, least=0, below=1)
 
 

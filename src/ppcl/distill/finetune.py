@@ -15,7 +15,7 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.distill.objective import ManualOptimization, listed, mean_of
 from ppcl.families.base import Family
 from ppcl.launch import is_first
-from ppcl.ops.losses import relative_error
+from ppcl.ops.losses import Average, masked_error, relative_error
 from ppcl.parallel import mean_terms
 from ppcl.precision import computing
 from ppcl.surgery.adapter import add_lora
@@ -29,6 +29,7 @@ class FineTune(ManualOptimization):
 
     `stands_for`: for each block of the student, the teacher's block whose output it should reproduce. With
         `feature_weight` their image streams are compared too, which the paper does not do.
+    `frozen`: parameters of the student that stay as they are, see `ppcl.distill.frozen`.
     `sharding`: shards teacher, student and moving average. The student may then share parameters with the teacher.
     `seed`: initialises the LoRA with `lora_rank`, when only the LoRA is trained.
     `precision`: of the student's forward. Trainable parameters are float32 whatever the teacher's dtype is.
@@ -48,6 +49,7 @@ class FineTune(ManualOptimization):
         sharding: Sharding | None = None,
         seed: int = 0,
         precision: str = "32-true",
+        frozen: Iterable[nn.Parameter] = (),
     ) -> None:
         super().__init__()
         self.family, self.stands_for, self.precision = family, stands_for or {}, precision
@@ -56,6 +58,8 @@ class FineTune(ManualOptimization):
             add_lora(family, student, config.lora_rank, seed=seed)
         else:
             student.requires_grad_(True)
+            for parameter in frozen:
+                parameter.requires_grad_(False)
         self.student: Any = student
         self.config = config
         self.is_sharded = sharding is not None
@@ -166,11 +170,11 @@ class FineTune(ManualOptimization):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return each loss with a weight above 0, unweighted, and their weighted sum as `loss`. All are scalars.
 
-        `output`: the mean of (v_S - v_T)^2. `flow`: the mean of (v_S - (n - x_0))^2. `feature`: the mean relative error
-            of the blocks' image streams.
+        `output`: the mean of (v_S - v_T)^2. `flow`: the mean of (v_S - (n - x_0))^2. `feature`: the distance of the
+            blocks' image streams that `feature_loss` names.
         """
         config = self.config
-        weights = {"output": config.output_weight, "flow": config.flow_weight, "feature": config.feature_weight}
+        weights = {"output": config.output_weight, "flow": config.flow_weight, "feature": self.feature_weight}
         with computing(self.precision, batch.sigmas.device):
             velocity, features = self._run(self.student, batch)
         terms: dict[str, Tensor] = {}
@@ -184,13 +188,28 @@ class FineTune(ManualOptimization):
         if config.flow_weight:
             terms["flow"] = (velocity.float() - batch.target.float()).square().mean()
         if config.feature_weight:
-            errors = [
-                relative_error(features[here], wanted[its], average=batch.average)
+            pairs = [
+                (features[here], wanted[its])
                 for here, its in self.stands_for.items()
                 if here in features and its in wanted
             ]
-            terms["feature"] = torch.stack(errors).mean()
+            terms["feature"] = self._feature_loss(pairs, batch.average)
         return terms | {"loss": torch.stack([weights[key] * value for key, value in terms.items()]).sum()}
+
+    @property
+    def feature_weight(self) -> float:
+        """The weight of the feature loss in this step. It depends on the step alone, for trainings that resume."""
+        left = 1 - self.global_step / self.config.steps if self.config.feature_decay else 1.0
+        return self.config.feature_weight * left
+
+    def _feature_loss(self, pairs: list[tuple[Tensor, Tensor]], average: Average) -> Tensor:
+        """Return the distance of the image streams `[B, tokens, D]` of student and teacher in `pairs`, a scalar."""
+        kind = self.config.feature_loss
+        if kind == "masked":
+            return torch.stack([masked_error(s, t, self.config.mask_sigmas) for s, t in pairs]).mean()
+        if kind == "summed":
+            return torch.stack([(s.float() - t.float()).square().mean() for s, t in pairs]).sum()
+        return torch.stack([relative_error(s, t, average=average) for s, t in pairs]).mean()
 
     def _run(self, model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, dict[BlockKey, Tensor]]:
         """Return a model's velocity and, with `feature_weight`, the image stream of each of its blocks."""

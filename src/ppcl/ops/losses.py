@@ -95,3 +95,21 @@ def relative_error(
     student, teacher = student.float(), teacher.float()
     weight = 1.0 if mask is None else mask.unsqueeze(-1)
     return ((student - teacher).square() * weight).sum() / average((teacher.square() * weight).sum())
+
+
+def masked_error(
+    student: Float[Tensor, "batch tokens dim"], teacher: Float[Tensor, "batch tokens dim"], sigmas: float
+) -> Float[Tensor, ""]:
+    """Return the mean of (m_s s - m_t t)^2 over all elements, in float32 (TinyFusion's masked distillation).
+
+    The masks m_s and m_t are 1 for values nearer than `sigmas` standard deviations to the mean of their sample, over
+    its tokens and features, and 0 for extreme ones. The student's mask does not depend on the teacher.
+    """
+    return (_without_extremes(student.float(), sigmas) - _without_extremes(teacher.float(), sigmas)).square().mean()
+
+
+def _without_extremes(features: Tensor, sigmas: float) -> Tensor:
+    with torch.no_grad():
+        deviation, mean = torch.std_mean(features, dim=(1, 2), correction=0, keepdim=True)
+        kept = (features - mean).abs() < sigmas * deviation
+    return features * kept

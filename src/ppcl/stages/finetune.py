@@ -18,6 +18,7 @@ from ppcl.data.batches import StepLoader, TrainingBatch, batch_numbers
 from ppcl.data.streams import Stream
 from ppcl.disk import check_space
 from ppcl.distill.finetune import FineTune
+from ppcl.distill.frozen import before_removal
 from ppcl.distill.targets import STEPS_PER_FILE, Batches, Targets
 from ppcl.errors import UsageError
 from ppcl.layers import BlockMap
@@ -64,6 +65,11 @@ def run(run: Run) -> None:
             "'stages=[finetune]' has nothing to tune: the teacher fits the budget, so that no plug is in; lower the "
             "budget, or leave out finetune."
         )
+    if config.trains == "after_first_removed" and not (plan.students or plan.removed):
+        raise UsageError(
+            "finetune.trains=after_first_removed has no removed block to begin after, since only projectors are in: "
+            "use finetune.trains=all."
+        )
     header = finetune_header(run, made_of(plan, plugs))
     if is_current(folder / "ppcl.json", header, another_run(run, folder)):
         check_model(folder, read_json(folder / "ppcl.json", "The record", "finetune"), "finetune")
@@ -85,7 +91,10 @@ def run(run: Run) -> None:
     student, stands_for, kept = _student(run, plugs, plan)
     sharding = Sharding.of(run) if run.teacher.sharded else None
     teacher = run.teacher.pipeline.transformer
-    module = FineTune(run.family, teacher, student, config, stands_for, sharding, seed, run.precision)
+    frozen: list[Any] = []
+    if config.trains == "after_first_removed":
+        frozen = before_removal(run.family, student, stands_for, plan.students)
+    module = FineTune(run.family, teacher, student, config, stands_for, sharding, seed, run.precision, frozen)
     if config.recorded:
         module.forget_teacher()
         run.teacher.forget_pipeline()

@@ -21,6 +21,7 @@ from ppcl.methods.registry import load_method, method_names
 from ppcl.options import declared, unknown_key
 from ppcl.sentences import of_key
 from ppcl.stages import STAGES
+from ppcl.validation.finetune import check_finetune
 from ppcl.validation.model import check_data, check_model, check_pretrain, check_size, check_streaming
 from ppcl.validation.outputs import (
     check_adapter,
@@ -207,6 +208,7 @@ def check(config: Config) -> None:
         )
     check_method(config)
     check_width_group(config, intervals)
+    check_finetune(config, intervals)
     check_budget(config)
     if "export" in config.stages:
         check_export(config)

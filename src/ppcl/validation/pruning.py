@@ -230,7 +230,7 @@ def check_method(config: Config) -> None:
 
 
 def check_width_group(config: Config, intervals: Intervals | None) -> None:
-    """Check the width sets against `intervals` and the stages, and the losses of `finetune`; raises `UsageError`."""
+    """Check the width sets against `intervals` and the stages; raises `UsageError`."""
     width = resolve_width(config)
     if width is not None:
         check_width(config, width, intervals or {})  # those that are to be detected only keep fewer blocks
@@ -241,10 +241,6 @@ def check_width_group(config: Config, intervals: Intervals | None) -> None:
     drawn = config.generate.variants or [] if {"generate", "evaluate", "report"} & set(config.stages) else []
     if config.width.source == "none" and "ppcl-width" in [*drawn, config.export.variant]:
         raise UsageError("variant ppcl-width needs width sets: width=auto, width=from_plan or width.source=given.")
-    if config.finetune.output_weight == config.finetune.flow_weight == 0:
-        raise UsageError(
-            "finetune.output_weight and finetune.flow_weight are both 0, so no loss trains the output: set one."
-        )
 
 
 def budget_of(config: Config) -> tuple[str, float] | None:
