@@ -133,7 +133,7 @@ class Chain(ABC):
         config = run.config
         facts: dict[str, Any] = {"model": run.teacher.identity, "sampling": asdict(config.model.sampling)}
         facts |= {"eval_seed": config.data.eval_seed, "data": run.data.identity, "precision": run.precision}
-        facts |= {"intervals": run.intervals, "budget": asdict(config.budget), "minutes": self.minutes}
+        facts |= {"intervals": run.intervals, "budget": identity(config.budget), "minutes": self.minutes}
         facts |= {part: identity(getattr(config, part)) for part in ("distill", "width", "finetune")}
         if config.width.source == "none":
             facts["width"].pop("relative_update", None)  # no projectors are trained
@@ -211,6 +211,7 @@ class Planned(Chain):
         found += ["logger=none", "trainer.num_threads=1", "trainer.progress=false"]
         found += [f"recipe={self.recipe}", f"data.train_seed={self.seed}", f"budget.params={self.params}"]
         found.append(f"intervals.names=[{','.join(TEACHERS[self.teacher].intervals)}]")
+        found.append("budget.rescored=0")  # as when the first rows were measured
         if self.rate is not None:
             found.append(f"{RECIPES[self.recipe].rate}={self.rate!r}")
         if self.steps is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -64,18 +65,27 @@ class TeacherCost:
     latency_ms: float
 
 
+def set_name(names: Iterable[str]) -> str:
+    """Return the name of a set of plugs in `Costs.errors`."""
+    return " ".join(sorted(names))
+
+
 Frontier = dict[str, list[Point]]  # keys are kinds of cost (`velocity`, `loss`)
 
 
 @dataclass
 class Costs:
-    """Costs and savings of every plug, and the frontier of choices for each kind of cost."""
+    """Costs and savings of every plug, and the frontier of choices for each kind of cost.
+
+    `errors`: the velocity error of every set of plugs that was measured, by its names, see `set_name`.
+    """
 
     header: Header
     teacher: TeacherCost
     units: list[Unit]
     overlaps: list[Overlap]
     frontier: Frontier
+    errors: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         body = {
@@ -83,6 +93,7 @@ class Costs:
             "units": [asdict(unit) for unit in self.units],
             "overlaps": [asdict(overlap) for overlap in self.overlaps],
             "frontier": {cost: [asdict(point) for point in points] for cost, points in self.frontier.items()},
+            "errors": self.errors,
         }
         write_json(path, self.header.to_json() | body)
 
@@ -96,6 +107,7 @@ class Costs:
                 [Unit(**unit) for unit in content["units"]],
                 [Overlap(tuple(pair["names"]), pair["savings"]) for pair in content["overlaps"]],
                 {cost: [Point(**point) for point in points] for cost, points in content["frontier"].items()},
+                dict(content.get("errors", {})),  # older files have none
             )
         except (KeyError, TypeError):
             raise UsageError(

@@ -133,6 +133,7 @@ class Choice:
 
     `budget` is the key of the budget (such as `params`), its value, and the kind of cost that was minimised (`velocity`
     or `loss`). `plugged` are names of students, removals and projectors. A hand-written file needs these two only.
+    `predicted_error` is the sum of what each plug adds alone, `measured_error` the velocity error of all together.
     """
 
     budget: tuple[str, float, str]
@@ -142,6 +143,7 @@ class Choice:
     latency_ratio: float | None = None
     memory_gb: float | None = None
     predicted_error: float | None = None
+    measured_error: float | None = None
 
     def save(self, path: Path) -> None:
         write_json(path, {"format": "ppcl.choice", **asdict(self)})

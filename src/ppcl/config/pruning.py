@@ -158,6 +158,8 @@ class BudgetConfig:
     `cost`: how much quality a plug (a student or projector) is taken to cost. `velocity`: the error of the model's
         output that it adds on held-out data. `loss`: its own held-out distillation loss.
     `num_batches`: held-out batches to measure that error on.
+    `rescored`: with the cost `velocity`, how many sets of plugs are measured to choose by the error that they have
+        together, at most. 0: the sum of what each adds alone decides.
     """
 
     params: float | None = option(None, above=0, most=1e15)
@@ -165,3 +167,4 @@ class BudgetConfig:
     latency_ratio: float | None = option(None, above=0, most=1)
     cost: str = option("velocity", choices=("velocity", "loss"))
     num_batches: int = option(4, least=1)
+    rescored: int = option(40, least=0, before=0)

@@ -138,7 +138,8 @@ def results_of(folder: Path) -> dict[str, Any]:
         choice = results.choice
         ratio = None if choice.params_ratio is None else 100 * choice.params_ratio
         found |= {"params": choice.params, "params_percent": ratio}
-        predicted = choice.predicted_error if choice.budget[2] == "velocity" else None
+        summed = choice.predicted_error if choice.budget[2] == "velocity" else None
+        predicted = summed if choice.measured_error is None else choice.measured_error
         found = {"variant": "ppcl-planned", "velocity_error": predicted} | found
     return {key: value for key, value in found.items() if value is not None}
 

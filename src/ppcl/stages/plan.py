@@ -15,8 +15,9 @@ from ppcl.report import plots
 from ppcl.report.text import billions, counted, show_plan
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import budget_of, resolve_intervals, resolve_width
+from ppcl.variants.choosing import chosen
 from ppcl.variants.costs import measure, target_of
-from ppcl.variants.planner import choose, total_saving
+from ppcl.variants.planner import total_saving
 from ppcl.variants.plugs import required_plugs
 from ppcl.variants.variants import check_choice
 
@@ -79,7 +80,10 @@ def plan_budget(run: Run) -> None:
             "budget.cost=velocity."
         )
     saving = target_of(name, value, teacher, units, overlaps)
-    plugged = choose(units, name, saving, cost, overlaps)
+    known = len(costs.errors)
+    plugged, measured = chosen(run, plugs, costs, name, saving)
+    if len(costs.errors) > known and run.costs_paths[0].exists():  # those of a base run are only read
+        costs.save(run.costs_paths[0])
     if plugged is None:
         raise UsageError(f"budget.{name}={value:g}: no set of plugs saves enough; 'stages=[plan]' lists what is there.")
     params = teacher.params - total_saving(units, overlaps, plugged, "params")
@@ -94,7 +98,7 @@ def plan_budget(run: Run) -> None:
             "warning: latencies make no sense, since other work disturbed the machine while plugs were timed: delete "
             f"{path}, and plan again when it is idle",
         )
-    choice = Choice((name, value, cost), plugged, round(params), ratio, latency, memory, error)
+    choice = Choice((name, value, cost), plugged, round(params), ratio, latency, memory, error, measured)
     if "finetune" in run.config.stages:  # which would refuse another choice than that of the tuned model, too late
         check_choice(run, plugs, plugged)
     path, picture = run.choice_path, run.choice_path.with_name("frontier.png")
@@ -108,5 +112,7 @@ def plan_budget(run: Run) -> None:
         f"budget.{name}={value:g}: {len(plugged)} of {counted(len(units), 'plug')}, {billions(round(params))} "
         f"parameters ({ratio:.3f} of the teacher's), latency {latency:.3f}, {in_bytes(memory * 1e9)}",
     )
+    if measured is not None:
+        run.say("plan", f"velocity error {measured:.4g}; the sum of what each plug adds alone is {error:.4g}")
     run.say("plan", " ".join(plugged) or "nothing to plug in: the teacher fits the budget")
     run.say("plan", f"{'reused' if reused else 'wrote'} {path} and frontier.png")

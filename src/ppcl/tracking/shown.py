@@ -125,7 +125,7 @@ def _plan(run: Run) -> Shown:
     costs = next((path for path in run.costs_paths if path.exists()), None)
     if run.choice_path.exists():
         choice = Choice.load(run.choice_path)
-        facts = ("params", "params_ratio", "latency_ratio", "memory_gb", "predicted_error")
+        facts = ("params", "params_ratio", "latency_ratio", "memory_gb", "predicted_error", "measured_error")
         shown.numbers = {key: value for key in facts if (value := getattr(choice, key)) is not None}
         shown.numbers["plugs"] = len(choice.plugged)
         shown.pictures = _pictures(folder, ("frontier",))

@@ -6,14 +6,14 @@ They are measured once, on one model, and stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.artifacts.costs import Costs, Frontier, Overlap, Point, TeacherCost, Unit
+from ppcl.artifacts.costs import Costs, Frontier, Overlap, Point, TeacherCost, Unit, set_name
 from ppcl.artifacts.files import check_finite
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import projector_name
@@ -108,17 +108,36 @@ def _losses(plugs: Plugs, name: str) -> dict[str, float]:
     return {"loss": distillation_loss(trained[name])} if known else {}
 
 
-class Meter:
-    """Measures the model with different sets of plugs: parameters, velocity error, and time of the changed blocks.
+class ErrorMeter:
+    """Measures the held-out velocity error of the model with different sets of plugs.
 
-    All methods take sets of plug names.
+    `errors`: what was measured before, as in `Costs`.
     """
 
-    def __init__(self, run: Run, board: Plugboard) -> None:
+    def __init__(self, run: Run, board: Plugboard, errors: Mapping[str, float] | None = None) -> None:
         self.run, self.board = run, board
+        self.errors = {"": 0.0, **(errors or {})}
         board()
         self.batches = heldout_batches(run)
         self.targets = velocities(board.transformer, self.batches)
+
+    def error(self, names: set[str]) -> float:
+        """Return the error with the plugs `names`. Errors are remembered."""
+        key = set_name(names)
+        if key not in self.errors:
+            self.board()  # students are built beside the teacher's blocks
+            self.board(*names)
+            found = velocity_error(self.board.transformer, self.batches, self.targets)
+            check_finite(found, "no costs are written", f"the velocity error with {', '.join(sorted(names))}")
+            self.errors[key] = found
+        return self.errors[key]
+
+
+class Meter(ErrorMeter):
+    """Measures also parameters, memory, and the time of the blocks that plugs change. Methods take sets of names."""
+
+    def __init__(self, run: Run, board: Plugboard) -> None:
+        super().__init__(run, board)
         self.teacher_params = self._count()
         self.calls: dict[BlockKey, dict[str, Any]] = {}
         self.step = denoising_step(run)
@@ -132,7 +151,6 @@ class Meter:
         resident = sum(p.numel() * p.element_size() for p in board.transformer.parameters())
         self.bytes_per_param = resident / self.teacher_params
         self.memory_gb = peak_memory_mb(self._forward, resident, run.device) / 1e3
-        self.errors: dict[frozenset[str], float] = {frozenset(): 0.0}
 
     @torch.inference_mode()
     def _forward(self) -> None:
@@ -145,16 +163,6 @@ class Meter:
         """Return the number of parameters."""
         self.board(*names)
         return self._count()
-
-    def error(self, names: set[str]) -> float:
-        """Return the held-out velocity error against the teacher. Errors are remembered."""
-        key = frozenset(names)
-        if key not in self.errors:
-            self.board(*names)
-            found = velocity_error(self.board.transformer, self.batches, self.targets)
-            check_finite(found, "no costs are written", f"the velocity error with {', '.join(sorted(names))}")
-            self.errors[key] = found
-        return self.errors[key]
 
     def _modules(self, names: set[str]) -> dict[BlockKey, tuple[nn.Module, dict[str, Any]]]:
         """Return every block of the model with these plugs, and arguments to call it with."""
@@ -288,7 +296,8 @@ def measure(run: Run, plugs: Plugs) -> Costs:
     units = _measure_units(run, plugs, meter)
     overlaps = _measure_overlaps(run, plugs, units, meter)
     teacher = TeacherCost(meter.teacher_params, meter.memory_gb, meter.teacher_ms)
-    costs = Costs(header, teacher, units, overlaps, _measure_frontier(run, units, overlaps, meter))
+    points = _measure_frontier(run, units, overlaps, meter)
+    costs = Costs(header, teacher, units, overlaps, points, meter.errors)
     switch.restore()
     costs.save(path)
     _show(run, costs)

@@ -1,13 +1,14 @@
 """Choose the set of plugs that saves enough at the least cost in quality.
 
-Costs and savings are assumed to be additive, except for pairs of plugs whose savings overlap. The choice is then a
-knapsack problem with precedence constraints, which is solved exactly as a 0/1 linear programme. Callers measure the
-true error of a choice afterwards.
+`choose` takes costs and savings to be additive, except for pairs of plugs whose savings overlap. The choice is then a
+knapsack problem with precedence constraints, which is solved exactly as a 0/1 linear programme. Errors are not quite
+additive: plugs that each add little may add much together. `rescored` therefore measures sets of plugs as it goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -112,6 +113,124 @@ def choose(
         if not needed and total_saving(units, overlaps, rest, measure) >= saving * (1 - 1e-12):
             chosen = rest
     return [unit.name for unit in units if unit.name in chosen]
+
+
+class _Measured:
+    """The errors of sets of units: measured for at most `most` new sets, else estimated by the sum of single costs.
+
+    `measure`: returns the error of a set of names; `known`: the sets that it has measured before.
+    """
+
+    def __init__(self, measure: Callable[[set[str]], float], known: Collection[frozenset[str]], most: int) -> None:
+        self.measure, self.left = measure, most
+        self.known = {*known}
+
+    def __call__(self, names: Iterable[str]) -> float | None:
+        """Return the error of a set; None if it is not known, and no more may be measured."""
+        key = frozenset(names)
+        if key not in self.known:
+            if not self.left:
+                return None
+            self.left -= 1
+            self.known.add(key)
+        return self.measure({*key})
+
+
+def rescored(
+    units: Sequence[Unit],
+    measure: str,
+    saving: float,
+    cost: str,
+    overlaps: Sequence[Overlap],
+    error: Callable[[set[str]], float],
+    most: int,
+    known: Collection[frozenset[str]] = (),
+) -> list[str] | None:
+    """Return names of units that save at least `saving`, chosen by the error that they have together.
+
+    Units go in one after another, those first that add the least error for what they save. What a unit adds is measured
+    again only when it is about to be chosen, since what it adds to few units hardly ever falls with more (a lazy greedy
+    search). In the end units go out again that are not needed. The result of `choose` is returned if its error is less.
+
+    `error`: measures the error of a set of names. `most`: new sets that may be measured; once they are used up, the
+    sums of what was measured last decide. `known`: sets that cost no measurement. None is returned, or nothing chosen,
+    where `choose` does so.
+    """
+    found = choose(units, measure, saving, cost, overlaps)
+    if not found:
+        return found
+    measured = _Measured(error, known, most)
+    least = measured(found)
+    chosen = _greedy(units, measure, saving, cost, overlaps, measured)
+    if chosen is None or least is None:
+        return found
+    chosen = _without_needless(units, measure, saving, overlaps, chosen, measured)
+    reached = measured(chosen)
+    if reached is None or reached >= least:
+        return found
+    return [unit.name for unit in units if unit.name in chosen]
+
+
+def _greedy(
+    units: Sequence[Unit],
+    measure: str,
+    saving: float,
+    cost: str,
+    overlaps: Sequence[Overlap],
+    measured: _Measured,
+) -> set[str] | None:
+    """Return units that save at least `saving`, added one by one; None if no unit saves more."""
+    costs = {unit.name: max(unit.costs[cost], 0.0) for unit in units}
+    chosen: set[str] = set()
+    here, saved = 0.0, 0.0
+    while saved < saving * (1 - 1e-12):
+        added = {name: closure(units, [name]) - chosen for name in costs if name not in chosen}
+        gains = {
+            name: min(total_saving(units, overlaps, chosen | more, measure), saving) - saved
+            for name, more in added.items()
+        }
+        rates = {name: sum(costs[each] for each in added[name]) / gains[name] for name in added if gains[name] > 0}
+        if not rates:
+            return None
+        fresh: set[str] = set()
+        while (best := min(rates, key=lambda name: rates[name])) not in fresh:
+            found = measured(chosen | added[best])
+            if found is None:
+                break
+            fresh.add(best)
+            rise = max(found - here, 0.0)
+            rates[best] = rise / gains[best]
+            if len(added[best]) == 1:
+                costs[best] = rise
+        chosen |= added[best]
+        here = measured(chosen) or here
+        saved = total_saving(units, overlaps, chosen, measure)
+    return chosen
+
+
+def _without_needless(
+    units: Sequence[Unit],
+    measure: str,
+    saving: float,
+    overlaps: Sequence[Overlap],
+    chosen: set[str],
+    measured: _Measured,
+) -> set[str]:
+    """Return `chosen` without units that are not needed for `saving`, as long as that lowers the error."""
+    while True:
+        smaller: list[tuple[float, set[str]]] = []
+        for name in sorted(chosen):
+            rest = {other for other in chosen if name not in closure(units, [other])}
+            if total_saving(units, overlaps, rest, measure) >= saving * (1 - 1e-12):
+                found = measured(rest)
+                smaller.append((math.inf if found is None else found, rest))
+        here = measured(chosen)
+        if not smaller or here is None:
+            return chosen
+        least, rest = min(smaller, key=lambda pair: pair[0])
+        if least >= here:
+            return chosen
+        chosen = rest
 
 
 def frontier(

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from ppcl.artifacts.costs import Overlap, Unit
-from ppcl.variants.planner import choose, closure, frontier, total_saving
+from ppcl.variants.planner import choose, closure, frontier, rescored, total_saving
 
 
 def instance(seed, most=8):
@@ -186,3 +186,53 @@ def test_the_frontier_saves_more_with_every_point(seed):
 
 def test_a_frontier_of_nothing_is_the_teacher():
     assert frontier([], "params", "velocity", 4) == [[]]
+
+
+class Together:
+    """Measures sets of units, of which neighbours add more together than apart, and notes which it was asked for."""
+
+    def __init__(self, units, extra):
+        self.costs = {unit.name: max(unit.costs["velocity"], 0.0) for unit in units}
+        self.extra, self.asked = extra, []
+
+    def __call__(self, names):
+        self.asked.append(frozenset(names))
+        places = sorted(list(self.costs).index(name) for name in names)
+        neighbours = sum(after - before == 1 for before, after in itertools.pairwise(places))
+        return sum(self.costs[name] for name in names) + self.extra * neighbours
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 1000])
+@pytest.mark.parametrize("seed", range(20))
+def test_rescoring_saves_enough_and_is_never_worse_than_the_sums(seed, most):
+    units = instance(seed)
+    overlaps = overlapping(seed, units)
+    everything = sum(unit.savings["params"] for unit in units if unit.savings["params"] > 0)
+    for share in (0.2, 0.6, 0.9):
+        error = Together(units, 0.5)
+        by_sums = choose(units, "params", everything * share, "velocity", overlaps)
+        found = rescored(units, "params", everything * share, "velocity", overlaps, error, most)
+        assert len(set(error.asked)) <= most
+        assert (found is None) == (by_sums is None)
+        if found:
+            assert closure(units, found) == set(found)
+            assert total_saving(units, overlaps, found, "params") >= everything * share * (1 - 1e-12)
+            assert error(set(found)) <= error(set(by_sums))
+
+
+def test_rescoring_leaves_out_units_that_are_dear_together():
+    """By single costs the three neighbours are the cheapest."""
+    units = [Unit(f"unit{n}", [], {"params": 10.0}, {"velocity": 1.0 + 0.1 * (n > 2)}) for n in range(6)]
+    error = Together(units, 2.0)
+    assert choose(units, "params", 30, "velocity") == ["unit0", "unit1", "unit2"]
+    found = rescored(units, "params", 30, "velocity", [], error, 100)
+    assert error(set(found)) == pytest.approx(3.1)  # no two are neighbours
+    assert len(set(error.asked)) < 2**6 / 3
+
+
+def test_what_was_measured_before_costs_no_measurement():
+    units = [Unit(f"unit{n}", [], {"params": 10.0}, {"velocity": 1.0 + 0.1 * (n > 2)}) for n in range(6)]
+    first = Together(units, 2.0)
+    found = rescored(units, "params", 30, "velocity", [], first, 100)
+    again = Together(units, 2.0)
+    assert rescored(units, "params", 30, "velocity", [], again, 0, set(first.asked)) == found
