@@ -113,6 +113,6 @@ def plan_budget(run: Run) -> None:
         f"parameters ({ratio:.3f} of the teacher's), latency {latency:.3f}, {in_bytes(memory * 1e9)}",
     )
     if measured is not None:
-        run.say("plan", f"velocity error {measured:.4g}; the sum of what each plug adds alone is {error:.4g}")
+        run.say("plan", f"together they make an error of {measured:.4g}; what each makes alone adds up to {error:.4g}")
     run.say("plan", " ".join(plugged) or "nothing to plug in: the teacher fits the budget")
     run.say("plan", f"{'reused' if reused else 'wrote'} {path} and frontier.png")
