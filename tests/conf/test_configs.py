@@ -98,6 +98,8 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
         overrides = [*overrides, f"{group}.path={write_plan(tmp_path / 'plan.json')}"]
     if group == "width" and content.get("family"):
         overrides = [f"model={model_of(content['family'])}", f"intervals={choice}"]
+    if file == "method/indices":
+        overrides = [*overrides, "method.settings.keep=[0,2]"]
     if file == "model/auto":
         overrides = auto[1:]
     if file == "experiment/prune":

@@ -60,9 +60,9 @@ def test_every_method_makes_a_teacher_small_enough(model: str) -> None:
 
 def test_a_command_saves_the_plan_and_reuses_it(settings: list[str], tmp_path: Path) -> None:
     command = [*settings, "name=short", "stages=[detect,plan]", "method=shortgpt", f"paths.runs_dir={tmp_path}"]
-    assert "wrote" in succeed(*command).stdout
+    assert "wrote" in succeed(*command).out
     plan = json.loads((tmp_path / "short" / "plan" / "plan.json").read_text(encoding="utf-8"))
     assert plan["parameters"]["student"] <= 0.7 * plan["parameters"]["teacher"]
     assert [*plan["scores"]["block_influence"]] == [f"transformer_blocks.{index}" for index in range(6)]
     assert plan["made_from"]["method"]["params"] == 0.7
-    assert "reused" in succeed(*command).stdout
+    assert "reused" in succeed(*command).out
