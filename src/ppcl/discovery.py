@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ppcl.errors import UsageError
+from ppcl.options import declared
 
 T = TypeVar("T")
 
@@ -45,8 +46,8 @@ def declared_class(module_name: str, base: type[T], key: str) -> type[T]:
 def parse_settings(settings_class: type[T], settings: Mapping[str, Any], key: str) -> T:
     """Return `settings` as an instance of the dataclass `settings_class`.
 
-    Raises `UsageError` for a key that the class does not have and for a value of another type; `key` starts the
-    sentence.
+    Raises `UsageError` for a key that the class does not have, for a value of another type and for a number beyond the
+    bounds that the class declares; `key` starts the sentence.
     """
     known = [item.name for item in fields(settings_class)]  # type: ignore[arg-type]
     for name in settings:
@@ -57,4 +58,7 @@ def parse_settings(settings_class: type[T], settings: Mapping[str, Any], key: st
     except OmegaConfBaseException as error:
         name = f".{error.full_key}" if getattr(error, "full_key", None) else ""
         raise UsageError(f"{key}{name}: {str(error).splitlines()[0]}.") from None
+    for item in declared(parsed, f"{key}."):
+        if item.numeric and isinstance(item.value, (int, float)):
+            item.bounds.check(item.name, item.value)
     return parsed

@@ -88,22 +88,19 @@ def check_counts(keys: Mapping[str, str], counts: Mapping[str, int]) -> None:
 
 
 def removable(
-    layers: Mapping[str, int], *, count: int, start: int = 0, end: int | None = None, last: int = 0
+    layers: Mapping[str, int], *, start: int = 0, end: int | None = None, last: int = 0
 ) -> list[tuple[str, int]]:
-    """Return stack and index of the blocks that may be removed one by one; `UsageError` if they are fewer than `count`.
+    """Return stack and index of the blocks that may be removed one by one.
 
     A removed block follows one that is kept, so block `start` stays. `layers`: the number of blocks by stack. `end`:
     the last block that may be removed, None for any. `last`: how many blocks at the end of a stack have to stay.
     """
-    found = [
+    return [
         (stack, index)
         for stack, number in layers.items()
         for index in range(start + 1, number - last)
         if end is None or index <= end
     ]
-    if count > len(found):
-        raise UsageError(f"method.num_remove={count} exceeds the {len(found)} blocks that may be removed.")
-    return found
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ COMMANDS = {
     "width.transformer_blocks": ["stages=[plan]", "width.source=given", "intervals.names=[transformer_blocks.3-4]"],
     "width.single_transformer_blocks": ["stages=[plan]", "model=flux_dev", "width.source=given"],
     "method.num_remove": [STAGES, "method=cka_sensitivity", "method.num_remove=2", DRAWN],
+    "method.params": [STAGES, "method=shortgpt", "width=auto", DRAWN],
     "method.extend": [STAGES, "method=ppcl_lp_b", "width=auto", DRAWN],
     "finetune.muon_lr": ["stages=[depth,finetune]", "recipe=paper", "finetune.optimizer=muon"],
     "distill.lr": ["stages=[depth]", "recipe=paper"],

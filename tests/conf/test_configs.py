@@ -32,6 +32,7 @@ CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
 LAYERS = 8
 DETECT = ["plan", "probe", "detect"]
+DETECTING = ["stages=[detect]"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,6 +98,8 @@ def test_every_yaml_composes_and_parses(file, auto, tmp_path, monkeypatch):
         overrides = [*overrides, f"{group}.path={write_plan(tmp_path / 'plan.json')}"]
     if group == "width" and content.get("family"):
         overrides = [f"model={model_of(content['family'])}", f"intervals={choice}"]
+    if file == "method/indices":
+        overrides = [*overrides, "method.settings.keep=[0,2]"]
     if file == "model/auto":
         overrides = auto[1:]
     if file == "experiment/prune":
@@ -398,7 +401,15 @@ def refused(overrides):
         (["method.stream=audio"], ["method.stream=audio"]),
         (["method.min_length=1"], ["method.min_length=1", "at least 2"]),
         (["method.extend=[0]"], ["method.extend=[0]", "lp_b"]),
-        (["method=cka_sensitivity", "method.num_remove=null"], ["method.num_remove"]),
+        (["method=cka_sensitivity", "method.num_remove=null"], ["method.num_remove", "method.params"]),
+        (["method=shortgpt", "method.num_remove=2"], ["method.num_remove=2", "method.params=0.7", "=null"]),
+        (["method.params=0.7"], ["method.params=0.7", "method.rule=lp"]),
+        ([*DETECTING, "method=shortgpt", "method.params=0.01"], ["method.params=0.01", "cannot be reached"]),
+        ([*DETECTING, "method=llm_streamline", "method.params=0.01"], ["method.params=0.01", "one window"]),
+        ([*DETECTING, "method=shortgpt", "method.params=1"], ["method.params=1", "removes nothing"]),
+        ([*DETECTING, "method=indices"], ["method.settings.keep"]),
+        ([*DETECTING, "method=indices", "method.settings.remove=[0]"], ["block 0", "has to stay"]),
+        ([*DETECTING, "method=indices", "method.settings.remove=[8]"], ["8 is no block", "0 to 7"]),
         (["distill.mode=serial"], ["distill.mode=serial", "sequential"]),
         (["distill.mode=sequential", "distill.intervals=[0-1]"], ["distill.intervals=['0-1']", "distill.mode"]),
         (["distill.init=last"], ["distill.init=last", "middle"]),

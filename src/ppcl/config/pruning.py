@@ -36,7 +36,8 @@ class MethodConfig:
     """How `stages=[detect]` finds the intervals (stage 1.2, Eq. 3-5).
 
     `name`: the method's name in plans and reports.
-    `rule`: a module of `ppcl.methods`: `lp`, `lp_a`, `lp_b` or `cka_sensitivity`.
+    `rule`: the name of a module of `ppcl.methods`. `ppcl --help` lists the choices of `method`, one for each, and the
+        README says what each ranks by.
     `stream`: the stream whose CKA decides: `image`, `text`, or the `mean` of both.
     `debiased`: whether to use the debiased estimate of CKA.
     `start`, `end`: the first and the last block that an interval may contain. `end` None: the last block of the stack.
@@ -44,7 +45,9 @@ class MethodConfig:
     `min_cka`: acceptance threshold. An interval [u, v] with cka(u, v) below it is left out.
     `threshold`: for `lp_a`, the CKA below which an interval ends.
     `extend`: for `lp_b` only, the numbers of the intervals (from 0) whose end moves from v to v + 1. None: all of them.
-    `num_remove`: for `cka_sensitivity`, the number of blocks to remove.
+    `num_remove`, `params`: for methods that remove blocks until a size is reached, that size. One of the two is given.
+        `num_remove`: the number of blocks to remove. `params`: up to 1 the share of the teacher's parameters that may
+        be left, above 1 their number.
     `num_samples`, `num_timesteps`: calibration samples, and the number of noise levels at which each is used.
         They are taken in parts that fit into memory. `batch_size`: the samples in a batch of them.
     `settings`: keys that only the rule itself declares.
@@ -61,6 +64,7 @@ class MethodConfig:
     threshold: float = option(0.98, above=0, most=1)
     extend: list[int] | None = option(None, least=0)
     num_remove: int | None = option(None, least=1)
+    params: float | None = option(None, above=0, most=1e15, before=None)
     num_samples: int = option(16, least=1)
     num_timesteps: int = option(8, least=1)
     batch_size: int = option(16, least=1)

@@ -31,7 +31,7 @@ from ppcl.methods.base import Teacher
 from ppcl.methods.lp import Lp, batches_at_once, run_once
 from ppcl.methods.probes import fit_probes
 from ppcl.methods.registry import load_method
-from ppcl.methods.similarity import unit_grams
+from ppcl.methods.similarity import state_cosines, unit_grams
 from ppcl.methods.surrogates import SurrogateCurves
 from ppcl.taps import BlockCall, observe, observe_abreast
 from ppcl.training.optimizers import split_for_muon
@@ -303,15 +303,21 @@ def detect_peak(run: Run, config: MethodConfig, free: float) -> int:
     """
     samples = min(config.batch_size, config.num_samples)
 
-    def maps(layers: Mapping[str, int]) -> int:
-        with without_data(run):
-            model, batch = model_of(run, layers), blank_batch(run, samples)
-            with LiveBytes() as recorded:
-                unit_grams(run.family, model, batch)
-        return recorded.peak
-
-    peaks = [_extrapolated(maps, few(run), run.num_layers)]
     method = load_method(config)
+
+    def peak_of(compare: Callable[..., Any]) -> int:
+        def measured(layers: Mapping[str, int]) -> int:
+            with without_data(run):
+                model, batch = model_of(run, layers), blank_batch(run, samples)
+                with LiveBytes() as recorded:
+                    compare(run.family, model, batch)
+            return recorded.peak
+
+        return _extrapolated(measured, few(run), run.num_layers)
+
+    peaks = [peak_of(unit_grams)]
+    if method.compares_states:
+        peaks.append(peak_of(state_cosines))
     if isinstance(method, Lp):
         peaks.append(_simulation_peak(run, config, samples, method.num_batches, free))
     return max(peaks)

@@ -25,6 +25,7 @@ from ppcl.distill.local import MOST_ABREAST
 from ppcl.distill.targets import STEPS_PER_FILE
 from ppcl.launch import launched, rank, shard_ranks
 from ppcl.memory import dry
+from ppcl.methods.registry import load_method
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.model import model_folder
 from ppcl.validation.pruning import resolve_width
@@ -163,7 +164,8 @@ class Plan:
         free = max(0.0, capacity(run) - sum(teacher.values()))
         flops = 2 * self.teacher_params * self._tokens(config.num_samples * config.num_timesteps)
         parts = teacher | {"streams and similarities": dry.detect_peak(run, config, free)}
-        return Need("detect", parts, hours=self._hours(1, flops, 1), host={"probes": self._probes()})
+        host = {"probes": self._probes()} if load_method(config).needs_probes else {}
+        return Need("detect", parts, hours=self._hours(1, flops, 1), host=host)
 
     def boundaries(self) -> Need:
         run, config = self.run, self.run.config.distill

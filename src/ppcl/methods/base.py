@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from ppcl.artifacts.probes import Probes
 from ppcl.config import MethodConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.discovery import parse_settings
+from ppcl.errors import UsageError
 from ppcl.families.base import Family
 
 # curves[stack][stream][u][k]: a value for each pair of blocks u <= k, None below the diagonal.
@@ -62,11 +63,14 @@ class Method(ABC):
     `needs_probes`: whether it reads the linear probes that `stages=[probe]` fits.
     `divides`: whether several ranks can share the calibration. `detect` then runs on every rank, with a part of it that
         may be empty, and merges by `teacher.gathered` what all have found. Otherwise rank 0 works alone.
+    `compares_states`: whether it holds the states between all blocks at once (`ppcl.methods.similarity.state_cosines`),
+        which is for estimates of memory.
     """
 
     settings_class: ClassVar[type[Any]] = NoSettings
     needs_probes: ClassVar[bool] = False
     divides: ClassVar[bool] = False
+    compares_states: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
@@ -77,9 +81,24 @@ class Method(ABC):
         """The number of calibration batches, for progress bars."""
         return -(-self.config.num_samples // self.config.batch_size) * self.config.num_timesteps
 
-    @classmethod  # noqa: B027 - most have nothing more to check
+    @classmethod
     def check(cls, config: MethodConfig) -> None:
-        """Raise `UsageError` if the configuration is not valid for this method. Called before the teacher is loaded."""
+        """Raise `UsageError` if the configuration is not valid for this method. Called before the teacher is loaded.
+
+        This one refuses a size, which only some methods can reach.
+        """
+        for key in ("num_remove", "params"):
+            if (value := getattr(config, key)) is not None:
+                raise UsageError(
+                    f"method.{key}={value:g} has no effect with method.rule={config.rule}, which sets no size: add "
+                    f"method.{key}=null, or use a method that removes blocks, such as method=shortgpt."
+                )
+
+    def check_model(self, family: Family, layers: Mapping[str, int]) -> None:  # noqa: B027 - most need no check
+        """Raise `UsageError` if the configured model does not fit. Called before the teacher is loaded.
+
+        `family`: with the model's `arch`. `layers`: the number of blocks by stack.
+        """
 
     @abstractmethod
     def detect(self, teacher: Teacher) -> Detection:

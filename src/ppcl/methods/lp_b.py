@@ -44,6 +44,7 @@ class LpB(Lp):
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
+        super().check(config)
         if config.extend is not None and min(config.extend, default=0) < 0:
             raise UsageError(f"method.extend={config.extend} has a negative number: intervals are numbered from 0.")
 

@@ -1,14 +1,15 @@
-"""Similarity between the outputs of all pairs of blocks (paper Fig. 5)."""
+"""Similarity between the outputs of all pairs of blocks: by CKA (paper Fig. 5), and by the cosine of tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ppcl.data.batches import TrainingBatch
 from ppcl.families.base import Family
 from ppcl.ops.cka import centre
-from ppcl.taps import BlockCall, observe
+from ppcl.taps import BlockCall, observe, stack_of
 
 MAP_TOKENS = 256
 
@@ -63,3 +64,42 @@ def unit_grams(
 
     observe(family, transformer, batch.inputs, on_block)
     return grams
+
+
+@torch.no_grad()
+def state_cosines(family: Family, transformer: torch.nn.Module, batch: TrainingBatch) -> dict[tuple[str, str], Tensor]:
+    """Return by stack and stream the cosines between all states, summed over valid tokens, and the tokens' number.
+
+    State i of a stack of M blocks is the input of block i, state M is the output of the last block. The result is
+    `[2, M + 1, M + 1]`: the sums and, in float64 like them, the numbers, which are 0 where a state lacks the stream.
+
+    At most `MAP_TOKENS` evenly spaced tokens of a sample are used, because all states are in memory at once.
+    """
+    masks = family.masks(batch.inputs)
+    counts = {stack: len(stack_of(transformer, stack)) for stack in family.stacks}
+    units: dict[tuple[str, str], Tensor] = {}
+    there: dict[tuple[str, str], Tensor] = {}
+
+    def note(stack: str, place: int, stream: str, features: Tensor) -> None:
+        every = -(-features.shape[1] // MAP_TOKENS)
+        unit = normalize(features[:, ::every].float(), dim=-1)
+        if (mask := masks[stream]) is not None:
+            unit = unit * mask[:, ::every].unsqueeze(-1)
+        if (stack, stream) not in units:
+            units[stack, stream] = unit.new_zeros(counts[stack] + 1, unit.numel())
+            there[stack, stream] = unit.new_zeros(counts[stack] + 1, dtype=torch.float64)
+        units[stack, stream][place] = unit.flatten()
+        there[stack, stream][place] = unit.shape[:2].numel() if mask is None else mask[:, ::every].sum()
+
+    def on_block(call: BlockCall) -> None:
+        for stream, features in call.inputs.items():
+            note(call.stack, call.index, stream, features)
+        if call.index == counts[call.stack] - 1:
+            for stream, features in call.outputs.items():
+                note(call.stack, call.index + 1, stream, features)
+
+    observe(family, transformer, batch.inputs, on_block)
+    return {
+        key: torch.stack([(unit @ unit.mT).double(), torch.minimum(there[key], there[key].unsqueeze(-1))])
+        for key, unit in units.items()
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,23 @@ from ppcl.artifacts.plan import Intervals, Width
 from ppcl.families.base import Family
 from ppcl.layers import Layout, kept_layers
 from ppcl.surgery.width import prune_blocks
-from ppcl.taps import stack_of
+from ppcl.taps import BlockKey, stack_of
 
 
 def _size(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def on_meta(family: Family, arch: Mapping[str, Any]) -> nn.Module:
+    """Return the family's transformer with the config `arch`, without values."""
+    with torch.device("meta"):
+        transformer: nn.Module = family.transformer_class.from_config(arch)
+    return transformer
+
+
+def block_sizes(family: Family, transformer: nn.Module) -> tuple[dict[BlockKey, int], int]:
+    """Return the number of parameters of each block, and of the whole transformer."""
+    return {key: _size([block]) for key, block in family.blocks(transformer).items()}, _size([transformer])
 
 
 def count_parameters(
@@ -32,8 +44,7 @@ def count_parameters(
     names blocks, it also returns the parameters left after each step: `depth`, `text`, and `ffn`, which equals
     `student`. `arch` is the teacher's config.
     """
-    with torch.device("meta"):
-        transformer = family.transformer_class.from_config(arch)
+    transformer = on_meta(family, arch)
     total = _size([transformer])
     left = {"depth": total, "text": total, "ffn": total}
     layers = [0, 0]

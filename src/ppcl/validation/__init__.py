@@ -130,7 +130,7 @@ def check(config: Config) -> None:
     if config.benchmark.name != "auto":
         one_of("benchmark.name", config.benchmark.name, benchmark_names())
     one_of("method.rule", method.rule, method_names())
-    if method.rule != "lp" or method.settings:
+    if method.rule != "lp" or method.settings or method.num_remove is not None or method.params is not None:
         load_method(method)  # loads torch
     resolve_precision(config)
     if config.probe.init == "zero" and not config.probe.train_steps:

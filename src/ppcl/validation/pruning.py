@@ -17,8 +17,9 @@ from ppcl.artifacts.plan import (
 )
 from ppcl.config import Config
 from ppcl.errors import UsageError
-from ppcl.families.registry import FAMILIES
-from ppcl.layers import check_counts, check_width_sets, kept_layers, removable
+from ppcl.families.registry import FAMILIES, get_family
+from ppcl.layers import check_counts, check_width_sets, kept_layers
+from ppcl.methods.registry import load_method
 from ppcl.validation.model import num_layers
 
 _FEWEST = 1000  # parameters of a pruned model
@@ -212,7 +213,7 @@ def check_width(config: Config, width: Width, intervals: Intervals, where: str =
 
 
 def check_method(config: Config) -> None:
-    """Raise `UsageError` if the model has too few blocks for the settings of `method`."""
+    """Raise `UsageError` if the settings of `method` do not fit the model, which may have too few blocks."""
     method, facts = config.method, FAMILIES[config.model.family]
     if "detect" not in config.stages:
         return
@@ -224,9 +225,8 @@ def check_method(config: Config) -> None:
     most = max(layers.values()) - 1 - facts.last_blocks
     if method.start >= most:
         raise UsageError(f"method.start={method.start} leaves no interval, which may contain blocks up to {most}.")
-    if method.rule == "cka_sensitivity":
-        start = max(facts.first_block, method.start)
-        removable(layers, count=method.num_remove or 1, start=start, end=method.end, last=facts.last_blocks)
+    if method.rule != "lp":  # which checks nothing, and loading it takes long
+        load_method(method).check_model(get_family(config.model.family, config.model.arch), layers)
 
 
 def check_width_group(config: Config, intervals: Intervals | None) -> None:

@@ -7,8 +7,9 @@ import torch
 from ppcl.config import MethodConfig
 from ppcl.errors import UsageError
 from ppcl.methods.base import Teacher
-from ppcl.methods.cka_sensitivity import CkaSensitivity, runs_to_intervals
+from ppcl.methods.cka_sensitivity import CkaSensitivity
 from ppcl.methods.registry import load_method
+from ppcl.methods.removal import runs_to_intervals
 from ppcl.ops.cka import centre, cka
 
 
