@@ -305,6 +305,13 @@ class Family(ABC):
     def check_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:  # noqa: B027 - most take any
         """Raise `UsageError` for a prompt that this model cannot take."""
 
+    def class_captions(self, pipeline: Any, names: Sequence[str]) -> list[str]:
+        """Return the caption of each class folder, given the sorted `names` of all of them: by default its name.
+
+        Raises `UsageError` for a class that this model does not have.
+        """
+        return list(names)
+
     def prompt_arguments(
         self, pipeline: Any, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()
     ) -> dict[str, Any]:

@@ -361,15 +361,16 @@ def check_data(config: Config) -> None:
         needing = [stage for stage in config.stages if _needs_data(config, stage) or stage == "cache"]
         if needing and not config.explain:
             raise UsageError(
-                f"'stages=[{needing[0]}]' needs pictures with captions: give data.path=FOLDER, with a metadata.csv or "
-                f"with .tar shards (data=shapes, 32x32 toy pictures, would teach model={config.model.name} nothing)."
+                f"'stages=[{needing[0]}]' needs pictures with captions: give data.path=FOLDER, with a metadata.csv, "
+                "class folders or .tar shards (data=shapes, 32x32 toy pictures, would teach "
+                f"model={config.model.name} nothing)."
             )
         return
     if data.name == "shapes":
         if "cache" in config.stages:
             raise UsageError(
-                "'stages=[cache]' has nothing to encode with data=shapes: give data.path=FOLDER, with a metadata.csv "
-                "or with .tar shards."
+                "'stages=[cache]' has nothing to encode with data=shapes: give data.path=FOLDER, with a metadata.csv, "
+                "class folders or .tar shards."
             )
         return
     if "pretrain" in config.stages:
