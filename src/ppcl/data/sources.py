@@ -28,9 +28,8 @@ from ppcl.config import DataConfig
 from ppcl.data.archives import Damage, read_members
 from ppcl.data.captions import NoCaptionError, caption_of, decoded, is_blank, seen
 from ppcl.errors import UsageError
-from ppcl.pictures.opening import open_picture
+from ppcl.pictures.opening import IMAGES, open_picture
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "avif")  # of several, a sample's first is taken
 ROWS = 1000  # of a table, or pictures of a class, in one unit
 LONGEST_CELL = 1 << 24  # characters of a cell in a table
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
