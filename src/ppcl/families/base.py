@@ -298,6 +298,11 @@ class Family(ABC):
         The family reads the settings that it needs from the pipeline, and adds to it what diffusers would not save.
         """
 
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that the model draws by their number; 0 if it takes texts."""
+        return 0
+
     def num_passes(self, sampling: Any) -> int:
         """Return the number of forward passes per denoising step: two with classifier-free guidance, else one."""
         return 2 if sampling.true_cfg_scale > 1 else 1

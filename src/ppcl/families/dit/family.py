@@ -151,16 +151,20 @@ class DiT(Family):
         labels = torch.tensor(self._labels(pipeline, prompts))
         return EncodedPrompts(prompts, {"class_labels": labels})
 
-    def num_classes(self, pipeline: Any) -> int:
-        """Return how many classes the model has: as many as the pipeline names, or as the model has labels for."""
-        return max(pipeline.labels.values()) + 1 if pipeline.labels else self.arch["num_embeds_ada_norm"]
+    @property
+    def num_classes(self) -> int:
+        return self.arch["num_embeds_ada_norm"]
+
+    def _count(self, pipeline: Any) -> int:
+        """Return how many classes the pipeline names, or if it names none, how many the model has."""
+        return max(pipeline.labels.values()) + 1 if pipeline.labels else self.num_classes
 
     def _labels(self, pipeline: Any, prompts: Sequence[str]) -> list[int]:
         """Return the label of each class, given by its name or its number; "" is no class.
 
         Raises `UsageError` for one that the model does not have.
         """
-        count = self.num_classes(pipeline)
+        count = self._count(pipeline)
         labels = {str(number): number for number in range(count)} | pipeline.labels | {"": NO_LABEL}
         unknown = next((prompt for prompt in prompts if prompt not in labels), None)
         if unknown is not None:
@@ -176,7 +180,7 @@ class DiT(Family):
         if not all(re.fullmatch(r"n\d{8}", name) for name in names):
             self._labels(pipeline, names)
             return list(names)
-        count = self.num_classes(pipeline)
+        count = self._count(pipeline)
         if len(names) != count:
             raise UsageError(
                 f"{names[0]} is a name of WordNet, whose class follows from its place among the folders of all {count} "
