@@ -42,9 +42,9 @@ def from_single_file(
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     loaded = pickled_tensors(path) if path.suffix in PICKLED else None
     stored = read_header(path) if loaded is None else _described(loaded, path)
-    if any(name.startswith(PREFIX) for name in stored):
-        stored = {name: each for name, each in stored.items() if name.startswith(PREFIX)}
-    stored = {name.removeprefix(PREFIX): each for name, each in stored.items() if each.numel}  # without markers
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in stored) else ""
+    stored = {name.removeprefix(prefix): each for name, each in stored.items() if name.startswith(prefix)}
+    stored = {name: each for name, each in stored.items() if each.numel}  # without markers
     if any(name.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) for name in stored):
         raise UsageError(
             f"model.path={path} is quantised to scaled 8-bit numbers, which can be neither trained nor pruned: give "
@@ -65,14 +65,14 @@ def from_single_file(
             more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
             raise UsageError(f"model.path={path} {what} {min(names)}{more}, by {config / 'config.json'}: {remedy}.")
     state: dict[str, Tensor] = {}
+    file: Any
     with safe_open(path, framework="pt") if loaded is None else nullcontext() as file:
-        prefix = PREFIX if file and PREFIX + next(iter(parts)) in file.keys() else ""  # noqa: SIM118 - a file, no mapping
         for key, part in parts.items():
             rows = [shapes[name][0] for name in part.sources]
             asked = (rows[0] if part.repeated else sum(rows), *shapes[part.sources[0]][1:])
             if stored[key].shape != asked:
                 raise _misfit(path, key, stored[key].shape, asked, config, remedy)
-            tensor = (file.get_tensor(prefix + key) if loaded is None else loaded[key]).to(dtype)
+            tensor = (file.get_tensor(prefix + key) if loaded is None else loaded[prefix + key]).to(dtype)
             if part.swapped:
                 tensor = torch.cat(tensor.chunk(2)[::-1])
             pieces = [tensor] * len(rows) if part.repeated else tensor.split(rows)

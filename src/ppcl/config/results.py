@@ -71,7 +71,8 @@ class BenchmarkConfig:
     """The benchmark that pictures are scored by.
 
     `name`: a module of `ppcl.benchmarks`. `shapes` scores toy pictures. `fidelity` compares every variant with the
-        teacher, picture by picture and by noise level. `none` only measures the distance of their latents. `auto` is
+        teacher, picture by picture and by noise level. `fid` is the Fréchet distance of pictures from reference
+        pictures. `none` only measures the distance of their latents. `auto` is
         `shapes` for a toy teacher on the toy data, else `fidelity`; validation replaces it.
     `settings`: the fields of the benchmark's class.
     `prompts_per_category`: prompts that the benchmark `shapes` draws in each of its categories.

@@ -95,8 +95,11 @@ def _doubled(before: int, last: Convolution) -> dict[str, Convolution]:
 def _block_6(width: int) -> Mixed:
     """Return a block for 17x17, whose 7x7 convolutions are a row and a column each, with `width` channels between."""
     row, column = (1, 7), (7, 1)
-    once = [(768, width, 1), (width, width, row), (width, 192, column)]
-    twice = [(768, width, 1), (width, width, column), (width, width, row), (width, width, column), (width, 192, row)]
+    once: list[tuple[int, int, Kernel]] = [(768, width, 1), (width, width, row), (width, 192, column)]
+    twice: list[tuple[int, int, Kernel]] = [
+        *((768, width, 1), (width, width, column), (width, width, row)),
+        *((width, width, column), (width, 192, row)),
+    ]
     return Mixed(
         {"branch1x1": _same(768, 192, 1)},
         {f"branch7x7_{number}": _same(*each) for number, each in enumerate(once, start=1)},
