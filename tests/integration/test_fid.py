@@ -37,8 +37,9 @@ def test_a_distance_is_scored_reported_and_compared(command: list[str], tmp_path
         json.loads(line)["prompt"] for line in (run / "images/fid/teacher/prompts.jsonl").read_text().splitlines()
     ]
     assert sorted(len(prompt.split()) for prompt in prompts) == [2, 2, 2, 3, 3, 3]  # "a cross", "a red cross"
-    succeed("compare", str(run), f"to={tmp_path}")
-    (compared,) = csv.DictReader((tmp_path / "comparison.csv").open())
+    succeed(*drawing, "name=second", "benchmark.settings.num_images=4")
+    succeed("compare", str(run), str(run.with_name("second")), f"to={tmp_path}")
+    compared, _ = csv.DictReader((tmp_path / "comparison.csv").open())
     assert float(compared["score"]) == pytest.approx(other, abs=1e-3)
 
 

@@ -72,8 +72,9 @@ class Frechet(Benchmark):
         count = -(-self.num_images // self.images_per_prompt)
         if toy:
             return [_toy_prompt(family, config.data.eval_seed, number, count) for number in range(count)]
-        classes = [str(number) for number in range(family.num_classes)]
-        texts = classes or list(dict.fromkeys(held_out_captions(family, config)))
+        texts = [str(number) for number in range(family.num_classes)]
+        if not texts and config.data.name in ("webdataset", "folder"):
+            texts = list(dict.fromkeys(held_out_captions(family, config)))
         if not texts:
             raise UsageError(
                 f"benchmark=fid has no captions to draw with data={config.data.name}: give data.path=FOLDER, pictures "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ppcl.benchmarks.base import Prompt, load_benchmark
+from ppcl.config import Config, ModelConfig
 from ppcl.data.worlds.shapes import make_scene, render
 from ppcl.errors import UsageError
+from ppcl.families.registry import get_family
 from ppcl.pictures.arrays import write_npz
 from ppcl.pictures.features import ShapesFeatures, load_features
 from ppcl.pictures.inception import Inception, resized
@@ -154,3 +157,20 @@ def test_features_do_not_depend_on_the_batch() -> None:
     network = ShapesFeatures().eval()
     batch = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(network(batch)[2:3], network(batch[2:3]))
+
+
+def test_pictures_are_drawn_evenly_over_the_classes(tmp_path: Path) -> None:
+    """Of a model that is no toy, which needs a reference and the features of Inception."""
+    pictures(0, 1)[0].save(tmp_path / "0.png")
+    (tmp_path / "weights.pth").touch()
+    config = Config(model=ModelConfig(name="mine", family="dit", arch={"num_embeds_ada_norm": 10}))
+    config.data.name = "none"
+    given: dict[str, str | int] = {"num_images": 25}
+    for key, value in (("reference", str(tmp_path)), ("features", str(tmp_path / "weights.pth"))):
+        with pytest.raises(UsageError, match=f"{key}=null is for toy teachers, and model=mine is none"):
+            load_benchmark("fid", given).prompts(get_family("dit", config.model.arch), config)
+        given[key] = value
+    found = load_benchmark("fid", given).prompts(get_family("dit", config.model.arch), config)
+    assert Counter(Counter(prompt.text for prompt in found).values()) == {3: 5, 2: 5}
+    with pytest.raises(UsageError, match="no captions to draw with data=none"):
+        load_benchmark("fid", given).prompts(get_family("flux"), config)
