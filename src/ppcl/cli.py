@@ -31,6 +31,12 @@ to= names: the settings that differ, and what came of them. The folder of a swee
   ppcl compare runs/sizes
   ppcl compare runs/try runs/mine to=runs/compared""",
     ),
+    "npz": (
+        ("ppcl.pictures.arrays", "npz_command"),
+        """usage: ppcl npz FOLDER OUT.npz
+
+Write the pictures of a folder, sorted by name, to one array, as the evaluator of ADM (guided-diffusion) reads them.""",
+    ),
     "dashboard": (
         ("ppcl.tracking.dashboard", "make_dashboard"),
         """usage: ppcl dashboard ENTITY/PROJECT

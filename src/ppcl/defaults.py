@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from ppcl.artifacts.files import parse_json
-from ppcl.artifacts.model_files import pickled_tensors, read_header, weight_files
+from ppcl.artifacts.model_files import PICKLED, pickled_tensors, read_header, weight_files
 from ppcl.errors import UsageError
 from ppcl.paths import conf_dir, is_single_file, is_toy_folder, local_folder
 
@@ -130,7 +130,7 @@ def stored_weights(folder: Path, variant: str | None = None) -> tuple[int, str]:
     try:
         files = [folder] if is_single_file(folder.name) else weight_files(folder / "transformer", variant)
         for file in files:
-            if file.suffix == ".bin":
+            if file.suffix in PICKLED:
                 for tensor in pickled_tensors(file).values():
                     counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
             else:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ppcl.context import Run
-from ppcl.data.sources import find_units
+from ppcl.data.sources import ClassFolder, find_units
 from ppcl.defaults import stored_weights
 from ppcl.paths import is_single_file
-from ppcl.report.text import billions
+from ppcl.report.text import billions, counted
 from ppcl.stages import STAGES
 from ppcl.validation.model import model_folder
 
@@ -43,4 +43,6 @@ def describe_data(run: Run) -> str:
         return f"pictures encoded in {data.cache}"
     units = find_units(data)
     pictures = sum(unit.count() for unit in units) if data.name == "folder" else 0
-    return f"{data.path}: " + (f"{pictures} pictures in a table" if pictures else f"{len(units)} shards of pictures")
+    classes = {unit.folder for unit in units if isinstance(unit, ClassFolder)}
+    place = counted(len(classes), "class folder") if classes else "a table"
+    return f"{data.path}: " + (f"{pictures} pictures in {place}" if pictures else f"{len(units)} shards of pictures")

@@ -1,4 +1,4 @@
-"""Makes a transformer folder of other files: of a single file in ComfyUI's or the original layout, or of a LoRA.
+"""Makes a transformer folder of other files: of one file in ComfyUI's or its authors' layout, or of a LoRA.
 
 The folder lies in the cache. From then on it is a teacher like any other: it can be streamed, sharded and checked.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ppcl.artifacts.files import atomic_folder, write_json
-from ppcl.artifacts.model_files import read_header
+from ppcl.artifacts.model_files import PICKLED, Stored, pickled_tensors, read_header
 from ppcl.errors import UsageError
 from ppcl.export.single_file import parts_of
 from ppcl.families.facts import FamilyFacts, SingleFile
@@ -39,10 +40,11 @@ def from_single_file(
     """
     model = without_weights(transformer_class, config)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    stored = read_header(path)
-    if any(name.startswith(PREFIX) for name in stored):
-        stored = {name: each for name, each in stored.items() if name.startswith(PREFIX)}
-    stored = {name.removeprefix(PREFIX): each for name, each in stored.items() if each.numel}  # without markers
+    loaded = pickled_tensors(path) if path.suffix in PICKLED else None
+    stored = read_header(path) if loaded is None else _described(loaded, path)
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in stored) else ""
+    stored = {name.removeprefix(prefix): each for name, each in stored.items() if name.startswith(prefix)}
+    stored = {name: each for name, each in stored.items() if each.numel}  # without markers
     if any(name.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) for name in stored):
         raise UsageError(
             f"model.path={path} is quantised to scaled 8-bit numbers, which can be neither trained nor pruned: give "
@@ -53,27 +55,47 @@ def from_single_file(
         raise UsageError(f"model.path={path} holds {stored[whole].dtype} in {whole}: give the file in bfloat16.")
     parts = {part.key: part for part in parts_of(layout, shapes)}
     remedy = "set model.base to the pipeline of the model that the file is of"
+    buffers = dict(model.named_buffers())
+    for name in layout.computed.keys() & stored.keys():
+        asked, found = tuple(buffers[layout.computed[name]].shape), stored.pop(name).shape
+        if found != asked:
+            raise _misfit(path, name, found, asked, config, remedy)
     for names, what in ((parts.keys() - stored.keys(), "lacks"), (stored.keys() - parts.keys(), "also has")):
         if names:
             more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
             raise UsageError(f"model.path={path} {what} {min(names)}{more}, by {config / 'config.json'}: {remedy}.")
     state: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        prefix = PREFIX if PREFIX + next(iter(parts)) in file.keys() else ""  # noqa: SIM118 - a file, not a mapping
+    file: Any
+    with safe_open(path, framework="pt") if loaded is None else nullcontext() as file:
         for key, part in parts.items():
             rows = [shapes[name][0] for name in part.sources]
-            asked = (sum(rows), *shapes[part.sources[0]][1:])
+            asked = (rows[0] if part.repeated else sum(rows), *shapes[part.sources[0]][1:])
             if stored[key].shape != asked:
-                raise UsageError(
-                    f"model.path={path} holds {key} of shape {list(stored[key].shape)}, where "
-                    f"{config / 'config.json'} asks for {list(asked)}: {remedy}."
-                )
-            tensor = file.get_tensor(prefix + key).to(dtype)
+                raise _misfit(path, key, stored[key].shape, asked, config, remedy)
+            tensor = (file.get_tensor(prefix + key) if loaded is None else loaded[prefix + key]).to(dtype)
             if part.swapped:
                 tensor = torch.cat(tensor.chunk(2)[::-1])
-            state |= {name: each.clone() for name, each in zip(part.sources, tensor.split(rows), strict=True)}
+            pieces = [tensor] * len(rows) if part.repeated else tensor.split(rows)
+            state |= {name: each.clone() for name, each in zip(part.sources, pieces, strict=True)}
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _described(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Stored]:
+    """Return loaded tensors as `read_header` describes those of a safetensors file."""
+    return {
+        name: Stored(path, "F" if value.is_floating_point() else str(value.dtype), 0, tuple(value.shape))
+        for name, value in tensors.items()
+    }
+
+
+def _misfit(
+    path: Path, name: str, found: tuple[int, ...], asked: tuple[int, ...], config: Path, remedy: str
+) -> UsageError:
+    return UsageError(
+        f"model.path={path} holds {name} of shape {list(found)}, where {config / 'config.json'} asks for "
+        f"{list(asked)}: {remedy}."
+    )
 
 
 def merge_lora(

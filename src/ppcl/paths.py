@@ -33,7 +33,7 @@ def local_folder(path: str) -> Path:
 
 def is_single_file(path: str | None) -> bool:
     """Return whether `model.path` names one file with a transformer in it, not a pipeline."""
-    return path is not None and path.endswith(".safetensors")
+    return path is not None and path.endswith((".safetensors", ".pt"))
 
 
 def is_toy_folder(folder: Path) -> bool:

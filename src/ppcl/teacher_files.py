@@ -114,9 +114,10 @@ class TeacherFiles:
         check_not_quantised(model, arch)
         with loading(model):
             if is_single_file(model.path):
-                layout = self.family.facts.single_file
+                facts, path = self.family.facts, Path(str(model.path))
+                layout = facts.original if path.suffix == ".pt" else facts.single_file
                 assert layout is not None, "checked in validation"
-                made = from_single_file(self.transformer_class, layout, Path(str(model.path)), self._stored, dtype)
+                made = from_single_file(self.transformer_class, layout, path, self._stored, dtype)
             else:
                 self._check_fit(self._stored)
                 made = self.transformer_class.from_pretrained(self._stored, variant=self._variant(), dtype=dtype)

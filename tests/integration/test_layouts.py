@@ -60,3 +60,12 @@ def test_dpg_finds_each_prompts_tiles_under_its_name(settings: list[str], tmp_pa
         for x, y in corners
     ]
     np.testing.assert_array_equal(tiles, pictures)
+
+
+def test_npz_has_the_pictures_of_every_variant_in_their_order(settings: list[str], tmp_path: Path) -> None:
+    """As `evaluations/evaluator.py` of openai/guided-diffusion reads them."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    root, pictures = drawn(settings, tmp_path, tmp_path / "prompts.txt", "npz", 2)
+    assert os.listdir(root.parent) == ["removed.npz"]
+    with np.load(f"{root}.npz") as found:
+        np.testing.assert_array_equal(found["arr_0"], pictures)

@@ -16,12 +16,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import REPOSITORY, ppcl
 from PIL import Image
 from test_import_published import model as published  # noqa: F401 - a fixture
 from test_lora import lora  # noqa: F401 - a fixture
 
 from ppcl.data.worlds import shapes
+from ppcl.export.single_file import parts_of
+from ppcl.families.dit import ORIGINAL
+from ppcl.families.dit.tiny import build_pipeline as build_dit
+from ppcl.pictures.arrays import write_npz
+from ppcl.pictures.inception import Inception
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 WIDEST = 120  # columns; a screen
@@ -36,6 +42,7 @@ REPLACED = {
     r"model=qwen_image ('stages=\[import_published\]'.*) intervals=qwen_image_paper": r"model=auto model.path=DIR \1",
     r"--nproc-per-node 8": "--nproc-per-node 2",
     r"=16": "=4",
+    r"=50000": "=4",
 }
 SHORT = [
     *("distill.steps=2", "distill.batch_size=4", "width.steps=1", "width.num_batches=2"),
@@ -83,7 +90,26 @@ def place(
                 scene = shapes.make_scene(5, number)
                 Image.fromarray(shapes.render(scene.objects)).save(folder / name / f"{number}.png")
                 writer.writerow([f"{number}.png", scene.caption])
+    write_dit(folder)
     return folder
+
+
+def write_dit(folder: Path) -> None:
+    """Write a small DiT, pictures of two of its classes, a reference, and weights of Inception that are random."""
+    pipeline = build_dit(0, 6)
+    pipeline.save_pretrained(folder / "DIT")
+    state = pipeline.transformer.state_dict()
+    original = {
+        part.key: torch.cat([state[name] for name in part.sources[: 1 if part.repeated else None]])
+        for part in parts_of(ORIGINAL, state)
+    }
+    torch.save(original, folder / "DiT-XL-2-256x256.pt")
+    for name in ("a red circle", "a cross"):
+        (folder / "imagenet" / "train" / name).mkdir(parents=True)
+        for number in range(12):
+            shutil.copy(folder / "PICTURES" / f"{number}.png", folder / "imagenet" / "train" / name)
+    write_npz(sorted((folder / "PICTURES").glob("*.png"))[:4], folder / "VIRTUAL_imagenet256_labeled.npz")
+    torch.save(Inception().state_dict(), folder / "pt_inception-2015-12-05-6726825d.pth")
 
 
 def tiny(command: str, place: Path) -> list[str]:
@@ -101,7 +127,9 @@ def run(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(folder)
     arguments = words[words.index("ppcl") + 1 :]
     counting = arguments[-1] == "stages=[plan]" and "experiment=" not in "".join(arguments)
-    if not counting and not any(argument == "compare" or argument.startswith("run=") for argument in arguments):
+    if not counting and not any(
+        argument in ("compare", "npz") or argument.startswith("run=") for argument in arguments
+    ):
         arguments = [*arguments, *(item for item in SHORT if not _given(item, arguments))]
     if words[0] == "torchrun":
         with socket.socket() as free:

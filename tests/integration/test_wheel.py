@@ -17,6 +17,7 @@ import pytest
 from commands import REPOSITORY
 
 CONSTRAINTS = REPOSITORY / "constraints.txt"
+TEACHER_FOLDERS = [path for path in (REPOSITORY / "src" / "ppcl" / "assets").iterdir() if path.is_dir()]
 TEACHERS = """
 import ppcl
 for name in {names!r}:
@@ -89,8 +90,9 @@ def test_it_holds_code_configuration_and_teachers(wheel: Path) -> None:
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"ppcl", "hydra_plugins"}
     for tracked in ("conf/config.yaml", "conf/experiment/demo.yaml", "report/template.html.j2", "py.typed"):
         assert f"ppcl/{tracked}" in names
-    for teacher in (REPOSITORY / "src" / "ppcl" / "assets").iterdir():
+    for teacher in TEACHER_FOLDERS:
         assert f"ppcl/assets/{teacher.name}/model_index.json" in names
+    assert "ppcl/assets/shapes_features.safetensors" in names
 
 
 def test_it_helps(installed: Installed) -> None:
@@ -104,6 +106,6 @@ def test_it_runs_the_demo(installed: Installed) -> None:
 
 
 def test_it_ships_the_teachers(installed: Installed) -> None:
-    names = sorted(path.name for path in (REPOSITORY / "src" / "ppcl" / "assets").iterdir())
+    names = sorted(path.name for path in TEACHER_FOLDERS)
     file = installed("-c", TEACHERS.format(names=names)).split()[-1]
     assert Path(file).is_relative_to(installed.package)

@@ -1,6 +1,7 @@
 """A teacher in a single file, or with a LoRA merged in, is the one that diffusers makes of the same files."""
 
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ppcl.artifacts.model_files import WEIGHTS
 from ppcl.config import Config, ModelConfig, PathsConfig
 from ppcl.errors import UsageError
 from ppcl.export.single_file import write_single_file
+from ppcl.families.dit.tiny import build_pipeline as build_dit
 from ppcl.families.flux.tiny import build_pipeline as build_flux
 from ppcl.families.registry import get_family
 from ppcl.teacher_files import TeacherFiles
@@ -201,3 +203,129 @@ def test_a_lora_that_does_not_fit_is_refused(saved, tmp_path, kind):
         files_of(tmp_path, path=str(folder), lora=str(lora)).check()
     assert "\n" not in str(caught.value)
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+# The names of facebookresearch/DiT, and what holds the same numbers in diffusers.
+OF_DIT = {
+    "x_embedder.proj": ["pos_embed.proj"],
+    "t_embedder.mlp.0": ["transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["transformer_blocks.0.norm1.emb.timestep_embedder.linear_2"],
+    "y_embedder.embedding_table": ["transformer_blocks.0.norm1.emb.class_embedder.embedding_table"],
+    "final_layer.linear": ["proj_out_2"],
+    "final_layer.adaLN_modulation.1": ["proj_out_1"],
+}
+OF_DIT_BLOCK = {
+    "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
+    "attn.proj": ["attn1.to_out.0"],
+    "mlp.fc1": ["ff.net.0.proj"],
+    "mlp.fc2": ["ff.net.2"],
+    "adaLN_modulation.1": ["norm1.linear"],
+}
+
+
+def original_of(transformer):
+    """The state dict of a DiT, of which all blocks have one embedding, as its authors write it."""
+    state, names = transformer.state_dict(), dict(OF_DIT)
+    for index in range(len(transformer.transformer_blocks)):
+        for name, sources in OF_DIT_BLOCK.items():
+            names[f"blocks.{index}.{name}"] = [f"transformer_blocks.{index}.{source}" for source in sources]
+    found = {
+        f"{name}.{kind}": torch.cat([state[f"{source}.{kind}"] for source in sources])
+        for name, sources in names.items()
+        for kind in ("weight", "bias")
+        if f"{sources[0]}.{kind}" in state
+    }
+    return found | {"pos_embed": transformer.pos_embed.pos_embed.clone()}
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    """A DiT pipeline whose blocks share their embeddings, and its folder."""
+    pipeline, folder = build_dit(0, 3), tmp_path_factory.mktemp("dit") / "pipeline"
+    torch.manual_seed(1)
+    for parameter in pipeline.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    shared = pipeline.transformer.transformer_blocks[0].norm1.emb.state_dict()
+    for block in pipeline.transformer.transformer_blocks:
+        block.norm1.emb.load_state_dict(shared)
+    pipeline.save_pretrained(folder)
+    return pipeline, folder
+
+
+@pytest.mark.parametrize("kind", ["weights", "ema", "model", "legacy"])
+def test_an_original_checkpoint_of_dit_is_the_model_that_it_was_made_of(dit, tmp_path, kind):
+    pipeline, _ = dit
+    state = original_of(pipeline.transformer)
+    training = {"model": state, "opt": {"step": 3}, "args": Namespace(epochs=1)}
+    if kind == "ema":
+        training |= {"ema": state, "model": {name: 0 * value for name, value in state.items()}}
+    content = training if kind in ("ema", "model") else state
+    path = tmp_path / "DiT-XL-2-256x256.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
+    # A base with other weights: all of them must come from the file.
+    build_dit(2, 3).save_pretrained(tmp_path / "base")
+    files = files_of(tmp_path, path=str(path), base=str(tmp_path / "base"))
+    files.check()
+    assert_equal(weights_of(files), pipeline.transformer.state_dict())
+    teacher = TeacherModel(files.config, files.family, torch.device("cpu"))
+    inputs = {
+        "hidden_states": torch.randn(2, 12, 16, 16),
+        "timestep": torch.tensor([3, 700]),
+        "class_labels": torch.tensor([5, 1000]),
+    }
+    with torch.no_grad():
+        found, expected = teacher.pipeline.transformer(**inputs).sample, pipeline.transformer(**inputs).sample
+    assert expected.std() > 0
+    assert torch.equal(found, expected)
+
+
+BAD_CHECKPOINTS = {
+    "another width": (
+        lambda state: state.update({"blocks.1.attn.qkv.weight": torch.ones(3, 64)}),
+        r"of shape \[3, 64\]",
+    ),
+    "another size": (
+        lambda state: state.update(pos_embed=torch.ones(1, 256, 64)),
+        r"pos_embed of shape \[1, 256, 64\]",
+    ),
+    "fewer blocks": (lambda state: [state.pop(name) for name in [*state] if "blocks.2." in name], r"lacks blocks\.2\."),
+    "more blocks": (lambda state: state.update({"blocks.3.mlp.fc1.bias": torch.ones(1)}), r"also has blocks\.3\.mlp"),
+    "not finite": (
+        lambda state: state["blocks.0.mlp.fc1.bias"].fill_(torch.nan),
+        "NaN or infinite numbers in blocks.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
+def test_a_checkpoint_of_another_model_is_refused(dit, tmp_path, kind):
+    pipeline, folder = dit
+    state = {name: value.clone() for name, value in original_of(pipeline.transformer).items()}
+    change, message = BAD_CHECKPOINTS[kind]
+    change(state)
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(UsageError, match=message):
+        files_of(tmp_path, path=str(tmp_path / "bad.pt"), base=str(folder)).check()
+
+
+def test_a_checkpoint_that_holds_code_is_refused_without_running_it(dit, tmp_path):
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "bad.pt")
+    with pytest.raises(UsageError, match="damaged or no file of weights"):
+        files_of(tmp_path, path=str(tmp_path / "bad.pt"), base=str(dit[1])).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "{checkpoint}"}, r"is a file with a transformer alone: add model\.base=FOLDER"),
+        ({"path": "gone.pt", "base": "embedded:tiny_dit"}, r"model\.path=gone\.pt does not exist"),
+        (
+            {"path": "{checkpoint}", "base": "embedded:tiny_flux"},
+            r"no original checkpoints \(\.pt\) of model\.family=flux",
+        ),
+    ],
+)
+def test_checkpoints_need_their_base(tmp_path, settings, message):
+    torch.save({}, tmp_path / "some.pt")
+    with pytest.raises(UsageError, match=message):
+        files_of(tmp_path, **{key: value.format(checkpoint=tmp_path / "some.pt") for key, value in settings.items()})

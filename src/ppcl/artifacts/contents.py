@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ppcl.artifacts.files import read_json, write_json
-from ppcl.artifacts.model_files import Stored, pickled_tensors, read_header
+from ppcl.artifacts.model_files import PICKLED, Stored, pickled_tensors, read_header
 from ppcl.errors import UsageError
 from ppcl.progress import counter
 
@@ -70,7 +70,7 @@ def digests(files: Sequence[Path], memory: Path, console: Console) -> list[str]:
             for digest in threads.map(partial(_piece, file, checks), range(pieces[file])):
                 hashed.update(digest)
                 advance(1)
-            if file.suffix == ".bin":
+            if file.suffix in PICKLED:
                 _check_pickled(file)
             found[file] = hashed.hexdigest()[:32]
             if _state(file) != states[file]:

@@ -7,6 +7,7 @@ variant, such as `fp16`, it reads files with the variant in their names instead,
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +17,7 @@ from ppcl.artifacts.files import check_safetensors, parse_json, read_json
 from ppcl.errors import UsageError
 
 WEIGHTS = "diffusion_pytorch_model"
+PICKLED = (".bin", ".pt")  # suffixes of files of weights that torch.save has written
 _INDEX = f"{WEIGHTS}.safetensors.index.json"
 
 
@@ -168,19 +170,23 @@ def check_streamable(path: Path) -> None:
 
 
 def pickled_tensors(path: Path) -> dict[str, Any]:
-    """Return the tensors of a `.bin` file by name, mapped from the file; loads torch.
+    """Return the tensors of a `.bin` or `.pt` file by name, mapped from the file; loads torch.
 
-    Only tensors are read, and no code in the file is run. Raises `UsageError` if the file is damaged or holds more.
+    Of a training checkpoint (`.pt`) these are the mean of its weights, `ema`, or else `model`. Only tensors are read,
+    and no code in the file is run. Raises `UsageError` if the file is damaged or holds more.
     """
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with torch.serialization.safe_globals([Namespace] if path.suffix == ".pt" else []):  # arguments of a training
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = str(error).split("\n")[0].split(". ")[0]
         raise UsageError(f"{path} is damaged or no file of weights ({reason}): fetch it again.") from None
+    if path.suffix == ".pt" and isinstance(content, dict):
+        content = content.get("ema", content.get("model", content))
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UsageError(f"{path} holds more than the weights of a model: save it as safetensors, by save_pretrained.")
     return content

@@ -18,7 +18,7 @@ NOISE_LEVELS = 4  # of which the velocity error is told separately
 
 @dataclass(frozen=True)
 class Scores:
-    """A score per category, and one for all; higher is better.
+    """A score per category, and one for all.
 
     `interval` is half the width of the 95% confidence interval of `overall`, None where it is not known.
     """
@@ -139,6 +139,8 @@ class ScoreRow:
     `teacher_share` is the share of denoising steps that the teacher runs in place of a pruned variant, None without
     `generate.teacher_above`. With it, `latency_ms` is the mean over the steps of a picture, and parameters and memory
     are those of both models.
+
+    `lower_is_better` says so of the scores, as of a distance; usually higher ones are better.
     """
 
     name: str
@@ -155,6 +157,7 @@ class ScoreRow:
     latent_distance: float | None = None
     teacher_share: float | None = None
     fidelity: Fidelity | None = None
+    lower_is_better: bool = False
 
     @property
     def psnr(self) -> float | None:
@@ -169,8 +172,8 @@ class ScoreRow:
     def save(self, path: Path, header: Header, measured_with: Mapping[str, Any]) -> None:
         """Write the row. `measured_with`: what the velocity error and the fidelity depend on besides the header."""
         content = header.to_json() | self.to_json() | {"measured_with": dict(measured_with)}
-        for key in ("teacher_share", "fidelity"):
-            if content[key] is None:
+        for key in ("teacher_share", "fidelity", "lower_is_better"):
+            if content[key] in (None, False):
                 del content[key]  # most rows have none, and older records are without the key
         write_json(path, content)
 
@@ -180,8 +183,10 @@ class ScoreRow:
         try:
             later = ("score_interval", "velocity_error", "latent_distance", "teacher_share", "fidelity")
             values: dict[str, Any] = {  # older records are without some keys
-                key: content.get(key) if key in later else content[key] for key in cls.__dataclass_fields__
-            }
+                key: content.get(key) if key in later else content[key]
+                for key in cls.__dataclass_fields__
+                if key != "lower_is_better"
+            } | {"lower_is_better": bool(content.get("lower_is_better"))}
             for key, kind in (("scores", Scores), ("fidelity", Fidelity)):
                 if values[key] is not None:
                     values[key] = kind.from_json(values[key])
@@ -220,7 +225,8 @@ class ScoreRow:
 class ComparedRow(ScoreRow):
     """A variant beside the teacher.
 
-    `drop_percent` is the relative loss of the overall score (R. in the paper), None without a benchmark.
+    `drop_percent` is the relative loss of the overall score (R. in the paper), or its relative increase where lower is
+    better; None without a benchmark.
     """
 
     params_ratio: float
@@ -232,5 +238,6 @@ class ComparedRow(ScoreRow):
         if teacher.scores is not None and row.scores is not None:
             best = teacher.scores.overall
             # A teacher that scores nothing has nothing to lose; JSON has no NaN.
-            drop = 100 * (best - row.scores.overall) / abs(best) if best else 0.0
+            lost = row.scores.overall - best if row.lower_is_better else best - row.scores.overall
+            drop = 100 * lost / abs(best) if best else 0.0
         return cls(**vars(row), params_ratio=row.params / teacher.params, drop_percent=drop)

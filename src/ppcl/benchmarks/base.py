@@ -49,12 +49,14 @@ class Benchmark(ABC):
 
     `label`: what the score means, for reports, tables and the model card.
     `bounds`: the worst and the best possible score, or None.
+    `lower_is_better`: whether a lower score is better, as of a distance.
     `compares`: whether `evaluate` compares each picture with the teacher's, besides any score.
     `images_per_prompt`: how many pictures are drawn from each prompt.
     """
 
     label: ClassVar[str] = "mean score"
     bounds: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
+    lower_is_better: ClassVar[bool] = False
     compares: ClassVar[bool] = False
 
     images_per_prompt: int = 1

@@ -47,7 +47,7 @@ class Unscored(Benchmark):
                 for number in range(_MOST_SCENES)
             )
             return _distinct(Prompt(scene.caption, references=scene.references) for scene in scenes)
-        prompts = _distinct(map(Prompt, _captions(family, config)))
+        prompts = _distinct(map(Prompt, held_out_captions(family, config)))
         if not prompts:
             raise UsageError(
                 f"data={config.data.name} has no held-out captions to draw: give generate.prompt_file=FILE, with a "
@@ -73,7 +73,7 @@ def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
     return list(islice(new, NUM_CAPTIONS))
 
 
-def _captions(family: Family, config: Config) -> Iterator[str]:
+def held_out_captions(family: Family, config: Config) -> Iterator[str]:
     """Yield the captions of the held-out samples of a cache, in a fixed order.
 
     Caches from before captions were stored have none.

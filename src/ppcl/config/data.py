@@ -13,7 +13,7 @@ class DataConfig:
     """Pictures with captions, for calibration and training.
 
     `name`: `shapes` renders 32x32 toy pictures. `webdataset` and `folder` read your pictures: .tar shards, or a folder
-        with a table. `stages=[cache]` encodes these once. `none`: there is no data.
+        with a table, or else a folder of each class. `stages=[cache]` encodes these once. `none`: there is no data.
     `path`: the shards or the folder. `cache`: the folder of a cache that was made elsewhere, in place of `path`.
     `captions`: the keys or columns that may hold a caption. The first that is not blank is taken. Of a list of captions
         it is the first text that is not blank. A .txt in a shard counts as the first key, if the .json has none there.

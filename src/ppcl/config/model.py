@@ -48,7 +48,7 @@ class ModelConfig:
     `family`: the model family, a name in `ppcl.families`. `auto` reads it from `path/model_index.json`.
     `path`: a pipeline folder, `embedded:NAME` for a teacher that is shipped with ppcl, or a Hugging Face Hub id
         `owner/name`. None: there are no weights, and only stages that need none can run. A file `*.safetensors` holds
-        the transformer alone, with ComfyUI's or the original names.
+        the transformer alone, with ComfyUI's or the original names. So does a checkpoint `*.pt` of DiT's authors.
     `base`: for such a file, the pipeline of all else: the transformer's config, VAE, text encoders. Like `path` it is a
         folder, `embedded:NAME` or a Hub id.
     `lora`: a safetensors file of a LoRA, which is merged into the transformer. The sum is the teacher.

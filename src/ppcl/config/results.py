@@ -32,8 +32,8 @@ class GenerateConfig:
         file may also be GenEval's `evaluation_metadata.jsonl`, or a folder with a .txt file for each prompt, as
         DPG-Bench has.
     `num_images`: pictures per prompt, for prompts that are not a benchmark's. Each has its own seed.
-    `layout`: also write the folders that the official scorer of GenEval (`geneval`) or DPG-Bench (`dpg`) reads, in
-        `layouts/`, of the same pictures.
+    `layout`: also write the folders that the official scorer of GenEval (`geneval`) or DPG-Bench (`dpg`) reads, or the
+        array that ADM's evaluator reads (`npz`), in `layouts/`, of the same pictures.
     `images`: files of the pictures that an edit model is given with each prompt.
     `loras`: safetensors files of LoRAs of the full model, and `lora_scale` their strength. Each is mapped to every
         variant.
@@ -54,7 +54,7 @@ class GenerateConfig:
     prompt: str | None = None
     prompt_file: str | None = None
     num_images: int = option(1, least=1)
-    layout: str | None = option(None, choices=("geneval", "dpg"), before=None)
+    layout: str | None = option(None, choices=("geneval", "dpg", "npz"), before=None)
     images: list[str] = field(default_factory=list)
     loras: list[str] = field(default_factory=list)
     lora_scale: float = option(1.0, least=-1000, most=1000)
@@ -71,7 +71,8 @@ class BenchmarkConfig:
     """The benchmark that pictures are scored by.
 
     `name`: a module of `ppcl.benchmarks`. `shapes` scores toy pictures. `fidelity` compares every variant with the
-        teacher, picture by picture and by noise level. `none` only measures the distance of their latents. `auto` is
+        teacher, picture by picture and by noise level. `fid` is the Fréchet distance of pictures from reference
+        pictures. `none` only measures the distance of their latents. `auto` is
         `shapes` for a toy teacher on the toy data, else `fidelity`; validation replaces it.
     `settings`: the fields of the benchmark's class.
     `prompts_per_category`: prompts that the benchmark `shapes` draws in each of its categories.

@@ -1,7 +1,7 @@
-"""Reads pictures with captions from webdataset shards, or from a folder with a CSV or JSONL table.
+"""Reads pictures with captions from webdataset shards, from a folder with a CSV or JSONL table, or from class folders.
 
-The source is divided into units that are cached as a whole: a shard, or up to 1,000 rows of a table. A sample that
-cannot be used is returned as `Skipped`, with the reason. So is a damaged part of a shard.
+The source is divided into units that are cached as a whole: a shard, or up to 1,000 rows of a table or pictures of a
+class. A sample that cannot be used is returned as `Skipped`, with the reason. So is a damaged part of a shard.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from ppcl.config import DataConfig
 from ppcl.data.archives import Damage, read_members
 from ppcl.data.captions import NoCaptionError, caption_of, decoded, is_blank, seen
 from ppcl.errors import UsageError
-from ppcl.pictures.opening import open_picture
+from ppcl.pictures.opening import IMAGES, open_picture
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "avif")  # of several, a sample's first is taken
-ROWS = 1000  # of a table, in one unit
+ROWS = 1000  # of a table, or pictures of a class, in one unit
 LONGEST_CELL = 1 << 24  # characters of a cell in a table
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
 
@@ -65,7 +64,8 @@ class Skipped:
 class Unit(ABC):
     """Samples that are read and cached together.
 
-    `size`, `changed`: size in bytes and modification time in ns of its file, by which a replaced file is detected.
+    `size`, `changed`: size in bytes and modification time in ns of its file, by which a replaced file is detected. Of a
+        class folder: its number of pictures, and the modification time of the folder.
     """
 
     name: str
@@ -168,6 +168,31 @@ class Rows(Unit):
         return len(self.rows)
 
 
+@dataclass
+class ClassFolder(Unit):
+    """Up to 1,000 pictures of a folder that holds a class. `caption`: that of all of them, at first the folder's name.
+
+    `files`: the names of the pictures; a class without any has none.
+    """
+
+    folder: Path
+    files: Sequence[str]
+    caption: str
+
+    def read(self, config: DataConfig) -> Iterator[Sample | Skipped]:
+        for name in self.files:
+            key = _utf8(f"{self.folder.name}/{name}")
+            try:
+                content = (self.folder / name).read_bytes()
+            except OSError as error:
+                yield Skipped(key, f"its file cannot be read: {error.strerror}")
+                continue
+            yield Sample(key, self.caption, content)
+
+    def count(self) -> int:
+        return len(self.files)
+
+
 def _utf8(name: str) -> str:
     """Return a name with bytes that are not UTF-8 written out: a key that holds them could not be hashed or written."""
     return name.encode(errors="backslashreplace").decode()
@@ -241,10 +266,12 @@ def _tables(config: DataConfig) -> list[Unit]:
     path = Path(str(config.path))
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.name in ("metadata.csv", "metadata.jsonl"))
+        if not found and not config.given and (classes := _class_folders(path)):
+            return classes
         if not found:
             raise UsageError(
-                f"data.path={path} holds neither .tar shards nor a table of captions: "
-                "write metadata.csv with the columns file_name and text into it."
+                f"data.path={path} holds neither .tar shards nor a table of captions: write metadata.csv with the "
+                "columns file_name and text into it, or put the pictures of each class into a folder with its name."
             )
         path = found[0]
     if not path.is_file():
@@ -262,6 +289,19 @@ def _tables(config: DataConfig) -> list[Unit]:
         Rows(f"{path.name}-{start}", stat.st_size, stat.st_mtime_ns, path, start, rows[start : start + ROWS])
         for start in range(0, len(rows), ROWS)
     ]
+
+
+def _class_folders(path: Path) -> list[Unit]:
+    """Return the units of a folder of class folders, sorted by class; none if there is no picture in any of them."""
+    units: list[Unit] = []
+    for folder in sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")):
+        files = sorted(each.name for each in folder.iterdir() if each.suffix[1:].lower() in IMAGES)
+        name, changed = _utf8(folder.name), folder.stat().st_mtime_ns
+        units += [
+            ClassFolder(f"{name}-{start}", len(files), changed, folder, files[start : start + ROWS], name)
+            for start in range(0, max(1, len(files)), ROWS)
+        ]
+    return units if any(unit.count() for unit in units) else []
 
 
 def _rows_of_csv(lines: io.StringIO) -> list[Mapping[str, Any] | Skipped]:

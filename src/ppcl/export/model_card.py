@@ -203,7 +203,8 @@ def evaluation_section(rows: Sequence[ComparedRow], label: str) -> str:
     lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
     table = "\n".join(f"| {' | '.join(cell or '' for cell in line)} |" for line in lines)
     what = f"{label[0].upper()}{label[1:]}" if any(scores) else "Distance to the teacher"
-    return f"{what}, with equal prompts, seeds and settings:\n\n{table}"
+    lower = ", of which lower is better" if any(row.lower_is_better for row in rows) else ""
+    return f"{what}{lower}, with equal prompts, seeds and settings:\n\n{table}"
 
 
 def _number(value: float | None, digits: int) -> str | None:

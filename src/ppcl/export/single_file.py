@@ -42,11 +42,15 @@ ZERO_CONDITION_MARKER = "__index_timestep_zero__"
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the file: diffusers' `sources` joined along their rows. If `swapped`, its halves are exchanged."""
+    """A tensor of the file: diffusers' `sources` joined along their rows. If `swapped`, its halves are exchanged.
+
+    If `repeated`, each of the `sources` is a copy of the whole tensor.
+    """
 
     key: str
     sources: tuple[str, ...]
     swapped: bool = False
+    repeated: bool = False
 
 
 def layouts() -> dict[str, SingleFile]:
@@ -76,10 +80,16 @@ def parts_of(layout: SingleFile, names: Iterable[str]) -> list[Part]:
     if layout.outer is None or layout.blocks is None:
         return [Part(name, (name,)) for name in sorted(names, key=_in_order)]
     tables = [("", "", layout.outer)]
-    for stack, (renamed, modules) in layout.blocks.items():
-        indices = {int(n.removeprefix(f"{stack}.").partition(".")[0]) for n in names if n.startswith(f"{stack}.")}
-        tables += [(f"{renamed}.{index}.", f"{stack}.{index}.", modules) for index in sorted(indices)]
     parts = []
+    for stack, (renamed, modules) in layout.blocks.items():
+        indices = sorted(
+            {int(n.removeprefix(f"{stack}.").partition(".")[0]) for n in names if n.startswith(f"{stack}.")}
+        )
+        tables += [(f"{renamed}.{index}.", f"{stack}.{index}.", modules) for index in indices]
+        for module, source in layout.repeated.items():
+            for key, copies in _parameters(module, tuple(f"{stack}.{index}.{source}" for index in indices)):
+                if names.issuperset(copies):
+                    parts.append(Part(key, copies, repeated=True))
     for prefix, source_prefix, modules in tables:
         for module, sources in modules.items():
             for key, parameters in _parameters(module, sources):

@@ -298,12 +298,24 @@ class Family(ABC):
         The family reads the settings that it needs from the pipeline, and adds to it what diffusers would not save.
         """
 
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that the model draws by their number; 0 if it takes texts."""
+        return 0
+
     def num_passes(self, sampling: Any) -> int:
         """Return the number of forward passes per denoising step: two with classifier-free guidance, else one."""
         return 2 if sampling.true_cfg_scale > 1 else 1
 
     def check_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:  # noqa: B027 - most take any
         """Raise `UsageError` for a prompt that this model cannot take."""
+
+    def class_captions(self, pipeline: Any, names: Sequence[str]) -> list[str]:
+        """Return the caption of each class folder, given the sorted `names` of all of them: by default its name.
+
+        Raises `UsageError` for a class that this model does not have.
+        """
+        return list(names)
 
     def prompt_arguments(
         self, pipeline: Any, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()

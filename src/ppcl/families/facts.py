@@ -8,9 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SingleFile:
-    """Layout of a family's transformer in the single safetensors file that ComfyUI loads.
+    """Layout of a family's transformer in one file: that which ComfyUI loads, or that of its authors.
 
-    `architecture`, `implementation`: values for the file's metadata.
+    `architecture`, `implementation`: values for the file's metadata; empty where no such files are written.
     `transformer_class`: the diffusers class that can be written; no other can.
     `special`: a key of the transformer's config, a value of it, and the architecture of models with that value.
     `outer`: names of modules in the file, each with the diffusers modules whose rows it joins. A name that ends in
@@ -18,6 +18,8 @@ class SingleFile:
     `blocks`: for each stack its name in the file, and a table like `outer` for the modules within a block. If `outer`
         and `blocks` are None, the file keeps diffusers' names.
     `swapped`: modules of the file that have the two halves of diffusers' rows in the opposite order.
+    `repeated`: modules of the file of which every block has a copy in diffusers, each with its name there.
+    `computed`: tensors of the file that diffusers computes, each with the buffer that holds it.
     """
 
     architecture: str
@@ -27,6 +29,8 @@ class SingleFile:
     outer: dict[str, tuple[str, ...]] | None = None
     blocks: dict[str, tuple[str, dict[str, tuple[str, ...]]]] | None = None
     swapped: tuple[str, ...] = ()
+    repeated: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class FamilyFacts:
         `controlnet_classes`: diffusers' ControlNet model and pipeline classes; empty if there are none.
         `takes_lora`: whether its pipelines can load LoRAs.
         `single_file`: the file layout that ComfyUI loads; None if ComfyUI does not know the model.
+        `original`: the layout of its authors' checkpoints, files `*.pt`, which are read alone; None if they are not.
         `counts_blocks`: whether LoRA trainers (musubi-tuner) must be told the number of blocks.
         `licence`: the licence fields of a model card, for the original model of this family.
         `published`: whether the PPCL authors published pruned models of it.
@@ -100,6 +105,7 @@ class FamilyFacts:
     controlnet_classes: tuple[str, ...] = ()
     takes_lora: bool = True
     single_file: SingleFile | None = None
+    original: SingleFile | None = None
     counts_blocks: bool = False
     licence: dict[str, str] = field(default_factory=dict)
     published: bool = False

@@ -1,9 +1,9 @@
-"""Pictures in the folders that the official scorers of GenEval and DPG-Bench read.
+"""Pictures as official scorers read them: the folders of GenEval and DPG-Bench, and the .npz of ADM's evaluator.
 
 `layouts/geneval/SET/VARIANT/` has a folder for each prompt, `00000/` and so on, with the prompt's line of
 `evaluation_metadata.jsonl` in `metadata.jsonl`, and its pictures in `samples/`. `layouts/dpg/SET/VARIANT/` has one
 picture for each prompt, under the name of the prompt's file. Several pictures of a prompt are tiles of it: two in a
-row, from left to right and from top to bottom.
+row, from left to right and from top to bottom. `layouts/npz/SET/VARIANT.npz` is one array with all pictures.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from PIL import Image
 
 from ppcl.artifacts.files import atomic_path, link_or_copy
 from ppcl.context import Run
+from ppcl.pictures.arrays import write_npz
 from ppcl.pictures.images import image_folder, picture_path, read_picture, save_image
 from ppcl.validation.prompts import OwnPrompt
 
 
 def write_layout(run: Run, variant: str) -> Path:
-    """Write a variant's pictures in the layout `generate.layout`, and return its folder.
+    """Write a variant's pictures in the layout `generate.layout`, and return its folder or its file.
 
-    Pictures are hard links to those of the set where that is possible.
+    Pictures in folders are hard links to those of the set where that is possible. Raises `UsageError` for pictures of
+    different sizes in the layout `npz`.
     """
     pictures, layout = image_folder(run, variant), str(run.config.generate.layout)
     folder = run.folder / "layouts" / layout / pictures.parent.name / pictures.name
+    if layout == "npz":
+        target = folder.with_name(f"{folder.name}.npz")
+        write_npz([picture_path(pictures, number) for number in range(len(run.prompts))], target)
+        return target
     each = run.benchmark.images_per_prompt
     for number, prompt in enumerate(run.prompts[::each]):
         files = [picture_path(pictures, each * number + index) for index in range(each)]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "avif")  # of several, a sample's first is taken
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF: bits a channel, and whether 0 is white (0) or black (1)
 _SIXTEEN = ("PNG", "PPM")  # formats that are opened as 32-bit integers where their own range is 16 bits
 

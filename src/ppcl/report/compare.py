@@ -46,7 +46,8 @@ class Compared:
     """A run in the table: its folder, its settings that are not those of all, its results, and why it has failed.
 
     `results` has numbers by the keys of `NUMBERS`, the number of parameters as `params`, and the name of the variant
-    that they are of as `variant`; what was not measured is missing.
+    that they are of as `variant`; what was not measured is missing. It has `lower_is_better` if the score is a
+    distance.
     """
 
     folder: Path
@@ -131,6 +132,7 @@ def results_of(folder: Path) -> dict[str, Any]:
         found |= {"latency_ms": row.latency_ms, "peak_memory_mb": row.peak_memory_mb}
         found["score"] = None if row.scores is None else row.scores.overall
         found["score_interval"] = row.score_interval
+        found["lower_is_better"] = row.lower_is_better or None
     elif results.finetuned is not None:
         tuned = read_json(results.finetuned / "ppcl.json", "The record", "finetune")
         found |= {"variant": "ppcl-finetuned", "velocity_error": tuned["velocity_error"]["after"]}

@@ -103,7 +103,9 @@ def headlines(rows: Sequence[ComparedRow]) -> list[dict[str, str]]:
     ]
     if result.teacher_share is not None:
         shown.append({"value": f"{100 * result.teacher_share:.0f}%", "label": "of the steps run by the teacher"})
-    if result.drop_percent is not None:
+    if result.drop_percent is not None and result.lower_is_better:
+        shown.append({"value": f"{result.drop_percent:+.1f}%", "label": f"score of {name}, lower is better"})
+    elif result.drop_percent is not None:
         shown.append({"value": f"{result.drop_percent:.1f}%", "label": f"of the score lost by {name}"})
     elif result.velocity_error is not None:
         shown.append({"value": f"{result.velocity_error:.4f}", "label": f"velocity error of {name}, held-out"})

@@ -146,7 +146,8 @@ def compared_sizes(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]]) 
 
     `points`: the series that a run belongs to, and its numbers `params_percent` and `score` or `velocity_error`. Runs
     of a series are joined in the order of their size. A score has a bar of `score_interval` on both sides. More
-    series than there are colours, such as the trials of a search, are points of one colour.
+    series than there are colours, such as the trials of a search, are points of one colour. With `lower_is_better` in
+    the numbers a lower score is better.
     """
     sized = [numbers for _, numbers in points if "params_percent" in numbers]
     key = "score" if sized and all("score" in numbers for numbers in sized) else "velocity_error"
@@ -167,7 +168,8 @@ def compared_sizes(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]]) 
         axis.plot(sizes, values, style, color=color, markersize=6, linewidth=1.4, label=name)
         if any(halves):
             axis.errorbar(sizes, values, yerr=halves, fmt="none", ecolor=color, capsize=3, linewidth=1, alpha=0.6)
-    better = "higher" if key == "score" else "lower"
+    lower = key != "score" or any(numbers.get("lower_is_better") for _, numbers in points)
+    better = "lower" if lower else "higher"
     axis.set(xlabel="parameters, % of the teacher", ylabel=f"{key.replace('_', ' ')} ({better} is better)")
     axis.margins(x=0.08, y=0.1)
     if any(series):
@@ -179,7 +181,8 @@ def compared_sizes(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]]) 
 def _quality(rows: Sequence[ComparedRow]) -> tuple[str, list[float | None]]:
     """Return the label of the quality axis, and each row's value on it (None where it is missing)."""
     if any(row.scores is not None for row in rows):
-        return "overall score (higher is better)", [row.scores.overall if row.scores else None for row in rows]
+        better = "lower" if rows[0].lower_is_better else "higher"
+        return f"overall score ({better} is better)", [row.scores.overall if row.scores else None for row in rows]
     latents = [row.latent_distance for row in rows]
     if any(value is not None for value in latents):
         return "latent distance (lower is better)", latents

@@ -139,8 +139,9 @@ def notes_of(rows: Sequence[ComparedRow], label: str) -> list[str]:
         margin = (
             "; ± is half of the 95% confidence interval" if any(row.score_interval is not None for row in rows) else ""
         )
-        notes.append(f"score: {label}, higher is better{margin}")
-        notes.append("drop: the share of the teacher's score that is lost")
+        lower = any(row.lower_is_better for row in rows)
+        notes.append(f"score: {label}, {'lower' if lower else 'higher'} is better{margin}")
+        notes.append(f"drop: the share of the teacher's score that is {'added to it' if lower else 'lost'}")
     if any(row.velocity_error is not None for row in rows):
         notes.append(
             "velocity error: ||v - v_T||² / ||v_T||² of the output v to the teacher's v_T, held-out, lower is better"

@@ -15,7 +15,7 @@ from ppcl.artifacts.tensors import write_tensors
 from ppcl.context import Run
 from ppcl.data.cached import EMPTY, is_whole, part_record, read_part, read_unit, unit_record
 from ppcl.data.encoding import Encoder, encode_samples
-from ppcl.data.sources import Sample, Skipped, Unit, find_units
+from ppcl.data.sources import ClassFolder, Sample, Skipped, Unit, find_units
 from ppcl.disk import check_space
 from ppcl.errors import UsageError
 from ppcl.launch import rank
@@ -27,11 +27,11 @@ TOLD = 3  # samples of each unit that are named if they are left out
 
 
 def run(run: Run) -> None:
-    """Encode every unit of `data.path` (a shard, or up to 1,000 rows of a table) that is not cached yet.
+    """Encode every unit of `data.path` (a shard, or up to 1,000 rows or pictures of a class) that is not cached yet.
 
     Several ranks divide the units among themselves. Samples that cannot be used are left out and counted. Raises
-    `UsageError` if the disk has too little space, if no sample can be used, or if another version of the libraries has
-    encoded this data.
+    `UsageError` if the disk has too little space, if no sample can be used, if the model does not have the class of a
+    folder, or if another version of the libraries has encoded this data.
     """
     config = run.config.data
     units, folder = find_units(config), run.data.cache_folder
@@ -43,6 +43,7 @@ def run(run: Run) -> None:
     own = units[number::count]
     mine = [unit for unit in own if not is_whole(folder, unit.name)]
     if mine or not (folder / EMPTY).exists():
+        _name_classes(run, units)
         _cache(run, mine, folder, header)
     else:
         run.say("cache", f"reused {folder}: {_told(own, folder)}")
@@ -55,6 +56,22 @@ def run(run: Run) -> None:
         raise _nothing(run, units, folder)
     if mine and stored < FEW:
         run.say("cache", f"{stored} are few: held-out figures will rest on a handful; a few hundred say more")
+
+
+def _name_classes(run: Run, units: Sequence[Unit]) -> None:
+    """Give the pictures of class folders the captions that the model has for these classes.
+
+    Raises `UsageError` for a folder of which it has none.
+    """
+    folders = [unit for unit in units if isinstance(unit, ClassFolder)]
+    names = list(dict.fromkeys(unit.caption for unit in folders))
+    try:
+        captions = run.family.class_captions(run.teacher.pipeline, names) if names else []
+    except UsageError as error:
+        raise UsageError(f"data.path={run.config.data.path} has a folder for each class: {error}") from None
+    named = dict(zip(names, captions, strict=True))
+    for unit in folders:
+        unit.caption = named[unit.caption]
 
 
 def _cache(run: Run, units: list[Unit], folder: Path, header: Header) -> None:

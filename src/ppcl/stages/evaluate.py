@@ -177,7 +177,8 @@ def run(run: Run) -> None:
             mine = [_score(run, name) for name in dealt(list(headers))]
         for (name, header), scores in zip(headers.items(), merged(mine), strict=True):
             if run.writes:
-                ScoreRow(name=name, **scores, **measured[name]).save(records[name], header, measured_with)
+                row = ScoreRow(name=name, **scores, **measured[name], lower_is_better=run.benchmark.lower_is_better)
+                row.save(records[name], header, measured_with)
         show_shares(run, "evaluate", len(mine), "variants scored")
     if not run.writes:
         return

@@ -141,11 +141,13 @@ def check_model(config: Config) -> None:
     if model.path is None:
         _check_arch(model, ())
     num_layers(config)
-    if is_single_file(model.path) and FAMILIES[model.family].single_file is None:
-        able = ", ".join(name for name, known in FAMILIES.items() if known.single_file is not None)
+    kind = "original" if str(model.path).endswith(".pt") else "single_file"
+    if is_single_file(model.path) and getattr(FAMILIES[model.family], kind) is None:
+        able = ", ".join(name for name, known in FAMILIES.items() if getattr(known, kind) is not None)
+        what = "original checkpoints (.pt)" if kind == "original" else "single files"
         raise UsageError(
-            f"model.path={model.path}: there are no single files of model.family={model.family}, only of {able}; give "
-            "a pipeline folder."
+            f"model.path={model.path}: there are no {what} of model.family={model.family}, only of {able}; give a "
+            "pipeline folder."
         )
     if model.lora is not None and not FAMILIES[model.family].takes_lora:
         raise UsageError(
@@ -162,15 +164,18 @@ def _check_parts(model: ModelConfig) -> None:
                 f"model.path={model.path} is a file with a transformer alone: add model.base=FOLDER, the pipeline that "
                 "its config, VAE and text encoders are taken from."
             )
-        check_safetensors(Path(str(model.path)), "model.path: ")
+        if str(model.path).endswith(".safetensors"):
+            check_safetensors(Path(str(model.path)), "model.path: ")
+        elif not Path(str(model.path)).is_file():
+            raise UsageError(f"model.path={model.path} does not exist: name a checkpoint of the model.")
     elif model.base is not None:
         raise UsageError(
-            f"model.base={model.base} goes only with a model.path that is a .safetensors file: leave it out."
+            f"model.base={model.base} goes only with a model.path that is a .safetensors or .pt file: leave it out."
         )
     if model.lora is not None:
         if model.path is None:
             raise UsageError(f"model.lora={model.lora} needs model.path, the model that it is merged into.")
-        if not is_single_file(model.lora):
+        if not model.lora.endswith(".safetensors"):
             raise UsageError(f"model.lora={model.lora} must be a .safetensors file; other formats are not read.")
         check_safetensors(Path(model.lora), "model.lora: ")
 
@@ -361,15 +366,16 @@ def check_data(config: Config) -> None:
         needing = [stage for stage in config.stages if _needs_data(config, stage) or stage == "cache"]
         if needing and not config.explain:
             raise UsageError(
-                f"'stages=[{needing[0]}]' needs pictures with captions: give data.path=FOLDER, with a metadata.csv or "
-                f"with .tar shards (data=shapes, 32x32 toy pictures, would teach model={config.model.name} nothing)."
+                f"'stages=[{needing[0]}]' needs pictures with captions: give data.path=FOLDER, with a metadata.csv, "
+                "class folders or .tar shards (data=shapes, 32x32 toy pictures, would teach "
+                f"model={config.model.name} nothing)."
             )
         return
     if data.name == "shapes":
         if "cache" in config.stages:
             raise UsageError(
-                "'stages=[cache]' has nothing to encode with data=shapes: give data.path=FOLDER, with a metadata.csv "
-                "or with .tar shards."
+                "'stages=[cache]' has nothing to encode with data=shapes: give data.path=FOLDER, with a metadata.csv, "
+                "class folders or .tar shards."
             )
         return
     if "pretrain" in config.stages:

@@ -197,3 +197,47 @@ def test_a_table_without_a_row_is_refused(tmp_path: Path, name: str, content: by
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match="holds no row with named columns that reads as"):
         read(tmp_path, "folder")
+
+
+def class_folders(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "1.PNG").write_bytes(png())
+    return root
+
+
+def test_a_class_folder_gives_its_name_to_its_pictures(tmp_path: Path) -> None:
+    class_folders(tmp_path, "cat", "sea lion", ".hidden")
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    samples, skipped = read(tmp_path, "folder")
+    assert samples == {"cat/1.PNG": "cat", "sea lion/1.PNG": "sea lion"}
+    assert skipped == {"cat/gone.jpg": "its file cannot be read: No such file or directory"}
+
+
+def test_a_table_beside_class_folders_is_taken(tmp_path: Path) -> None:
+    class_folders(tmp_path, "cat")
+    (tmp_path / "metadata.csv").write_text("image,caption\ncat/1.PNG,a black cat\n")
+    assert read(tmp_path, "folder")[0] == {"cat/1.PNG": "a black cat"}
+
+
+def test_a_class_of_many_pictures_is_several_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ppcl.data.sources.ROWS", 2)
+    class_folders(tmp_path, "cat")
+    for number in range(4):
+        (tmp_path / "cat" / f"{number}.jpeg").write_bytes(png())
+    units = find_units(DataConfig(name="folder", path=str(tmp_path)))
+    assert [(unit.name, unit.size, unit.count()) for unit in units] == [
+        ("cat-0", 5, 2),
+        ("cat-2", 5, 2),
+        ("cat-4", 5, 1),
+    ]
+
+
+@pytest.mark.parametrize("settings", [{}, {"given": ["before"]}])
+def test_a_folder_without_table_and_classes_is_refused(tmp_path: Path, settings: dict) -> None:
+    class_folders(tmp_path, *(["cat"] if settings else []))
+    (tmp_path / "1.png").write_bytes(png())
+    with pytest.raises(UsageError, match="or put the pictures of each class into a folder with its name"):
+        read(tmp_path, "folder", **settings)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 from scored import MEASURED, SCORES, compared
 
-from ppcl.artifacts.scores import Fidelity, Likeness, NoiseLevel
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.scores import Fidelity, Likeness, NoiseLevel, ScoreRow
 from ppcl.config import STORED_VARIANTS
 from ppcl.report.text import (
     MEANINGS,
@@ -105,3 +108,21 @@ def test_plugs_that_end_worse_than_they_began_are_told_with_the_remedy() -> None
         "width: warning: 1 of 3 plugs is worse after training than before (c): lower width.lr, raise width.steps, or "
         "name the others"
     ]
+
+
+def test_of_a_distance_more_is_a_drop(tmp_path: Path) -> None:
+    rows = compared(SCORES | {"removed": 1.756}, lower_is_better=True)
+    drops = {row.name: row.drop_percent for row in rows}
+    assert drops == {
+        "teacher": 0,
+        "removed": pytest.approx(100),
+        "ppcl-depth": 0,
+        "ppcl-finetuned": pytest.approx(-100),
+    }
+    assert notes_of(rows, "distance")[:2] == [
+        "score: distance, lower is better", "drop: the share of the teacher's score that is added to it"
+    ]  # fmt: skip
+    for row in (rows[1], compared(SCORES)[1]):
+        row.save(tmp_path / "row.json", Header("ppcl.scores", {}), {})
+        assert ScoreRow.load(tmp_path / "row.json").lower_is_better == row.lower_is_better
+        assert ("lower_is_better" in (tmp_path / "row.json").read_text()) == row.lower_is_better

@@ -1,7 +1,7 @@
 """DiT: a class-conditional model whose blocks have an image stream only; DiT-XL/2 has 28 of them.
 
 What is special about it:
-- It takes a class label in place of a prompt. Label 1000 stands for "no class", which guidance needs.
+- It takes a class in place of a prompt, by name or number. Label 1000 stands for "no class", which guidance needs.
 - The output head uses the embedding of time and label inside block 0. So block 0 always stays the teacher's, and no
   interval starts there.
 - Every block has its own embedding of time and label, which drops labels at random in training mode. So models stay in
@@ -13,6 +13,7 @@ What is special about it:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ppcl.artifacts.plan import Width
 from ppcl.data.batches import TrainingBatch
+from ppcl.data.captions import seen
 from ppcl.errors import UsageError
 from ppcl.families.base import Conditions, EncodedPrompts, Family
 from ppcl.families.dit.transformer_dit_pruned import PrunedDiTBlock, PrunedDiTTransformer2DModel
@@ -149,12 +151,42 @@ class DiT(Family):
         labels = torch.tensor(self._labels(pipeline, prompts))
         return EncodedPrompts(prompts, {"class_labels": labels})
 
-    @staticmethod
-    def _labels(pipeline: Any, prompts: Sequence[str]) -> list[int]:
-        unknown = [prompt for prompt in prompts if prompt and prompt not in pipeline.labels]
-        if unknown:
-            raise UsageError(f"{unknown[0]!r} is no class of this model; it has {', '.join(pipeline.labels)}.")
-        return [pipeline.labels[prompt] if prompt else NO_LABEL for prompt in prompts]
+    @property
+    def num_classes(self) -> int:
+        return self.arch["num_embeds_ada_norm"]
+
+    def _count(self, pipeline: Any) -> int:
+        """Return how many classes the pipeline names, or if it names none, how many the model has."""
+        return max(pipeline.labels.values()) + 1 if pipeline.labels else self.num_classes
+
+    def _labels(self, pipeline: Any, prompts: Sequence[str]) -> list[int]:
+        """Return the label of each class, given by its name or its number; "" is no class.
+
+        Raises `UsageError` for one that the model does not have.
+        """
+        count = self._count(pipeline)
+        labels = {str(number): number for number in range(count)} | pipeline.labels | {"": NO_LABEL}
+        unknown = next((prompt for prompt in prompts if prompt not in labels), None)
+        if unknown is not None:
+            names = f"one of its names, {seen(pipeline.labels).removeprefix('it has ')}, or " if pipeline.labels else ""
+            raise UsageError(f"{unknown!r} is no class of this model; give {names}a number from 0 to {count - 1}.")
+        return [labels[prompt] for prompt in prompts]
+
+    def class_captions(self, pipeline: Any, names: Sequence[str]) -> list[str]:
+        """Return the name or number of the class in each folder.
+
+        Folders with names of WordNet, as ImageNet has them, are numbered in their order if there is one for each class.
+        """
+        if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+            self._labels(pipeline, names)
+            return list(names)
+        count = self._count(pipeline)
+        if len(names) != count:
+            raise UsageError(
+                f"{names[0]} is a name of WordNet, whose class follows from its place among the folders of all {count} "
+                f"classes, and there are {len(names)}: add the others, if empty, or rename each to its class's number."
+            )
+        return [str(number) for number in range(count)]
 
     def complete(self, pipeline: Any) -> None:
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
