@@ -36,7 +36,7 @@ class MethodConfig:
     """How `stages=[detect]` finds the intervals (stage 1.2, Eq. 3-5).
 
     `name`: the method's name in plans and reports.
-    `rule`: a module of `ppcl.methods`: `lp`, `lp_a`, `lp_b` or `cka_sensitivity`.
+    `rule`: a module of `ppcl.methods`: `lp`, `lp_a`, `lp_b`, `cka_sensitivity` or `tinyfusion`.
     `stream`: the stream whose CKA decides: `image`, `text`, or the `mean` of both.
     `debiased`: whether to use the debiased estimate of CKA.
     `start`, `end`: the first and the last block that an interval may contain. `end` None: the last block of the stack.
@@ -44,7 +44,7 @@ class MethodConfig:
     `min_cka`: acceptance threshold. An interval [u, v] with cka(u, v) below it is left out.
     `threshold`: for `lp_a`, the CKA below which an interval ends.
     `extend`: for `lp_b` only, the numbers of the intervals (from 0) whose end moves from v to v + 1. None: all of them.
-    `num_remove`: for `cka_sensitivity`, the number of blocks to remove.
+    `num_remove`: for `cka_sensitivity`, and `tinyfusion` without groups, the number of blocks to remove.
     `num_samples`, `num_timesteps`: calibration samples, and the number of noise levels at which each is used.
         They are taken in parts that fit into memory. `batch_size`: the samples in a batch of them.
     `settings`: keys that only the rule itself declares.

@@ -11,7 +11,7 @@ from ppcl.discovery import declared_class, module_names
 if TYPE_CHECKING:
     from ppcl.methods.base import Method
 
-_LIBRARIES = ("base", "probes", "registry", "similarity", "surrogates", "width")
+_LIBRARIES = ("base", "patterns", "probes", "registry", "similarity", "surrogates", "width")
 
 
 def method_names() -> tuple[str, ...]:

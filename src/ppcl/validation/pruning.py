@@ -19,6 +19,7 @@ from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.families.registry import FAMILIES
 from ppcl.layers import check_counts, check_width_sets, kept_layers, removable
+from ppcl.methods.patterns import groups_of
 from ppcl.validation.model import num_layers
 
 _FEWEST = 1000  # parameters of a pruned model
@@ -224,9 +225,26 @@ def check_method(config: Config) -> None:
     most = max(layers.values()) - 1 - facts.last_blocks
     if method.start >= most:
         raise UsageError(f"method.start={method.start} leaves no interval, which may contain blocks up to {most}.")
+    if method.rule == "tinyfusion":
+        _check_learned(config, layers)
     if method.rule == "cka_sensitivity":
         start = max(facts.first_block, method.start)
         removable(layers, count=method.num_remove or 1, start=start, end=method.end, last=facts.last_blocks)
+
+
+def _check_learned(config: Config, layers: dict[str, int]) -> None:
+    """Raise `UsageError` unless the blocks of the model divide into the groups that `tinyfusion` learns."""
+    facts = FAMILIES[config.model.family]
+    left = dict(layers)
+    for group in groups_of(config.method, layers, facts.first_block, facts.last_blocks):
+        left[group.stack] -= group.num_removed
+    check_counts(facts.stacks, left)
+    unfit = "model.streaming=true" if config.model.streaming else "strategy=fsdp"
+    if config.model.streaming or config.strategy.kind == "fsdp":
+        raise UsageError(
+            f"method.rule=tinyfusion trains with a whole teacher on each device, which {unfit} does not hold: detect in "
+            "a command of its own, without it."
+        )
 
 
 def check_width_group(config: Config, intervals: Intervals | None) -> None:

@@ -39,7 +39,7 @@ def new_method(tmp_path, monkeypatch):
 
 
 def test_a_file_is_all_that_a_method_takes(new_method):
-    assert method_names() == ("cka_sensitivity", "every_other", "lp", "lp_a", "lp_b")
+    assert method_names() == ("cka_sensitivity", "every_other", "lp", "lp_a", "lp_b", "tinyfusion")
     method = load_method(MethodConfig(rule="every_other", settings={"depth": 5}))
     assert method.detect(None).intervals == {"blocks": [(0, 5)]}
 
