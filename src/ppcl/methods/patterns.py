@@ -104,7 +104,7 @@ def _pairs(key: str, given: Any, count: int) -> list[tuple[int, int]]:
     for keep, size in pairs:
         if not 1 <= keep <= size:
             raise UsageError(
-                f"{key}: [{keep}, {size}] keeps {keep} of {size} blocks; a group keeps at least 1 of its own."
+                f"{key}: the group [{keep}, {size}] keeps {keep} of {size} blocks; give [N, M] with N from 1 to M."
             )
     total = sum(size for _, size in pairs)
     if total != count:

@@ -242,8 +242,8 @@ def _check_learned(config: Config, layers: dict[str, int]) -> None:
     unfit = "model.streaming=true" if config.model.streaming else "strategy=fsdp"
     if config.model.streaming or config.strategy.kind == "fsdp":
         raise UsageError(
-            f"method.rule=tinyfusion trains with a whole teacher on each device, which {unfit} does not hold: detect in "
-            "a command of its own, without it."
+            f"method.rule=tinyfusion trains with a whole teacher on each device, which {unfit} does not hold: detect "
+            "in a command of its own, without it."
         )
 
 
