@@ -62,6 +62,6 @@ def test_what_cannot_be_learned_is_refused_at_the_start(
 ) -> None:
     command = [*settings, "method=tinyfusion", "stages=[detect]", "method.num_remove=2", f"paths.runs_dir={tmp_path}"]
     outcome = ppcl(*command, given)
-    assert outcome.code == 1
+    assert outcome.code == 2
     assert said in outcome.err
     assert not (tmp_path / "auto" / "plan").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -121,8 +121,8 @@ class LearnGates(ManualOptimization):
         mine = slice(number * count, (number + 1) * count)
         return self.choices.sample([noise[mine].to(batch.sigmas.device) for noise in drawn], self.tau(step))
 
-    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        step = self.global_step
+    def learn(self, batch: TrainingBatch, step: int, backward: Callable[[Tensor], Any]) -> Tensor:
+        """Return the loss of a batch, after `backward` has computed its gradients."""
         target = batch.target
         if self.settings.loss == "output":
             with torch.no_grad(), computing(self.precision, batch.sigmas.device):
@@ -131,8 +131,13 @@ class LearnGates(ManualOptimization):
             with computing(self.precision, batch.sigmas.device):
                 velocity = batch.prediction(self.student(**batch.inputs)[0])
             loss = (velocity.float() - target.float()).square().mean()
-            self.manual_backward(loss)  # checkpointed blocks run again in it, with their gates
-        (logged,) = mean_terms([{"loss": loss.detach()}], batch.average)
+            backward(loss)  # checkpointed blocks run again in it, with their gates
+        return loss.detach()
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        step = self.global_step
+        loss = self.learn(batch, step, self.manual_backward)
+        (logged,) = mean_terms([{"loss": loss}], batch.average)
         self.refuse_infinite(logged["loss"], step)
         self.take_step(self, None)
         confidence = self._record(step + 1)

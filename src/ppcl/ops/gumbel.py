@@ -9,7 +9,8 @@ from torch import Tensor
 
 def gumbel_noise(count: int, options: int, generator: torch.Generator) -> Float[Tensor, "count options"]:
     """Return Gumbel noise, drawn on the CPU. The option with the largest logit + noise is drawn as softmax says."""
-    return -torch.empty(count, options).exponential_(generator=generator).log()
+    uniform = torch.rand(count, options, generator=generator, dtype=torch.float32)
+    return -(-uniform.clamp(min=1e-12).log()).log()
 
 
 def straight_through(
