@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import kill, ppcl, start_until, succeed
+from commands import kill, ppcl, start_until, succeed, two_ranks
 
 FEW = ["method=tinyfusion", "stages=[detect]", "method.settings.batch_size=4", "method.settings.steps=3"]
 SAMPLES = ["method.num_samples=4", "method.num_timesteps=2", "method.batch_size=4", "logger=csv"]
@@ -45,6 +45,21 @@ def test_a_killed_training_decides_the_same(settings: list[str], tmp_path: Path)
         json.loads((tmp_path / name / "plan" / "decisions.json").read_text()) for name in ("whole", "killed")
     )
     assert killed == whole
+
+
+def test_two_ranks_learn_what_one_learns(settings: list[str], tmp_path: Path) -> None:
+    command = [*settings, "method=tinyfusion", "stages=[detect]", "method.settings.steps=6", "method.num_remove=2"]
+    command += ["method.settings.batch_size=4", f"paths.runs_dir={tmp_path}"]
+    succeed(*command, "name=one")
+    outcome = two_ranks(*command, "name=two", "strategy=ddp")
+    assert outcome.returncode == 0, outcome.stderr
+    one, two = (json.loads((tmp_path / name / "plan" / "decisions.json").read_text()) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, group in one["groups"].items():
+        for ours, theirs in zip(two["groups"][name]["probabilities"], group["probabilities"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-3)
+    refused = two_ranks(*command, "name=odd", "strategy=ddp", "method.settings.batch_size=3")
+    assert "method.settings.batch_size=3 does not divide among 2 ranks: make it 4" in refused.stderr
 
 
 @pytest.mark.parametrize(

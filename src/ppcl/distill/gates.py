@@ -45,12 +45,14 @@ class Choices(nn.Module):
         return self.get_buffer(f"kept_{number}")
 
     def sample(self, noise: Sequence[Tensor], tau: float) -> dict[BlockKey, Tensor]:
-        """Draw a choice for each sample, and return the gate `[B]` of each block that any choice removes.
+        """Draw a choice for each sample, and return the gate `[B]` of each block that some choice removes.
 
         `noise`: for each group `[B, choices]`.
         """
         found: dict[BlockKey, Tensor] = {}
         for number, (group, logits) in enumerate(zip(self.groups, self.logits, strict=True)):
+            if not group.num_removed:
+                continue
             gates = straight_through(logits * self.scaling, noise[number], tau) @ self._kept(number)
             found |= {(group.stack, index): gates[:, index - group.blocks[0]] for index in group.free}
         return found
