@@ -52,9 +52,7 @@ class Group:
         return list(combinations(self.free, self.num_removed))
 
 
-def groups_of(
-    config: MethodConfig, layers: Mapping[str, int], first: int = 0, last: int = 0, default: Any = None
-) -> list[Group]:
+def groups_of(config: MethodConfig, layers: Mapping[str, int], first: int = 0, last: int = 0) -> list[Group]:
     """Return the groups of all stacks in order of execution, from `method.settings.groups` or the size to reach.
 
     `layers`: the number of blocks by stack. `first`, `last`: the first block that the family lets begin an interval,
@@ -62,7 +60,7 @@ def groups_of(
     """
     start = max(first, config.start)
     free = removable(layers, count=0, start=start, end=config.end, last=last)
-    given = config.settings.get("groups", default)
+    given = config.settings.get("groups")
     if given is None:
         groups = _spread(config, layers, free)
     else:
