@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ppcl.errors import UsageError
-from ppcl.options import declared
+from ppcl.options import check_options
 
 T = TypeVar("T")
 
@@ -46,8 +46,8 @@ def declared_class(module_name: str, base: type[T], key: str) -> type[T]:
 def parse_settings(settings_class: type[T], settings: Mapping[str, Any], key: str) -> T:
     """Return `settings` as an instance of the dataclass `settings_class`.
 
-    Raises `UsageError` for a key that the class does not have, for a value of another type and for a number beyond the
-    bounds that the class declares; `key` starts the sentence.
+    Raises `UsageError` for a key that the class does not have, for a value of another type, and for one that the key's
+    `option` does not allow; `key` starts the sentence.
     """
     known = [item.name for item in fields(settings_class)]  # type: ignore[arg-type]
     for name in settings:
@@ -58,7 +58,5 @@ def parse_settings(settings_class: type[T], settings: Mapping[str, Any], key: st
     except OmegaConfBaseException as error:
         name = f".{error.full_key}" if getattr(error, "full_key", None) else ""
         raise UsageError(f"{key}{name}: {str(error).splitlines()[0]}.") from None
-    for item in declared(parsed, f"{key}."):
-        if item.numeric and isinstance(item.value, (int, float)):
-            item.bounds.check(item.name, item.value)
+    check_options(parsed, f"{key}.")
     return parsed

@@ -117,6 +117,31 @@ def declared(settings: Any, prefix: str = "") -> Iterator[Key]:
             yield Key(name, value, item.metadata.get("bounds", Bounds()), item.metadata.get("choices"), numeric)
 
 
+def check_options(settings: Any, prefix: str = "") -> None:
+    """Check the bounds and choices that the keys of a group declare; raises `UsageError`. None is always allowed.
+
+    `prefix`: comes before the name of each key in the message.
+    """
+    for item in declared(settings, prefix):
+        for key, value in _single(item.name, item.value):
+            if item.choices is not None and value not in item.choices:
+                raise UsageError(f"{key}={value} is not one of {', '.join(item.choices)}.")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                item.bounds.check(key, value)
+
+
+def _single(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the single values in a value of the configuration, each with its name. None is left out."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _single(f"{key}.{name}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _single(key, inner)
+    elif value is not None:
+        yield key, value
+
+
 def unknown_key(key: str, settings: Any) -> str:
     """Return the sentence that refuses `key`, with the name that it resembles, if there is one.
 

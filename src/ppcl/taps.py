@@ -55,7 +55,7 @@ def replace_stack(transformer: nn.Module, stack: str, blocks: nn.ModuleList) -> 
 class BlockCall:
     """One call of one block: all its arguments by keyword, and its input and output streams `[B, tokens, D]`.
 
-    `stack` and `index` say which block it is.
+    `stack` and `index` say which block it is. `output`: what it returned, of which the output streams are parts.
     """
 
     stack: str
@@ -63,6 +63,7 @@ class BlockCall:
     kwargs: dict[str, Any]
     inputs: Streams
     outputs: Streams
+    output: Any = None
 
     @property
     def key(self) -> BlockKey:
@@ -112,14 +113,16 @@ def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) 
 
 
 @contextmanager
-def _hooked(
+def hooked(
     family: Tapped,
     transformer: nn.Module,
     inputs_now: Callable[[], Mapping[str, Any]],
-    on_block: Callable[[BlockCall], None],
+    on_block: Callable[[BlockCall], Any],
     before_block: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """Call `on_block` after each block in the context, and `before_block` before each block.
+
+    What `on_block` returns replaces the block's output, unless it is None.
 
     `inputs_now` returns the inputs of the forward now running.
     """
@@ -127,12 +130,12 @@ def _hooked(
     def tap(stack: str, index: int, block: nn.Module) -> Callable:
         signature = inspect.signature(block.forward)
 
-        def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             if args:  # many models pass arguments by position, and so does gradient checkpointing
                 kwargs = _by_name(signature, args, kwargs)
             inputs = inputs_now()
             before = family.streams_in(stack, kwargs, inputs)
-            on_block(BlockCall(stack, index, kwargs, before, family.streams_out(stack, output, inputs)))
+            return on_block(BlockCall(stack, index, kwargs, before, family.streams_out(stack, output, inputs), output))
 
         return hook
 
@@ -172,7 +175,7 @@ def observe(
         if call.key == last:
             raise StopForward
 
-    with _hooked(family, transformer, lambda: inputs, watch):
+    with hooked(family, transformer, lambda: inputs, watch):
         try:
             return transformer(**inputs)[0]
         except StopForward:
@@ -246,7 +249,7 @@ def observe_abreast(
 
     strands = [greenlet(partial(forward, number)) for number in range(len(inputs))]
     running = dict(zip(strands, inputs, strict=True))
-    with _hooked(family, transformer, lambda: running[getcurrent()], pause, pause):
+    with hooked(family, transformer, lambda: running[getcurrent()], pause, pause):
         try:
             while not all(strand.dead for strand in strands):
                 for number, strand in enumerate(strands):

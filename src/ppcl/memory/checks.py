@@ -26,6 +26,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "cache": ("data.encode_batch_size",),
     "probe": ("probe.num_batches", "probe.batch_size", "model.streaming=true"),
     "detect": ("method.batch_size", "model.streaming=true"),
+    "tinyfusion": ("method.settings.batch_size",),  # a method that trains
     "boundaries": ("distill.batch_size", "model.streaming=true"),
     "depth": ("distill.accumulate", "distill.optimizer_states=8bit", "distill.groups=auto", "model.streaming=true"),
     "width": ("distill.accumulate", "distill.optimizer_states=8bit", "width.num_batches", "model.streaming=true"),
@@ -91,7 +92,8 @@ def _told(parts: dict[str, float]) -> str:
 def _keys(run: Run, stage: str) -> str:
     """Return the keys to turn if `stage` needs too much, without those that already have the value in `KEYS`."""
     config = run.config
-    found = [key for key in KEYS.get(stage, ()) if not _in_force(config, key)]
+    name = config.method.rule if stage == "detect" and config.method.rule in KEYS else stage
+    found = [key for key in KEYS.get(name, ()) if not _in_force(config, key)]
     if config.strategy.kind == "fsdp" and shard_ranks(config.strategy.shard_over) < rank()[1]:
         found.append("strategy.shard_over=all")
     return " or ".join(found) or "to a larger device"

@@ -25,14 +25,17 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import STEPS_PER_SHARD
 from ppcl.distill.depth import DepthDistillation
 from ppcl.distill.finetune import FineTune
+from ppcl.distill.gates import LearnGates
 from ppcl.distill.width import WidthDistillation, places
 from ppcl.efficiency import LiveBytes
 from ppcl.methods.base import Teacher
 from ppcl.methods.lp import Lp, batches_at_once, run_once
+from ppcl.methods.patterns import Group
 from ppcl.methods.probes import fit_probes
 from ppcl.methods.registry import load_method
 from ppcl.methods.similarity import state_cosines, unit_grams
 from ppcl.methods.surrogates import SurrogateCurves
+from ppcl.methods.tinyfusion import TinyFusion, TinyFusionSettings
 from ppcl.taps import BlockCall, observe, observe_abreast
 from ppcl.training.optimizers import split_for_muon
 from ppcl.training.states import state_bytes
@@ -320,7 +323,28 @@ def detect_peak(run: Run, config: MethodConfig, free: float) -> int:
         peaks.append(peak_of(state_cosines))
     if isinstance(method, Lp):
         peaks.append(_simulation_peak(run, config, samples, method.num_batches, free))
+    if isinstance(method, TinyFusion):
+        peaks.append(_learning_peak(run, method.settings))
     return max(peaks)
+
+
+def _learning_peak(run: Run, settings: TinyFusionSettings) -> int:
+    """Return the peak bytes of a step that trains gates on all blocks, with the weights that are trained beside them.
+
+    A trained weight takes 16 bytes: itself, its gradient and two states of AdamW in float32.
+    """
+
+    def measured(layers: Mapping[str, int]) -> int:
+        with without_data(run):
+            groups = [Group(stack, range(count), count, tuple(range(1, count))) for stack, count in layers.items()]
+            module = LearnGates(run.family, model_of(run, layers), groups, settings, run.precision)
+            trained = sum(weight.numel() for weight in module.student.parameters() if weight.requires_grad)
+            batch = blank_batch(run, settings.batch_size)
+            with LiveBytes() as recorded:
+                module.learn(batch, 0, torch.Tensor.backward)
+        return recorded.peak + 16 * trained
+
+    return _extrapolated(measured, few(run), run.num_layers)
 
 
 def _simulation_peak(run: Run, config: MethodConfig, samples: int, most: int, free: float) -> int:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ppcl.artifacts.decisions import Decisions
 from ppcl.artifacts.plan import Intervals
 from ppcl.artifacts.probes import Probes
 from ppcl.config import MethodConfig
@@ -29,6 +30,8 @@ class Teacher:
     `divides`. `probes`: returns the fitted linear probes.
     `progress(items, total)`: wraps an iterable to show a progress bar. `total`: how many items all ranks have.
     `gathered(value)`: returns the value of every rank. Every rank must call it, with a value to pickle.
+    `train(module, steps, batch_size)`: trains a module on batches of the training data, for a method that `trains`.
+    `precision`: of that training, `32-true` or `bf16-mixed`.
     """
 
     family: Family
@@ -37,6 +40,8 @@ class Teacher:
     probes: Callable[[], Probes]
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items
     gathered: Callable[[Any], list[Any]] = lambda value: [value]
+    train: Callable[[Any, int, int], None] | None = None
+    precision: str = "32-true"
 
 
 @dataclass
@@ -44,11 +49,13 @@ class Detection:
     """Result of a method: the intervals, and the numbers they were chosen by.
 
     `scores`: saved in the plan. `curves[stack][stream]`: `[M][M]` for the M blocks of a stack, shown in the report.
+    `decisions`: how the choice of blocks developed, if it was learned.
     """
 
     intervals: Intervals
     scores: dict[str, Any] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
+    decisions: Decisions | None = None
 
 
 @dataclass
@@ -65,12 +72,14 @@ class Method(ABC):
         may be empty, and merges by `teacher.gathered` what all have found. Otherwise rank 0 works alone.
     `compares_states`: whether it holds the states between all blocks at once (`ppcl.methods.similarity.state_cosines`),
         which is for estimates of memory.
+    `trains`: whether it trains on the training data by `teacher.train`, for which it runs on every rank.
     """
 
     settings_class: ClassVar[type[Any]] = NoSettings
     needs_probes: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     compares_states: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config

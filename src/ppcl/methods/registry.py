@@ -11,7 +11,7 @@ from ppcl.discovery import declared_class, module_names
 if TYPE_CHECKING:
     from ppcl.methods.base import Method
 
-_LIBRARIES = ("base", "probes", "registry", "removal", "similarity", "surrogates", "width", "windows")
+_LIBRARIES = ("base", "patterns", "probes", "registry", "removal", "similarity", "surrogates", "width", "windows")
 
 
 def method_names() -> tuple[str, ...]:

@@ -122,6 +122,21 @@ class Room:
             )
 
 
+def check_size(config: MethodConfig) -> None:
+    """Raise `UsageError` unless exactly one of `method.num_remove` and `method.params` is given."""
+    count, params = config.num_remove, config.params
+    if count is None and params is None:
+        raise UsageError(
+            f"method.rule={config.rule} needs a size: give method.num_remove, the number of blocks to remove, or "
+            "method.params, the share of the parameters that may be left."
+        )
+    if count is not None and params is not None:
+        raise UsageError(
+            f"method.num_remove={count} and method.params={params:g} are both set, and only one can be the size: "
+            "add method.params=null or method.num_remove=null."
+        )
+
+
 class Removal(Method):
     """A method that removes single blocks until the model is as small as `method.num_remove` or `method.params` says.
 
@@ -137,17 +152,7 @@ class Removal(Method):
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
-        count, params = config.num_remove, config.params
-        if count is None and params is None:
-            raise UsageError(
-                f"method.rule={config.rule} needs a size: give method.num_remove, the number of blocks to remove, or "
-                "method.params, the share of the parameters that may be left."
-            )
-        if count is not None and params is not None:
-            raise UsageError(
-                f"method.num_remove={count} and method.params={params:g} are both set, and only one can be the size: "
-                "add method.params=null or method.num_remove=null."
-            )
+        check_size(config)
 
     def check_model(self, family: Family, layers: Mapping[str, int]) -> None:
         room = Room.of(self.config, family, layers, lambda: on_meta(family, family.arch), last=self.last)

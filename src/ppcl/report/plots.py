@@ -1,4 +1,4 @@
-"""Plots and contact sheets as PNG files: CKA curves and maps, quality by size, the frontier, losses, and pictures."""
+"""Plots and contact sheets as PNG files: CKA, decisions, quality by size, the frontier, losses, and pictures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from ppcl.artifacts.costs import Frontier
 from ppcl.artifacts.curves import Curve
+from ppcl.artifacts.decisions import Decisions
 from ppcl.artifacts.files import atomic_path
 from ppcl.artifacts.plan import Interval
 from ppcl.artifacts.plugs import has_risen
@@ -107,6 +108,39 @@ def similarity_maps(path: Path, maps: dict[str, list[list[float | None]]]) -> No
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(drawn, ax=axes.flat[: len(maps)], label="CKA", shrink=0.85)
+    save_figure(figure, path)
+
+
+@_styled
+def decisions(path: Path, learned: Decisions) -> None:
+    """Plot the probability that each block stays against the steps of a training, a panel for each stack.
+
+    Lines divide the groups. Below is the confidence of the least decided group.
+    """
+    stacks = list(dict.fromkeys(group.stack for group in learned.groups.values()))
+    counts = [sum(len(group.blocks) for group in learned.groups.values() if group.stack == stack) for stack in stacks]
+    heights = [*(max(4, count) for count in counts), 5]
+    figure, axes = _subplots(
+        len(heights), 1, figsize=(6.8, 1.2 + 0.17 * sum(heights)), sharex=True, height_ratios=heights
+    )
+    for axis, stack in zip(axes, stacks, strict=False):
+        groups = [group for group in learned.groups.values() if group.stack == stack]
+        table = np.concatenate([np.array(group.probabilities).T for group in groups])
+        edges = np.arange(len(table) + 1) + groups[0].blocks[0] - 0.5
+        times = np.array([*learned.steps, 2 * learned.steps[-1] - learned.steps[-2]])
+        drawn = axis.pcolormesh(times, edges, table, cmap="viridis", vmin=0, vmax=1)
+        axis.hlines([group.blocks[0] - 0.5 for group in groups[1:]], times[0], times[-1], color="white", linewidth=1.2)
+        axis.set(ylabel="block", ylim=(edges[-1], edges[0]))
+        axis.set_title(stack, loc="left", color=INK)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(visible=False)
+    sure = np.array([group.confidence for group in learned.groups.values()])
+    axes[-1].plot(learned.steps, sure.min(axis=0), color=PALETTE[0], label="least decided group")
+    axes[-1].plot(learned.steps, sure.mean(axis=0), color=PALETTE[1], label="mean of groups")
+    axes[-1].set(xlabel="step", ylabel="confidence", ylim=(0, 1.04))
+    axes[-1].legend(loc="lower right", fontsize=8)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(drawn, ax=list(axes[:-1]), label="probability of being kept", shrink=0.9)
     save_figure(figure, path)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from ppcl.artifacts.files import write_json
 from ppcl.artifacts.plan import PruningPlan
 from ppcl.artifacts.probes import Probes
+from ppcl.config import TrainingConfig
 from ppcl.context import Run
-from ppcl.data.batches import TrainingBatch
+from ppcl.data.batches import StepLoader, TrainingBatch
 from ppcl.methods.base import Curves, Teacher
 from ppcl.methods.registry import load_method
 from ppcl.methods.similarity import similarity_maps
@@ -22,6 +23,7 @@ from ppcl.parallel import gathered, of_first, share
 from ppcl.report import plots
 from ppcl.report.text import show_plan, show_shares
 from ppcl.surgery.count import count_parameters
+from ppcl.training.loop import discard_checkpoint, fit
 from ppcl.validation.pruning import check_intervals
 from ppcl.variants.reach import check_reachable
 
@@ -43,10 +45,14 @@ def run(run: Run) -> None:
     Raises `UsageError` if the plan on disk was made with other settings, if an interval does not fit the model, or if
     the budget cannot be reached with the intervals.
 
-    Several ranks divide the calibration batches, if the method can add up what they find; everything else rank 0 does.
+    Several ranks divide the calibration batches, if the method can add up what they find, and train together, if it
+    trains; everything else rank 0 does. A training that was killed resumes from its last checkpoint.
     """
     method = run.config.method
-    made_from = {"detection": run.probe_settings, "method": identity(method)}
+    detector = load_method(method)
+    made_from: dict[str, Any] = {"detection": run.probe_settings, "method": identity(method)}
+    if detector.trains:
+        made_from |= {"data": run.data.identity, "precision": run.precision}
     plan = PruningPlan(run.config.model.family, run.num_layers, {}, made_from)
     advice = "give this run another name=, or delete that file to detect anew"
     if run.config.paths.base_run is not None:
@@ -58,9 +64,8 @@ def run(run: Run) -> None:
         check_reachable(run, found_before.intervals)
         return
     stream = run.data.stream(run.config.data.calibration_seed, method.batch_size)
-    detector = load_method(method)
     number, ranks = share() if detector.divides else (0, 1)
-    if not (detector.divides or run.writes):
+    if not (detector.divides or detector.trains or run.writes):
         return
     used = 0
 
@@ -73,11 +78,23 @@ def run(run: Run) -> None:
     def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
         return run.track(items, "simulation", -(-total // ranks))
 
+    checkpoints = run.folder / "detect-checkpoint"
+
+    def train(module: Any, steps: int, batch_size: int) -> None:
+        batches = run.data.shared_stream(run.config.data.train_seed, batch_size)
+        run.say_once("detect", batches.remark)
+        settings = TrainingConfig(steps, batch_size, checkpoint_every=max(100, steps // 20))
+        blocks = run.family.blocks(module.student).values()
+        loader = StepLoader(batches, steps, ahead=run.data.from_disk)
+        fit(run, "detect", module, loader, checkpoints, plan.header(), settings, blocks)
+
     teacher = Teacher(
         run.family, run.teacher.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
     )
     if detector.divides:
         teacher.gathered = gathered
+    if detector.trains:
+        teacher.train, teacher.precision = train, run.precision
     found = detector.detect(teacher)
     if detector.divides:
         show_shares(run, "detect", used, "calibration batches")
@@ -97,7 +114,12 @@ def run(run: Run) -> None:
         drawn = streams.get(method.stream, streams["mean"])
         plots.interval_curves(folder / f"curves_{stack}.png", drawn, found.intervals[stack])
     plots.similarity_maps(folder / "similarity.png", {f"{name} stream": table for name, table in maps.items()})
+    if found.decisions is not None:
+        found.decisions.save(folder / "decisions.json")
+        plots.decisions(folder / "decisions.png", found.decisions)
     plan.save(run.plan_path)
+    if detector.trains:
+        discard_checkpoint(run, checkpoints)
     show_plan(run, plan)
     run.say("detect", f"wrote {folder}")
     check_reachable(run, plan.intervals)

@@ -116,6 +116,7 @@ def run(run: Run) -> None:
         plots.contact_sheet(folder / "samples.png", compared.rows, compared.captions, compared.fails)
     drawn = {f"curves {path.stem}": path for path in sorted(plan.glob("curves_*.png"))}
     drawn["similarity"] = plan / "similarity.png"
+    drawn |= {path.stem: path for path in plan.glob("decisions.png")}
     if plots.quality_against_size(folder / "quality.png", rows, run.benchmark.bounds):
         drawn["quality"] = folder / "quality.png"
     lacking = [row.name for row in rows if row.name != "teacher" and row.fidelity is None]

@@ -17,13 +17,13 @@ from ppcl.streaming import still
 from ppcl.surgery.lora_marks import mark_of
 
 
-def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
+def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int, alpha: float | None = None) -> None:
     """Add a LoRA of rank `rank` to every linear layer in the blocks of `model`, and freeze all other parameters.
 
-    The LoRA starts at zero: its B is zero, its A is random and drawn with `seed`. The global random state does not
-    change.
+    The LoRA is multiplied by `alpha` / `rank`, by 1 with None. It starts at zero: its B is zero, its A is random and
+    drawn with `seed`. The global random state does not change.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = [name for name in linear if name.startswith(tuple(f"{stack}." for stack in family.stacks))]
@@ -33,7 +33,12 @@ def add_lora(family: Family, model: nn.Module, rank: int, *, seed: int) -> None:
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}  # by default all of them
     with torch.random.fork_rng([*devices]):
         torch.manual_seed(seed)
-        adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, exclude_modules=others or None))
+        scale: Any = rank if alpha is None else alpha
+        config = LoraConfig(r=rank, lora_alpha=scale, target_modules=targets, exclude_modules=others or None)
+        if hasattr(adapted, "add_adapter"):
+            adapted.add_adapter(config)
+        else:  # a class whose pipelines load no LoRAs, such as DiT's
+            inject_adapter_in_model(config, adapted)
 
 
 def save_lora(model: Any, pipeline_class: Any, folder: Path, blocks: BlockMap) -> None:

@@ -70,7 +70,7 @@ def _detect(run: Run) -> Shown:
     numbers = {"intervals": len(pairs), "blocks_left": sum(plan.num_layers.values()) - sum(v - u for _, u, v in pairs)}
     shown = Shown(numbers | _parameters(plan))
     shown.tables["intervals"] = Table(("stack", "first", "last"), [list(pair) for pair in pairs])
-    shown.pictures = _pictures(folder, ("curves_*", "similarity"))
+    shown.pictures = _pictures(folder, ("curves_*", "similarity", "decisions"))
     if (folder / "curves.json").exists():
         shown.tables["curves"] = _curves(read_json(folder / "curves.json", "The curves", "detect"))
     return shown

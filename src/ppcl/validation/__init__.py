@@ -18,7 +18,7 @@ from ppcl.benchmarks.base import benchmark_names
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.methods.registry import load_method, method_names
-from ppcl.options import declared, unknown_key
+from ppcl.options import check_options, unknown_key
 from ppcl.sentences import of_key
 from ppcl.stages import STAGES
 from ppcl.validation.finetune import check_finetune
@@ -65,28 +65,6 @@ def _unknown(group: Any, raw: DictConfig, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key!s}"
         elif is_dataclass(value := getattr(group, str(key))):
             yield from _unknown(value, raw[key], f"{prefix}{key}.")
-
-
-def check_options(config: Config) -> None:
-    """Check the bounds and choices that keys declare in `ppcl.config`; raises `UsageError`. None is always allowed."""
-    for item in declared(config):
-        for key, value in _single(item.name, item.value):
-            if item.choices is not None:
-                one_of(key, value, tuple(item.choices))
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                item.bounds.check(key, value)
-
-
-def _single(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the single values in a value of the configuration, each with its name. None is left out."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _single(f"{key}.{name}", inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _single(key, inner)
-    elif value is not None:
-        yield key, value
 
 
 def check_rates(config: Config) -> None:

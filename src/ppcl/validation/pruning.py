@@ -226,7 +226,14 @@ def check_method(config: Config) -> None:
     if method.start >= most:
         raise UsageError(f"method.start={method.start} leaves no interval, which may contain blocks up to {most}.")
     if method.rule != "lp":  # which checks nothing, and loading it takes long
-        load_method(method).check_model(get_family(config.model.family, config.model.arch), layers)
+        found = load_method(method)
+        found.check_model(get_family(config.model.family, config.model.arch), layers)
+        unfit = "model.streaming=true" if config.model.streaming else "strategy=fsdp"
+        if found.trains and (config.model.streaming or config.strategy.kind == "fsdp"):
+            raise UsageError(
+                f"method.rule={method.rule} trains with a whole teacher on each device, which {unfit} does not hold: "
+                "detect in a command of its own, without it."
+            )
 
 
 def check_width_group(config: Config, intervals: Intervals | None) -> None:

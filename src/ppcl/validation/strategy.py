@@ -79,7 +79,10 @@ def check_strategy(config: Config) -> None:
 
 def _trained(config: Config) -> list[tuple[str, TrainingConfig]]:
     """Return name and settings of each group that a training of this command reads."""
-    groups = (("distill", config.distill, {"depth", "width"}), ("finetune", config.finetune, {"finetune"}))
+    groups = [("distill", config.distill, {"depth", "width"}), ("finetune", config.finetune, {"finetune"})]
+    if config.method.rule == "tinyfusion" and "batch_size" in config.method.settings:
+        learned = TrainingConfig(batch_size=config.method.settings["batch_size"])
+        groups.append(("method.settings", learned, {"detect"}))
     return [(name, settings) for name, settings, stages in groups if stages & {*config.stages}]
 
 

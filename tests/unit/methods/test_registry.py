@@ -39,8 +39,8 @@ def new_method(tmp_path, monkeypatch):
 
 
 def test_a_file_is_all_that_a_method_takes(new_method):
-    assert {"cka_sensitivity", "every_other", "lp", "shortgpt"} < {*method_names()}
-    assert not {"removal", "windows", "base"} & {*method_names()}
+    assert {"cka_sensitivity", "every_other", "lp", "shortgpt", "tinyfusion"} < {*method_names()}
+    assert not {"removal", "windows", "patterns", "base"} & {*method_names()}
     method = load_method(MethodConfig(rule="every_other", settings={"depth": 5}))
     assert method.detect(None).intervals == {"blocks": [(0, 5)]}
 

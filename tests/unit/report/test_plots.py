@@ -17,6 +17,7 @@ from PIL import Image
 from scored import MEASURED, SCORES, compared
 
 from ppcl.artifacts.costs import Point
+from ppcl.artifacts.decisions import Decisions, GroupDecisions
 from ppcl.artifacts.scores import Fidelity, Likeness, NoiseLevel
 from ppcl.pictures.images import read_picture
 from ppcl.report import plots
@@ -147,3 +148,18 @@ def test_the_frontier_tells_the_budget_from_the_choice(
     said = legend_of(drawn[0])
     assert said[:2] == ["planned by velocity error", "planned by distillation loss, as this plan is"]
     assert said[2:] == ["this plan: 55.0%", *(["budget: 60.0%"] if budget else [])]
+
+
+def test_decisions_of_two_stacks_are_drawn_one_above_the_other(tmp_path: Path) -> None:
+    steps = [0, 5, 10]
+    groups = {
+        f"{stack}.{first}-{first + 3}": GroupDecisions(
+            stack, [*range(first, first + 4)], 2, [[0.5] * 4, [0.8, 0.2, 0.6, 0.4], [1, 0, 1, 0]], [0.2, 0.5, 1.0]
+        )
+        for stack, first in (("double", 0), ("single", 0), ("single", 4))
+    }
+    plots.decisions(tmp_path / "one.png", Decisions(steps, {"double.0-3": groups["double.0-3"]}))
+    plots.decisions(tmp_path / "two.png", Decisions(steps, groups))
+    with read_picture(tmp_path / "one.png") as one, read_picture(tmp_path / "two.png") as two:
+        assert one.width == two.width
+        assert one.height < two.height

@@ -1,0 +1,236 @@
+"""The cells of the comparison: which method prunes which teacher to which size, and how the pruned model is trained."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from typing import Any
+
+import ppcl
+from experiments.common import make_run
+from experiments.recipes.cells import claimed, commit, cost_of
+from experiments.recipes.table import Table
+from ppcl.artifacts.headers import fingerprint
+from ppcl.artifacts.scores import ComparedRow
+from ppcl.context import Run
+from ppcl.errors import UsageError
+from ppcl.options import identity
+
+TEACHERS = ("tiny_qwen_image", "tiny_flux", "tiny_dit", "tiny_qwen_image_edit")
+SIZES = (0.7, 0.5)
+BATCH_SIZE = 64  # samples of a training step
+
+# What tells rows apart. `samples` says what all entries have in common: the samples of their trainings, or the minutes.
+KEYS = ("entry", "teacher", "digest", "size", "seed", "equal", "prompts")
+COLUMNS = (
+    *KEYS,
+    *("blocks", "params_ratio", "memory_ratio", "latency_ratio", "velocity_error", "score", "drop_percent"),
+    *("local_steps", "tuning_steps", "choosing_seconds", "training_seconds"),
+    *("shared", "date", "commit", "made_from", "remark", "categories"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A way to prune, and to train what is left.
+
+    `choose`: overrides that choose the blocks.
+    `planned`: whether the planner reaches the size, from intervals that the method finds; otherwise the method does.
+    `recover`: overrides of the trainings.
+    `local`: the share of the steps in which students are trained; all others tune the whole model.
+    """
+
+    label: str
+    choose: tuple[str, ...]
+    planned: bool = False
+    recover: tuple[str, ...] = ()
+    local: float = 0.0
+
+
+UNTRAINED = {
+    "ppcl": Entry("PPCL, planned", ("method=ppcl",), planned=True),
+    "ppcl_lp_a": Entry("PPCL, LP-a, planned", ("method=ppcl_lp_a",), planned=True),
+    "cka_sensitivity": Entry("CKA sensitivity", ("method=cka_sensitivity", "method.num_remove=null")),
+    "cka_normalised": Entry(
+        "CKA sensitivity, normalised",
+        ("method=cka_sensitivity", "method.num_remove=null", "method.settings.normalise=true"),
+    ),
+    "tinyfusion": Entry("TinyFusion", ("method=tinyfusion",)),
+    "hierarchical_prune": Entry("HierarchicalPrune", ("method=hierarchical_prune",)),
+    "shortgpt": Entry("ShortGPT", ("method=shortgpt",)),
+    "flux_lite": Entry("FLUX.1 Lite", ("method=flux_lite",)),
+    "bk_sdm": Entry("BK-SDM", ("method=bk_sdm",)),
+    "amber": Entry("Amber-Image", ("method=amber",)),
+    "llm_streamline": Entry("LLM-Streamline", ("method=llm_streamline",)),
+    "replace_me": Entry("ReplaceMe", ("method=replace_me",)),
+    "uniform": Entry("evenly spaced", ("method=uniform",)),
+    "random": Entry("random", ("method=random",)),
+}
+_PPCL = {"choose": ("method=ppcl",), "planned": True, "local": 0.5}
+TRAINED = {
+    "ours": Entry("PPCL, our recipe", **_PPCL),  # type: ignore[arg-type]
+    "paper": Entry("PPCL, the paper's recipe", recover=("recipe=paper",), **_PPCL),  # type: ignore[arg-type]
+    "tinyfusion": Entry("TinyFusion", ("method=tinyfusion",), recover=("recovery=masked_kd",)),
+    "hierarchical_prune": Entry(
+        "HierarchicalPrune", ("method=hierarchical_prune",), recover=("recovery=hierarchical",)
+    ),
+    "amber": Entry(
+        "Amber-Image",
+        ("method=amber",),
+        recover=("distill.init=average", "distill.losses.relative=1", "distill.losses.relative_per_token=0"),
+        local=0.5,
+    ),
+    "flux_lite": Entry("FLUX.1 Lite", ("method=flux_lite",), recover=("recovery=output_kd",)),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    `size`: the share of the teacher's parameters that may be left.
+    `steps`: training steps of students and of the whole model; both 0 for a model that is not trained.
+    `equal`: what this cell has in common with those it is compared with, such as `500 steps`.
+    """
+
+    name: str
+    entry: Entry
+    teacher: str
+    size: float
+    seed: int | None = None
+    steps: tuple[int, int] = (0, 0)
+    equal: str = "untrained"
+
+    @property
+    def variant(self) -> str:
+        """The variant of the product that is scored."""
+        return "ppcl-finetuned" if any(self.steps) else "ppcl-planned" if self.entry.planned else "removed"
+
+    def overrides(self, prompts: int, stages: str) -> list[str]:
+        """Return the overrides of the product's command. `prompts`: per category. `stages`: those to run."""
+        local, tuning = self.steps
+        found = [f"model={self.teacher}", "data=shapes", f"stages=[{stages}]", "logger=none"]
+        found += ["trainer=cpu", "trainer.num_threads=1", "trainer.progress=false", "watch.heldout=0"]
+        found += ["watch.pictures=0", f"benchmark.prompts_per_category={prompts}", "distill=tiny", "finetune=tiny"]
+        found += [*self.entry.choose, f"generate.variants=[teacher,{self.variant}]"]
+        found.append(f"{'budget' if self.entry.planned else 'method'}.params={self.size}")
+        if not any(self.steps):
+            return [*found, "distill.mode=none"]
+        found += [*self.entry.recover, f"data.train_seed={self.seed}"]
+        found += [f"{part}.batch_size={BATCH_SIZE}" for part in ("distill", "finetune")]
+        return [*found, f"distill.steps={max(1, local)}", f"finetune.steps={tuning}"]
+
+    def run(self, prompts: int, stages: str = "detect") -> Run:
+        """Return the product's run. Its folder's name has the fingerprint of all settings, and those are its own."""
+        run = make_run(f"table1/{self.teacher}", *self.overrides(prompts, stages))
+        named = (self.name, self.size, self.equal.replace(" ", ""), self.seed, self.made_from(run))
+        return Run(run.config, run.folder / "-".join(str(part) for part in named if part is not None))
+
+    def made_from(self, run: Run) -> str:
+        """Return the fingerprint of everything that the row depends on, apart from the number of prompts."""
+        config = run.config
+        facts: dict[str, Any] = {"model": run.teacher.identity, "data": run.data.identity, "precision": run.precision}
+        facts |= {"sampling": asdict(config.model.sampling), "eval_seed": config.data.eval_seed}
+        facts |= {part: identity(getattr(config, part)) for part in ("probe", "method", "distill", "finetune")}
+        return fingerprint(facts | {"budget": asdict(config.budget)})
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """What all cells of one command share.
+
+    `prompts`: prompts per category that a model is scored on. `shared`: whether other work shares the machine.
+    """
+
+    table: Table
+    prompts: int
+    shared: bool
+
+    def row(self, cell: Cell) -> dict[str, str] | None:
+        """Return the row of a cell, which is measured now if the table does not have it.
+
+        None is returned while another process measures it.
+        """
+        run = cell.run(self.prompts)
+        made_from = cell.made_from(run)
+        made = (cell.name, cell.teacher, run.teacher.identity["weights"], cell.size, cell.seed, cell.equal)
+        keys = dict(zip(KEYS, (*made, self.prompts), strict=True))
+        found = self.table.find(**keys, made_from=made_from)
+        if found is not None:
+            return found
+        with claimed(run.folder) as free:
+            if not free:
+                return None
+            facts = {"date": date.today().isoformat(), "commit": commit(), "made_from": made_from}
+            facts["shared"] = "yes" if self.shared else "no"
+            try:
+                figures = self._figures(cell, run)
+            except UsageError as error:  # such as a size that the method cannot reach
+                figures = {"remark": str(error)}
+            return self.table.add({**keys, **figures, **facts})
+
+    def _figures(self, cell: Cell, run: Run) -> dict[str, Any]:
+        """Run the stages of a cell, and return what its row says."""
+        gc.collect()  # models of earlier cells
+        probed = "probe,detect" if cell.entry.planned else "detect"
+        local, tuning = cell.steps
+        trained = ["depth"] if local else []
+        trained += ["plan"] if cell.entry.planned else []
+        trained += ["finetune"] if tuning else []
+        start = time.monotonic()
+        self._stages(cell, run, probed)
+        chosen = time.monotonic() - start
+        self._stages(cell, run, ",".join([*trained, "generate", "evaluate"]))
+        scores = ppcl.load(run.folder).scores
+        teacher, row = scores["teacher"], scores[cell.variant]
+        compared = ComparedRow.beside(teacher, row)
+        assert compared.scores is not None
+        categories = compared.scores.to_json()
+        spent = [cost_of(run.folder, part, steps) for part, steps in (("depth", local), ("finetune", tuning)) if steps]
+        figures = {
+            "blocks": row.num_layers,
+            "params_ratio": compared.params_ratio,
+            "memory_ratio": row.peak_memory_mb / teacher.peak_memory_mb,
+            "latency_ratio": row.latency_ms / teacher.latency_ms,
+            "velocity_error": row.velocity_error,
+            "score": categories.pop("overall"),
+            "drop_percent": compared.drop_percent,
+            "local_steps": local,
+            "tuning_steps": tuning,
+            "choosing_seconds": chosen,
+            "training_seconds": sum(seconds or 0.0 for seconds, _ in spent),
+            "categories": " ".join(f"{name}={value:.3f}" for name, value in categories.items()),
+        }
+        shutil.rmtree(run.folder / "images", ignore_errors=True)  # hundreds of pictures that nothing needs any more
+        return figures
+
+    def _stages(self, cell: Cell, run: Run, stages: str) -> None:
+        name = str(run.folder.relative_to(run.config.paths.runs_dir))
+        ppcl.run([f"name={name}", *cell.overrides(self.prompts, stages)])
+
+
+def halves(entry: Entry, steps: int) -> tuple[int, int]:
+    """Return the steps that train students, and those that tune the whole model."""
+    local = round(steps * entry.local)
+    return local, steps - local
+
+
+def equal_time(entry: Entry, row: Mapping[str, str], seconds: float) -> tuple[int, int]:
+    """Return the steps that take `seconds` in all, by the speed of the trainings in `row`."""
+    steps = int(row["local_steps"]) + int(row["tuning_steps"])
+    return halves(entry, max(2, round(steps * seconds / float(row["training_seconds"]))))
+
+
+def trained(name: str, teacher: str, size: float, seed: int, steps: int) -> Cell:
+    """Return the cell of an entry that is trained for so many steps in all."""
+    entry = TRAINED[name]
+    return Cell(name, entry, teacher, size, seed, halves(entry, steps), f"{steps} steps")
+
+
+def within(cell: Cell, row: Mapping[str, str], seconds: float) -> Cell:
+    """Return the cell of the same entry that is trained for so many seconds."""
+    return replace(cell, steps=equal_time(cell.entry, row, seconds), equal=f"{seconds / 60:.3g} min")
