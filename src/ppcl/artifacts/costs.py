@@ -93,7 +93,9 @@ class Costs:
             "units": [asdict(unit) for unit in self.units],
             "overlaps": [asdict(overlap) for overlap in self.overlaps],
             "frontier": {cost: [asdict(point) for point in points] for cost, points in self.frontier.items()},
-            "errors": self.errors,
+            "errors": [
+                {"plugged": names.split(), "velocity_error": error} for names, error in self.errors.items() if names
+            ],
         }
         write_json(path, self.header.to_json() | body)
 
@@ -107,7 +109,7 @@ class Costs:
                 [Unit(**unit) for unit in content["units"]],
                 [Overlap(tuple(pair["names"]), pair["savings"]) for pair in content["overlaps"]],
                 {cost: [Point(**point) for point in points] for cost, points in content["frontier"].items()},
-                dict(content.get("errors", {})),  # older files have none
+                {set_name(each["plugged"]): each["velocity_error"] for each in content.get("errors", [])},
             )
         except (KeyError, TypeError):
             raise UsageError(

@@ -54,8 +54,8 @@ class Group:
 def groups_of(given: Any, layers: Mapping[str, int], free: Sequence[BlockKey]) -> list[Group]:
     """Return the groups that `method.settings.groups` gives, of all stacks in order of execution.
 
-    `layers`: the number of blocks by stack. `free`: the blocks that may be removed. Raises `UsageError` if they do
-    not fit the model.
+    `layers`: the number of blocks by stack. `free`: the blocks that may be removed. Raises `UsageError` for groups that
+    do not fit the model.
     """
     found = _patterns(given, layers)
     groups = [group for stack, pairs in found.items() for group in _in_order(stack, pairs, layers[stack], free)]
