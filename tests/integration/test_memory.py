@@ -18,7 +18,8 @@ from ppcl.context import Run
 from ppcl.distill.groups import divided
 from ppcl.errors import UsageError
 from ppcl.memory.checks import in_memory
-from ppcl.memory.plan import STAGES, Plan, fits
+from ppcl.memory.need import fits
+from ppcl.memory.plan import STAGES, Plan
 from ppcl.stages import depth
 
 # Near the last block: the teacher's weights behind the last one that is needed are not touched in a step.

@@ -20,7 +20,8 @@ from ppcl.command import prepare
 from ppcl.context import Run
 from ppcl.efficiency import LiveBytes
 from ppcl.families.qwen_image.tiny import build_pipeline
-from ppcl.memory.plan import STAGES, Need, Plan
+from ppcl.memory.need import Need
+from ppcl.memory.plan import STAGES, Plan
 
 CAPTION, TOKENS = "a photo of a red circle", 11
 SIZES = {"small": (64, 4), "large": (128, 8)}  # pixels of a side, samples of a batch

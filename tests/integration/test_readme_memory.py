@@ -14,7 +14,8 @@ from test_readme import commands
 from ppcl.command import prepare
 from ppcl.config import Config
 from ppcl.memory.checks import estimated
-from ppcl.memory.plan import STAGES, Need, Plan, fits
+from ppcl.memory.need import Need, fits
+from ppcl.memory.plan import STAGES, Plan
 
 MODELS = {"qwen_image": "Qwen/Qwen-Image", "flux_dev": "black-forest-labs/FLUX.1-dev"}
 SMALL, LARGE, HOST = 24, 80, 128  # GB of a card that the teacher may not fit on, of another one, and of host memory

@@ -16,8 +16,9 @@ from ppcl.context import Run
 from ppcl.disk import in_bytes
 from ppcl.errors import UsageError
 from ppcl.launch import rank, shard_ranks
+from ppcl.memory.need import RESERVED, SLACK, Need, capacity, fits
 from ppcl.memory.pictures import NO_ROOM, with_pictures
-from ppcl.memory.plan import DISK, FLOPS, RESERVED, SLACK, STAGES, Need, Plan, capacity, fits
+from ppcl.memory.plan import DISK, FLOPS, STAGES, Plan
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.pruning import budget_of
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ppcl.context import Run
 from ppcl.memory import dry
-from ppcl.memory.plan import Need, capacity, fits
+from ppcl.memory.need import Need, capacity, fits
 from ppcl.training.samples import draws_pictures
 
 NO_ROOM = "they do not fit on the device beside the training"

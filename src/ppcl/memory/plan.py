@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil
 
-import psutil
 import torch
 
 from ppcl.artifacts.model_files import component_files
@@ -25,6 +24,7 @@ from ppcl.distill.local import MOST_ABREAST
 from ppcl.distill.targets import STEPS_PER_FILE
 from ppcl.launch import launched, rank, shard_ranks
 from ppcl.memory import dry
+from ppcl.memory.need import Need, capacity, fits
 from ppcl.methods.registry import load_method
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.model import model_folder
@@ -32,30 +32,7 @@ from ppcl.validation.pruning import resolve_width
 
 FLOPS = 2e14  # a second, in bfloat16: half of what an H100 reaches at best
 DISK = 2.5e9  # bytes a second of an NVMe disk
-RESERVED = 1.2e9  # of the device, by CUDA, its libraries, and kernels for themselves
-SLACK = 1.05  # fragmentation of the allocator
 TUNED = ("ppcl-finetuned", "ppcl-quantized")  # variants with weights of their own
-
-
-@dataclass
-class Need:
-    """The needs of one stage: bytes on the device by what they hold, bytes that it writes to disk, and hours.
-
-    `host`: bytes in host memory, also by what they hold, where they are many. Weights that are mapped from their files
-    count too, although the system can do with fewer of them at a time. `note`: how the stage goes about it.
-    """
-
-    stage: str
-    device: dict[str, float]
-    disk: float = 0.0
-    hours: float | None = None
-    host: dict[str, float] = field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def total(self) -> float:
-        """Bytes on the device in all."""
-        return sum(self.device.values())
 
 
 @dataclass
@@ -444,17 +421,3 @@ STAGES: dict[str, Callable[[Plan], Need]] = {
     "generate": Plan.generate,
     "evaluate": Plan.evaluate,
 }
-
-
-def capacity(run: Run) -> float:
-    """Return the bytes of the run's device in all, or those that `trainer.memory_gb` says."""
-    if run.config.trainer.memory_gb is not None:
-        return 1e9 * run.config.trainer.memory_gb
-    if run.device.type == "cuda":
-        return torch.cuda.get_device_properties(run.device).total_memory
-    return psutil.virtual_memory().total
-
-
-def fits(needed: float, room: float) -> bool:
-    """Return whether `needed` bytes fit on a device of `room` bytes."""
-    return needed * SLACK + RESERVED <= room
