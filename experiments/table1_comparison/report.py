@@ -90,7 +90,7 @@ def _said(rows: Sequence[Row]) -> str:
 
 def trained_table(rows: Sequence[Row]) -> str:
     """Return a row for each entry: size, memory and latency relative to the teacher's, scores by category, and R."""
-    categories = list(_categories(rows[0]))
+    categories = list(next((_categories(row) for row in rows if row["categories"]), {}))
     header = ["method", "seeds", "parameters", "memory", "latency", "error", *categories, "score", "R. %", "seconds"]
     lines = []
     for name, entry in TRAINED.items():

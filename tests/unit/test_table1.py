@@ -1,0 +1,53 @@
+"""The comparison of ways to prune: its cells, and the tables that are made of its rows."""
+
+from __future__ import annotations
+
+from experiments.table1_comparison import report
+from experiments.table1_comparison.cells import COLUMNS, TRAINED, UNTRAINED, Cell, equal_time, halves, trained, within
+
+
+def row(**facts: object) -> dict[str, str]:
+    return dict.fromkeys(COLUMNS, "") | {key: str(value) for key, value in facts.items()}
+
+
+def test_students_get_their_share_of_the_steps() -> None:
+    assert halves(TRAINED["ours"], 500) == (250, 250)
+    assert halves(TRAINED["tinyfusion"], 500) == (0, 500)
+
+
+def test_equal_time_goes_by_the_measured_speed() -> None:
+    slow = row(local_steps=0, tuning_steps=500, training_seconds=1000.0)
+    assert equal_time(TRAINED["tinyfusion"], slow, 500.0) == (0, 250)
+    cell = within(trained("tinyfusion", "tiny_flux", 0.71, 10, 500), slow, 500.0)
+    assert (cell.steps, cell.equal) == ((0, 250), "8.33 min")
+
+
+def test_a_trained_cell_names_the_variant_that_it_scores() -> None:
+    assert trained("ours", "tiny_flux", 0.71, 10, 500).variant == "ppcl-finetuned"
+    assert Cell("ppcl", UNTRAINED["ppcl"], "tiny_flux", 0.71).variant == "ppcl-planned"
+    assert Cell("bk_sdm", UNTRAINED["bk_sdm"], "tiny_flux", 0.71).variant == "removed"
+
+
+def test_the_least_drop_of_a_teacher_is_bold() -> None:
+    facts = {"teacher": "tiny_dit", "size": 0.71, "equal": "untrained", "velocity_error": 0.1}
+    rows = [row(entry="bk_sdm", drop_percent=5.0, **facts), row(entry="random", drop_percent=50.0, **facts)]
+    table = report.untrained_tables(rows)
+    assert "**5.0**" in table
+    assert "**50.0**" not in table
+
+
+def test_a_table_like_the_papers_has_the_mean_over_seeds() -> None:
+    facts = {"entry": "ours", "teacher": "tiny_flux", "size": 0.71, "equal": "500 steps", "params_ratio": 0.7}
+    facts |= {"memory_ratio": 0.7, "latency_ratio": 0.7, "velocity_error": 0.01, "training_seconds": 60}
+    rows = [
+        row(**facts, seed=seed, score=score, drop_percent=100 * (1 - score), categories=f"colors={score:.3f}")
+        for seed, score in ((10, 0.8), (11, 0.9))
+    ]
+    table = report.trained_tables(rows)
+    assert "equal samples (500 steps)" in table
+    assert "| PPCL, our recipe | 2 | 0.70 | 0.70 | 0.70 | 0.0100 | 0.85 | 0.850 ± 0.071 | 15.0 ± 7.1 | 60 |" in table
+
+
+def test_what_could_not_be_measured_says_why() -> None:
+    facts = {"entry": "ours", "teacher": "tiny_flux", "size": 0.51, "equal": "500 steps", "seed": 10}
+    assert "out of reach" in report.trained_tables([row(**facts, remark="budget.params=0.51 is out of reach")])
