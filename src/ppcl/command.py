@@ -174,6 +174,9 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
     recipes = _keys_of_choices("recipe")
     of_recovery = {name for names in _keys_of_choices("recovery").values() for name in names}
     said = list(OF_COMMAND)
+    named = {override.split("=")[0] for override in overrides}
+    if "recovery" in named and "recipe" not in named:
+        raw = _with_recorded_recipe(raw, record, overrides)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, choice = override.key_or_group, override.value()
         if key in ("name", "paths.runs_dir"):
@@ -220,6 +223,23 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             take(rate)
     record.run = None
     return record
+
+
+def _with_recorded_recipe(raw: DictConfig, record: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return `raw` as it is with the recipe of `record`, which some values of a recovery depend on.
+
+    The recipe is recognised by its losses and its optimiser. Returns `raw` where the record has others.
+    """
+    from omegaconf import OmegaConf
+
+    def told(config: DictConfig) -> list[Any]:
+        return [OmegaConf.select(config, f"distill.{name}") for name in ("losses", "optimizer")]
+
+    for path in (conf_dir() / "recipe").glob("*.yaml"):
+        found, _ = compose([*overrides, f"recipe={path.stem}"])
+        if told(found) == told(record):
+            return found
+    return raw
 
 
 def _keys_of_choices(group: str) -> dict[str, list[str]]:

@@ -11,16 +11,19 @@ import torch
 
 from ppcl import parallel
 from ppcl.artifacts.files import read_json
+from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import plug_name, projector_name
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.export.hub import check_token
 from ppcl.export.quantized import require_bitsandbytes
 from ppcl.methods.registry import load_method
+from ppcl.options import identity
 from ppcl.stages import STAGES
 from ppcl.tracking.loggers import check_logger
 from ppcl.validation.model import has_vae, model_folder, needs_weights
 from ppcl.validation.pruning import budget_of
+from ppcl.variants.variants import another_run, finetuned_folder
 
 # Stages that build variants, and so need students and projectors.
 _ARRANGING = ("finetune", "export", "quantize", "generate", "evaluate", "report")
@@ -104,6 +107,16 @@ def _needs_transformer(run: Run) -> bool:
     return measured or any(stage.transformer != "nowhere" for stage in needing)
 
 
+def _check_tuned(run: Run) -> None:
+    """Raise `UsageError` if `finetuned/` was made with other settings, before earlier stages train for nothing."""
+    folder = finetuned_folder(run)
+    path = folder / "ppcl.json"
+    if path.exists():
+        made_from = read_json(path, "The record", "finetune").get("made_from", {})
+        now = Header("ppcl.finetuned", made_from | {"finetune": identity(run.config.finetune)})
+        is_current(path, now, another_run(run, folder))
+
+
 def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     """Check the inputs of one stage. `made`: the stages that run before it in this command."""
     config = run.config
@@ -120,6 +133,8 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
         if budgeted:
             _check_projectors(run, stage, made)
     elif stage in _ARRANGING:
+        if stage == "finetune" and made:
+            _check_tuned(run)
         names = _variants(run, stage)
         arranged = {_quantized_base(run) if name == "ppcl-quantized" else name for name in names}
         if arranged - {"teacher"}:

@@ -376,7 +376,7 @@ def test_changed_finetune_setting_is_refused(again: list[str], tmp_path: Path, c
     assert outcome.code == 2
     assert key in outcome.err
     assert "name=" in outcome.err
-    # choice.json and frontier.png are made anew by the plan, which comes before; both come out as they were.
+    assert "  plan  " not in outcome.out  # refused before the first stage
     assert digests(tmp_path / "budget") == before
 
 

@@ -155,6 +155,14 @@ def test_a_recorded_run_takes_another_recovery_and_back(qwen: list[str]) -> None
     assert (back.distill.mode, back.finetune.feature_loss, back.finetune.ema_decay) == ("parallel", "relative", 0.0)
 
 
+def test_another_recovery_has_the_rates_of_the_recorded_recipe(qwen: list[str]) -> None:
+    succeed(*qwen, "name=of_paper", "recipe=paper", "recovery=output_kd", "stages=[plan]")
+    continued = prepare([f"run={folder_of(qwen, 'of_paper')}", "recovery=flow_matching"]).config.finetune
+    fresh = prepare([*qwen, "recipe=paper", "recovery=flow_matching"]).config.finetune
+    assert (continued.lr, continued.muon_lr) == (fresh.lr, fresh.muon_lr) != (None, None)
+    assert continued.relative_update is None
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

@@ -90,7 +90,7 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     them lacks is `unset` there. Returns `nothing` where all are equal.
     """
     before, after = (json.loads(json.dumps(values, default=str)) for values in (old, new))
-    for key in sorted({*before, *after}):
+    for key in sorted({*before, *after}, key=lambda key: (key != "rule", key)):  # a rule brings its own settings
         was, now = before.get(key), after.get(key)
         if was != now:
             if isinstance(was, dict) and isinstance(now, dict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,8 +93,9 @@ class Frechet(Benchmark):
         metric = FrechetInceptionDistance(load_features(self.features)).to(device)
         for pictures, real in ((self._references(prompts), True), (images, False)):
             left = iter(pictures)
-            while batch := list(islice(left, _AT_ONCE)):
-                metric.update(to_batch(batch, device), real=real)
+            while batch := sorted(islice(left, _AT_ONCE), key=_size):
+                for _, alike in groupby(batch, _size):  # references may have any sizes
+                    metric.update(to_batch(list(alike), device), real=real)
         if metric.real_features_num_samples < 2:
             raise UsageError(f"{_KEY}.reference={self.reference} holds one picture alone: give thousands.")
         return Scores({}, float(metric.compute()))
@@ -111,6 +112,10 @@ class Frechet(Benchmark):
                     yield open_picture(file)
                 except UnusablePictureError as error:
                     raise UsageError(f"{_KEY}.reference={file} cannot be used, as its picture {error}.") from None
+
+
+def _size(picture: Image.Image) -> tuple[int, int]:
+    return picture.size
 
 
 def _toy_prompt(family: Family, seed: int, number: int, count: int) -> Prompt:

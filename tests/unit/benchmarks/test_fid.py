@@ -87,6 +87,14 @@ def test_worse_pictures_are_further_away() -> None:
     assert overall[3] > 10 * overall[0]
 
 
+def test_reference_pictures_may_have_different_sizes(tmp_path: Path) -> None:
+    for number, picture in enumerate(pictures(300, 40)):
+        picture.resize((32 + number % 3, 32)).save(tmp_path / f"{number}.png")
+    scores = load_benchmark("fid", {"reference": str(tmp_path)}).score([], pictures(0, 40))
+    assert scores is not None
+    assert scores.overall >= 0
+
+
 def test_the_distance_is_that_of_the_features_in_float64(tmp_path: Path) -> None:
     """With a folder as reference, and the same in an .npz."""
     given, others = pictures(0), pictures(300, 120)
