@@ -59,7 +59,9 @@ def test_the_table_has_what_differs_and_what_came_out(sweep: tuple[Path, Outcome
         else:
             assert float(row["of the teacher %"]) <= 100 * float(row["budget.params"])
             assert row["variant"] == "ppcl-planned"
-    assert all(bool(row["velocity error"]) == (row["budget.cost"] == "velocity" and not row["failed"]) for row in rows)
+    # A choice by distillation losses has an error where that set of plugs was measured for another reason.
+    assert all(row["velocity error"] for row in rows if row["budget.cost"] == "velocity" and not row["failed"])
+    assert not any(row["velocity error"] for row in rows if row["failed"])
 
 
 def test_the_page_marks_what_failed_and_what_has_no_report(sweep: tuple[Path, Outcome]) -> None:
