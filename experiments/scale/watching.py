@@ -7,7 +7,7 @@ measured twice after the start, and pictures of four prompts are drawn at the st
 figures to `watching.json` beside this file. The share of pictures is what they add to a training with held-out losses.
 
 Trainings in turns differ by several percent on a machine that others use. `inside` is therefore measured within the
-watched trainings themselves: the time of the steps by that of the whole training, with all held-out losses and pictures.
+watched trainings themselves: the time of the steps by that of the whole training, with what is watched.
 With `--inside` only these are run.
 """
 
