@@ -3,7 +3,7 @@
     python -m experiments.scale.watching FOLDER --pairs 3
 
 Students of `tiny_qwen_image` are trained for 250 steps, with the default rhythms: held-out losses of all students are
-measured twice after the start, and pictures of four prompts are drawn at the start, half-way and at the end. Writes the
+measured twice after the start, and pictures of four prompts are drawn at the start and at the end. Writes the
 figures to `watching.json` beside this file. The share of pictures is what they add to a training with held-out losses.
 
 Trainings in turns differ by several percent on a machine that others use. `inside` is therefore measured within the
