@@ -215,7 +215,26 @@ class Sitting:
         `figures`: measures the row.
         `teacher`: the row to compare the score with; None is that of a teacher.
         """
-        with claimed(folder, wait=teacher is None) as free:
+
+        def compared() -> dict[str, Any]:
+            row = figures()
+            if teacher is not None and row.get("score") is not None:
+                row["drop_percent"] = 100 * (1 - row["score"] / float(teacher["score"]))
+            return row
+
+        return self.claim(table, keys, made_from, folder, compared, wait=teacher is None)
+
+    def claim(
+        self,
+        table: Table,
+        keys: Mapping[str, Any],
+        made_from: str,
+        folder: Path,
+        figures: Callable[[], dict[str, Any]],
+        wait: bool = False,
+    ) -> dict[str, str] | None:
+        """Do as `add`, for figures that are complete. `wait`: until another process has left `folder`."""
+        with claimed(folder, wait=wait) as free:
             if not free:
                 return None
             found = table.find(**keys, made_from=made_from)  # it may have ended a moment ago
@@ -223,8 +242,6 @@ class Sitting:
                 return found
             start = time.monotonic()
             row = {**keys, **figures()}
-            if teacher is not None and row.get("score") is not None:
-                row["drop_percent"] = 100 * (1 - row["score"] / float(teacher["score"]))
             row |= {"minutes": (time.monotonic() - start) / 60, "shared": "yes" if self.shared else "no"}
             return table.add(row | {"date": date.today().isoformat(), "commit": commit(), "made_from": made_from})
 

@@ -7,14 +7,12 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import ppcl
 from experiments.common import make_run
-from experiments.recipes.cells import claimed, commit, cost_of
-from experiments.recipes.table import Table
+from experiments.recipes.cells import Sitting, cost_of
 from ppcl.artifacts.headers import fingerprint
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
@@ -31,7 +29,7 @@ COLUMNS = (
     *KEYS,
     *("blocks", "params_ratio", "memory_ratio", "latency_ratio", "velocity_error", "score", "drop_percent"),
     *("local_steps", "tuning_steps", "choosing_seconds", "training_seconds"),
-    *("shared", "date", "commit", "made_from", "remark", "categories"),
+    *("minutes", "shared", "date", "commit", "made_from", "remark", "categories"),
 )
 
 
@@ -140,78 +138,67 @@ class Cell:
         return fingerprint(facts | {"budget": asdict(config.budget)})
 
 
-@dataclass(frozen=True)
-class Sitting:
-    """What all cells of one command share.
+def measured_row(sitting: Sitting, cell: Cell) -> dict[str, str] | None:
+    """Return the row of a cell, which is measured now if the table does not have it.
 
-    `prompts`: prompts per category that a model is scored on. `shared`: whether other work shares the machine.
+    None is returned while another process measures it.
     """
+    run = cell.run(sitting.prompts)
+    made_from = cell.made_from(run)
+    made = (cell.name, cell.teacher, run.teacher.identity["weights"], cell.size, cell.seed, cell.equal)
+    keys = dict(zip(KEYS, (*made, sitting.prompts), strict=True))
+    found = sitting.table.find(**keys, made_from=made_from)
+    if found is not None:
+        return found
 
-    table: Table
-    prompts: int
-    shared: bool
+    def figures() -> dict[str, Any]:
+        try:
+            return _figures(cell, run, sitting.prompts)
+        except UsageError as error:  # such as a size that the method cannot reach
+            return {"remark": str(error)}
 
-    def row(self, cell: Cell) -> dict[str, str] | None:
-        """Return the row of a cell, which is measured now if the table does not have it.
+    return sitting.claim(sitting.table, keys, made_from, run.folder, figures)
 
-        None is returned while another process measures it.
-        """
-        run = cell.run(self.prompts)
-        made_from = cell.made_from(run)
-        made = (cell.name, cell.teacher, run.teacher.identity["weights"], cell.size, cell.seed, cell.equal)
-        keys = dict(zip(KEYS, (*made, self.prompts), strict=True))
-        found = self.table.find(**keys, made_from=made_from)
-        if found is not None:
-            return found
-        with claimed(run.folder) as free:
-            if not free:
-                return None
-            facts = {"date": date.today().isoformat(), "commit": commit(), "made_from": made_from}
-            facts["shared"] = "yes" if self.shared else "no"
-            try:
-                figures = self._figures(cell, run)
-            except UsageError as error:  # such as a size that the method cannot reach
-                figures = {"remark": str(error)}
-            return self.table.add({**keys, **figures, **facts})
 
-    def _figures(self, cell: Cell, run: Run) -> dict[str, Any]:
-        """Run the stages of a cell, and return what its row says."""
-        gc.collect()  # models of earlier cells
-        probed = "probe,detect" if cell.entry.planned else "detect"
-        local, tuning = cell.steps
-        trained = ["depth"] if local else []
-        trained += ["plan"] if cell.entry.planned else []
-        trained += ["finetune"] if tuning else []
-        start = time.monotonic()
-        self._stages(cell, run, probed)
-        chosen = time.monotonic() - start
-        self._stages(cell, run, ",".join([*trained, "generate", "evaluate"]))
-        scores = ppcl.load(run.folder).scores
-        teacher, row = scores["teacher"], scores[cell.variant]
-        compared = ComparedRow.beside(teacher, row)
-        assert compared.scores is not None
-        categories = compared.scores.to_json()
-        spent = [cost_of(run.folder, part, steps) for part, steps in (("depth", local), ("finetune", tuning)) if steps]
-        figures = {
-            "blocks": row.num_layers,
-            "params_ratio": compared.params_ratio,
-            "memory_ratio": row.peak_memory_mb / teacher.peak_memory_mb,
-            "latency_ratio": row.latency_ms / teacher.latency_ms,
-            "velocity_error": row.velocity_error,
-            "score": categories.pop("overall"),
-            "drop_percent": compared.drop_percent,
-            "local_steps": local,
-            "tuning_steps": tuning,
-            "choosing_seconds": chosen,
-            "training_seconds": sum(seconds or 0.0 for seconds, _ in spent),
-            "categories": " ".join(f"{name}={value:.3f}" for name, value in categories.items()),
-        }
-        shutil.rmtree(run.folder / "images", ignore_errors=True)  # hundreds of pictures that nothing needs any more
-        return figures
+def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
+    """Run the stages of a cell, and return what its row says."""
+    gc.collect()  # models of earlier cells
+    probed = "probe,detect" if cell.entry.planned else "detect"
+    local, tuning = cell.steps
+    trained = ["depth"] if local else []
+    trained += ["plan"] if cell.entry.planned else []
+    trained += ["finetune"] if tuning else []
+    start = time.monotonic()
+    _stages(cell, run, prompts, probed)
+    chosen = time.monotonic() - start
+    _stages(cell, run, prompts, ",".join([*trained, "generate", "evaluate"]))
+    scores = ppcl.load(run.folder).scores
+    teacher, row = scores["teacher"], scores[cell.variant]
+    compared = ComparedRow.beside(teacher, row)
+    assert compared.scores is not None
+    categories = compared.scores.to_json()
+    spent = [cost_of(run.folder, part, steps) for part, steps in (("depth", local), ("finetune", tuning)) if steps]
+    figures = {
+        "blocks": row.num_layers,
+        "params_ratio": compared.params_ratio,
+        "memory_ratio": row.peak_memory_mb / teacher.peak_memory_mb,
+        "latency_ratio": row.latency_ms / teacher.latency_ms,
+        "velocity_error": row.velocity_error,
+        "score": categories.pop("overall"),
+        "drop_percent": compared.drop_percent,
+        "local_steps": local,
+        "tuning_steps": tuning,
+        "choosing_seconds": chosen,
+        "training_seconds": sum(seconds or 0.0 for seconds, _ in spent),
+        "categories": " ".join(f"{name}={value:.3f}" for name, value in categories.items()),
+    }
+    shutil.rmtree(run.folder / "images", ignore_errors=True)  # hundreds of pictures that nothing needs any more
+    return figures
 
-    def _stages(self, cell: Cell, run: Run, stages: str) -> None:
-        name = str(run.folder.relative_to(Path(run.config.paths.runs_dir).resolve()))
-        ppcl.run([f"name={name}", *cell.overrides(self.prompts, stages)])
+
+def _stages(cell: Cell, run: Run, prompts: int, stages: str) -> None:
+    name = str(run.folder.relative_to(Path(run.config.paths.runs_dir).resolve()))
+    ppcl.run([f"name={name}", *cell.overrides(prompts, stages)])
 
 
 def halves(entry: Entry, steps: int) -> tuple[int, int]:

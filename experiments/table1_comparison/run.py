@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from experiments.common import SEEDS
+from experiments.recipes.cells import Sitting
 from experiments.recipes.table import Table
 from experiments.table1_comparison import report
 from experiments.table1_comparison.cells import (
@@ -26,7 +27,7 @@ from experiments.table1_comparison.cells import (
     TRAINED,
     UNTRAINED,
     Cell,
-    Sitting,
+    measured_row,
     trained,
     within,
 )
@@ -75,7 +76,7 @@ def measure(sitting: Sitting, cells: Iterator[Cell], end: float) -> None:
         if time.monotonic() > end:
             print("time is up: give the command again to go on", flush=True)
             return
-        say(sitting.row(cell))
+        say(measured_row(sitting, cell))
 
 
 def say(row: Mapping[str, str] | None) -> None:

@@ -1,4 +1,4 @@
-"""What a stage needs, what the device has, and whether the one fits into the other."""
+"""Holds what a stage needs, measures what the device has, and tells whether the one fits into the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What methods that remove single blocks share: the size to reach, the restrictions, and the making of intervals."""
+"""Base classes of methods that remove single blocks: the size to reach, the restrictions, the making of intervals."""
 
 from __future__ import annotations
 

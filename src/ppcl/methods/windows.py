@@ -1,4 +1,4 @@
-"""What methods share that choose runs of adjacent blocks by how alike the model's states before and after them are."""
+"""Base class of methods that choose a run of adjacent blocks, by how alike the states before and after it are."""
 
 from __future__ import annotations
 

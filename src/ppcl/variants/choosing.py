@@ -28,9 +28,7 @@ class _Errors:
 
     def __call__(self, names: set[str]) -> float:
         key = set_name(names)
-        if key not in self.known:
-            self.known[key] = self._meter.error(names)
-        return self.known[key]
+        return self.known[key] if key in self.known else self._meter.error(names)
 
     def restore(self) -> None:
         """Turn the pipeline back into the teacher's, if anything was measured."""

@@ -6,7 +6,7 @@ They are measured once, on one model, and stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -111,12 +111,13 @@ def _losses(plugs: Plugs, name: str) -> dict[str, float]:
 class ErrorMeter:
     """Measures the held-out velocity error of the model with different sets of plugs.
 
-    `errors`: what was measured before, as in `Costs`.
+    `errors`: what was measured before, as in `Costs`. What is measured is added to it.
     """
 
-    def __init__(self, run: Run, board: Plugboard, errors: Mapping[str, float] | None = None) -> None:
+    def __init__(self, run: Run, board: Plugboard, errors: dict[str, float] | None = None) -> None:
         self.run, self.board = run, board
-        self.errors = {"": 0.0, **(errors or {})}
+        self.errors = {} if errors is None else errors
+        self.errors[""] = 0.0  # of the teacher
         board()
         self.batches = heldout_batches(run)
         self.targets = velocities(board.transformer, self.batches)

@@ -21,16 +21,6 @@ def settings(**changes):
     return FinetuneConfig(**({"steps": 4, "lr": 1e-3, "warmup_steps": 1, "gradient_checkpointing": False} | changes))
 
 
-@pytest.fixture
-def teacher(make_transformer):
-    return make_transformer(3)
-
-
-@pytest.fixture
-def student(make_transformer):
-    return make_transformer(2, seed=1)
-
-
 @torch.no_grad()
 def run_plainly(model, batch):
     """The velocity, and the image stream after every block, as float64 arrays."""

@@ -21,16 +21,6 @@ def settings(**changes):
 
 
 @pytest.fixture
-def teacher(make_transformer):
-    return make_transformer(3)
-
-
-@pytest.fixture
-def student(make_transformer):
-    return make_transformer(2, seed=1)
-
-
-@pytest.fixture
 def batch(make_batch):
     return make_batch(0, LENGTHS)
 
