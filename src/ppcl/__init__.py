@@ -21,6 +21,8 @@ _PUBLIC = {
     "Results": "ppcl.api",
     "compare": "ppcl.report.compare",
     "UsageError": "ppcl.errors",
+    "trace": "ppcl.families.traced.trace",
+    "Trace": "ppcl.families.traced.trace",
     "plug": "ppcl.surgery.plugboard",
     "place_residuals": "ppcl.surgery.controlnet",
     "remap_lora": "ppcl.surgery.remap",

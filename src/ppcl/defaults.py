@@ -159,6 +159,10 @@ def _family_sampling(pipeline_class: str, toy: bool) -> dict[str, Any]:
     from ppcl.families.registry import family_of_pipeline
 
     family = family_of_pipeline(pipeline_class)
+    if family is None and pipeline_class:
+        from ppcl.families.traced.known import own_sampling  # loads torch
+
+        return own_sampling(pipeline_class)
     models = [_read_model(path.stem) for path in sorted((conf_dir() / "model").glob("*.yaml"))]
     same = [model for model in models if model.get("family") == family and ("builder" in model) == toy]
     return same[0].get("sampling", {}) if same and family is not None else {}

@@ -45,7 +45,10 @@ class SamplingConfig:
 class ModelConfig:
     """The teacher: the diffusion pipeline whose transformer is pruned.
 
-    `family`: the model family, a name in `ppcl.families`. `auto` reads it from `path/model_index.json`.
+    `family`: the model family, a name in `ppcl.families`. `auto` reads it from `path/model_index.json`; of a model of
+        none of them it is `traced`.
+    `trace`: true finds the blocks and streams of the model by running it, as for models of no known family, although it
+        is of one.
     `path`: a pipeline folder, `embedded:NAME` for a teacher that is shipped with ppcl, or a Hugging Face Hub id
         `owner/name`. None: there are no weights, and only stages that need none can run. A file `*.safetensors` holds
         the transformer alone, with ComfyUI's or the original names. So does a checkpoint `*.pt` of DiT's authors.
@@ -70,6 +73,7 @@ class ModelConfig:
 
     name: str = MISSING
     family: str = MISSING
+    trace: bool = False
     path: str | None = None
     base: str | None = None
     lora: str | None = None

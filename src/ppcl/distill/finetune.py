@@ -218,8 +218,8 @@ class FineTune(ManualOptimization):
             return batch.prediction(model(**batch.inputs)[0]), features
 
         def keep(call: BlockCall) -> None:
-            if "image" in call.outputs:  # some stacks have only a text stream
-                features[call.key] = call.outputs["image"]
+            if self.family.main_stream in call.outputs:  # some stacks have only a text stream
+                features[call.key] = call.outputs[self.family.main_stream]
 
         velocity = observe(self.family, model, batch.inputs, keep)
         return batch.prediction(velocity), features

@@ -101,8 +101,10 @@ class Family(ABC):
             (stack, index): block for stack in self.stacks for index, block in enumerate(stack_of(transformer, stack))
         }
 
-    # Taps. A stream is a tensor of tokens that runs from block to block, `image` or `text`. A stack may lack one of the
-    # two. The stacks that have a stream have the same tokens in it.
+    # Taps. A stream is a tensor of tokens that runs from block to block, `image` or `text`; a traced model's are named
+    # by the arguments that take them. A stack may lack some. The stacks that have a stream have the same tokens in it.
+
+    main_stream = "image"  # the stream that becomes the output
 
     @abstractmethod
     def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:

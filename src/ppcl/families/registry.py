@@ -27,7 +27,7 @@ FAMILIES: dict[str, FamilyFacts] = {
 
 
 def register(facts: FamilyFacts) -> None:
-    """Add a family that is defined outside of ppcl. It replaces a family of the same name."""
+    """Add a family that is defined outside of ppcl, or a traced model. It replaces a family of the same name."""
     FAMILIES[facts.name] = facts
 
 

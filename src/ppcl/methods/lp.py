@@ -120,7 +120,7 @@ def batches_at_once(teacher: Teacher, curves: SurrogateCurves, batch: TrainingBa
 
     def measure(call: BlockCall) -> None:
         streams.update(call.outputs)
-        if "image" in call.outputs:
+        if teacher.family.main_stream in call.outputs:
             raise StopForward
 
     observe(teacher.family, teacher.transformer, batch.inputs, measure)

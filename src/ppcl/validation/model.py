@@ -108,12 +108,10 @@ def check_model(config: Config) -> None:
     if folder is not None:
         index = _index_of(folder, model)
         pipeline_class = index["_class_name"]
-        arch = _read(folder, "transformer/config.json", model)
-        found = family_of_pipeline(pipeline_class)
+        arch = _read(folder, "transformer/config.json", model) if index.get("transformer", [None])[0] else {}
+        found = None if model.trace else family_of_pipeline(pipeline_class)
         if found is None:
-            raise UsageError(
-                f"model.path={model.path} holds a {pipeline_class}, of no known family ({', '.join(FAMILIES)})."
-            )
+            found = _introduce(config, folder, index, arch)
         if model.family not in ("auto", found):
             raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
         check_not_quantised(model, arch)
@@ -154,6 +152,22 @@ def check_model(config: Config) -> None:
             f"model.lora={model.lora}: pipelines of model.family={model.family} load no LoRAs; leave it out."
         )
     check_categories(config)
+
+
+def _introduce(config: Config, folder: Path, index: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
+    """Register the model in a folder as a traced one, and return the name of its family.
+
+    Before it is traced, its stacks are those that it seems to have by its config. Raises `UsageError` if it has none.
+    """
+    from ppcl.families.registry import register  # what follows loads torch
+    from ppcl.families.traced.family import NAME, facts_of
+    from ppcl.families.traced.known import guessed, read_trace, trace_path, transformer_of
+
+    kind = transformer_of(folder, index, arch)
+    check_not_quantised(config.model, arch)
+    trace = read_trace(trace_path(config.paths.cache_dir, kind.__name__, arch)) or guessed(kind, arch)
+    register(facts_of(trace))
+    return NAME
 
 
 def _check_parts(model: ModelConfig) -> None:

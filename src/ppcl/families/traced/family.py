@@ -1,0 +1,74 @@
+"""The family of a traced model: its streams are those that `trace` has found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ppcl.config import SamplingConfig
+from ppcl.families.base import Conditions, Family
+from ppcl.families.facts import FamilyFacts
+from ppcl.families.traced.leaves import at
+from ppcl.families.traced.streams import Stream, tokens_of
+from ppcl.families.traced.trace import Trace
+from ppcl.taps import Streams
+
+NAME = "traced"
+
+
+def facts_of(trace: Trace) -> FamilyFacts:
+    """Return the record of a traced model."""
+    return FamilyFacts(
+        NAME,
+        "ppcl.families.traced.family.Traced",
+        trace.model,
+        stacks={stack.path: stack.key for stack in trace.stacks},
+        pipeline_classes=(),
+        first_block=max(stack.first_block for stack in trace.stacks),
+        last_blocks=max(stack.last_blocks for stack in trace.stacks),
+    )
+
+
+class Traced(Family):
+    """A transformer of which nothing is known but its trace.
+
+    Its data are recorded calls of its own pipeline, so it never has to build the arguments of a forward.
+    """
+
+    def __init__(
+        self,
+        facts: FamilyFacts,
+        arch: Mapping[str, Any] | None = None,
+        sampling: SamplingConfig | None = None,
+    ) -> None:
+        super().__init__(facts, arch, sampling)
+        self._streams: dict[str, tuple[Stream, ...]] = {}
+
+    def adopt(self, trace: Trace) -> None:
+        """Take the streams of the model from its trace."""
+        self._streams = {stack.path: stack.streams for stack in trace.stacks}
+        every = [stream for stack in trace.stacks for stream in stack.streams]
+        self.main_stream = max(every, key=lambda stream: stream.tokens).name
+
+    def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
+        return {stream.name: tokens_of(at(kwargs, stream.argument)) for stream in self._streams[stack]}
+
+    def streams_out(self, stack: str, output: Any, inputs: Mapping[str, Any]) -> Streams:
+        found = {stream.name: at(output, stream.slot) for stream in self._streams[stack]}
+        return {name: tokens_of(value) for name, value in found.items() if value is not None}
+
+    def masks(self, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
+        found: dict[str, Tensor | None] = {}
+        for streams in self._streams.values():
+            for stream in streams:
+                mask = None if stream.mask is None else inputs.get(stream.mask)
+                if found.get(stream.name) is None:
+                    found[stream.name] = None if mask is None else mask.bool()
+        return found
+
+    def forward_inputs(
+        self, latents: Tensor, conditions: Conditions, sigmas: Tensor, size: tuple[int, int]
+    ) -> dict[str, Any]:
+        raise AssertionError("a traced model is called with recorded arguments")

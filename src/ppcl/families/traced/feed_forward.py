@@ -1,0 +1,69 @@
+"""Finds the feed-forward networks of a block, which a linear map could replace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.families.traced.calls import Call
+from ppcl.taps import stack_of
+
+LEAST_SHARE = 0.2  # of a block's parameters
+
+
+@torch.no_grad()
+def feed_forwards(transformer: nn.Module, call: Call) -> list[str]:
+    """Return the names of a block's feed-forward networks, outermost first found.
+
+    Each takes one tensor, returns one of the same shape, works on each token by itself, and holds a fifth of the
+    block's parameters or more.
+    """
+    block = stack_of(transformer, call.key[0])[call.key[1]]
+    whole = sum(parameter.numel() for parameter in block.parameters())
+    seen: dict[str, list[tuple[tuple, dict, object]]] = {}
+    handles = []
+    for name, module in block.named_modules():
+        if name and sum(parameter.numel() for parameter in module.parameters()) >= LEAST_SHARE * whole:
+
+            def note(module: nn.Module, args: tuple, kwargs: dict, output: object, name: str = name) -> None:
+                seen.setdefault(name, []).append((args, kwargs, output))
+
+            handles.append(module.register_forward_hook(note, with_kwargs=True))
+    try:
+        block(**call.arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: list[str] = []
+    for name, module in block.named_modules():
+        if name not in seen or any(name.startswith(f"{outer}.") for outer in found) or isinstance(module, nn.Linear):
+            continue
+        if all(_one_for_one(*call) and _by_token(module, *call[:2]) for call in seen[name]):
+            found.append(name)
+    return found
+
+
+def _one_for_one(args: tuple, kwargs: dict, output: object) -> bool:
+    """Return whether a call took one tensor and nothing else, and returned one of the same shape."""
+    given = [value for value in (*args, *kwargs.values()) if value is not None]
+    if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
+        return False
+    return output.shape == given[0].shape
+
+
+def _by_token(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Return whether a module's output for each token `[..., tokens, D]` depends on that token alone."""
+    given = next(value for value in (*args, *kwargs.values()) if value is not None)
+    if given.ndim < 2 or given.shape[-2] < 2:
+        return False
+    changed = given.clone()
+    changed[..., 0, :] = changed[..., 0, :] * 2 + 1
+
+    def call(value: Tensor) -> Tensor:
+        swapped = tuple(value if item is given else item for item in args)
+        result: Tensor = module(*swapped, **{key: value if item is given else item for key, item in kwargs.items()})
+        return result
+
+    before, after = call(given), call(changed)
+    rest = torch.allclose(before[..., 1:, :], after[..., 1:, :], rtol=1e-3, atol=1e-5)
+    return rest and not torch.equal(before[..., 0, :], after[..., 0, :])

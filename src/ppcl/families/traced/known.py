@@ -1,0 +1,102 @@
+"""What is known of a model before it is traced, and where its trace is kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ppcl.artifacts.files import again, read_json, write_json
+from ppcl.artifacts.headers import fingerprint
+from ppcl.errors import UsageError, root
+from ppcl.families.traced.structure import block_lists, without_weights
+from ppcl.families.traced.trace import LEAST_BLOCKS, LEAST_SHARE, Stack, Trace
+
+VERSION = 1  # of how models are traced
+
+
+def trace_path(cache_dir: str | Path, model: str, arch: Mapping[str, Any]) -> Path:
+    """Return the file that keeps the trace of a transformer of the class `model` with the config `arch`."""
+    import diffusers
+
+    own = {key: value for key, value in arch.items() if not key.startswith("_")}
+    made_from = {"model": model, "arch": own, "diffusers": diffusers.__version__, "version": VERSION}
+    return Path(cache_dir) / "traces" / f"{fingerprint(made_from)}.json"
+
+
+def read_trace(path: Path) -> Trace | None:
+    """Return the trace in a file, or None if there is none; raises `UsageError` if it is damaged."""
+    if not path.exists():
+        return None
+    content = read_json(path, "The trace", "cache")
+    try:
+        return Trace.from_json(content)
+    except (KeyError, TypeError):
+        raise UsageError(f"The trace {path} is damaged: {again('cache')}.") from None
+
+
+def write_trace(path: Path, trace: Trace) -> None:
+    """Write a trace, completely or not at all."""
+    write_json(path, trace.to_json())
+
+
+def transformer_of(folder: Path, index: Mapping[str, Any], arch: Mapping[str, Any]) -> Any:
+    """Return the diffusers class of the transformer of a pipeline folder.
+
+    Raises `UsageError` for a pipeline without one, and for a class that diffusers does not have.
+    """
+    import diffusers
+
+    entry = index.get("transformer")
+    name = arch.get("_class_name") or (entry[1] if isinstance(entry, list) and len(entry) == 2 else None)
+    if not name:
+        parts = ", ".join(key for key, value in index.items() if isinstance(value, list) and any(value))
+        raise UsageError(
+            f"model.path={folder} holds a {index['_class_name']} without a transformer ({parts}): only the blocks of "
+            "diffusion transformers can be pruned."
+        )
+    found = getattr(diffusers, str(name), None) or getattr(diffusers.models.transformers, str(name), None)
+    if found is None:
+        raise UsageError(
+            f"model.path={folder} holds a {name}, which diffusers {diffusers.__version__} does not have: install the "
+            "version that the pipeline was saved with."
+        )
+    return found
+
+
+def guessed(kind: Any, arch: Mapping[str, Any]) -> Trace:
+    """Return the stacks that a transformer seems to have by its config alone, without streams.
+
+    Raises `UsageError` if it has none.
+    """
+    try:
+        model = without_weights(kind, {key: value for key, value in arch.items() if not key.startswith("_")})
+    except Exception as error:  # a value of any kind can stand in the file
+        raise UsageError(f"transformer/config.json is no config of a {kind.__name__} ({root(error)}).") from None
+    lists = [item for item in block_lists(model) if item.count >= LEAST_BLOCKS and item.share >= LEAST_SHARE]
+    found = [
+        Stack(item.path, item.key, item.count, item.params, item.share, (), item.first, item.last)
+        for item in lists
+        if item.key is not None
+    ]
+    if not found:
+        reason = lists[0].path + ": " + lists[0].reason if lists else "it has no list of blocks of some size"
+        raise UsageError(f"{kind.__name__} cannot be pruned: {reason}.")
+    return Trace(kind.__name__, sum(parameter.numel() for parameter in model.parameters()), tuple(found), {})
+
+
+def own_sampling(pipeline_class: str) -> dict[str, Any]:
+    """Return the default values of `model.sampling` that a diffusers pipeline draws with by itself."""
+    import diffusers
+
+    found = getattr(diffusers, pipeline_class, None)
+    if found is None:
+        return {}
+    known = {name: item.default for name, item in inspect.signature(found.__call__).parameters.items()}
+    defaults = {"height": None, "width": None, "true_cfg_scale": 1.0, "guidance_scale": 1.0}
+    for name in (*defaults, "num_inference_steps", "max_sequence_length"):
+        value = known.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            defaults[name] = value
+    return defaults

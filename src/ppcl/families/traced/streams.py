@@ -1,0 +1,106 @@
+"""Finds the streams of a stack: the tensors that each block returns and the next block is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppcl.families.traced.calls import Call
+from ppcl.families.traced.leaves import Path, tensors
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor that runs from block to block.
+
+    `name`: that of the argument that takes it, and if a stream of another stack has the same with other tokens, also
+    that of the stack. `argument`: its place in the arguments; longer than one if the argument is a list or a dict.
+    `slot`: its place in what a block returns; empty if a block returns that tensor alone. `tokens`: its number of
+    tokens in the traced forward. `mask`: the argument of the transformer's forward that marks its valid tokens,
+    boolean or 0 and 1, `[B, tokens]`; None if all are valid.
+    """
+
+    name: str
+    argument: Path
+    slot: Path
+    tokens: int = 0
+    mask: str | None = None
+
+
+def find_streams(calls: Sequence[Call]) -> list[Stream]:
+    """Return the streams of the calls of one stack's blocks, without masks.
+
+    They are found by identity: a tensor that block k returns is an argument of block k + 1, by the same places for all
+    k. What every block returns as it was given is no stream.
+    """
+    found: set[tuple[Path, Path]] | None = None
+    for here, following in pairwise(calls):
+        given = tensors(following.arguments)
+        pairs = {
+            (slot, place)
+            for slot, value in tensors(here.output).items()
+            for place, argument in given.items()
+            if value is argument and value.is_floating_point()
+        }
+        found = pairs if found is None else found & pairs
+    streams: list[Stream] = []
+    for slot, place in sorted(found or (), key=str):
+        if any(place == stream.argument or slot == stream.slot for stream in streams):
+            continue
+        if all(_passed_on(call, slot) for call in calls[:-1]):
+            continue
+        tokens = tokens_of(tensors(calls[0].arguments)[place]).shape[1]
+        streams.append(Stream("_".join(map(str, place)), place, slot, tokens))
+    return streams
+
+
+def _passed_on(call: Call, slot: Path) -> bool:
+    """Return whether a block returned a tensor that it was given, unchanged."""
+    value = tensors(call.output).get(slot)
+    return any(value is argument for argument in tensors(call.arguments).values())
+
+
+def tokens_of(stream: Tensor) -> Tensor:
+    """Return a stream as `[B, tokens, D]`.
+
+    A stream without a batch, `[tokens, D]`, is a batch of one. Of more dimensions all but the first and the last are
+    tokens.
+    """
+    if stream.ndim == 2:
+        return stream[None]
+    return stream.flatten(1, -2)
+
+
+def find_masks(streams: Sequence[Stream], call: Call, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Return for streams of a block the argument of the forward that marks their padding, by the streams' names.
+
+    A mask is boolean or of 0 and 1, shaped `[B, tokens]` like the stream. If it has the shape of several streams, it is
+    that of the longest name that is part of its own.
+    """
+    shapes = {}
+    for stream in streams:
+        shapes[stream.name] = tokens_of(tensors(call.arguments)[stream.argument]).shape[:2]
+    found: dict[str, str] = {}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.ndim != 2 or not _marks(value):
+            continue
+        fitting = [stream for stream, shape in shapes.items() if shape == value.shape and shape[1] > 1]
+        if len(fitting) > 1:
+            named = [stream for stream in fitting if stream in name]
+            # `encoder_attention_mask` goes with `encoder_hidden_states`.
+            named = named or [stream for stream in fitting if stream.partition("_")[0] == name.partition("_")[0]]
+            fitting = sorted(named, key=len)[-1:]
+        found |= {stream: name for stream in fitting if stream not in found}
+    return found
+
+
+def _marks(value: Tensor) -> bool:
+    """Return whether a tensor holds nothing but 0 and 1, or false and true."""
+    if value.dtype == torch.bool:
+        return True
+    return bool(((value == 0) | (value == 1)).all())

@@ -1,0 +1,127 @@
+"""Finds the stacks of blocks of a transformer: the block lists whose length one integer of its config sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+
+MOST_BLOCKS = 512  # integers above this are sizes
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A list of blocks, the config key that sets its length, and which of its blocks are alike.
+
+    `path`: where it is in the transformer. `key`: None if no integer of the config sets its length alone; then `reason`
+    says why. `count`: the number of blocks. `share`: of the transformer's parameters. `first`, `last`: how many blocks
+    at its beginning and its end are built differently from those in between.
+    """
+
+    path: str
+    key: str | None
+    count: int
+    params: int
+    share: float
+    first: int = 0
+    last: int = 0
+    reason: str = ""
+
+
+def block_lists(transformer: nn.Module) -> list[BlockList]:
+    """Return the outermost module lists of two or more blocks, each with the config key that counts it if there is one.
+
+    A key counts a list if the model that is built with that integer one larger has one more block in exactly that list,
+    and is otherwise the same. The models are built without weights.
+    """
+    config = plain_config(transformer)
+    lists = _outermost(transformer)
+    grown: dict[str, list[str]] = {path: [] for path in lists}
+    reasons: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_BLOCKS:
+            continue
+        try:
+            larger = without_weights(type(transformer), config | {key: value + 1})
+        except Exception:  # of any kind: other integers of a config must divide or equal each other
+            continue
+        longer = {path: len(found) - len(lists[path]) for path, found in _outermost(larger).items() if path in lists}
+        changed = [path for path, more in longer.items() if more]
+        if not changed:
+            continue
+        if len(changed) > 1:
+            for path in changed:
+                reasons[path] = f"{key} counts {' and '.join(changed)} at once"
+        elif longer[changed[0]] != 1:
+            reasons[changed[0]] = f"one more in {key} makes {longer[changed[0]]} more blocks"
+        elif other := _other_shape(transformer, larger, changed[0]):
+            reasons[changed[0]] = f"{key} also changes the shape of {other}"
+        else:
+            grown[changed[0]].append(key)
+    whole = sum(parameter.numel() for parameter in transformer.parameters())
+    return [
+        _described(path, found, grown[path], reasons.get(path, ""), whole)
+        for path, found in lists.items()
+        if len(found) > 1
+    ]
+
+
+def _described(path: str, blocks: nn.ModuleList, keys: list[str], reason: str, whole: int) -> BlockList:
+    params = sum(parameter.numel() for parameter in blocks.parameters())
+    first, last = alike(blocks)
+    if len(keys) > 1:
+        reason = f"{' and '.join(keys)} each count it"
+    elif not keys and not reason:
+        reason = "no integer of the config counts it"
+    key = keys[0] if len(keys) == 1 else None
+    return BlockList(path, key, len(blocks), params, params / max(1, whole), first, last, "" if key else reason)
+
+
+def alike(blocks: nn.ModuleList) -> tuple[int, int]:
+    """Return how many blocks before, and how many after, the longest run of blocks of one class and one shape."""
+    kinds = [_kind(block) for block in blocks]
+    best = start = 0, 0
+    for index, kind in enumerate(kinds):
+        start = (start[0], index + 1) if kind == kinds[start[0]] else (index, index + 1)
+        best = max(best, start, key=lambda run: run[1] - run[0])
+    return best[0], len(blocks) - best[1]
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """Return class and shapes of a block, and those of its modules."""
+    modules = tuple((name, type(module)) for name, module in block.named_modules())
+    return modules, tuple((name, tuple(value.shape)) for name, value in block.named_parameters())
+
+
+def plain_config(transformer: Any) -> dict[str, Any]:
+    """Return the arguments that a transformer was built with."""
+    return {key: value for key, value in transformer.config.items() if not key.startswith("_") and key != "ppcl"}
+
+
+def without_weights(kind: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Return a model with parameters that take no memory, and with real buffers."""
+    settings, _, _ = kind.extract_init_dict(dict(config))  # `from_config` would make some classes another one
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = kind(**settings)
+    return model.eval()
+
+
+def _outermost(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the module lists that are in no other module list, by path."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
+
+
+def _other_shape(model: nn.Module, larger: nn.Module, path: str) -> str | None:
+    """Return a parameter outside of the list at `path` that one of the two models lacks or has in another shape."""
+    own, other = (
+        {name: tuple(value.shape) for name, value in each.named_parameters() if not name.startswith(f"{path}.")}
+        for each in (model, larger)
+    )
+    return next((name for name in {**own, **other} if own.get(name) != other.get(name)), None)

@@ -1,0 +1,243 @@
+"""`ppcl.trace` finds stacks, streams and masks by running a model, and says why it cannot where it cannot."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+import ppcl
+
+FLUX = {
+    "in_channels": 4,
+    "num_layers": 5,
+    "num_single_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "axes_dims_rope": (4, 4, 8),
+}
+
+
+def flux() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(2, 9, 4),
+        "encoder_hidden_states": torch.randn(2, 7, 24),
+        "pooled_projections": torch.randn(2, 20),
+        "timestep": torch.rand(2),
+        "img_ids": torch.zeros(9, 3),
+        "txt_ids": torch.zeros(7, 3),
+        "return_dict": False,
+    }
+    return FluxTransformer2DModel(**FLUX).eval(), inputs
+
+
+def test_stacks_streams_and_feed_forwards_of_flux_are_found() -> None:
+    found = ppcl.trace(*flux())
+    assert {stack.path: (stack.key, stack.blocks) for stack in found.stacks} == {
+        "transformer_blocks": ("num_layers", 5),
+        "single_transformer_blocks": ("num_single_layers", 4),
+    }
+    for stack in found.stacks:
+        assert [(s.argument, s.slot, s.tokens) for s in stack.streams] == [
+            (("encoder_hidden_states",), (0,), 7),
+            (("hidden_states",), (1,), 9),
+        ]
+    assert found.stacks[0].feed_forwards == ("ff", "ff_context")
+    assert found.stacks[0].share + found.stacks[1].share > 0.9
+
+
+def test_a_trace_goes_through_json_and_prints_its_stacks() -> None:
+    found = ppcl.trace(*flux())
+    assert ppcl.Trace.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert "single_transformer_blocks: 4 blocks (num_single_layers)" in str(found)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, inputs = flux()
+    model.train()
+    before, config = {name: value.clone() for name, value in model.state_dict().items()}, dict(model.config)
+    ppcl.trace(model, inputs)
+    assert model.training
+    assert dict(model.config) == config
+    assert len(model.transformer_blocks) == 5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("forward" in vars(block) for block in model.transformer_blocks)
+    assert all(not value.requires_grad or value.grad is None for value in model.parameters())
+
+
+def test_padding_is_found_by_its_mask() -> None:
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=5,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 5:] = False
+    inputs = {
+        "hidden_states": torch.randn(2, 12, 16),
+        "encoder_hidden_states": torch.randn(2, 7, 24),
+        "encoder_hidden_states_mask": mask,
+        "timestep": torch.rand(2),
+        "img_shapes": [[(1, 3, 4)]] * 2,
+        "return_dict": False,
+    }
+    (stack,) = ppcl.trace(model, inputs).stacks
+    assert {stream.name: stream.mask for stream in stack.streams} == {
+        "encoder_hidden_states": "encoder_hidden_states_mask",
+        "hidden_states": None,
+    }
+
+
+def test_the_last_block_of_another_kind_is_not_pruned() -> None:
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=24,
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "pooled_projections": torch.randn(2, 24),
+        "timestep": torch.rand(2) * 1000,
+        "return_dict": False,
+    }
+    (stack,) = ppcl.trace(model, inputs).stacks
+    assert (stack.first_block, stack.last_blocks) == (0, 1)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.ff = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x + scale * self.ff(x)
+
+
+class Model(ModelMixin, ConfigMixin):
+    """A model of blocks in a chain. `trap` makes it one that cannot be pruned."""
+
+    @register_to_config
+    def __init__(self, depth: int = 6, dim: int = 16, trap: str = "") -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+        if trap == "kinds":
+            for block in self.blocks[::2]:
+                block.ff = nn.Linear(dim, dim)
+        if trap == "shape":
+            self.weights = nn.Parameter(torch.ones(depth))
+        if trap == "twice":
+            self.more = nn.ModuleList(Block(dim) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        trap, states, one = self.config.trap, [], torch.ones(())
+        for number, block in enumerate(self.blocks):
+            scale = one
+            if trap == "rows":
+                scale = torch.arange(float(len(self.blocks)))[number] / len(self.blocks)
+            if trap == "position":
+                scale = one * (1 + number % 2)
+            if trap == "skip" and number >= len(self.blocks) // 2 and states:
+                scale = states.pop()
+            if trap == "repeat":
+                x = block(x, scale)
+            if trap == "between":
+                x = x * 1.01
+            x = block(x, scale)
+            if trap == "in_place":
+                x += 1
+            if trap in ("skip", "sum"):
+                states.append(x)
+        if trap == "twice":
+            for block in self.more:
+                x = block(x, one)
+        if trap == "sum":
+            x = torch.stack(states).sum(0)
+        if trap == "count":
+            x = x / len(self.blocks)
+        if trap == "noise":
+            x = x + torch.randn_like(x)
+        return (x,)
+
+
+def model(trap: str) -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return Model(trap=trap).eval(), {"x": torch.randn(2, 5, 16)}
+
+
+def test_a_chain_of_blocks_is_traced() -> None:
+    (stack,) = ppcl.trace(*model("")).stacks
+    assert (stack.path, stack.key, stack.blocks) == ("blocks", "depth", 6)
+    assert [stream.name for stream in stack.streams] == ["x"]
+    assert stack.feed_forwards == ("ff",)
+
+
+@pytest.mark.parametrize(
+    ("trap", "reason"),
+    [
+        ("kinds", "unequal kinds"),
+        ("shape", "depth also changes the shape of weights"),
+        ("twice", "depth counts blocks and more at once"),
+        ("rows", "scale of blocks.2 changes when blocks.1 is taken out"),
+        ("position", "changes when blocks.1 is taken out"),
+        ("skip", "taken out"),
+        ("repeat", "called 2 times"),
+        ("between", "not what the next block is given"),
+        ("in_place", "changed in place"),
+        ("sum", "depends on their number"),
+        ("count", "depends on their number"),
+        ("noise", "differ"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_with_the_reason(trap: str, reason: str) -> None:
+    with pytest.raises(ppcl.UsageError, match=reason) as caught:
+        ppcl.trace(*model(trap))
+    assert str(caught.value).startswith("Model cannot be traced: ")
+
+
+def test_a_compiled_or_quantised_transformer_is_refused() -> None:
+    whole, inputs = flux()
+    with pytest.raises(ppcl.UsageError, match="compiled"):
+        ppcl.trace(torch.compile(whole), inputs)
+    whole.transformer_blocks[0].ff.net[2].weight = nn.Parameter(
+        torch.zeros(2, 2, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(ppcl.UsageError, match="quantised"):
+        ppcl.trace(whole, inputs)
+
+
+def test_a_unet_is_refused() -> None:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    inputs = {"sample": torch.randn(1, 4, 8, 8), "timestep": 1, "encoder_hidden_states": torch.randn(1, 3, 8)}
+    with pytest.raises(ppcl.UsageError, match="cannot be traced"):
+        ppcl.trace(unet, inputs)
