@@ -24,7 +24,10 @@ from ppcl.config.search import MINIMISED, SearchConfig
 from ppcl.config.training import DistillConfig, FinetuneConfig, PretrainConfig, TrainingConfig, WatchConfig
 
 # Groups that may contain keys not declared here. The code that reads such a group checks its keys.
-OPEN_GROUPS = ("benchmark.settings", "distill.losses", "method.settings", "model.sampling.scheduler")
+OPEN_GROUPS = (
+    *("benchmark.settings", "distill.losses", "method.settings"),
+    *("model.sampling.scheduler", "model.sampling.arguments"),
+)
 
 __all__ = [
     "MINIMISED",

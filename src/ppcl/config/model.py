@@ -24,6 +24,7 @@ class SamplingConfig:
         classifier-free guidance. Other models ignore it.
     `max_sequence_length`: the most prompt tokens that the text encoder passes on.
     `scheduler`: entries that replace those of the model's own scheduler config, such as `shift: 3.0`.
+    `arguments`: for a model of no known family, further arguments of its pipeline's call, such as `num_frames: 49`.
     """
 
     height: int | None = option(1328, least=8, most=16384)
@@ -34,6 +35,7 @@ class SamplingConfig:
     guidance_scale: float = option(3.5, least=0, most=1000)
     max_sequence_length: int = option(512, least=1, most=1024)
     scheduler: dict[str, Any] = option(factory=dict, before={})
+    arguments: dict[str, Any] = option(factory=dict, before={})
 
     @property
     def size(self) -> tuple[int, int]:

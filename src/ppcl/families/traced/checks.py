@@ -80,18 +80,18 @@ def check_independent(
     transformer: nn.Module,
     inputs: Mapping[str, Any],
     stack: BlockList,
-    streams: Mapping[str, Sequence[Stream]],
+    traced: Sequence[str],
     forward: Forward,
 ) -> None:
-    """Raise `UsageError` unless everything but the streams stays the same when a block is taken out.
+    """Raise `UsageError` unless all that is computed besides blocks stays the same when one of them is taken out.
 
     Blocks of all stacks return what they returned in `forward`, and the block before the one that is taken out returns
-    what that one did. So all that the transformer computes between blocks must stay as it was, and its output, too. It
-    does not where it slices rows by the number of blocks, adds up what blocks returned, or goes by a block's position.
+    what that one did. So all blocks must be given what they were given, and the output must be the same. They are not
+    where the transformer slices rows by the number of blocks, adds up what blocks returned, or goes by a block's
+    position.
 
-    `streams`: by path of the stack, for all that are traced.
+    `traced`: the paths of all stacks that are traced.
     """
-    traced = list(streams)
     for index in removable(stack):
         blocks = {(path, number): block for path in traced for number, block in enumerate(stack_of(transformer, path))}
         del blocks[stack.path, index]
@@ -106,10 +106,10 @@ def check_independent(
                 output = transformer(**inputs)
             except Exception as error:  # whatever a model raises that cannot do without the block
                 raise UsageError(f"it does not run without block {index} ({_short(error)})") from None
-        if [key for key, _ in given] != list(blocks):
+        if [key for key, _ in given] != [call.key for call in forward.calls if call.key in blocks]:
             raise UsageError(f"without block {index} its other blocks are called in another order")
         for key, arguments in given:
-            _check_arguments(transformer, forward.of(key), arguments, streams[key[0]], f"{stack.path}.{index}")
+            _check_arguments(transformer, forward.of(key), arguments, f"{stack.path}.{index}")
         if not same(output, forward.output):
             raise UsageError(
                 f"what it computes besides its blocks depends on their number: without block {index} the output "
@@ -117,17 +117,15 @@ def check_independent(
             )
 
 
-def _check_arguments(
-    transformer: nn.Module, call: Call, arguments: dict[str, Any], streams: Sequence[Stream], gone: str
-) -> None:
+def _check_arguments(transformer: nn.Module, call: Call, arguments: dict[str, Any], gone: str) -> None:
     """Raise `UsageError` if a block is given other arguments than in `call`, and does not return the same with them."""
-    held = {stream.argument for stream in streams}
-    for place in {*dict(leaves(call.arguments)), *dict(leaves(arguments))} - held:
+    for place in sorted({*dict(leaves(call.arguments)), *dict(leaves(arguments))}, key=str):
         there, here = (_or_none(each, place) for each in (call.arguments, arguments))
         if same(there, here):
             continue
         try:
-            output = stack_of(transformer, call.key[0])[call.key[1]](**arguments)
+            with torch.no_grad():
+                output = stack_of(transformer, call.key[0])[call.key[1]](**arguments)
         except Exception:  # of any kind, by arguments of another shape
             output = None
         if not same(output, call.output):
@@ -135,6 +133,37 @@ def _check_arguments(
                 f"{'.'.join(map(str, place))} of {call.key[0]}.{call.key[1]} changes when {gone} is taken out"
             )
         return  # it makes no difference to what the block returns
+
+
+def read_elsewhere(
+    transformer: nn.Module, inputs: Mapping[str, Any], stack: BlockList, traced: Sequence[str], forward: Forward
+) -> list[int]:
+    """Return the blocks of which the transformer uses weights outside of the blocks' own calls.
+
+    DiT's output head does so with those of its first block. Blocks return what they returned in `forward`, and the
+    weights of one stack, then of one block, are no numbers.
+    """
+    blocks = {(path, number): block for path in traced for number, block in enumerate(stack_of(transformer, path))}
+
+    def uses(spoilt: Sequence[nn.Module]) -> bool:
+        with replaced(blocks, lambda key, _: forward.of(key).output), _spoilt(spoilt), torch.no_grad():
+            return not same(transformer(**inputs), forward.output)
+
+    every = list(stack_of(transformer, stack.path))
+    return [index for index, block in enumerate(every) if uses([block])] if uses(every) else []
+
+
+@contextmanager
+def _spoilt(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Make all weights of `modules` no numbers, within the context."""
+    own = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
+    try:
+        for parameter, data in own:
+            parameter.data = torch.full((), torch.nan, dtype=data.dtype, device=data.device).expand(data.shape)
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
 
 
 def _or_none(value: Any, place: tuple) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from ppcl.families.traced.trace import Trace
 from ppcl.taps import Streams
 
 NAME = "traced"
+# Keys of `model.sampling` that a pipeline is given if its call takes them.
+_SAMPLING = ("height", "width", "num_inference_steps", "true_cfg_scale", "guidance_scale", "max_sequence_length")
 
 
 def facts_of(trace: Trace) -> FamilyFacts:
@@ -45,6 +48,7 @@ class Traced(Family):
     ) -> None:
         super().__init__(facts, arch, sampling)
         self._streams: dict[str, tuple[Stream, ...]] = {}
+        self._takes: frozenset[str] = frozenset()  # arguments of the pipeline's call
 
     def adopt(self, trace: Trace) -> None:
         """Take the streams of the model from its trace."""
@@ -72,3 +76,14 @@ class Traced(Family):
         self, latents: Tensor, conditions: Conditions, sigmas: Tensor, size: tuple[int, int]
     ) -> dict[str, Any]:
         raise AssertionError("a traced model is called with recorded arguments")
+
+    # Drawing, by the signature of the pipeline's call.
+
+    def complete(self, pipeline: Any) -> None:
+        self._takes = frozenset(inspect.signature(type(pipeline).__call__).parameters)
+
+    def sampling_arguments(self, sampling: SamplingConfig, batch_size: int) -> dict[str, Any]:
+        found = {name: getattr(sampling, name) for name in _SAMPLING if name in self._takes}
+        if "negative_prompt" in self._takes and sampling.negative_prompt:
+            found["negative_prompt"] = [sampling.negative_prompt] * batch_size
+        return {name: value for name, value in found.items() if value is not None} | sampling.arguments

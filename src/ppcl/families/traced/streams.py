@@ -32,31 +32,42 @@ class Stream:
     mask: str | None = None
 
 
-def find_streams(calls: Sequence[Call]) -> list[Stream]:
-    """Return the streams of the calls of one stack's blocks, without masks.
+def find_streams(calls: Sequence[Call]) -> tuple[list[Stream], int, int]:
+    """Return the streams of the calls of one stack's blocks, without masks, and the first and the last such block.
 
     They are found by identity: a tensor that block k returns is an argument of block k + 1, by the same places for all
-    k. What every block returns as it was given is no stream.
+    k. What every block returns as it was given is no stream. If something is computed between two blocks, the streams
+    are those of the longest run of blocks without that.
     """
-    found: set[tuple[Path, Path]] | None = None
-    for here, following in pairwise(calls):
-        given = tensors(following.arguments)
-        pairs = {
-            (slot, place)
-            for slot, value in tensors(here.output).items()
-            for place, argument in given.items()
-            if value is argument and value.is_floating_point()
-        }
-        found = pairs if found is None else found & pairs
+    handed = [_handed_on(here, following) for here, following in pairwise(calls)]
+    best: tuple[set[tuple[Path, Path]], int, int] = (set(), 0, 0)
+    for start in range(len(handed)):
+        found, stop = handed[start], start + 1
+        while stop < len(handed) and found & handed[stop]:
+            found, stop = found & handed[stop], stop + 1
+        if found and stop - start > best[2] - best[1]:
+            best = found, start, stop
+    pairs, first, last = best
     streams: list[Stream] = []
-    for slot, place in sorted(found or (), key=str):
+    for slot, place in sorted(pairs, key=str):
         if any(place == stream.argument or slot == stream.slot for stream in streams):
             continue
-        if all(_passed_on(call, slot) for call in calls[:-1]):
+        if all(_passed_on(call, slot) for call in calls[first:last]):
             continue
-        tokens = tokens_of(tensors(calls[0].arguments)[place]).shape[1]
+        tokens = tokens_of(tensors(calls[last].arguments)[place]).shape[1]
         streams.append(Stream("_".join(map(str, place)), place, slot, tokens))
-    return streams
+    return streams, first, last
+
+
+def _handed_on(here: Call, following: Call) -> set[tuple[Path, Path]]:
+    """Return which outputs of a block are arguments of the next, by their places."""
+    given = tensors(following.arguments)
+    return {
+        (slot, place)
+        for slot, value in tensors(here.output).items()
+        for place, argument in given.items()
+        if value is argument and value.is_floating_point() and value.ndim > 1
+    }
 
 
 def _passed_on(call: Call, slot: Path) -> bool:

@@ -81,13 +81,16 @@ def _described(path: str, blocks: nn.ModuleList, keys: list[str], reason: str, w
 
 
 def alike(blocks: nn.ModuleList) -> tuple[int, int]:
-    """Return how many blocks before, and how many after, the longest run of blocks of one class and one shape."""
+    """Return how many blocks are before, and how many after, the largest run of blocks of one class and one shape."""
     kinds = [_kind(block) for block in blocks]
-    best = start = 0, 0
-    for index, kind in enumerate(kinds):
-        start = (start[0], index + 1) if kind == kinds[start[0]] else (index, index + 1)
-        best = max(best, start, key=lambda run: run[1] - run[0])
-    return best[0], len(blocks) - best[1]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    runs, start = list[tuple[int, int]](), 0
+    for index in range(1, len(kinds) + 1):
+        if index == len(kinds) or kinds[index] != kinds[start]:
+            runs.append((start, index))
+            start = index
+    first, stop = max(runs, key=lambda run: (run[1] - run[0] > 2, sum(sizes[slice(*run)])))
+    return first, len(blocks) - stop
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:

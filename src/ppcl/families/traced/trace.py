@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,8 +26,8 @@ class Stack:
     `path`: where it is in the transformer. `key`: the config key that holds its number of blocks. `blocks`: that
     number. `params`: the parameters of all its blocks; `share`: what that is of the transformer's. `streams`: the
     tensors that run from block to block. `first_block`: the first that may be pruned. `last_blocks`: how many at the
-    end may not be, since they are built differently. `feed_forwards`: modules of a block that a linear map could
-    replace.
+    end may not be. Blocks outside of these are built differently, or are used elsewhere, too. `feed_forwards`: modules
+    of a block that a linear map could replace.
     """
 
     path: str
@@ -148,15 +148,16 @@ def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> T
     stacks: list[tuple[BlockList, tuple[Stream, ...]]] = []
     for item in ordered:
         try:
-            stacks.append((item, _named_apart(item.path, _streams(transformer, item, forward, inputs), stacks)))
+            its_own, streams = _chain(transformer, _pruned(transformer, item, paths, forward, inputs), forward, inputs)
+            stacks.append((its_own, _named_apart(item.path, streams, stacks)))
         except UsageError as error:
             raise UsageError(f"{name} cannot be traced: {item.path}: {error}.") from None
-    streams = {item.path: found for item, found in stacks}
+    traced = [item.path for item, _ in stacks]
     found: list[Stack] = []
     for item, its_streams in stacks:
         middle = forward.of((item.path, (item.first + item.count - item.last) // 2))
         try:
-            checks.check_independent(transformer, inputs, item, streams, forward)
+            checks.check_independent(transformer, inputs, item, traced, forward)
             checks.check_export(transformer, inputs, item)
             checks.check_learns(transformer, middle, its_streams)
         except UsageError as error:
@@ -181,21 +182,36 @@ def _place(forward: Forward, path: str) -> int:
     return next((number for number, call in enumerate(forward.calls) if call.key[0] == path), len(forward.calls))
 
 
-def _streams(
+def _pruned(
+    transformer: nn.Module, item: BlockList, paths: Sequence[str], forward: Forward, inputs: Mapping[str, Any]
+) -> BlockList:
+    """Return a list of blocks with those at its beginning and end left out that are also used elsewhere."""
+    checks.check_order(item, forward)
+    elsewhere = checks.read_elsewhere(transformer, inputs, item, paths, forward)
+    inner = [index for index in elsewhere if item.first <= index < item.count - item.last]
+    first = max((index + 1 for index in inner if index < item.count // 2), default=item.first)
+    stop = min((index for index in inner if index >= item.count // 2), default=item.count - item.last)
+    return replace(item, first=first, last=item.count - stop)
+
+
+def _chain(
     transformer: nn.Module, item: BlockList, forward: Forward, inputs: Mapping[str, Any]
-) -> tuple[Stream, ...]:
-    """Return the streams of a stack, with their masks; raises `UsageError` if it fails one of the first checks."""
-    calls = checks.check_order(item, forward)
-    alike = item.count - item.first - item.last
-    if alike < LEAST_BLOCKS:
-        raise UsageError(f"its blocks are of unequal kinds: at most {alike} in a row are alike")
-    streams = find_streams(calls)
-    if not streams:
+) -> tuple[BlockList, tuple[Stream, ...]]:
+    """Return a stack of blocks that are alike and in a chain, and its streams with their masks.
+
+    Raises `UsageError` if there are too few such blocks, or if one called alone returns something else.
+    """
+    calls = [call for call in forward.calls if call.key[0] == item.path][item.first : item.count - item.last]
+    if len(calls) < LEAST_BLOCKS:
+        raise UsageError(f"its blocks are of unequal kinds: at most {len(calls)} in a row are alike")
+    streams, first, last = find_streams(calls)
+    if not streams or last - first + 1 < LEAST_BLOCKS:
         raise UsageError("what a block returns is not what the next block is given")
-    middle = calls[(item.first + item.count - item.last) // 2]
+    item = replace(item, first=item.first + first, last=item.last + len(calls) - 1 - last)
+    middle = calls[(first + last + 1) // 2]
     checks.check_alone(transformer, middle)
     masks = find_masks(streams, middle, inputs)
-    return tuple(replace(stream, mask=masks.get(stream.name)) for stream in streams)
+    return item, tuple(replace(stream, mask=masks.get(stream.name)) for stream in streams)
 
 
 def _named_apart(
