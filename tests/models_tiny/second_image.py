@@ -232,7 +232,7 @@ CASES: dict[str, Case | str] = {
             "attention_head_dim": 16,
             "num_attention_heads": 3,
             "joint_attention_dim": 40,
-            "pooled_projection_dim": 40,
+            "pooled_projection_dim": 28,
             "axes_dims_rope": [4, 6, 6],
         },
         _longcat_image,
@@ -268,19 +268,19 @@ CASES: dict[str, Case | str] = {
         },
         _lumina_next,
     ),
-    # The default strategy keeps the first three blocks and the last dense: of 7 blocks, 3 have experts.
+    # The default strategy keeps the first three blocks and the last dense: of 8 blocks, 4 have experts.
     "NucleusMoEImageTransformer2DModel": Case(
         {
             "patch_size": 2,
             "in_channels": 20,
             "out_channels": 5,
-            "num_layers": 7,
+            "num_layers": 8,
             "attention_head_dim": 16,
             "num_attention_heads": 6,
             "num_key_value_heads": 3,
             "joint_attention_dim": 40,
             "axes_dims_rope": (4, 6, 6),
-            "num_experts": 8,
+            "num_experts": 10,
             "moe_intermediate_dim": 24,
             "capacity_factors": 4.0,
         },

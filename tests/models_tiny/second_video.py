@@ -70,7 +70,7 @@ def _ltx() -> dict[str, Any]:
 def _latte() -> dict[str, Any]:
     normal = normals()
     return {
-        "hidden_states": normal(2, 4, 3, 4, 8),
+        "hidden_states": normal(2, 5, 3, 4, 8),
         "encoder_hidden_states": normal(2, 7, 40),
         "timestep": torch.tensor([600, 600]),
         "enable_temporal_attentions": True,
@@ -129,7 +129,7 @@ def _motif() -> dict[str, Any]:
     """Latents, beside them the latents of no first frame and their mask."""
     normal = normals()
     return {
-        "hidden_states": torch.cat([normal(2, 6, 2, 4, 6), torch.zeros(2, 7, 2, 4, 6)], dim=1),
+        "hidden_states": torch.cat([normal(2, 8, 2, 4, 6), torch.zeros(2, 9, 2, 4, 6)], dim=1),
         "timestep": torch.tensor([600.0, 600.0]),
         "attention_kwargs": None,
         "return_dict": False,
@@ -219,11 +219,11 @@ def _wan_animate() -> dict[str, Any]:
     """
     normal = normals()
     return {
-        "hidden_states": normal(2, 16, 3, 4, 6),
+        "hidden_states": normal(2, 18, 3, 4, 6),
         "timestep": torch.tensor([600, 600]),
         "encoder_hidden_states": normal(2, 512, 40),
         "encoder_hidden_states_image": normal(2, 11, 20),
-        "pose_hidden_states": normal(2, 6, 2, 4, 6),
+        "pose_hidden_states": normal(2, 7, 2, 4, 6),
         "face_pixel_values": normal(2, 3, 5, 16, 16),
         "motion_encode_batch_size": None,
         "attention_kwargs": None,
@@ -294,11 +294,11 @@ CASES: dict[str, Case | str] = {
     # A block of each of the two stacks by turns; one key counts both.
     "LatteTransformer3DModel": Case(
         {
-            "num_attention_heads": 3,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 8,
-            "num_layers": 5,
+            "num_attention_heads": 6,
+            "attention_head_dim": 8,
+            "in_channels": 5,
+            "out_channels": 10,
+            "num_layers": 4,
             "cross_attention_dim": 48,
             "attention_bias": True,
             "sample_size": 32,
@@ -347,8 +347,8 @@ CASES: dict[str, Case | str] = {
     # The last 3 of the 7 single blocks are the decoder: a second chain, from the patches, given what the first found.
     "MotifVideoTransformer3DModel": Case(
         {
-            "in_channels": 13,
-            "out_channels": 6,
+            "in_channels": 17,
+            "out_channels": 8,
             "num_attention_heads": 6,
             "attention_head_dim": 16,
             "num_layers": 4,
@@ -389,26 +389,28 @@ CASES: dict[str, Case | str] = {
         _sana_wm,
     ),
     "SkyReelsV2Transformer3DModel": Case(_WAN, _wan),
+    # Blocks wider than the other cases': the class fixes the width of the person's picture to 1280.
     "WanAnimate2Transformer3DModel": Case(
         {
             "text_len": 9,
             "in_dim": 16,
-            "dim": 48,
-            "ffn_dim": 80,
+            "dim": 96,
+            "ffn_dim": 256,
             "freq_dim": 32,
             "text_dim": 40,
             "out_dim": 6,
-            "num_heads": 4,
+            "num_heads": 8,
             "num_layers": 5,
         },
         _wan_animate2,
     ),
-    # Of 6 blocks each third one, from the first on, is followed by a block of the face adapter.
+    # Blocks 0 and 3 are followed by a block of the face adapter; the class needs a multiple of 3 blocks.
     "WanAnimateTransformer3DModel": Case(
         _WAN
         | {
-            "in_channels": 16,
-            "latent_channels": 6,
+            "in_channels": 18,
+            "latent_channels": 7,
+            "out_channels": 7,
             "num_layers": 6,
             "image_dim": 20,
             "added_kv_proj_dim": 48,
@@ -416,7 +418,7 @@ CASES: dict[str, Case | str] = {
             "motion_encoder_size": 16,
             "motion_style_dim": 14,
             "motion_dim": 10,
-            "motion_encoder_dim": 18,
+            "motion_encoder_dim": 24,
             "face_encoder_hidden_dim": 22,
             "face_encoder_num_heads": 2,
             "inject_face_latents_blocks": 3,
@@ -425,8 +427,8 @@ CASES: dict[str, Case | str] = {
         _wan_animate,
     ),
     "WanTransformer3DModel": Case(_WAN, _wan),
-    # Blocks 0, 2 and 4 of the 6 get what the 3 side blocks have found.
+    # Blocks 0, 2 and 4 of the 7 get what the 3 side blocks have found.
     "WanVACETransformer3DModel": Case(
-        _WAN | {"num_layers": 6, "vace_layers": [0, 2, 4], "vace_in_channels": 2 * 6 + 64}, _wan_vace
+        _WAN | {"num_layers": 7, "vace_layers": [0, 2, 4], "vace_in_channels": 2 * 6 + 64}, _wan_vace
     ),
 }
