@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from tests.models_tiny import first_pictures_a_to_e, first_pictures_f_to_j, first_videos_a_to_c, first_videos_e_to_k
 from tests.models_tiny.case import Case
-from tests.models_tiny.first_pictures import PICTURES
-from tests.models_tiny.first_videos import VIDEOS
 
-CASES: dict[str, Case | str] = {**PICTURES, **VIDEOS}
+CASES: dict[str, Case | str] = {
+    **first_pictures_a_to_e.PICTURES,
+    **first_pictures_f_to_j.PICTURES,
+    **first_videos_a_to_c.VIDEOS,
+    **first_videos_e_to_k.VIDEOS,
+}

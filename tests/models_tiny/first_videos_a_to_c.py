@@ -1,4 +1,4 @@
-"""Tiny models of the first half of diffusers' transformer classes that make videos, and one that makes music."""
+"""Tiny models of diffusers' transformer classes that make videos or music, from AceStep to Cosmos."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ VIDEOS: dict[str, Case | str] = {
             "cross_attn_num_heads": 1,
             "LFE_id_dim": 44,
             "LFE_vit_dim": 24,
-            "LFE_depth": 4,
+            "LFE_depth": 10,
             "LFE_dim_head": 22,
             "LFE_num_heads": 1,
             "LFE_num_id_token": 5,

@@ -1,4 +1,4 @@
-"""Tiny models of the first half of diffusers' transformer classes that make pictures."""
+"""Tiny models of diffusers' transformer classes that make pictures, from AuraFlow to Ernie."""
 
 from __future__ import annotations
 
@@ -148,11 +148,11 @@ PICTURES: dict[str, Case | str] = {
             "patch_size": 2,
             "dim": 96,
             "n_layers": 7,
-            "n_refiner_layers": 3,
+            "n_refiner_layers": 5,
             "n_heads": 6,
             "cap_feat_dim": 20,
             "injection_layer_ids": (1, 5),
-            "perceiver_num_layers": 2,
+            "perceiver_num_layers": 4,
             "min_num_gist_tokens": 8,
             "max_num_gist_tokens": 16,
             "gist_step": 4,
