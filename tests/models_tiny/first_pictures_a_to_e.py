@@ -98,7 +98,6 @@ def _dit() -> dict[str, Any]:
         "hidden_states": noise(2, 4, 8, 8),
         "timestep": torch.tensor(700).expand(2),
         "class_labels": torch.tensor([3, 10]),  # the second is the class of the unconditional branch
-        "return_dict": False,
     }
 
 

@@ -114,7 +114,7 @@ def _consis_id() -> dict[str, Any]:
 def _cosmos() -> dict[str, Any]:
     noise = seeded()
     return {
-        "hidden_states": noise(2, 5, 3, 8, 12),
+        "hidden_states": noise(2, 6, 3, 8, 12),
         "timestep": both(0.7),
         "encoder_hidden_states": noise(2, 9, 20),
         "fps": 30,
@@ -132,6 +132,7 @@ def _cosmos3() -> dict[str, Any]:
     words = torch.arange(float(text)).expand(3, text)
     patches = torch.cartesian_prod(*(torch.arange(float(n)) for n in (frames, height, width))).T
     patches = patches + torch.tensor([[text + 100.0], [0], [0]])
+    parts = ("tokens", "token_shapes", "sequence_indexes", "mse_loss_indexes", "timesteps", "noisy_frame_indexes")
     return {
         "input_ids": torch.arange(20, 20 + text),
         "text_indexes": torch.arange(text),
@@ -145,6 +146,8 @@ def _cosmos3() -> dict[str, Any]:
         "vision_timesteps": torch.full((video,), 700.0),
         "vision_noisy_frame_indexes": [torch.arange(frames)],
         "return_dict": False,
+        **{f"{kind}_{part}": None for kind in ("sound", "action") for part in parts},
+        "action_domain_ids": None,
     }
 
 
@@ -305,8 +308,8 @@ VIDEOS: dict[str, Case | str] = {
     # Every published Cosmos has `concat_padding_mask`, but its resizing needs torchvision, which is not installed here.
     "CosmosTransformer3DModel": Case(
         {
-            "in_channels": 6,
-            "out_channels": 4,
+            "in_channels": 7,  # the latents and the mask of the frames that are given
+            "out_channels": 6,
             "num_attention_heads": 3,
             "attention_head_dim": 18,
             "num_layers": 5,

@@ -97,7 +97,7 @@ def _kandinsky5() -> dict[str, Any]:
         "text_rope_pos": torch.arange(9),
         "scale_factor": (1.0, 2.0, 2.0),
         "sparse_params": None,
-        "return_dict": True,  # as the pipeline calls it, alone among all
+        "return_dict": True,  # unlike the other pipelines
     }
 
 

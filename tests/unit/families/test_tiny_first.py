@@ -28,6 +28,7 @@ def test_it_gives_the_same_finite_output_twice(name: str) -> None:
     assert isinstance(case, Case)
     torch.manual_seed(0)
     model = getattr(diffusers, name).from_config(case.config).eval()
+    assert set(case.config) <= set(model.config), "the class has no such argument"
     assert sum(parameter.numel() for parameter in model.parameters()) < 10_000_000
 
     with torch.no_grad():
