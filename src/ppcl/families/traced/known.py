@@ -11,7 +11,7 @@ from ppcl.artifacts.files import again, read_json, write_json
 from ppcl.artifacts.headers import fingerprint
 from ppcl.errors import UsageError, root
 from ppcl.families.traced.structure import block_lists, without_weights
-from ppcl.families.traced.trace import LEAST_BLOCKS, LEAST_SHARE, Stack, Trace
+from ppcl.families.traced.trace import Stack, Trace, small_lists
 
 VERSION = 1  # of how models are traced
 
@@ -74,7 +74,9 @@ def guessed(kind: Any, arch: Mapping[str, Any]) -> Trace:
         model = without_weights(kind, {key: value for key, value in arch.items() if not key.startswith("_")})
     except Exception as error:  # a value of any kind can stand in the file
         raise UsageError(f"transformer/config.json is no config of a {kind.__name__} ({root(error)}).") from None
-    lists = [item for item in block_lists(model) if item.count >= LEAST_BLOCKS and item.share >= LEAST_SHARE]
+    lists = block_lists(model)
+    small = small_lists(lists)
+    lists = [item for item in lists if item.path not in small]
     found = [
         Stack(item.path, item.key, item.count, item.params, item.share, (), item.first, item.last)
         for item in lists

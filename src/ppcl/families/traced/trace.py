@@ -15,7 +15,7 @@ from ppcl.families.traced.feed_forward import feed_forwards
 from ppcl.families.traced.streams import Stream, find_masks, find_streams
 from ppcl.families.traced.structure import BlockList, block_lists
 
-LEAST_SHARE = 0.1  # of the transformer's parameters
+LEAST_SHARE = 0.1  # of the parameters of all blocks
 LEAST_BLOCKS = 3  # fewer hold no interval beside a block that stays
 
 
@@ -102,8 +102,8 @@ def trace(transformer: nn.Module, inputs: Mapping[str, Any], *, least_share: flo
     6. A block that is called alone back-propagates.
 
     `inputs`: keyword arguments of the forward, as the model's own pipeline passes them. Stacks that have less than
-    `least_share` of the parameters, or fewer than 3 blocks, are listed and left alone. So are lists that no integer
-    counts alone, unless the largest is one.
+    `least_share` of the parameters of all blocks, or fewer than 3 blocks, are listed and left alone. So are lists that
+    no integer counts alone, unless the largest is one.
 
     The transformer is left as it was. It runs about six times, and the outputs of all its blocks are held at once.
 
@@ -121,13 +121,10 @@ def trace(transformer: nn.Module, inputs: Mapping[str, Any], *, least_share: flo
 def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> Trace:
     name = type(transformer).__name__
     lists = block_lists(transformer)
-    left_alone = {item.path: reason for item in lists if (reason := _small(item, least_share))}
+    left_alone = small_lists(lists, least_share)
     large = [item for item in lists if item.path not in left_alone]
     if not large:
-        raise UsageError(
-            f"{name} cannot be traced: it has no list of {LEAST_BLOCKS} or more blocks with {100 * least_share:.0f}% "
-            "of its parameters."
-        )
+        raise UsageError(f"{name} cannot be traced: it has no list of {LEAST_BLOCKS} or more blocks.")
     largest = max(large, key=lambda item: (item.params, item.key is not None))
     if largest.key is None:
         raise UsageError(f"{name} cannot be traced: {largest.path}: {largest.reason}.")
@@ -168,13 +165,14 @@ def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> T
     return Trace(name, params, tuple(found), left_alone)
 
 
-def _small(item: BlockList, least_share: float) -> str:
-    """Return why a block list is left alone; empty if it is not."""
-    if item.count < LEAST_BLOCKS:
-        return f"it has {item.count} blocks"
-    if item.share < least_share:
-        return f"it has {100 * item.share:.1f}% of the parameters"
-    return ""
+def small_lists(lists: Sequence[BlockList], least_share: float = LEAST_SHARE) -> dict[str, str]:
+    """Return the block lists that are left alone, by path, each with the reason."""
+    whole = sum(item.params for item in lists if item.count >= LEAST_BLOCKS)
+    found = {item.path: f"it has {item.count} blocks" for item in lists if item.count < LEAST_BLOCKS}
+    for item in lists:
+        if item.path not in found and item.params < least_share * whole:
+            found[item.path] = f"it has {100 * item.params / whole:.1f}% of the parameters of all blocks"
+    return found
 
 
 def _place(forward: Forward, path: str) -> int:
