@@ -97,7 +97,7 @@ class StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Raised in a hook to end the transformer's forward early."""
 
 
-def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all arguments of a call by name, so that the call can be repeated with keywords.
 
     Values that the block takes as `*args` have no name and are left out. Blocks have `*args` only to ignore arguments
@@ -132,7 +132,7 @@ def hooked(
 
         def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             if args:  # many models pass arguments by position, and so does gradient checkpointing
-                kwargs = _by_name(signature, args, kwargs)
+                kwargs = by_name(signature, args, kwargs)
             inputs = inputs_now()
             before = family.streams_in(stack, kwargs, inputs)
             return on_block(BlockCall(stack, index, kwargs, before, family.streams_out(stack, output, inputs), output))
