@@ -19,6 +19,7 @@ from ppcl.artifacts.plan import Intervals, PruningPlan, Width
 from ppcl.artifacts.probes import Probes
 from ppcl.benchmarks.base import Benchmark, Prompt, load_benchmark
 from ppcl.config import Config
+from ppcl.data.recording.training import data_of
 from ppcl.data.training import TrainingData
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
@@ -111,7 +112,7 @@ class Run:
     @cached_property
     def data(self) -> TrainingData:
         """The training and held-out batches."""
-        return TrainingData(self.config, self.teacher)
+        return data_of(self.config, self.teacher)
 
     @property
     def precision(self) -> str:

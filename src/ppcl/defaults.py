@@ -86,21 +86,33 @@ def by_data(toy: Any, own: Any, *, _root_: Any) -> Any:
 
 
 def data_name(*, _root_: Any) -> str:
-    """Return the value of `data.name` for `data=auto`: `webdataset`, `folder`, `shapes` or `none`.
+    """Return the value of `data.name` for `data=auto`: `webdataset`, `folder`, `prompts`, `shapes` or `none`.
 
     `data.path` or `data.cache` decide. Without both it is `shapes` for a toy model and `none` for any other.
     """
     path, cache = _root_.data.path, _root_.data.cache
     if path is not None:
+        if str(path).endswith(".txt") or (str(path).endswith(".jsonl") and not _lists_pictures(Path(path))):
+            return "prompts"
         # A pattern such as DIR/{000..099}.tar does not exist as a path. For a folder, its files decide.
         tars = ".tar" in str(path) or (Path(path).is_dir() and any(Path(path).glob("*.tar")))
         return "webdataset" if tars else "folder"
     if cache is not None:
-        return "webdataset"
+        return "prompts" if (Path(cache) / "recording.json").is_file() else "webdataset"
     model = _root_.model
     if model.get("builder") or (model.path is not None and is_toy_folder(_pipeline(model))):
         return "shapes"
     return "none"
+
+
+def _lists_pictures(table: Path) -> bool:
+    """Return whether a .jsonl lists pictures with captions, by its first line; else it is one of prompts."""
+    try:
+        with table.open(encoding="utf-8") as lines:
+            first = parse_json(next(lines))
+    except (OSError, ValueError, StopIteration):
+        return table.name == "metadata.jsonl"
+    return isinstance(first, dict) and ("file_name" in first or ("image" in first and "prompt" not in first))
 
 
 def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ppcl.context import Run
+from ppcl.data.recording.table import read_rows
 from ppcl.data.sources import ClassFolder, find_units
 from ppcl.defaults import stored_weights
 from ppcl.paths import is_single_file
@@ -40,7 +41,9 @@ def describe_data(run: Run) -> str:
     if data.name == "shapes":
         return "the shapes world: 32x32 toy pictures with captions, endless"
     if data.cache is not None:
-        return f"pictures encoded in {data.cache}"
+        return f"{'calls recorded' if data.name == 'prompts' else 'pictures encoded'} in {data.cache}"
+    if data.name == "prompts":
+        return f"{data.path}: {counted(len(read_rows(Path(str(data.path)))), 'prompt')}"
     units = find_units(data)
     pictures = sum(unit.count() for unit in units) if data.name == "folder" else 0
     classes = {unit.folder for unit in units if isinstance(unit, ClassFolder)}

@@ -14,6 +14,7 @@ from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import plug_name, projector_name
 from ppcl.context import Run
+from ppcl.data.recording.record import check_prompts
 from ppcl.errors import UsageError
 from ppcl.export.hub import check_token
 from ppcl.export.quantized import require_bitsandbytes
@@ -61,7 +62,9 @@ def _check_machine(run: Run) -> None:
     if "export" in stages and run.config.export.push_to_hub is not None:
         check_token(run.config.export.push_to_hub)
     folder = model_folder(run.config.model)
-    needing = [stage for stage in run.config.stages if STAGES[stage].encoders == "device"]
+    recorded = ["cache"] if run.config.data.name == "prompts" else []  # up to the latents: no VAE decodes them
+    stages_ = [stage for stage in run.config.stages if stage not in recorded]
+    needing = [stage for stage in stages_ if STAGES[stage].encoders == "device"]
     if folder is not None and needing and not has_vae(folder):
         raise UsageError(
             f"'stages=[{needing[0]}]' draws or encodes pictures, and model.path={run.config.model.path} has no VAE: "
@@ -76,9 +79,7 @@ def check_teacher(run: Run) -> None:
     ones take minutes, so this is the last check. The other ranks take what rank 0 remembers.
     """
     config, teacher = run.config, run.teacher
-    encoded = config.data.name in ("webdataset", "folder") and any(
-        stage == "cache" or STAGES[stage].data for stage in config.stages
-    )
+    encoded = config.data.stored and any(stage == "cache" or STAGES[stage].data for stage in config.stages)
 
     def read() -> None:
         if _needs_transformer(run):
@@ -104,7 +105,8 @@ def _needs_transformer(run: Run) -> bool:
         return False
     needing = [STAGES[stage] for stage in config.stages if needs_weights(config, stage)]
     measured = "plan" in config.stages and budget_of(config) is not None
-    return measured or any(stage.transformer != "nowhere" for stage in needing)
+    recorded = "cache" in config.stages and config.data.name == "prompts"
+    return measured or recorded or any(stage.transformer != "nowhere" for stage in needing)
 
 
 def _check_tuned(run: Run) -> None:
@@ -121,6 +123,8 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     """Check the inputs of one stage. `made`: the stages that run before it in this command."""
     config = run.config
     budgeted = stage == "plan" and budget_of(config) is not None
+    if stage == "cache" and config.data.name == "prompts":
+        check_prompts(run)
     if stage == "detect" and "probe" not in made and load_method(config.method).needs_probes:
         # An earlier plan is reused, and then the probes are not needed.
         if not run.plan_path.exists() and not (run.probe_folder / "probes.json").exists():

@@ -70,10 +70,11 @@ class TeacherModel:
         fitted = stage == "quantize" and self.config.quantize.rounding == "least_squares"
         if stage == "plan":  # to count needs no weights, but with a budget plugs are measured
             transformer = "device"
-        cached = data.name in ("webdataset", "folder")
+        if stage == "cache" and data.name == "prompts":  # it draws
+            transformer = "device"
         if data.name == "shapes" and (needs.data or fitted or stage == "plan"):
             encoders = "device"
-        elif cached and stage == "evaluate":
+        elif data.stored and stage == "evaluate":
             encoders = "nowhere"  # it times a cached sample
         places: dict[str, torch.device | None] = {
             "nowhere": None,

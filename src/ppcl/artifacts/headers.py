@@ -21,6 +21,7 @@ ADVICE = "give this run another name=, or delete that file to make it anew"
 MAKERS = {
     "ppcl.teacher": "pretrain",
     "ppcl.cache": "cache",
+    "ppcl.recording": "cache",
     "ppcl.probes": "probe",
     "ppcl.plan": "detect",
     "ppcl.boundaries": "boundaries",

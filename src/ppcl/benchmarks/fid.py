@@ -73,7 +73,7 @@ class Frechet(Benchmark):
         if toy:
             return [_toy_prompt(family, config.data.eval_seed, number, count) for number in range(count)]
         texts = [str(number) for number in range(family.num_classes)]
-        if not texts and config.data.name in ("webdataset", "folder"):
+        if not texts and config.data.stored:
             texts = list(dict.fromkeys(held_out_captions(family, config)))
         if not texts:
             raise UsageError(

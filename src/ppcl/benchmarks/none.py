@@ -74,17 +74,20 @@ def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def held_out_captions(family: Family, config: Config) -> Iterator[str]:
-    """Yield the captions of the held-out samples of a cache, in a fixed order.
+    """Yield the captions of the held-out samples of a cache, or the held-out prompts, in a fixed order.
 
     Caches from before captions were stored have none.
     """
     import torch
 
     from ppcl.data.cached import held_out_keys, read_parts
-    from ppcl.data.training import TrainingData
+    from ppcl.data.recording.training import RecordedData, data_of
     from ppcl.teacher_model import TeacherModel
 
-    data = TrainingData(config, TeacherModel(config, family, torch.device("cpu")))
+    data = data_of(config, TeacherModel(config, family, torch.device("cpu")))
+    if isinstance(data, RecordedData):
+        yield from data.held_out_prompts()
+        return
     samples = [item for _, items in read_parts(data.cache_folder) for item in items]
     held_out = held_out_keys([item["key"] for item in samples], data.held_out)
     yield from (item["caption"] for item in samples if item["key"] in held_out and item.get("caption"))

@@ -29,7 +29,7 @@ from ppcl.artifacts.files import again, check_safetensors, read_json
 from ppcl.artifacts.tensors import TensorFile, read_tensors
 from ppcl.config import DataConfig
 from ppcl.data.batches import TrainingBatch
-from ppcl.data.streams import Stream
+from ppcl.data.streams import LatentStream
 from ppcl.errors import UsageError
 from ppcl.families.base import MASK, Conditions, Family, without_needless_mask
 
@@ -219,7 +219,7 @@ def _opened(part: Path) -> tuple[TensorFile, dict[int, list[str]]]:
     return file, names
 
 
-class CachedStream(Stream):
+class CachedStream(LatentStream):
     """Batches of cached samples. All samples of a batch have one size (a bucket), and each epoch is shuffled anew.
 
     `held_out`: whether to use the samples that are kept from training, or all others.

@@ -1,4 +1,4 @@
-"""Endless streams of seeded batches, addressed by step: the base class, and the stream of the shapes world.
+"""Endless streams of seeded batches, addressed by step: the base classes, and the stream of the shapes world.
 
 The shapes world, `ppcl.data.worlds`, draws pictures of shapes (or edits of them) for a tiny teacher.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from ppcl.config import DataConfig
 from ppcl.data.batches import TrainingBatch, own_rows
 from ppcl.data.worlds import shapes
+from ppcl.errors import UsageError
 from ppcl.families.base import Conditions, Family, without_needless_mask
 from ppcl.ops import flow_matching
 
@@ -24,7 +25,7 @@ _STREAM_STRIDE = 1_000_003
 
 
 class Stream(ABC):
-    """Returns training batches by step: latents and conditions of a source, with noise added.
+    """Returns training batches by step.
 
     `share` is (rank, number of ranks). Each rank reads its rows of every batch; random numbers are drawn for the whole
     batch on every rank, so that they do not depend on the number of ranks.
@@ -33,12 +34,65 @@ class Stream(ABC):
     """
 
     share = (0, 1)
-    scheduler: Mapping[str, Any] = {}  # the config of the model's own, for data.shift=null
     remark = ""
 
+    def __init__(self, family: Family, seed: int, batch_size: int) -> None:
+        self.family, self.seed, self.batch_size = family, seed, batch_size
+
+    @abstractmethod
+    def divided(self, step: int, parts: int) -> list[TrainingBatch]:
+        """Return this rank's rows of training batch number `step` as `parts` batches of equal size."""
+
+    @abstractmethod
+    def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
+        """Yield `num_samples` samples, each at every one of `num_timesteps` noise levels, captions included."""
+
+    @abstractmethod
+    def captions(self, step: int) -> list[str]:
+        """Return the captions of batch number `step` as text."""
+
+    @abstractmethod
+    def names(self, steps: Iterable[int]) -> set[str]:
+        """Return the names of the different samples in batches `steps`."""
+
+    def __call__(self, step: int) -> TrainingBatch:
+        """Return training batch number `step`, this rank's rows of it.
+
+        Raises `UsageError` if samples of different shapes make it several batches.
+        """
+        batches = self.divided(step, 1)
+        if len(batches) > 1:
+            raise UsageError(
+                f"a batch of {self.batch_size} recorded calls has several shapes, which this training cannot take "
+                "together: set its batch_size to 1."
+            )
+        return batches[0]
+
+    def _with_tokens(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
+        """Return the batches of a step with their `tokens`, of the streams that are padded in all of them."""
+        masks = [self.family.masks(batch.inputs) for batch in batches]
+        counts = [{stream: mask.sum().item() for stream, mask in each.items() if mask is not None} for each in masks]
+        padded = [stream for stream in counts[0] if all(stream in count for count in counts)]
+        mean = {stream: sum(count[stream] for count in counts) / len(counts) for stream in padded}
+        return [
+            replace(batch, tokens={stream: count[stream] / mean[stream] for stream in padded})
+            for batch, count in zip(batches, counts, strict=True)
+        ]
+
+
+class LatentStream(Stream):
+    """Adds noise to the clean latents of a source's samples. Some captions are dropped (`data.caption_dropout`).
+
+    So the model learns classifier-free guidance.
+
+    `scheduler`: the config of the model's own, for data.shift=null.
+    """
+
+    scheduler: Mapping[str, Any] = {}
+
     def __init__(self, family: Family, config: DataConfig, seed: int, batch_size: int) -> None:
-        self.family, self.config = family, config
-        self.seed, self.batch_size = seed, batch_size
+        super().__init__(family, seed, batch_size)
+        self.config = config
 
     @abstractmethod
     def samples(self, step: int, rows: range, dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, int], Conditions]:
@@ -47,10 +101,6 @@ class Stream(ABC):
         `dropped` says of each row whether its caption is replaced by the empty one.
         """
 
-    @abstractmethod
-    def captions(self, step: int) -> list[str]:
-        """Return the captions of batch number `step` as text."""
-
     def names(self, steps: Iterable[int]) -> set[str]:
         """Return the names of the different samples in batches `steps`. Here no sample is ever repeated."""
         return {f"{step}-{row}" for step in steps for row in range(self.batch_size)}
@@ -58,15 +108,7 @@ class Stream(ABC):
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * _STREAM_STRIDE + number)
 
-    def __call__(self, step: int) -> TrainingBatch:
-        """Return training batch number `step`, this rank's rows of it.
-
-        Some captions are dropped (`data.caption_dropout`), so that the model learns classifier-free guidance.
-        """
-        return self.divided(step, 1)[0]
-
     def divided(self, step: int, parts: int) -> list[TrainingBatch]:
-        """Return this rank's rows of training batch number `step` as `parts` batches of equal size."""
         generator = self._generator(step)
         dropped = torch.rand(self.batch_size, generator=generator) < self.config.caption_dropout
         rows = own_rows(self.batch_size, self.share)
@@ -90,16 +132,6 @@ class Stream(ABC):
         """Return the shift of the noise levels of pictures with these latents."""
         shift = self.config.shift
         return flow_matching.shift_of(self.scheduler, latents.shape[1]) if shift is None else shift
-
-    def _with_tokens(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
-        """Return the batches of a step with their `tokens`."""
-        masks = [self.family.masks(batch.inputs) for batch in batches]
-        counts = [{stream: mask.sum().item() for stream, mask in each.items() if mask is not None} for each in masks]
-        mean = {stream: sum(count[stream] for count in counts) / len(counts) for stream in counts[0]}
-        return [
-            replace(batch, tokens={stream: number / mean[stream] for stream, number in count.items()})
-            for batch, count in zip(batches, counts, strict=True)
-        ]
 
     def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
         """Yield `num_samples` samples, each at every one of `num_timesteps` noise levels, captions included.
@@ -150,7 +182,7 @@ def encode_world(
     return family.encode_prompts(pipeline, [*family.world.all_captions(sorted({*categories})), ""])
 
 
-class ShapesStream(Stream):
+class ShapesStream(LatentStream):
     """Stream of the shapes world. Captions are encoded in advance, pictures when their batch is asked for.
 
     `prompts`: gives the conditions of captions, if several streams share it; None makes it here.

@@ -25,7 +25,7 @@ from ppcl.data.cached import (
 )
 from ppcl.data.encoding import source_header
 from ppcl.data.sources import find_units
-from ppcl.data.streams import ShapesStream, Stream, encode_world
+from ppcl.data.streams import LatentStream, ShapesStream, Stream, encode_world
 from ppcl.errors import UsageError
 from ppcl.families.base import Conditions
 from ppcl.launch import rank
@@ -34,6 +34,8 @@ from ppcl.teacher_model import TeacherModel
 
 class TrainingData:
     """Batches for `teacher`, of rendered toy pictures or from a cache of encoded pictures."""
+
+    record = "cache.json"  # the file in a cache that identifies it
 
     def __init__(self, config: Config, teacher: TeacherModel) -> None:
         self.config, self.teacher = config, teacher
@@ -138,7 +140,7 @@ class TrainingData:
 
     def _whole_cache(self) -> Path:
         """Return the folder of the cache; raises `UsageError` if the cache is not complete."""
-        folder, record = self.cache_folder, self.cache_folder / "cache.json"
+        folder, record = self.cache_folder, self.cache_folder / self.record
         if (
             record.exists()
             and read_json(record, "The record", "cache").get("fingerprint") != self.cache_header.fingerprint
@@ -195,7 +197,7 @@ class TrainingData:
             stream.scheduler = self.teacher.scheduler_config
         return stream
 
-    def _stream(self, seed: int, batch_size: int) -> Stream:
+    def _stream(self, seed: int, batch_size: int) -> LatentStream:
         data, teacher = self.config.data, self.teacher
         if data.name == "shapes":
             return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size, self._captions)

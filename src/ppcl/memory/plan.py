@@ -122,6 +122,9 @@ class Plan:
 
     def cache(self) -> Need:
         config = self.run.config.data
+        if config.name == "prompts":
+            parts = self.teacher() | {"text encoders": self._encoders(), "forward": dry.forward_peak(self.run, 1)}
+            return Need("cache", parts)
         vae, encoding, _ = dry.vae_peaks(self.run, config.encode_batch_size)
         parts = {"VAE": vae, "text encoders": self._encoders(), "encoding": encoding}
         return Need("cache", parts, host={"samples of a file": config.samples_per_file * dry.sample_bytes(self.run, 1)})
@@ -321,7 +324,7 @@ class Plan:
         parts = self.teacher() | {"students": self._student_bytes(), "forward": dry.forward_peak(run, 1)}
         if variants is None or {*TUNED} & {*variants}:
             parts["tuned model"] = self._pruned(self.width)
-        if run.config.data.name not in ("webdataset", "folder"):  # the step that it times is not on disk
+        if not run.config.data.stored:  # the step that it times is not on disk
             parts["text encoders and VAE"] = self._encoders() + dry.vae_peaks(run, 1)[0]
         return Need("evaluate", parts)
 

@@ -15,6 +15,7 @@ from torch import nn
 from ppcl.benchmarks.base import Prompt
 from ppcl.context import Run
 from ppcl.data.cached import CachedStream
+from ppcl.data.recording.stream import RecordedStream
 from ppcl.errors import UsageError
 from ppcl.families.base import without_needless_mask
 from ppcl.pictures.loras import TeacherLora, put_on_loras
@@ -32,9 +33,9 @@ def denoising_step(run: Run) -> dict[str, Any]:
     They have the size of `model.sampling`, with cached data as a held-out sample of that aspect ratio has it.
     """
     height, width = run.config.model.sampling.size
-    if run.config.data.name in ("webdataset", "folder"):
+    if run.config.data.stored:
         stream = run.data.stream(run.config.data.calibration_seed, 1)
-        assert isinstance(stream, CachedStream)
+        assert isinstance(stream, CachedStream | RecordedStream)
         return run.data.to_device(stream.example(width / height).inputs)
     images = torch.zeros(1, 3, height, width)
     latents, size = run.family.encode_images(run.teacher.pipeline, images)

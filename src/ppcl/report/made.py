@@ -60,7 +60,7 @@ def data_of(run: Run) -> dict[str, Any]:
         return {"name": "none", "words": "no data"}
     samples, held_out = run.data.counted()
     path = data.path or data.cache
-    words = f"captioned pictures of {path}"
+    words = f"prompts of {path}" if data.name == "prompts" else f"captioned pictures of {path}"
     if samples is not None:
         words = f"{samples:,} {words}, {held_out:,} of them held out"
     return {"name": data.name, "path": path, "samples": samples, "held_out": held_out, "words": words}

@@ -48,7 +48,7 @@ class Stage:
 STAGES = {
     "pretrain": Stage("train an embedded toy teacher from random weights (rarely needed: ppcl ships them)", whole=True),
     "cache": Stage(
-        "encode pictures and captions once (data=webdataset, folder), so that training loads no encoder",
+        "encode pictures and captions once, or record calls of the pipeline (data=prompts), for all later stages",
         encoders="device",
         ranks="divide",
     ),

@@ -1,4 +1,7 @@
-"""Encode pictures and captions once and store the results, so that no later stage loads a text encoder or a VAE."""
+"""Encode pictures and captions once and store the results, so that no later stage loads a text encoder or a VAE.
+
+Of prompts alone, calls of the transformer are stored.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from ppcl.artifacts.tensors import write_tensors
 from ppcl.context import Run
 from ppcl.data.cached import EMPTY, is_whole, part_record, read_part, read_unit, unit_record
 from ppcl.data.encoding import Encoder, encode_samples
+from ppcl.data.recording.record import record_prompts
 from ppcl.data.sources import ClassFolder, Sample, Skipped, Unit, find_units
 from ppcl.disk import check_space
 from ppcl.errors import UsageError
@@ -29,11 +33,15 @@ TOLD = 3  # samples of each unit that are named if they are left out
 def run(run: Run) -> None:
     """Encode every unit of `data.path` (a shard, or up to 1,000 rows or pictures of a class) that is not cached yet.
 
+    With `data=prompts` the calls of the pipeline's transformer are recorded in their place.
     Several ranks divide the units among themselves. Samples that cannot be used are left out and counted. Raises
     `UsageError` if the disk has too little space, if no sample can be used, if the model does not have the class of a
     folder, or if another version of the libraries has encoded this data.
     """
     config = run.config.data
+    if config.name == "prompts":
+        record_prompts(run)
+        return
     units, folder = find_units(config), run.data.cache_folder
     header = run.data.cache_header
     number, count = rank()

@@ -63,7 +63,7 @@ def run(run: Run) -> None:
 
 
 def _batches(run: Run, stream: Stream, steps: Iterable[int]) -> list[TrainingBatch]:
-    return [run.data.to_device(stream(step)) for step in steps]
+    return [run.data.to_device(batch) for step in steps for batch in stream.divided(step, 1)]
 
 
 def _fit(run: Run, stream: Stream, header: Header) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor]]]:

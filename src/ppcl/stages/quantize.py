@@ -128,7 +128,8 @@ def quantize(run: Run, model: Any, chosen: list[str], config: Any, fit: Fit = ro
         blocks = tuple(f"{stack}." for stack in run.family.stacks)
         outside = [name for name in chosen if not name.startswith(blocks)]
         stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
-        batches = [run.data.to_device(stream(step)) for step in range(settings.num_batches)]
+        steps = range(settings.num_batches)
+        batches = [run.data.to_device(batch) for step in steps for batch in stream.divided(step, 1)]
         how = {"scheme": settings.scheme, "group_size": settings.group_size, "damping": settings.damping}
         show = partial(run.track, description="rounding")
         nearest = partial(_to_nearest, model, outside, config)

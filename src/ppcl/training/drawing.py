@@ -19,6 +19,7 @@ from ppcl.artifacts.samples import Samples, forget_samples, load_sample, sample_
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.cached import SIZES
+from ppcl.data.streams import LatentStream
 from ppcl.families.base import Conditions, Family, without_needless_mask
 from ppcl.memory.checks import room_for_pictures
 from ppcl.memory.pictures import NO_ROOM
@@ -137,6 +138,7 @@ class SamplePictures:
     def _subjects(self) -> list[Subject]:
         run, most = self.run, self.run.config.watch.prompts
         stream = run.data.stream(run.config.data.calibration_seed, 1)
+        assert isinstance(stream, LatentStream)  # of others `why_no_pictures` says so
         found: dict[str, Subject] = {}
         for number in range(len(stream.names(range(_LOOKED_AT * most)))):  # the data may have fewer
             (caption,) = stream.captions(number)

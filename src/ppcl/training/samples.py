@@ -46,6 +46,8 @@ def why_no_pictures(run: Run, stage: str) -> str:
         return "distill.from_boundaries=true trains without the teacher"
     if stage == "finetune" and config.finetune.recorded:
         return "finetune.recorded=true trains without the teacher"
+    if config.data.name == "prompts":
+        return "data=prompts has recorded calls, not prompts to draw from"
     if not family.decodes:
         return f"model.family={family.name} has no method decode_latents"
     if folder is not None and not (has_vae(folder) and (folder / "vae").is_dir()):

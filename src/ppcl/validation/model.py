@@ -381,7 +381,7 @@ def check_data(config: Config) -> None:
         if needing and not config.explain:
             raise UsageError(
                 f"'stages=[{needing[0]}]' needs pictures with captions: give data.path=FOLDER, with a metadata.csv, "
-                "class folders or .tar shards (data=shapes, 32x32 toy pictures, would teach "
+                "class folders or .tar shards, or data.path=prompts.txt (data=shapes, 32x32 toy pictures, would teach "
                 f"model={config.model.name} nothing)."
             )
         return
@@ -395,14 +395,18 @@ def check_data(config: Config) -> None:
     if "pretrain" in config.stages:
         raise UsageError(f"data={data.name} does not go with 'stages=[pretrain]', which draws the shapes world.")
     if (data.path is None) == (data.cache is None):
-        raise UsageError(f"data={data.name} needs data.path, pictures to encode, or data.cache, a folder of such.")
+        what = "prompts to record" if data.name == "prompts" else "pictures to encode"
+        raise UsageError(f"data={data.name} needs data.path, {what}, or data.cache, a folder of such.")
     if data.cache is not None:
         if "cache" in config.stages:
             raise UsageError(
                 f"data.cache={data.cache} exists, so there is nothing to cache: give data.path, or leave out cache."
             )
-        if not (Path(data.cache) / "cache.json").exists():
-            raise UsageError(f"data.cache={data.cache} holds no cache.json; name a folder that 'stages=[cache]' made.")
+        record = "recording.json" if data.name == "prompts" else "cache.json"
+        if not (Path(data.cache) / record).exists():
+            raise UsageError(f"data.cache={data.cache} holds no {record}; name a folder that 'stages=[cache]' made.")
+    if data.name == "prompts":
+        return
     edits = FAMILIES[config.model.family].max_references > 0
     if edits and data.cache is None and not data.given:
         raise UsageError(

@@ -36,10 +36,10 @@ def read_prompts(path: Path) -> list[OwnPrompt]:
     missing, holds no prompt, or is neither UTF-8 nor UTF-16 with a byte order mark.
     """
     if path.is_dir():
-        found = [OwnPrompt(_read(file).strip(), file.stem) for file in sorted(path.glob("*.txt"))]
+        found = [OwnPrompt(read_text(file).strip(), file.stem) for file in sorted(path.glob("*.txt"))]
         remedy = "put a .txt file into it for each prompt"
     else:
-        lines = [line.strip() for line in _read(path).split("\n")]
+        lines = [line.strip() for line in read_text(path).split("\n")]
         of_line = _from_json if path.suffix == ".jsonl" else lambda _, __, line: OwnPrompt(line)
         found = [of_line(path, number, line) for number, line in enumerate(lines, start=1) if line]
         remedy = "write one a line"
@@ -49,15 +49,17 @@ def read_prompts(path: Path) -> list[OwnPrompt]:
     return prompts
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path, key: str = "generate.prompt_file") -> str:
+    """Return the text of a file of prompts, with `\\n` at the end of each line. `key`: names the file in an error.
+
+    Raises `UsageError` if it is missing, or is neither UTF-8 nor UTF-16 with a byte order mark.
+    """
     try:
         return io.StringIO(decoded(path.read_bytes()), newline=None).read()
     except FileNotFoundError:
-        raise UsageError(
-            f"generate.prompt_file={path} does not exist; name a text file with a prompt a line."
-        ) from None
+        raise UsageError(f"{key}={path} does not exist; name a text file with a prompt a line.") from None
     except UnicodeDecodeError:
-        raise UsageError(f"generate.prompt_file={path} is not UTF-8; save it with that encoding.") from None
+        raise UsageError(f"{key}={path} is not UTF-8; save it with that encoding.") from None
 
 
 def _from_json(path: Path, number: int, line: str) -> OwnPrompt:

@@ -1,0 +1,174 @@
+"""The files of a recording: a folder with a record, how calls are joined, and two files for each prompt.
+
+`NNNNNN.safetensors` has every different tensor of a prompt's calls once, by its digest. `NNNNNN.json` says how calls
+are made of them. It is written last, so that a prompt which has it is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ppcl.artifacts.files import again, check_safetensors, read_json, write_json
+from ppcl.artifacts.headers import Header
+from ppcl.artifacts.tensors import TensorFile, write_tensors
+from ppcl.data.recording.nested import Axes, copied, digest, packed, signature, unpacked
+from ppcl.errors import UsageError
+
+RECORD = "recording.json"  # the header: what the recording is made from
+JOINING = "joining.json"
+ARGUMENTS, OUTPUT = "arguments", "output"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the transformer, at the denoising step `step` of a prompt.
+
+    `timestep`: what the scheduler was given after it. `sigma`: the noise level, from 0 to 1. `arguments`: by name.
+    `output`: its first output. `used`: how many of the output's entries along dimension 1 the scheduler was given;
+    None for all.
+    """
+
+    step: int
+    timestep: float
+    sigma: float
+    arguments: Mapping[str, Any]
+    output: Any
+    used: int | None = None
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How calls are joined into batches: the axes of arguments and output; None if they cannot be, and `why`."""
+
+    axes: Axes | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored call: number `number` of the prompt whose record is `record`. `alike`: equal for calls to be joined."""
+
+    record: Path
+    number: int
+    caption: str
+    step: int
+    sigma: float
+    alike: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.record.stem}-{self.number}"
+
+
+def record_of(folder: Path, prompt: int) -> Path:
+    """Return the file that exists once prompt number `prompt` is completely recorded."""
+    return folder / f"{prompt:06d}.json"
+
+
+def is_whole(folder: Path, prompt: int) -> bool:
+    """Return whether a prompt has its record and its tensors."""
+    record = record_of(folder, prompt)
+    return record.exists() and record.with_suffix(".safetensors").exists()
+
+
+def missing_files(folder: Path, count: int) -> list[str]:
+    """Return what a recording of `count` prompts lacks: names of files."""
+    lacking = [record_of(folder, number).name for number in range(count) if not is_whole(folder, number)]
+    return lacking if (folder / JOINING).exists() else [*lacking, JOINING]
+
+
+def read_header(folder: Path) -> Header:
+    """Return the header of the recording in `folder`."""
+    record = folder / RECORD
+    return Header.of(read_json(record, "A recording's record", "cache"), record, "cache")
+
+
+def write_joining(folder: Path, joining: Joining) -> None:
+    write_json(folder / JOINING, {"axes": None if joining.axes is None else dict(joining.axes), "why": joining.why})
+
+
+def read_joining(folder: Path) -> Joining:
+    """Return how calls of a recording are joined."""
+    found = read_json(folder / JOINING, "A recording's file", "cache")
+    return Joining(found.get("axes"), str(found.get("why", "")))
+
+
+def write_calls(
+    folder: Path, prompt: int, fingerprint: str, caption: str, calls: Sequence[Call], latents: Tensor
+) -> int:
+    """Write the calls of a prompt and its final latents, and return the bytes of its tensors."""
+    tensors: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor) -> str:
+        name = digest(tensor)
+        tensors[name] = tensor
+        return name
+
+    stored = [
+        {
+            "step": call.step,
+            "timestep": call.timestep,
+            "sigma": call.sigma,
+            "used": call.used,
+            ARGUMENTS: packed(call.arguments, keep, ARGUMENTS),
+            OUTPUT: packed(call.output, keep, OUTPUT),
+        }
+        for call in calls
+    ]
+    last = keep(copied(latents))
+    shapes = {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
+    record = record_of(folder, prompt)
+    write_tensors(record.with_suffix(".safetensors"), tensors, {"fingerprint": fingerprint})
+    write_json(record, {"caption": caption, "calls": stored, "latents": last, "tensors": shapes})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    content = read_json(record, "A recording's prompt", "cache")
+    if not all(isinstance(content.get(key), kind) for key, kind in (("calls", list), ("tensors", dict))):
+        raise UsageError(f"A recording's prompt {record} has no list of calls: {again('cache')}.")
+    return content
+
+
+def read_captions(folder: Path, count: int) -> list[str]:
+    """Return the captions of a recording of `count` prompts."""
+    return [_read_record(record_of(folder, prompt))["caption"] for prompt in range(count)]
+
+
+def read_entries(folder: Path, count: int, axes: Axes | None) -> list[Entry]:
+    """Return all calls of a recording of `count` prompts, in a fixed order.
+
+    Raises `UsageError` for a file that is missing or damaged.
+    """
+    entries = []
+    for prompt in range(count):
+        record = record_of(folder, prompt)
+        content = _read_record(record)
+        check_safetensors(record.with_suffix(".safetensors"), stage="cache")
+        for number, call in enumerate(content["calls"]):
+            alike = [signature(call[key], axes, content["tensors"], key) for key in (ARGUMENTS, OUTPUT)]
+            alike.append(str(call["used"]))
+            where = record, number, content["caption"]
+            entries.append(Entry(*where, call["step"], call["sigma"], " ".join(alike)))
+    return entries
+
+
+@lru_cache(maxsize=64)
+def _opened(record: Path) -> tuple[TensorFile, list[dict[str, Any]]]:
+    """Return an open file of tensors, and the calls that are made of them."""
+    fingerprint = read_header(record.parent).fingerprint
+    return TensorFile(record.with_suffix(".safetensors"), "cache", fingerprint), _read_record(record)["calls"]
+
+
+def read_call(record: Path, number: int) -> Call:
+    """Return a stored call; raises `UsageError` if a tensor of it has changed."""
+    file, calls = _opened(record)
+    found = calls[number]
+    arguments, output = (unpacked(found[key], file.get_tensor) for key in (ARGUMENTS, OUTPUT))
+    return Call(found["step"], found["timestep"], found["sigma"], arguments, output, found["used"])

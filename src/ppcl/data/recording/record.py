@@ -1,0 +1,166 @@
+"""Record the transformer's calls while the pipeline draws the prompts of `data.path`, for `stages=[cache]`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppcl.artifacts.files import sweep, write_json
+from ppcl.artifacts.headers import is_current
+from ppcl.config import SamplingConfig
+from ppcl.context import Run
+from ppcl.data.recording.files import (
+    ARGUMENTS,
+    JOINING,
+    OUTPUT,
+    RECORD,
+    Call,
+    Joining,
+    is_whole,
+    read_call,
+    read_entries,
+    write_calls,
+    write_joining,
+)
+from ppcl.data.recording.nested import Axes, NoAxesError
+from ppcl.data.recording.recorder import check_joined, find_axes, for_two, recorded, spread
+from ppcl.data.recording.table import Row, check_rows, loaded, read_rows
+from ppcl.disk import check_space, in_bytes
+from ppcl.errors import UsageError
+from ppcl.launch import rank
+from ppcl.progress import counter
+from ppcl.report.text import counted
+
+PATHS = (ARGUMENTS, OUTPUT)
+# Keys of `model.sampling` that are given to a pipeline which takes them, of a family that builds no arguments itself.
+_SAMPLING = ("height", "width", "num_inference_steps", "true_cfg_scale", "guidance_scale", "max_sequence_length")
+
+
+def check_prompts(run: Run) -> None:
+    """Check every row of `data.path`, without loading weights; raises `UsageError` for the first that is not usable."""
+    rows = read_rows(Path(str(run.config.data.path)))
+    check_rows(rows, run.teacher.pipeline_class.__call__, given=run.family.facts.max_references > 0)
+
+
+def record_prompts(run: Run) -> None:
+    """Record every prompt that is not recorded yet. Several ranks divide the prompts among themselves.
+
+    Raises `UsageError` if a row cannot be used, if the pipeline refuses one, or if the disk has too little space.
+    """
+    rows, folder, header = read_rows(Path(str(run.config.data.path))), run.data.cache_folder, run.data.cache_header
+    number, ranks = rank()
+    if not is_current(folder / RECORD, header):
+        write_json(folder / RECORD, header.to_json())  # written first, to identify the files that follow
+    own = range(number, len(rows), ranks)
+    missing = [prompt for prompt in own if not is_whole(folder, prompt)]
+    joins = number == 0 and not (folder / JOINING).exists()
+    if not (missing or joins):
+        run.say("cache", f"reused {folder}: {counted(len(own), 'prompt')} recorded")
+    else:
+        check_prompts(run)
+        _check_texts(run, rows)
+        _record(run, rows, missing, folder)
+        if joins:
+            write_joining(folder, _joining(run, rows[0], folder))
+    others = sum(not is_whole(folder, prompt) for prompt in range(len(rows)))
+    if others:
+        run.say("cache", f"other ranks record {counted(others, 'prompt')} of {len(rows)}")
+
+
+def _check_texts(run: Run, rows: list[Row]) -> None:
+    """Raise `UsageError` for the first prompt that the model cannot take, such as a class that it does not have."""
+    for row in rows:
+        try:
+            run.family.check_prompts(run.teacher.pipeline, [] if row.prompt is None else [row.prompt])
+        except UsageError as error:
+            raise UsageError(f"{row.place}: {error}") from None
+
+
+def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None:
+    """Record the prompts with these numbers; after the first, say how much space all of them take."""
+    config, fingerprint, size = run.config, run.data.cache_header.fingerprint, 0
+    sweep(folder)
+    with counter("recording", len(missing), console=run.progress_console) as advance:
+        for place, prompt in enumerate(missing):
+            calls, latents = _calls(run, rows[prompt], prompt)
+            size += write_calls(folder, prompt, fingerprint, rows[prompt].caption, calls, latents)
+            advance(1)
+            if place == 0 and len(missing) > 1:
+                remedy = "name another folder, lower data.record_steps, or give fewer prompts"
+                cache = f"paths.cache_dir={config.paths.cache_dir}"
+                left = counted(len(missing) - 1, "more prompt")
+                run.say("cache", check_space(folder, size * (len(missing) - 1), left, remedy, place=cache))
+    run.say("cache", f"{counted(len(missing), 'prompt')} recorded, {in_bytes(size)}, in {folder}")
+
+
+def _calls(run: Run, row: Row, prompt: int) -> tuple[list[Call], torch.Tensor]:
+    """Draw a prompt, and return the calls of the steps that are recorded, and the final latents."""
+    pipeline = run.teacher.pipeline
+    arguments = call_arguments(run, row, prompt)
+    wanted = partial(spread, run.config.data.record_steps, number=prompt)
+    with recorded(pipeline, lambda steps: wanted(steps)) as found:
+        try:
+            pipeline(**arguments)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{row.place}: the pipeline refuses its arguments: {error}") from error
+    if not found.calls or found.latents is None:
+        raise UsageError(
+            f"{type(pipeline).__name__} calls its transformer or its scheduler in a way that cannot be recorded: give "
+            "pictures with captions as data.path=FOLDER."
+        )
+    return found.calls, found.latents
+
+
+def call_arguments(run: Run, row: Row, prompt: int) -> dict[str, Any]:
+    """Return all arguments of the pipeline's call for a row, which is prompt number `prompt`.
+
+    Its noise has the seed `seed` + `prompt`, as with pictures that are drawn.
+    """
+    pipeline, family, sampling = run.teacher.pipeline, run.family, run.config.model.sampling
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    found = family.sampling_arguments(sampling, 1) if family.draws else _sampling(sampling, parameters)
+    if row.prompt is not None:
+        found |= family.prompt_arguments(pipeline, [row.prompt]) if family.draws else {"prompt": row.prompt}
+    found |= loaded(row, parameters)
+    own = {"generator": torch.Generator().manual_seed(run.config.seed + prompt), "output_type": "latent"}
+    return found | {name: value for name, value in own.items() if name in parameters}
+
+
+def _sampling(sampling: SamplingConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of `model.sampling` that a pipeline with these parameters takes, where they are not None."""
+    found = {name: getattr(sampling, name) for name in _SAMPLING if name in parameters}
+    guided = "true_cfg_scale" in parameters and sampling.true_cfg_scale > 1
+    if "negative_prompt" in parameters and (guided or sampling.negative_prompt):
+        found["negative_prompt"] = sampling.negative_prompt
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _joining(run: Run, row: Row, folder: Path) -> Joining:
+    """Return how calls are joined into batches, as the pipeline shows it, and say so."""
+    pipeline, why = run.teacher.pipeline, "the pipeline takes one sample at once"
+    arguments = call_arguments(run, row, 0)
+    for two in for_two(pipeline, arguments):
+        try:
+            axes = find_axes(pipeline, call_arguments(run, row, 0), two, PATHS)
+            _check_joined(pipeline.transformer, folder, axes)
+        except NoAxesError as error:
+            why = str(error)
+            continue
+        run.say("cache", "calls of one shape are joined into batches, along the dimension that two samples show")
+        return Joining(axes)
+    run.say("cache", f"calls are taken one by one: {why}")
+    return Joining(None, why)
+
+
+def _check_joined(transformer: Any, folder: Path, axes: Axes) -> None:
+    """Check that calls of the first prompt, joined by `axes`, have the output that they have apart."""
+    entries = read_entries(folder, 1, axes)
+    alike = [entry for entry in entries if entry.alike == entries[0].alike]
+    if len(alike) > 1:
+        calls = [read_call(entry.record, entry.number) for entry in (alike[0], alike[-1])]
+        check_joined(transformer, calls, axes, PATHS)
