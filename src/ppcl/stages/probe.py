@@ -44,7 +44,7 @@ def run(run: Run) -> None:
         return
     finish_probes(folder, header, residuals)
     for stream_name in sorted({key.rpartition(".")[2] for key in residuals}):
-        values = [value for key, value in residuals.items() if key.endswith(stream_name)]
+        values = [value for key, value in residuals.items() if key.rpartition(".")[2] == stream_name]
         run.say(
             "probe",
             f"{stream_name}: held-out relative residual {min(values):.3f} to {max(values):.3f} "

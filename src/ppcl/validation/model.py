@@ -112,7 +112,7 @@ def check_model(config: Config) -> None:
         found = None if model.trace else family_of_pipeline(pipeline_class)
         if found is None:
             found = _introduce(config, folder, index, arch)
-        if model.family not in ("auto", found):
+        if model.family not in ("auto", found) and not model.trace:
             raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
         check_not_quantised(model, arch)
         _check_whole(config, arch, FAMILIES[found])

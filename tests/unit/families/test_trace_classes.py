@@ -1,4 +1,4 @@
-"""`ppcl.trace` over all transformer classes of diffusers, at tiny size: README.md says which can be pruned, and why not.
+"""`ppcl.trace` over all transformer classes of diffusers, at tiny size: the README says which can be pruned.
 
 `PPCL_RENEW_TABLE=1 pytest tests/unit/families/test_trace_classes.py -n 0` writes that table anew.
 """

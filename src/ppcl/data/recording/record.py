@@ -35,6 +35,7 @@ from ppcl.errors import UsageError
 from ppcl.launch import rank
 from ppcl.progress import counter
 from ppcl.report.text import counted
+from ppcl.tracing import ensure_traced
 
 PATHS = (ARGUMENTS, OUTPUT)
 # Keys of `model.sampling` that are given to a pipeline which takes them, of a family that builds no arguments itself.
@@ -89,6 +90,7 @@ def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None
         for place, prompt in enumerate(missing):
             calls, latents = _calls(run, rows[prompt], prompt)
             size += write_calls(folder, prompt, fingerprint, rows[prompt].caption, calls, latents)
+            ensure_traced(run, prompt)  # before the others are recorded for nothing
             advance(1)
             if place == 0 and len(missing) > 1:
                 remedy = "name another folder, lower data.record_steps, or give fewer prompts"

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ppcl.config import SamplingConfig
@@ -50,6 +51,11 @@ class Traced(Family):
         self._streams: dict[str, tuple[Stream, ...]] = {}
         self._takes: frozenset[str] = frozenset()  # arguments of the pipeline's call
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether it knows the streams of its model."""
+        return bool(self._streams)
+
     def adopt(self, trace: Trace) -> None:
         """Take the streams of the model from its trace."""
         self._streams = {stack.path: stack.streams for stack in trace.stacks}
@@ -76,6 +82,10 @@ class Traced(Family):
         self, latents: Tensor, conditions: Conditions, sigmas: Tensor, size: tuple[int, int]
     ) -> dict[str, Any]:
         raise AssertionError("a traced model is called with recorded arguments")
+
+    def as_tensor(self, output: Any) -> Tensor:
+        """Return the output; of a model that returns a list, one tensor for each sample, all of them together."""
+        return torch.stack(list(output)) if isinstance(output, list | tuple) else output
 
     # Drawing, by the signature of the pipeline's call.
 
