@@ -9,7 +9,7 @@ from ppcl.data.recording.files import read_call, record_of
 from ppcl.errors import UsageError
 from ppcl.families.registry import register
 from ppcl.families.traced.family import Traced, facts_of
-from ppcl.families.traced.known import read_trace, trace_path, write_trace
+from ppcl.families.traced.known import trace_path, write_trace
 from ppcl.families.traced.trace import trace
 
 
@@ -22,20 +22,17 @@ def ensure_traced(run: Run, prompt: int = 0) -> None:
     family = run.family
     if not isinstance(family, Traced) or family.is_traced:
         return
-    path = trace_path(run.config.paths.cache_dir, family.facts.transformer, family.arch)
-    found = read_trace(path)
-    if found is None:
-        record = record_of(run.data.cache_folder, prompt)
-        if run.config.data.name != "prompts" or not record.exists():
-            raise UsageError(
-                f"model.path={run.config.model.path} is traced on calls of its own pipeline, and none are recorded: "
-                "give data.path=prompts.txt, and add cache to stages."
-            )
-        inputs = move_data_to_device(dict(read_call(record, 0).arguments), run.device)
-        found = trace(run.teacher.pipeline.transformer, inputs)
-        write_trace(path, found)
-        for line in str(found).splitlines():
-            run.say("trace", line.removeprefix("  "))
+    record = record_of(run.data.cache_folder, prompt) if run.config.data.name == "prompts" else None
+    if record is None or not record.exists():
+        raise UsageError(
+            f"model.path={run.config.model.path} is traced on calls of its own pipeline, and none are recorded: give "
+            "data.path=prompts.txt, and add cache to stages."
+        )
+    inputs = move_data_to_device(dict(read_call(record, 0).arguments), run.device)
+    found = trace(run.teacher.pipeline.transformer, inputs)
+    write_trace(trace_path(run.config.paths.cache_dir, family.facts.transformer, family.arch), found)
+    for line in str(found).splitlines():
+        run.say("trace", line.removeprefix("  "))
     family.adopt(found)
     family.facts = facts_of(found)
     register(family.facts)

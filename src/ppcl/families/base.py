@@ -95,6 +95,11 @@ class Family(ABC):
 
         return getattr(diffusers, self.facts.transformer)
 
+    @property
+    def channels(self) -> int:
+        """The channels D of a token."""
+        return int(self.arch["num_attention_heads"] * self.arch["attention_head_dim"])
+
     def blocks(self, transformer: nn.Module) -> dict[BlockKey, nn.Module]:
         """Return every block by (stack, index), in order of execution."""
         return {

@@ -368,8 +368,7 @@ class Plan:
     @property
     def _side(self) -> int:
         """The channels of a token."""
-        arch = self.run.config.model.arch
-        return arch["num_attention_heads"] * arch["attention_head_dim"]
+        return self.run.family.channels
 
     @property
     def _inside(self) -> int:

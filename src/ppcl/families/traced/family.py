@@ -50,6 +50,8 @@ class Traced(Family):
         super().__init__(facts, arch, sampling)
         self._streams: dict[str, tuple[Stream, ...]] = {}
         self._takes: frozenset[str] = frozenset()  # arguments of the pipeline's call
+        self._channels = 1
+        self.stream_numbers = 0  # of all streams of a sample, at the block that has most of them
 
     @property
     def is_traced(self) -> bool:
@@ -60,7 +62,15 @@ class Traced(Family):
         """Take the streams of the model from its trace."""
         self._streams = {stack.path: stack.streams for stack in trace.stacks}
         every = [stream for stack in trace.stacks for stream in stack.streams]
-        self.main_stream = max(every, key=lambda stream: stream.tokens).name
+        main = max(every, key=lambda stream: stream.tokens)
+        self.main_stream, self._channels = main.name, main.channels
+        sizes = [sum(stream.tokens * stream.channels for stream in stack.streams) for stack in trace.stacks]
+        self.stream_numbers = max(sizes)
+
+    @property
+    def channels(self) -> int:
+        """The channels of a token of the main stream; 1 before the model is traced."""
+        return self._channels
 
     def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
         return {stream.name: tokens_of(at(kwargs, stream.argument)) for stream in self._streams[stack]}
