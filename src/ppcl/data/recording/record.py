@@ -64,7 +64,8 @@ def record_prompts(run: Run) -> None:
     else:
         check_prompts(run)
         _check_texts(run, rows)
-        _record(run, rows, missing, folder)
+        if missing:
+            _record(run, rows, missing, folder)
         if joins:
             write_joining(folder, _joining(run, rows[0], folder))
     others = sum(not is_whole(folder, prompt) for prompt in range(len(rows)))

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts.headers import Header
+from ppcl.artifacts.headers import Header, first_difference
 from ppcl.config import Config
 from ppcl.data.cached import held_out_share
 from ppcl.data.recording.files import RECORD, missing_files, read_captions, read_header
@@ -38,9 +38,11 @@ class RecordedData(TrainingData):
         if self.config.data.cache is None:
             return recording_header(self.config, self.teacher.identity, self.teacher.encoder_identity)
         header = read_header(Path(self.config.data.cache))
-        if header.made_from.get("model") != self.teacher.identity:
+        difference = first_difference(header.made_from.get("model", {}), self.teacher.identity, "model.")
+        if difference != "nothing":
             raise UsageError(
-                f"data.cache={self.config.data.cache} was recorded of another model than model.path: record this one."
+                f"data.cache={self.config.data.cache} was recorded with {difference}: set that key as it was, or "
+                "record this model by data.path."
             )
         return header
 
