@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from ppcl.command import prepare
 from ppcl.context import Run
 from ppcl.data.recording.files import read_call, read_entries, read_joining, record_of
-from ppcl.data.recording.stream import RecordedStream
+from ppcl.data.recording.renoise import Renoising
+from ppcl.data.recording.stream import RecordedStream, RenoisedStream
 from ppcl.data.recording.training import RecordedData
 from ppcl.paths import ASSETS
 
@@ -44,6 +45,7 @@ def command(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         GUIDED,
         f"data.path={folder / 'prompts.txt'}",
         f"data.record_steps={RECORDED}",
+        "data.renoise=false",
         f"paths.runs_dir={folder}",
         *("name=run", "logger=none", "trainer=cpu", "trainer.num_threads=1", "trainer.progress=false"),
         *("probe.num_batches=2", "probe.num_heldout_batches=1", "probe.batch_size=4", "method.min_cka=0"),
@@ -208,6 +210,52 @@ def test_a_damaged_file_is_refused_and_made_again(command: list[str], recording:
         path.unlink()
     succeed(*arguments, "stages=[cache]")
     assert digests(cache / "recordings") == digests(recording.data.cache_folder.parent)
+
+
+# Fresh noise
+
+
+def test_recorded_noise_makes_the_recorded_first_step_anew(recording: Run) -> None:
+    """At sigma 1 a call with its own noise is the recorded one. At another level it has that level's timestep."""
+    joining = read_joining(recording.data.cache_folder)
+    assert joining.renoising is not None
+    renoising = Renoising(**joining.renoising)
+    first = next(call for call in calls_of(recording) if call.sigma == 1)
+    noise = first.arguments["hidden_states"]
+    made = renoising.arguments(first, noise, 1.0)
+    for name, value in first.arguments.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(made[name], value)
+    assert renoising.arguments(first, noise, 0.25)["timestep"].tolist() == pytest.approx([0.25])
+
+
+def test_calls_with_fresh_noise_are_what_the_model_knows(command: list[str], recording: Run) -> None:
+    """Its velocity is near n - x_0, and a part of a batch has the noise that it has in the whole."""
+    run = run_of(*command, "data.renoise=null")
+    stream = run.data.stream(0, 4)
+    assert isinstance(stream, RenoisedStream)
+    parts = stream.divided(2, 4)
+    for batch in parts:
+        assert batch.teacher is None
+        with torch.no_grad():
+            output = batch.prediction(run.teacher.pipeline.transformer(**batch.inputs)[0])
+        assert torch.cosine_similarity(output.flatten(), batch.target.flatten(), dim=0) > 0.5
+        assert batch.inputs["timestep"].tolist() == pytest.approx(batch.sigmas.tolist(), abs=1e-5)
+    whole = torch.cat([batch.target for batch in stream.divided(2, 1)])
+    assert torch.equal(whole, torch.cat([part.target for part in parts]))
+    levels = [batch.sigmas.max().item() for batch in stream.calibration(2, 3)]
+    assert levels == sorted(levels, reverse=True)
+    assert run.data.identity["renoise"] is True
+    assert "renoise" not in recording.data.identity
+
+
+def test_fresh_noise_is_refused_where_the_recording_shows_none(few: list[str], tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("a red circle\na blue square\n3\n")
+    source = [f"data.path={tmp_path / 'classes.txt'}", f"paths.runs_dir={tmp_path}", "name=ddpm"]
+    outcome = succeed("model=tiny_dit", *few, *source, "stages=[cache]")
+    assert "keep their recorded noise: its scheduler is not of flow matching" in outcome.out
+    outcome = ppcl("model=tiny_dit", *few, *source, "data.renoise=true", "stages=[probe]")
+    assert "data.renoise=true does not go with this model" in outcome.err
 
 
 # Tables
