@@ -169,21 +169,21 @@ def read_entries(folder: Path, count: int, axes: Axes | None) -> list[Entry]:
 
 
 @lru_cache(maxsize=64)
-def _opened(record: Path) -> tuple[TensorFile, list[dict[str, Any]]]:
-    """Return an open file of tensors, and the calls that are made of them."""
+def _opened(record: Path) -> tuple[TensorFile, dict[str, Any]]:
+    """Return the open file of a prompt's tensors, and its record."""
     fingerprint = read_header(record.parent).fingerprint
-    return TensorFile(record.with_suffix(".safetensors"), "cache", fingerprint), _read_record(record)["calls"]
+    return TensorFile(record.with_suffix(".safetensors"), "cache", fingerprint), _read_record(record)
 
 
 def read_latents(record: Path) -> Tensor:
     """Return the final latents of a prompt; raises `UsageError` if they have changed."""
-    name = _read_record(record)["latents"]
-    return _opened(record)[0].get_tensor(name)
+    file, content = _opened(record)
+    return file.get_tensor(content["latents"])
 
 
 def read_call(record: Path, number: int) -> Call:
     """Return a stored call; raises `UsageError` if a tensor of it has changed."""
-    file, calls = _opened(record)
-    found = calls[number]
+    file, content = _opened(record)
+    found = content["calls"][number]
     arguments, output = (unpacked(found[key], file.get_tensor) for key in (ARGUMENTS, OUTPUT))
     return Call(found["step"], found["timestep"], found["sigma"], arguments, output, found["used"])

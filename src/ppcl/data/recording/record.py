@@ -63,7 +63,6 @@ def record_prompts(run: Run) -> None:
     if not (missing or joins):
         run.say("cache", f"reused {folder}: {counted(len(own), 'prompt')} recorded")
     else:
-        check_prompts(run)
         _check_texts(run, rows)
         if joins:  # what the first prompt shows of the pipeline is in memory only while it is recorded
             missing = [0, *(prompt for prompt in missing if prompt)]

@@ -80,7 +80,8 @@ def recorded(pipeline: Any, wanted: Callable[[int], set[int]]) -> Iterator[Recor
         nonlocal chosen, called
         called = True
         if chosen is None:
-            chosen = wanted(len(pipeline.scheduler.timesteps))
+            timesteps = getattr(pipeline.scheduler, "timesteps", None)
+            chosen = wanted(0 if timesteps is None else len(timesteps))
             opening.update(copied(by_name(signature, args, kwargs)))
         if found.steps in chosen:
             named = by_name(signature, args, kwargs)
