@@ -62,9 +62,9 @@ def _check_machine(run: Run) -> None:
     if "export" in stages and run.config.export.push_to_hub is not None:
         check_token(run.config.export.push_to_hub)
     folder = model_folder(run.config.model)
-    recorded = ["cache"] if run.config.data.name == "prompts" else []  # up to the latents: no VAE decodes them
-    stages_ = [stage for stage in run.config.stages if stage not in recorded]
-    needing = [stage for stage in stages_ if STAGES[stage].encoders == "device"]
+    needing = [stage for stage in run.config.stages if STAGES[stage].encoders == "device"]
+    if run.config.data.name == "prompts":  # recorded up to the latents, which no VAE decodes
+        needing = [stage for stage in needing if stage != "cache"]
     if folder is not None and needing and not has_vae(folder):
         raise UsageError(
             f"'stages=[{needing[0]}]' draws or encodes pictures, and model.path={run.config.model.path} has no VAE: "
