@@ -68,6 +68,8 @@ UNTRAINED = {
     "replace_me": Entry("ReplaceMe", ("method=replace_me",)),
     "uniform": Entry("evenly spaced", ("method=uniform",)),
     "random": Entry("random", ("method=random",)),
+    "greedy": Entry("greedy", ("method=greedy",)),
+    "greedy_spread": Entry("greedy, spread", ("method=greedy", "method.settings.min_kept_between=1")),
 }
 _PPCL = {"choose": ("method=ppcl",), "planned": True, "local": 0.5}
 TRAINED = {
@@ -84,6 +86,7 @@ TRAINED = {
         local=0.5,
     ),
     "flux_lite": Entry("FLUX.1 Lite", ("method=flux_lite",), recover=("recovery=output_kd",)),
+    "greedy": Entry("greedy, our tuning", ("method=greedy",), recover=("distill.mode=none",)),
 }
 
 
