@@ -172,9 +172,9 @@ def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
     trained += ["plan"] if cell.entry.planned else []
     trained += ["finetune"] if tuning else []
     start = time.monotonic()
-    _stages(cell, run, prompts, probed)
+    run_stages(cell, run, prompts, probed)
     chosen = time.monotonic() - start
-    _stages(cell, run, prompts, ",".join([*trained, "generate", "evaluate"]))
+    run_stages(cell, run, prompts, ",".join([*trained, "generate", "evaluate"]))
     scores = ppcl.load(run.folder).scores
     teacher, row = scores["teacher"], scores[cell.variant]
     compared = ComparedRow.beside(teacher, row)
@@ -199,7 +199,8 @@ def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
     return figures
 
 
-def _stages(cell: Cell, run: Run, prompts: int, stages: str) -> None:
+def run_stages(cell: Cell, run: Run, prompts: int, stages: str) -> None:
+    """Run stages of the product in the folder of `run`. What is there already is reused."""
     name = str(run.folder.relative_to(Path(run.config.paths.runs_dir).resolve()))
     ppcl.run([f"name={name}", *cell.overrides(prompts, stages)])
 
