@@ -92,6 +92,11 @@ class Method(ABC):
         """The number of calibration batches that all ranks have together."""
         return -(-self.config.num_samples // self.config.batch_size) * self.config.num_timesteps
 
+    @property
+    def num_held(self) -> int:
+        """The number of calibration batches that it holds in memory at once, for estimates of memory; 0: one by one."""
+        return 0
+
     @classmethod
     def check(cls, config: MethodConfig) -> None:
         """Raise `UsageError` if the configuration is not valid for this method. Called before the teacher is loaded.

@@ -71,6 +71,11 @@ class Greedy(Removal):
                 "raise method.num_samples or method.num_timesteps."
             )
 
+    @property
+    def num_held(self) -> int:
+        """The number of calibration batches that an error is measured on."""
+        return self.settings.batches or self.num_batches
+
     def most(self, room: Room) -> list[BlockKey]:
         return self._most_beside([], room)
 
@@ -102,19 +107,16 @@ class Greedy(Removal):
     def _batches(self, teacher: Teacher) -> list[TrainingBatch]:
         """Return the calibration batches that errors are measured on, of several ranks those that are this one's."""
         number, ranks = share()
-        there, levels = self.num_batches, self.config.num_timesteps
-        count = there if self.settings.batches is None else self.settings.batches
-        by_level = sorted(
-            range(there), key=lambda n: n % levels
-        )  # batches come with all levels of some samples at once
+        there, levels, count = self.num_batches, self.config.num_timesteps, self.num_held
+        by_level = sorted(range(there), key=lambda n: n % levels)  # the calibration yields the levels in turn
         chosen = {by_level[place * there // count] for place in range(count)}
         return [batch for n, batch in enumerate(teacher.calibration()) if number + n * ranks in chosen]
 
     def removed(self, teacher: Teacher, room: Room) -> tuple[list[BlockKey], dict[str, Any]]:
         transformer, batches = teacher.transformer, self._batches(teacher)
         targets = velocities(transformer, batches)
-        sizes = [batch.prediction(target).double() for batch, target in zip(batches, targets, strict=True)]
-        square = sum(teacher.gathered(sum(size.square().sum().item() for size in sizes)))
+        both = zip(batches, targets, strict=True)
+        square = sum(teacher.gathered(sum(batch.prediction(v).double().square().sum().item() for batch, v in both)))
         order = [*range(max(teacher.gathered(len(batches))))]
         removed: list[BlockKey] = []
         errors: dict[str, float] = {}
