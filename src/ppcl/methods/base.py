@@ -116,6 +116,13 @@ class Method(ABC):
         `family`: with the model's `arch`. `layers`: the number of blocks by stack.
         """
 
+    def passes(self, family: Family, layers: Mapping[str, int]) -> float:
+        """Return how many forwards of the whole teacher a calibration batch takes at most, for estimates of time.
+
+        Of models without some blocks it counts the share that is left. The arguments are those of `check_model`.
+        """
+        return 1.0
+
     @abstractmethod
     def detect(self, teacher: Teacher) -> Detection:
         """Choose the intervals of `teacher`."""

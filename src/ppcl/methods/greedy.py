@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heapify, heapreplace
@@ -14,10 +14,12 @@ from ppcl.artifacts.files import check_finite
 from ppcl.config import MethodConfig
 from ppcl.data.batches import TrainingBatch
 from ppcl.errors import UsageError
+from ppcl.families.base import Family
 from ppcl.methods.base import Teacher
 from ppcl.methods.removal import Removal, Room, without
 from ppcl.options import option
 from ppcl.parallel import share
+from ppcl.surgery.count import on_meta
 from ppcl.taps import BlockKey
 from ppcl.variants.costs import relative_error, velocities, velocity_errors
 
@@ -49,7 +51,8 @@ class Greedy(Removal):
     take 59 + 58 + ... + 41 = 950 measurements, which with the default calibration of 8 batches are 7,600 forwards of 16
     samples. The models get shorter, so these cost as much as 801 x 8 forwards of the teacher. One of these takes 129
     TFLOP a sample at 1328 x 1328 pixels (counted, not timed), which is 0.4 s at 320 TFLOP/s: 11 hours on one H100. On
-    the shipped teachers 34% to 50% of such forwards were needed, so expect 4 to 6. Several ranks divide the batches.
+    the shipped teachers 34% to 50% of such forwards were needed, so expect 4 to 6. `explain=true` says 42, since it takes
+    each token through both streams' weights, at 200 TFLOP/s, and all forwards. Several ranks divide the batches.
     """
 
     settings_class = Settings
@@ -75,6 +78,13 @@ class Greedy(Removal):
     def num_held(self) -> int:
         """The number of calibration batches that an error is measured on."""
         return self.settings.batches or self.num_batches
+
+    def passes(self, family: Family, layers: Mapping[str, int]) -> float:
+        room = Room.of(self.config, family, layers, lambda: on_meta(family, family.arch))
+        free, whole = len(room.blocks), sum(layers.values())
+        rounds = range(len(room.first_enough(room.blocks)))
+        measured = sum((free - gone) * (whole - gone - 1) / whole for gone in rounds)
+        return (1 + measured) * self.num_held / self.num_batches
 
     def most(self, room: Room) -> list[BlockKey]:
         return self._most_beside([], room)

@@ -231,6 +231,15 @@ def test_the_least_sum_is_that_of_all_sums(seed):
     assert 8 + 4 <= measured <= 8 * 5
 
 
+def test_the_cost_of_removals_one_by_one_is_known_before(family):
+    """Of four blocks three may go. Their single removals leave three blocks each, and two more leave two each."""
+    layers = {"transformer_blocks": 4}
+    method = load_method(MethodConfig(rule="greedy", num_remove=2, settings={"batches": 2}))  # of 8
+    assert method.passes(family, layers) == pytest.approx((1 + 3 * 3 / 4 + 2 * 2 / 4) * 2 / 8)
+    assert load_method(MethodConfig(rule="cka_sensitivity", num_remove=2)).passes(family, layers) == 4
+    assert load_method(MethodConfig(rule="shortgpt", num_remove=2)).passes(family, layers) == 1
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("between", [0, 1, 2])
 def test_the_most_that_can_go_beside_others_is_found(seed, between):
