@@ -51,8 +51,8 @@ class Greedy(Removal):
     take 59 + 58 + ... + 41 = 950 measurements, which with the default calibration of 8 batches are 7,600 forwards of 16
     samples. The models get shorter, so these cost as much as 801 x 8 forwards of the teacher. One of these takes 129
     TFLOP a sample at 1328 x 1328 pixels (counted, not timed), which is 0.4 s at 320 TFLOP/s: 11 hours on one H100. On
-    the shipped teachers 34% to 50% of such forwards were needed, so expect 4 to 6. `explain=true` says 42, since it takes
-    each token through both streams' weights, at 200 TFLOP/s, and all forwards. Several ranks divide the batches.
+    the shipped teachers 34% to 50% of such forwards were needed, so expect 4 to 6. `explain=true` says 42, since it
+    takes each token through both streams' weights, at 200 TFLOP/s, and all forwards. Several ranks divide the batches.
     """
 
     settings_class = Settings
