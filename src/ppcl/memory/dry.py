@@ -355,6 +355,9 @@ def detect_peak(run: Run, config: MethodConfig, free: float) -> int:
     peaks = [peak_of(unit_grams)]
     if method.compares_states:
         peaks.append(peak_of(state_cosines))
+    if method.num_held:
+        held = sample_bytes(run, samples) + 2 * latent_bytes(run, samples)  # velocities of data and teacher
+        peaks.append(forward_peak(run, samples) + method.num_held * held)
     if isinstance(method, Lp):
         peaks.append(_simulation_peak(run, config, samples, method.num_batches, free))
     if isinstance(method, TinyFusion):

@@ -142,13 +142,16 @@ class Plan:
         """Return the need of detection, which takes the calibration in parts that fit."""
         run, config, teacher = self.run, self.run.config.method, self.teacher()
         free = max(0.0, capacity(run) - sum(teacher.values()))
-        flops = 2 * self.teacher_params * self._tokens(config.num_samples * config.num_timesteps)
+        method = load_method(config)
+        passes = method.passes(run.family, run.num_layers)
+        flops = passes * 2 * self.teacher_params * self._tokens(config.num_samples * config.num_timesteps)
+        reads = 1 if passes == 1 else passes * method.num_batches
         if config.rule == "tinyfusion":
             trained = config.settings.get("steps", 0) * config.settings.get("batch_size", 0)
             flops += 6 * self.teacher_params * self._tokens(trained)
         parts = teacher | {"streams and similarities": dry.detect_peak(run, config, free)}
-        host = {"probes": self._probes()} if load_method(config).needs_probes else {}
-        return Need("detect", parts, hours=self._hours(1, flops, 1), host=host)
+        host = {"probes": self._probes()} if method.needs_probes else {}
+        return Need("detect", parts, hours=self._hours(1, flops, reads), host=host)
 
     def boundaries(self) -> Need:
         run, config = self.run, self.run.config.distill

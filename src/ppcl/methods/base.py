@@ -32,6 +32,7 @@ class Teacher:
     `gathered(value)`: returns the value of every rank. Every rank must call it, with a value to pickle.
     `train(module, steps, batch_size)`: trains a module on batches of the training data, for a method that `trains`.
     `precision`: of that training, `32-true` or `bf16-mixed`.
+    `say(text)`: prints a line, on several ranks once.
     """
 
     family: Family
@@ -42,6 +43,7 @@ class Teacher:
     gathered: Callable[[Any], list[Any]] = lambda value: [value]
     train: Callable[[Any, int, int], None] | None = None
     precision: str = "32-true"
+    say: Callable[[str], None] = lambda text: None
 
 
 @dataclass
@@ -87,8 +89,13 @@ class Method(ABC):
 
     @property
     def num_batches(self) -> int:
-        """The number of calibration batches, for progress bars."""
+        """The number of calibration batches that all ranks have together."""
         return -(-self.config.num_samples // self.config.batch_size) * self.config.num_timesteps
+
+    @property
+    def num_held(self) -> int:
+        """The number of calibration batches that it holds in memory at once, for estimates of memory; 0: one by one."""
+        return 0
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
@@ -108,6 +115,13 @@ class Method(ABC):
 
         `family`: with the model's `arch`. `layers`: the number of blocks by stack.
         """
+
+    def passes(self, family: Family, layers: Mapping[str, int]) -> float:
+        """Return how many forwards of the whole teacher a calibration batch takes at most, for estimates of time.
+
+        Of models without some blocks it counts the share that is left. The arguments are those of `check_model`.
+        """
+        return 1.0
 
     @abstractmethod
     def detect(self, teacher: Teacher) -> Detection:
