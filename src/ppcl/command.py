@@ -406,6 +406,8 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
     if config.explain:
         from ppcl.memory.checks import explain
 
+        with shared():
+            check_needs(run)
         explain(run)
         return
     with tracked(run, in_sweep=_in_sweep()) as publish:
