@@ -67,6 +67,7 @@ class Method(ABC):
     """One way to choose intervals. `method.rule` selects it by the name of its file in `ppcl/methods`.
 
     `settings_class`: a dataclass of the keys that only this method has, which are set under `method.settings`.
+    `reads`: the keys of `method` that choose the intervals. Others are refused where they are set. Empty: no key is.
     `needs_probes`: whether it reads the linear probes that `stages=[probe]` fits.
     `divides`: whether several ranks can share the calibration. `detect` then runs on every rank, with a part of it that
         may be empty, and merges by `teacher.gathered` what all have found. Otherwise rank 0 works alone.
@@ -76,6 +77,7 @@ class Method(ABC):
     """
 
     settings_class: ClassVar[type[Any]] = NoSettings
+    reads: ClassVar[tuple[str, ...]] = ()
     needs_probes: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     compares_states: ClassVar[bool] = False

@@ -147,6 +147,7 @@ class Removal(Method):
     `most_what`: the most blocks that it can remove, in words.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("start", "end", "num_remove", "params")
     last: ClassVar[int] = 0
     most_what: ClassVar[str] = "blocks that may be removed"
 

@@ -12,6 +12,7 @@ from ppcl.artifacts.plan import Intervals
 from ppcl.config import MethodConfig
 from ppcl.config.bounds import MOST_RATE
 from ppcl.distill.gates import LearnGates
+from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.layers import check_counts
 from ppcl.methods.base import Detection, Method, Teacher
@@ -20,6 +21,8 @@ from ppcl.methods.removal import Room, check_size, runs_to_intervals
 from ppcl.options import option
 from ppcl.surgery.count import on_meta
 from ppcl.taps import BlockKey, stack_of
+
+_USUAL = 0.7  # the size in conf/method/tinyfusion.yaml, which is there whether groups are given or not
 
 
 @dataclass
@@ -67,12 +70,20 @@ class TinyFusion(Method):
     """
 
     settings_class = TinyFusionSettings
+    reads = ("start", "end", "num_remove", "params")
     trains = True
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
         if config.settings.get("groups") is None:
             check_size(config)
+            return
+        for key, usual in (("num_remove", None), ("params", _USUAL)):
+            if (value := getattr(config, key)) not in (None, usual):
+                raise UsageError(
+                    f"method.{key}={value:g} has no effect with method.settings.groups, which says how many blocks "
+                    "stay: leave one of them out."
+                )
 
     def check_model(self, family: Family, layers: Mapping[str, int]) -> None:
         left = dict(layers)
