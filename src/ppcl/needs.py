@@ -12,7 +12,7 @@ import torch
 from ppcl import parallel
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import Header, is_current
-from ppcl.artifacts.plan import plug_name, projector_name
+from ppcl.artifacts.plan import plug_name, projector_name, read_plug_name
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.export.hub import check_token
@@ -109,12 +109,19 @@ def _needs_transformer(run: Run) -> bool:
 
 def _check_tuned(run: Run) -> None:
     """Raise `UsageError` if `finetuned/` was made with other settings, before earlier stages train for nothing."""
-    folder = finetuned_folder(run)
+    folder, mode = finetuned_folder(run), run.config.distill.mode
     path = folder / "ppcl.json"
-    if path.exists():
-        made_from = read_json(path, "The record", "finetune").get("made_from", {})
-        now = Header("ppcl.finetuned", made_from | {"finetune": identity(run.config.finetune)})
-        is_current(path, now, another_run(run, folder))
+    if not path.exists():
+        return
+    made_from = read_json(path, "The record", "finetune").get("made_from", {})
+    students = any(read_plug_name(name) for name in made_from.get("plugs", {}))
+    if students if mode == "none" else "removed" in made_from:
+        was, trains = ("with", "none") if students else ("without", "some")
+        raise UsageError(
+            f"{path} was made {was} students, and distill.mode={mode} trains {trains}: {another_run(run, folder)}."
+        )
+    now = Header("ppcl.finetuned", made_from | {"finetune": identity(run.config.finetune)})
+    is_current(path, now, another_run(run, folder))
 
 
 def _check_stage(run: Run, stage: str, made: set[str]) -> None:
@@ -133,7 +140,7 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
         if budgeted:
             _check_projectors(run, stage, made)
     elif stage in _ARRANGING:
-        if stage == "finetune" and made:
+        if stage == "finetune":
             _check_tuned(run)
         names = _variants(run, stage)
         arranged = {_quantized_base(run) if name == "ppcl-quantized" else name for name in names}
