@@ -128,10 +128,9 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     """Check the inputs of one stage. `made`: the stages that run before it in this command."""
     config = run.config
     budgeted = stage == "plan" and budget_of(config) is not None
-    if stage == "detect" and "probe" not in made and load_method(config.method).needs_probes:
-        # An earlier plan is reused, and then the probes are not needed.
-        if not run.plan_path.exists() and not (run.probe_folder / "probes.json").exists():
-            raise UsageError("'stages=[detect]' reads probes, and there are none for this model: add probe to stages.")
+    if stage == "detect":
+        if not run.plan_path.exists():  # an earlier plan is reused
+            _check_detection(run, made)
     elif stage in ("boundaries", "depth"):
         _check_intervals(run, stage, made)
     elif stage == "width" or budgeted:
@@ -173,6 +172,14 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     needs_export = stage == "remap_lora" and config.lora.model is None and "export" not in made
     if needs_export and not (run.folder / "export").is_dir():
         raise UsageError("'stages=[remap_lora]' needs an exported model: add export to stages, or give lora.model.")
+
+
+def _check_detection(run: Run, made: set[str]) -> None:
+    """Refuse a method with keys that it does not read, and one that lacks its probes."""
+    method = load_method(run.config.method)
+    method.check_keys(run.family.facts)
+    if method.needs_probes and "probe" not in made and not (run.probe_folder / "probes.json").exists():
+        raise UsageError("'stages=[detect]' reads probes, and there are none for this model: add probe to stages.")
 
 
 def _check_reportable(run: Run, *, trained: bool, made: set[str]) -> None:

@@ -136,7 +136,10 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (["stages=[detect]", "method=amber", "method.min_cka=0.9"], ["method.min_cka=0.9 has no effect", "stream"]),
         (["stages=[detect]", "method=uniform", "method.stream=text"], ["method.stream=text has no effect"]),
-        (["stages=[detect]", "method=cka_sensitivity", "method.stream=text"], ["method.stream=text has no effect"]),
+        (
+            ["stages=[detect]", "method=cka_sensitivity", "method.num_remove=2", "method.stream=text"],
+            ["method.stream=text has no effect"],
+        ),
         (["stages=[probe,detect]", "method.threshold=0.9"], ["method.threshold=0.9 has no effect", "min_length"]),
         (
             ["model=tiny_dit", "model.path=embedded:tiny_dit", "stages=[probe,detect]", "method.stream=text"],

@@ -14,6 +14,7 @@ from ppcl.config.bounds import MOST_RATE
 from ppcl.distill.gates import LearnGates
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.families.facts import FamilyFacts
 from ppcl.layers import check_counts
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.methods.patterns import Group, groups_of, spread
@@ -77,9 +78,12 @@ class TinyFusion(Method):
     def check(cls, config: MethodConfig) -> None:
         if config.settings.get("groups") is None:
             check_size(config)
-            return
+
+    def check_keys(self, facts: FamilyFacts) -> None:
+        super().check_keys(facts)
         for key, usual in (("num_remove", None), ("params", _USUAL)):
-            if (value := getattr(config, key)) not in (None, usual):
+            value = getattr(self.config, key)
+            if self.settings.groups is not None and value not in (None, usual):
                 raise UsageError(
                     f"method.{key}={value:g} has no effect with method.settings.groups, which says how many blocks "
                     "stay: leave one of them out."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ppcl.artifacts.plan import (
     read_plug_name,
     read_projector_name,
 )
-from ppcl.config import Config, MethodConfig
+from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.families.registry import FAMILIES, get_family
 from ppcl.layers import check_counts, check_width_sets, kept_layers
@@ -226,37 +225,14 @@ def check_method(config: Config) -> None:
     most = max(layers.values()) - 1 - facts.last_blocks
     if method.start >= most:
         raise UsageError(f"method.start={method.start} leaves no interval, which may contain blocks up to {most}.")
-    if method.stream not in (*facts.streams, "mean"):
-        raise UsageError(
-            f"method.stream={method.stream}: blocks of model.family={config.model.family} have no {method.stream} "
-            f"stream; use mean, or {' or '.join(facts.streams)}."
-        )
-    # `lp` reads all keys but this one and those that are checked before, and loading it takes long.
-    if method.rule != "lp" or method.threshold != MethodConfig.threshold:
+    if method.rule != "lp":  # which checks nothing, and loading it takes long
         found = load_method(method)
-        _check_read(method, found.reads)
         found.check_model(get_family(config.model.family, config.model.arch), layers)
         unfit = "model.streaming=true" if config.model.streaming else "strategy=fsdp"
         if found.trains and (config.model.streaming or config.strategy.kind == "fsdp"):
             raise UsageError(
                 f"method.rule={method.rule} trains with a whole teacher on each device, which {unfit} does not hold: "
                 "detect in a command of its own, without it."
-            )
-
-
-def _check_read(method: MethodConfig, reads: Sequence[str]) -> None:
-    """Raise `UsageError` for a key of `method` that is set and not among those that its rule `reads`.
-
-    The size of the calibration is not refused, so that one command can set it for methods with and without one.
-    """
-    of_all = {"name", "rule", "settings", "num_samples", "num_timesteps", "batch_size"}
-    usual = MethodConfig()
-    for item in fields(method) if reads else ():
-        value, default = getattr(method, item.name), getattr(usual, item.name)
-        if item.name not in {*of_all, *reads} and value != default:
-            raise UsageError(
-                f"method.{item.name}={value} has no effect with method.rule={method.rule}, which reads "
-                f"{', '.join(reads)}: leave it out, or set its default, {default}."
             )
 
 
