@@ -221,6 +221,11 @@ class Family(ABC):
         """The number of reference pictures that a scene of its world has; they are the input of an edit model."""
         return self.facts.num_references
 
+    @property
+    def preparation(self) -> str:
+        """Lines of Python that a stock pipeline of this model needs before it draws, for model cards."""
+        return ""
+
     prompts_per_call: int | None = None  # the most prompts that one call of the pipeline takes; None: any number
 
     @property

@@ -109,11 +109,12 @@ def _keys(run: Run, stage: str) -> str:
 
 
 def _in_force(config: Config, setting: str) -> bool:
+    """Return whether a setting of `KEYS` has its value already, or cannot have it."""
     key, _, value = setting.partition("=")
     if setting == "strategy=fsdp":
         return config.strategy.kind == "fsdp"
     if key == "finetune.lora_rank":
-        return bool(config.finetune.lora_rank)
+        return bool(config.finetune.lora_rank) or config.finetune.trains != "all"  # which takes no LoRA
     return bool(value) and str(reduce(getattr, key.split("."), cast(Any, config))).lower() == value
 
 

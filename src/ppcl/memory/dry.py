@@ -26,6 +26,7 @@ from ppcl.data.boundaries import STEPS_PER_SHARD
 from ppcl.data.recording.blank import blank_calls
 from ppcl.distill.depth import DepthDistillation
 from ppcl.distill.finetune import FineTune
+from ppcl.distill.frozen import up_to
 from ppcl.distill.gates import LearnGates
 from ppcl.distill.width import WidthDistillation, places
 from ppcl.efficiency import LiveBytes
@@ -42,6 +43,8 @@ from ppcl.taps import BlockCall, observe, observe_abreast
 from ppcl.training.optimizers import split_for_muon
 from ppcl.training.states import state_bytes
 from ppcl.validation.model import is_toy, model_folder
+
+K = TypeVar("K")
 
 FEW = 2  # blocks of each stack in a dry run
 TOY_TOKENS = 12  # text tokens of a toy world's caption
@@ -223,34 +226,42 @@ def width_peak(run: Run, config: DistillConfig, stack: str, kinds: list[str], co
 
 
 @if_it_runs
-def finetune_peak(run: Run, config: FinetuneConfig, student: Mapping[str, int], count: int) -> int:
+def finetune_peak(
+    run: Run, config: FinetuneConfig, student: Mapping[str, int], count: int, frozen: Mapping[str, int] | None = None
+) -> int:
     """Return the peak bytes of a step beside weights and states: activations, and gradients.
 
-    `student`: the number of blocks of the pruned model, by stack. Its activations grow with them.
+    `student`: the number of blocks of the pruned model, by stack. Its activations grow with them. `frozen`: how many of
+        them, the first of a stack, stay as they are, as the embedders do then. None: everything is trained.
     """
 
-    def measured(layers: Mapping[str, int]) -> int:
+    def measured(blocks: Mapping[tuple[str, str], int]) -> int:
+        layers = {stack: blocks[stack, "trained"] + blocks[stack, "frozen"] for stack in student}
         with without_data(run):
             teacher, tuned, batch = model_of(run, layers), model_of(run, layers), blank_batch(run, count)
             itself = {key: key for key in run.family.blocks(tuned)}
-            module: Any = FineTune(run.family, teacher, tuned, config, itself, precision=run.precision)
+            kept = [(stack, index) for stack, index in itself if index < blocks[stack, "frozen"]]
+            held = [] if frozen is None else up_to(run.family, tuned, kept)
+            module: Any = FineTune(run.family, teacher, tuned, config, itself, precision=run.precision, frozen=held)
             with LiveBytes() as recorded:
                 module.losses(batch)["loss"].backward()
         return recorded.peak
 
-    return _extrapolated(measured, {stack: min(FEW, blocks) for stack, blocks in student.items()}, student)
+    whole = {}
+    for stack, number in student.items():
+        whole[stack, "frozen"] = (frozen or {}).get(stack, 0)
+        whole[stack, "trained"] = number - whole[stack, "frozen"]
+    return _extrapolated(measured, {part: min(FEW, number) for part, number in whole.items()}, whole)
 
 
-def _extrapolated(
-    measured: Callable[[Mapping[str, int]], int], small: Mapping[str, int], whole: Mapping[str, int]
-) -> int:
-    """Return `measured(whole)` of a measure that grows linearly with the blocks of each stack, from small models."""
+def _extrapolated(measured: Callable[[Mapping[K, int]], int], small: Mapping[K, int], whole: Mapping[K, int]) -> int:
+    """Return `measured(whole)` of a measure that grows linearly with each of the numbers, from small ones."""
     base = measured(small)
     total = base
-    for stack, count in whole.items():
-        if count > small[stack]:
-            slope = measured({**small, stack: small[stack] + 1}) - base
-            total += slope * (count - small[stack])
+    for part, count in whole.items():
+        if count > small[part]:
+            slope = measured({**small, part: small[part] + 1}) - base
+            total += slope * (count - small[part])
     return total
 
 
@@ -288,6 +299,13 @@ def block_params(run: Run) -> dict[str, int]:
     with torch.device("meta"):
         model = model_of(run, dict.fromkeys(run.num_layers, 1))
     return {stack: sum(p.numel() for p in block.parameters()) for (stack, _), block in run.family.blocks(model).items()}
+
+
+def embedder_params(run: Run) -> int:
+    """Return the parameters of the embedders, which come before the blocks."""
+    with torch.device("meta"):
+        model = model_of(run, dict.fromkeys(run.num_layers, 1))
+    return sum(parameter.numel() for parameter in up_to(run.family, model, ()))
 
 
 def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import nn
@@ -17,6 +17,7 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.discovery import parse_settings
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.families.facts import FamilyFacts
 
 # curves[stack][stream][u][k]: a value for each pair of blocks u <= k, None below the diagonal.
 Curves = dict[str, dict[str, list[list[float | None]]]]
@@ -69,6 +70,7 @@ class Method(ABC):
     """One way to choose intervals. `method.rule` selects it by the name of its file in `ppcl/methods`.
 
     `settings_class`: a dataclass of the keys that only this method has, which are set under `method.settings`.
+    `reads`: the keys of `method` that choose the intervals. Others are refused where they are set. Empty: no key is.
     `needs_probes`: whether it reads the linear probes that `stages=[probe]` fits.
     `divides`: whether several ranks can share the calibration. `detect` then runs on every rank, with a part of it that
         may be empty, and merges by `teacher.gathered` what all have found. Otherwise rank 0 works alone.
@@ -78,6 +80,7 @@ class Method(ABC):
     """
 
     settings_class: ClassVar[type[Any]] = NoSettings
+    reads: ClassVar[tuple[str, ...]] = ()
     needs_probes: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     compares_states: ClassVar[bool] = False
@@ -122,6 +125,27 @@ class Method(ABC):
         Of models without some blocks it counts the share that is left. The arguments are those of `check_model`.
         """
         return 1.0
+
+    def check_keys(self, facts: FamilyFacts) -> None:
+        """Raise `UsageError` for a key of `method` that is set and has no effect on a model of this family.
+
+        Called at the start of a command that detects, but not where a plan is reused, which may be older than this
+        check. The size of the calibration is never refused, so that one command can set it for several methods.
+        """
+        config, usual = self.config, MethodConfig()
+        of_all = {"name", "rule", "settings", "num_samples", "num_timesteps", "batch_size"}
+        for item in fields(config) if self.reads else ():
+            value, default = getattr(config, item.name), getattr(usual, item.name)
+            if item.name not in {*of_all, *self.reads} and value != default:
+                raise UsageError(
+                    f"method.{item.name}={value} has no effect with method.rule={config.rule}, which reads "
+                    f"{', '.join(self.reads)}: leave it out, or add method.{item.name}={default}, its default."
+                )
+        if config.stream not in (*facts.streams, "mean"):
+            raise UsageError(
+                f"method.stream={config.stream}: blocks of model.family={facts.name} have no {config.stream} stream; "
+                f"use mean, or {' or '.join(facts.streams)}."
+            )
 
     @abstractmethod
     def detect(self, teacher: Teacher) -> Detection:

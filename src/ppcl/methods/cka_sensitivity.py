@@ -26,6 +26,7 @@ class CkaSensitivity(Ranking):
     """Ranks blocks by CKA(output, output without the block) and removes those of the highest first."""
 
     settings_class = Settings
+    reads = (*Ranking.reads, "debiased")
     score_name = "cka_without"
     highest_first = True
 

@@ -148,6 +148,7 @@ class Removal(Method):
     `most_what`: the most blocks that it can remove, in words.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("start", "end", "num_remove", "params")
     last: ClassVar[int] = 0
     most_what: str = "blocks that may be removed"
 

@@ -30,6 +30,7 @@ def facts_of(trace: Trace) -> FamilyFacts:
         trace.model,
         stacks={stack.path: stack.key for stack in trace.stacks},
         pipeline_classes=(),
+        streams=(),  # with other names than those that `method.stream` takes
         first_block=max(stack.first_block for stack in trace.stacks),
         last_blocks=max(stack.last_blocks for stack in trace.stacks),
     )
