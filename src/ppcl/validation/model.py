@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.artifacts.files import check_safetensors, parse_json, read_json
-from ppcl.artifacts.model_files import check_streamable, component_files, has_weights, variants_of, weight_files
+from ppcl.artifacts.model_files import (
+    check_streamable,
+    component_files,
+    components_of,
+    has_weights,
+    variants_of,
+    weight_files,
+)
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
@@ -238,7 +245,7 @@ def _index_of(folder: Path, model: ModelConfig) -> dict[str, Any]:
 
 def _check_weights(config: Config, folder: Path, index: Mapping[str, Any]) -> None:
     """Raise `UsageError` if weight files that diffusers would load are missing, cut short or damaged."""
-    model, parts = config.model, [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
+    model, parts = config.model, [name for name, entry in components_of(index).items() if any(entry)]
     if model.variant is not None and not any(
         found.startswith(model.variant) for name in parts for found in variants_of(folder / name)
     ):

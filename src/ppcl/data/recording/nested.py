@@ -26,9 +26,10 @@ class NoAxesError(ValueError):
 
 
 def copied(value: Any) -> Any:
-    """Return nested values with every tensor copied to host memory; all others are taken as they are."""
+    """Return nested values with every tensor copied to host memory, densely; all others are taken as they are."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
+        dense = torch.empty(value.shape, dtype=value.dtype)  # `contiguous` keeps the strides of expanded single numbers
+        return dense.copy_(value.detach())
     if isinstance(value, Mapping):
         return {key: copied(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -132,7 +132,12 @@ def call_arguments(run: Run, row: Row, prompt: int) -> dict[str, Any]:
     if row.prompt is not None:
         found |= family.prompt_arguments(pipeline, [row.prompt]) if family.draws else {"prompt": row.prompt}
     found |= loaded(row, parameters)
-    own = {"generator": torch.Generator().manual_seed(run.config.seed + prompt), "output_type": "latent"}
+    own: dict[str, Any] = {
+        "generator": torch.Generator().manual_seed(run.config.seed + prompt),
+        "output_type": "latent",
+    }
+    # With a cache of keys a call depends on those before it. Pipelines that have one can do without.
+    own |= {name: False for name, parameter in parameters.items() if "cache" in name and parameter.default is True}
     return found | {name: value for name, value in own.items() if name in parameters}
 
 

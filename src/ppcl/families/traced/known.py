@@ -11,6 +11,7 @@ from typing import Any
 
 from ppcl.artifacts.files import again, read_json, write_json
 from ppcl.artifacts.headers import fingerprint
+from ppcl.artifacts.model_files import components_of
 from ppcl.errors import UsageError, root
 from ppcl.families.traced.structure import block_lists, without_weights
 from ppcl.families.traced.trace import Stack, Trace, small_lists
@@ -50,10 +51,10 @@ def transformer_of(folder: Path, index: Mapping[str, Any], arch: Mapping[str, An
     """
     import diffusers
 
-    entry = index.get("transformer")
-    name = arch.get("_class_name") or (entry[1] if isinstance(entry, list) and len(entry) == 2 else None)
+    components = components_of(index)
+    name = arch.get("_class_name") or components.get("transformer", [None, None])[1]
     if not name:
-        parts = ", ".join(key for key, value in index.items() if isinstance(value, list) and any(value))
+        parts = ", ".join(key for key, value in components.items() if any(value))
         raise UsageError(
             f"model.path={folder} holds a {index['_class_name']} without a transformer ({parts}): only the blocks of "
             "diffusion transformers can be pruned."

@@ -12,7 +12,8 @@ from ppcl.errors import UsageError
 from ppcl.families.traced import checks
 from ppcl.families.traced.calls import Forward, record
 from ppcl.families.traced.feed_forward import feed_forwards
-from ppcl.families.traced.streams import Stream, find_masks, find_streams
+from ppcl.families.traced.masks import find_masks
+from ppcl.families.traced.streams import Stream, find_streams
 from ppcl.families.traced.structure import BlockList, block_lists
 
 LEAST_SHARE = 0.1  # of the parameters of all blocks
@@ -208,7 +209,7 @@ def _chain(
     item = replace(item, first=item.first + first, last=item.last + len(calls) - 1 - last)
     middle = calls[(first + last + 1) // 2]
     checks.check_alone(transformer, middle)
-    masks = find_masks(streams, middle, inputs)
+    masks = find_masks(transformer, streams, middle, inputs)
     return item, tuple(replace(stream, mask=masks.get(stream.name)) for stream in streams)
 
 
