@@ -15,6 +15,7 @@ from ppcl.artifacts.files import atomic_path
 from ppcl.errors import UsageError
 
 WINDOW, HOP = 1024, 512  # samples
+SHORTEST = 4 * WINDOW  # samples; fewer would make a picture too narrow for SSIM, and are followed by silence
 RANGE = 80.0  # dB from black to white
 _MAKERS = ("vocoder", "audio_vae", "vae")  # components that may make the sound, the last one of a pipeline first
 _RATES = ("output_sampling_rate", "sampling_rate", "sample_rate")
@@ -26,7 +27,7 @@ def spectrogram(sound: np.ndarray) -> Image.Image:
     Time goes to the right and frequency upwards, linearly, with the channels one above the other. White is a sine of
     full scale, black is 80 dB below it. A column stands for 512 samples.
     """
-    padded = np.pad(sound.astype(np.float64), ((0, 0), (0, max(0, WINDOW - sound.shape[1]))))
+    padded = np.pad(sound.astype(np.float64), ((0, 0), (0, max(0, SHORTEST - sound.shape[1]))))
     window = hann(WINDOW, sym=False)
     found = np.abs(ShortTimeFFT(window, HOP, fs=1.0).stft(padded)) / (window.sum() / 2)
     decibels = 20 * np.log10(np.maximum(found, 1e-12))

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.io import wavfile
 
 from ppcl.errors import UsageError
+from ppcl.pictures.fidelity import likeness
 from ppcl.pictures.images import save_drawn, told_by
 from ppcl.pictures.outputs import Drawn, drawn_by
 from ppcl.pictures.sounds import HOP, WINDOW, sampling_rate, spectrogram, write_sound
@@ -89,15 +90,17 @@ def test_a_sine_of_full_scale_is_white_at_its_frequency() -> None:
     assert lower.max() == 0
 
 
-def test_a_sound_shorter_than_a_window_has_a_picture() -> None:
-    assert spectrogram(np.ones((1, 10))).height == WINDOW // 2 + 1
+def test_a_short_sound_has_a_picture_that_ssim_takes() -> None:
+    picture = spectrogram(np.ones((1, 10)))
+    assert picture.height == WINDOW // 2 + 1
+    assert likeness(picture, picture).ssim == pytest.approx(1)
 
 
 def test_rates_come_from_the_pipeline() -> None:
     assert (sampling_rate(Video()), sampling_rate(Sound())) == (24000, 8000)
     assert (frame_rate(Video(), {"frame_rate": 8}), frame_rate(Sound(), {})) == (8.0, 16.0)
     mute = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(latent_channels=4)))
-    with pytest.raises(UsageError, match="add sampling_rate to the config.json of its vae"):
+    with pytest.raises(UsageError, match="add sampling_rate to the config"):
         sampling_rate(mute)
 
 
