@@ -113,6 +113,10 @@ def _drawn(run: Run, row: Row, prompt: int) -> Recording:
             pipeline(**arguments)
         except (ValueError, TypeError) as error:
             raise UsageError(f"{row.place}: the pipeline refuses its arguments: {error}") from error
+        except NameError as error:  # diffusers imports packages that it does not require only where they are installed
+            raise UsageError(
+                f"{type(pipeline).__name__} needs {error.name}, which is not installed: pip install {error.name}."
+            ) from error
     if not found.calls or found.latents is None:
         raise UsageError(
             f"{type(pipeline).__name__} calls its transformer or its scheduler in a way that cannot be recorded: give "
