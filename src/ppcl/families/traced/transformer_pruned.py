@@ -16,13 +16,14 @@ from typing import Any
 
 import diffusers
 from diffusers.configuration_utils import register_to_config
+from diffusers.models import transformers
 from torch import nn
 
 
 def __getattr__(name: str) -> Any:
     """Return the pruned class of this name; `AttributeError` if diffusers has no such class to make it from."""
     found = re.fullmatch(r"Pruned(?:Traced)?([A-Z]\w+)", name)
-    stock = found and getattr(diffusers, found[1], getattr(diffusers.models.transformers, found[1], None))
+    stock = found and getattr(diffusers, found[1], getattr(transformers, found[1], None))
     if not (isinstance(stock, type) and issubclass(stock, diffusers.ModelMixin)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}: diffusers has no such transformer")
     return _pruned(stock, name)
