@@ -12,9 +12,11 @@ from torch import Tensor
 from ppcl.config import SamplingConfig
 from ppcl.families.base import Conditions, Family
 from ppcl.families.facts import FamilyFacts
+from ppcl.families.registry import PRUNED_MAKER, pruned_name
 from ppcl.families.traced.leaves import at
 from ppcl.families.traced.streams import Stream, tokens_of
 from ppcl.families.traced.trace import Trace
+from ppcl.families.traced.width import TracedWidth
 from ppcl.taps import Streams
 
 NAME = "traced"
@@ -33,6 +35,7 @@ def facts_of(trace: Trace) -> FamilyFacts:
         streams=(),  # with other names than those that `method.stream` takes
         first_block=max(stack.first_block for stack in trace.stacks),
         last_blocks=max(stack.last_blocks for stack in trace.stacks),
+        pruned_models={pruned_name(trace.model): PRUNED_MAKER},
     )
 
 
@@ -60,7 +63,9 @@ class Traced(Family):
         return bool(self._streams)
 
     def adopt(self, trace: Trace) -> None:
-        """Take the streams of the model from its trace."""
+        """Take the streams of the model, and how it is pruned in width, from its trace."""
+        if any(stack.feed_forwards for stack in trace.stacks):
+            self.width = TracedWidth(trace)
         self._streams = {stack.path: stack.streams for stack in trace.stacks}
         every = [stream for stack in trace.stacks for stream in stack.streams]
         main = max(every, key=lambda stream: stream.tokens)

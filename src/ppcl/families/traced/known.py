@@ -16,7 +16,7 @@ from ppcl.errors import UsageError, root
 from ppcl.families.traced.structure import block_lists, without_weights
 from ppcl.families.traced.trace import Stack, Trace, small_lists
 
-VERSION = 1  # of how models are traced
+VERSION = 2  # of how models are traced
 
 
 def trace_path(cache_dir: str | Path, model: str, arch: Mapping[str, Any]) -> Path:
