@@ -9,18 +9,21 @@ from ppcl.data.recording.files import read_call, record_of
 from ppcl.errors import UsageError
 from ppcl.families.registry import register
 from ppcl.families.traced.family import Traced, facts_of
-from ppcl.families.traced.known import trace_path, write_trace
-from ppcl.families.traced.trace import trace
+from ppcl.families.traced.known import TRACE, trace_path, write_trace
+from ppcl.families.traced.trace import Trace, trace
 
 
 def ensure_traced(run: Run, prompt: int = 0) -> None:
     """Trace the teacher if its family is `traced`, unless that was done, and keep the trace in the cache.
 
-    `prompt`: the number of a recorded prompt. Raises `UsageError` if nothing is recorded, or if the model cannot be
-    traced.
+    The run's folder gets a copy, `trace.json`. `prompt`: the number of a recorded prompt. Raises `UsageError` if
+    nothing is recorded, or if the model cannot be traced.
     """
     family = run.family
-    if not isinstance(family, Traced) or family.is_traced:
+    if not isinstance(family, Traced):
+        return
+    if family.trace is not None:
+        _keep(run, family.trace)
         return
     record = record_of(run.data.cache_folder, prompt) if run.config.data.name == "prompts" else None
     if record is None or not record.exists():
@@ -36,3 +39,10 @@ def ensure_traced(run: Run, prompt: int = 0) -> None:
     family.adopt(found)
     family.facts = facts_of(found)
     register(family.facts)
+    _keep(run, found)
+
+
+def _keep(run: Run, trace: Trace) -> None:
+    """Write the trace into the run's folder, where `ppcl.plug` finds it."""
+    if run.writes and not (run.folder / TRACE).exists():
+        write_trace(run.folder / TRACE, trace)

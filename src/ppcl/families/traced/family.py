@@ -52,18 +52,15 @@ class Traced(Family):
         sampling: SamplingConfig | None = None,
     ) -> None:
         super().__init__(facts, arch, sampling)
+        self.trace: Trace | None = None  # None: it does not know the streams of its model yet
         self._streams: dict[str, tuple[Stream, ...]] = {}
         self._takes: frozenset[str] = frozenset()  # arguments of the pipeline's call
         self._channels = 1
         self.stream_numbers = 0  # of all streams of a sample, at the block that has most of them
 
-    @property
-    def is_traced(self) -> bool:
-        """Whether it knows the streams of its model."""
-        return bool(self._streams)
-
     def adopt(self, trace: Trace) -> None:
         """Take the streams of the model, and how it is pruned in width, from its trace."""
+        self.trace = trace
         if any(stack.feed_forwards for stack in trace.stacks):
             self.width = TracedWidth(trace)
         self._streams = {stack.path: stack.streams for stack in trace.stacks}

@@ -16,6 +16,7 @@ from ppcl.errors import UsageError, root
 from ppcl.families.traced.structure import block_lists, without_weights
 from ppcl.families.traced.trace import Stack, Trace, small_lists
 
+TRACE = "trace.json"  # in a run's folder
 VERSION = 2  # of how models are traced
 
 
