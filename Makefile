@@ -49,6 +49,10 @@ test-fast: setup ## Run the tests of units and of the configuration alone, under
 test-notebooks: setup ## Run every notebook on a tiny finished run, under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_notebooks.py $(ARGS)
 
+.PHONY: test-models
+test-models: setup ## Take a tiny pipeline of each of twelve other architectures through the stages, 15 minutes
+	PPCL_TEST_MODELS=1 $(PYTEST) tests/integration/test_pipelines_one.py tests/integration/test_pipelines_two.py $(ARGS)
+
 .PHONY: battery
 battery: setup ## Damage, kill, misuse and attack tiny runs, 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.battery $(ARGS)
