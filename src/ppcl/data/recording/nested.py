@@ -26,10 +26,10 @@ class NoAxesError(ValueError):
 
 
 def copied(value: Any) -> Any:
-    """Return nested values with every tensor copied to host memory; all others are taken as they are."""
+    """Return nested values with every tensor copied to host memory, densely; all others are taken as they are."""
     if isinstance(value, Tensor):
-        # An expanded dimension of size 1 keeps its stride of 0 otherwise, and is then not read as bytes.
-        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        dense = torch.empty(value.shape, dtype=value.dtype)  # `contiguous` keeps the strides of expanded single numbers
+        return dense.copy_(value.detach())
     if isinstance(value, Mapping):
         return {key: copied(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
