@@ -10,14 +10,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import ppcl as command
 from commands import succeed
 from diffusers import DiffusionPipeline
+from PIL import Image
 from scipy.io import wavfile
 
 import ppcl
@@ -57,11 +60,27 @@ SHORT = [
 
 @dataclass
 class Chain:
-    """A pipeline of the module `name`, and the folder of a run through all stages."""
+    """A pipeline of the module `name`, its prompts, and the folder of a run through all stages."""
 
     name: str
     teacher: Path
+    prompts: Path
     run: Path
+
+    @property
+    def command(self) -> list[str]:
+        """The command without its stages."""
+        return [
+            "model=auto",
+            f"model.path={self.teacher}",
+            f"data.path={self.prompts}",
+            f"paths.runs_dir={self.run.parent}",
+            f"paths.cache_dir={self.run.parent / 'cache'}",
+            f"name={self.run.name}",
+            f"generate.variants=[{','.join(VARIANTS)}]",
+            *SHORT,
+            *import_module(f"tests.pipelines_tiny.{self.name}").SETTINGS,
+        ]
 
     @property
     def recording(self) -> Path:
@@ -92,21 +111,10 @@ def _write_prompts(folder: Path) -> Path:
 def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     module = import_module(f"tests.pipelines_tiny.{name}")
-    teacher = module.build(folder / "teacher")
     prompts = getattr(module, "write_prompts", _write_prompts)(folder)
-    succeed(
-        "model=auto",
-        f"model.path={teacher}",
-        f"data.path={prompts}",
-        f"paths.runs_dir={folder / 'runs'}",
-        f"paths.cache_dir={folder / 'runs' / 'cache'}",
-        "name=chain",
-        CHAIN,
-        f"generate.variants=[{','.join(VARIANTS)}]",
-        *SHORT,
-        *module.SETTINGS,
-    )
-    return Chain(name, teacher, folder / "runs" / "chain")
+    found = Chain(name, module.build(folder / "teacher"), prompts, folder / "runs" / "chain")
+    succeed(*found.command, CHAIN)
+    return found
 
 
 def test_the_report_compares_the_variants_with_the_teacher(chain: Chain) -> None:
@@ -153,6 +161,31 @@ def test_stock_diffusers_loads_the_export_and_it_computes_the_same(chain: Chain)
     found, wanted = (_output(model, call.arguments) for model in (loaded.transformer, pruned))
     assert torch.equal(found, wanted)
     assert not torch.equal(found, call.output)
+
+
+def test_a_video_or_sound_that_is_lost_is_drawn_again(chain: Chain) -> None:
+    lost = [path for path in chain.drawn("removed").glob("00000.*") if path.suffix != ".png"]
+    if not lost:
+        pytest.skip("it draws pictures alone, or no encoder of videos is installed")
+    before = lost[0].read_bytes()
+    lost[0].unlink()
+    out = succeed(*chain.command, "stages=[generate]").out
+    assert out.count("pictures drawn, in") == out.count("removed: ") == 1
+    assert lost[0].read_bytes() == before
+
+
+def test_a_package_that_a_pipeline_lacks_is_named(tmp_path: Path) -> None:
+    if find_spec("ftfy"):
+        pytest.skip("ftfy is installed")
+    teacher = import_module("tests.pipelines_tiny.wan_from_image").build(tmp_path / "teacher")
+    Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle", "image": "a.png"}')
+    given = ["model=auto", f"model.path={teacher}", f"data.path={tmp_path / 'prompts.jsonl'}", *SHORT]
+    outcome = command(
+        *given, f"paths.runs_dir={tmp_path}", "model.sampling.arguments={num_frames: 5}", "stages=[cache]"
+    )
+    assert outcome.code == 2
+    assert "WanImageToVideoPipeline needs ftfy, which is not installed: pip install ftfy." in outcome.err
 
 
 @torch.no_grad()
