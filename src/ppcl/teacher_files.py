@@ -17,7 +17,14 @@ from rich.console import Console
 from ppcl.artifacts.contents import digests, joined
 from ppcl.artifacts.files import parse_json, read_json, write_json
 from ppcl.artifacts.headers import fingerprint
-from ppcl.artifacts.model_files import component_files, pickled_tensors, stored_tensors, variants_of, weight_files
+from ppcl.artifacts.model_files import (
+    component_files,
+    components_of,
+    pickled_tensors,
+    stored_tensors,
+    variants_of,
+    weight_files,
+)
 from ppcl.config import Config, ModelConfig
 from ppcl.disk import check_space
 from ppcl.errors import UsageError, root
@@ -125,7 +132,7 @@ class TeacherFiles:
             import diffusers
 
             with loading(model, "model.lora with "):
-                components = [name for name, entry in self.index.items() if isinstance(entry, list)]
+                components = list(components_of(self.index))
                 kind = getattr(diffusers, self.index["_class_name"])
                 merge_lora(kind, components, made, Path(model.lora), self.family.facts)
         save(made, folder)

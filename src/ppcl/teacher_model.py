@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ppcl.artifacts.model_files import has_weights, variants_of
+from ppcl.artifacts.model_files import components_of, has_weights, variants_of
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
@@ -171,17 +171,24 @@ class TeacherModel:
 
     def _components(self) -> dict[str, list[Any]]:
         """Return the entries of the pipeline's components in its index: library and class, or None twice."""
-        return {name: entry for name, entry in self.files.index.items() if isinstance(entry, list)}
+        return components_of(self.files.index)
 
     def _load(self, folder: Path, given: Mapping[str, Any]) -> Any:
         """Load the pipeline, with the `given` components in place of those in its folder; None leaves one out."""
         from diffusers import DiffusionPipeline
 
         given = dict(given) | self._text_encoders(folder, given)
+        settings = {"variant": self.config.model.variant, "dtype": self.dtype}
         with loading(self.config.model):
-            pipeline = DiffusionPipeline.from_pretrained(
-                folder, variant=self.config.model.variant, dtype=self.dtype, **given
-            )
+            try:
+                pipeline = DiffusionPipeline.from_pretrained(folder, **settings, **given)
+            except (AttributeError, TypeError):  # some classes ask their processor for something when they are made
+                processors = [name for name, part in given.items() if part is None and self._is_processor(name)]
+                if not processors:
+                    raise
+                given = {name: part for name, part in given.items() if name not in processors}
+                folder = self.files.folder(name for name, part in given.items() if part is None)
+                pipeline = DiffusionPipeline.from_pretrained(folder, **settings, **given)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and part is not given.get(name):
                 lacking = next((key for key, value in part.state_dict().items() if value.is_meta), None)
@@ -190,6 +197,16 @@ class TeacherModel:
                         f"{folder / name} lacks {lacking}, which its config.json asks for: fetch it again."
                     )
         return pipeline
+
+    def _is_processor(self, component: str) -> bool:
+        """Return whether a component is a tokenizer, or another one that has a class but no weights."""
+        found = self._class_of(component)
+        return found is not None and not issubclass(found, nn.Module)
+
+    def _class_of(self, component: str) -> Any:
+        """Return the class of a component; None if it has none, or if its library is not installed."""
+        library, kind = self._components()[component]
+        return getattr(import_module(library), kind, None) if kind and find_spec(library) else None
 
     def _text_encoders(self, folder: Path, given: Mapping[str, Any]) -> dict[str, nn.Module]:
         """Load the components that are models of transformers, but those `given`.
@@ -218,10 +235,10 @@ class TeacherModel:
         Takes a second, and loads no weights. Raises `UsageError` if a file is missing or damaged.
         """
         folder = self.files.folder(["transformer"])
-        for name, (library, kind) in self._components().items():
-            if kind is None or name == "transformer" or has_weights(folder / name):
+        for name in self._components():
+            if name == "transformer" or has_weights(folder / name):
                 continue
-            found = getattr(import_module(library), kind, None) if find_spec(str(library)) else None
+            found = self._class_of(name)
             if found is not None:
                 with loading(self.config.model, f"{name} of "):
                     _check_vocabulary(found.from_pretrained(folder / name), folder / name)

@@ -8,6 +8,7 @@ variant, such as `fp16`, it reads files with the variant in their names instead,
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -34,6 +35,18 @@ class Stored:
     def numel(self) -> int:
         """The number of its elements."""
         return prod(self.shape)
+
+
+def components_of(index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the components in the content of a `model_index.json`: the library and the class of each, or None twice.
+
+    Other lists in it are settings of the pipeline.
+    """
+    return {
+        name: entry
+        for name, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and all(part is None or isinstance(part, str) for part in entry)
+    }
 
 
 def _named(name: str, variant: str | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl import __version__
-from ppcl.artifacts.files import read_json, write_json
+from ppcl.artifacts.files import parse_json, write_json
 from ppcl.artifacts.headers import Header
 from ppcl.context import Run
 from ppcl.export.model_card import (
@@ -74,7 +74,9 @@ def base_name(run: Run) -> str | None:
 def forget_paths(folder: Path, base: str | None) -> None:
     """Replace paths of this machine by `base` in the configs of a saved pipeline, where diffusers notes its source."""
     for path in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
-        config = read_json(path, "The config") if path.name.endswith(("config.json", "index.json")) else {}
+        if not path.name.endswith(("config.json", "index.json")):
+            continue
+        config = parse_json(path.read_text(encoding="utf-8"))  # settings of schedulers may be -Infinity
         for key in ("_name_or_path", "name_or_path"):
             if isinstance(config.get(key), str) and Path(config[key]).is_absolute():
                 config[key] = base or ""
@@ -148,6 +150,7 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
             "imports": "import ppcl  # or pass trust_remote_code=True below\n" if ours else "",
             "without": "".join(f", {name}=None" for name in missing),
             "call": call,
+            "preparation": run.family.preparation,
             "seed": config.seed,
             "intervals": json.dumps(board.blocks.removed),
             "students": len(board.plugged),

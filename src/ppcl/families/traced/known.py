@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ppcl.artifacts.files import again, read_json, write_json
 from ppcl.artifacts.headers import fingerprint
+from ppcl.artifacts.model_files import components_of
 from ppcl.errors import UsageError, root
 from ppcl.families.traced.structure import block_lists, without_weights
 from ppcl.families.traced.trace import Stack, Trace, small_lists
 
-VERSION = 1  # of how models are traced
+TRACE = "trace.json"  # in a run's folder
+VERSION = 2  # of how models are traced
 
 
 def trace_path(cache_dir: str | Path, model: str, arch: Mapping[str, Any]) -> Path:
@@ -48,10 +52,10 @@ def transformer_of(folder: Path, index: Mapping[str, Any], arch: Mapping[str, An
     """
     import diffusers
 
-    entry = index.get("transformer")
-    name = arch.get("_class_name") or (entry[1] if isinstance(entry, list) and len(entry) == 2 else None)
+    components = components_of(index)
+    name = arch.get("_class_name") or components.get("transformer", [None, None])[1]
     if not name:
-        parts = ", ".join(key for key, value in index.items() if isinstance(value, list) and any(value))
+        parts = ", ".join(key for key, value in components.items() if any(value))
         raise UsageError(
             f"model.path={folder} holds a {index['_class_name']} without a transformer ({parts}): only the blocks of "
             "diffusion transformers can be pruned."
@@ -70,8 +74,14 @@ def guessed(kind: Any, arch: Mapping[str, Any]) -> Trace:
 
     Raises `UsageError` if it has none.
     """
+    own = {key: value for key, value in arch.items() if not key.startswith("_")}
+    return _guessed(kind, json.dumps(own, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=8)  # a command asks several times, and a large model takes seconds
+def _guessed(kind: Any, arch: str) -> Trace:
     try:
-        model = without_weights(kind, {key: value for key, value in arch.items() if not key.startswith("_")})
+        model = without_weights(kind, json.loads(arch))
     except Exception as error:  # a value of any kind can stand in the file
         raise UsageError(f"transformer/config.json is no config of a {kind.__name__} ({root(error)}).") from None
     lists = block_lists(model)

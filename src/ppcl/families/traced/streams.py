@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ppcl.families.traced.calls import Call
@@ -20,8 +18,8 @@ class Stream:
 
     `name`: that of the argument that takes it, and if a stream of another stack has the same with other tokens, also
     that of the stack. `argument`: its place in the arguments; longer than one if the argument is a list or a dict.
-    `slot`: its place in what a block returns; empty if a block returns that tensor alone. `tokens`: its number of
-    tokens in the traced forward. `mask`: the argument of the transformer's forward that marks its valid tokens,
+    `slot`: its place in what a block returns; empty if a block returns that tensor alone. `tokens`, `channels`:
+    its size in the traced forward. `mask`: the argument of the transformer's forward that marks its valid tokens,
     boolean or 0 and 1, `[B, tokens]`; None if all are valid.
     """
 
@@ -29,6 +27,7 @@ class Stream:
     argument: Path
     slot: Path
     tokens: int = 0
+    channels: int = 0
     mask: str | None = None
 
 
@@ -54,8 +53,8 @@ def find_streams(calls: Sequence[Call]) -> tuple[list[Stream], int, int]:
             continue
         if all(_passed_on(call, slot) for call in calls[first:last]):
             continue
-        tokens = tokens_of(tensors(calls[last].arguments)[place]).shape[1]
-        streams.append(Stream("_".join(map(str, place)), place, slot, tokens))
+        _, tokens, channels = tokens_of(tensors(calls[last].arguments)[place]).shape
+        streams.append(Stream("_".join(map(str, place)), place, slot, tokens, channels))
     return streams, first, last
 
 
@@ -85,33 +84,3 @@ def tokens_of(stream: Tensor) -> Tensor:
     if stream.ndim == 2:
         return stream[None]
     return stream.flatten(1, -2)
-
-
-def find_masks(streams: Sequence[Stream], call: Call, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Return for streams of a block the argument of the forward that marks their padding, by the streams' names.
-
-    A mask is boolean or of 0 and 1, shaped `[B, tokens]` like the stream. If it has the shape of several streams, it is
-    that of the longest name that is part of its own.
-    """
-    shapes = {}
-    for stream in streams:
-        shapes[stream.name] = tokens_of(tensors(call.arguments)[stream.argument]).shape[:2]
-    found: dict[str, str] = {}
-    for name, value in inputs.items():
-        if not isinstance(value, Tensor) or value.ndim != 2 or not _marks(value):
-            continue
-        fitting = [stream for stream, shape in shapes.items() if shape == value.shape and shape[1] > 1]
-        if len(fitting) > 1:
-            named = [stream for stream in fitting if stream in name]
-            # `encoder_attention_mask` goes with `encoder_hidden_states`.
-            named = named or [stream for stream in fitting if stream.partition("_")[0] == name.partition("_")[0]]
-            fitting = sorted(named, key=len)[-1:]
-        found |= {stream: name for stream in fitting if stream not in found}
-    return found
-
-
-def _marks(value: Tensor) -> bool:
-    """Return whether a tensor holds nothing but 0 and 1, or false and true."""
-    if value.dtype == torch.bool:
-        return True
-    return bool(((value == 0) | (value == 1)).all())
