@@ -798,6 +798,10 @@ def test_data_is_known_by_its_path(auto, tmp_path):
     (tmp_path / "00000.tar").touch()
     assert parsed(*auto, f"data.path={tmp_path}").data.name == "webdataset"
     assert parsed(*auto, f'data.path="{tmp_path}/shards-{{000..099}}.tar"').data.name == "webdataset"
+    table = tmp_path / "table.jsonl"
+    for keys, name in {("image", "text"): "folder", ("image", "prompt_embeds"): "prompts"}.items():
+        table.write_text(json.dumps(dict.fromkeys(keys, "a")))
+        assert parsed(*auto, f"data.path={table}").data.name == name
 
 
 @pytest.mark.parametrize(

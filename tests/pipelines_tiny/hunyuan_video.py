@@ -15,6 +15,13 @@ from diffusers import (
 from tests.pipelines_tiny import first_parts as parts
 
 CHANNELS, TEXT, POOLED = 4, 32, 24
+TEMPLATE = '{template: "{}", crop_start: 0}'  # of the text alone: the pipeline's own is longer than tiny texts
+SETTINGS = [
+    "model.sampling.height=32",
+    "model.sampling.width=48",
+    "model.sampling.max_sequence_length=16",
+    f"model.sampling.arguments={{num_frames: 9, prompt_template: {TEMPLATE}}}",
+]
 
 
 def build(folder: Path) -> Path:

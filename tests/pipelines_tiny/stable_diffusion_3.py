@@ -9,6 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 
 from tests.pipelines_tiny import first_parts as parts
 
+SETTINGS = ["model.sampling.height=32", "model.sampling.width=32"]
+
 
 def build(folder: Path) -> Path:
     """Saves the pipeline to `folder`, and returns it."""

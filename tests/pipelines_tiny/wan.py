@@ -1,29 +1,25 @@
-"""Wan: text to video, and image to video, which is given the first frame."""
+"""Wan: text to video."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
 from tests.pipelines_tiny import first_parts as parts
 
 CHANNELS, TEXT = 8, 48
+SETTINGS = ["model.sampling.height=32", "model.sampling.width=48", "model.sampling.arguments={num_frames: 9}"]
 
 
 def build(folder: Path) -> Path:
-    """Saves the pipeline that is given texts to `folder`, and returns it."""
-    return _build(folder, WanPipeline, CHANNELS)
+    """Saves the pipeline to `folder`, and returns it."""
+    return build_as(WanPipeline, CHANNELS, folder)
 
 
-def build_from_image(folder: Path) -> Path:
-    """Saves the pipeline that is given a first frame to `folder`, and returns it."""
-    mask = 4  # channels that say which frames are given
-    return _build(folder, WanImageToVideoPipeline, 2 * CHANNELS + mask)
-
-
-def _build(folder: Path, pipeline: type, in_channels: int) -> Path:
+def build_as(kind: type, in_channels: int, folder: Path) -> Path:
+    """Saves a pipeline of the class `kind`, whose transformer has this many input channels."""
     torch.manual_seed(0)
     text_encoder, tokenizer = parts.umt5(TEXT)
     transformer = WanTransformer3DModel(
@@ -38,7 +34,7 @@ def _build(folder: Path, pipeline: type, in_channels: int) -> Path:
         num_layers=6,
         rope_max_seq_len=32,
     )
-    pipeline(
+    kind(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=parts.wan_vae(CHANNELS),

@@ -16,7 +16,7 @@ class SamplingConfig:
     """How pictures are drawn. All variants of a run are drawn with the same settings.
 
     `height`, `width`: the size of a picture in pixels. None, for an edit model: a megapixel, in the aspect ratio of the
-        last picture that it is given.
+        last picture that it is given; for a model of no known family: the size that its pipeline takes by itself.
     `num_inference_steps`: denoising steps per picture.
     `true_cfg_scale`: scale of classifier-free guidance. Above 1 every step runs the model twice, with the prompt and
         with `negative_prompt`. Dropped captions of your data are encoded as the same.

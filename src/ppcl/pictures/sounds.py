@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from scipy.signal.windows import hann
 from ppcl.artifacts.files import atomic_path
 from ppcl.errors import UsageError
 
-WINDOW, HOP = 1024, 512  # samples
-SHORTEST = 4 * WINDOW  # samples; fewer would make a picture too narrow for SSIM, and are followed by silence
+LONGEST_WINDOW = 1024  # samples
+SHORTEST = 512  # samples; fewer would make a picture too small for SSIM, and are followed by silence
 RANGE = 80.0  # dB from black to white
 _MAKERS = ("vocoder", "audio_vae", "vae")  # components that may make the sound, the last one of a pipeline first
 _RATES = ("output_sampling_rate", "sampling_rate", "sample_rate")
@@ -25,14 +26,21 @@ def spectrogram(sound: np.ndarray) -> Image.Image:
     """Return a grey picture of a sound `[channels, samples]` in [-1, 1].
 
     Time goes to the right and frequency upwards, linearly, with the channels one above the other. White is a sine of
-    full scale, black is 80 dB below it. A column stands for 512 samples.
+    full scale, black is 80 dB below it. The picture is about as wide as high, and wider for a sound of more than about
+    262,000 samples, whose windows are `LONGEST_WINDOW`.
     """
     padded = np.pad(sound.astype(np.float64), ((0, 0), (0, max(0, SHORTEST - sound.shape[1]))))
-    window = hann(WINDOW, sym=False)
-    found = np.abs(ShortTimeFFT(window, HOP, fs=1.0).stft(padded)) / (window.sum() / 2)
+    length = window_of(padded.shape[1])
+    window = hann(length, sym=False)
+    found = np.abs(ShortTimeFFT(window, length // 2, fs=1.0).stft(padded)) / (window.sum() / 2)
     decibels = 20 * np.log10(np.maximum(found, 1e-12))
     grey = (255 * (1 + decibels / RANGE)).clip(0, 255).round().astype(np.uint8)[:, ::-1]
     return Image.fromarray(grey.reshape(-1, grey.shape[2])).convert("RGB")
+
+
+def window_of(samples: int) -> int:
+    """Return the length of the windows of a sound, a power of 2: half as many bands are about as many windows."""
+    return min(LONGEST_WINDOW, 2 ** round(math.log2(2 * math.sqrt(samples))))
 
 
 def sampling_rate(pipeline: Any) -> int:

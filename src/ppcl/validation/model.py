@@ -345,7 +345,8 @@ def check_pretrain(config: Config) -> None:
 def check_size(config: Config) -> None:
     """Check `model.sampling.height` and `width`, and the shift of `scheduler`; raises `UsageError`.
 
-    Height and width may be None only for an edit model, which then takes them from a picture that it is given.
+    Height and width may be None for an edit model, which then takes them from a picture that it is given, and for a
+    model of no known family, whose pipeline has a size of its own, or none if it draws sounds.
     """
     sampling, family = config.model.sampling, config.model.family
     shift = sampling.scheduler.get("shift")
@@ -355,7 +356,7 @@ def check_size(config: Config) -> None:
         Bounds(above=0, most=1000).check("model.sampling.scheduler.shift", shift)
     given = {"height": sampling.height, "width": sampling.width}
     lacking = [name for name, side in given.items() if side is None]
-    if not lacking:
+    if not lacking or family == "traced":
         return
     if not FAMILIES[family].max_references:
         raise UsageError(

@@ -16,7 +16,7 @@ from ppcl.errors import UsageError
 from ppcl.pictures.fidelity import likeness
 from ppcl.pictures.images import save_drawn, told_by
 from ppcl.pictures.outputs import Drawn, drawn_by
-from ppcl.pictures.sounds import HOP, WINDOW, sampling_rate, spectrogram, write_sound
+from ppcl.pictures.sounds import LONGEST_WINDOW, sampling_rate, spectrogram, window_of, write_sound
 from ppcl.pictures.videos import cut, frame_rate, lacks_encoder, sheet_of, write_video
 
 
@@ -72,7 +72,7 @@ def test_a_sound_is_shown_by_its_spectrogram(sounds: Any) -> None:
     drawn = drawn_by(Sound(), SimpleNamespace(audios=sounds), {})
     assert len(drawn) == 2
     assert all(one.sound is not None and one.sound.shape == (1, 4000) for one in drawn)
-    assert drawn[0].picture.height == WINDOW // 2 + 1
+    assert drawn[0].picture.size == (64, 65)
 
 
 def test_what_is_neither_is_refused() -> None:
@@ -81,18 +81,24 @@ def test_what_is_neither_is_refused() -> None:
 
 
 def test_a_sine_of_full_scale_is_white_at_its_frequency() -> None:
-    time = np.arange(8 * HOP)
-    sine = np.sin(2 * np.pi * 100 / WINDOW * time)  # 100 of the 512 bands
+    bands = LONGEST_WINDOW // 2
+    time = np.arange(2 * bands * bands)
+    sine = np.sin(2 * np.pi * 100 / LONGEST_WINDOW * time)
     both = np.asarray(spectrogram(np.stack([sine, np.zeros_like(sine)])))
-    upper, lower = both[: WINDOW // 2 + 1], both[WINDOW // 2 + 1 :]
-    assert (upper[WINDOW // 2 - 100, 2:-2] >= 254).all()
-    assert upper[WINDOW // 2 - 300, 2:-2].max() == 0
+    upper, lower = both[: bands + 1], both[bands + 1 :]
+    assert (upper[bands - 100, 2:-2] >= 254).all()
+    assert upper[bands - 300, 2:-2].max() == 0
     assert lower.max() == 0
+
+
+@pytest.mark.parametrize(("samples", "window"), [(512, 64), (4000, 128), (262144, 1024), (10**7, 1024)])
+def test_windows_are_as_many_as_bands_but_not_above_the_longest(samples: int, window: int) -> None:
+    assert window_of(samples) == window
 
 
 def test_a_short_sound_has_a_picture_that_ssim_takes() -> None:
     picture = spectrogram(np.ones((1, 10)))
-    assert picture.height == WINDOW // 2 + 1
+    assert min(picture.size) > 10
     assert likeness(picture, picture).ssim == pytest.approx(1)
 
 
