@@ -19,6 +19,7 @@ from ppcl.paths import ASSETS
 from ppcl.surgery.plugboard import Plugboard, load_student
 
 STACK, FFN = "transformer_blocks", [1, 4]  # block 1 is a student
+SETS = [f"width.names=[{','.join(f'{STACK}.{index}.ffn' for index in FFN)}]"]
 CLASS = "PrunedTracedFluxTransformer2DModel"
 
 
@@ -51,7 +52,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def pruned(command: list[str]) -> Path:
     """The folder of the run. Read it, do not write."""
-    succeed(*command, f"width.names=[{','.join(f'{STACK}.{i}.ffn' for i in FFN)}]", "stages=[cache,depth,width,export]")
+    succeed(*command, *SETS, "stages=[cache,depth,width,export]")
     return Path(next(a for a in command if a.startswith("paths.runs_dir=")).partition("=")[2]) / "width"
 
 
@@ -100,6 +101,21 @@ def test_projectors_of_a_block_are_linear_maps_of_all_its_networks(pruned: Path)
         shapes = {"weight": (64, 64), "bias": (64,)}
         wanted = {f"{name}.{key}": shape for name in ("ff", "ff_context") for key, shape in shapes.items()}
         assert {name: tuple(value.shape) for name, value in tensors.items()} == wanted
+
+
+def test_stages_run_in_commands_of_their_own(command: list[str], pruned: Path) -> None:
+    for stage, words in (("width", "reused"), ("export", "reused"), ("plan", "ffn")):
+        assert words in succeed(*command, *SETS, f"stages=[{stage}]").out
+
+
+def test_it_is_not_pruned_again_and_the_sentence_says_what_is(command: list[str], pruned: Path) -> None:
+    ours = ("model", "width", "name=", "intervals")
+    again = [*(item for item in command if not item.startswith(ours)), "model=auto", f"model.path={pruned / 'export'}"]
+    outcome = ppcl(*again, "name=again", "stages=[depth]", f"intervals.{STACK}=[[1,2]]")
+    assert outcome.code == 2
+    assert f"whose transformer is pruned in width ({CLASS})" in outcome.err.replace("\n", " ")
+    small = ["model.sampling.num_inference_steps=1", "model.sampling.height=32", "model.sampling.width=32"]
+    succeed(*again, "name=again", *small, "generate.variants=[teacher]", "stages=[cache,generate]")
 
 
 def test_a_stack_without_networks_is_refused(command: list[str], pruned: Path) -> None:

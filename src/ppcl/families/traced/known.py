@@ -10,6 +10,7 @@ from typing import Any
 from ppcl.artifacts.files import again, read_json, write_json
 from ppcl.artifacts.headers import fingerprint
 from ppcl.errors import UsageError, root
+from ppcl.families.registry import stock_name
 from ppcl.families.traced.structure import block_lists, without_weights
 from ppcl.families.traced.trace import Stack, Trace, small_lists
 
@@ -56,7 +57,8 @@ def transformer_of(folder: Path, index: Mapping[str, Any], arch: Mapping[str, An
             f"model.path={folder} holds a {index['_class_name']} without a transformer ({parts}): only the blocks of "
             "diffusion transformers can be pruned."
         )
-    found = getattr(diffusers, str(name), None) or getattr(diffusers.models.transformers, str(name), None)
+    name = stock_name(str(name))  # an export that is pruned in width names a class made from that
+    found = getattr(diffusers, name, None) or getattr(diffusers.models.transformers, name, None)
     if found is None:
         raise UsageError(
             f"model.path={folder} holds a {name}, which diffusers {diffusers.__version__} does not have: install the "
@@ -71,7 +73,9 @@ def guessed(kind: Any, arch: Mapping[str, Any]) -> Trace:
     Raises `UsageError` if it has none.
     """
     try:
-        model = without_weights(kind, {key: value for key, value in arch.items() if not key.startswith("_")})
+        added = ("ppcl", "auto_map", "pruned_feed_forwards")  # to the config of an export
+        own = {key: value for key, value in arch.items() if not key.startswith("_") and key not in added}
+        model = without_weights(kind, own)
     except Exception as error:  # a value of any kind can stand in the file
         raise UsageError(f"transformer/config.json is no config of a {kind.__name__} ({root(error)}).") from None
     lists = block_lists(model)
