@@ -393,7 +393,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
     from ppcl.needs import check_needs, check_teacher
     from ppcl.quiet import quiet_progress
     from ppcl.stages import STAGES
-    from ppcl.tracing import ensure_traced
+    from ppcl.tracing import ensure_traced, needs_trace
     from ppcl.tracking.publish import tracked
     from ppcl.validation.pruning import budget_of
 
@@ -421,7 +421,7 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
             run.teacher.enter(stage)
             with shared(), in_memory(run, stage), attention(config):
                 if config.strategy.kind == "single" or STAGES[stage].ranks != "first" or is_first():
-                    if STAGES[stage].data:
+                    if needs_trace(config, stage):
                         ensure_traced(run)
                     import_module(f"ppcl.stages.{stage}").run(run)
                     publish(stage)

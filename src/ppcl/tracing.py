@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.fabric.utilities import move_data_to_device
 
+from ppcl.config import Config
 from ppcl.context import Run
 from ppcl.data.recording.files import read_call, record_of
 from ppcl.errors import UsageError
@@ -11,16 +12,27 @@ from ppcl.families.registry import register
 from ppcl.families.traced.family import Traced, facts_of
 from ppcl.families.traced.known import TRACE, trace_path, write_trace
 from ppcl.families.traced.trace import Trace, trace
+from ppcl.stages import STAGES
+from ppcl.validation.pruning import budget_of
+
+
+def needs_trace(config: Config, stage: str) -> bool:
+    """Return whether a stage runs blocks of the teacher, or builds blocks that are pruned in width."""
+    if stage in ("pretrain", "cache", "report"):  # `cache` traces the teacher itself, with its first prompt
+        return False
+    return STAGES[stage].data or config.width.source != "none" or budget_of(config) is not None
 
 
 def ensure_traced(run: Run, prompt: int = 0) -> None:
     """Trace the teacher if its family is `traced`, unless that was done, and keep the trace in the cache.
 
-    The run's folder gets a copy, `trace.json`. `prompt`: the number of a recorded prompt. Raises `UsageError` if
-    nothing is recorded, or if the model cannot be traced.
+    The run's folder gets a copy, `trace.json`. A teacher that is pruned in width is only drawn, and needs no trace.
+
+    `prompt`: the number of a recorded prompt. Raises `UsageError` if nothing is recorded, or if the model cannot be
+    traced.
     """
     family = run.family
-    if not isinstance(family, Traced):
+    if not isinstance(family, Traced) or "pruned_feed_forwards" in family.arch:
         return
     if family.trace is not None:
         _keep(run, family.trace)

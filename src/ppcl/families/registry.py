@@ -86,3 +86,9 @@ def pruned_name(transformer_class: str) -> str:
     """Return the name of the class of a traced model that is pruned in width. A known family keeps its own name."""
     name = f"Pruned{transformer_class}"
     return name if component_module(name) == PRUNED_MAKER else f"PrunedTraced{transformer_class}"
+
+
+def stock_name(transformer_class: str) -> str:
+    """Return the name of the diffusers class that a traced model's pruned class is made from; other names unchanged."""
+    made = component_module(transformer_class) == PRUNED_MAKER
+    return re.sub("^Pruned(Traced)?", "", transformer_class) if made else transformer_class

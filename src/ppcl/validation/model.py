@@ -20,7 +20,7 @@ from ppcl.artifacts.model_files import (
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
-from ppcl.families.registry import FAMILIES, builders, family_of_pipeline, get_family
+from ppcl.families.registry import FAMILIES, builders, family_of_pipeline, get_family, stock_name
 from ppcl.options import Bounds
 from ppcl.paths import is_single_file, is_toy_folder, local_folder
 from ppcl.stages import STAGES
@@ -117,7 +117,8 @@ def check_model(config: Config) -> None:
         index = _index_of(folder, model)
         pipeline_class = index["_class_name"]
         arch = _read(folder, "transformer/config.json", model) if index.get("transformer", [None])[0] else {}
-        found = None if model.trace else family_of_pipeline(pipeline_class)
+        kind = str(arch.get("_class_name"))
+        found = None if model.trace or stock_name(kind) != kind else family_of_pipeline(pipeline_class)
         if found is None:
             found = TRACED
             _introduce(config, folder, index, arch)

@@ -13,6 +13,7 @@ from ppcl.artifacts.files import again, read_json, write_json
 from ppcl.artifacts.headers import fingerprint
 from ppcl.artifacts.model_files import components_of
 from ppcl.errors import UsageError, root
+from ppcl.families.registry import stock_name
 from ppcl.families.traced.structure import block_lists, without_weights
 from ppcl.families.traced.trace import Stack, Trace, small_lists
 
@@ -60,7 +61,8 @@ def transformer_of(folder: Path, index: Mapping[str, Any], arch: Mapping[str, An
             f"model.path={folder} holds a {index['_class_name']} without a transformer ({parts}): only the blocks of "
             "diffusion transformers can be pruned."
         )
-    found = getattr(diffusers, str(name), None) or getattr(diffusers.models.transformers, str(name), None)
+    name = stock_name(str(name))  # an export that is pruned in width names a class made from that
+    found = getattr(diffusers, name, None) or getattr(diffusers.models.transformers, name, None)
     if found is None:
         raise UsageError(
             f"model.path={folder} holds a {name}, which diffusers {diffusers.__version__} does not have: install the "
@@ -74,7 +76,8 @@ def guessed(kind: Any, arch: Mapping[str, Any]) -> Trace:
 
     Raises `UsageError` if it has none.
     """
-    own = {key: value for key, value in arch.items() if not key.startswith("_")}
+    added = ("ppcl", "auto_map", "pruned_feed_forwards")  # to the config of an export
+    own = {key: value for key, value in arch.items() if not key.startswith("_") and key not in added}
     return _guessed(kind, json.dumps(own, sort_keys=True, default=str))
 
 
