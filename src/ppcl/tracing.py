@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.fabric.utilities import move_data_to_device
 
 from ppcl.context import Run
@@ -13,11 +15,11 @@ from ppcl.families.traced.known import read_trace, trace_path, write_trace
 from ppcl.families.traced.trace import trace
 
 
-def ensure_traced(run: Run, prompt: int = 0) -> None:
+def ensure_traced(run: Run, record: Path | None = None) -> None:
     """Trace the teacher if its family is `traced`, unless that was done, and keep the trace in the cache.
 
-    `prompt`: the number of a recorded prompt. Raises `UsageError` if nothing is recorded, or if the model cannot be
-    traced.
+    `record`: that of a recorded prompt; None for the first of a recording that is whole. Raises `UsageError` if there
+    is none, or if the model cannot be traced.
     """
     family = run.family
     if not isinstance(family, Traced) or family.is_traced:
@@ -25,12 +27,12 @@ def ensure_traced(run: Run, prompt: int = 0) -> None:
     path = trace_path(run.config.paths.cache_dir, family.facts.transformer, family.arch)
     found = read_trace(path)
     if found is None:
-        record = record_of(run.data.cache_folder, prompt)
-        if run.config.data.name != "prompts" or not record.exists():
+        if run.config.data.name != "prompts":
             raise UsageError(
                 f"model.path={run.config.model.path} is traced on calls of its own pipeline, and none are recorded: "
                 "give data.path=prompts.txt, and add cache to stages."
             )
+        record = record or record_of(run.data.whole_cache(), 0)
         inputs = move_data_to_device(dict(read_call(record, 0).arguments), run.device)
         found = trace(run.teacher.pipeline.transformer, inputs)
         write_trace(path, found)

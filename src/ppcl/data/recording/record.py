@@ -24,6 +24,7 @@ from ppcl.data.recording.files import (
     is_whole,
     read_call,
     read_entries,
+    record_of,
     write_calls,
     write_joining,
 )
@@ -90,7 +91,7 @@ def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None
         for place, prompt in enumerate(missing):
             calls, latents = _calls(run, rows[prompt], prompt)
             size += write_calls(folder, prompt, fingerprint, rows[prompt].caption, calls, latents)
-            ensure_traced(run, prompt)  # before the others are recorded for nothing
+            ensure_traced(run, record_of(folder, prompt))  # before the others are recorded for nothing
             advance(1)
             if place == 0 and len(missing) > 1:
                 remedy = "name another folder, lower data.record_steps, or give fewer prompts"

@@ -60,7 +60,7 @@ class RecordedData(TrainingData):
 
     def held_out_prompts(self) -> list[str]:
         """Return the different prompts that are kept from training, in their order."""
-        captions = read_captions(self._whole_cache(), self.count)
+        captions = read_captions(self.whole_cache(), self.count)
         kept = kept_captions(captions, self.held_out)
         return [caption for caption in dict.fromkeys(captions) if caption in kept]
 
@@ -84,6 +84,6 @@ class RecordedData(TrainingData):
 
     def stream(self, seed: int, batch_size: int) -> Stream:
         """Return the batches of `seed`: with `data.calibration_seed` those of held-out prompts, else of all others."""
-        where = self._whole_cache(), self.count
+        where = self.whole_cache(), self.count
         held_out = seed == self.config.data.calibration_seed
         return RecordedStream(self.teacher.family, *where, self.held_out, seed, batch_size, held_out=held_out)
