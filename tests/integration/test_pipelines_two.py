@@ -111,8 +111,7 @@ def test_stock_diffusers_loads_the_export_and_it_computes_the_same(chain: Chain)
 
 @torch.no_grad()
 def _output(transformer: Any, arguments: Mapping[str, Any]) -> Any:
-    for parameter in transformer.parameters():
-        parameter.data = parameter.clone()  # where weights are mapped from files their addresses change the rounding
+    transformer.requires_grad_(False)  # for weights that learn torch takes another matrix product
     return first_output(transformer(**arguments))
 
 
