@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import ppcl, succeed
@@ -74,20 +75,26 @@ def _unet(folder: Path) -> Path:
     return _folder(folder, "StableDiffusionPipeline", unet=["diffusers", "UNet2DConditionModel"])
 
 
+def _transformer(folder: Path, pipeline: str, name: str, **config: Any) -> Path:
+    found = _folder(folder, pipeline, transformer=["diffusers", name])
+    (found / "transformer").mkdir()
+    (found / "transformer" / "config.json").write_text(json.dumps({"_class_name": name, **config}))
+    return found
+
+
 def _paired_stacks(folder: Path) -> Path:
     name = "LatteTransformer3DModel"
-    found = _folder(folder, "LattePipeline", transformer=["diffusers", name])
-    (found / "transformer").mkdir()
-    config = {"_class_name": name, **CASES[name].config}
-    (found / "transformer" / "config.json").write_text(json.dumps(config))
-    return found
+    return _transformer(folder, "LattePipeline", name, **CASES[name].config)
+
+
+def _unequal_blocks(folder: Path) -> Path:
+    name = "SD3Transformer2DModel"
+    config = CASES[name].config | {"dual_attention_layers": [0, 2, 4]}
+    return _transformer(folder, "StableDiffusion3Pipeline", name, **config)
 
 
 def _unknown_class(folder: Path) -> Path:
-    found = _folder(folder, "TomorrowPipeline", transformer=["diffusers", "TomorrowTransformer2DModel"])
-    (found / "transformer").mkdir()
-    (found / "transformer" / "config.json").write_text('{"_class_name": "TomorrowTransformer2DModel"}')
-    return found
+    return _transformer(folder, "TomorrowPipeline", "TomorrowTransformer2DModel")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +102,10 @@ def _unknown_class(folder: Path) -> Path:
     [
         (_unet, "holds a StableDiffusionPipeline without a transformer (unet)"),
         (_paired_stacks, "num_layers counts transformer_blocks and temporal_transformer_blocks at once"),
+        (
+            _unequal_blocks,
+            "SD3Transformer2DModel cannot be pruned: transformer_blocks: its blocks are of unequal kinds",
+        ),
         (_unknown_class, "holds a TomorrowTransformer2DModel, which diffusers"),
     ],
 )
