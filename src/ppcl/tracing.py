@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.fabric.utilities import move_data_to_device
 
 from ppcl.config import Config
@@ -23,13 +25,13 @@ def needs_trace(config: Config, stage: str) -> bool:
     return STAGES[stage].data or config.width.source != "none" or budget_of(config) is not None
 
 
-def ensure_traced(run: Run, prompt: int = 0) -> None:
+def ensure_traced(run: Run, record: Path | None = None) -> None:
     """Trace the teacher if its family is `traced`, unless that was done, and keep the trace in the cache.
 
     The run's folder gets a copy, `trace.json`. A teacher that is pruned in width is only drawn, and needs no trace.
 
-    `prompt`: the number of a recorded prompt. Raises `UsageError` if nothing is recorded, or if the model cannot be
-    traced.
+    `record`: that of a recorded prompt; None for the first of a recording that is whole. Raises `UsageError` if there
+    is none, or if the model cannot be traced.
     """
     family = run.family
     if not isinstance(family, Traced) or "pruned_feed_forwards" in family.arch:
@@ -37,12 +39,12 @@ def ensure_traced(run: Run, prompt: int = 0) -> None:
     if family.trace is not None:
         _keep(run, family.trace)
         return
-    record = record_of(run.data.cache_folder, prompt) if run.config.data.name == "prompts" else None
-    if record is None or not record.exists():
+    if run.config.data.name != "prompts":
         raise UsageError(
             f"model.path={run.config.model.path} is traced on calls of its own pipeline, and none are recorded: give "
             "data.path=prompts.txt, and add cache to stages."
         )
+    record = record or record_of(run.data.whole_cache(), 0)
     inputs = move_data_to_device(dict(read_call(record, 0).arguments), run.device)
     found = trace(run.teacher.pipeline.transformer, inputs)
     write_trace(trace_path(run.config.paths.cache_dir, family.facts.transformer, family.arch), found)

@@ -115,7 +115,7 @@ class TrainingData:
         data = self.config.data
         if data.held_out is not None:
             return data.held_out
-        folder = self._whole_cache()
+        folder = self.whole_cache()
         records = (read_unit(folder / unit_record(unit)) for unit in self._units)
         return held_out_share(data, sum(record["samples"] for record in records))
 
@@ -138,7 +138,7 @@ class TrainingData:
         """The names of the cache's units. Each has a record once it is completely cached."""
         return self.cache_header.made_from["units"]
 
-    def _whole_cache(self) -> Path:
+    def whole_cache(self) -> Path:
         """Return the folder of the cache; raises `UsageError` if the cache is not complete."""
         folder, record = self.cache_folder, self.cache_folder / self.record
         if (
@@ -202,7 +202,7 @@ class TrainingData:
         if data.name == "shapes":
             return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size, self._captions)
         held_out = seed == data.calibration_seed
-        return CachedStream(teacher.family, self._whole_cache(), data, seed, batch_size, held_out=held_out)
+        return CachedStream(teacher.family, self.whole_cache(), data, seed, batch_size, held_out=held_out)
 
     def shared_stream(self, seed: int, batch_size: int) -> Stream:
         """Return the same as `stream`, but with several ranks each batch has only this rank's rows."""

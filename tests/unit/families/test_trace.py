@@ -13,6 +13,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 import ppcl
+from tests.models_tiny import second
+from tests.models_tiny.build import build
+from tests.models_tiny.draws import padding_mask
 
 FLUX = {
     "in_channels": 4,
@@ -77,7 +80,8 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(not value.requires_grad or value.grad is None for value in model.parameters())
 
 
-def test_padding_is_found_by_its_mask() -> None:
+@pytest.mark.parametrize("valid", [5, 7])
+def test_padding_is_found_by_its_mask(valid: int) -> None:
     torch.manual_seed(0)
     model = QwenImageTransformer2DModel(
         in_channels=16,
@@ -89,7 +93,7 @@ def test_padding_is_found_by_its_mask() -> None:
         axes_dims_rope=(4, 4, 8),
     ).eval()
     mask = torch.ones(2, 7, dtype=torch.bool)
-    mask[1, 5:] = False
+    mask[1, valid:] = False
     inputs = {
         "hidden_states": torch.randn(2, 12, 16),
         "encoder_hidden_states": torch.randn(2, 7, 24),
@@ -103,6 +107,19 @@ def test_padding_is_found_by_its_mask() -> None:
         "encoder_hidden_states": "encoder_hidden_states_mask",
         "hidden_states": None,
     }
+
+
+@pytest.mark.parametrize("valid", [4, 16])
+def test_a_mask_of_the_text_is_not_taken_for_one_of_a_picture_with_as_many_tokens(valid: int) -> None:
+    case = second.CASES["PixArtTransformer2DModel"]
+    assert not isinstance(case, str)
+    inputs = case.inputs() | {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 16, 40),
+        "encoder_attention_mask": padding_mask(16, 16, valid),
+    }
+    (stack,) = ppcl.trace(build("PixArtTransformer2DModel", case), inputs).stacks
+    assert {stream.name: (stream.tokens, stream.mask) for stream in stack.streams} == {"hidden_states": (16, None)}
 
 
 def test_the_last_block_of_another_kind_is_not_pruned() -> None:

@@ -85,7 +85,9 @@ def is_whole(folder: Path, prompt: int) -> bool:
 
 def missing_files(folder: Path, count: int) -> list[str]:
     """Return what a recording of `count` prompts lacks: names of files."""
-    lacking = [record_of(folder, number).name for number in range(count) if not is_whole(folder, number)]
+    records = [record_of(folder, number) for number in range(count)]
+    files = [file for record in records for file in (record, record.with_suffix(".safetensors"))]
+    lacking = [file.name for file in files if not file.exists()]
     return lacking if (folder / JOINING).exists() else [*lacking, JOINING]
 
 

@@ -24,6 +24,7 @@ from ppcl.data.recording.files import (
     is_whole,
     read_call,
     read_entries,
+    record_of,
     write_calls,
     write_joining,
 )
@@ -91,7 +92,7 @@ def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None
             found = _drawn(run, rows[prompt], prompt)
             assert found.latents is not None
             size += write_calls(folder, prompt, fingerprint, rows[prompt].caption, found.calls, found.latents)
-            ensure_traced(run, prompt)  # before the others are recorded for nothing
+            ensure_traced(run, record_of(folder, prompt))  # before the others are recorded for nothing
             advance(1)
             if prompt == 0 and not (folder / JOINING).exists():
                 write_joining(folder, _joining(run, rows[0], folder, found))

@@ -62,7 +62,7 @@ class RecordedData(TrainingData):
 
     def held_out_prompts(self) -> list[str]:
         """Return the different prompts that are kept from training, in their order."""
-        captions = read_captions(self._whole_cache(), self.count)
+        captions = read_captions(self.whole_cache(), self.count)
         kept = kept_captions(captions, self.held_out)
         return [caption for caption in dict.fromkeys(captions) if caption in kept]
 
@@ -92,7 +92,7 @@ class RecordedData(TrainingData):
 
     def stream(self, seed: int, batch_size: int) -> Stream:
         """Return the batches of `seed`: with `data.calibration_seed` those of held-out prompts, else of all others."""
-        data, where = self.config.data, (self.teacher.family, self._whole_cache(), self.count, self.held_out)
+        data, where = self.config.data, (self.teacher.family, self.whole_cache(), self.count, self.held_out)
         held_out = seed == data.calibration_seed
         if not self.renoised:
             return RecordedStream(*where, seed, batch_size, held_out=held_out)

@@ -15,7 +15,7 @@ from ppcl.artifacts.model_files import components_of
 from ppcl.errors import UsageError, root
 from ppcl.families.registry import stock_name
 from ppcl.families.traced.structure import block_lists, without_weights
-from ppcl.families.traced.trace import Stack, Trace, small_lists
+from ppcl.families.traced.trace import Stack, Trace, counted_lists, small_lists
 
 TRACE = "trace.json"  # in a run's folder
 VERSION = 2  # of how models are traced
@@ -88,16 +88,14 @@ def _guessed(kind: Any, arch: str) -> Trace:
     except Exception as error:  # a value of any kind can stand in the file
         raise UsageError(f"transformer/config.json is no config of a {kind.__name__} ({root(error)}).") from None
     lists = block_lists(model)
-    small = small_lists(lists)
-    lists = [item for item in lists if item.path not in small]
+    try:
+        counted = counted_lists(lists, small_lists(lists))
+    except UsageError as error:
+        raise UsageError(f"{kind.__name__} cannot be pruned: {error}.") from None
     found = [
-        Stack(item.path, item.key, item.count, item.params, item.share, (), item.first, item.last)
-        for item in lists
-        if item.key is not None
+        Stack(item.path, str(item.key), item.count, item.params, item.share, (), item.first, item.last)
+        for item in counted
     ]
-    if not found:
-        reason = lists[0].path + ": " + lists[0].reason if lists else "it has no list of blocks of some size"
-        raise UsageError(f"{kind.__name__} cannot be pruned: {reason}.")
     return Trace(kind.__name__, sum(parameter.numel() for parameter in model.parameters()), tuple(found), {})
 
 

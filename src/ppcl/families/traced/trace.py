@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -126,14 +126,11 @@ def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> T
     name = type(transformer).__name__
     lists = block_lists(transformer)
     left_alone = small_lists(lists, least_share)
-    large = [item for item in lists if item.path not in left_alone]
-    if not large:
-        raise UsageError(f"{name} cannot be traced: it has no list of {LEAST_BLOCKS} or more blocks.")
-    largest = max(large, key=lambda item: (item.params, item.key is not None))
-    if largest.key is None:
-        raise UsageError(f"{name} cannot be traced: {largest.path}: {largest.reason}.")
-    left_alone |= {item.path: item.reason for item in large if item.key is None}
-    large = [item for item in large if item.key is not None]
+    try:
+        large = counted_lists(lists, left_alone)
+    except UsageError as error:
+        raise UsageError(f"{name} cannot be traced: {error}.") from None
+    left_alone |= {item.path: item.reason for item in lists if item.path not in left_alone and item.key is None}
     paths = [item.path for item in large]
     try:
         forward = record(transformer, inputs, paths)
@@ -179,6 +176,29 @@ def small_lists(lists: Sequence[BlockList], least_share: float = LEAST_SHARE) ->
     return found
 
 
+def counted_lists(lists: Sequence[BlockList], small: Container[str]) -> list[BlockList]:
+    """Return the block lists that are not small and that a key of the config counts.
+
+    Raises `UsageError` with the reason if the largest list is none of them, or if one has too few blocks that are
+    alike.
+    """
+    large = [item for item in lists if item.path not in small]
+    if not large:
+        raise UsageError(f"it has no list of {LEAST_BLOCKS} or more blocks")
+    largest = max(large, key=lambda item: (item.params, item.key is not None))
+    if largest.key is None:
+        raise UsageError(f"{largest.path}: {largest.reason}")
+    found = [item for item in large if item.key is not None]
+    for item in found:
+        if item.count - item.first - item.last < LEAST_BLOCKS:
+            raise UsageError(f"{item.path}: {_too_few(item.count - item.first - item.last)}")
+    return found
+
+
+def _too_few(alike: int) -> str:
+    return f"its blocks are of unequal kinds: at most {alike} in a row are alike"
+
+
 def _place(forward: Forward, path: str) -> int:
     """Return when the first block of a stack is called."""
     return next((number for number, call in enumerate(forward.calls) if call.key[0] == path), len(forward.calls))
@@ -205,7 +225,7 @@ def _chain(
     """
     calls = [call for call in forward.calls if call.key[0] == item.path][item.first : item.count - item.last]
     if len(calls) < LEAST_BLOCKS:
-        raise UsageError(f"its blocks are of unequal kinds: at most {len(calls)} in a row are alike")
+        raise UsageError(_too_few(len(calls)))
     streams, first, last = find_streams(calls)
     if not streams or last - first + 1 < LEAST_BLOCKS:
         raise UsageError("what a block returns is not what the next block is given")
