@@ -37,7 +37,7 @@ def ensure_traced(run: Run, prompt: int = 0) -> None:
     for line in str(found).splitlines():
         run.say("trace", line.removeprefix("  "))
     family.adopt(found)
-    family.facts = facts_of(found)
+    family.facts = facts_of(found, takes_lora=family.facts.takes_lora)
     register(family.facts)
     _keep(run, found)
 
