@@ -22,7 +22,8 @@ from ppcl.errors import UsageError
 from ppcl.export.single_file import parts_of
 from ppcl.families.facts import FamilyFacts, SingleFile
 from ppcl.model_fit import without_weights
-from ppcl.surgery.lora_files import Layers, read_file, read_lora
+from ppcl.surgery.lora_files import read_file, read_lora
+from ppcl.surgery.lora_layers import Layers, lora_loader
 
 PREFIX = "model.diffusion_model."  # of the transformer's tensors in files that may hold other models, too
 DONE = "made.json"  # written last
@@ -116,7 +117,7 @@ def merge_lora(
         )
     raw, metadata = read_file(path)
     try:
-        lora = read_lora(raw, metadata, Layers(transformer, facts))
+        lora = read_lora(raw, metadata, Layers(transformer, facts.stacks, lora_loader(facts, pipeline_class)))
     except UsageError as error:
         raise UsageError(f"model.lora={path}: {error}") from None
     if lora.left_out:

@@ -51,7 +51,7 @@ def ensure_traced(run: Run, record: Path | None = None) -> None:
     for line in str(found).splitlines():
         run.say("trace", line.removeprefix("  "))
     family.adopt(found)
-    family.facts = facts_of(found)
+    family.facts = facts_of(found, takes_lora=family.facts.takes_lora)
     register(family.facts)
     _keep(run, found)
 

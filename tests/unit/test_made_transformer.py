@@ -168,7 +168,7 @@ def test_a_file_of_another_model_is_refused(saved, tmp_path, kind):
         ({"path": "{folder}", "lora": "style.bin"}, r"model\.lora=style\.bin must be a \.safetensors file"),
         ({"path": "{file}", "base": "embedded:tiny_dit"}, r"no single files of model\.family=dit"),
         ({"lora": "{file}"}, r"needs model\.path"),
-        ({"path": "embedded:tiny_dit", "lora": "{file}"}, r"pipelines of model\.family=dit load no LoRAs"),
+        ({"path": "embedded:tiny_dit", "lora": "{file}"}, r"the pipeline of model\.family=dit cannot load LoRAs"),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused_before_anything_loads(saved, tmp_path, settings, message):

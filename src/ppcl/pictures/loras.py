@@ -8,7 +8,8 @@ from pathlib import Path
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.layers import BlockMap
-from ppcl.surgery.lora_files import Layers, Lora, read_file, read_lora
+from ppcl.surgery.lora_files import Lora, read_file, read_lora
+from ppcl.surgery.lora_layers import Layers, lora_loader
 from ppcl.surgery.lora_marks import blocks_for, mark_of, read_mark, with_mark
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.provenance import earlier_of, pruned_blocks
@@ -43,7 +44,9 @@ def read_loras(run: Run) -> list[TeacherLora]:
             else:
                 mark = None if counts == "full" else read_mark(state, metadata)
                 blocks = blocks_for(mark, teacher, earlier_of(provenance))
-            lora = read_lora(state, metadata, Layers.of_full_model(run.family.facts, model.arch, blocks))
+            loader = lora_loader(run.family.facts, run.teacher.pipeline_class)
+            layers = Layers.of_full_model(run.family.transformer_class, model.arch, blocks, loader)
+            lora = read_lora(state, metadata, layers)
         except UsageError as error:
             raise UsageError(f"generate.loras={path}: {error}") from None
         found.append(TeacherLora(path, lora, blocks))

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
+import ppcl
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.tensors import read_tensors, write_tensors
 from ppcl.context import Run
 from ppcl.errors import UsageError
+from ppcl.model_fit import without_weights
 from ppcl.surgery.lora_files import METADATA_KEY
 from ppcl.surgery.lora_marks import mark_of, marked_metadata
 from ppcl.surgery.provenance import exported_blocks
@@ -28,14 +28,12 @@ def _pruned_transformer(run: Run) -> Any:
     if not (folder / "config.json").exists():
         raise UsageError(f"lora.model: {folder.parent} holds no exported model; run 'stages=[export]' first.")
     config = read_json(folder / "config.json", "The exported config")
-    family = run.family
-    kinds = [family.transformer_class] + ([family.width.transformer_class] if family.width else [])
-    classes = {kind.__name__: kind for kind in kinds}
-    kind = config.get("_class_name")
-    if kind not in classes:
-        raise UsageError(f"{folder} holds a {kind}; model={run.config.model.name} is a {', '.join(classes)}.")
-    with torch.device("meta"):
-        return classes[kind].from_config(config)
+    facts, kind = run.family.facts, config.get("_class_name")
+    if kind not in (facts.transformer, *facts.pruned_models):
+        known = ", ".join((facts.transformer, *facts.pruned_models))
+        raise UsageError(f"{folder} holds a {kind}; model={run.config.model.name} is a {known}.")
+    stock = kind == facts.transformer
+    return without_weights(run.family.transformer_class if stock else getattr(ppcl, str(kind)), folder)
 
 
 def run(run: Run) -> None:
@@ -63,7 +61,13 @@ def run(run: Run) -> None:
         run.say("remap_lora", f"reused {target}")
         return
     try:
-        found = remap_lora(path, transformer, source=config.source, counts=config.counts)
+        found = remap_lora(
+            path,
+            transformer,
+            source=config.source,
+            counts=config.counts,
+            pipeline_class=run.teacher.pipeline_class,
+        )
     except UsageError as error:
         raise UsageError(f"lora.path={path}: {error}") from None
     mark = mark_of(exported_blocks(transformer).kept)

@@ -7,32 +7,26 @@ name that no layer of the model has.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppcl.artifacts.files import parse_json
 from ppcl.errors import UsageError
-from ppcl.families.facts import FamilyFacts
-from ppcl.layers import BlockMap
+from ppcl.surgery.lora_layers import SPELLINGS, Layers
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers stores PEFT's configuration under this key
 _PREFIX = "transformer."
 _TEXT = ("text_encoder.", "text_encoder_2.")
 # Tensors of a plain LoRA: `.lora_A.weight`, `.lora_A.default.weight`, `.lora_down.weight`, `.lora.down.weight`, ...
 _HALF = re.compile(r"(.+?)\.(?:lora_(A|B)(?:\.[^.]+)?|(?:lora[_.]|lora_linear_layer\.)?(down|up))\.weight")
-# What trainers put before the name of a layer. The layer's own dots may be underscores.
-_SPELLINGS = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
-_FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
 _TEXT_MODULE = re.compile(r"(base_model\.model\.)?(lora_te\d*_|text_encoder|text_model|te\d?\.)")
 _KINDS = {
     "dora_scale": "a DoRA",
@@ -57,66 +51,6 @@ class Lora:
 
     state: dict[str, Tensor]
     left_out: list[str] = field(default_factory=list)
-
-
-class Layers:
-    """The layers of a transformer that a LoRA can go onto, with the shapes of their weights.
-
-    `facts`: its family.
-    """
-
-    def __init__(self, transformer: nn.Module, facts: FamilyFacts) -> None:
-        self.facts, self.model = facts, type(transformer).__name__
-        self.shapes: dict[str, torch.Size] = {}
-        for name, module in transformer.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim > 1 and ".lora_" not in name:
-                self.shapes[name.removesuffix(".base_layer")] = weight.shape  # PEFT wraps a layer that has a LoRA
-
-    @classmethod
-    def of_full_model(cls, facts: FamilyFacts, config: Mapping[str, Any], blocks: BlockMap) -> Layers:
-        """Return the layers of the model that `config` was pruned from, which has the stock class of diffusers."""
-        import diffusers
-
-        kind: Any = getattr(diffusers, facts.transformer)
-        known = inspect.signature(kind.__init__).parameters
-        counts = {facts.stacks[stack]: count for stack, count in blocks.counts.items()}
-        with torch.device("meta"):
-            return cls(kind(**{key: value for key, value in config.items() if key in known} | counts), facts)
-
-    @cached_property
-    def by_flat_name(self) -> dict[str, str]:
-        return {name.replace(".", "_"): name for name in self.shapes}
-
-    @property
-    def example(self) -> str:
-        """The first layer within a block."""
-        stacks = tuple(f"{stack}.0." for stack in self.facts.stacks)
-        return next((name for name in self.shapes if name.startswith(stacks)), next(iter(self.shapes)))
-
-    def find(self, name: str) -> str | None:
-        """Return the layer that a trainer's `name` means, or None."""
-        if name in self.shapes:
-            return name
-        for prefix in _SPELLINGS:
-            if name.startswith(prefix) and (found := self.find(name.removeprefix(prefix))):
-                return found
-        flat = (name.removeprefix(prefix) for prefix in _FLAT if name.startswith(prefix))
-        return next((self.by_flat_name[rest] for rest in flat if rest in self.by_flat_name), None)
-
-    def refuse(self, name: str) -> UsageError:
-        """Return the error for a name of a LoRA that is no layer of the model."""
-        counts = dict.fromkeys(self.facts.stacks, 0)
-        for layer in self.shapes:
-            for stack in counts:
-                number = layer.removeprefix(f"{stack}.").partition(".")[0]
-                if layer.startswith(f"{stack}.") and number.isdigit():
-                    counts[stack] = max(counts[stack], int(number) + 1)
-        blocks = " and ".join(f"{count} {stack}" for stack, count in counts.items())
-        return UsageError(
-            f"this LoRA is of another architecture, or a name in it is misspelt: {name} is no layer of the full model, "
-            f"whose layers are named like {self.example}, in {blocks}; give a LoRA that was trained on {self.model}."
-        )
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -149,7 +83,7 @@ def read_lora(raw: Mapping[str, Tensor], metadata: Mapping[str, Any] | None, lay
     and if a value is no finite number.
     """
     plain = _plain(raw, layers)
-    loader = _loader(layers.facts)
+    loader = layers.loader
     modules = sorted({half[0] for key in plain if (half := _half(key))})
     text = [name for name in modules if _TEXT_MODULE.match(name)]
     direct = {name: layers.find(name) for name in modules if name not in text}
@@ -243,14 +177,11 @@ def _plain(raw: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
     return found
 
 
-def _loader(facts: FamilyFacts) -> Any:
-    import diffusers
-
-    return getattr(diffusers, facts.pipeline_classes[0])
-
-
 def _converted(raw: Mapping[str, Tensor], loader: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what diffusers makes of a LoRA's tensors, and the alphas that it applies later, by key."""
+    """Return what diffusers makes of a LoRA's tensors, and the alphas that it applies later, by key.
+
+    `loader`: the class of the model's pipeline.
+    """
     own = {key: value.clone() if _TEXT_MODULE.match(key) else value for key, value in raw.items()}  # scaled in place
     state, *rest = loader.lora_state_dict(own, return_alphas=True, return_lora_metadata=True)
     return dict(state), dict((rest[0] if len(rest) == 2 else None) or {})
@@ -263,7 +194,7 @@ def _respelt(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         half = _half(key)
         end = ".alpha" if half is None else f".lora_{'down' if half[1] == 'A' else 'up'}.weight"
         name = key.removesuffix(".alpha") if half is None else half[0]
-        for prefix in _SPELLINGS:
+        for prefix in SPELLINGS:
             name = name.removeprefix(prefix)
         found[f"diffusion_model.{name}{end}"] = value
     return found if len(found) == len(raw) else {}  # two names of one layer are refused later
@@ -284,7 +215,8 @@ class _Arrivals:
         self.reached: set[str] = set()
         aside: set[str] = set()
         astray: set[str] = set()
-        components = tuple(f"{part}." for part in loader._lora_loadable_modules if part != "transformer")
+        components = () if loader is None else tuple(f"{part}." for part in loader._lora_loadable_modules)
+        components = tuple(part for part in components if part in _TEXT)
         for key, value in self._converted_numbers(raw, loader).items():
             if (half := _half(key)) is None or half[1] != "B":
                 continue
@@ -311,7 +243,7 @@ class _Arrivals:
             else:
                 numbered[key] = torch.full((len(value), 1, *value.shape[2:]), numbers[half[0]])
         try:
-            return _converted(numbered, loader)[0] if numbered else {}
+            return _converted(numbered, loader)[0] if numbered and loader is not None else {}
         except Exception:  # whatever the converter meets: then these are not names that it knows
             return {}
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ppcl.errors import UsageError
 from ppcl.families.registry import family_of_transformer
-from ppcl.surgery.lora_files import Layers, layer_names, read_file, read_lora, scaled, scales_of
+from ppcl.surgery.lora_files import layer_names, read_file, read_lora, scaled, scales_of
+from ppcl.surgery.lora_layers import Layers, lora_loader, stock_class
 from ppcl.surgery.lora_marks import COUNTS, blocks_for, mark_of, read_mark, with_mark
 from ppcl.surgery.provenance import earlier_models, exported_blocks
 
@@ -60,6 +61,7 @@ def remap_lora(
     source: str = "first",
     metadata: Mapping[str, Any] | None = None,
     counts: str | None = None,
+    pipeline_class: Any = None,
 ) -> RemappedLora:
     """Map a LoRA of a full model to an exported `transformer`, which may be on the meta device.
 
@@ -72,11 +74,15 @@ def remap_lora(
     `counts`: `pruned` for a LoRA that was trained on this pruned model, and counts its blocks. None: it says so itself,
     as those that ppcl trained do, or is of the full model (`full`).
 
+    `pipeline_class`: the diffusers class of the model's pipeline. It is needed only for a model of no known family, and
+    only where the LoRA's names are neither diffusers' nor PEFT's.
+
     Raises `UsageError` if it is no plain LoRA, if it does not fit the model that it counts, or if nothing is left.
     """
-    blocks, facts = exported_blocks(transformer), family_of_transformer(type(transformer).__name__)
-    if facts is None or not facts.takes_lora:
-        raise UsageError(f"{type(transformer).__name__} takes no LoRA that ppcl knows of.")
+    blocks = exported_blocks(transformer)
+    loader = lora_loader(family_of_transformer(type(transformer).__name__), pipeline_class)
+    if not hasattr(transformer, "load_lora_adapter"):
+        raise UsageError(f"{type(transformer).__name__} of diffusers loads no LoRAs.")
     if counts not in (None, *COUNTS):
         raise UsageError(f"lora.counts={counts} is not one of {', '.join(COUNTS)}.")
     if isinstance(lora, (str, Path)):
@@ -88,10 +94,10 @@ def remap_lora(
     modules = dict(transformer.named_modules())
     if counts == "pruned":
         blocks = blocks.since(blocks.kept)
-        layers = Layers(transformer, facts)
+        layers = Layers(transformer, blocks.kept, loader)
     else:
         blocks = blocks_for(None if counts == "full" else mark, blocks, earlier_models(transformer))
-        layers = Layers.of_full_model(facts, transformer.config, blocks)
+        layers = Layers.of_full_model(stock_class(transformer), transformer.config, blocks, loader)
     found = read_lora(lora, metadata, layers)
     mapped = map_blocks(found.state, modules, blocks.kept, blocks.removed, source=source)
     if not mapped.state:
@@ -134,10 +140,11 @@ def map_blocks(
                 members = [name for name in members if name in pairs]
                 found = modules.get(f"{stack}.{place}.{inner}")
                 target = getattr(found, "base_layer", found)  # PEFT wraps a layer that has a LoRA already
-                if not isinstance(target, nn.Linear):
+                weight = getattr(target, "weight", None)
+                if weight is None or weight.ndim < 2:
                     continue
                 share = 1 / (last - u + 1) if source == "mean" else 1.0
-                joined = _join([(*pairs[name], share * scales[name]) for name in members], target)
+                joined = _join([(*pairs[name], share * scales[name]) for name in members], weight.shape)
                 if joined is None:
                     raise UsageError(f"this LoRA does not fit: {members[0]} is of another size than the model's.")
                 used.update(members)
@@ -171,16 +178,18 @@ def _scales(pairs: Mapping[str, tuple[Tensor, Tensor]], metadata: Mapping[str, A
     return scales_of({f"{name}.lora_B.weight": b for name, (_, b) in pairs.items()}, plain)
 
 
-def _join(members: list[tuple[Tensor, Tensor, float]], target: nn.Linear) -> tuple[Tensor, Tensor] | None:
+def _join(members: list[tuple[Tensor, Tensor, float]], shape: torch.Size) -> tuple[Tensor, Tensor] | None:
     """Join the (A, B, scale) of `members` to one pair with B A = sum of scale_i B_i A_i.
 
-    Returns None if that does not fit the shape of `target`. Two larger shapes are cut to the part that a width-pruned
-    block keeps: the attention's half of a modulation (rows), and the fifth of a single-stream output projection that
-    reads the attention (columns).
+    Returns None if that does not fit a weight of this `shape`. Two larger shapes are cut to the part that a
+    width-pruned block keeps: the attention's half of a modulation (rows), and the fifth of a single-stream output
+    projection that reads the attention (columns).
     """
     a = torch.cat([a for a, _, _ in members])
     b = torch.cat([scaled(b, scale) for _, b, scale in members], dim=1)
-    rows, columns = target.out_features, target.in_features
+    rows, columns, *kernel = shape
     if (len(b), a.shape[1]) not in ((rows, columns), (2 * rows, columns), (rows, 5 * columns)):
+        return None
+    if [*a.shape[2:]] != kernel:
         return None
     return a[:, :columns].contiguous(), b[:rows].contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Container, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -159,20 +160,33 @@ def check_model(config: Config) -> None:
             f"model.path={model.path}: there are no {what} of model.family={model.family}, only of {able}; give a "
             "pipeline folder."
         )
-    if model.lora is not None and not FAMILIES[model.family].takes_lora:
-        raise UsageError(
-            f"model.lora={model.lora}: pipelines of model.family={model.family} load no LoRAs; leave it out."
-        )
+    if model.lora is not None:
+        check_takes_lora(f"model.lora={model.lora}", model)
     check_categories(config)
+
+
+def check_takes_lora(key: str, model: ModelConfig) -> None:
+    """Raise `UsageError` if the model's pipeline loads no LoRAs, or peft is missing.
+
+    `key`: the key that asks for a LoRA, with its value.
+    """
+    if not FAMILIES[model.family].takes_lora:
+        whose = f"model.path={model.path}" if model.family == TRACED else f"model.family={model.family}"
+        raise UsageError(f"{key}: the pipeline of {whose} cannot load LoRAs in diffusers; leave it out.")
+    if find_spec("peft") is None:
+        raise UsageError(f"{key} needs peft: pip install 'peft>=0.18'.")
 
 
 def _introduce(config: Config, folder: Path, index: Mapping[str, Any], arch: Mapping[str, Any]) -> None:
     """Register the model in a folder as a traced one; raises `UsageError` if it seems to have no stack of blocks."""
+    import diffusers
+
     from ppcl.families.traced.known import transformer_of  # loads torch
+    from ppcl.surgery.lora_layers import loads_loras
 
     kind = transformer_of(folder, index, arch)
     check_not_quantised(config.model, arch)
-    _register(config, kind, arch)
+    _register(config, kind, arch, takes_lora=loads_loras(getattr(diffusers, index["_class_name"], None)))
 
 
 def _introduce_class(config: Config) -> None:
@@ -189,13 +203,17 @@ def _introduce_class(config: Config) -> None:
     _register(config, kind, config.model.arch)
 
 
-def _register(config: Config, kind: Any, arch: Mapping[str, Any]) -> None:
-    """Register the facts of a traced model: before it is traced, those that its config tells."""
+def _register(config: Config, kind: Any, arch: Mapping[str, Any], *, takes_lora: bool = True) -> None:
+    """Register the facts of a traced model: before it is traced, those that its config tells.
+
+    `takes_lora`: whether its pipeline loads LoRAs.
+    """
     from ppcl.families.registry import register
     from ppcl.families.traced.family import facts_of
     from ppcl.families.traced.known import guessed, read_trace, trace_path
 
-    register(facts_of(read_trace(trace_path(config.paths.cache_dir, kind.__name__, arch)) or guessed(kind, arch)))
+    found = read_trace(trace_path(config.paths.cache_dir, kind.__name__, arch)) or guessed(kind, arch)
+    register(facts_of(found, takes_lora=takes_lora))
 
 
 def _check_parts(model: ModelConfig) -> None:

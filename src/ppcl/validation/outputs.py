@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +13,7 @@ from ppcl.errors import UsageError
 from ppcl.export.single_file import DTYPES, layouts
 from ppcl.families.registry import FAMILIES
 from ppcl.pictures.opening import UnusablePictureError, open_picture
-from ppcl.validation.model import is_toy
+from ppcl.validation.model import check_takes_lora, is_toy
 from ppcl.validation.prompts import check_layout
 from ppcl.validation.pruning import budget_of, resolve_width
 from ppcl.validation.values import one_of
@@ -80,7 +79,7 @@ def check_generate(config: Config) -> None:
         raise UsageError("generate.prompt is empty; describe the picture, or leave it out.")
     for path in generate.loras:
         _check_lora_file("generate.loras", path)
-        _check_takes_lora(f"generate.loras={path}", family)
+        check_takes_lora(f"generate.loras={path}", config.model)
     if generate.controlnet is not None:
         if not FAMILIES[family].controlnet_classes:
             raise UsageError(
@@ -148,13 +147,6 @@ def _check_given_images(config: Config) -> None:
         _check_picture("generate.images", path)
 
 
-def _check_takes_lora(key: str, family: str) -> None:
-    if not FAMILIES[family].takes_lora:
-        raise UsageError(f"{key}: model.family={family} cannot load LoRAs in diffusers; leave it out.")
-    if find_spec("peft") is None:
-        raise UsageError(f"{key} needs peft: pip install 'peft>=0.18'.")
-
-
 def check_adapter(config: Config) -> None:
     """Check `finetune.recorded`, and `finetune.lora_rank`: LoRAs must be possible for the family, and need AdamW."""
     finetune = config.finetune
@@ -169,7 +161,7 @@ def check_adapter(config: Config) -> None:
             "leave one of them out."
         )
     if finetune.lora_rank:
-        _check_takes_lora(f"finetune.lora_rank={finetune.lora_rank}", config.model.family)
+        check_takes_lora(f"finetune.lora_rank={finetune.lora_rank}", config.model)
         if finetune.optimizer == "muon":
             raise UsageError(
                 f"finetune.lora_rank={finetune.lora_rank} does not go with finetune.optimizer=muon, which is for whole "
@@ -182,7 +174,7 @@ def check_lora(config: Config) -> None:
     if config.lora.path is None:
         raise UsageError("'stages=[remap_lora]' needs lora.path, the safetensors file of a LoRA of the full model.")
     _check_lora_file("lora.path", config.lora.path)
-    _check_takes_lora(f"lora.path={config.lora.path}", config.model.family)
+    check_takes_lora(f"lora.path={config.lora.path}", config.model)
 
 
 def _check_lora_file(key: str, value: str) -> None:

@@ -24,8 +24,8 @@ NAME = "traced"
 _SAMPLING = ("height", "width", "num_inference_steps", "true_cfg_scale", "guidance_scale", "max_sequence_length")
 
 
-def facts_of(trace: Trace) -> FamilyFacts:
-    """Return the record of a traced model."""
+def facts_of(trace: Trace, *, takes_lora: bool = True) -> FamilyFacts:
+    """Return the record of a traced model. `takes_lora`: whether its pipeline loads LoRAs."""
     return FamilyFacts(
         NAME,
         "ppcl.families.traced.family.Traced",
@@ -36,6 +36,7 @@ def facts_of(trace: Trace) -> FamilyFacts:
         first_block=max(stack.first_block for stack in trace.stacks),
         last_blocks=max(stack.last_blocks for stack in trace.stacks),
         pruned_models={pruned_name(trace.model): PRUNED_MAKER},
+        takes_lora=takes_lora,
     )
 
 
