@@ -83,7 +83,7 @@ class RecordedData(TrainingData):
     def renoised(self) -> bool:
         """Whether calls get fresh noise: as `data.renoise` says, or else where the recording shows that they can."""
         wanted = self.config.data.renoise
-        return read_joining(self._whole_cache()).renoising is not None if wanted is None else wanted
+        return read_joining(self.whole_cache()).renoising is not None if wanted is None else wanted
 
     @property
     def levels(self) -> dict[str, Any]:
