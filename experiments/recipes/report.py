@@ -576,7 +576,7 @@ def plot_rates(path: Path, rows: Sequence[Row], steps: int) -> bool:
                 axis.xaxis.set_minor_locator(NullLocator())
             if key == "error":
                 pair[0].set_yscale("log")
-                _plain_log(pair[0].yaxis)
+                plain_log(pair[0].yaxis)
             else:
                 pair[0].set_ylim(-0.03, 1.03)
             pair[0].set_ylabel("velocity error" if key == "error" else "score")
@@ -599,11 +599,12 @@ def plot_rates(path: Path, rows: Sequence[Row], steps: int) -> bool:
     return True
 
 
-def _plain_log(side: Any) -> None:
+def plain_log(side: Any) -> None:
     """Label a logarithmic axis, on which everything is drawn, with plain numbers, as many as have room."""
     low, high = side.get_view_interval()
     decades = math.log10(high / low)
-    side.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)))
+    subs = {0.6: (1, 1.5, 2, 3, 5, 7), 1.6: (1, 2, 5), 2.6: (1, 3), math.inf: (1,)}
+    side.set_major_locator(LogLocator(subs=next(found for most, found in subs.items() if decades < most)))
     side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     side.set_minor_locator(NullLocator())
 
@@ -651,7 +652,7 @@ def plot_subsets(path: Path, rows: Sequence[Row], subsets: Sequence[Row], steps:
         axis.margins(x=0.12)
         axis.set(xscale="log", yscale="log", xlabel="velocity error with the paper's students")
         for side in (axis.xaxis, axis.yaxis):
-            _plain_log(side)
+            plain_log(side)
         axis.set_title(f"{teacher} ({digest[:8]})", loc="left", color=plots.INK, fontsize=10)
     axes[0][0].set_ylabel("velocity error of the same subset")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -691,7 +692,7 @@ def plot_equal(path: Path, rows: Sequence[Row], chains: Sequence[Row], budgets: 
                 left.axvline(float(row["score"]), color=color, linestyle=style, linewidth=1.2)
         left.set(xlim=(0, 1))
         right.set(xscale="log")
-        _plain_log(right.xaxis)
+        plain_log(right.xaxis)
         title = f"{teacher} ({digest[:8]}), {budgets[budget]:g} minutes of training"
         left.set_title(title, loc="left", color=plots.INK, fontsize=10)
     axes[-1][0].set_xlabel("score")

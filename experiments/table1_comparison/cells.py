@@ -68,6 +68,8 @@ UNTRAINED = {
     "replace_me": Entry("ReplaceMe", ("method=replace_me",)),
     "uniform": Entry("evenly spaced", ("method=uniform",)),
     "random": Entry("random", ("method=random",)),
+    "greedy": Entry("greedy", ("method=greedy",)),
+    "greedy_spread": Entry("greedy, spread", ("method=greedy", "method.settings.min_kept_between=1")),
 }
 _PPCL = {"choose": ("method=ppcl",), "planned": True, "local": 0.5}
 TRAINED = {
@@ -84,6 +86,7 @@ TRAINED = {
         local=0.5,
     ),
     "flux_lite": Entry("FLUX.1 Lite", ("method=flux_lite",), recover=("recovery=output_kd",)),
+    "greedy": Entry("greedy, our tuning", ("method=greedy",), recover=("distill.mode=none",)),
 }
 
 
@@ -169,9 +172,9 @@ def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
     trained += ["plan"] if cell.entry.planned else []
     trained += ["finetune"] if tuning else []
     start = time.monotonic()
-    _stages(cell, run, prompts, probed)
+    run_stages(cell, run, prompts, probed)
     chosen = time.monotonic() - start
-    _stages(cell, run, prompts, ",".join([*trained, "generate", "evaluate"]))
+    run_stages(cell, run, prompts, ",".join([*trained, "generate", "evaluate"]))
     scores = ppcl.load(run.folder).scores
     teacher, row = scores["teacher"], scores[cell.variant]
     compared = ComparedRow.beside(teacher, row)
@@ -196,7 +199,8 @@ def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
     return figures
 
 
-def _stages(cell: Cell, run: Run, prompts: int, stages: str) -> None:
+def run_stages(cell: Cell, run: Run, prompts: int, stages: str) -> None:
+    """Run stages of the product in the folder of `run`. What is there already is reused."""
     name = str(run.folder.relative_to(Path(run.config.paths.runs_dir).resolve()))
     ppcl.run([f"name={name}", *cell.overrides(prompts, stages)])
 

@@ -12,7 +12,7 @@ from experiments.recipes.table import Row, select
 from experiments.table1_comparison.cells import SIZES, TEACHERS, TRAINED, UNTRAINED, Entry
 from ppcl.report import plots
 
-OURS = ("ppcl", "ppcl_lp_a", "ours", "paper")
+OURS = ("ppcl", "ppcl_lp_a", "ours", "paper", "greedy", "greedy_spread")
 
 
 def write(folder: Path, rows: Sequence[Row]) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from ppcl._diffusers import introduce
-from ppcl.families.registry import component_classes
+from ppcl.families.registry import component_module
 
 __version__ = "0.1.0"
 introduce()
@@ -36,7 +36,7 @@ _BASES = {"ModelMixin": "diffusers", "ProcessorMixin": "transformers"}
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: `import ppcl` itself loads no library."""
-    module = _PUBLIC.get(name) or component_classes().get(name) or _BASES.get(name)
+    module = _PUBLIC.get(name) or component_module(name) or _BASES.get(name)
     if module is not None:
         return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from typing import Any
 
-from ppcl.families.registry import component_classes
+from ppcl.families.registry import PRUNED_MAKER, component_classes
 
 # Arguments of diffusers' loader that say which file to read.
 _OF_FILE = (
@@ -35,7 +35,7 @@ class _Module:
 
 
 def _register() -> None:
-    for module in component_classes().values():
+    for module in (*component_classes().values(), PRUNED_MAKER):
         setattr(sys.modules["diffusers.pipelines"], module.rpartition(".")[2], _Module(module))
     _guard_loras()
 

@@ -44,7 +44,7 @@ def run(overrides: Sequence[str] | Mapping[str, Any] = (), *, quiet: bool = Fals
 def explain(overrides: Sequence[str] | Mapping[str, Any] = ()) -> None:
     """Print how much memory, disk and time each stage of a command is estimated to need, and make nothing.
 
-        ppcl.explain(["model=auto", "model.path=/models/mine", "stages=[depth]"])
+        ppcl.explain(["model=auto", "model.path=/models/mine", "stages=[probe,detect,depth]"])
 
     `overrides` are those of `ppcl.run`. Raises `UsageError` where the command itself would at its start.
     """

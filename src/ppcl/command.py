@@ -282,10 +282,26 @@ def execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Co
 
     try:
         _execute(raw, overrides, folder, console)
-    except (UsageError, OmegaConfBaseException):
+    except (UsageError, OmegaConfBaseException) as error:
         with suppress(OSError):
             folder.rmdir()
+        if raw.run is not None and isinstance(error, UsageError):
+            error.args = (_without_run(str(error), raw.run),)
         raise
+
+
+def _without_run(sentence: str, folder: str) -> str:
+    """Return a refusal of a command with `run=FOLDER`, whose remedy may be another `name=`, which does not go with it.
+
+    It then ends with what such a run needs besides.
+    """
+    names_run, names_name = (re.search(rf"(?<![\w.]){key}=", sentence) for key in ("run", "name"))
+    if names_run or not names_name:
+        return sentence
+    return (
+        f"{sentence.removesuffix('.')}; name= takes the place of run={folder}, so repeat the settings of that run, "
+        f"which {Path(folder) / 'config.yaml'} lists."
+    )
 
 
 def _execute(raw: DictConfig, overrides: Sequence[str], folder: Path, console: Console | None) -> None:
@@ -391,6 +407,8 @@ def _run_stages(run: Run, shared: Callable[[], AbstractContextManager[None]]) ->
     if config.explain:
         from ppcl.memory.checks import explain
 
+        with shared():
+            check_needs(run)
         explain(run)
         return
     with tracked(run, in_sweep=_in_sweep()) as publish:

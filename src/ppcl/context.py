@@ -24,6 +24,8 @@ from ppcl.data.training import TrainingData
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.families.registry import get_family
+from ppcl.families.traced.family import Traced
+from ppcl.families.traced.known import read_trace, trace_path
 from ppcl.launch import is_first, local_rank
 from ppcl.layers import Layout
 from ppcl.options import identity
@@ -92,7 +94,12 @@ class Run:
     def family(self) -> Family:
         """The model family, which knows the transformer's blocks and inputs."""
         model = self.config.model
-        return get_family(model.family, model.arch, model.sampling, model.categories)
+        family = get_family(model.family, model.arch, model.sampling, model.categories)
+        if isinstance(family, Traced):
+            path = trace_path(self.config.paths.cache_dir, family.facts.transformer, family.arch)
+            if (trace := read_trace(path)) is not None:
+                family.adopt(trace)
+        return family
 
     @cached_property
     def device(self) -> torch.device:

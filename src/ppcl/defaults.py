@@ -106,13 +106,17 @@ def data_name(*, _root_: Any) -> str:
 
 
 def _lists_pictures(table: Path) -> bool:
-    """Return whether a .jsonl lists pictures with captions, by its first line; else it is one of prompts."""
+    """Return whether a .jsonl lists pictures with captions, by its first line; else it is one of prompts.
+
+    One of prompts has a `prompt`, or `prompt_embeds`.
+    """
     try:
         with table.open(encoding="utf-8") as lines:
             first = parse_json(next(lines))
     except (OSError, ValueError, StopIteration):
         return table.name == "metadata.jsonl"
-    return isinstance(first, dict) and ("file_name" in first or ("image" in first and "prompt" not in first))
+    prompts = isinstance(first, dict) and any(key.startswith("prompt") for key in first)
+    return isinstance(first, dict) and ("file_name" in first or ("image" in first and not prompts))
 
 
 def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:

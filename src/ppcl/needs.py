@@ -12,7 +12,7 @@ import torch
 from ppcl import parallel
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import Header, is_current
-from ppcl.artifacts.plan import plug_name, projector_name
+from ppcl.artifacts.plan import plug_name, projector_name, read_plug_name
 from ppcl.context import Run
 from ppcl.data.recording.record import check_prompts
 from ppcl.errors import UsageError
@@ -62,9 +62,9 @@ def _check_machine(run: Run) -> None:
     if "export" in stages and run.config.export.push_to_hub is not None:
         check_token(run.config.export.push_to_hub)
     folder = model_folder(run.config.model)
-    recorded = ["cache"] if run.config.data.name == "prompts" else []  # up to the latents: no VAE decodes them
-    stages_ = [stage for stage in run.config.stages if stage not in recorded]
-    needing = [stage for stage in stages_ if STAGES[stage].encoders == "device"]
+    needing = [stage for stage in run.config.stages if STAGES[stage].encoders == "device"]
+    if run.config.data.name == "prompts":  # recorded up to the latents, which no VAE decodes
+        needing = [stage for stage in needing if stage != "cache"]
     if folder is not None and needing and not has_vae(folder):
         raise UsageError(
             f"'stages=[{needing[0]}]' draws or encodes pictures, and model.path={run.config.model.path} has no VAE: "
@@ -111,12 +111,19 @@ def _needs_transformer(run: Run) -> bool:
 
 def _check_tuned(run: Run) -> None:
     """Raise `UsageError` if `finetuned/` was made with other settings, before earlier stages train for nothing."""
-    folder = finetuned_folder(run)
+    folder, mode = finetuned_folder(run), run.config.distill.mode
     path = folder / "ppcl.json"
-    if path.exists():
-        made_from = read_json(path, "The record", "finetune").get("made_from", {})
-        now = Header("ppcl.finetuned", made_from | {"finetune": identity(run.config.finetune)})
-        is_current(path, now, another_run(run, folder))
+    if not path.exists():
+        return
+    made_from = read_json(path, "The record", "finetune").get("made_from", {})
+    students = any(read_plug_name(name) for name in made_from.get("plugs", {}))
+    if students if mode == "none" else "removed" in made_from:
+        was, trains = ("with", "none") if students else ("without", "some")
+        raise UsageError(
+            f"{path} was made {was} students, and distill.mode={mode} trains {trains}: {another_run(run, folder)}."
+        )
+    now = Header("ppcl.finetuned", made_from | {"finetune": identity(run.config.finetune)})
+    is_current(path, now, another_run(run, folder))
 
 
 def _check_stage(run: Run, stage: str, made: set[str]) -> None:
@@ -125,10 +132,9 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     budgeted = stage == "plan" and budget_of(config) is not None
     if stage == "cache" and config.data.name == "prompts":
         check_prompts(run)
-    if stage == "detect" and "probe" not in made and load_method(config.method).needs_probes:
-        # An earlier plan is reused, and then the probes are not needed.
-        if not run.plan_path.exists() and not (run.probe_folder / "probes.json").exists():
-            raise UsageError("'stages=[detect]' reads probes, and there are none for this model: add probe to stages.")
+    if stage == "detect":
+        if not run.plan_path.exists():  # an earlier plan is reused
+            _check_detection(run, made)
     elif stage in ("boundaries", "depth"):
         _check_intervals(run, stage, made)
     elif stage == "width" or budgeted:
@@ -137,7 +143,7 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
         if budgeted:
             _check_projectors(run, stage, made)
     elif stage in _ARRANGING:
-        if stage == "finetune" and made:
+        if stage == "finetune":
             _check_tuned(run)
         names = _variants(run, stage)
         arranged = {_quantized_base(run) if name == "ppcl-quantized" else name for name in names}
@@ -170,6 +176,14 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     needs_export = stage == "remap_lora" and config.lora.model is None and "export" not in made
     if needs_export and not (run.folder / "export").is_dir():
         raise UsageError("'stages=[remap_lora]' needs an exported model: add export to stages, or give lora.model.")
+
+
+def _check_detection(run: Run, made: set[str]) -> None:
+    """Refuse a method with keys that it does not read, and one that lacks its probes."""
+    method = load_method(run.config.method)
+    method.check_keys(run.family.facts)
+    if method.needs_probes and "probe" not in made and not (run.probe_folder / "probes.json").exists():
+        raise UsageError("'stages=[detect]' reads probes, and there are none for this model: add probe to stages.")
 
 
 def _check_reportable(run: Run, *, trained: bool, made: set[str]) -> None:

@@ -284,6 +284,12 @@ def test_a_layout_needs_the_prompts_of_its_scorer(auto, tmp_path, layout, change
         ("qwen_image_edit_2511", 20.430),
         ("flux_dev", 11.901),
         ("flux_lite", 8.163),
+        ("wan_22", 14.288),
+        ("ltx_2", 18.876),
+        ("flux_2_dev", 32.223),
+        ("hunyuan_image", 17.411),
+        ("qwen_image_21", 7.115),
+        ("z_image", 6.155),
         ("dit_xl", 0.750),  # the published 0.675 share one embedding, which diffusers repeats in every block
     ],
 )

@@ -78,6 +78,17 @@ def test_another_detection_goes_into_another_run_or_replaces_the_file(command: l
     assert "wrote" in succeed(*again).out
 
 
+def test_with_run_the_remedy_says_what_name_takes_the_place_of(run: Path) -> None:
+    again = ["method.num_samples=2", "stages=[probe,detect]"]
+    sentence = refused(f"run={run}", *again)
+    found = re.search(
+        r"name= takes the place of run=(\S+), so repeat the settings of that run, which (\S+) lists", sentence
+    )
+    assert found, sentence
+    assert (found[1], Path(found[2])) == (str(run), run / "config.yaml")
+    assert "takes the place" not in refused(f"run={run}", "name=OTHER", *again)
+
+
 def test_changed_steps_train_other_students_of_detected_intervals(command: list[str], run: Path) -> None:
     before = digests(run)
     sentence = refused(*command, "distill.steps=3", *DEPTH)

@@ -130,6 +130,21 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ([INTERVALS, "stages=[depth,plan]", "budget.params=nan"], ["budget.params=nan", "a finite number"]),
         (["stages=[probe,detect]", "method=cka_sensitivity", "method.num_remove=6"], ["method.num_remove=6", "the 5"]),
         (["stages=[probe,detect]", "method.start=5"], ["method.start=5", "no interval"]),
+        (
+            ["stages=[detect]", "method=shortgpt", "method.min_length=3"],
+            ["method.min_length=3 has no effect", "method.rule=shortgpt, which reads start, end, num_remove, params"],
+        ),
+        (["stages=[detect]", "method=amber", "method.min_cka=0.9"], ["method.min_cka=0.9 has no effect", "stream"]),
+        (["stages=[detect]", "method=uniform", "method.stream=text"], ["method.stream=text has no effect"]),
+        (
+            ["stages=[detect]", "method=cka_sensitivity", "method.num_remove=2", "method.stream=text"],
+            ["method.stream=text has no effect"],
+        ),
+        (["stages=[probe,detect]", "method.threshold=0.9"], ["method.threshold=0.9 has no effect", "min_length"]),
+        (
+            ["model=tiny_dit", "model.path=embedded:tiny_dit", "stages=[probe,detect]", "method.stream=text"],
+            ["method.stream=text", "model.family=dit have no text stream", "mean, or image"],
+        ),
         (["stages=[probe,detect,depth,width]", GIVEN, FFN.format("6")], ["transformer_blocks.ffn", "block 6"]),
         (["stages=[depth,width]", "width=auto", "width.num_ffn=0", "width.num_text=0"], ["width.num_ffn=0"]),
         ([INTERVALS, "stages=[depth,generate,evaluate]", "generate.variants=[removed]"], ["add teacher to", "removed"]),
@@ -234,10 +249,34 @@ def test_width_sets_nobody_selected_are_named(command: list[str], trained: Path,
 
 
 @pytest.mark.usefixtures("no_model")
-def test_projectors_that_are_missing_are_named(command: list[str], trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained / "plugs", tmp_path / "runs" / "bad" / "plugs")
-    outcome = ppcl(*command, INTERVALS, GIVEN, FFN.format(0), "stages=[generate]", "generate.variants=[ppcl-width]")
-    assert_one_sentence(outcome, "transformer_blocks.0.ffn", "stages=[width]")
+def test_projectors_that_are_missing_are_named(command: list[str]) -> None:
+    drawn = ["stages=[generate]", "generate.variants=[ppcl-width]", "distill=none"]  # needs no students
+    outcome = ppcl(*command, INTERVALS, GIVEN, FFN.format(0), *drawn)
+    assert_one_sentence(outcome, "needs transformer_blocks.0.ffn, which", "stages=[width]")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["stages=[detect]"],
+        ["stages=[depth]"],
+        ["stages=[detect]", "method=shortgpt", "method.min_length=3"],
+        [INTERVALS, "stages=[export]"],
+        [INTERVALS, "width=auto", "stages=[finetune]"],
+        [INTERVALS, "stages=[plan]", "budget.params=0.6"],
+        [INTERVALS, DRAW, "distill=none", "generate.variants=[teacher,ppcl-finetuned]"],
+        [INTERVALS, "stages=[evaluate]"],
+        ["stages=[report]"],
+        [INTERVALS, "stages=[depth,report]", "generate.variants=[removed]"],
+    ],
+    ids="_".join,
+)
+@pytest.mark.usefixtures("no_model")
+def test_explain_refuses_what_the_command_refuses(command: list[str], arguments: list[str], tmp_path: Path) -> None:
+    outcome = ppcl(*command, *arguments)
+    assert_one_sentence(outcome)
+    assert ppcl(*command, *arguments, "explain=true") == outcome
+    assert not [*(tmp_path / "runs").glob("bad")]
 
 
 @pytest.mark.parametrize(("key", "value"), [("text", [3, 5]), ("ffn", [0])])

@@ -95,7 +95,7 @@ def test_cached_pictures_have_the_sizes_of_stock_inference(
     """And so do drawn ones: the result and the last given picture have one grid. Both passes read what is cached."""
     pipeline, last = run.teacher.pipeline, picture(ASPECTS[aspect])
     given, calls = given_to(run, last), calls_of(pipeline, monkeypatch)
-    (drawn,) = draw(run, pipeline, ["remove the circle"], [0], [given])
+    drawn = draw(run, pipeline, ["remove the circle"], [0], [given])[0].picture
     cached = encoded(run, picture(ASPECTS[aspect], 3), *given)
     sizes = [tuple(cached["size"].tolist()), *map(tuple, cached[SIZES].tolist())]
     assert len(calls) == 2
@@ -145,8 +145,8 @@ def test_pictures_drawn_together_equal_those_drawn_alone(run: Run, tmp_path: Pat
         return [torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() for image in images]
 
     pipeline = run.teacher.pipeline
-    together = draw(run, pipeline, prompts, numbers, given)
-    alone = [draw(run, pipeline, [p], [n], [g])[0] for p, n, g in zip(prompts, numbers, given, strict=True)]
+    together = [drawn.picture for drawn in draw(run, pipeline, prompts, numbers, given)]
+    alone = [draw(run, pipeline, [p], [n], [g])[0].picture for p, n, g in zip(prompts, numbers, given, strict=True)]
     assert [image.size for image in together] == [(1248, 832), (1248, 832), (832, 1248), (1248, 832)]
     for found, expected in zip(together, alone, strict=True):
         np.testing.assert_allclose(np.asarray(found, float), np.asarray(expected, float), atol=1)

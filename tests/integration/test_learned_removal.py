@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from commands import kill, ppcl, start_until, succeed, two_ranks
 
+from ppcl.command import prepare
+
 FEW = ["method=tinyfusion", "stages=[detect]", "method.settings.batch_size=4", "method.settings.steps=3"]
 SAMPLES = ["method.num_samples=4", "method.num_timesteps=2", "method.batch_size=4", "logger=csv"]
 
@@ -84,11 +86,19 @@ def test_two_ranks_learn_what_one_learns(settings: list[str], tmp_path: Path) ->
     assert "method.settings.batch_size=3 does not divide among 2 ranks: make it 4" in refused.stderr
 
 
+def test_groups_need_no_size_beside_them(settings: list[str]) -> None:
+    """The choice `tinyfusion` has a size, which groups stand in for; plans that were made so stay valid."""
+    detect = [*settings, "method=tinyfusion", "stages=[detect]"]
+    assert prepare([*detect, "method.settings.groups=[[2,3],[3,3]]"]).config.method.params == 0.7
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("method.settings.groups=2:4", "makes groups of 4 blocks together, and the model has 6"),
-        ("method.settings.groups=[[4,3],[3,3]]", "keeps 4 of 3 blocks"),
+        ("method.settings.groups=2:4 method.num_remove=null", "makes groups of 4 blocks together, and the model has 6"),
+        ("method.settings.groups=[[4,3],[3,3]] method.num_remove=null", "keeps 4 of 3 blocks"),
+        ("method.settings.groups=[[2,3],[3,3]]", "method.num_remove=2 has no effect with method.settings.groups"),
+        ("method.settings.groups=[[2,3],[3,3]] method.num_remove=null method.params=0.5", "method.params=0.5 has no"),
         ("method.num_remove=null", "method.num_remove"),
         ("method.settings.lora_rank=0", "method.settings.lora_rank=0 must be at least 1"),
         ("model.streaming=true", "model.streaming=true does not hold"),
@@ -105,7 +115,7 @@ def test_what_cannot_be_learned_is_refused_at_the_start(
         "method.num_remove=2",
         f"paths.runs_dir={tmp_path}",
     ]
-    outcome = ppcl(*command, given)
+    outcome = ppcl(*command, *given.split())
     assert outcome.code == 2
     assert said in outcome.err
     assert not (tmp_path / "auto" / "plan").exists()

@@ -58,6 +58,18 @@ def test_a_training_holds_as_much_as_is_planned(tmp_path: Path, size: int) -> No
         assert planned == pytest.approx(held, rel=0.15), what
 
 
+def test_blocks_that_stay_as_they_are_take_neither_gradients_nor_states(tmp_path: Path) -> None:
+    command = ["model=tiny_qwen_image", "intervals.transformer_blocks=[[13,16]]", f"paths.runs_dir={tmp_path}"]
+    command += ["recovery=hierarchical", "finetune.steps=4", "finetune.batch_size=4", "logger=none"]
+    frozen = planned_and_held("finetune", [*command, "name=frozen"])
+    whole = planned_and_held("finetune", [*command, "name=whole", "finetune.trains=all"])
+    for planned, held in (frozen, whole):
+        assert planned == pytest.approx(held, rel=0.15)
+    saved = [before - now for before, now in zip(whole, frozen, strict=True)]
+    assert saved[1] > 0.3 * whole[1]
+    assert saved[0] == pytest.approx(saved[1], rel=0.15)
+
+
 def test_students_that_train_in_groups_are_the_same(settings: list[str], trained: Path, tmp_path: Path) -> None:
     command = [*settings, INTERVALS, f"paths.runs_dir={tmp_path}", "name=grouped", "stages=[depth]", "distill.groups=2"]
     outcome = succeed(*command)
@@ -141,6 +153,12 @@ def test_a_lack_of_memory_names_what_to_turn() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     with pytest.raises(RuntimeError, match="a bug"), in_memory(run, "probe"):
         raise RuntimeError("a bug")
+
+
+def test_no_lora_is_named_where_it_would_be_refused() -> None:
+    run = prepare(["model=tiny_qwen_image", "stages=[finetune]", "recovery=hierarchical"])
+    with pytest.raises(UsageError, match=r"on cpu: turn finetune\.accumulate or"), in_memory(run, "finetune"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("model", ["qwen_image_edit_2509", "flux_dev", "dit_xl"])
@@ -243,6 +261,7 @@ def test_a_wrong_interval_is_said_before_anything_is_estimated(changes: list[str
 
 
 def test_what_is_not_estimated_is_named(tmp_path: Path) -> None:
-    for stage in ("pretrain", "report"):
-        outcome = succeed("model=tiny_qwen_image", f"stages=[{stage}]", "explain=true", f"paths.runs_dir={tmp_path}")
-        assert f"{stage}: not estimated" in outcome.out
+    for stages in ("pretrain", "plan, report"):
+        asked = f"stages=[{stages}]".replace(" ", "")
+        outcome = succeed("model=tiny_qwen_image", asked, "explain=true", f"paths.runs_dir={tmp_path}")
+        assert f"{stages}: not estimated" in outcome.out

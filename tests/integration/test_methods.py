@@ -24,6 +24,7 @@ SCORES = {
     "bk_sdm": set(),
     "cka_sensitivity": {"cka_without"},
     "flux_lite": {"mse"},
+    "greedy": {"velocity_error"},
     "hierarchical_prune": {"weighted_velocity_error"},
     "llm_streamline": {"window_cosine"},
     "random": set(),
@@ -65,4 +66,21 @@ def test_a_command_saves_the_plan_and_reuses_it(settings: list[str], tmp_path: P
     assert plan["parameters"]["student"] <= 0.7 * plan["parameters"]["teacher"]
     assert [*plan["scores"]["block_influence"]] == [f"transformer_blocks.{index}" for index in range(6)]
     assert plan["made_from"]["method"]["params"] == 0.7
+    assert "reused" in succeed(*command).out
+
+
+def test_greedy_prints_what_it_removes_and_counts_its_forwards(settings: list[str], tmp_path: Path) -> None:
+    """Five of six blocks may go, and two go, which are measured on at most three batches."""
+    command = [*settings, "name=greedy", "stages=[detect]", "method=greedy", f"paths.runs_dir={tmp_path}"]
+    command += ["method.params=null", "method.num_remove=2", "method.num_samples=12", "method.settings.batches=3"]
+    out = succeed(*command).out
+    plan = json.loads((tmp_path / "greedy" / "plan" / "plan.json").read_text(encoding="utf-8"))
+    errors = plan["scores"]["velocity_error"]
+    assert len(errors) == 2
+    lines = [line for line in out.splitlines() if "removed transformer_blocks" in line]
+    assert [line.split("  ")[-1] for line in lines] == [
+        f"removed {name}: velocity error {error:.4g}" for name, error in errors.items()
+    ]
+    forwards = int(out.split(" forwards, of 27 that")[0].split()[-1])
+    assert 5 + 2 + 4 + 2 <= forwards <= 27
     assert "reused" in succeed(*command).out

@@ -99,6 +99,18 @@ def test_each_rank_does_half(shared: tuple[Path, str]) -> None:
     assert out.count("probe  wrote") == 1  # one of the two speaks
 
 
+def test_two_ranks_remove_the_same_blocks_one_by_one(options: list[str], tmp_path: Path) -> None:
+    """Of three batches one rank measures two and the other one."""
+    command = [*options, "stages=[detect]", "method=greedy", "method.params=null", "method.num_remove=2"]
+    command.append("method.settings.batches=3")
+    succeed(*command, f"paths.runs_dir={tmp_path / 'single'}")
+    out = launch(2, *command, f"paths.runs_dir={tmp_path / 'shared'}", "strategy=ddp")
+    found, expected = (content(tmp_path / runs, "all/plan/plan.json") for runs in ("shared", "single"))
+    assert_near(found["scores"], expected["scores"])
+    assert found["intervals"] == expected["intervals"] != {}
+    assert out.count("removed transformer_blocks") == 2  # one of the two speaks
+
+
 @pytest.fixture(scope="module")
 def compared(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, Path]:
     """Another command, and the folders that it made in one process and on two ranks.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from commands import assert_same_tensors, launch, ppcl, ppcl_process, succeed
+from commands import assert_same_tensors, digests, launch, ppcl, ppcl_process, succeed
 from safetensors.torch import load_file
 from test_stops import ONE, stopped
 
@@ -153,6 +154,20 @@ def test_a_recorded_run_takes_another_recovery_and_back(qwen: list[str]) -> None
     )
     back = prepare([f"run={run}", "recovery=nonsequential"]).config
     assert (back.distill.mode, back.finetune.feature_loss, back.finetune.ema_decay) == ("parallel", "relative", 0.0)
+
+
+@pytest.mark.parametrize(("first", "then"), [("output_kd", "nonsequential"), ("nonsequential", "output_kd")])
+def test_a_run_that_was_tuned_without_students_is_not_tuned_with_them(qwen: list[str], first: str, then: str) -> None:
+    """Nor the other way round, and no students are trained before that is said."""
+    stages = {"output_kd": "stages=[finetune]", "nonsequential": "stages=[depth,finetune]"}
+    succeed(*qwen, f"name={first}-first", f"recovery={first}", stages[first])
+    run = folder_of(qwen, f"{first}-first")
+    before = digests(run)
+    for stage in {stages[then], "stages=[finetune]"}:
+        outcome = ppcl(f"run={run}", f"recovery={then}", "trainer.accelerator=cpu", stage)
+        assert outcome.code == 2
+        assert re.search(r"made with(out)? students, and distill.mode=(none|parallel) trains (none|some):", outcome.err)
+    assert digests(run) == before
 
 
 def test_another_recovery_has_the_rates_of_the_recorded_recipe(qwen: list[str]) -> None:

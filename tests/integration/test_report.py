@@ -10,9 +10,10 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from commands import INTERVALS, VARIANTS, modified, ppcl, succeed
+from commands import INTERVALS, VARIANTS, modified, ppcl, ppcl_process, succeed
 from omegaconf import OmegaConf
 from PIL import Image
+from test_stops import ONE, stopped
 
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.context import Run
@@ -198,6 +199,17 @@ def test_a_run_without_scores_has_a_page_of_what_it_has(trained: Path, tmp_path:
     assert "There are no scores yet: 'stages=[evaluate,report]' adds them." in said
     assert re.findall(r"<h2>(.*?)</h2>", page_of(run)) == ["Pictures", "How it was made", "Diagnosis"]
     assert (run / "report" / "samples.png").exists()
+
+
+def test_a_training_that_was_stopped_is_said_until_it_has_ended(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "trained")
+    command = [f"run={run}", "trainer.accelerator=cpu", "finetune=tiny", "finetune.steps=6", "finetune.batch_size=4"]
+    stopped(ppcl_process("SIGTERM", "itself", *command, "stages=[finetune]", python=ONE), 143, "SIGTERM")
+    sentence = "A training is not finished: 'stages=[finetune]' goes on with it from its last checkpoint."
+    assert sentence in succeed(*command, "stages=[report]").out
+    assert sentence in page_of(run)
+    assert sentence not in succeed(*command, "stages=[finetune,report]").out
+    assert sentence not in page_of(run)
 
 
 def test_a_plan_alone_has_a_page(settings: list[str], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from tests.pipelines_tiny import parts
+from tests.pipelines_tiny import first_parts as parts
 
 
 def build(folder: Path) -> Path:

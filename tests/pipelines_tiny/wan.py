@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
-from tests.pipelines_tiny import parts
+from tests.pipelines_tiny import first_parts as parts
 
 CHANNELS, TEXT = 8, 48
 
@@ -19,7 +19,8 @@ def build(folder: Path) -> Path:
 
 def build_from_image(folder: Path) -> Path:
     """Saves the pipeline that is given a first frame to `folder`, and returns it."""
-    return _build(folder, WanImageToVideoPipeline, 2 * CHANNELS + 4)  # noise, frames that are given, and which these are
+    mask = 4  # channels that say which frames are given
+    return _build(folder, WanImageToVideoPipeline, 2 * CHANNELS + mask)
 
 
 def _build(folder: Path, pipeline: type, in_channels: int) -> Path:

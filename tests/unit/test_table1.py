@@ -28,6 +28,12 @@ def test_a_trained_cell_names_the_variant_that_it_scores() -> None:
     assert Cell("bk_sdm", UNTRAINED["bk_sdm"], "tiny_flux", 0.71).variant == "removed"
 
 
+def test_greedy_removals_are_tuned_without_students() -> None:
+    cell = trained("greedy", "tiny_flux", 0.71, 10, 500)
+    assert cell.steps == (0, 500)
+    assert "distill.mode=none" in cell.overrides(1, "finetune")
+
+
 def test_the_least_drop_of_a_teacher_is_bold() -> None:
     facts = {"teacher": "tiny_dit", "size": 0.71, "equal": "untrained", "velocity_error": 0.1}
     rows = [row(entry="bk_sdm", drop_percent=5.0, **facts), row(entry="random", drop_percent=50.0, **facts)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ppcl.benchmarks.base import Benchmark, Prompt
+from ppcl.data.recording.table import Row, is_table, read_rows
 from ppcl.errors import UsageError
 from ppcl.pictures.opening import open_picture, picture_digest
 from ppcl.validation.outputs import has_own_prompts
@@ -47,7 +48,7 @@ class Unscored(Benchmark):
                 for number in range(_MOST_SCENES)
             )
             return _distinct(Prompt(scene.caption, references=scene.references) for scene in scenes)
-        prompts = _distinct(map(Prompt, held_out_captions(family, config)))
+        prompts = _distinct(_held_out(family, config))
         if not prompts:
             raise UsageError(
                 f"data={config.data.name} has no held-out captions to draw: give generate.prompt_file=FILE, with a "
@@ -59,9 +60,10 @@ class Unscored(Benchmark):
         return None
 
     def given(self, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
-        """Return hashes of the files in `generate.images`, if there are any."""
+        """Return hashes of the files in `generate.images`, or of the rows of a table, if there are any."""
         if not has_own_prompts(config):
-            return super().given(prompts, config)
+            rows = [prompt.fact.identity for prompt in prompts if isinstance(prompt.fact, Row)]
+            return super().given(prompts, config) | ({"rows": rows} if rows else {})
         files = [picture_digest(path) for path in config.generate.images]
         return {"images": files} if files else {}
 
@@ -71,6 +73,16 @@ def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
     seen: set[str] = set()
     new = (prompt for prompt in prompts if not (prompt.text in seen or seen.add(prompt.text)))  # type: ignore[func-returns-value]
     return list(islice(new, NUM_CAPTIONS))
+
+
+def _held_out(family: Family, config: Config) -> Iterator[Prompt]:
+    """Yield the held-out captions as prompts, those of a table of a pipeline's arguments with their rows."""
+    captions, path = held_out_captions(family, config), config.data.path
+    if config.data.name == "prompts" and path is not None and is_table(path):
+        kept = {*captions}
+        yield from (Prompt(row.caption, fact=row) for row in read_rows(Path(path)) if row.caption in kept)
+    else:
+        yield from map(Prompt, captions)
 
 
 def held_out_captions(family: Family, config: Config) -> Iterator[str]:

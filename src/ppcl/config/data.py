@@ -21,6 +21,8 @@ class DataConfig:
         the file. `cache`: the folder of a cache that was made elsewhere, in place of `path`.
     `record_steps`: with `data=prompts`, how many denoising steps of each prompt are recorded: spread evenly, and at
         other places for each prompt.
+    `renoise`: with `data=prompts`, true gives the final latents of a prompt fresh noise at any level, and false takes
+        calls as they were recorded. None: true where the recording shows that the model's calls can be made so.
     `captions`: the keys or columns that may hold a caption. The first that is not blank is taken. Of a list of captions
         it is the first text that is not blank. A .txt in a shard counts as the first key, if the .json has none there.
         Text is UTF-8, or UTF-16 with a byte order mark; other samples are left out.
@@ -49,6 +51,7 @@ class DataConfig:
     min_text_accuracy: float | None = option(None, least=0, most=100)
     aspects: list[str] = field(default_factory=lambda: ["1:1"])
     record_steps: int = option(8, least=1, most=1000)
+    renoise: bool | None = None
     held_out: float | None = option(None, above=0, below=1)
     samples_per_file: int = option(256, least=1, most=1000)
     encode_batch_size: int = option(8, least=1)

@@ -51,6 +51,7 @@ class ModelConfig:
         none of them it is `traced`.
     `trace`: true finds the blocks and streams of the model by running it, as for models of no known family, although it
         is of one.
+    `transformer`: for a `traced` model without a local folder, the diffusers class of its transformer.
     `path`: a pipeline folder, `embedded:NAME` for a teacher that is shipped with ppcl, or a Hugging Face Hub id
         `owner/name`. None: there are no weights, and only stages that need none can run. A file `*.safetensors` holds
         the transformer alone, with ComfyUI's or the original names. So does a checkpoint `*.pt` of DiT's authors.
@@ -76,6 +77,7 @@ class ModelConfig:
     name: str = MISSING
     family: str = MISSING
     trace: bool = False
+    transformer: str | None = None
     path: str | None = None
     base: str | None = None
     lora: str | None = None

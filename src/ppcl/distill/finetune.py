@@ -19,9 +19,10 @@ from ppcl.ops.losses import Average, masked_error, relative_error
 from ppcl.parallel import mean_terms
 from ppcl.precision import computing
 from ppcl.surgery.adapter import add_lora
+from ppcl.surgery.share import skeleton
 from ppcl.taps import BlockCall, BlockKey, observe
 from ppcl.training.optimizers import cosine_schedule, optimizers_of
-from ppcl.training.sharding import Sharding, skeleton, whole_state
+from ppcl.training.sharding import Sharding, whole_state
 
 
 class FineTune(ManualOptimization):

@@ -7,7 +7,7 @@ from itertools import takewhile
 
 from torch import nn
 
-from ppcl.artifacts.plan import plug_name
+from ppcl.artifacts.plan import Intervals, plug_name
 from ppcl.families.base import Family
 from ppcl.taps import BlockKey
 
@@ -27,8 +27,28 @@ def before_removal(
     """
     here, (stack, end) = next(pair for pair in stands_for.items() if pair[0] != pair[1])
     is_student = plug_name(stack, (here[1], end)) in students
+    order = [*family.blocks(model)]
+    return up_to(family, model, order[: order.index(here) + (not is_student)])
+
+
+def up_to(family: Family, model: nn.Module, before: Collection[BlockKey]) -> list[nn.Parameter]:
+    """Return the parameters of the embedders of `model` and of its blocks `before`."""
     blocks = family.blocks(model)
-    before = list(blocks)[: [*blocks].index(here) + (not is_student)]
     inside = {id(parameter) for block in blocks.values() for parameter in block.parameters()}
     embedders = takewhile(lambda parameter: id(parameter) not in inside, model.parameters())
     return [*embedders, *(parameter for key in before for parameter in blocks[key].parameters())]
+
+
+def num_before(intervals: Intervals, layers: Mapping[str, int], *, students: bool) -> dict[str, int]:
+    """Return by stack how many blocks come before the first removed block.
+
+    `layers`: the number of blocks by stack, in order of execution. `students`: whether a student replaces each
+        interval, as in `before_removal`; otherwise it is cut.
+    """
+    found: dict[str, int] = {}
+    for stack, count in layers.items():
+        pairs = intervals.get(stack)
+        found[stack] = pairs[0][0] + (not students) if pairs else count
+        if pairs:
+            break
+    return found

@@ -30,6 +30,11 @@ _AVERAGE_DECAY = 0.98
 MOST_ABREAST = 8  # batches for which a streamed teacher is read once
 
 
+def device_of(kwargs: Mapping[str, Any]) -> torch.device:
+    """Return the device of the first tensor in the keyword arguments of a block's call."""
+    return next(value.device for value in kwargs.values() if isinstance(value, Tensor))
+
+
 class LocalDistillation(ManualOptimization):
     """Trains `parts` (modules by name) against a frozen teacher, each on a loss of its own.
 
@@ -132,8 +137,7 @@ class LocalDistillation(ManualOptimization):
         `stack`: the stack that the block belongs to. `kwargs`: the block's keyword arguments. `inputs`: the inputs of
         the teacher's whole forward, by which some families find streams in an output.
         """
-        device = next(value.device for value in kwargs.values() if isinstance(value, Tensor))
-        with computing(self.precision, device):
+        with computing(self.precision, device_of(kwargs)):
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 output = checkpoint(partial(block, **kwargs), use_reentrant=False)
             else:

@@ -16,11 +16,13 @@ from ppcl.artifacts.plan import Intervals, Width, plug_name, projector_name, rem
 from ppcl.artifacts.plugs import Projector
 from ppcl.config import DistillConfig
 from ppcl.data.batches import TrainingBatch
-from ppcl.distill.local import LocalDistillation
+from ppcl.distill.local import LocalDistillation, device_of
 from ppcl.distill.losses import Terms, with_loss
 from ppcl.families.base import Family
+from ppcl.families.pruning import ResidualLinear
+from ppcl.families.width import Replacement
 from ppcl.layers import Layout, kept_layers, references
-from ppcl.methods.probes import changes, solved
+from ppcl.methods.probes import changes, rows, solved
 from ppcl.ops.least_squares import NormalEquations
 from ppcl.ops.losses import Average, relative_error
 from ppcl.precision import computing
@@ -133,14 +135,13 @@ class WidthDistillation(LocalDistillation):
 
     @staticmethod
     def _projectors(family: Family, item: PrunedPlace) -> dict[str, nn.Module]:
-        names = width_surgery(family).projectors
-        keys = {"text": ("text_in", "text_out"), "ffn": ("image_ffn", "text_ffn")}
-        return {key: getattr(item.block, names[key]) for key in keys[item.kind] if key in names}
+        found = width_surgery(family).replacements(item.place.stack, item.kind)
+        return {key: item.block.get_submodule(each.attribute) for key, each in found.items()}
 
     def projectors(self, number: int) -> dict[str, nn.Module]:
-        """Return the projectors of pruned place `number`: `text_in` (l_z), `text_out` (l_h), `image_ffn`, `text_ffn`.
+        """Return the projectors of pruned place `number` by the keys of `WidthSurgery.replacements`.
 
-        A text-pruned place has the first two, an FFN-pruned one those of the last two that its streams need.
+        A text-pruned place has `text_in` (l_z) and `text_out` (l_h), an FFN-pruned one those that its streams need.
         """
         return dict(self.parts[self.key(self.names[number])].named_children())
 
@@ -152,9 +153,9 @@ class WidthDistillation(LocalDistillation):
         losses: dict[str, float],
     ) -> Projector:
         """Return the projectors of pruned place `number` as a plug. `state_of`: returns the state dict of a module."""
-        item = self.pruned[number]
+        item, replacements = self.pruned[number], self._replacements(number)
         state = {
-            f"{self.surgery.projectors[key]}.{name}": value
+            f"{replacements[key].attribute}.{name}": value
             for key, projector in self.projectors(number).items()
             for name, value in state_of(projector).items()
         }
@@ -256,6 +257,10 @@ class WidthDistillation(LocalDistillation):
     def _text_qkv_input(self, place: Place, kwargs: dict[str, Any]) -> Tensor:
         return whole_call(place.module, self.surgery.text_qkv_input, kwargs)
 
+    def _replacements(self, number: int) -> dict[str, Replacement]:
+        item = self.pruned[number]
+        return self.surgery.replacements(item.place.stack, item.kind)
+
     def _call(self, number: int, arguments: dict[str, Any]) -> Streams:
         item = self.pruned[number]
         arguments = {key: value for key, value in arguments.items() if key not in ("z", "z_reference", "text")}
@@ -277,13 +282,14 @@ class WidthDistillation(LocalDistillation):
         step's.
         """
         linear: Terms = {}
+        replacements = self._replacements(number)
         for key, projector in self.projectors(number).items():
             if key == "text_in":
                 with computing(self.precision, arguments["z"].device):
                     guess = projector(arguments["z_reference"])
                 linear["linear_z"] = relative_error(guess, arguments["z"], masks["text"], average_of("text"))
-            else:
-                stream = "image" if key == "image_ffn" else "text"
+                continue
+            for stream in replacements[key].streams:
                 sides = student[stream], teacher[stream], masks[stream]
                 linear[f"linear_{stream}"] = relative_error(*sides, average_of(stream))
         weighted = {key: self.linear_weight * value for key, value in linear.items()}
@@ -318,16 +324,17 @@ class WidthDistillation(LocalDistillation):
 
         def add(masks: dict[str, Tensor | None], number: int, arguments: dict[str, Any], teacher: Streams) -> None:
             nonlocal home
-            for key in self.projectors(number):
-                x, y, mask = self._pair(number, key, arguments, teacher, masks)
+            pairs = self._pairs(number, arguments, teacher, masks)
+            for key, projector in self.projectors(number).items():
+                x, y, mask = pairs[key]
                 # The systems of all blocks grow at once: at 3,072 channels 151 MB each, and `width=auto` has 70 for 35
                 # blocks. Copying them to the host with every batch takes long, so they stay where the samples are if
                 # half of the free memory there is enough.
                 home = home or (x.device if size < free_bytes(x.device) / 2 else torch.device("cpu"))
                 if (number, key) not in equations:
                     equations[number, key] = NormalEquations(x.shape[-1], y.shape[-1], home)
-                for rows, change in changes(x, y, mask):
-                    equations[number, key].add(rows, change)
+                for given, wanted in (changes if isinstance(projector, ResidualLinear) else rows)(x, y, mask):
+                    equations[number, key].add(given, wanted)
 
         for group in self.abreast(batches):
             watches = [self.watch_calls(batch, partial(add, self.family.masks(batch.inputs))) for batch in group]
@@ -338,17 +345,33 @@ class WidthDistillation(LocalDistillation):
             assign(projector.weight, weight)
             assign(projector.bias, bias)
 
-    def _pair(
-        self, number: int, key: str, arguments: dict[str, Any], teacher: Streams, masks: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the input and target `[B, tokens, D]` of projector `key`, and the valid tokens (None for all)."""
-        if key == "text_in":
-            return arguments["z_reference"], arguments["z"], masks["text"]
-        if key == "text_out":
-            return arguments["text"], teacher["text"], masks["text"]
-        # The FFN projectors are still identities, so the block returns their input, the state after attention.
-        stream = "image" if key == "image_ffn" else "text"
-        return self._call(number, arguments)[stream], teacher[stream], masks[stream]
+    def _pairs(
+        self, number: int, arguments: dict[str, Any], teacher: Streams, masks: dict[str, Any]
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+        """Return the input and target `[B, tokens, D]` of each projector, and the valid tokens (None for all)."""
+        item = self.pruned[number]
+        if item.kind == "text":
+            return {
+                "text_in": (arguments["z_reference"], arguments["z"], masks["text"]),
+                "text_out": (arguments["text"], teacher["text"], masks["text"]),
+            }
+        streams = {key: each.streams for key, each in self._replacements(number).items()}
+        inner = self._inner_pairs(item.place, arguments)
+        if inner is None:
+            # The projectors are still identities, so the block returns their input, the state after attention.
+            state = self._call(number, arguments)
+            return {key: (state[stream], teacher[stream], masks[stream]) for key, (stream,) in streams.items()}
+        return {key: (x, y, _mask_of(x, [masks[name] for name in streams[key]])) for key, (x, y) in inner.items()}
+
+    def _inner_pairs(self, place: Place, arguments: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]] | None:
+        with computing(self.precision, device_of(arguments)):
+            return whole_call(place.module, partial(self.surgery.inner_pairs, place.stack), arguments)
+
+
+def _mask_of(x: Tensor, masks: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the mask of the stream that the tokens `[B, tokens, D]` are of; None if they are of several joined."""
+    mask = masks[0] if len(masks) == 1 else None
+    return mask if mask is not None and mask.shape == x.shape[:2] else None
 
 
 def _prune(family: Family, stack: str, kept: Sequence[Place], width: Width) -> list[PrunedPlace]:

@@ -150,6 +150,7 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
             "imports": "import ppcl  # or pass trust_remote_code=True below\n" if ours else "",
             "without": "".join(f", {name}=None" for name in missing),
             "call": call,
+            "preparation": run.family.preparation,
             "seed": config.seed,
             "intervals": json.dumps(board.blocks.removed),
             "students": len(board.plugged),

@@ -137,17 +137,18 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """Markdown with the Hub's YAML header from `facts`; its sections are empty until `with_section` fills them.
 
     `call` are the pipeline's arguments, None where only loading is shown; `without` those that say what is not there.
+    `preparation`: code that comes before the call.
     """
     call: Mapping[str, Any] = facts["call"] or {}
     arguments = "\n".join(f"    {name}={value!r}," for name, value in call.items())
     given = any("load_image" in repr(value) for value in call.values())
-    told = {"without": ""} | dict(facts)
+    told = {"without": "", "preparation": ""} | dict(facts)
     told |= {key: plain(str(told[key])) for key in ("title", "base", "method")}  # names that a user has chosen
     return _CARD.format(
         **told,
         label="" if facts["width_sets"] == "none" else _WIDTH_LABEL,
         loader="from diffusers.utils import load_image\n" if given else "",
-        use=_CALL.format(arguments=arguments, seed=facts["seed"]) if facts["call"] else "",
+        use=told["preparation"] + _CALL.format(arguments=arguments, seed=facts["seed"]) if facts["call"] else "",
     )
 
 

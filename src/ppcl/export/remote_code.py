@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ppcl.artifacts.files import read_json, write_json
-from ppcl.families.registry import component_classes
+from ppcl.families.registry import component_module
 
 
 def add_code(folder: Path) -> None:
@@ -20,7 +20,7 @@ def add_code(folder: Path) -> None:
     for component, entry in index.items():
         if not isinstance(entry, list) or entry[0] != "ppcl":
             continue
-        module = import_module(component_classes()[entry[1]])
+        module = import_module(str(component_module(entry[1])))
         name = module.__name__.rpartition(".")[2]
         (folder / component / f"{name}.py").write_text(_self_contained(module), encoding="utf-8")
         index[component] = [name, entry[1]]

@@ -95,6 +95,11 @@ class Family(ABC):
 
         return getattr(diffusers, self.facts.transformer)
 
+    @property
+    def channels(self) -> int:
+        """The channels D of a token."""
+        return int(self.arch["num_attention_heads"] * self.arch["attention_head_dim"])
+
     def blocks(self, transformer: nn.Module) -> dict[BlockKey, nn.Module]:
         """Return every block by (stack, index), in order of execution."""
         return {
@@ -215,6 +220,11 @@ class Family(ABC):
     def num_references(self) -> int:
         """The number of reference pictures that a scene of its world has; they are the input of an edit model."""
         return self.facts.num_references
+
+    @property
+    def preparation(self) -> str:
+        """Lines of Python that a stock pipeline of this model needs before it draws, for model cards."""
+        return ""
 
     prompts_per_call: int | None = None  # the most prompts that one call of the pipeline takes; None: any number
 

@@ -48,6 +48,7 @@ class FamilyFacts:
     Its blocks:
         `stacks`: the path of each block ModuleList within the transformer, in order of execution, and the config key
             that holds its length.
+        `streams`: the streams of tokens in its blocks.
         `text_stacks`: stacks whose blocks have a separate text stream, which can be pruned.
         `first_block`: the first block of a stack that may be pruned.
         `last_blocks`: the number of blocks at the end of each stack that may not be pruned, since they are built
@@ -85,6 +86,7 @@ class FamilyFacts:
     transformer: str
     stacks: dict[str, str]
     pipeline_classes: tuple[str, ...]
+    streams: tuple[str, ...] = ("image", "text")
     text_stacks: tuple[str, ...] = ()
     first_block: int = 0
     last_blocks: int = 0

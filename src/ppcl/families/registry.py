@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -20,6 +21,9 @@ _SHARED_COMPONENTS = {
     "AutoencoderPixelUnshuffle": "ppcl.models.autoencoder_pixel_unshuffle",
     "PictureProcessor": "ppcl.models.processing_pictures",
 }
+
+# Makes the class of a traced model that is pruned in width from that of diffusers.
+PRUNED_MAKER = "ppcl.families.traced.transformer_pruned"
 
 FAMILIES: dict[str, FamilyFacts] = {
     facts.name: facts for folder in _FOLDERS for facts in import_module(f"ppcl.families.{folder}").FACTS
@@ -71,3 +75,14 @@ def component_classes() -> dict[str, str]:
     """
     pruned = {name: module for facts in FAMILIES.values() for name, module in facts.pruned_models.items()}
     return _SHARED_COMPONENTS | pruned
+
+
+def component_module(name: str) -> str | None:
+    """Return the module that has the class of this name, or makes it; None if the name is of no component of ppcl."""
+    return component_classes().get(name) or (PRUNED_MAKER if re.match("Pruned[A-Z]", name) else None)
+
+
+def pruned_name(transformer_class: str) -> str:
+    """Return the name of the class of a traced model that is pruned in width. A known family keeps its own name."""
+    name = f"Pruned{transformer_class}"
+    return name if component_module(name) == PRUNED_MAKER else f"PrunedTraced{transformer_class}"

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ppcl.artifacts.plan import Width
 from ppcl.families.pruning import packed_text
 from ppcl.layers import Layout
+
+
+class Replacement(NamedTuple):
+    """A projector of a pruned block.
+
+    `attribute`: the path of the module within the block. `streams`: the streams of the block's output that it serves.
+    """
+
+    attribute: str
+    streams: tuple[str, ...]
 
 
 class WidthSurgery(ABC):
@@ -47,6 +57,27 @@ class WidthSurgery(ABC):
 
         `role` is an entry of `roles`. `projectors` is a state dict; projectors missing in it start as the identity.
         """
+
+    def replacements(self, stack: str, kind: str) -> dict[str, Replacement]:
+        """Return the projectors of a block of `stack` that loses its `text` stream or its `ffn`, by their keys."""
+        streams = (
+            {"text_in": "text", "text_out": "text"} if kind == "text" else {"image_ffn": "image", "text_ffn": "text"}
+        )
+        known = self.projectors
+        return {key: Replacement(known[key], (stream,)) for key, stream in streams.items() if key in known}
+
+    def ffn_blocks(self, stack: str, blocks: Iterable[int]) -> list[int]:
+        """Return those of `blocks` of a stack of the teacher whose FFN can be replaced: by default all."""
+        return list(blocks)
+
+    def inner_pairs(
+        self, stack: str, block: nn.Module, kwargs: dict[str, Any]
+    ) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """Return what each FFN within `block` is given and returns in a call, `[B, tokens, D]`, by its projector's key.
+
+        By default None: FFN projectors are `ResidualLinear`, and take the state after attention to the block's output.
+        """
+        return None
 
     def text_qkv_input(self, block: nn.Module, kwargs: dict[str, Any]) -> Tensor:
         """Return z `[B, L, D]`, the normed and modulated text that goes into the QKV projections of `block` (Eq. 8).

@@ -15,7 +15,9 @@ from ppcl.config import Config
 from ppcl.context import Run
 from ppcl.disk import in_bytes
 from ppcl.errors import UsageError
+from ppcl.families.traced.family import Traced
 from ppcl.launch import rank, shard_ranks
+from ppcl.memory import dry
 from ppcl.memory.need import RESERVED, SLACK, Need, capacity, fits
 from ppcl.memory.pictures import NO_ROOM, with_pictures
 from ppcl.memory.plan import DISK, FLOPS, STAGES, Plan
@@ -72,6 +74,12 @@ def explain(run: Run) -> None:
             run.say("explain", f"{need.stage} also holds in host memory: {told}")
         if not fits(need.total, room):
             run.say("explain", f"{need.stage} does not fit: turn {_keys(run, need.stage)}")
+    if isinstance(run.family, Traced) and not dry.forward_peak(run, 1):
+        run.say(
+            "explain",
+            "activations are not counted: they follow from calls that 'stages=[cache]' has yet to record, or the model "
+            "does not run without data",
+        )
     others = [stage for stage in run.config.stages if stage not in estimated(run)]
     if others:
         run.say("explain", f"{', '.join(others)}: not estimated")
@@ -101,11 +109,12 @@ def _keys(run: Run, stage: str) -> str:
 
 
 def _in_force(config: Config, setting: str) -> bool:
+    """Return whether a setting of `KEYS` has its value already, or cannot have it."""
     key, _, value = setting.partition("=")
     if setting == "strategy=fsdp":
         return config.strategy.kind == "fsdp"
     if key == "finetune.lora_rank":
-        return bool(config.finetune.lora_rank)
+        return bool(config.finetune.lora_rank) or config.finetune.trains != "all"  # which takes no LoRA
     return bool(value) and str(reduce(getattr, key.split("."), cast(Any, config))).lower() == value
 
 

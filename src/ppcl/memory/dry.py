@@ -9,10 +9,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,14 @@ from ppcl.config import DistillConfig, FinetuneConfig, MethodConfig, ProbeConfig
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import STEPS_PER_SHARD
+from ppcl.data.recording.blank import blank_calls
 from ppcl.distill.depth import DepthDistillation
 from ppcl.distill.finetune import FineTune
+from ppcl.distill.frozen import up_to
 from ppcl.distill.gates import LearnGates
 from ppcl.distill.width import WidthDistillation, places
 from ppcl.efficiency import LiveBytes
+from ppcl.families.traced.family import Traced
 from ppcl.methods.base import Teacher
 from ppcl.methods.lp import Lp, batches_at_once, run_once
 from ppcl.methods.patterns import Group
@@ -40,6 +43,8 @@ from ppcl.taps import BlockCall, observe, observe_abreast
 from ppcl.training.optimizers import split_for_muon
 from ppcl.training.states import state_bytes
 from ppcl.validation.model import is_toy, model_folder
+
+K = TypeVar("K")
 
 FEW = 2  # blocks of each stack in a dry run
 TOY_TOKENS = 12  # text tokens of a toy world's caption
@@ -105,7 +110,12 @@ def pixels_per_token(run: Run) -> int:
 
 
 def blank_batch(run: Run, count: int) -> TrainingBatch:
-    """Return a batch of `count` samples of the size of `model.sampling`, without content. Call it in `without_data`."""
+    """Return a batch of `count` samples of the size of `model.sampling`, without content. Call it in `without_data`.
+
+    Of a traced model it is one of its recorded calls.
+    """
+    if isinstance(run.family, Traced):
+        return blank_calls(run.family, run.data.cache_folder, count)
     sampling, pixels = run.config.model.sampling, pixels_per_token(run)
     height, width = sampling.size
     length, longest = run.family.facts.text_tokens, sampling.max_sequence_length
@@ -128,6 +138,25 @@ def few(run: Run) -> dict[str, int]:
     return {stack: min(FEW, count) for stack, count in run.num_layers.items()}
 
 
+Measure = TypeVar("Measure", bound=Callable[..., int])
+
+
+def if_it_runs(measure: Measure) -> Measure:
+    """Make a measure return 0 for a traced model that does not run without data, or of which no call is recorded."""
+
+    @wraps(measure)
+    def measured(run: Run, *arguments: Any) -> int:
+        if not isinstance(run.family, Traced):
+            return measure(run, *arguments)
+        try:
+            return measure(run, *arguments)
+        except Exception:  # whatever a model raises that branches on its data
+            return 0
+
+    return measured  # type: ignore[return-value]
+
+
+@if_it_runs
 def forward_peak(run: Run, count: int) -> int:
     """Return the peak bytes that a forward of the teacher adds to its weights, for `count` samples."""
     with without_data(run):
@@ -139,28 +168,32 @@ def forward_peak(run: Run, count: int) -> int:
 
 def stream_bytes(run: Run, count: int) -> int:
     """Return the bytes of the streams of `count` samples at one block."""
+    if isinstance(run.family, Traced):
+        return count * run.family.stream_numbers * run.teacher.dtype.itemsize
     arch, inputs = run.config.model.arch, None
     with without_data(run):
         inputs = blank_batch(run, count).inputs
         image, text = inputs["hidden_states"], inputs.get("encoder_hidden_states")
         tokens = image.shape[1] if image.ndim == 3 else image[0, 0].numel() // arch.get("patch_size", 1) ** 2
         tokens += 0 if text is None else text.shape[1]
-    width = arch["num_attention_heads"] * arch["attention_head_dim"]
-    return count * tokens * width * run.teacher.dtype.itemsize
+    return count * tokens * run.family.channels * run.teacher.dtype.itemsize
 
 
+@if_it_runs
 def latent_bytes(run: Run, count: int) -> int:
     """Return the bytes of the latents, and so of the velocities, of `count` samples."""
     with without_data(run):
         return blank_batch(run, count).target.nbytes
 
 
+@if_it_runs
 def sample_bytes(run: Run, count: int) -> int:
     """Return the bytes of all inputs of `count` samples."""
     with without_data(run):
         return sum(value.nbytes for value in blank_batch(run, count).inputs.values() if isinstance(value, Tensor))
 
 
+@if_it_runs
 def depth_peak(run: Run, config: DistillConfig, stacks: list[str], count: int) -> int:
     """Return the peak bytes of a step beside weights and states: activations, and the gradient of one student.
 
@@ -177,6 +210,7 @@ def depth_peak(run: Run, config: DistillConfig, stacks: list[str], count: int) -
     return recorded.peak
 
 
+@if_it_runs
 def width_peak(run: Run, config: DistillConfig, stack: str, kinds: list[str], count: int) -> int:
     """Return the same for a step of width distillation. `kinds`: what is replaced in `stack`, `text` or `ffn`."""
     with without_data(run):
@@ -191,34 +225,43 @@ def width_peak(run: Run, config: DistillConfig, stack: str, kinds: list[str], co
     return recorded.peak
 
 
-def finetune_peak(run: Run, config: FinetuneConfig, student: Mapping[str, int], count: int) -> int:
+@if_it_runs
+def finetune_peak(
+    run: Run, config: FinetuneConfig, student: Mapping[str, int], count: int, frozen: Mapping[str, int] | None = None
+) -> int:
     """Return the peak bytes of a step beside weights and states: activations, and gradients.
 
-    `student`: the number of blocks of the pruned model, by stack. Its activations grow with them.
+    `student`: the number of blocks of the pruned model, by stack. Its activations grow with them. `frozen`: how many of
+        them, the first of a stack, stay as they are, as the embedders do then. None: everything is trained.
     """
 
-    def measured(layers: Mapping[str, int]) -> int:
+    def measured(blocks: Mapping[tuple[str, str], int]) -> int:
+        layers = {stack: blocks[stack, "trained"] + blocks[stack, "frozen"] for stack in student}
         with without_data(run):
             teacher, tuned, batch = model_of(run, layers), model_of(run, layers), blank_batch(run, count)
             itself = {key: key for key in run.family.blocks(tuned)}
-            module: Any = FineTune(run.family, teacher, tuned, config, itself, precision=run.precision)
+            kept = [(stack, index) for stack, index in itself if index < blocks[stack, "frozen"]]
+            held = [] if frozen is None else up_to(run.family, tuned, kept)
+            module: Any = FineTune(run.family, teacher, tuned, config, itself, precision=run.precision, frozen=held)
             with LiveBytes() as recorded:
                 module.losses(batch)["loss"].backward()
         return recorded.peak
 
-    return _extrapolated(measured, {stack: min(FEW, blocks) for stack, blocks in student.items()}, student)
+    whole = {}
+    for stack, number in student.items():
+        whole[stack, "frozen"] = (frozen or {}).get(stack, 0)
+        whole[stack, "trained"] = number - whole[stack, "frozen"]
+    return _extrapolated(measured, {part: min(FEW, number) for part, number in whole.items()}, whole)
 
 
-def _extrapolated(
-    measured: Callable[[Mapping[str, int]], int], small: Mapping[str, int], whole: Mapping[str, int]
-) -> int:
-    """Return `measured(whole)` of a measure that grows linearly with the blocks of each stack, from small models."""
+def _extrapolated(measured: Callable[[Mapping[K, int]], int], small: Mapping[K, int], whole: Mapping[K, int]) -> int:
+    """Return `measured(whole)` of a measure that grows linearly with each of the numbers, from small ones."""
     base = measured(small)
     total = base
-    for stack, count in whole.items():
-        if count > small[stack]:
-            slope = measured({**small, stack: small[stack] + 1}) - base
-            total += slope * (count - small[stack])
+    for part, count in whole.items():
+        if count > small[part]:
+            slope = measured({**small, part: small[part] + 1}) - base
+            total += slope * (count - small[part])
     return total
 
 
@@ -258,6 +301,13 @@ def block_params(run: Run) -> dict[str, int]:
     return {stack: sum(p.numel() for p in block.parameters()) for (stack, _), block in run.family.blocks(model).items()}
 
 
+def embedder_params(run: Run) -> int:
+    """Return the parameters of the embedders, which come before the blocks."""
+    with torch.device("meta"):
+        model = model_of(run, dict.fromkeys(run.num_layers, 1))
+    return sum(parameter.numel() for parameter in up_to(run.family, model, ()))
+
+
 def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:
     """Return the bytes of the VAE's weights, and the peak bytes of encoding and of decoding `count` pictures.
 
@@ -281,6 +331,7 @@ def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:
     return weights, encoding.peak, decoding.peak
 
 
+@if_it_runs
 def probe_peak(run: Run, config: ProbeConfig, count: int) -> int:
     """Return the peak bytes that the fit of all probes to `count` batches adds to the teacher.
 
@@ -299,6 +350,7 @@ def probe_peak(run: Run, config: ProbeConfig, count: int) -> int:
     return _of_batches(measured, count)
 
 
+@if_it_runs
 def detect_peak(run: Run, config: MethodConfig, free: float) -> int:
     """Return the peak bytes that detection adds to the teacher.
 
@@ -321,6 +373,9 @@ def detect_peak(run: Run, config: MethodConfig, free: float) -> int:
     peaks = [peak_of(unit_grams)]
     if method.compares_states:
         peaks.append(peak_of(state_cosines))
+    if method.num_held:
+        held = sample_bytes(run, samples) + 2 * latent_bytes(run, samples)  # velocities of data and teacher
+        peaks.append(forward_peak(run, samples) + method.num_held * held)
     if isinstance(method, Lp):
         peaks.append(_simulation_peak(run, config, samples, method.num_batches, free))
     if isinstance(method, TinyFusion):
@@ -376,6 +431,7 @@ def _simulation_peak(run: Run, config: MethodConfig, samples: int, most: int, fr
     return _of_batches(measured, size)
 
 
+@if_it_runs
 def boundaries_peak(run: Run, config: DistillConfig) -> int:
     """Return the peak bytes that a shard of boundaries adds to the teacher, while an interval's inputs are kept."""
 

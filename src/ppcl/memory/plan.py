@@ -19,6 +19,7 @@ from ppcl.artifacts.plan import Intervals, Width
 from ppcl.context import Run
 from ppcl.data.boundaries import STEPS_PER_SHARD
 from ppcl.distill.boundaries import held_out_steps, num_stored
+from ppcl.distill.frozen import num_before
 from ppcl.distill.groups import divided, select_intervals
 from ppcl.distill.local import MOST_ABREAST
 from ppcl.distill.targets import STEPS_PER_FILE
@@ -142,13 +143,16 @@ class Plan:
         """Return the need of detection, which takes the calibration in parts that fit."""
         run, config, teacher = self.run, self.run.config.method, self.teacher()
         free = max(0.0, capacity(run) - sum(teacher.values()))
-        flops = 2 * self.teacher_params * self._tokens(config.num_samples * config.num_timesteps)
+        method = load_method(config)
+        passes = method.passes(run.family, run.num_layers)
+        flops = passes * 2 * self.teacher_params * self._tokens(config.num_samples * config.num_timesteps)
+        reads = 1 if passes == 1 else passes * method.num_batches
         if config.rule == "tinyfusion":
             trained = config.settings.get("steps", 0) * config.settings.get("batch_size", 0)
             flops += 6 * self.teacher_params * self._tokens(trained)
         parts = teacher | {"streams and similarities": dry.detect_peak(run, config, free)}
-        host = {"probes": self._probes()} if load_method(config).needs_probes else {}
-        return Need("detect", parts, hours=self._hours(1, flops, 1), host=host)
+        host = {"probes": self._probes()} if method.needs_probes else {}
+        return Need("detect", parts, hours=self._hours(1, flops, reads), host=host)
 
     def boundaries(self) -> Need:
         run, config = self.run, self.run.config.distill
@@ -231,7 +235,8 @@ class Plan:
         streamed = bool(config.lora_rank) and run.config.model.streaming
         if streamed:
             config = replace(config, gradient_checkpointing=True)
-        peak: float = dry.finetune_peak(run, config, left, count)
+        before, frozen = self._before_removal(left), 0.0
+        peak: float = dry.finetune_peak(run, config, left, count, before)
         parts = self.teacher(sharded=self.sharded)
         if config.lora_rank:
             kept = sum(self.block[s] * (n - len(self.intervals.get(s, []))) for s, n in left.items())
@@ -244,17 +249,24 @@ class Plan:
             copied = self.itemsize * student if self.sharded else 4 * trained  # shards are copied whole
             parts["LoRA and states"] = (4 + states) * trained / divisor
         else:
-            inside = {s: self.block[s] * n for s, n in left.items()}
-            shrunk = student / (sum(inside.values()) + self.teacher_params - self._inside)  # by projectors
-            states, copied = dry.optimizer_bytes(run, config, inside, self.teacher_params - self._inside), 4 * student
-            parts |= {"student": 4 * student / divisor, "states": states * shrunk / divisor}
+            whole = sum(self.block[s] * n for s, n in left.items()) + self.teacher_params - self._inside
+            inside = {s: self.block[s] * (n - (before or {}).get(s, 0)) for s, n in left.items()}
+            outside = self.teacher_params - self._inside - (dry.embedder_params(run) if before else 0)
+            shrunk = student / whole  # by projectors
+            trained = round(shrunk * (sum(inside.values()) + outside))
+            frozen = student - trained
+            copied = 4 * trained + (self.itemsize * frozen if self.sharded else 0)  # shards are copied whole
+            states = dry.optimizer_bytes(run, config, inside, outside) * shrunk
+            parts |= {"student": 4 * trained / divisor, "states": states / divisor}
+            parts |= {"frozen weights": self.itemsize * frozen / divisor} if frozen else {}
             if divisor > 1:
-                peak -= 4 * student * (1 - 1 / divisor)  # gradients are sharded
+                peak -= 4 * trained * (1 - 1 / divisor)  # gradients are sharded
                 parts["gathered blocks"] = 2 * 4 * max(self.block.values())
         if config.ema_decay:
             parts["mean of weights"] = copied / divisor
         parts["activations and gradients"] = peak
-        saved = 2 * divisor * (parts["LoRA and states"] if config.lora_rank else parts["student"] + parts["states"])
+        stored = ("LoRA and states",) if config.lora_rank else ("student", "states", "frozen weights")
+        saved = 2 * divisor * sum(parts.get(name, 0.0) for name in stored)
         if config.recorded:
             recording = self.recording()
             if not streamed:
@@ -262,10 +274,16 @@ class Plan:
             if recording.total > sum(parts.values()):
                 parts = {f"{name}, while its velocities are written": size for name, size in recording.device.items()}
             saved += recording.disk
-        flops = (2 * self.teacher_params + 8 * student) * self._tokens(config.batch_size)
+        flops = (2 * self.teacher_params + 8 * student - 6 * frozen) * self._tokens(config.batch_size)
         # Of the teacher, in the step or when its velocity is recorded, and of the frozen blocks, forward and backward.
         reads = config.accumulate * (1 + (2 * kept / self._inside if streamed else 0))
         return Need("finetune", parts, saved, self._hours(config.steps, flops, reads))
+
+    def _before_removal(self, left: Mapping[str, int]) -> dict[str, int] | None:
+        """Return how many of the blocks `left` tuning leaves as they are, by stack; None if it trains everything."""
+        if self.run.config.finetune.trains == "all":
+            return None
+        return num_before(self.intervals, left, students=self.run.config.distill.mode != "none")
 
     def recording(self) -> Need:
         """Return the need of writing the teacher's velocities, which `finetune.recorded` does before it tunes."""
@@ -368,8 +386,7 @@ class Plan:
     @property
     def _side(self) -> int:
         """The channels of a token."""
-        arch = self.run.config.model.arch
-        return arch["num_attention_heads"] * arch["attention_head_dim"]
+        return self.run.family.channels
 
     @property
     def _inside(self) -> int:

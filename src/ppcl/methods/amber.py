@@ -32,6 +32,7 @@ class Amber(Removal):
     """
 
     settings_class = Settings
+    reads = (*Removal.reads, "stream")
     divides = True
     compares_states = True
     most_what = "blocks that clusters of at most method.settings.max_length blocks may lose"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import nn
@@ -17,6 +17,7 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.discovery import parse_settings
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.families.facts import FamilyFacts
 
 # curves[stack][stream][u][k]: a value for each pair of blocks u <= k, None below the diagonal.
 Curves = dict[str, dict[str, list[list[float | None]]]]
@@ -32,6 +33,7 @@ class Teacher:
     `gathered(value)`: returns the value of every rank. Every rank must call it, with a value to pickle.
     `train(module, steps, batch_size)`: trains a module on batches of the training data, for a method that `trains`.
     `precision`: of that training, `32-true` or `bf16-mixed`.
+    `say(text)`: prints a line, on several ranks once.
     """
 
     family: Family
@@ -42,6 +44,7 @@ class Teacher:
     gathered: Callable[[Any], list[Any]] = lambda value: [value]
     train: Callable[[Any, int, int], None] | None = None
     precision: str = "32-true"
+    say: Callable[[str], None] = lambda text: None
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Method(ABC):
     """One way to choose intervals. `method.rule` selects it by the name of its file in `ppcl/methods`.
 
     `settings_class`: a dataclass of the keys that only this method has, which are set under `method.settings`.
+    `reads`: the keys of `method` that choose the intervals. Others are refused where they are set. Empty: no key is.
     `needs_probes`: whether it reads the linear probes that `stages=[probe]` fits.
     `divides`: whether several ranks can share the calibration. `detect` then runs on every rank, with a part of it that
         may be empty, and merges by `teacher.gathered` what all have found. Otherwise rank 0 works alone.
@@ -76,6 +80,7 @@ class Method(ABC):
     """
 
     settings_class: ClassVar[type[Any]] = NoSettings
+    reads: ClassVar[tuple[str, ...]] = ()
     needs_probes: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     compares_states: ClassVar[bool] = False
@@ -87,8 +92,13 @@ class Method(ABC):
 
     @property
     def num_batches(self) -> int:
-        """The number of calibration batches, for progress bars."""
+        """The number of calibration batches that all ranks have together."""
         return -(-self.config.num_samples // self.config.batch_size) * self.config.num_timesteps
+
+    @property
+    def num_held(self) -> int:
+        """The number of calibration batches that it holds in memory at once, for estimates of memory; 0: one by one."""
+        return 0
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
@@ -108,6 +118,34 @@ class Method(ABC):
 
         `family`: with the model's `arch`. `layers`: the number of blocks by stack.
         """
+
+    def passes(self, family: Family, layers: Mapping[str, int]) -> float:
+        """Return how many forwards of the whole teacher a calibration batch takes at most, for estimates of time.
+
+        Of models without some blocks it counts the share that is left. The arguments are those of `check_model`.
+        """
+        return 1.0
+
+    def check_keys(self, facts: FamilyFacts) -> None:
+        """Raise `UsageError` for a key of `method` that is set and has no effect on a model of this family.
+
+        Called at the start of a command that detects, but not where a plan is reused, which may be older than this
+        check. The size of the calibration is never refused, so that one command can set it for several methods.
+        """
+        config, usual = self.config, MethodConfig()
+        of_all = {"name", "rule", "settings", "num_samples", "num_timesteps", "batch_size"}
+        for item in fields(config) if self.reads else ():
+            value, default = getattr(config, item.name), getattr(usual, item.name)
+            if item.name not in {*of_all, *self.reads} and value != default:
+                raise UsageError(
+                    f"method.{item.name}={value} has no effect with method.rule={config.rule}, which reads "
+                    f"{', '.join(self.reads)}: leave it out, or add method.{item.name}={default}, its default."
+                )
+        if config.stream not in (*facts.streams, "mean"):
+            raise UsageError(
+                f"method.stream={config.stream}: blocks of model.family={facts.name} have no {config.stream} stream; "
+                f"use mean, or {' or '.join(facts.streams)}."
+            )
 
     @abstractmethod
     def detect(self, teacher: Teacher) -> Detection:

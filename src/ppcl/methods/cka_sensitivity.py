@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ppcl.families.base import Family
 from ppcl.methods.base import Teacher
 from ppcl.methods.removal import Ranking, removal_means
 from ppcl.ops.cka import centre, cka
@@ -24,8 +26,12 @@ class CkaSensitivity(Ranking):
     """Ranks blocks by CKA(output, output without the block) and removes those of the highest first."""
 
     settings_class = Settings
+    reads = (*Ranking.reads, "debiased")
     score_name = "cka_without"
     highest_first = True
+
+    def passes(self, family: Family, layers: Mapping[str, int]) -> float:
+        return float(sum(layers.values()))  # the whole teacher, and each block's removal
 
     def scores(self, teacher: Teacher) -> dict[BlockKey, float]:
         def similarity(whole: Tensor, without: Tensor) -> Tensor:

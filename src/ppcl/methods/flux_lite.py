@@ -16,6 +16,7 @@ def _squared_error(x: Tensor, y: Tensor) -> Tensor:
 class FluxLite(Ranking):
     """Ranks blocks by the mean squared error between their input and output and removes those of the lowest first."""
 
+    reads = (*Ranking.reads, "stream")
     score_name = "mse"
 
     def scores(self, teacher: Teacher) -> dict[BlockKey, float]:

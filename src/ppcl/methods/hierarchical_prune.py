@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from ppcl.families.base import Family
 from ppcl.methods.base import Teacher
 from ppcl.methods.removal import Ranking, removal_means
 from ppcl.options import option
@@ -37,6 +39,9 @@ class HierarchicalPrune(Ranking):
 
     settings_class = Settings
     score_name = "weighted_velocity_error"
+
+    def passes(self, family: Family, layers: Mapping[str, int]) -> float:
+        return float(sum(layers.values()))  # the whole teacher, and each block's removal
 
     def scores(self, teacher: Teacher) -> dict[BlockKey, float]:
         errors = removal_means(self, teacher, _relative_error)

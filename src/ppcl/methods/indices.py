@@ -52,6 +52,7 @@ class Indices(Method):
     """Removes the blocks that `method.settings` names. It takes no size, and no calibration."""
 
     settings_class = Settings
+    reads = ("start", "end")
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:

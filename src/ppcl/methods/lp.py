@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def first_inflection(curve: Curve, u: int, last: int, min_length: int = 2) -> in
 class Lp(Method):
     """Finds intervals by the similarity of the teacher to its linear surrogates. Subclasses change where they end."""
 
+    reads: ClassVar[tuple[str, ...]] = ("stream", "debiased", "start", "end", "min_length", "min_cka")
     needs_probes = True
     divides = True
 

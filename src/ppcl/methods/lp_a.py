@@ -17,5 +17,7 @@ def last_above(curve: Curve, u: int, last: int, threshold: float) -> int:
 class LpA(Lp):
     """Ends an interval before the first block whose cka is below `method.threshold`."""
 
+    reads = (*Lp.reads, "threshold")
+
     def end_of(self, curve: Curve, u: int, last: int) -> int:
         return last_above(curve, u, last, self.config.threshold)

@@ -42,6 +42,8 @@ def extend_ends(intervals: Sequence[Interval], last: int, which: Sequence[int] |
 class LpB(Lp):
     """Extends the intervals that `method.extend` numbers, or all of them, by one block."""
 
+    reads = (*Lp.reads, "extend")
+
     @classmethod
     def check(cls, config: MethodConfig) -> None:
         super().check(config)

@@ -22,14 +22,20 @@ Changes = Iterable[tuple[Tensor, Tensor]]
 def changes(before: Tensor, after: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the valid tokens of `before` as rows `[T, D]`, and the same rows of `after - before`, in float32.
 
-    A few rows come at a time, so that these copies take little memory however large the batch is.
-
     `before`, `after`: features `[B, tokens, D]`. `mask`: the valid tokens `[B, tokens]`; None for all.
+    """
+    for x, y in rows(before, after, mask):
+        yield x, y - x
+
+
+def rows(before: Tensor, after: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the valid tokens of `before` as rows `[T, D]`, and the same rows of `after`, in float32.
+
+    A few rows come at a time, so that these copies take little memory however large the batch is.
     """
     for x, y, *masks in in_chunks(before, after, *([] if mask is None else [mask])):
         for some, later in in_chunks(_rows(x, *masks), _rows(y, *masks)):
-            start = some.float()
-            yield start, later.float() - start
+            yield some.float(), later.float()
 
 
 def _rows(features: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, ClassVar, TypeVar
@@ -147,8 +148,9 @@ class Removal(Method):
     `most_what`: the most blocks that it can remove, in words.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("start", "end", "num_remove", "params")
     last: ClassVar[int] = 0
-    most_what: ClassVar[str] = "blocks that may be removed"
+    most_what: str = "blocks that may be removed"
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
@@ -273,17 +275,26 @@ def predicted_tokens(batch: TrainingBatch, output: Tensor) -> Tensor:
     return found if found.ndim == 3 else found.flatten(2).mT
 
 
+@contextmanager
+def without(transformer: nn.Module, removed: Collection[BlockKey]) -> Iterator[None]:
+    """Run the model without the blocks `removed` within the context."""
+    whole = {stack: stack_of(transformer, stack) for stack, _ in removed}
+    try:
+        for stack, blocks in whole.items():
+            rest = nn.ModuleList([block for i, block in enumerate(blocks) if (stack, i) not in removed])
+            replace_stack(transformer, stack, rest)
+        yield
+    finally:
+        for stack, blocks in whole.items():
+            replace_stack(transformer, stack, blocks)
+
+
 def _without_each(teacher: Teacher, batch: TrainingBatch) -> Iterator[tuple[BlockKey, Tensor]]:
     """Yield every block and what the teacher predicts without it, `[B, tokens, C]`."""
     for stack in teacher.family.stacks:
-        blocks = stack_of(teacher.transformer, stack)
-        for index in range(len(blocks)):
-            rest = nn.ModuleList([block for i, block in enumerate(blocks) if i != index])
-            replace_stack(teacher.transformer, stack, rest)
-            try:
+        for index in range(len(stack_of(teacher.transformer, stack))):
+            with without(teacher.transformer, [(stack, index)]):
                 output = teacher.transformer(**batch.inputs)[0]
-            finally:
-                replace_stack(teacher.transformer, stack, blocks)
             yield (stack, index), predicted_tokens(batch, output)
 
 

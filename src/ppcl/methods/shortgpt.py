@@ -20,6 +20,7 @@ class ShortGpt(Ranking):
     The last block of a stack is never removed, as in TinyFusion's comparison (arXiv 2412.01199).
     """
 
+    reads = (*Ranking.reads, "stream")
     score_name = "block_influence"
     last = 1
 

@@ -12,7 +12,9 @@ from ppcl.artifacts.plan import Intervals
 from ppcl.config import MethodConfig
 from ppcl.config.bounds import MOST_RATE
 from ppcl.distill.gates import LearnGates
+from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.families.facts import FamilyFacts
 from ppcl.layers import check_counts
 from ppcl.methods.base import Detection, Method, Teacher
 from ppcl.methods.patterns import Group, groups_of, spread
@@ -20,6 +22,8 @@ from ppcl.methods.removal import Room, check_size, runs_to_intervals
 from ppcl.options import option
 from ppcl.surgery.count import on_meta
 from ppcl.taps import BlockKey, stack_of
+
+_USUAL = 0.7  # the size in conf/method/tinyfusion.yaml, which is there whether groups are given or not
 
 
 @dataclass
@@ -67,12 +71,23 @@ class TinyFusion(Method):
     """
 
     settings_class = TinyFusionSettings
+    reads = ("start", "end", "num_remove", "params")
     trains = True
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
         if config.settings.get("groups") is None:
             check_size(config)
+
+    def check_keys(self, facts: FamilyFacts) -> None:
+        super().check_keys(facts)
+        for key, usual in (("num_remove", None), ("params", _USUAL)):
+            value = getattr(self.config, key)
+            if self.settings.groups is not None and value not in (None, usual):
+                raise UsageError(
+                    f"method.{key}={value:g} has no effect with method.settings.groups, which says how many blocks "
+                    "stay: leave one of them out."
+                )
 
     def check_model(self, family: Family, layers: Mapping[str, int]) -> None:
         left = dict(layers)

@@ -47,6 +47,7 @@ class Window(Removal):
     `skipped`: 0 to compare the window's output with the input of block u, 1 with its output.
     """
 
+    reads = (*Removal.reads, "stream")
     divides = True
     compares_states = True
     most_what = "blocks that one window in one stack may lose"

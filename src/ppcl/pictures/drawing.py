@@ -1,4 +1,4 @@
-"""Draw pictures with the pipeline in its current arrangement, with LoRAs, a ControlNet and compiled blocks."""
+"""Draw with the pipeline in its current arrangement, with LoRAs, a ControlNet and compiled blocks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from torch import nn
 from ppcl.benchmarks.base import Prompt
 from ppcl.context import Run
 from ppcl.data.cached import CachedStream
+from ppcl.data.recording.record import call_arguments
 from ppcl.data.recording.stream import RecordedStream
+from ppcl.data.recording.table import Row
 from ppcl.errors import UsageError
 from ppcl.families.base import without_needless_mask
 from ppcl.pictures.loras import TeacherLora, put_on_loras
 from ppcl.pictures.opening import open_picture
+from ppcl.pictures.outputs import Drawn, drawn_by
 from ppcl.surgery.controlnet import hook_residuals
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard
@@ -54,20 +57,28 @@ def draw(
     numbers: Sequence[int],
     given: Sequence[Sequence[Image.Image]] = (),
     **arguments: Any,
-) -> list[Any]:
-    """Return a PIL picture for each of `prompts`.
+) -> list[Drawn]:
+    """Return what the pipeline draws for each of `prompts`.
 
     `numbers`: the number of each picture in its set. Picture n starts from noise with the seed `seed` + n, so that it
         does not depend on the batches.
     `given`: the pictures that an edit model is given with each prompt.
     `arguments`: further arguments of the pipeline's call.
     """
-    drawn: list[Any] = []
+    drawn: list[Drawn] = []
     for part in _calls(len(prompts), given, run.family.prompts_per_call or len(prompts)):
         generators = [torch.Generator().manual_seed(run.config.seed + number) for number in numbers[part]]
         call = run.family.sampling_arguments(run.config.model.sampling, len(generators))
         call |= run.family.prompt_arguments(pipeline, prompts[part], given[part])
-        drawn += pipeline(generator=generators, **call, **arguments).images
+        drawn += drawn_by(pipeline, pipeline(generator=generators, **call, **arguments), call)
+    return drawn
+
+
+def draw_row(run: Run, pipeline: Any, row: Row, number: int, **arguments: Any) -> Drawn:
+    """Return what the pipeline draws with the arguments of a row of `data.path`, as picture `number` of its set."""
+    call = call_arguments(run, row, number) | arguments
+    call.pop("output_type", None)  # latents, which are recorded
+    (drawn,) = drawn_by(pipeline, pipeline(**call), call)
     return drawn
 
 

@@ -1,7 +1,11 @@
-"""How near a variant's pictures are to the teacher's from equal prompts and seeds: PSNR and SSIM of each."""
+"""How near a variant's pictures are to the teacher's from equal prompts and seeds: PSNR and SSIM of each.
+
+Of a video they are the mean over its frames, and of a sound they are those of its spectrogram.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -14,7 +18,7 @@ from ppcl.artifacts.scores import Likeness
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.parallel import dealt, merged, together
-from ppcl.pictures.images import image_folder, picture_path, read_image
+from ppcl.pictures.images import image_folder, picture_path, read_frames
 
 MOST_DECIBELS = 100.0  # stands for the infinite PSNR of equal pictures
 
@@ -39,15 +43,21 @@ def likenesses(run: Run, variant: str) -> list[Likeness]:
     found = []
     with together():
         for number in run.track(dealt(range(len(run.prompts))), f"{variant}: pictures"):
-            ours, theirs = (read_image(run, name, number) for name in (variant, "teacher"))
-            if ours.size != theirs.size:
+            ours, theirs = (read_frames(run, name, number) for name in (variant, "teacher"))
+            if (len(ours), ours[0].size) != (len(theirs), theirs[0].size):
                 path = picture_path(image_folder(run, variant), number)
                 raise UsageError(
-                    f"{path} has {ours.width}x{ours.height} pixels, and the teacher's {theirs.width}x{theirs.height}: "
-                    "delete both folders and draw them again."
+                    f"{path} has {_size(ours)} pixels, and the teacher's {_size(theirs)}: delete both folders and draw "
+                    "them again."
                 )
-            found.append(likeness(ours, theirs))
+            found.append(Likeness.mean([likeness(*pair) for pair in zip(ours, theirs, strict=True)]))
     return merged(found)
+
+
+def _size(frames: Sequence[Image.Image]) -> str:
+    """Return the size of a picture, or of a video's frames, for a message."""
+    size = f"{frames[0].width}x{frames[0].height}"
+    return size if len(frames) == 1 else f"{len(frames)} frames of {size}"
 
 
 def _as_tensor(image: Image.Image) -> Tensor:

@@ -1,10 +1,13 @@
-"""Pictures on disk: their folders, their prompts, and the headers that say what they were made from."""
+"""Pictures on disk: their folders, their prompts, and the headers that say what they were made from.
+
+A picture may stand for a video or a sound, which lies beside it under the same name.
+"""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,15 @@ from ppcl.artifacts.headers import Header, is_current
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import given_pictures
-from ppcl.pictures.latents import latents_path
+from ppcl.pictures.outputs import Drawn
 from ppcl.pictures.sets import benchmark_settings, claim_variant, claimed_set, variant_folder
+from ppcl.pictures.sounds import write_sound
+from ppcl.pictures.videos import cut, lacks_encoder, write_video
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.variants import Variant, variants_of
 
 TEACHER_SHARE = "teacher_share"  # in the text of a picture
+FRAMES = "frames"  # in that of a video's sheet: their number
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,12 @@ class Drawing:
         check_files(self.folder, record, again("generate"))
 
     def lacks(self, numbers: Sequence[int]) -> bool:
-        """Return whether the batch of pictures `numbers` lacks one, or the latents that the manifest lists for it."""
-        latents = latents_path(self.folder, numbers[0])
-        name = latents.relative_to(self.folder).as_posix()
-        known = (self.folder / "manifest.json").exists() and name in self._listed
-        pictures = all(picture_path(self.folder, number).exists() for number in numbers)
-        return not pictures or (known and not latents.exists())
+        """Return whether the batch of pictures `numbers` lacks one, or latents, a video or a sound that is listed."""
+        paths = [picture_path(self.folder, number) for number in numbers]
+        if (self.folder / "manifest.json").exists():
+            stems = {path.stem for path in paths}
+            paths += [self.folder / name for name in self._listed if Path(name).stem in stems]
+        return not all(path.exists() for path in paths)
 
 
 def drawings(run: Run, variants: list[Variant], plugs: Plugs) -> list[Drawing]:
@@ -134,6 +140,26 @@ def save_image(image: Any, path: Path, text: str | None = None) -> None:
         info.add_itxt("ppcl", text)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
+
+
+def save_drawn(drawn: Drawn, path: Path, text: Mapping[str, Any]) -> None:
+    """Write the picture of what was drawn to `path`, and before it, as .mp4 and .wav beside it, a video and its sound.
+
+    Files that exist stay as they are. `text`: what it was made from. Without an encoder no .mp4 is written.
+    """
+    if drawn.sound is not None and not path.with_suffix(".wav").exists():
+        write_sound(path.with_suffix(".wav"), drawn.sound, drawn.sampling_rate)
+    if drawn.frames and not path.with_suffix(".mp4").exists() and lacks_encoder() is None:
+        write_video(path.with_suffix(".mp4"), drawn.frames, drawn.frame_rate)
+    if not path.exists():
+        counted = {FRAMES: len(drawn.frames)} if drawn.frames else {}
+        save_image(drawn.picture, path, json.dumps(dict(text) | counted))
+
+
+def read_frames(run: Run, variant: str, number: int) -> list[Image.Image]:
+    """Return the frames of video `number` of a variant, in RGB; of a picture or a sound, its one picture."""
+    sheet = read_image(run, variant, number)
+    return cut(sheet, told_by(picture_path(image_folder(run, variant), number)).get(FRAMES, 1))
 
 
 def told_by(path: Path) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def commands_of(run: Run) -> dict[str, str]:
     for stage, left in _LEFT.items():
         if any(run.folder.glob(left)):
             stages += ["probe", stage] if stage == "detect" else [stage]
-    stages += [stage for stage in _begun(run) if stage not in stages]
+    stages += [stage for stage in begun(run) if stage not in stages]
     if run.config.distill.from_boundaries and "depth" in stages:
         stages.append("boundaries")
     again = f"'stages=[{','.join(sorted({*stages, 'report'}, key=list(STAGES).index))}]'"
@@ -125,10 +125,11 @@ def commands_of(run: Run) -> dict[str, str]:
     }
 
 
-def _begun(run: Run) -> list[str]:
+def begun(run: Run) -> list[str]:
     """Return the stages whose training was stopped before its end, by the checkpoints that they have left."""
-    left = {"depth": "plugs/checkpoint-[!w]*", "width": "plugs/checkpoint-width-*", "finetune": "finetune-checkpoint"}
-    return [stage for stage, pattern in left.items() if any(run.folder.glob(f"{pattern}/*"))]
+    left = {"depth": "plugs/checkpoint-[!w]*", "width": "plugs/checkpoint-width-*"}
+    left |= {stage: f"{stage}-checkpoint" for stage in ("detect", "finetune")}
+    return [stage for stage in STAGES if stage in left and any(run.folder.glob(f"{left[stage]}/*"))]
 
 
 def _settings(run: Run) -> list[str]:

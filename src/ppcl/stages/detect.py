@@ -6,6 +6,7 @@ Writes the plan, the CKA curves behind it, and maps of the similarity between al
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any
 
@@ -91,6 +92,7 @@ def run(run: Run) -> None:
     teacher = Teacher(
         run.family, run.teacher.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
     )
+    teacher.say = partial(run.say, "detect")
     if detector.divides:
         teacher.gathered = gathered
     if detector.trains:

@@ -180,11 +180,11 @@ def _record(run: Run, *streams: Batches) -> tuple[Batches, Batches]:
     """Write the teacher's velocities for training and held-out batches, as far as they are not on disk.
 
     Returns both kinds of batches with these velocities. They lie in the cache, where a later training with the same
-    teacher, data and batch size finds them. Calls of `data=prompts` have theirs. Raises `UsageError` if the disk has
+    teacher, data and batch size finds them. Recorded calls have theirs. Raises `UsageError` if the disk has
     too little space.
     """
     config = run.config.finetune
-    if run.config.data.name == "prompts":
+    if streams[1](0)[0].teacher is not None:
         return streams[0], streams[1]
     steps = {"train": range(config.steps), "held_out": _heldout_steps(run)}
     teacher = run.teacher.pipeline.transformer

@@ -1,12 +1,13 @@
 """Draw the pictures of every variant, with the same prompts, seeds and settings, through the diffusers pipeline.
 
+Of a video the picture is a sheet of its frames, with an mp4 beside it, and of a sound a spectrogram, with a wav.
+
 Several ranks divide the batches, which are those of a single process, so that their pictures are the same bit for bit.
 Each rank writes its own. Rank 0 says which are missing, and in which folder they belong, and does everything else.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,10 +22,12 @@ from ppcl.artifacts.files import atomic_folder, atomic_path, write_json
 from ppcl.artifacts.folders import list_files
 from ppcl.artifacts.headers import Header
 from ppcl.context import Run
+from ppcl.data.recording.table import Row
 from ppcl.errors import UsageError
 from ppcl.parallel import dealt, gathered, of_first, together
-from ppcl.pictures.drawing import decoded_latents, draw, equipped
+from ppcl.pictures.drawing import decoded_latents, draw, draw_row, equipped
 from ppcl.pictures.images import (
+    FRAMES,
     TEACHER_SHARE,
     Drawing,
     claim,
@@ -33,13 +36,15 @@ from ppcl.pictures.images import (
     picture_path,
     prompts_of,
     read_picture,
-    save_image,
+    save_drawn,
     save_prompts,
     told_by,
 )
 from ppcl.pictures.latents import save_latents
 from ppcl.pictures.layouts import write_layout
 from ppcl.pictures.loras import TeacherLora, read_loras
+from ppcl.pictures.outputs import Drawn
+from ppcl.pictures.videos import lacks_encoder
 from ppcl.progress import Part, counter
 from ppcl.report.plots import image_grid
 from ppcl.report.text import by_ranks
@@ -68,12 +73,17 @@ def _draw_variant(run: Run, drawing: Drawing, board: Plugboard, loras: list[Teac
 
 def _draw_batch(
     run: Run, pipeline: Any, arguments: Mapping[str, Any], numbers: Sequence[int]
-) -> tuple[list[Any], list[Tensor]]:
-    """Return the pictures of the prompts with these numbers, and the final latents of each as the VAE gets them."""
-    texts = [run.prompts[number].text for number in numbers]
+) -> tuple[list[Drawn], list[Tensor]]:
+    """Return what is drawn for the prompts with these numbers, and the final latents of each as the VAE gets them."""
+    prompts = [run.prompts[number] for number in numbers]
+    rows = [prompt.fact for prompt in prompts if isinstance(prompt.fact, Row)]
     with decoded_latents(pipeline) as latents:
-        images = draw(run, pipeline, texts, numbers, [given_to(run, number) for number in numbers], **arguments)
-    return images, latents
+        if rows:
+            drawn = [draw_row(run, pipeline, *pair, **arguments) for pair in zip(rows, numbers, strict=True)]
+        else:
+            texts, given = [prompt.text for prompt in prompts], [given_to(run, number) for number in numbers]
+            drawn = draw(run, pipeline, texts, numbers, given, **arguments)
+    return drawn, latents
 
 
 def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> list[int]:
@@ -92,15 +102,13 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> list[int]:
     progress = counter(name, count, done=count - drawn, console=run.progress_console, part=run.part)
     with together(), progress as advance:
         for numbers in mine:
-            images, latents = draw_batch(numbers)
+            results, latents = draw_batch(numbers)
             save_latents(folder, numbers, latents)
             transformer = run.teacher.pipeline.transformer
             share = {TEACHER_SHARE: transformer.teacher_share} if isinstance(transformer, ByNoiseLevel) else {}
-            for number, image in zip(numbers, images, strict=True):
+            for number, one in zip(numbers, results, strict=True):
                 text = settings | {"prompt": run.prompts[number].text, "seed": run.config.seed + number} | share
-                path = picture_path(folder, number)
-                if not path.exists():
-                    save_image(image, path, json.dumps(text))
+                save_drawn(one, picture_path(folder, number), text)
             advance(len(numbers))
     if run.writes:
         _finish(run, drawing)
@@ -209,6 +217,9 @@ def run(run: Run) -> None:
             run.say("generate", f"reused {drawing.folder}")
     if missing:
         _draw(run, missing, plugs)
+    package = lacks_encoder()
+    if package and run.writes and told_by(picture_path(run.image_folders[variants[0].name], 0)).get(FRAMES):
+        run.say("generate", f"videos are sheets of their frames alone: pip install {package}, for an mp4 of each")
     if run.config.generate.layout is not None and run.writes:
         for variant in variants:
             run.say("generate", f"wrote {write_layout(run, variant.name)}")

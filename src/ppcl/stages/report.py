@@ -22,7 +22,7 @@ from ppcl.errors import UsageError
 from ppcl.pictures.images import benchmark_header
 from ppcl.pictures.scores import read_rows, score_headers
 from ppcl.report import plots
-from ppcl.report.made import commands_of, data_of
+from ppcl.report.made import begun, commands_of, data_of
 from ppcl.report.page import render
 from ppcl.report.sheets import Sheet, compared_sheet, current_model, own_sheets
 from ppcl.stages import STAGES
@@ -138,7 +138,7 @@ def run(run: Run) -> None:
     facts = _facts(run, rows)
     current, say = cache(partial(current_model, run)), partial(run.say, "report")
     own = own_sheets(run.folder / "images", compared.folder if compared else run.set_folder, current, say)
-    missing = "" if rows else f"There are no scores yet: {_remedy(compared)} adds them."
+    missing = _missing(run, rows, compared)
     sampled = load_samples(run.base) | load_samples(run.folder)
     sampled = {stage: sampled[stage] for stage in STAGES if stage in sampled}
     page = render(run, facts, rows, drawn, compared, own, missing, sampled)
@@ -148,6 +148,16 @@ def run(run: Run) -> None:
     if missing:
         run.say("report", missing)
     run.say("report", f"wrote {folder / 'report.html'}, report.json{' and samples.png' if compared else ''}")
+
+
+def _missing(run: Run, rows: list[ComparedRow], compared: Sheet | None) -> str:
+    """Return sentences that say what is not there yet: the end of a training, and scores."""
+    said = []
+    if stopped := ",".join(begun(run)):
+        said.append(f"A training is not finished: 'stages=[{stopped}]' goes on with it from its last checkpoint.")
+    if not rows:
+        said.append(f"There are no scores yet: {_remedy(compared)} adds them.")
+    return " ".join(said)
 
 
 def _remedy(compared: Sheet | None) -> str:

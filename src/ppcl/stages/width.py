@@ -26,6 +26,7 @@ from ppcl.parallel import barrier
 from ppcl.report.text import counted, show_plan, show_risen
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import load_student
+from ppcl.surgery.width import width_surgery
 from ppcl.training.drawing import Drawn
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
 from ppcl.training.sharding import place, whole_state
@@ -80,7 +81,8 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
     stop = config.num_batches
 
-    every: Width = {stack: {"text": [], "ffn": list(blocks)} for stack, blocks in here.items()}
+    surgery = width_surgery(family)
+    every: Width = {stack: {"text": [], "ffn": surgery.ffn_blocks(stack, blocks)} for stack, blocks in here.items()}
     linear = WidthDistillation(family, teacher, kept, every, run.layout, run.config.distill, precision=run.precision)
     place(run, linear)
     linear.fit_linear(_calibration(run, 0, stop, "linear FFNs"), ridge=config.ridge)

@@ -250,18 +250,33 @@ def load_student(family: Family, transformer: nn.Module, plug: Plug) -> nn.Modul
     return student.requires_grad_(False).eval()
 
 
+def _family_of(pipeline: Any, folder: Path) -> Family:
+    """Return the family of a pipeline: the one that the trace beside the plugs in `folder` tells, or a known one."""
+    from ppcl.families.registry import family_of_pipeline, get_family
+    from ppcl.families.traced.family import Traced, facts_of
+    from ppcl.families.traced.known import TRACE, read_trace
+
+    trace = read_trace(folder.parent / TRACE)
+    if trace is not None and trace.model == type(pipeline.transformer).__name__:
+        traced = Traced(facts_of(trace), pipeline.transformer.config)
+        traced.adopt(trace)
+        return traced
+    name = family_of_pipeline(type(pipeline).__name__)
+    if name is None:
+        raise UsageError(
+            f"{type(pipeline).__name__} is of no known family, and there is no {folder.parent / TRACE}: give the "
+            "folder plugs/ of a run on this model."
+        )
+    return get_family(name, pipeline.transformer.config)
+
+
 def plug(pipeline: Any, folder: str | Path) -> Plugboard:
     """Plug all students and projectors in `folder`, a run's `plugs/`, into a loaded diffusers pipeline.
 
     Returns the board that switches them. Raises `UsageError` for a folder without plugs, for plugs of another model,
     and for intervals that overlap.
     """
-    from ppcl.families.registry import family_of_pipeline, get_family
-
-    name = family_of_pipeline(type(pipeline).__name__)
-    if name is None:
-        raise UsageError(f"{type(pipeline).__name__} is of no known family.")
-    family = get_family(name, pipeline.transformer.config)
+    family = _family_of(pipeline, Path(folder))
     plugs, projectors = load_plugs(Path(folder)), load_projectors(Path(folder))
     if not plugs and not projectors:
         raise UsageError(f"{folder} holds no plug; run 'stages=[depth]' or 'stages=[width]' first.")

@@ -1,7 +1,8 @@
-"""Builds modules that share parameters with other modules."""
+"""Builds modules that share parameters with other modules, or take them over later."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 
@@ -21,6 +22,15 @@ def load_shared(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(state, assign=True)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(learns[name])
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that is not sharded yet, with its parameters on the meta device.
+
+    The gathered weights of the sharded module can be loaded into it later.
+    """
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, dict(empty))
 
 
 @torch.inference_mode(False)  # its tensors are used, and trained, after an inference_mode of the caller ends

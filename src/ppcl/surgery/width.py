@@ -40,6 +40,7 @@ def prune_blocks(
     if not {*text, *ffn}:
         return list(modules)
     surgery = width_surgery(family)
+    _check_ffn(surgery, stack, ffn)
     roles = surgery.roles(stack, [kept.index(i) for i in text], [kept.index(i) for i in ffn], len(kept), layout)
     pruned: list[nn.Module] = []
     for index, module, role in zip(kept, modules, roles, strict=True):
@@ -55,3 +56,13 @@ def prune_blocks(
             made[key] = block
         pruned.append(block)
     return pruned
+
+
+def _check_ffn(surgery: WidthSurgery, stack: str, ffn: Collection[int]) -> None:
+    """Raise `UsageError` if a block has no FFN that a linear map can replace."""
+    lacking = sorted({*ffn} - {*surgery.ffn_blocks(stack, ffn)})
+    if lacking:
+        raise UsageError(
+            f"width.{stack}.ffn: block {lacking[0]} has no feed-forward network that a linear map can replace; leave "
+            "it out."
+        )

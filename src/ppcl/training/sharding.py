@@ -10,11 +10,10 @@ Blocks are then gathered over the fast links within a machine, and only gradient
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,8 @@ from ppcl.context import Run
 from ppcl.families.base import Family
 from ppcl.launch import is_first, rank, shard_ranks
 from ppcl.taps import StopForward
+
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -125,15 +126,6 @@ def _own_parameters(module: nn.Module, device: torch.device, learns: bool) -> No
                 setattr(child, name, nn.Parameter(copied, requires_grad=learning))
 
 
-def skeleton(module: nn.Module) -> nn.Module:
-    """Return a copy of a module that is not sharded yet, with its parameters on the meta device.
-
-    The gathered weights of the sharded module can be loaded into it later.
-    """
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
-    return copy.deepcopy(module, dict(empty))
-
-
 def place(run: Run, module: Any) -> None:
     """Move a training's module to the run's device, or shard it if the run is sharded; then set it up for training."""
     if not run.teacher.sharded:
@@ -150,7 +142,7 @@ def ready(run: Run) -> Callable[[nn.Module], Any]:
     return lambda module: module.to(run.device)
 
 
-def whole_call(block: nn.Module, function: Callable[[nn.Module, dict[str, Any]], Tensor], kwargs: Any) -> Tensor:
+def whole_call(block: nn.Module, function: Callable[[nn.Module, dict[str, Any]], Found], kwargs: Any) -> Found:
     """Return `function(block, kwargs)`; a sharded block is all-gathered for the call as it is for its forward."""
     if not isinstance(block, FSDPModule):
         return function(block, kwargs)

@@ -26,6 +26,7 @@ from ppcl.paths import is_single_file, is_toy_folder, local_folder
 from ppcl.stages import STAGES
 from ppcl.validation.values import aspect_ratio, one_of
 
+TRACED = "traced"
 _MOST_BLOCKS = 10_000
 
 
@@ -118,7 +119,8 @@ def check_model(config: Config) -> None:
         arch = _read(folder, "transformer/config.json", model) if index.get("transformer", [None])[0] else {}
         found = None if model.trace else family_of_pipeline(pipeline_class)
         if found is None:
-            found = _introduce(config, folder, index, arch)
+            found = TRACED
+            _introduce(config, folder, index, arch)
         if model.family not in ("auto", found) and not model.trace:
             raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
         check_not_quantised(model, arch)
@@ -135,6 +137,8 @@ def check_model(config: Config) -> None:
         _check_weights(config, folder, index)
     elif model.family == "auto":
         raise UsageError("model=auto needs model.path, the folder of a diffusers pipeline.")
+    elif model.family == TRACED:
+        _introduce_class(config)
     elif (
         model.path is None
         and not config.explain
@@ -161,20 +165,36 @@ def check_model(config: Config) -> None:
     check_categories(config)
 
 
-def _introduce(config: Config, folder: Path, index: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
-    """Register the model in a folder as a traced one, and return the name of its family.
-
-    Before it is traced, its stacks are those that it seems to have by its config. Raises `UsageError` if it has none.
-    """
-    from ppcl.families.registry import register  # what follows loads torch
-    from ppcl.families.traced.family import NAME, facts_of
-    from ppcl.families.traced.known import guessed, read_trace, trace_path, transformer_of
+def _introduce(config: Config, folder: Path, index: Mapping[str, Any], arch: Mapping[str, Any]) -> None:
+    """Register the model in a folder as a traced one; raises `UsageError` if it seems to have no stack of blocks."""
+    from ppcl.families.traced.known import transformer_of  # loads torch
 
     kind = transformer_of(folder, index, arch)
     check_not_quantised(config.model, arch)
-    trace = read_trace(trace_path(config.paths.cache_dir, kind.__name__, arch)) or guessed(kind, arch)
-    register(facts_of(trace))
-    return NAME
+    _register(config, kind, arch)
+
+
+def _introduce_class(config: Config) -> None:
+    """Register a model without a local folder as a traced one, by `model.transformer` and `model.arch`."""
+    import diffusers
+
+    name = config.model.transformer
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise UsageError(
+            f"model.transformer={name} is no model of diffusers {diffusers.__version__}: name the class of the "
+            "transformer, such as WanTransformer3DModel, or give model=auto model.path=FOLDER."
+        )
+    _register(config, kind, config.model.arch)
+
+
+def _register(config: Config, kind: Any, arch: Mapping[str, Any]) -> None:
+    """Register the facts of a traced model: before it is traced, those that its config tells."""
+    from ppcl.families.registry import register
+    from ppcl.families.traced.family import facts_of
+    from ppcl.families.traced.known import guessed, read_trace, trace_path
+
+    register(facts_of(read_trace(trace_path(config.paths.cache_dir, kind.__name__, arch)) or guessed(kind, arch)))
 
 
 def _check_parts(model: ModelConfig) -> None:

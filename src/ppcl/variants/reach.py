@@ -66,7 +66,8 @@ def largest_width(run: Run, intervals: Intervals) -> Width:
     kinds = []
     for stack, blocks in kept.items():
         text = width[stack]["text"]
-        for places in (text, [index for index in blocks if index not in text]):
+        able = family.width.ffn_blocks(stack, blocks)
+        for places in ([i for i in able if i in text], [i for i in able if i not in text]):
             if places:
                 kinds.append((left(stack, places[:1]), stack, places))
     room = settings.num_ffn

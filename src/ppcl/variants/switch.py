@@ -19,7 +19,7 @@ from ppcl.context import Run
 from ppcl.families.base import Family
 from ppcl.surgery.noise_levels import ByNoiseLevel
 from ppcl.surgery.plugboard import Plugboard, load_student
-from ppcl.training.sharding import skeleton
+from ppcl.surgery.share import skeleton
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.variants import Variant, finetuned_folder, quantized_folder
 

@@ -1,7 +1,9 @@
 """Blocks are removed in the order that can be computed by hand, until the size is reached."""
 
 import math
+import random
 from dataclasses import replace
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from ppcl.families.registry import get_family
 from ppcl.layers import kept_layers
 from ppcl.methods.base import Teacher
 from ppcl.methods.bk_sdm import kept_by_scheme
+from ppcl.methods.greedy import least_error
 from ppcl.methods.registry import load_method
-from ppcl.methods.removal import added_up, proportional
+from ppcl.methods.removal import Room, added_up, proportional
 from ppcl.methods.windows import mean_cosines
 from ppcl.surgery.count import block_sizes
 from ppcl.taps import observe
@@ -26,6 +29,7 @@ SIZED = (
     "bk_sdm",
     "cka_sensitivity",
     "flux_lite",
+    "greedy",
     "hierarchical_prune",
     "llm_streamline",
     "random",
@@ -151,6 +155,108 @@ def test_hierarchical_prune_weighs_errors_so_that_late_blocks_go_first(teacher_o
     removed, scores = removed_by("hierarchical_prune", teacher, 1, position_power=0)
     assert [*scores["weighted_velocity_error"].values()] == pytest.approx(errors, abs=1e-6)
     assert removed == [1]
+
+
+@pytest.fixture
+def scaling(teacher_of):
+    """Blocks that scale the velocity v, so that without some of them it is v / s, whose error is (1 - 1 / s)^2.
+
+    Here s is the product of the scales of the removed blocks.
+    """
+    return teacher_of([turned(scale, 0) for scale in (1.0, 1.1, 1.05, 0.8, 1.25, 3.0)])
+
+
+def error_without(*scales):
+    return (1 - 1 / math.prod(scales)) ** 2
+
+
+def test_greedy_measures_anew_after_each_removal(scaling):
+    """Alone block 1 has less error than blocks 3 and 4, but these two undo each other."""
+    removed, scores = removed_by("greedy", scaling, 4)
+    assert removed == [1, 2, 3, 4]
+    expected = {2: (1.05,), 1: (1.05, 1.1), 3: (1.05, 1.1, 0.8), 4: (1.05, 1.1, 0.8, 1.25)}
+    found = scores["velocity_error"]
+    assert [*found] == [f"blocks.{index}" for index in expected]  # in the order in which they went
+    assert [*found.values()] == pytest.approx([error_without(*scales) for scales in expected.values()], rel=1e-4)
+    # After block 2 block 3 leaves a product of 0.84, and block 1 one of 1.155, which is nearer to 1.
+    assert removed_by("greedy", scaling, 3)[0] == [1, 2, 3]  # 0.924, whereas block 4 would leave 1.44
+    assert removed_by("hierarchical_prune", scaling, 3, position_power=0)[0] == [1, 2, 4]
+
+
+def test_greedy_removals_are_spread_as_far_as_asked(scaling):
+    assert removed_by("greedy", scaling, 2)[0] == [1, 2]
+    assert removed_by("greedy", scaling, 2, min_kept_between=1)[0] == [2, 4]
+    assert removed_by("greedy", scaling, 2, min_kept_between=2)[0] == [2, 5]
+    # Block 2 leaves the least error, but without it three blocks can be apart only if all others are odd.
+    assert removed_by("greedy", scaling, 3, min_kept_between=1)[0] == [1, 3, 5]
+
+
+def test_a_size_that_the_spread_makes_impossible_is_refused(scaling, real):
+    said = r"^method\.num_remove=4 exceeds the 3 blocks that may be removed with method\.settings\.min_kept_between=1: "
+    with pytest.raises(UsageError, match=said + "give at most that many"):
+        removed_by("greedy", scaling, 4, min_kept_between=1)
+    method = load_method(MethodConfig(rule="greedy", params=0.3, settings={"min_kept_between": 1}))
+    with pytest.raises(UsageError, match=r"cannot be reached: without the 2 blocks .* so give at least"):
+        method.detect(real)
+
+
+def test_greedy_takes_batches_of_all_noise_levels(scaling):
+    """Four batches of samples, each at four levels: batch n has level n % 4."""
+    (batch,) = scaling.calibration()
+    numbered = [replace(batch, sigmas=torch.tensor([float(n)])) for n in range(16)]
+    teacher = replace(scaling, calibration=lambda: iter(numbered))
+    for count, chosen in ((1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3]), (16, [*range(16)])):
+        config = MethodConfig(
+            rule="greedy", num_remove=1, num_samples=16, num_timesteps=4, batch_size=4, settings={"batches": count}
+        )
+        assert [each.sigmas.item() for each in load_method(config)._batches(teacher)] == chosen
+    with pytest.raises(UsageError, match=r"^method\.settings\.batches=17 exceeds the 16 calibration batches"):
+        load_method(replace(config, settings={"batches": 17}))
+
+
+def test_the_least_sum_is_found_without_measuring_everything():
+    table = {("blocks", 1): [5, 0, 0], ("blocks", 2): [1, 1, 1], ("blocks", 3): [0, 4, 0], ("blocks", 4): [3, 0, 0]}
+    chosen, errors, measured = least_error([*table], range(3), lambda key, step: float(table[key][step]))
+    assert (chosen, errors) == (("blocks", 2), {0: 1, 1: 1, 2: 1})  # the first of two with the sum 3
+    assert measured == 4 + 1 + 2  # all on the first step, block 3 on the second, block 2 on two more
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_least_sum_is_that_of_all_sums(seed):
+    draw = random.Random(seed)
+    table = {("blocks", index): [draw.random() for _ in range(5)] for index in range(8)}
+    chosen, errors, measured = least_error([*table], range(5), lambda key, step: table[key][step])
+    assert chosen == min(table, key=lambda key: math.fsum(table[key]))
+    assert [*errors.values()] == table[chosen]
+    assert 8 + 4 <= measured <= 8 * 5
+
+
+def test_the_cost_of_removals_one_by_one_is_known_before(family):
+    """Of four blocks three may go. Their single removals leave three blocks each, and two more leave two each."""
+    layers = {"transformer_blocks": 4}
+    method = load_method(MethodConfig(rule="greedy", num_remove=2, settings={"batches": 2}))  # of 8
+    assert method.passes(family, layers) == pytest.approx((1 + 3 * 3 / 4 + 2 * 2 / 4) * 2 / 8)
+    assert load_method(MethodConfig(rule="cka_sensitivity", num_remove=2)).passes(family, layers) == 4
+    assert load_method(MethodConfig(rule="shortgpt", num_remove=2)).passes(family, layers) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("between", [0, 1, 2])
+def test_the_most_that_can_go_beside_others_is_found(seed, between):
+    """The same as trying all sets of blocks, which have different sizes."""
+    draw = random.Random(seed)
+    sizes = {("blocks", index): draw.randint(1, 9) for index in range(1, 8)}
+    method = load_method(MethodConfig(rule="greedy", params=0.5, settings={"min_kept_between": between}))
+    room = Room(method.config, [*sizes], sizes, 100)
+    removed = [("blocks", draw.randint(1, 7))]
+
+    def fits(blocks):
+        return all(after[1] - before[1] > between for before, after in pairwise(sorted([*removed, *blocks])))
+
+    sets = [chosen for count in range(8) for chosen in combinations(sizes, count) if fits(chosen)]
+    found = method._most_beside(removed, room)
+    assert fits(found)
+    assert sum(map(sizes.get, found)) == max(sum(map(sizes.get, chosen)) for chosen in sets)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +452,12 @@ def test_a_size_is_refused_where_it_has_no_effect(rule, size):
 
 @pytest.mark.parametrize(
     ("rule", "settings"),
-    [("random", {"seed": -1}), ("hierarchical_prune", {"position_power": -1.0}), ("amber", {"max_length": 1})],
+    [
+        ("random", {"seed": -1}),
+        ("greedy", {"batches": 0}),
+        ("hierarchical_prune", {"position_power": -1.0}),
+        ("amber", {"max_length": 1}),
+    ],
 )
 def test_settings_have_bounds(rule, settings):
     with pytest.raises(UsageError, match=rf"^method\.settings\.{next(iter(settings))}=.* must be at least"):

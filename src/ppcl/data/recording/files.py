@@ -7,7 +7,7 @@ are made of them. It is written last, so that a prompt which has it is complete.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Joining:
-    """How calls are joined into batches: the axes of arguments and output; None if they cannot be, and `why`."""
+    """How calls are joined into batches, and made anew at another noise level.
+
+    `axes`: those of arguments and output; None if calls cannot be joined, and `why`. `renoising`: the fields of a
+    `Renoising`; None if calls cannot be made anew, and `as_recorded`, the reason.
+    """
 
     axes: Axes | None
     why: str = ""
+    renoising: Mapping[str, Any] | None = None
+    as_recorded: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,13 +98,16 @@ def read_header(folder: Path) -> Header:
 
 
 def write_joining(folder: Path, joining: Joining) -> None:
-    write_json(folder / JOINING, {"axes": None if joining.axes is None else dict(joining.axes), "why": joining.why})
+    write_json(folder / JOINING, asdict(joining))
 
 
 def read_joining(folder: Path) -> Joining:
     """Return how calls of a recording are joined."""
     found = read_json(folder / JOINING, "A recording's file", "cache")
-    return Joining(found.get("axes"), str(found.get("why", "")))
+    try:
+        return Joining(**found)
+    except TypeError:
+        raise UsageError(f"{folder / JOINING} does not say how calls are joined: {again('cache')}.") from None
 
 
 def write_calls(
@@ -162,15 +171,21 @@ def read_entries(folder: Path, count: int, axes: Axes | None) -> list[Entry]:
 
 
 @lru_cache(maxsize=64)
-def _opened(record: Path) -> tuple[TensorFile, list[dict[str, Any]]]:
-    """Return an open file of tensors, and the calls that are made of them."""
+def _opened(record: Path) -> tuple[TensorFile, dict[str, Any]]:
+    """Return the open file of a prompt's tensors, and its record."""
     fingerprint = read_header(record.parent).fingerprint
-    return TensorFile(record.with_suffix(".safetensors"), "cache", fingerprint), _read_record(record)["calls"]
+    return TensorFile(record.with_suffix(".safetensors"), "cache", fingerprint), _read_record(record)
+
+
+def read_latents(record: Path) -> Tensor:
+    """Return the final latents of a prompt; raises `UsageError` if they have changed."""
+    file, content = _opened(record)
+    return file.get_tensor(content["latents"])
 
 
 def read_call(record: Path, number: int) -> Call:
     """Return a stored call; raises `UsageError` if a tensor of it has changed."""
-    file, calls = _opened(record)
-    found = calls[number]
+    file, content = _opened(record)
+    found = content["calls"][number]
     arguments, output = (unpacked(found[key], file.get_tensor) for key in (ARGUMENTS, OUTPUT))
     return Call(found["step"], found["timestep"], found["sigma"], arguments, output, found["used"])

@@ -78,6 +78,17 @@ def unpacked(stored: Any, tensor: Callable[[str], Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
+def replaced(value: Any, path: str, wanted: str, new: Any) -> Any:
+    """Return nested values with the one at the path `wanted` replaced by `new`. `path`: the path of `value`."""
+    if path == wanted:
+        return new
+    if not wanted.startswith(f"{path}."):
+        return value
+    if isinstance(value, Mapping):
+        return {key: replaced(item, f"{path}.{key}", wanted, new) for key, item in value.items()}
+    return type(value)(replaced(item, f"{path}.{number}", wanted, new) for number, item in enumerate(value))
+
+
 def axes_of(one: Any, two: Any, path: str) -> dict[str, int | None]:
     """Return the axes of a call, from the nested values of a call for one sample and of one for two.
 

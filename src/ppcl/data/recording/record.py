@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from ppcl.data.recording.files import (
     JOINING,
     OUTPUT,
     RECORD,
-    Call,
     Joining,
     is_whole,
     read_call,
@@ -29,7 +29,8 @@ from ppcl.data.recording.files import (
     write_joining,
 )
 from ppcl.data.recording.nested import Axes, NoAxesError
-from ppcl.data.recording.recorder import check_joined, find_axes, for_two, recorded, spread
+from ppcl.data.recording.recorder import Recording, check_joined, find_axes, for_two, recorded, spread
+from ppcl.data.recording.renoise import NoRenoisingError, find_renoising
 from ppcl.data.recording.table import Row, check_rows, loaded, read_rows
 from ppcl.disk import check_space, in_bytes
 from ppcl.errors import UsageError
@@ -64,11 +65,10 @@ def record_prompts(run: Run) -> None:
     if not (missing or joins):
         run.say("cache", f"reused {folder}: {counted(len(own), 'prompt')} recorded")
     else:
-        check_prompts(run)
         _check_texts(run, rows)
+        if joins:  # what the first prompt shows of the pipeline is in memory only while it is recorded
+            missing = [0, *(prompt for prompt in missing if prompt)]
         _record(run, rows, missing, folder)
-        if joins:
-            write_joining(folder, _joining(run, rows[0], folder))
     others = sum(not is_whole(folder, prompt) for prompt in range(len(rows)))
     if others:
         run.say("cache", f"other ranks record {counted(others, 'prompt')} of {len(rows)}")
@@ -89,10 +89,13 @@ def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None
     sweep(folder)
     with counter("recording", len(missing), console=run.progress_console) as advance:
         for place, prompt in enumerate(missing):
-            calls, latents = _calls(run, rows[prompt], prompt)
-            size += write_calls(folder, prompt, fingerprint, rows[prompt].caption, calls, latents)
+            found = _drawn(run, rows[prompt], prompt)
+            assert found.latents is not None
+            size += write_calls(folder, prompt, fingerprint, rows[prompt].caption, found.calls, found.latents)
             ensure_traced(run, record_of(folder, prompt))  # before the others are recorded for nothing
             advance(1)
+            if prompt == 0 and not (folder / JOINING).exists():
+                write_joining(folder, _joining(run, rows[0], folder, found))
             if place == 0 and len(missing) > 1:
                 remedy = "name another folder, lower data.record_steps, or give fewer prompts"
                 cache = f"paths.cache_dir={config.paths.cache_dir}"
@@ -101,8 +104,8 @@ def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None
     run.say("cache", f"{counted(len(missing), 'prompt')} recorded, {in_bytes(size)}, in {folder}")
 
 
-def _calls(run: Run, row: Row, prompt: int) -> tuple[list[Call], torch.Tensor]:
-    """Draw a prompt, and return the calls of the steps that are recorded, and the final latents."""
+def _drawn(run: Run, row: Row, prompt: int) -> Recording:
+    """Draw a prompt, and return what is recorded of it."""
     pipeline = run.teacher.pipeline
     arguments = call_arguments(run, row, prompt)
     wanted = partial(spread, run.config.data.record_steps, number=prompt)
@@ -111,12 +114,16 @@ def _calls(run: Run, row: Row, prompt: int) -> tuple[list[Call], torch.Tensor]:
             pipeline(**arguments)
         except (ValueError, TypeError) as error:
             raise UsageError(f"{row.place}: the pipeline refuses its arguments: {error}") from error
+        except NameError as error:  # diffusers imports packages that it does not require only where they are installed
+            raise UsageError(
+                f"{type(pipeline).__name__} needs {error.name}, which is not installed: pip install {error.name}."
+            ) from error
     if not found.calls or found.latents is None:
         raise UsageError(
             f"{type(pipeline).__name__} calls its transformer or its scheduler in a way that cannot be recorded: give "
             "pictures with captions as data.path=FOLDER."
         )
-    return found.calls, found.latents
+    return found
 
 
 def call_arguments(run: Run, row: Row, prompt: int) -> dict[str, Any]:
@@ -148,8 +155,23 @@ def _sampling(sampling: SamplingConfig, parameters: Mapping[str, Any]) -> dict[s
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _joining(run: Run, row: Row, folder: Path) -> Joining:
-    """Return how calls are joined into batches, as the pipeline shows it, and say so."""
+def _joining(run: Run, row: Row, folder: Path, found: Recording) -> Joining:
+    """Return how calls are joined into batches and made anew, as the pipeline shows it, and say so.
+
+    `found`: what was recorded of `row`, the first prompt.
+    """
+    joining = _axes(run, row, folder)
+    try:
+        renoising = find_renoising(run.teacher.pipeline.scheduler, found)
+    except NoRenoisingError as error:
+        run.say("cache", f"calls keep their recorded noise: {error}")
+        return replace(joining, as_recorded=str(error))
+    run.say("cache", "calls get fresh noise at any level: the first step has noise alone, the last ends at x - sigma v")
+    return replace(joining, renoising=asdict(renoising))
+
+
+def _axes(run: Run, row: Row, folder: Path) -> Joining:
+    """Return how calls are joined into batches, and say so."""
     pipeline, why = run.teacher.pipeline, "the pipeline takes one sample at once"
     arguments = call_arguments(run, row, 0)
     for two in for_two(pipeline, arguments):

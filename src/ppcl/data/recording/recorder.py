@@ -24,13 +24,34 @@ _ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # 
 _MANY = ("num_images_per_prompt", "num_videos_per_prompt")
 
 
+@dataclass(frozen=True)
+class Step:
+    """A denoising step: the `arguments` of its first call, and what the scheduler was given and made of it.
+
+    `sample`, `predicted`: the noisy latents and the prediction, in host memory. `flow`: whether it is of flow matching.
+    """
+
+    arguments: dict[str, Any]
+    sample: Tensor
+    predicted: Tensor
+    sigma: float
+    flow: bool
+
+
 @dataclass
 class Recording:
-    """What one run of a pipeline has left: its `calls`, number of denoising `steps`, and final `latents`."""
+    """What one run of a pipeline has left: its `calls`, number of denoising `steps`, and final `latents`.
+
+    `first`, `last`: its first and last step. `agreement`: the least cosine of an output of the transformer with the
+    prediction that the scheduler was given; -1 if they are not comparable.
+    """
 
     calls: list[Call] = field(default_factory=list)
     steps: int = 0
     latents: Tensor | None = None
+    first: Step | None = None
+    last: Step | None = None
+    agreement: float = 1.0
 
 
 def spread(count: int, steps: int, number: int) -> set[int]:
@@ -53,13 +74,15 @@ def recorded(pipeline: Any, wanted: Callable[[int], set[int]]) -> Iterator[Recor
     found, waiting = Recording(), list[Call]()
     signature = inspect.signature(pipeline.transformer.forward)
     chosen: set[int] | None = None
-    called = False
+    called, opening = False, dict[str, Any]()
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal chosen, called
         called = True
         if chosen is None:
-            chosen = wanted(len(pipeline.scheduler.timesteps))
+            timesteps = getattr(pipeline.scheduler, "timesteps", None)
+            chosen = wanted(0 if timesteps is None else len(timesteps))
+            opening.update(copied(by_name(signature, args, kwargs)))
         if found.steps in chosen:
             named = by_name(signature, args, kwargs)
             waiting.append(Call(found.steps, 0.0, 0.0, copied(named), None))
@@ -77,6 +100,11 @@ def recorded(pipeline: Any, wanted: Callable[[int], set[int]]) -> Iterator[Recor
         for call in waiting:
             used = _used(call.output, given["model_output"])
             found.calls.append(replace(call, timestep=timestep, sigma=sigma, used=used))
+            found.agreement = min(found.agreement, _cosine(found.calls[-1], given["model_output"]))
+        if found.first is None or found.steps == len(scheduler.timesteps) - 1:
+            sample, predicted = copied([given["sample"], given["model_output"]])
+            found.last = Step(opening, sample, predicted, sigma, is_flow(scheduler))
+            found.first = found.first or found.last
         waiting.clear()
         found.steps += 1
         found.latents = first_output(result)
@@ -152,6 +180,14 @@ def _used(output: Any, given: Any) -> int | None:
         return None
     same = output.shape[2:] == given.shape[2:]
     return given.shape[1] if same and given.shape[1] < output.shape[1] else None
+
+
+def _cosine(call: Call, given: Any) -> float:
+    """Return the cosine of a call's first row with what the scheduler was given, -1 if they differ in shape."""
+    if not isinstance(call.output, Tensor) or not isinstance(given, Tensor):
+        return -1.0
+    own, given = call.output[: len(given), : call.used].float(), given.detach().cpu().float()
+    return -1.0 if own.shape != given.shape else torch.cosine_similarity(own.flatten(), given.flatten(), dim=0).item()
 
 
 def _first_call(pipeline: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ppcl.config import DataConfig
 from ppcl.data.batches import TrainingBatch, own_rows
 from ppcl.data.cached import held_out_keys
-from ppcl.data.recording.files import ARGUMENTS, OUTPUT, Entry, read_call, read_entries, read_joining
+from ppcl.data.recording.files import (
+    ARGUMENTS,
+    OUTPUT,
+    Call,
+    Entry,
+    read_call,
+    read_entries,
+    read_joining,
+    read_latents,
+)
 from ppcl.data.recording.nested import joined
+from ppcl.data.recording.renoise import Renoising
 from ppcl.data.streams import Stream
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
+from ppcl.ops import flow_matching
+
+_CALIBRATION = 1 << 31  # in place of a step, which is smaller, in the seeds of a calibration's noise
 
 
 class RecordedStream(Stream):
@@ -91,7 +107,8 @@ class RecordedStream(Stream):
         """Return this rank's calls of a step as batches of equal size: `parts`, or more where not all can be joined."""
         entries, rows = self._of_step(step), own_rows(self.batch_size, self.share)
         size = math.gcd(self.group, len(rows) // parts)
-        batches = [self._batch(entries[start : start + size]) for start in range(rows.start, rows.stop, size)]
+        calls = [self._call(entries[row], step, row) for row in rows]
+        batches = [self._batch(calls[start : start + size]) for start in range(0, len(calls), size)]
         return self._with_tokens(batches) if len(batches) > 1 else batches
 
     def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
@@ -100,30 +117,94 @@ class RecordedStream(Stream):
         They are spread evenly over all calls in the order of their noise levels.
         """
         ordered = sorted(self.entries, key=lambda entry: (-entry.sigma, entry.name))
-        total, most = min(len(ordered), num_samples * num_timesteps), 1 if self.axes is None else self.batch_size
+        total = min(len(ordered), num_samples * num_timesteps)
         chosen = [ordered[place * len(ordered) // total] for place in range(total)]
         for start in range(0, total, num_samples):
-            level: dict[str, list[Entry]] = {}
-            for entry in chosen[start : start + num_samples]:
-                level.setdefault(entry.alike, []).append(entry)
-            for alike in level.values():
-                for first in range(0, len(alike), most):
-                    yield self._batch(alike[first : first + most])
+            yield from self._of_level([(entry, self._call(entry)) for entry in chosen[start : start + num_samples]])
+
+    def _of_level(self, calls: Iterable[tuple[Entry, Call]]) -> Iterator[TrainingBatch]:
+        """Yield calls of about one noise level as batches of calls of one shape, each with at most `batch_size`."""
+        level: dict[str, list[Call]] = {}
+        for entry, call in calls:
+            level.setdefault(entry.alike, []).append(call)
+        most = 1 if self.axes is None else self.batch_size
+        for alike in level.values():
+            for first in range(0, len(alike), most):
+                yield self._batch(alike[first : first + most])
 
     def example(self, ratio: float) -> TrainingBatch:
         """Return a batch of the call whose noise level is nearest to 0.5: what is timed, not what is learnt from."""
-        return self._batch([min(self.entries, key=lambda entry: (abs(entry.sigma - 0.5), entry.name))])
+        nearest = min(self.entries, key=lambda entry: (abs(entry.sigma - 0.5), entry.name))
+        return self._batch([RecordedStream._call(self, nearest)], as_recorded=True)
 
-    def _batch(self, entries: Sequence[Entry]) -> TrainingBatch:
-        """Return calls of one shape as one batch."""
-        calls, axes = [read_call(entry.record, entry.number) for entry in entries], self.axes or {}
+    def _call(self, entry: Entry, step: int = 0, row: int = 0) -> Call:
+        """Return row `row` of batch number `step`, which is the call `entry`."""
+        return read_call(entry.record, entry.number)
+
+    def _batch(self, calls: Sequence[Call], *, as_recorded: bool = True) -> TrainingBatch:
+        """Return calls of one shape as one batch. `as_recorded`: whether their output is the teacher's."""
+        axes = self.axes or {}
         inputs = joined([dict(call.arguments) for call in calls], axes, ARGUMENTS)
-        output = self.family.as_tensor(joined([call.output for call in calls], axes, OUTPUT))
-        target = output[:, : calls[0].used]
-        rows = len(target) // len(calls)
-        sigmas = torch.tensor([call.sigma for call in calls]).repeat_interleave(rows)
+        output = joined([call.output for call in calls], axes, OUTPUT)
+        target = self.family.as_tensor(output)[:, : calls[0].used] if as_recorded else output
+        sigmas = torch.tensor([call.sigma for call in calls]).repeat_interleave(len(target) // len(calls))
+        teacher = target if as_recorded else None
         shared = self.share[1] > 1
-        return TrainingBatch(inputs, target, sigmas, divided=shared, as_tensor=self.family.as_tensor, teacher=target)
+        return TrainingBatch(inputs, target, sigmas, shared, self.family.as_tensor, teacher=teacher)
+
+
+class RenoisedStream(RecordedStream):
+    """Batches of recorded calls with fresh noise: the final latents of a call's prompt at any noise level.
+
+    `data`: says how often there is which noise level. `scheduler`: the config of the model's own, for data.shift=null.
+    The target is the velocity n - x_0. Raises `UsageError` if the recording says that calls cannot be made so.
+    """
+
+    def __init__(self, *where: Any, data: DataConfig, scheduler: Mapping[str, Any], **settings: Any) -> None:
+        super().__init__(*where, **settings)
+        joining = read_joining(where[1])
+        if joining.renoising is None:
+            raise UsageError(f"data.renoise=true does not go with this model: {joining.as_recorded}; leave it out.")
+        self.renoising, self.data, self.scheduler = Renoising(**joining.renoising), data, scheduler
+        if self.axes is not None and self.axes.get(self.renoising.timestep) is None:
+            self.axes, self.group = None, 1  # all rows of a call share one timestep
+
+    def _call(self, entry: Entry, step: int = 0, row: int = 0, sigma: float | None = None) -> Call:
+        latents = read_latents(entry.record)
+        seed = np.random.SeedSequence((self.seed, step, row)).generate_state(1, np.uint32)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        if sigma is None:
+            scheme = self.data.timesteps or "uniform"
+            sigma = flow_matching.sample_sigmas(1, generator, scheme=scheme, shift=self._shift(latents)).item()
+        noisy = flow_matching.interpolate(latents, noise, latents.new_full((len(latents),), sigma))
+        call = read_call(entry.record, entry.number)
+        velocity = flow_matching.velocity(latents, noise)
+        rows = velocity.repeat(len(call.output) // len(latents), *[1] * (latents.ndim - 1))
+        return Call(call.step, call.timestep, sigma, self.renoising.arguments(call, noisy, sigma), rows)
+
+    def _batch(self, calls: Sequence[Call], *, as_recorded: bool = False) -> TrainingBatch:
+        return super()._batch(calls, as_recorded=as_recorded)
+
+    def _shift(self, latents: Tensor) -> float:
+        shift = self.data.shift
+        return flow_matching.shift_of(self.scheduler, latents.shape[1]) if shift is None else shift
+
+    def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
+        """Yield `num_samples` calls, each at every one of the noise levels of a denoising run of `num_timesteps` steps.
+
+        See `LatentStream.calibration`.
+        """
+        count = min(num_samples, len(self.entries))
+        chosen = [self.entries[place * len(self.entries) // count] for place in range(count)]
+        terminal = self.scheduler.get("shift_terminal") or 0.0 if self.data.shift is None else 0.0
+        for start in range(0, count, self.batch_size):
+            some = chosen[start : start + self.batch_size]
+            levels = flow_matching.levels_of_drawing(num_timesteps, self._shift(read_latents(some[0].record)), terminal)
+            for sigma in levels:
+                rows = enumerate(some, start=start)
+                calls = ((entry, self._call(entry, _CALIBRATION, row, sigma)) for row, entry in rows)
+                yield from self._of_level(calls)
 
 
 def kept_captions(captions: Iterable[str], share: float) -> set[str]:

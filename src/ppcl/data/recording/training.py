@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts.headers import Header
+from ppcl.artifacts.headers import Header, first_difference
 from ppcl.config import Config
 from ppcl.data.cached import held_out_share
-from ppcl.data.recording.files import RECORD, missing_files, read_captions, read_header
+from ppcl.data.recording.files import RECORD, missing_files, read_captions, read_header, read_joining
 from ppcl.data.recording.identity import recording_header
-from ppcl.data.recording.stream import RecordedStream, kept_captions
+from ppcl.data.recording.stream import RecordedStream, RenoisedStream, kept_captions
 from ppcl.data.streams import Stream
 from ppcl.data.training import TrainingData
 from ppcl.errors import UsageError
@@ -25,7 +25,7 @@ def data_of(config: Config, teacher: TeacherModel) -> TrainingData:
 
 
 class RecordedData(TrainingData):
-    """Batches of the calls that `stages=[cache]` has recorded of the pipeline. Noise levels are those of its steps."""
+    """Batches of the calls that `stages=[cache]` has recorded of the pipeline, as they were or with fresh noise."""
 
     record = RECORD
 
@@ -38,9 +38,11 @@ class RecordedData(TrainingData):
         if self.config.data.cache is None:
             return recording_header(self.config, self.teacher.identity, self.teacher.encoder_identity)
         header = read_header(Path(self.config.data.cache))
-        if header.made_from.get("model") != self.teacher.identity:
+        difference = first_difference(header.made_from.get("model", {}), self.teacher.identity, "model.")
+        if difference != "nothing":
             raise UsageError(
-                f"data.cache={self.config.data.cache} was recorded of another model than model.path: record this one."
+                f"data.cache={self.config.data.cache} was recorded with {difference}: set that key as it was, or "
+                "record this model by data.path."
             )
         return header
 
@@ -77,13 +79,22 @@ class RecordedData(TrainingData):
     def _missing(self, folder: Path) -> Iterator[str]:
         yield from missing_files(folder, self.count)
 
+    @cached_property
+    def renoised(self) -> bool:
+        """Whether calls get fresh noise: as `data.renoise` says, or else where the recording shows that they can."""
+        wanted = self.config.data.renoise
+        return read_joining(self.whole_cache()).renoising is not None if wanted is None else wanted
+
     @property
     def levels(self) -> dict[str, Any]:
-        """Nothing: noise levels are those that the recording's own header stands for."""
-        return {}
+        """The settings of fresh noise; nothing for recorded calls, whose noise levels are those of the recording."""
+        return {"renoise": True} | super().levels if self.renoised else {}
 
     def stream(self, seed: int, batch_size: int) -> Stream:
         """Return the batches of `seed`: with `data.calibration_seed` those of held-out prompts, else of all others."""
-        where = self.whole_cache(), self.count
-        held_out = seed == self.config.data.calibration_seed
-        return RecordedStream(self.teacher.family, *where, self.held_out, seed, batch_size, held_out=held_out)
+        data, where = self.config.data, (self.teacher.family, self.whole_cache(), self.count, self.held_out)
+        held_out = seed == data.calibration_seed
+        if not self.renoised:
+            return RecordedStream(*where, seed, batch_size, held_out=held_out)
+        scheduler = self.teacher.scheduler_config
+        return RenoisedStream(*where, seed, batch_size, held_out=held_out, data=data, scheduler=scheduler)

@@ -41,6 +41,7 @@ FACTS = (
         "DiTTransformer2DModel",
         stacks={"transformer_blocks": "num_layers"},
         pipeline_classes=("DiTPipeline",),
+        streams=("image",),
         first_block=1,
         pruned_models={"PrunedDiTTransformer2DModel": "ppcl.families.dit.transformer_dit_pruned"},
         builders={"tiny_dit": "ppcl.families.dit.tiny"},

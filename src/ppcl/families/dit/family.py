@@ -8,6 +8,9 @@ What is special about it:
   evaluation mode, and the data stream drops labels instead.
 - Its scheduler's config says what it predicts: for DiT-XL/2 the noise of a DDPM at one of 1,000 timesteps. Further
   output channels hold a variance, which sampling ignores.
+- With a scheduler of flow matching it is a SiT (Ma et al., 2401.08740): it predicts the velocity, and its timestep is
+  1,000 * sigma, which need not be a whole number. The stock pipeline asks every scheduler for `scale_model_input`,
+  which one of flow matching does not have.
 - Latents are not packed: they are pictures `[B, C, H, W]`, and the model cuts them into patches.
 """
 
@@ -35,6 +38,15 @@ from ppcl.taps import Streams
 
 NO_LABEL = 1000
 NUM_TIMESTEPS = 1000
+
+
+def _flows(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch")
+
+
+def _unscaled(sample: Tensor, timestep: Any) -> Tensor:
+    """Return `sample` as it is: what the stock pipeline asks a scheduler to do before each step."""
+    return sample
 
 
 class DiTWidth(WidthSurgery):
@@ -72,6 +84,15 @@ class DiT(Family):
         """The noise schedule of the model: that of the pipeline given to `complete`, or DiT-XL/2's by default."""
         return DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS)
 
+    @property
+    def flows(self) -> bool:
+        """Whether the model was trained by flow matching, which the class of its scheduler says."""
+        return _flows(self.scheduler)
+
+    @property
+    def preparation(self) -> str:
+        return "pipeline.scheduler.scale_model_input = lambda sample, timestep: sample\n" if self.flows else ""
+
     def forward_inputs(
         self,
         latents: Tensor,
@@ -79,9 +100,10 @@ class DiT(Family):
         sigmas: Tensor,
         size: tuple[int, int],
     ) -> dict[str, Any]:
+        whole = (sigmas * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
         return {
             "hidden_states": latents,
-            "timestep": (sigmas * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1),
+            "timestep": sigmas.float() * NUM_TIMESTEPS if self.flows else whole,
             "class_labels": conditions["class_labels"],
             "return_dict": False,
         }
@@ -92,8 +114,8 @@ class DiT(Family):
         return torch.empty(count, self.arch["in_channels"], side, side), {"class_labels": labels}
 
     def noise_levels(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the middle of the noise levels that a timestep stands for."""
-        return (inputs["timestep"] + 0.5) / NUM_TIMESTEPS
+        """Return the middle of the noise levels that a timestep stands for; in flow matching it is one level."""
+        return (inputs["timestep"] + (0.0 if self.flows else 0.5)) / NUM_TIMESTEPS
 
     def called_apart(self, transformer: Any) -> list[nn.Module]:
         return [transformer.transformer_blocks[0].norm1.emb]  # the output head calls it
@@ -108,8 +130,11 @@ class DiT(Family):
     ) -> TrainingBatch:
         """Add `noise` to clean `latents` `[B, C, H, W]` by the DDPM schedule, at timestep 1,000 * sigma.
 
-        The target is the noise, the velocity or the clean latents, whichever the scheduler's config says.
+        The target is the noise, the velocity or the clean latents, whichever the scheduler's config says. In flow
+        matching both are those of every family.
         """
+        if self.flows:
+            return super().training_batch(latents, conditions, noise, sigmas, size)
         inputs = self.forward_inputs(latents, conditions, sigmas, size)
         steps = inputs["timestep"]
         inputs["hidden_states"] = self.scheduler.add_noise(latents, noise, steps)
@@ -129,7 +154,12 @@ class DiT(Family):
         return vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype), return_dict=False)[0]
 
     def denoise(self, latents: Tensor, prediction: Tensor, sigma: float, following: float) -> Tensor:
-        """Take a step of DDIM (Song et al., 2010.02502), from one of the schedule's timesteps to another."""
+        """Take a step of DDIM (Song et al., 2010.02502), from one of the schedule's timesteps to another.
+
+        In flow matching it is a step of Euler's method.
+        """
+        if self.flows:
+            return super().denoise(latents, prediction, sigma, following)
         kept, last = self.scheduler.alphas_cumprod, NUM_TIMESTEPS - 1
         here = kept[min(round(sigma * NUM_TIMESTEPS), last)].item()
         there = kept[min(round(following * NUM_TIMESTEPS), last)].item() if following else 1.0  # clean at last
@@ -189,7 +219,18 @@ class DiT(Family):
         return [str(number) for number in range(count)]
 
     def complete(self, pipeline: Any) -> None:
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        """Take over the pipeline's scheduler; `UsageError` for one of flow matching whose noise levels rise."""
+        scheduler = pipeline.scheduler
+        if _flows(scheduler):
+            if scheduler.config.get("invert_sigmas"):
+                raise UsageError(
+                    "invert_sigmas=true in the scheduler_config.json of model.path is not known for a DiT: save the "
+                    "pipeline with one whose noise levels fall from 1 to 0, and a model that predicts noise - data."
+                )
+            self.scheduler = scheduler
+            scheduler.scale_model_input = _unscaled
+        else:
+            self.scheduler = DDPMScheduler.from_config(scheduler.config)
         # diffusers reads the labels from model_index.json, but does not write them when it saves the pipeline.
         pipeline.register_to_config(id2label={str(number): name for name, number in pipeline.labels.items()})
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from ppcl.config import SamplingConfig
 from ppcl.families.base import Conditions, Family
 from ppcl.families.facts import FamilyFacts
+from ppcl.families.registry import PRUNED_MAKER, pruned_name
 from ppcl.families.traced.leaves import at
 from ppcl.families.traced.streams import Stream, tokens_of
 from ppcl.families.traced.trace import Trace
+from ppcl.families.traced.width import TracedWidth
 from ppcl.taps import Streams
 
 NAME = "traced"
@@ -30,8 +32,10 @@ def facts_of(trace: Trace) -> FamilyFacts:
         trace.model,
         stacks={stack.path: stack.key for stack in trace.stacks},
         pipeline_classes=(),
+        streams=(),  # with other names than those that `method.stream` takes
         first_block=max(stack.first_block for stack in trace.stacks),
         last_blocks=max(stack.last_blocks for stack in trace.stacks),
+        pruned_models={pruned_name(trace.model): PRUNED_MAKER},
     )
 
 
@@ -48,19 +52,28 @@ class Traced(Family):
         sampling: SamplingConfig | None = None,
     ) -> None:
         super().__init__(facts, arch, sampling)
+        self.trace: Trace | None = None  # None: it does not know the streams of its model yet
         self._streams: dict[str, tuple[Stream, ...]] = {}
         self._takes: frozenset[str] = frozenset()  # arguments of the pipeline's call
-
-    @property
-    def is_traced(self) -> bool:
-        """Whether it knows the streams of its model."""
-        return bool(self._streams)
+        self._channels = 1
+        self.stream_numbers = 0  # of all streams of a sample, at the block that has most of them
 
     def adopt(self, trace: Trace) -> None:
-        """Take the streams of the model from its trace."""
+        """Take the streams of the model, and how it is pruned in width, from its trace."""
+        self.trace = trace
+        if any(stack.feed_forwards for stack in trace.stacks):
+            self.width = TracedWidth(trace)
         self._streams = {stack.path: stack.streams for stack in trace.stacks}
         every = [stream for stack in trace.stacks for stream in stack.streams]
-        self.main_stream = max(every, key=lambda stream: stream.tokens).name
+        main = max(every, key=lambda stream: stream.tokens)
+        self.main_stream, self._channels = main.name, main.channels
+        sizes = [sum(stream.tokens * stream.channels for stream in stack.streams) for stack in trace.stacks]
+        self.stream_numbers = max(sizes)
+
+    @property
+    def channels(self) -> int:
+        """The channels of a token of the main stream; 1 before the model is traced."""
+        return self._channels
 
     def streams_in(self, stack: str, kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> Streams:
         return {stream.name: tokens_of(at(kwargs, stream.argument)) for stream in self._streams[stack]}

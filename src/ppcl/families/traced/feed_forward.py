@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ppcl.families.traced.calls import Call
+from ppcl.families.traced.leaves import at, same
+from ppcl.families.traced.streams import Stream, tokens_of
 from ppcl.taps import stack_of
 
 LEAST_SHARE = 0.2  # of a block's parameters
 
 
+@dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward network of a block.
+
+    `name`: that of the module within the block. `dim`: the channels of what it takes and returns. `streams`: the
+    streams of the block's output that change with what it returns.
+    """
+
+    name: str
+    dim: int
+    streams: tuple[str, ...]
+
+
 @torch.no_grad()
-def feed_forwards(transformer: nn.Module, call: Call) -> list[str]:
-    """Return the names of a block's feed-forward networks, outermost first found.
+def feed_forwards(transformer: nn.Module, call: Call, streams: Sequence[Stream]) -> list[FeedForward]:
+    """Return the feed-forward networks of a block, in the order of its modules, the outermost of nested ones.
 
     Each takes one tensor, returns one of the same shape, works on each token by itself, and holds a fifth of the
     block's parameters or more.
@@ -34,13 +53,32 @@ def feed_forwards(transformer: nn.Module, call: Call) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    found: list[str] = []
+    found: dict[str, FeedForward] = {}
     for name, module in block.named_modules():
         if name not in seen or any(name.startswith(f"{outer}.") for outer in found) or isinstance(module, nn.Linear):
             continue
-        if all(_one_for_one(*call) and _by_token(module, *call[:2]) for call in seen[name]):
-            found.append(name)
-    return found
+        if all(_one_for_one(*item) and _by_token(module, *item[:2]) for item in seen[name]):
+            output: Any = seen[name][0][2]
+            found[name] = FeedForward(name, output.shape[-1], _changed(block, module, output, call, streams))
+    return list(found.values())
+
+
+def _changed(
+    block: nn.Module, module: nn.Module, output: Tensor, call: Call, streams: Sequence[Stream]
+) -> tuple[str, ...]:
+    """Return the streams of a block's output that change when one of its modules returns something else.
+
+    If none changes, because the gates of an untrained model are 0, they are those with as many tokens as `output`.
+    """
+    handle = module.register_forward_hook(lambda module, args, output: output * 2 + 1)
+    try:
+        other = block(**call.arguments)
+    finally:
+        handle.remove()
+    changed = [stream for stream in streams if not same(at(call.output, stream.slot), at(other, stream.slot))]
+    shape = tokens_of(output).shape[:2]
+    alike = [stream for stream in streams if tokens_of(at(call.output, stream.slot)).shape[:2] == shape]
+    return tuple(stream.name for stream in changed or alike or streams)
 
 
 def _one_for_one(args: tuple, kwargs: dict, output: object) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from ppcl.errors import UsageError, root
 from ppcl.families.traced.structure import block_lists, without_weights
 from ppcl.families.traced.trace import Stack, Trace, counted_lists, small_lists
 
-VERSION = 1  # of how models are traced
+TRACE = "trace.json"  # in a run's folder
+VERSION = 2  # of how models are traced
 
 
 def trace_path(cache_dir: str | Path, model: str, arch: Mapping[str, Any]) -> Path:
@@ -71,8 +74,14 @@ def guessed(kind: Any, arch: Mapping[str, Any]) -> Trace:
 
     Raises `UsageError` if it has none.
     """
+    own = {key: value for key, value in arch.items() if not key.startswith("_")}
+    return _guessed(kind, json.dumps(own, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=8)  # a command asks several times, and a large model takes seconds
+def _guessed(kind: Any, arch: str) -> Trace:
     try:
-        model = without_weights(kind, {key: value for key, value in arch.items() if not key.startswith("_")})
+        model = without_weights(kind, json.loads(arch))
     except Exception as error:  # a value of any kind can stand in the file
         raise UsageError(f"transformer/config.json is no config of a {kind.__name__} ({root(error)}).") from None
     lists = block_lists(model)

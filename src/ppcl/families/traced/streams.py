@@ -18,8 +18,8 @@ class Stream:
 
     `name`: that of the argument that takes it, and if a stream of another stack has the same with other tokens, also
     that of the stack. `argument`: its place in the arguments; longer than one if the argument is a list or a dict.
-    `slot`: its place in what a block returns; empty if a block returns that tensor alone. `tokens`: its number of
-    tokens in the traced forward. `mask`: the argument of the transformer's forward that marks its valid tokens,
+    `slot`: its place in what a block returns; empty if a block returns that tensor alone. `tokens`, `channels`:
+    its size in the traced forward. `mask`: the argument of the transformer's forward that marks its valid tokens,
     boolean or 0 and 1, `[B, tokens]`; None if all are valid.
     """
 
@@ -27,6 +27,7 @@ class Stream:
     argument: Path
     slot: Path
     tokens: int = 0
+    channels: int = 0
     mask: str | None = None
 
 
@@ -52,8 +53,8 @@ def find_streams(calls: Sequence[Call]) -> tuple[list[Stream], int, int]:
             continue
         if all(_passed_on(call, slot) for call in calls[first:last]):
             continue
-        tokens = tokens_of(tensors(calls[last].arguments)[place]).shape[1]
-        streams.append(Stream("_".join(map(str, place)), place, slot, tokens))
+        _, tokens, channels = tokens_of(tensors(calls[last].arguments)[place]).shape
+        streams.append(Stream("_".join(map(str, place)), place, slot, tokens, channels))
     return streams, first, last
 
 

@@ -37,36 +37,59 @@ def block_lists(transformer: nn.Module) -> list[BlockList]:
     A key counts a list if the model that is built with that integer one larger has one more block in exactly that list,
     and is otherwise the same. The models are built without weights.
     """
-    config = plain_config(transformer)
     lists = _outermost(transformer)
     grown: dict[str, list[str]] = {path: [] for path in lists}
     reasons: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_BLOCKS:
-            continue
-        try:
-            larger = without_weights(type(transformer), config | {key: value + 1})
-        except Exception:  # of any kind: other integers of a config must divide or equal each other
-            continue
-        longer = {path: len(found) - len(lists[path]) for path, found in _outermost(larger).items() if path in lists}
-        changed = [path for path, more in longer.items() if more]
-        if not changed:
-            continue
-        if len(changed) > 1:
-            for path in changed:
-                reasons[path] = f"{key} counts {' and '.join(changed)} at once"
-        elif longer[changed[0]] != 1:
-            reasons[changed[0]] = f"one more in {key} makes {longer[changed[0]]} more blocks"
-        elif other := _other_shape(transformer, larger, changed[0]):
-            reasons[changed[0]] = f"{key} also changes the shape of {other}"
-        else:
-            grown[changed[0]].append(key)
+    integers = _integers(transformer)
+    lengths = {len(found) for found in lists.values()}
+    # A key that counts a list mostly has its length. The others are tried for what is then left: models take seconds.
+    for likely in (True, False):
+        if not likely and all(grown[path] or path in reasons for path, found in lists.items() if len(found) > 1):
+            break
+        for key, value in integers.items():
+            if (value in lengths) == likely:
+                _try(transformer, lists, key, grown, reasons)
     whole = sum(parameter.numel() for parameter in transformer.parameters())
     return [
         _described(path, found, grown[path], reasons.get(path, ""), whole)
         for path, found in lists.items()
         if len(found) > 1
     ]
+
+
+def _integers(transformer: nn.Module) -> dict[str, int]:
+    """Return the integers of a transformer's config that could be a number of blocks."""
+    found = plain_config(transformer).items()
+    return {key: value for key, value in found if type(value) is int and 1 <= value <= MOST_BLOCKS}
+
+
+def _try(
+    transformer: nn.Module,
+    lists: Mapping[str, nn.ModuleList],
+    key: str,
+    grown: dict[str, list[str]],
+    reasons: dict[str, str],
+) -> None:
+    """Build the model with one more in `key`, and add the key to the list in `grown` that is longer for it.
+
+    Where it does not count a list alone, the reason is put in `reasons`.
+    """
+    config = plain_config(transformer)
+    try:
+        larger = without_weights(type(transformer), config | {key: config[key] + 1})
+    except Exception:  # of any kind: other integers of a config must divide or equal each other
+        return
+    longer = {path: len(found) - len(lists[path]) for path, found in _outermost(larger).items() if path in lists}
+    changed = [path for path, more in longer.items() if more]
+    if len(changed) > 1:
+        for path in changed:
+            reasons[path] = f"{key} counts {' and '.join(changed)} at once"
+    elif changed and longer[changed[0]] != 1:
+        reasons[changed[0]] = f"one more in {key} makes {longer[changed[0]]} more blocks"
+    elif changed and (other := _other_shape(transformer, larger, changed[0])):
+        reasons[changed[0]] = f"{key} also changes the shape of {other}"
+    elif changed:
+        grown[changed[0]].append(key)
 
 
 def _described(path: str, blocks: nn.ModuleList, keys: list[str], reason: str, whole: int) -> BlockList:

@@ -11,7 +11,7 @@ from torch import nn
 from ppcl.errors import UsageError
 from ppcl.families.traced import checks
 from ppcl.families.traced.calls import Forward, record
-from ppcl.families.traced.feed_forward import feed_forwards
+from ppcl.families.traced.feed_forward import FeedForward, feed_forwards
 from ppcl.families.traced.masks import find_masks
 from ppcl.families.traced.streams import Stream, find_streams
 from ppcl.families.traced.structure import BlockList, block_lists
@@ -39,7 +39,7 @@ class Stack:
     streams: tuple[Stream, ...]
     first_block: int = 0
     last_blocks: int = 0
-    feed_forwards: tuple[str, ...] = ()
+    feed_forwards: tuple[FeedForward, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Trace:
                 end = stack.blocks - stack.last_blocks - 1
                 lines.append(f"    blocks {stack.first_block} to {end} are alike, and only these are pruned")
             if stack.feed_forwards:
-                lines.append(f"    feed-forward networks: {', '.join(stack.feed_forwards)}")
+                lines.append(f"    feed-forward networks: {', '.join(item.name for item in stack.feed_forwards)}")
         lines += [f"  {path}: left alone, {reason}" for path, reason in self.left_alone.items()]
         return "\n".join(lines)
 
@@ -86,7 +86,10 @@ class Trace:
                 Stream(**(item | {"argument": tuple(item["argument"]), "slot": tuple(item["slot"])}))
                 for item in stack["streams"]
             )
-            stacks.append(Stack(**(stack | {"streams": streams, "feed_forwards": tuple(stack["feed_forwards"])})))
+            found = tuple(
+                FeedForward(**(item | {"streams": tuple(item["streams"])})) for item in stack["feed_forwards"]
+            )
+            stacks.append(Stack(**(stack | {"streams": streams, "feed_forwards": found})))
         return cls(content["model"], content["params"], tuple(stacks), dict(content["left_alone"]))
 
 
@@ -158,7 +161,7 @@ def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> T
         except UsageError as error:
             raise UsageError(f"{name} cannot be traced: {item.path}: {error}.") from None
         stack = Stack(item.path, str(item.key), item.count, item.params, item.share, its_streams, item.first, item.last)
-        found.append(replace(stack, feed_forwards=tuple(feed_forwards(transformer, middle))))
+        found.append(replace(stack, feed_forwards=tuple(feed_forwards(transformer, middle, its_streams))))
     params = sum(parameter.numel() for parameter in transformer.parameters())
     return Trace(name, params, tuple(found), left_alone)
 

@@ -9,17 +9,28 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaModel,
     T5Config,
     T5EncoderModel,
+    T5GemmaConfig,
+    T5GemmaEncoderModel,
+    T5GemmaModuleConfig,
     UMT5Config,
     UMT5EncoderModel,
 )
 
 from ppcl.families.flux.tiny import build_clip_tokenizer, build_t5_tokenizer
+from ppcl.families.qwen_image.tiny import build_tokenizer
 
 
-def clip(width: int, projected: int | None = None) -> tuple[Any, Any]:
-    """Returns a CLIP text encoder of this width, with a projection to `projected` if given, and its tokenizer."""
+def clip(width: int, projected: int | None = None, length: int | None = None) -> tuple[Any, Any]:
+    """Returns a CLIP text encoder of this width, with a projection to `projected` if given, and its tokenizer.
+
+    `length`: the most tokens of a text.
+    """
     tokenizer = build_clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -28,7 +39,7 @@ def clip(width: int, projected: int | None = None) -> tuple[Any, Any]:
         projection_dim=projected or width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
+        max_position_embeddings=length or tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -50,6 +61,47 @@ def _t5(config: Any, model: Any, width: int) -> tuple[Any, Any]:
     tokenizer = build_t5_tokenizer()
     sizes = {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_layers": 2, "num_heads": 4}
     return model(config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes)), tokenizer
+
+
+def gemma3(width: int) -> tuple[Any, Any]:
+    """Returns a Gemma 3 of this width with a vision tower of one layer, and a tokenizer."""
+    tokenizer = build_tokenizer()
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = Gemma3Config(text_config=_decoder(tokenizer, width), vision_config=vision, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config), tokenizer
+
+
+def t5_gemma(width: int) -> tuple[Any, Any]:
+    """Returns a T5Gemma encoder of this width, and a tokenizer."""
+    tokenizer = build_t5_tokenizer()
+    sizes = T5GemmaModuleConfig(**_decoder(tokenizer, width))
+    return T5GemmaEncoderModel(T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False)), tokenizer
+
+
+def llama(width: int) -> tuple[Any, Any]:
+    """Returns a Llama of this width, and a tokenizer."""
+    tokenizer = build_tokenizer()
+    return LlamaModel(LlamaConfig(**_decoder(tokenizer, width))), tokenizer
+
+
+def _decoder(tokenizer: Any, width: int) -> dict[str, int]:
+    """Returns the sizes of a language model of two layers, as most configs name them."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
 
 
 def picture_vae(channels: int) -> AutoencoderKL:
