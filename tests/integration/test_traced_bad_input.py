@@ -14,7 +14,8 @@ from diffusers import ChromaPipeline, ChromaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from tests.models_tiny import first, second
-from tests.pipelines_tiny import flux2, parts
+from tests.pipelines_tiny import first_parts as parts
+from tests.pipelines_tiny import flux2
 from tests.pipelines_tiny.saving import flow_scheduler, saved, seed
 
 CASES = first.CASES | second.CASES
@@ -138,7 +139,8 @@ def test_a_recording_of_another_model_is_refused(teacher: Path, recording: Path,
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
     data = ["data=prompts", f"data.cache={recording}"]
     found = refused(tmp_path / "runs", f"model.path={model}", *data, "stages=[probe]")
-    assert f"data.cache={recording} was recorded of another model than model.path" in found
+    assert f"data.cache={recording} was recorded with model.weights=" in found
+    assert found.endswith("record this model by data.path.")
 
 
 @pytest.mark.parametrize("lost", ["000002.json", "000001.safetensors", "half of 000001.safetensors"])
