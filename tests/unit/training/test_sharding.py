@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 from ppcl.config import DataConfig, SamplingConfig
 from ppcl.data.streams import ShapesStream
 from ppcl.families.registry import builders, get_family
+from ppcl.surgery.share import skeleton
 from ppcl.taps import observe
-from ppcl.training.sharding import Sharding, assign, skeleton, whole_call, whole_state
+from ppcl.training.sharding import Sharding, assign, whole_call, whole_state
 
 SAMPLING = SamplingConfig(height=32, width=32, max_sequence_length=32)
 
