@@ -79,7 +79,14 @@ def test_the_stage_maps_one_and_variants_are_drawn_with_it(folder: Path, command
     before = load(export).transformer.state_dict()
     drawn = ["generate.variants=[ppcl-finetuned]", "generate.prompt='a red circle'"]
     again = [*command, "name=tuned", *TRAINED]
-    succeed(*again, "stages=[remap_lora,generate]", f"lora.path={lora}", f"generate.loras=[{lora}]", *drawn)
+    succeed(
+        *again,
+        "stages=[remap_lora,generate]",
+        f"lora.path={lora}",
+        f"generate.loras=[{lora}]",
+        "generate.name=with",
+        *drawn,
+    )
     found = merged(load(export), folder / "tuned" / "lora" / "lora.safetensors")
     full = load_file(lora)
     kept = load(export).transformer.config["ppcl"]["kept_layers"]["transformer_blocks"]
@@ -88,10 +95,10 @@ def test_the_stage_maps_one_and_variants_are_drawn_with_it(folder: Path, command
         a, b = (full[f"base_model.model.{theirs}.lora_{side}.weight"] for side in "AB")
         added = found[f"{ours}.weight"] - before[f"{ours}.weight"]
         torch.testing.assert_close(added, b @ a, rtol=0, atol=1e-5)
-    (with_it,) = (folder / "tuned" / "images").rglob("*.png")
-    succeed(*again, "stages=[generate]", "generate.name=plain", *drawn)
-    (without,) = (folder / "tuned" / "images" / "plain").rglob("*.png")
-    assert with_it.read_bytes() != without.read_bytes()
+    succeed(*again, "stages=[generate]", "generate.name=without", *drawn)
+    pictures = [folder / "tuned" / "images" / name / "ppcl-finetuned" for name in ("with", "without")]
+    one, other = ((each / "00000.png").read_bytes() for each in pictures)
+    assert one != other
 
 
 def test_one_that_is_merged_into_the_teacher_is_in_its_export(folder: Path, command: list[str], lora: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from tests.pipelines_tiny.first_parts import picture_vae, t5
 
+from tests.pipelines_tiny.first_parts import picture_vae, t5
 from tests.pipelines_tiny.language_models import WIDTH
 from tests.pipelines_tiny.saving import saved, seed
 

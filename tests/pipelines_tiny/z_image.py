@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
-from tests.pipelines_tiny.first_parts import picture_vae
 
+from tests.pipelines_tiny.first_parts import picture_vae
 from tests.pipelines_tiny.language_models import WIDTH, chat_tokenizer, qwen3
 from tests.pipelines_tiny.saving import flow_scheduler, saved, seed
 
