@@ -23,6 +23,7 @@ LONGEST = [
     "test_removal",
     "test_interruption",
     "test_damage",
+    "test_recording",
     "test_embedded_teachers",
     "test_bad_input",
     "test_boundaries",
