@@ -99,7 +99,10 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="measure nothing")
     given = parser.parse_args()
     if not given.plot:
-        write_csv(HERE / "results.csv", list(rows(given.seeds, given.steps, given.images)))
+        found: list[dict[str, Any]] = []
+        for row in rows(given.seeds, given.steps, given.images):  # runs that are finished are not made again
+            found.append(row)
+            write_csv(HERE / "results.csv", found)
     plot()
 
 
