@@ -1,4 +1,4 @@
-"""What a call of a pipeline has drawn: pictures, videos, sounds, or videos with sound."""
+"""Reads pictures, videos and sounds from the output of a pipeline's call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ppcl.pictures.videos import frame_rate, sheet_of
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn for one prompt.
+    """Picture, video or sound that was drawn for one prompt.
 
     `picture`: a PIL picture, of a video the sheet of its frames, and of a sound its spectrogram. `frames`: those of a
     video, of which `frame_rate` make a second. `sound`: `[channels, samples]` in [-1, 1], of which `sampling_rate`

@@ -44,7 +44,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Joining:
-    """How calls are joined into batches, and made anew at another noise level.
+    """Rules for joining calls into batches, and for making them anew at another noise level.
 
     `axes`: those of arguments and output; None if calls cannot be joined, and `why`. `renoising`: the fields of a
     `Renoising`; None if calls cannot be made anew, and `as_recorded`, the reason.

@@ -40,7 +40,7 @@ class Step:
 
 @dataclass
 class Recording:
-    """What one run of a pipeline has left: its `calls`, number of denoising `steps`, and final `latents`.
+    """Record of one run of a pipeline: its `calls`, number of denoising `steps`, and final `latents`.
 
     `first`, `last`: its first and last step. `agreement`: the least cosine of an output of the transformer with the
     prediction that the scheduler was given; -1 if they are not comparable.

@@ -1,4 +1,4 @@
-"""What is known of a model before it is traced, and where its trace is kept."""
+"""Keeps traces on disk, and guesses the stacks of a model that is not traced yet."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Trace:
-    """What `trace` found out about a transformer.
+    """Result of `trace`: the parts of a transformer that can be pruned.
 
     `model`: its class. `params`: its number of parameters. `stacks`: those that can be pruned, in order of execution.
     `left_alone`: other block lists, each with the reason.
