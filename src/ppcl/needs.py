@@ -21,6 +21,7 @@ from ppcl.export.quantized import require_bitsandbytes
 from ppcl.methods.registry import load_method
 from ppcl.options import identity
 from ppcl.stages import STAGES
+from ppcl.tracing import check_traceable
 from ppcl.tracking.loggers import check_logger
 from ppcl.validation.model import has_vae, model_folder, needs_weights
 from ppcl.validation.pruning import budget_of
@@ -40,6 +41,7 @@ def check_needs(run: Run) -> None:
     Loads no weights, and of a teacher reads the names and shapes of its tensors alone.
     """
     _check_machine(run)
+    check_traceable(run)
     made: set[str] = set()
     for stage in STAGES:  # in the order in which they run
         if stage in run.config.stages:
@@ -130,7 +132,7 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     """Check the inputs of one stage. `made`: the stages that run before it in this command."""
     config = run.config
     budgeted = stage == "plan" and budget_of(config) is not None
-    if stage == "cache" and config.data.name == "prompts":
+    if stage == "cache" and config.data.name == "prompts" and config.model.path is not None:
         check_prompts(run)
     if stage == "detect":
         if not run.plan_path.exists():  # an earlier plan is reused

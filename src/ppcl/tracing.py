@@ -39,11 +39,7 @@ def ensure_traced(run: Run, record: Path | None = None) -> None:
     if family.trace is not None:
         _keep(run, family.trace)
         return
-    if run.config.data.name != "prompts":
-        raise UsageError(
-            f"model.path={run.config.model.path} is traced on calls of its own pipeline, and none are recorded: give "
-            "data.path=prompts.txt, and add cache to stages."
-        )
+    check_traceable(run)
     record = record or record_of(run.data.whole_cache(), 0)
     inputs = move_data_to_device(dict(read_call(record, 0).arguments), run.device)
     found = trace(run.teacher.pipeline.transformer, inputs)
@@ -54,6 +50,20 @@ def ensure_traced(run: Run, record: Path | None = None) -> None:
     family.facts = facts_of(found, takes_lora=family.facts.takes_lora)
     register(family.facts)
     _keep(run, found)
+
+
+def check_traceable(run: Run) -> None:
+    """Raise `UsageError` if the teacher is not traced yet, a stage needs that, and the data are no prompts."""
+    config, family = run.config, run.family
+    if not isinstance(family, Traced) or family.trace is not None:
+        return
+    if config.data.name == "prompts" or config.model.path is None:
+        return
+    if any(needs_trace(config, stage) for stage in config.stages) and "pruned_feed_forwards" not in family.arch:
+        raise UsageError(
+            f"model.path={config.model.path} holds a {run.teacher.files.index['_class_name']}, which is traced on its "
+            "own calls, and none are recorded: give data.path=prompts.txt, and add cache to stages."
+        )
 
 
 def _keep(run: Run, trace: Trace) -> None:
