@@ -169,3 +169,12 @@ def test_a_model_whose_modulation_counts_its_blocks_is_refused_after_one_prompt(
     assert outcome.code == 2
     assert "ChromaTransformer2DModel cannot be traced: transformer_blocks: temb of transformer_blocks.0" in outcome.err
     assert len(list((tmp_path / "runs").rglob("0*.json"))) == 1
+
+
+def test_a_model_without_a_folder_is_estimated_by_its_configuration(tmp_path: Path) -> None:
+    stages = "stages=[cache,probe,detect,depth]"
+    prompts, runs = f"data.path={_prompts(tmp_path)}", f"paths.runs_dir={tmp_path / 'runs'}"
+    outcome = ppcl("model=z_image", prompts, runs, stages, "explain=true", "trainer.memory_gb=80")
+    assert outcome.code == 0, outcome.err
+    assert "teacher 12.3" in outcome.out  # 6.15B parameters in bfloat16
+    assert "activations are not counted" in outcome.out
