@@ -537,7 +537,7 @@ def test_a_truncated_weight_file_in_the_model_folder_is_named(pipeline_folder, t
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ('{"_class_name": "StableDiffusionPipeline"}', "holds a StableDiffusionPipeline, of no known family"),
+        ('{"_class_name": "StableDiffusionPipeline"}', "holds a StableDiffusionPipeline without a transformer"),
         ("{", "its model_index.json does not read as a JSON object"),
         ("", "its model_index.json does not read as a JSON object"),
         ('["QwenImagePipeline"]', "its model_index.json does not read as a JSON object"),

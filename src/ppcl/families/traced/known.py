@@ -56,7 +56,7 @@ def transformer_of(folder: Path, index: Mapping[str, Any], arch: Mapping[str, An
     components = components_of(index)
     name = arch.get("_class_name") or components.get("transformer", [None, None])[1]
     if not name:
-        parts = ", ".join(key for key, value in components.items() if any(value))
+        parts = ", ".join(key for key, value in components.items() if any(value)) or "it has no parts"
         raise UsageError(
             f"model.path={folder} holds a {index['_class_name']} without a transformer ({parts}): only the blocks of "
             "diffusion transformers can be pruned."
