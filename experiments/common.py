@@ -46,7 +46,7 @@ def draw_prompts(run: Run, per_category: int) -> tuple[list[Prompt], list[Any]]:
         numbers = range(start, min(start + size, len(prompts)))
         texts = [prompts[number].text for number in numbers]
         given = [given_pictures(run, prompts[number]) for number in numbers]
-        images += draw(run, run.teacher.pipeline, texts, numbers, given)
+        images += [drawn.picture for drawn in draw(run, run.teacher.pipeline, texts, numbers, given)]
     return prompts, images
 
 

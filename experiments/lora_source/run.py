@@ -83,7 +83,8 @@ def look(
     with torch.no_grad():
         velocity = [transformer(**batch.inputs)[0] for batch in held_out]
     scenes = evaluation_scenes(run.config.data.eval_seed, PER_CATEGORY)
-    pictures = [to_pixels(p) for p in draw(run, run.teacher.pipeline, [s.caption for s in scenes], range(len(scenes)))]
+    captions = [scene.caption for scene in scenes]
+    pictures = [to_pixels(drawn.picture) for drawn in draw(run, run.teacher.pipeline, captions, range(len(scenes)))]
     found = {"background": float(np.mean([np.median(picture) for picture in pictures]))}
     if target is not None:
         error = sum((a - b).square().sum().item() for a, b in zip(velocity, target, strict=True))

@@ -69,7 +69,8 @@ def pictures(run: Run) -> np.ndarray:
     Prompts and noise are the same in every call.
     """
     prompts = run.prompts[:: len(run.prompts) // 60][:60]
-    images = draw(run, run.teacher.pipeline, [prompt.text for prompt in prompts], range(60))
+    texts = [prompt.text for prompt in prompts]
+    images = [drawn.picture for drawn in draw(run, run.teacher.pipeline, texts, range(60))]
     return np.stack([np.asarray(to_pixels(image), dtype=float) / 255 for image in images])
 
 
