@@ -6,7 +6,6 @@ The first runs always, all of them with PPCL_TEST_MODELS=1.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,6 +28,7 @@ from ppcl.data.recording.recorder import first_output
 from ppcl.pictures.fidelity import likeness
 from ppcl.pictures.images import read_picture, told_by
 from ppcl.pictures.videos import cut, lacks_encoder
+from tests.pipelines_tiny.chain import CHAIN, SHORT, VARIANTS, only_on_demand
 
 # What each draws: the number of frames, and the shape of its sound.
 ARCHITECTURES: dict[str, tuple[int | None, tuple[int, int] | None]] = {
@@ -39,23 +39,6 @@ ARCHITECTURES: dict[str, tuple[int | None, tuple[int, int] | None]] = {
     "stable_audio_3": (None, (4000, 2)),
     "hunyuan_video": (9, None),
 }
-CHAIN = "stages=[cache,probe,detect,depth,export,generate,evaluate,report]"
-VARIANTS = ["teacher", "removed", "ppcl-depth"]
-SHORT = [
-    "trainer=cpu",
-    "trainer.num_threads=1",
-    "trainer.progress=false",
-    "logger=none",
-    "distill.steps=6",
-    "distill.batch_size=4",
-    "probe.num_batches=2",
-    "probe.num_heldout_batches=1",
-    "probe.batch_size=4",
-    "method.num_samples=4",
-    "method.num_timesteps=2",
-    "benchmark.latency_repeats=2",
-    "model.sampling.num_inference_steps=3",
-]
 
 
 @dataclass
@@ -96,18 +79,13 @@ class Chain:
         return {row["name"]: row for row in report["variants"]}
 
 
-def _only_on_demand(name: str) -> Any:
-    asked = bool(os.environ.get("PPCL_TEST_MODELS"))
-    return pytest.param(name, marks=pytest.mark.skipif(not asked, reason="set PPCL_TEST_MODELS=1"))
-
-
 def _write_prompts(folder: Path) -> Path:
     texts = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]
     (folder / "prompts.txt").write_text("\n".join(texts))
     return folder / "prompts.txt"
 
 
-@pytest.fixture(scope="module", params=[next(iter(ARCHITECTURES)), *map(_only_on_demand, [*ARCHITECTURES][1:])])
+@pytest.fixture(scope="module", params=[next(iter(ARCHITECTURES)), *map(only_on_demand, [*ARCHITECTURES][1:])])
 def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     module = import_module(f"tests.pipelines_tiny.{name}")

@@ -6,7 +6,6 @@ The first runs always, all of them with PPCL_TEST_MODELS=1.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,27 +21,10 @@ from torch import Tensor
 import ppcl
 from ppcl.data.recording.files import read_call, record_of
 from ppcl.data.recording.recorder import first_output
+from tests.pipelines_tiny.chain import CHAIN, SHORT, VARIANTS, only_on_demand
 
 ARCHITECTURES = ("flux2", "z_image", "sana", "qwen_image21", "lumina2", "pixart_sigma", "krea2")
-CHAIN = "stages=[cache,probe,detect,depth,export,generate,evaluate,report]"
-VARIANTS = ["teacher", "removed", "ppcl-depth"]
-SHORT = [
-    "trainer=cpu",
-    "trainer.num_threads=1",
-    "trainer.progress=false",
-    "logger=none",
-    "distill.steps=6",
-    "distill.batch_size=4",
-    "probe.num_batches=2",
-    "probe.num_heldout_batches=1",
-    "probe.batch_size=4",
-    "method.num_samples=4",
-    "method.num_timesteps=2",
-    "benchmark.latency_repeats=2",
-    "model.sampling.num_inference_steps=3",
-    "model.sampling.height=64",
-    "model.sampling.width=64",
-]
+SIZE = ["model.sampling.height=64", "model.sampling.width=64"]
 
 
 @dataclass
@@ -59,12 +41,7 @@ class Chain:
         return folder
 
 
-def _only_on_demand(name: str) -> Any:
-    asked = bool(os.environ.get("PPCL_TEST_MODELS"))
-    return pytest.param(name, marks=pytest.mark.skipif(not asked, reason="set PPCL_TEST_MODELS=1"))
-
-
-@pytest.fixture(scope="module", params=[ARCHITECTURES[0], *map(_only_on_demand, ARCHITECTURES[1:])])
+@pytest.fixture(scope="module", params=[ARCHITECTURES[0], *map(only_on_demand, ARCHITECTURES[1:])])
 def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     module = import_module(f"tests.pipelines_tiny.{name}")
@@ -80,6 +57,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         CHAIN,
         f"generate.variants=[{','.join(VARIANTS)}]",
         *SHORT,
+        *SIZE,
         *module.SETTINGS,
     )
     return Chain(name, teacher, folder / "runs" / "chain")

@@ -11,7 +11,7 @@ from tests.models_tiny.case import Case
 
 
 def build(name: str, case: Case) -> nn.Module:
-    """Returns the model of class `name`, in float32 on the CPU, with weights that are the same each time.
+    """Return the model of class `name`, in float32 on the CPU, with weights that are the same each time.
 
     Some classes leave parameters as `torch.empty` made them, to be loaded: those are drawn, too.
     """

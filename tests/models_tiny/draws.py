@@ -9,23 +9,23 @@ from torch import Tensor
 
 
 def normals(seed: int = 0) -> Callable[..., Tensor]:
-    """Returns a function from a shape to standard normal numbers; each call of it goes on drawing from `seed`."""
+    """Return a function from a shape to standard normal numbers; each call of it goes on drawing from `seed`."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(shape, generator=generator)
 
 
 def padding_mask(length: int, *valid: int) -> Tensor:
-    """Returns a mask (rows, `length`) as a tokenizer gives it: 1 at the first `valid` tokens of each row, then 0."""
+    """Return a mask (rows, `length`) as a tokenizer gives it: 1 at the first `valid` tokens of each row, then 0."""
     return (torch.arange(length) < torch.tensor(valid)[:, None]).long()
 
 
 def grid_ids(height: int, width: int, first: float = 0, start: float = 0) -> Tensor:
-    """Returns positions (height * width, 3) of image tokens: `first`, then row and column counted from `start`."""
+    """Return positions (height * width, 3) of image tokens: `first`, then row and column counted from `start`."""
     rows, columns = torch.arange(height) + float(start), torch.arange(width) + float(start)
     return torch.cartesian_prod(torch.tensor([float(first)]), rows, columns)
 
 
 def line_ids(length: int) -> Tensor:
-    """Returns positions (length, 3) of text tokens: 0, then the number of the token twice."""
+    """Return positions (length, 3) of text tokens: 0, then the number of the token twice."""
     number = torch.arange(length).float()
     return torch.stack([torch.zeros(length), number, number], dim=-1)

@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 def seeded() -> Callable[..., Tensor]:
-    """Returns `torch.randn` with a generator of its own, so that an `inputs` gives the same values at each call."""
+    """Return `torch.randn` with a generator of its own, so that an `inputs` gives the same values at each call."""
     return partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
 def both(value: float) -> Tensor:
-    """Returns one number for each of the two samples of a batch, as a pipeline expands its timestep."""
+    """Return one number for each of the two samples of a batch, as a pipeline expands its timestep."""
     return torch.tensor(value).expand(2)
 
 
 def padding(*lengths: int) -> Tensor:
-    """Returns a tokenizer's mask (sample, token), int64: 1 for the first `length` tokens of each row."""
+    """Return a tokenizer's mask (sample, token), int64: 1 for the first `length` tokens of each row."""
     return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
 
 def grid_ids(height: int, width: int) -> Tensor:
-    """Returns the position ids (token, 3) of a picture in FLUX and its kin: 0, row, column."""
+    """Return the position ids (token, 3) of a picture in FLUX and its kin: 0, row, column."""
     return torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))

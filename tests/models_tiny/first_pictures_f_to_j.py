@@ -29,7 +29,7 @@ def _flux() -> dict[str, Any]:
 
 
 def _four_ids(height: int, width: int, length: int) -> Tensor:
-    """Returns the position ids (token, 4) of FLUX.2 and FLUX.3: frame, row, column and place in the text."""
+    """Return the position ids (token, 4) of FLUX.2 and FLUX.3: frame, row, column and place in the text."""
     return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(length))
 
 

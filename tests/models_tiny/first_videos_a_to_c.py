@@ -26,7 +26,7 @@ def _ace_step() -> dict[str, Any]:
 
 
 def _allegro_rotary(frames: int, height: int, width: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Returns the rotary embedding of a grid of patches, as Allegro's pipeline prepares it."""
+    """Return the rotary embedding of a grid of patches, as Allegro's pipeline prepares it."""
     *freqs, t, h, w = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (height, width)), (height, width), frames)
     positions = torch.cartesian_prod(t.long(), h.long(), w.long()).T.reshape(3, 1, -1).contiguous()
     return tuple(freqs), tuple(positions)

@@ -214,6 +214,8 @@ def check_learns(transformer: nn.Module, call: Call, streams: Sequence[Stream]) 
             output = block(**call.arguments)
             loss = torch.stack([at(output, stream.slot).float().square().mean() for stream in streams]).sum()
             found = torch.autograd.grad(loss, list(block.parameters()), allow_unused=True)
+    except torch.OutOfMemoryError:  # which is no property of the model
+        raise
     except Exception as error:  # whatever an operation without a backward raises
         raise UsageError(f"block {call.key[1]} does not back-propagate ({_short(error)})") from None
     gradients = [each for each in found if each is not None]  # zeros, where an untrained model's gates are 0

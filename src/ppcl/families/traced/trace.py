@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ppcl.errors import UsageError
@@ -134,7 +135,9 @@ def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> T
     paths = [item.path for item in large]
     try:
         forward = record(transformer, inputs, paths)
-    except Exception as error:
+    except torch.OutOfMemoryError:  # which is no property of the model
+        raise
+    except Exception as error:  # whatever a model raises on inputs that are not its own
         raise UsageError(f"{name} cannot be traced: it does not run on these inputs ({error}).") from None
     ordered = sorted(large, key=lambda item: _place(forward, item.path))
     try:
