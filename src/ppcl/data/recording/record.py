@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 from ppcl.artifacts.files import sweep, write_json
 from ppcl.artifacts.headers import is_current
-from ppcl.config import SamplingConfig
 from ppcl.context import Run
 from ppcl.data.recording.files import (
     ARGUMENTS,
@@ -34,14 +32,13 @@ from ppcl.data.recording.renoise import NoRenoisingError, find_renoising
 from ppcl.data.recording.table import Row, check_rows, loaded, read_rows
 from ppcl.disk import check_space, in_bytes
 from ppcl.errors import UsageError
+from ppcl.families.traced.family import sampling_arguments
 from ppcl.launch import rank
 from ppcl.progress import counter
 from ppcl.report.text import counted
 from ppcl.tracing import ensure_traced
 
 PATHS = (ARGUMENTS, OUTPUT)
-# Keys of `model.sampling` that are given to a pipeline which takes them, of a family that builds no arguments itself.
-_SAMPLING = ("height", "width", "num_inference_steps", "true_cfg_scale", "guidance_scale", "max_sequence_length")
 
 
 def check_prompts(run: Run) -> None:
@@ -133,7 +130,7 @@ def call_arguments(run: Run, row: Row, prompt: int) -> dict[str, Any]:
     """
     pipeline, family, sampling = run.teacher.pipeline, run.family, run.config.model.sampling
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    found = family.sampling_arguments(sampling, 1) if family.draws else _sampling(sampling, parameters)
+    found = family.sampling_arguments(sampling, 1) if family.draws else sampling_arguments(sampling, parameters)
     if row.prompt is not None:
         found |= family.prompt_arguments(pipeline, [row.prompt]) if family.draws else {"prompt": row.prompt}
     found |= loaded(row, parameters)
@@ -144,15 +141,6 @@ def call_arguments(run: Run, row: Row, prompt: int) -> dict[str, Any]:
     # With a cache of keys a call depends on those before it. Pipelines that have one can do without.
     own |= {name: False for name, parameter in parameters.items() if "cache" in name and parameter.default is True}
     return found | {name: value for name, value in own.items() if name in parameters}
-
-
-def _sampling(sampling: SamplingConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of `model.sampling` that a pipeline with these parameters takes, where they are not None."""
-    found = {name: getattr(sampling, name) for name in _SAMPLING if name in parameters}
-    guided = "true_cfg_scale" in parameters and sampling.true_cfg_scale > 1
-    if "negative_prompt" in parameters and (guided or sampling.negative_prompt):
-        found["negative_prompt"] = sampling.negative_prompt
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _joining(run: Run, row: Row, folder: Path, found: Recording) -> Joining:

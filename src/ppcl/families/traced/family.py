@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,25 @@ from ppcl.families.traced.width import TracedWidth
 from ppcl.taps import Streams
 
 NAME = "traced"
-# Keys of `model.sampling` that a pipeline is given if its call takes them.
 _SAMPLING = ("height", "width", "num_inference_steps", "true_cfg_scale", "guidance_scale", "max_sequence_length")
+
+
+def sampling_arguments(
+    sampling: SamplingConfig, takes: Container[str], arch: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the settings of `model.sampling` that are not None, of those that a pipeline's call `takes`.
+
+    `arch`: the transformer's config, if known. A transformer that embeds no guidance scale is given none beside
+    `true_cfg_scale`, because its pipeline would warn of it at every call.
+    """
+    found = {name: getattr(sampling, name) for name in _SAMPLING if name in takes}
+    if "true_cfg_scale" in found and (arch or {}).get("guidance_embeds") is False:
+        found.pop("guidance_scale", None)
+    # Without a negative prompt, pipelines with `true_cfg_scale` run no second pass.
+    guided = "true_cfg_scale" in found and sampling.true_cfg_scale > 1
+    if "negative_prompt" in takes and (guided or sampling.negative_prompt):
+        found["negative_prompt"] = sampling.negative_prompt
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def facts_of(trace: Trace, *, takes_lora: bool = True) -> FamilyFacts:
@@ -107,7 +124,7 @@ class Traced(Family):
         self._takes = frozenset(inspect.signature(type(pipeline).__call__).parameters)
 
     def sampling_arguments(self, sampling: SamplingConfig, batch_size: int) -> dict[str, Any]:
-        found = {name: getattr(sampling, name) for name in _SAMPLING if name in self._takes}
-        if "negative_prompt" in self._takes and sampling.negative_prompt:
-            found["negative_prompt"] = [sampling.negative_prompt] * batch_size
-        return {name: value for name, value in found.items() if value is not None} | sampling.arguments
+        found = sampling_arguments(sampling, self._takes, self.arch)
+        if "negative_prompt" in found:
+            found["negative_prompt"] = [found["negative_prompt"]] * batch_size
+        return found | sampling.arguments
