@@ -57,3 +57,13 @@ def test_more_ffns_than_blocks_are_all_of_them(command: list[str], tmp_path: Pat
     succeed(*command, INTERVALS, "width=auto", "width.num_ffn=99", "width.num_text=0", "stages=[depth,width]")
     plan = json.loads((tmp_path / "reach" / "plan" / "width.json").read_text())
     assert plan["width"] == {"transformer_blocks": {"text": [], "ffn": [0, 1, 3, 5]}}
+
+
+def test_a_given_width_set_of_a_block_that_detection_removes_is_named(command: list[str], tmp_path: Path) -> None:
+    given = ["width.source=given", "width.transformer_blocks.ffn=[0,1,2,3,4,5]"]
+    outcome = ppcl(*command, *given, "stages=[probe,detect,depth,width]", "budget.params=0.9")
+    assert outcome.code == 2
+    assert "width.transformer_blocks.ffn: block" in outcome.err
+    assert "not among the blocks that the intervals keep" in outcome.err
+    assert (tmp_path / "reach" / "plan" / "plan.json").exists()
+    assert not (tmp_path / "reach" / "plugs").exists()

@@ -178,3 +178,11 @@ def test_a_model_without_a_folder_is_estimated_by_its_configuration(tmp_path: Pa
     assert outcome.code == 0, outcome.err
     assert "teacher 12.3" in outcome.out  # 6.15B parameters in bfloat16
     assert "activations are not counted" in outcome.out
+
+
+def test_a_modular_pipeline_is_refused_as_such(tmp_path: Path) -> None:
+    index = {"_class_name": "QwenImageModularPipeline", "_diffusers_version": "0.42.1"}
+    (tmp_path / "modular_model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    outcome = ppcl("model=auto", f"model.path={tmp_path}", "data=prompts", "data.path=none.txt", "stages=[cache]")
+    assert outcome.code == 2
+    assert f"model.path={tmp_path} is a modular pipeline" in outcome.err

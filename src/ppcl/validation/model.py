@@ -255,6 +255,11 @@ def _index_of(folder: Path, model: ModelConfig) -> dict[str, Any]:
     """Return the content of `model_index.json`, whose components are pairs of a library and a class."""
     path = folder / "model_index.json"
     if not path.is_file():
+        if (folder / "modular_model_index.json").is_file():
+            raise UsageError(
+                f"model.path={model.path} is a modular pipeline, whose call is put together from blocks after loading, "
+                "so ppcl cannot tell which arguments it takes: give a pipeline folder that has a model_index.json."
+            )
         raise UsageError(f"model.path={model.path} is not a pipeline folder: {path} does not exist.")
     index = _read(folder, path.name, model)
     if not isinstance(index.get("_class_name"), str):

@@ -10,7 +10,7 @@ from ppcl.errors import UsageError
 from ppcl.layers import kept_layers
 from ppcl.report.text import billions
 from ppcl.surgery.count import count_parameters
-from ppcl.validation.pruning import resolve_width
+from ppcl.validation.pruning import check_width, resolve_width
 
 _MORE = {
     "none": "add width=auto",
@@ -50,6 +50,8 @@ def largest_width(run: Run, intervals: Intervals) -> Width:
     `width.num_ffn` FFNs of all stacks together.
     """
     given, settings, family = resolve_width(run.config), run.config.width, run.family
+    if given is not None:
+        check_width(run.config, given, intervals)  # detected intervals may have removed such a block
     if given is not None or family.width is None:
         return given or {}
     kept = {stack: kept_layers(count, intervals.get(stack, [])) for stack, count in run.num_layers.items()}
