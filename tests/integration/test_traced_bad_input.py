@@ -13,12 +13,11 @@ from commands import ppcl, succeed
 from diffusers import ChromaPipeline, ChromaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from tests.models_tiny import first, second
+from tests.models_tiny.cases import CASES
 from tests.pipelines_tiny import first_parts as parts
 from tests.pipelines_tiny import flux2
 from tests.pipelines_tiny.saving import flow_scheduler, saved, seed
 
-CASES = first.CASES | second.CASES
 SMALL = [
     "model=auto",
     "trainer=cpu",

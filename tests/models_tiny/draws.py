@@ -14,9 +14,14 @@ def normals(seed: int = 0) -> Callable[..., Tensor]:
     return lambda *shape: torch.randn(shape, generator=generator)
 
 
-def padding_mask(length: int, *valid: int) -> Tensor:
-    """Return a mask (rows, `length`) as a tokenizer gives it: 1 at the first `valid` tokens of each row, then 0."""
-    return (torch.arange(length) < torch.tensor(valid)[:, None]).long()
+def both(value: float) -> Tensor:
+    """Return one number for each of the two samples of a batch, as a pipeline expands its timestep."""
+    return torch.tensor(value).expand(2)
+
+
+def padding(*lengths: int) -> Tensor:
+    """Return a tokenizer's mask (sample, token), int64: 1 for the first `length` tokens of each row."""
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
 
 def grid_ids(height: int, width: int, first: float = 0, start: float = 0) -> Tensor:

@@ -13,9 +13,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 import ppcl
-from tests.models_tiny import second
 from tests.models_tiny.build import build
-from tests.models_tiny.draws import padding_mask
+from tests.models_tiny.cases import CASES
+from tests.models_tiny.draws import padding
 
 FLUX = {
     "in_channels": 4,
@@ -111,12 +111,12 @@ def test_padding_is_found_by_its_mask(valid: int) -> None:
 
 @pytest.mark.parametrize("valid", [4, 16])
 def test_a_mask_of_the_text_is_not_taken_for_one_of_a_picture_with_as_many_tokens(valid: int) -> None:
-    case = second.CASES["PixArtTransformer2DModel"]
+    case = CASES["PixArtTransformer2DModel"]
     assert not isinstance(case, str)
     inputs = case.inputs() | {
         "hidden_states": torch.randn(2, 4, 8, 8),
         "encoder_hidden_states": torch.randn(2, 16, 40),
-        "encoder_attention_mask": padding_mask(16, 16, valid),
+        "encoder_attention_mask": padding(16, valid),
     }
     (stack,) = ppcl.trace(build("PixArtTransformer2DModel", case), inputs).stacks
     assert {stream.name: (stream.tokens, stream.mask) for stream in stack.streams} == {"hidden_states": (16, None)}

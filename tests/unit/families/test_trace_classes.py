@@ -15,10 +15,9 @@ from diffusers import ModelMixin
 
 import ppcl
 from ppcl.artifacts.files import atomic_path
-from tests.models_tiny import first, second
 from tests.models_tiny.build import build
+from tests.models_tiny.cases import CASES
 
-CASES = first.CASES | second.CASES
 README = Path(__file__).parents[3] / "README.md"
 BEGIN, END = "<!-- traced classes -->\n", "<!-- end of traced classes -->"
 WIDEST = 120  # characters of a row

@@ -29,10 +29,9 @@ from ppcl.layers import Layout
 from ppcl.surgery.count import count_parameters
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.taps import stack_of
-from tests.models_tiny import first, second
 from tests.models_tiny.build import build
+from tests.models_tiny.cases import CASES
 
-CASES = first.CASES | second.CASES
 # Two networks in a block; one with padded text beside the image; one that takes two streams joined.
 NAMES = ("Flux2Transformer2DModel", "Krea2Transformer2DModel", "CogVideoXTransformer3DModel")
 FFN = [1, 3]

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_rfd4_proteina import CONDITION_KEYS
 
 from tests.models_tiny.case import Case
-from tests.models_tiny.draws import normals, padding_mask
+from tests.models_tiny.draws import normals, padding
 
 
 def _longcat_audio() -> dict[str, Any]:
@@ -17,9 +17,9 @@ def _longcat_audio() -> dict[str, Any]:
     return {
         "hidden_states": normal(2, 11, 10),
         "encoder_hidden_states": normal(2, 7, 40),
-        "encoder_attention_mask": padding_mask(7, 7, 4).bool(),
+        "encoder_attention_mask": padding(7, 4).bool(),
         "timestep": torch.tensor([0.6, 0.6]),
-        "attention_mask": padding_mask(11, 11, 11).bool(),
+        "attention_mask": padding(11, 11).bool(),
         "latent_cond": torch.zeros(2, 11, 10),
     }
 
@@ -41,7 +41,7 @@ def _minimax_codes() -> dict[str, Any]:
 
 def _rfd4() -> dict[str, Any]:
     """9 tokens of a molecule, of which one is given, without conditions on its atoms; blocks run 3 times."""
-    normal, mask = normals(), padding_mask(9, 9, 6).bool()
+    normal, mask = normals(), padding(9, 6).bool()
     given = (torch.arange(9) == 1).repeat(2, 1)
     atoms = ("rasa", "hbond", "pistack", "pication", "saltbridge", "hydrophobic", "metal_coord")
     conditioning = {CONDITION_KEYS[name]: torch.zeros(2, 9, 37) for name in atoms} | {
@@ -74,7 +74,7 @@ def _stable_audio3() -> dict[str, Any]:
         "timestep": torch.tensor([0.6, 0.6]),
         "encoder_hidden_states": normal(2, 7, 40),
         "global_hidden_states": normal(2, 28),
-        "encoder_attention_mask": padding_mask(7, 7, 4),
+        "encoder_attention_mask": padding(7, 4),
         "return_dict": False,
     }
 
@@ -97,7 +97,7 @@ def _t5_film() -> dict[str, Any]:
     normal = normals()
     return {
         "encodings_and_masks": [
-            (normal(2, 7, 48), padding_mask(7, 7, 4).bool()),
+            (normal(2, 7, 48), padding(7, 4).bool()),
             (normal(2, 9, 48), torch.ones(2, 9, dtype=torch.bool)),
         ],
         "decoder_input_tokens": normal(2, 11, 10),
@@ -112,7 +112,7 @@ def _prior() -> dict[str, Any]:
         "timestep": torch.tensor(600),
         "proj_embedding": normal(2, 20),
         "encoder_hidden_states": normal(2, 7, 20),
-        "attention_mask": padding_mask(7, 7, 4).bool(),
+        "attention_mask": padding(7, 4).bool(),
     }
 
 
@@ -140,7 +140,7 @@ def _temporal() -> dict[str, Any]:
     }
 
 
-CASES: dict[str, Case | str] = {
+OTHERS: dict[str, Case | str] = {
     # The class starts its last layer at zero, so a new model gives zeros.
     "LongCatAudioDiTTransformer": Case(
         {

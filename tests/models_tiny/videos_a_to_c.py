@@ -9,11 +9,11 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_p
 from torch import Tensor
 
 from tests.models_tiny.case import Case
-from tests.models_tiny.first_parts import both, padding, seeded
+from tests.models_tiny.draws import both, normals, padding
 
 
 def _ace_step() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 22, 8),
         "timestep": both(0.7),
@@ -33,7 +33,7 @@ def _allegro_rotary(frames: int, height: int, width: int) -> tuple[tuple[Tensor,
 
 
 def _allegro() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 3, 8, 12),
         "encoder_hidden_states": noise(2, 9, 20),
@@ -45,7 +45,7 @@ def _allegro() -> dict[str, Any]:
 
 
 def _any_flow() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 3, 4, 8, 12),
         "timestep": torch.full((2, 3), 700.0),
@@ -58,7 +58,7 @@ def _any_flow() -> dict[str, Any]:
 
 def _any_flow_far() -> dict[str, Any]:
     """The second chunk of a video: its blocks read what the first chunk left in their caches."""
-    noise = seeded()
+    noise = normals()
     tokens, far_tokens, heads, head_dim = 24, 6, 2, 24  # tokens of a frame, and of a frame that is long past
     kv_cache = {
         block: {
@@ -75,7 +75,7 @@ def _any_flow_far() -> dict[str, Any]:
 
 
 def _chrono_edit() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 12, 3, 8, 12),
         "timestep": torch.tensor(700).expand(2),
@@ -91,7 +91,7 @@ def _cogvideo_rotary(frames: int, height: int, width: int) -> tuple[Tensor, Tens
 
 
 def _cogvideox() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 3, 4, 8, 12),
         "encoder_hidden_states": noise(2, 9, 20),
@@ -103,7 +103,7 @@ def _cogvideox() -> dict[str, Any]:
 
 
 def _consis_id() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return _cogvideox() | {
         "hidden_states": noise(2, 3, 8, 8, 12),
         "id_vit_hidden": [noise(1, 11, 24) for _ in range(2)],
@@ -112,7 +112,7 @@ def _consis_id() -> dict[str, Any]:
 
 
 def _cosmos() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 6, 3, 8, 12),
         "timestep": both(0.7),
@@ -126,7 +126,7 @@ def _cosmos() -> dict[str, Any]:
 
 def _cosmos3() -> dict[str, Any]:
     """One sample, packed into one sequence: 7 tokens of text, then 3 frames of 2 x 3 patches."""
-    noise = seeded()
+    noise = normals()
     text, frames, height, width = 7, 3, 2, 3
     video = frames * height * width
     words = torch.arange(float(text)).expand(3, text)

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2K
 from diffusers.pipelines.sana_wm.cam_utils import prepare_camera
 
 from tests.models_tiny.case import Case
-from tests.models_tiny.draws import normals, padding_mask
+from tests.models_tiny.draws import normals, padding
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def _ltx2() -> dict[str, Any]:
     normal = normals()
     video = LTX2AudioVideoRotaryPosEmbed(dim=64, modality="video", num_attention_heads=4)
     audio = LTX2AudioVideoRotaryPosEmbed(dim=32, modality="audio", scale_factors=[4], num_attention_heads=4)
-    mask = padding_mask(7, 7, 4)
+    mask = padding(7, 4)
     return {
         "hidden_states": normal(2, 2 * 2 * 3, 10),
         "audio_hidden_states": normal(2, 9, 14),
@@ -57,7 +57,7 @@ def _ltx() -> dict[str, Any]:
         "hidden_states": normal(2, 2 * 2 * 3, 10),
         "encoder_hidden_states": normal(2, 7, 40),
         "timestep": torch.tensor([600.0, 600.0]),
-        "encoder_attention_mask": padding_mask(7, 7, 4).bool(),
+        "encoder_attention_mask": padding(7, 4).bool(),
         "num_frames": 2,
         "height": 2,
         "width": 3,
@@ -119,7 +119,7 @@ def _mochi() -> dict[str, Any]:
         "hidden_states": normal(2, 6, 2, 4, 6),
         "encoder_hidden_states": normal(2, 7, 40),
         "timestep": torch.tensor([600.0, 600.0]),
-        "encoder_attention_mask": padding_mask(7, 7, 4).bool(),
+        "encoder_attention_mask": padding(7, 4).bool(),
         "attention_kwargs": None,
         "return_dict": False,
     }
@@ -134,7 +134,7 @@ def _motif() -> dict[str, Any]:
         "attention_kwargs": None,
         "return_dict": False,
         "encoder_hidden_states": normal(2, 9, 40),
-        "encoder_attention_mask": padding_mask(9, 9, 6),
+        "encoder_attention_mask": padding(9, 6),
     }
 
 
@@ -143,7 +143,7 @@ def _sana_video() -> dict[str, Any]:
     return {
         "hidden_states": normal(2, 6, 2, 4, 6),
         "encoder_hidden_states": normal(2, 7, 40),
-        "encoder_attention_mask": padding_mask(7, 7, 4),
+        "encoder_attention_mask": padding(7, 4),
         "timestep": torch.tensor([600.0, 600.0]),
         "return_dict": False,
         "attention_kwargs": {},
@@ -167,7 +167,7 @@ def _sana_refiner() -> dict[str, Any]:
         "encoder_hidden_states": normal(2, 7, 40),
         "timestep": torch.full((2, 2 * rows), 600.0),
         "video_rotary_emb": (cos[:, rows:], sin[:, rows:]),
-        "encoder_attention_mask": padding_mask(7, 7, 4),
+        "encoder_attention_mask": padding(7, 4),
         "kv_cache": cache,
         "kv_cache_mode": "inject",
         "return_dict": False,
@@ -187,7 +187,7 @@ def _sana_wm() -> dict[str, Any]:
         "encoder_hidden_states": normal(2, 1, 7, 40),
         "return_dict": False,
         "data_info": {"img_hw": torch.tensor([[64.0, 128.0]])},
-        "mask": padding_mask(7, 7, 4),
+        "mask": padding(7, 4),
         "camera_conditions": camera["raymap"].repeat(2, 1, 1),
         "chunk_plucker": camera["chunk_plucker"].repeat(2, 1, 1, 1, 1),
     }
@@ -277,7 +277,7 @@ _LTX2: dict[str, Any] = {
     "caption_channels": 40,
 }
 
-CASES: dict[str, Case | str] = {
+VIDEOS: dict[str, Case | str] = {
     "LTX2VideoTransformer3DModel": Case(_LTX2, _ltx2),
     "LTXVideoTransformer3DModel": Case(
         {

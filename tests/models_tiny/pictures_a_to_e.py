@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from tests.models_tiny.case import Case
-from tests.models_tiny.first_parts import both, grid_ids, padding, seeded
+from tests.models_tiny.draws import both, grid_ids, normals, padding
 
 
 def _aura_flow() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 8, 12),
         "encoder_hidden_states": noise(2, 9, 20),
@@ -22,7 +22,7 @@ def _aura_flow() -> dict[str, Any]:
 
 
 def _bria_fibo2() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 8, 12),
         "timestep": both(0.7),
@@ -34,7 +34,7 @@ def _bria_fibo2() -> dict[str, Any]:
 
 
 def _bria_fibo() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     real = torch.cat([padding(9, 6), torch.ones(2, 24)], dim=1).bool()
     return {
         "hidden_states": noise(2, 24, 14),
@@ -49,7 +49,7 @@ def _bria_fibo() -> dict[str, Any]:
 
 
 def _bria() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 24, 14),
         "timestep": both(700.0),
@@ -62,7 +62,7 @@ def _bria() -> dict[str, Any]:
 
 
 def _chroma() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 24, 14),
         "timestep": both(0.7),
@@ -76,7 +76,7 @@ def _chroma() -> dict[str, Any]:
 
 
 def _cogview3_plus() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 8, 12),
         "encoder_hidden_states": noise(2, 9, 20),
@@ -93,7 +93,7 @@ def _cogview4() -> dict[str, Any]:
 
 
 def _dit() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 8, 8),
         "timestep": torch.tensor(700).expand(2),
@@ -102,7 +102,7 @@ def _dit() -> dict[str, Any]:
 
 
 def _dreamlite() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 24, 4, 6),
         "encoder_hidden_states": noise(2, 9, 20),
@@ -114,7 +114,7 @@ def _dreamlite() -> dict[str, Any]:
 
 
 def _ernie() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 12, 4, 6),
         "timestep": both(700.0).contiguous(),

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from tests.models_tiny.case import Case
-from tests.models_tiny.first_parts import both, padding, seeded
+from tests.models_tiny.draws import both, normals, padding
 
 
 def _easy_animate() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 3, 8, 12),
         "timestep": both(700.0).contiguous(),
@@ -22,7 +22,7 @@ def _easy_animate() -> dict[str, Any]:
 
 def _helios() -> dict[str, Any]:
     """3 frames, after a first frame and 16 + 2 + 1 frames of history, the older the coarser."""
-    noise = seeded()
+    noise = normals()
     first, long, middle, last, new = torch.arange(23).split([1, 16, 2, 1, 3])
     return {
         "hidden_states": noise(2, 4, 3, 8, 12),
@@ -41,7 +41,7 @@ def _helios() -> dict[str, Any]:
 
 
 def _hunyuan_video() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 3, 8, 12),
         "timestep": both(700.0),
@@ -56,7 +56,7 @@ def _hunyuan_video() -> dict[str, Any]:
 
 def _framepack() -> dict[str, Any]:
     """3 new frames between a given first frame and 1 + 2 + 16 later frames, the later the coarser."""
-    noise = seeded()
+    noise = normals()
     first, _, new, near, middle, far = torch.arange(26).split([1, 3, 3, 1, 2, 16])
     return _hunyuan_video() | {
         "image_embeds": noise(2, 11, 34),
@@ -72,7 +72,7 @@ def _framepack() -> dict[str, Any]:
 
 def _hunyuan_video15() -> dict[str, Any]:
     """A video from text alone: the given picture, its mask and its embedding are zero."""
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": torch.cat([noise(2, 4, 3, 4, 6), torch.zeros(2, 5, 3, 4, 6)], dim=1),
         "image_embeds": torch.zeros(2, 13, 34),
@@ -87,7 +87,7 @@ def _hunyuan_video15() -> dict[str, Any]:
 
 
 def _kandinsky5() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": torch.cat([noise(2, 3, 8, 12, 4), torch.zeros(2, 3, 8, 12, 5)], dim=-1),
         "encoder_hidden_states": noise(2, 9, 20),
@@ -102,7 +102,7 @@ def _kandinsky5() -> dict[str, Any]:
 
 
 def _kandinsky6() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": torch.cat([noise(2, 3, 8, 12, 4), torch.zeros(2, 3, 8, 12, 5)], dim=-1),
         "audio_hidden_states": noise(2, 14, 10),
@@ -117,7 +117,7 @@ def _kandinsky6() -> dict[str, Any]:
 
 
 def _kandinsky6_sr() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": torch.cat([noise(2, 3, 8, 8, 4), torch.zeros(2, 3, 8, 8, 5)], dim=-1),
         "timestep": both(700.0),

@@ -10,11 +10,11 @@ from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from torch import Tensor
 
 from tests.models_tiny.case import Case
-from tests.models_tiny.first_parts import both, grid_ids, padding, seeded
+from tests.models_tiny.draws import both, grid_ids, normals, padding
 
 
 def _flux() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 24, 14),
         "timestep": both(0.7),
@@ -34,7 +34,7 @@ def _four_ids(height: int, width: int, length: int) -> Tensor:
 
 
 def _flux2() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 24, 14),
         "timestep": both(0.7),
@@ -49,7 +49,7 @@ def _flux2() -> dict[str, Any]:
 
 def _flux3() -> dict[str, Any]:
     """A picture made from another one: without it the stack `mode_blocks.image_cond` is not called."""
-    noise = seeded()
+    noise = normals()
     half = torch.tensor([1.0, 0.5, 0.5, 1.0])  # the scale of rows and columns that FLUX.3 was trained with
     return {
         "hidden_states": noise(2, 24, 14),
@@ -64,7 +64,7 @@ def _flux3() -> dict[str, Any]:
 
 
 def _glm_image() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 8, 12),
         "encoder_hidden_states": noise(2, 9, 20),
@@ -80,7 +80,7 @@ def _glm_image() -> dict[str, Any]:
 
 
 def _hidream() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 8, 12),
         "timesteps": both(700.0),
@@ -93,7 +93,7 @@ def _hidream() -> dict[str, Any]:
 
 
 def _hunyuan_dit() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 4, 8, 12),
         "timestep": both(700.0).contiguous(),
@@ -109,7 +109,7 @@ def _hunyuan_dit() -> dict[str, Any]:
 
 
 def _hunyuan_image() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 8, 4, 6),
         "timestep": both(700.0),
@@ -126,7 +126,7 @@ def _hunyuan_image() -> dict[str, Any]:
 
 def _ideogram4() -> dict[str, Any]:
     """Text of 9 and of 6 tokens, the latter padded on the left, and a picture of 4 x 6 tokens in one sequence."""
-    noise = seeded()
+    noise = normals()
     padded = torch.arange(33) < torch.tensor([0, 3])[:, None]
     is_text = (torch.arange(33) < 9).expand(2, 33)
     grid = grid_ids(4, 6).long() + 65536  # where the class begins the positions of a picture
@@ -144,7 +144,7 @@ def _ideogram4() -> dict[str, Any]:
 
 
 def _joy_image_edit() -> dict[str, Any]:
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 2, 4, 1, 8, 12),  # the given picture, then the noise
         "timestep": both(700.0),
@@ -155,7 +155,7 @@ def _joy_image_edit() -> dict[str, Any]:
 
 def _joy_image_edit_plus() -> dict[str, Any]:
     """24 patches of noise each, and a given picture of 6 patches for the first sample only."""
-    noise = seeded()
+    noise = normals()
     return {
         "hidden_states": noise(2, 30, 4, 1, 2, 2) * padding(30, 24)[:, :, None, None, None, None],
         "timestep": both(700.0),

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
 from tests.models_tiny.case import Case
-from tests.models_tiny.draws import grid_ids, line_ids, normals, padding_mask
+from tests.models_tiny.draws import grid_ids, line_ids, normals, padding
 
 
 def _krea2() -> dict[str, Any]:
@@ -18,7 +18,7 @@ def _krea2() -> dict[str, Any]:
         "encoder_hidden_states": normal(2, 9, 7, 56),
         "timestep": torch.tensor([0.6, 0.6]),
         "position_ids": torch.cat([torch.zeros(9, 3), grid_ids(3, 4)]),
-        "encoder_attention_mask": padding_mask(9, 9, 6).bool(),
+        "encoder_attention_mask": padding(9, 6).bool(),
         "attention_kwargs": None,
         "return_dict": False,
     }
@@ -43,7 +43,7 @@ def _lumina2() -> dict[str, Any]:
         "hidden_states": normal(2, 6, 8, 6),
         "timestep": torch.tensor([0.4, 0.4]),
         "encoder_hidden_states": normal(2, 7, 40),
-        "encoder_attention_mask": padding_mask(7, 7, 4),
+        "encoder_attention_mask": padding(7, 4),
         "return_dict": False,
         "attention_kwargs": None,
     }
@@ -55,7 +55,7 @@ def _lumina_next() -> dict[str, Any]:
         "hidden_states": normal(2, 4, 8, 6),
         "timestep": torch.tensor([0.4, 0.4]),
         "encoder_hidden_states": normal(2, 7, 40),
-        "encoder_mask": padding_mask(7, 7, 4),
+        "encoder_mask": padding(7, 4),
         "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 384, 384, linear_factor=1.0, ntk_factor=1.0),
         "cross_attention_kwargs": {"base_sequence_length": 9},
         "return_dict": False,
@@ -68,7 +68,7 @@ def _nucleus() -> dict[str, Any]:
         "hidden_states": normal(2, 3 * 4, 20),
         "timestep": torch.tensor([0.6, 0.6]),
         "encoder_hidden_states": normal(2, 9, 40),
-        "encoder_hidden_states_mask": padding_mask(9, 9, 6),
+        "encoder_hidden_states_mask": padding(9, 6),
         "img_shapes": [(1, 3, 4)] * 2,
         "attention_kwargs": None,
         "return_dict": False,
@@ -79,13 +79,13 @@ def _omnigen() -> dict[str, Any]:
     """A prompt and, padded on the left, the empty one; text attends causally, the time token and the image to all."""
     normal, text, image = normals(), 9, 3 * 4
     mask, positions = [], []
-    for padding in (0, 4):
+    for pads in (0, 4):
         attends = torch.ones(text + 1 + image, text + 1 + image)
         attends[: text + 1] = attends[: text + 1].tril()
-        attends[padding:, :padding] = 0
-        attends[:padding] = 1
+        attends[pads:, :pads] = 0
+        attends[:pads] = 1
         mask.append(attends)
-        positions.append([0] * padding + list(range(text - padding + image + 1)))
+        positions.append([0] * pads + list(range(text - pads + image + 1)))
     ids = torch.arange(2 * text).view(2, text) + 3
     ids[1, :4] = 60
     return {
@@ -119,7 +119,7 @@ def _prx() -> dict[str, Any]:
         "hidden_states": normal(2, 6, 6, 8),
         "timestep": torch.tensor([0.6, 0.6]),
         "encoder_hidden_states": normal(2, 7, 40),
-        "attention_mask": padding_mask(7, 7, 4).bool(),
+        "attention_mask": padding(7, 4).bool(),
         "return_dict": False,
     }
 
@@ -129,7 +129,7 @@ def _pixart() -> dict[str, Any]:
     return {
         "hidden_states": normal(2, 4, 6, 8),
         "encoder_hidden_states": normal(2, 7, 40),
-        "encoder_attention_mask": padding_mask(7, 7, 4),
+        "encoder_attention_mask": padding(7, 4),
         "timestep": torch.tensor([600, 600]),
         "added_cond_kwargs": {"resolution": torch.tensor([[48.0, 64.0]] * 2), "aspect_ratio": torch.full((2, 1), 0.75)},
         "return_dict": False,
@@ -142,7 +142,7 @@ def _qwen_image() -> dict[str, Any]:
         "hidden_states": normal(2, 3 * 4, 24),
         "timestep": torch.tensor([0.6, 0.6]),
         "guidance": None,
-        "encoder_hidden_states_mask": padding_mask(9, 9, 6),
+        "encoder_hidden_states_mask": padding(9, 6),
         "encoder_hidden_states": normal(2, 9, 40),
         "img_shapes": [[(1, 3, 4)]] * 2,
         "attention_kwargs": {},
@@ -157,7 +157,7 @@ def _qwen_image21() -> dict[str, Any]:
         "hidden_states": normal(2, 4 * 6, 20),
         "timestep": torch.tensor([0.6, 0.6]),
         "encoder_hidden_states": normal(2, 9, 40),
-        "encoder_hidden_states_mask": padding_mask(9, 9, 7),
+        "encoder_hidden_states_mask": padding(9, 7),
         "img_shapes": [[(1, 4, 6)]] * 2,
         "img_mask": (torch.arange(9 + 2 * 3) >= 9).repeat(2, 1),
         "attention_kwargs": {},
@@ -184,7 +184,7 @@ def _sana() -> dict[str, Any]:
     return {
         "hidden_states": normal(2, 6, 3, 4),
         "encoder_hidden_states": normal(2, 7, 40),
-        "encoder_attention_mask": padding_mask(7, 7, 4),
+        "encoder_attention_mask": padding(7, 4),
         "timestep": torch.tensor([600.0, 600.0]),
         "return_dict": False,
         "attention_kwargs": {},
@@ -203,7 +203,7 @@ def _z_image() -> dict[str, Any]:
     }
 
 
-CASES: dict[str, Case | str] = {
+PICTURES: dict[str, Case | str] = {
     "Krea2Transformer2DModel": Case(
         {
             "in_channels": 20,
