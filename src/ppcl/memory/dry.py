@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
 from itertools import chain
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppcl.artifacts.files import parse_json
-from ppcl.config import DistillConfig, FinetuneConfig, MethodConfig, ProbeConfig
+from ppcl.config import DistillConfig, FinetuneConfig, ProbeConfig
 from ppcl.context import Run
 from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import STEPS_PER_SHARD
@@ -27,19 +26,11 @@ from ppcl.data.recording.blank import blank_calls
 from ppcl.distill.depth import DepthDistillation
 from ppcl.distill.finetune import FineTune
 from ppcl.distill.frozen import up_to
-from ppcl.distill.gates import LearnGates
 from ppcl.distill.width import WidthDistillation, places
 from ppcl.efficiency import LiveBytes
 from ppcl.families.traced.family import Traced
-from ppcl.methods.base import Teacher
-from ppcl.methods.lp import Lp, batches_at_once, run_once
-from ppcl.methods.patterns import Group
 from ppcl.methods.probes import fit_probes
-from ppcl.methods.registry import load_method
-from ppcl.methods.similarity import state_cosines, unit_grams
-from ppcl.methods.surrogates import SurrogateCurves
-from ppcl.methods.tinyfusion import TinyFusion, TinyFusionSettings
-from ppcl.taps import BlockCall, observe, observe_abreast
+from ppcl.taps import observe_abreast
 from ppcl.training.optimizers import split_for_muon
 from ppcl.training.states import state_bytes
 from ppcl.validation.model import is_toy, model_folder
@@ -251,10 +242,10 @@ def finetune_peak(
     for stack, number in student.items():
         whole[stack, "frozen"] = (frozen or {}).get(stack, 0)
         whole[stack, "trained"] = number - whole[stack, "frozen"]
-    return _extrapolated(measured, {part: min(FEW, number) for part, number in whole.items()}, whole)
+    return extrapolated(measured, {part: min(FEW, number) for part, number in whole.items()}, whole)
 
 
-def _extrapolated(measured: Callable[[Mapping[K, int]], int], small: Mapping[K, int], whole: Mapping[K, int]) -> int:
+def extrapolated(measured: Callable[[Mapping[K, int]], int], small: Mapping[K, int], whole: Mapping[K, int]) -> int:
     """Return `measured(whole)` of a measure that grows linearly with each of the numbers, from small ones."""
     base = measured(small)
     total = base
@@ -347,88 +338,7 @@ def probe_peak(run: Run, config: ProbeConfig, count: int) -> int:
                     pass
         return recorded.peak
 
-    return _of_batches(measured, count)
-
-
-@if_it_runs
-def detect_peak(run: Run, config: MethodConfig, free: float) -> int:
-    """Return the peak bytes that detection adds to the teacher.
-
-    `free`: the bytes of the device beside the teacher, which say how much of the calibration is taken at once.
-    """
-    samples = min(config.batch_size, config.num_samples)
-
-    method = load_method(config)
-
-    def peak_of(compare: Callable[..., Any]) -> int:
-        def measured(layers: Mapping[str, int]) -> int:
-            with without_data(run):
-                model, batch = model_of(run, layers), blank_batch(run, samples)
-                with LiveBytes() as recorded:
-                    compare(run.family, model, batch)
-            return recorded.peak
-
-        return _extrapolated(measured, few(run), run.num_layers)
-
-    peaks = [peak_of(unit_grams)]
-    if method.compares_states:
-        peaks.append(peak_of(state_cosines))
-    if method.num_held:
-        held = sample_bytes(run, samples) + 2 * latent_bytes(run, samples)  # velocities of data and teacher
-        peaks.append(forward_peak(run, samples) + method.num_held * held)
-    if isinstance(method, Lp):
-        peaks.append(_simulation_peak(run, config, samples, method.num_batches, free))
-    if isinstance(method, TinyFusion):
-        peaks.append(_learning_peak(run, method.settings))
-    return max(peaks)
-
-
-def _learning_peak(run: Run, settings: TinyFusionSettings) -> int:
-    """Return the peak bytes of a step that trains gates on all blocks, with the weights that are trained beside them.
-
-    A trained weight takes 16 bytes: itself, its gradient and two states of AdamW in float32.
-    """
-
-    def measured(layers: Mapping[str, int]) -> int:
-        with without_data(run):
-            groups = [Group(stack, range(count), count, tuple(range(1, count))) for stack, count in layers.items()]
-            module = LearnGates(run.family, model_of(run, layers), groups, settings, run.precision)
-            trained = sum(weight.numel() for weight in module.student.parameters() if weight.requires_grad)
-            batch = blank_batch(run, settings.batch_size)
-            with LiveBytes() as recorded:
-                module.learn(batch, 0, torch.Tensor.backward)
-        return recorded.peak + 16 * trained
-
-    return _extrapolated(measured, few(run), run.num_layers)
-
-
-def _simulation_peak(run: Run, config: MethodConfig, samples: int, most: int, free: float) -> int:
-    """Return the peak bytes of the simulation of surrogates. `samples`: of a batch; `most`: all batches."""
-    with without_data(run):
-        model, weights = model_of(run, few(run)), dict[str, Tensor]()
-
-        def note(call: BlockCall) -> None:
-            for name, stream in call.outputs.items():
-                side = stream.shape[-1]
-                weights[f"{call.stack}.{call.index}.{name}"] = torch.empty(side, side, dtype=torch.float32)
-
-        observe(run.family, model, blank_batch(run, 1).inputs, note)
-        probes: Any = SimpleNamespace(weights=weights)
-        curves = SurrogateCurves(probes, few(run), debiased=config.debiased)
-        teacher = Teacher(run.family, model, lambda: [], lambda: probes)
-        size = min(most, batches_at_once(teacher, curves, blank_batch(run, samples), free))
-
-    def measured(sizes: Mapping[str, int]) -> int:
-        with without_data(run), torch.no_grad():
-            model = model_of(run, few(run))
-            teacher = Teacher(run.family, model, lambda: [], lambda: probes)
-            curves = SurrogateCurves(probes, few(run), debiased=config.debiased)
-            with LiveBytes() as recorded:
-                for _ in run_once(teacher, curves, [blank_batch(run, samples) for _ in range(sizes["batches"])]):
-                    pass
-        return recorded.peak
-
-    return _of_batches(measured, size)
+    return of_batches(measured, count)
 
 
 @if_it_runs
@@ -445,9 +355,9 @@ def boundaries_peak(run: Run, config: DistillConfig) -> int:
                     kept.setdefault(number, call.kwargs)  # of the first block, up to the end
         return recorded.peak
 
-    return _of_batches(measured, STEPS_PER_SHARD)
+    return of_batches(measured, STEPS_PER_SHARD)
 
 
-def _of_batches(measured: Callable[[Mapping[str, int]], int], count: int) -> int:
+def of_batches(measured: Callable[[Mapping[str, int]], int], count: int) -> int:
     """Return `measured({"batches": count})`, which grows linearly with that number."""
-    return _extrapolated(measured, {"batches": min(FEW, count)}, {"batches": count})
+    return extrapolated(measured, {"batches": min(FEW, count)}, {"batches": count})

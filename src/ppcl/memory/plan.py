@@ -25,6 +25,7 @@ from ppcl.distill.local import MOST_ABREAST
 from ppcl.distill.targets import STEPS_PER_FILE
 from ppcl.launch import launched, rank, shard_ranks
 from ppcl.memory import dry
+from ppcl.memory.dry_detection import detect_peak
 from ppcl.memory.need import Need, capacity, fits
 from ppcl.methods.registry import load_method
 from ppcl.surgery.count import count_parameters
@@ -150,7 +151,7 @@ class Plan:
         if config.rule == "tinyfusion":
             trained = config.settings.get("steps", 0) * config.settings.get("batch_size", 0)
             flops += 6 * self.teacher_params * self._tokens(trained)
-        parts = teacher | {"streams and similarities": dry.detect_peak(run, config, free)}
+        parts = teacher | {"streams and similarities": detect_peak(run, config, free)}
         host = {"probes": self._probes()} if method.needs_probes else {}
         return Need("detect", parts, hours=self._hours(1, flops, reads), host=host)
 

@@ -26,10 +26,10 @@ from ppcl.families.qwen_image.published import (
     INDEX,
     STACK,
     PublishedFolder,
-    Training,
     convert,
     lost,
 )
+from ppcl.families.qwen_image.published_training import Training
 from ppcl.layers import Layout, kept_layers
 from ppcl.report.text import billions
 from ppcl.validation.model import num_layers

@@ -6,13 +6,8 @@ from pathlib import Path
 
 from ppcl.config import Config
 from ppcl.errors import UsageError
-from ppcl.families.qwen_image.published import (
-    STACK,
-    PublishedFolder,
-    Training,
-    open_folder,
-    read_training,
-)
+from ppcl.families.qwen_image.published import STACK, PublishedFolder, open_folder
+from ppcl.families.qwen_image.published_training import Training, read_training
 from ppcl.families.registry import get_family
 from ppcl.layers import kept_layers
 from ppcl.validation.model import num_layers

@@ -15,7 +15,8 @@ from ppcl.artifacts.headers import Header
 from ppcl.artifacts.plan import plug_name
 from ppcl.artifacts.plugs import Plug, Projector
 from ppcl.errors import UsageError
-from ppcl.families.qwen_image.published import check_ehs_same, lost, read_training, to_residual
+from ppcl.families.qwen_image.published import lost, to_residual
+from ppcl.families.qwen_image.published_training import check_ehs_same, read_training
 from ppcl.families.qwen_image.transformer_qwen_image_pruned import PrunedQwenImageTransformer2DModel
 from ppcl.surgery.plugboard import Plugboard, load_student
 
