@@ -48,6 +48,11 @@ class TeacherFiles:
         self.config, self.family, self.results, self.console = config, family, results, console
 
     @property
+    def component(self) -> str:
+        """The name of the pipeline's component that is pruned."""
+        return "transformer"
+
+    @property
     def in_place(self) -> bool:
         """Whether the transformer's files lie in a local folder as diffusers saves them: not on the Hub, nor made."""
         model = self.config.model
@@ -87,14 +92,14 @@ class TeacherFiles:
         """The transformer's folder in the pipeline. Of a Hub id only that component is downloaded."""
         model = self.config.model
         if (local := model_folder(model)) is not None:
-            return local / "transformer"
+            return local / self.component
         if is_single_file(model.path):
             from huggingface_hub import hf_hub_download
 
             with loading(model):
-                config = hf_hub_download(str(model.base), "transformer/config.json", revision=model.revision)
+                config = hf_hub_download(str(model.base), f"{self.component}/config.json", revision=model.revision)
             return Path(config).parent
-        return self.folder(name for name in self.index if name != "transformer") / "transformer"
+        return self.folder(name for name in self.index if name != self.component) / self.component
 
     @cached_property
     def transformer(self) -> Path:
@@ -134,7 +139,7 @@ class TeacherFiles:
             with loading(model, "model.lora with "):
                 components = list(components_of(self.index))
                 kind = getattr(diffusers, self.index["_class_name"])
-                merge_lora(kind, components, made, Path(model.lora), self.family.facts)
+                merge_lora(kind, components, made, self.component, Path(model.lora), self.family.facts)
         save(made, folder)
 
     def _variant(self) -> str | None:
@@ -181,7 +186,7 @@ class TeacherFiles:
         identity: dict[str, Any] = {"family": model.family}
         if model.path is None:
             return identity | {"path": None, "revision": model.revision}
-        folder = self.folder(["transformer"])
+        folder = self.folder([self.component])
         parts = [part for kind in ENCODERS for part in sorted(folder.glob(kind)) if part.is_dir()]
         files = [file for part in parts for file in component_files(part, model.variant)]
         if not files:

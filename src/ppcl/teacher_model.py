@@ -46,6 +46,11 @@ class TeacherModel:
         self._encoders: torch.device | None = device  # VAE and text encoders
 
     @property
+    def component(self) -> str:
+        """The name of the pipeline's component that is pruned, the teacher's transformer."""
+        return self.files.component
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the teacher, of plugs and of pruned models."""
         return getattr(torch, self.config.model.dtype)
@@ -127,35 +132,44 @@ class TeacherModel:
         The other parts are None. Raises `UsageError` if it cannot be loaded.
         """
         components = self._components()
-        places = {name: self._encoders for name in components if name not in ("transformer", "scheduler")}
+        places = {name: self._encoders for name in components if name not in (self.component, "scheduler")}
         needless = {name for name, place in places.items() if place is None}
-        needless |= {"transformer"} if self._transformer is None else set()
+        needless |= {self.component} if self._transformer is None else set()
         needless |= {name for name, entry in components.items() if entry == [None, None]}
         folder = self.files.folder(needless)
         # diffusers must be told, too, which components the folder does not have.
         left_out: dict[str, Any] = dict.fromkeys(needless)
-        if "transformer" not in needless:
+        if self.component not in needless:
             self.files.check()
             weights = self.files.transformer
             if self.config.model.streaming:
                 from ppcl.streaming import load_streamed
 
                 variant = self.config.model.variant
-                left_out["transformer"] = load_streamed(self.family, weights, self.device, self.dtype, variant)
-            elif weights != folder / "transformer":  # it was made of other files
-                left_out["transformer"] = self.files.transformer_class.from_pretrained(weights, dtype=self.dtype)
+                left_out[self.component] = load_streamed(self.family, weights, self.device, self.dtype, variant)
+            elif weights != folder / self.component:  # it was made of other files
+                left_out[self.component] = self.files.transformer_class.from_pretrained(weights, dtype=self.dtype)
         pipeline = self._load(folder, left_out)
         pipeline.set_progress_bar_config(disable=True)
         if self.config.generate.offload == "none" and not self.sharded:
             for name, part in pipeline.components.items():
                 if isinstance(part, nn.Module):
-                    part.to(self._transformer if name == "transformer" else self._encoders)
+                    part.to(self._transformer if name == self.component else self._encoders)
         self._arrange_scheduler(pipeline)
         self.family.complete(pipeline)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
         return pipeline
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer in the pipeline: the teacher's, or the variant that was put in its place."""
+        return getattr(self.pipeline, self.component)
+
+    @transformer.setter
+    def transformer(self, model: nn.Module) -> None:
+        setattr(self.pipeline, self.component, model)
 
     def decoder(self) -> Any:
         """Return a pipeline that has the VAE on the device, to turn latents into pictures during a training.
@@ -234,9 +248,9 @@ class TeacherModel:
 
         Takes a second, and loads no weights. Raises `UsageError` if a file is missing or damaged.
         """
-        folder = self.files.folder(["transformer"])
+        folder = self.files.folder([self.component])
         for name in self._components():
-            if name == "transformer" or has_weights(folder / name):
+            if name == self.component or has_weights(folder / name):
                 continue
             found = self._class_of(name)
             if found is not None:

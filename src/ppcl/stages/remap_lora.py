@@ -24,7 +24,7 @@ def _pruned_transformer(run: Run) -> Any:
 
     Raises `UsageError` if there is no export, or if it is of another family.
     """
-    folder = Path(run.config.lora.model or run.folder / "export") / "transformer"
+    folder = Path(run.config.lora.model or run.folder / "export") / run.teacher.component
     if not (folder / "config.json").exists():
         raise UsageError(f"lora.model: {folder.parent} holds no exported model; run 'stages=[export]' first.")
     config = read_json(folder / "config.json", "The exported config")

@@ -65,14 +65,14 @@ def spread(count: int, steps: int, number: int) -> set[int]:
 
 
 @contextmanager
-def recorded(pipeline: Any, wanted: Callable[[int], set[int]]) -> Iterator[Recording]:
-    """Yield what is recorded of the pipeline's calls of its transformer within the context.
+def recorded(pipeline: Any, transformer: Any, wanted: Callable[[int], set[int]]) -> Iterator[Recording]:
+    """Yield what is recorded of the pipeline's calls of `transformer` within the context.
 
     `wanted`: returns the steps to record, given the number of steps of the trajectory. All calls of such a step are
     recorded: both passes of guidance, whether they come as one call or as two.
     """
     found, waiting = Recording(), list[Call]()
-    signature = inspect.signature(pipeline.transformer.forward)
+    signature = inspect.signature(transformer.forward)
     chosen: set[int] | None = None
     called, opening = False, dict[str, Any]()
 
@@ -110,8 +110,8 @@ def recorded(pipeline: Any, wanted: Callable[[int], set[int]]) -> Iterator[Recor
         found.latents = first_output(result)
 
     handles = [
-        pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True),
-        pipeline.transformer.register_forward_hook(after),
+        transformer.register_forward_pre_hook(before, with_kwargs=True),
+        transformer.register_forward_hook(after),
     ]
     try:
         with _watched(type(pipeline.scheduler), stepped):
@@ -190,16 +190,16 @@ def _cosine(call: Call, given: Any) -> float:
     return -1.0 if own.shape != given.shape else torch.cosine_similarity(own.flatten(), given.flatten(), dim=0).item()
 
 
-def _first_call(pipeline: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def _first_call(pipeline: Any, transformer: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Run the pipeline to the end of the transformer's first call, and return the call's arguments and output."""
     found: list[Any] = []
-    signature = inspect.signature(pipeline.transformer.forward)
+    signature = inspect.signature(transformer.forward)
 
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         found.extend(copied([by_name(signature, args, kwargs), first_output(output)]))
         raise StopForward
 
-    handle = pipeline.transformer.register_forward_hook(after, with_kwargs=True)
+    handle = transformer.register_forward_hook(after, with_kwargs=True)
     try:
         with suppress(StopForward):
             pipeline(**arguments)
@@ -210,14 +210,16 @@ def _first_call(pipeline: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any
     return found[0], found[1]
 
 
-def find_axes(pipeline: Any, one: dict[str, Any], two: dict[str, Any], paths: tuple[str, str]) -> Axes:
-    """Return how calls of the transformer are joined, by running the pipeline for one sample and for two.
+def find_axes(
+    pipeline: Any, transformer: Any, one: dict[str, Any], two: dict[str, Any], paths: tuple[str, str]
+) -> Axes:
+    """Return how calls of `transformer` are joined, by running its pipeline for one sample and for two.
 
     Both runs end at the transformer's first call. `one`, `two`: arguments of the pipeline's call. `paths`: what the
     axes name the transformer's arguments and output by. Raises `NoAxesError` if these two calls do not show it.
     """
     try:
-        calls = [_first_call(pipeline, arguments) for arguments in (one, two)]
+        calls = [_first_call(pipeline, transformer, arguments) for arguments in (one, two)]
     except (UsageError, NoAxesError):
         raise
     except Exception as error:  # whatever a pipeline raises that takes one sample only
