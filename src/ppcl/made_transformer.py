@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.model_files import PICKLED, Stored, pickled_tensors, read_header
+from ppcl.components import DEFAULT, loading_into
 from ppcl.errors import UsageError
 from ppcl.export.single_file import parts_of
 from ppcl.families.facts import FamilyFacts, SingleFile
@@ -123,11 +124,12 @@ def merge_lora(
     if lora.left_out:
         raise UsageError(f"model.lora={path} has parts that diffusers would leave out, as {lora.left_out[0]}.")
     own = any(name.startswith("base_model.") for name in raw)  # PEFT's names, which diffusers does not read
-    pipeline = pipeline_class(**dict.fromkeys(components) | {name: transformer})
+    # For another component, too, diffusers looks at the first one's config.
+    pipeline = pipeline_class(**dict.fromkeys(components) | {DEFAULT: transformer, name: transformer})
     told, logger = _LeftOut(), logging.getLogger("diffusers")
     logger.addHandler(told)
     try:
-        pipeline.load_lora_weights(dict(lora.state) if own else str(path))
+        pipeline.load_lora_weights(dict(lora.state) if own else str(path), **loading_into(name))
     finally:
         logger.removeHandler(told)
     fits = any("lora_" in name for name, _ in transformer.named_parameters())

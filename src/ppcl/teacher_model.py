@@ -94,10 +94,13 @@ class TeacherModel:
 
     @property
     def pipeline_class(self) -> Any:
-        """The diffusers class of the teacher's pipeline; loads no weights."""
+        """The diffusers class of the teacher's pipeline; loads no weights.
+
+        `DiffusionPipeline` itself would load optional components that it is told to leave out.
+        """
         import diffusers
 
-        return getattr(diffusers, self.files.index["_class_name"])
+        return getattr(diffusers, self.files.index["_class_name"], diffusers.DiffusionPipeline)
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
@@ -189,20 +192,18 @@ class TeacherModel:
 
     def _load(self, folder: Path, given: Mapping[str, Any]) -> Any:
         """Load the pipeline, with the `given` components in place of those in its folder; None leaves one out."""
-        from diffusers import DiffusionPipeline
-
-        given = dict(given) | self._text_encoders(folder, given)
+        given, kind = dict(given) | self._text_encoders(folder, given), self.pipeline_class
         settings = {"variant": self.config.model.variant, "dtype": self.dtype}
         with loading(self.config.model):
             try:
-                pipeline = DiffusionPipeline.from_pretrained(folder, **settings, **given)
+                pipeline = kind.from_pretrained(folder, **settings, **given)
             except (AttributeError, TypeError):  # some classes ask their processor for something when they are made
                 processors = [name for name, part in given.items() if part is None and self._is_processor(name)]
                 if not processors:
                     raise
                 given = {name: part for name, part in given.items() if name not in processors}
                 folder = self.files.folder(name for name, part in given.items() if part is None)
-                pipeline = DiffusionPipeline.from_pretrained(folder, **settings, **given)
+                pipeline = kind.from_pretrained(folder, **settings, **given)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and part is not given.get(name):
                 lacking = next((key for key, value in part.state_dict().items() if value.is_meta), None)
@@ -256,10 +257,6 @@ class TeacherModel:
             if found is not None:
                 with loading(self.config.model, f"{name} of "):
                     _check_vocabulary(found.from_pretrained(folder / name), folder / name)
-
-    def own_files(self, component: str) -> Path:
-        """Return the folder of a component of the teacher, which is downloaded if the teacher is on the Hub."""
-        return self.files.folder([name for name in self._components() if name != component]) / component
 
     def _arrange_scheduler(self, pipeline: Any) -> None:
         """Override the scheduler's settings by `model.sampling.scheduler`; `UsageError` for one that it lacks."""

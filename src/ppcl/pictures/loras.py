@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ppcl.components import loading_into
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.layers import BlockMap
@@ -69,6 +70,6 @@ def put_on_loras(run: Run, loras: list[TeacherLora], board: Plugboard) -> None:
     own = pruned_blocks(run.teacher.transformer)  # by its config: of the teacher, or of a quantised model in its place
     mark = mark_of((own or board.teacher_blocks).kept)
     for name, state in states.items():
-        pipeline.load_lora_weights(with_mark(state, mark), adapter_name=name)
+        pipeline.load_lora_weights(with_mark(state, mark), adapter_name=name, **loading_into(run.teacher.component))
     if states:
         pipeline.set_adapters(list(states), [run.config.generate.lora_scale] * len(states))

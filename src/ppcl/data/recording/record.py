@@ -109,9 +109,11 @@ def _drawn(run: Run, row: Row, prompt: int) -> Recording:
     pipeline = run.teacher.pipeline
     arguments = call_arguments(run, row, prompt)
     wanted = partial(spread, run.config.data.record_steps, number=prompt)
-    with recorded(pipeline, run.teacher.transformer, lambda steps: wanted(steps)) as found:
+    with recorded(pipeline, run.teacher.component, lambda steps: wanted(steps)) as found:
         try:
             pipeline(**arguments)
+        except UsageError:
+            raise
         except (ValueError, TypeError) as error:
             raise UsageError(f"{row.place}: the pipeline refuses its arguments: {error}") from error
         except NameError as error:  # diffusers imports packages that it does not require only where they are installed
