@@ -112,7 +112,7 @@ def _load_pipeline(folder: Path, **settings: Any) -> Any:
     from safetensors import safe_open
 
     if not {"dtype", "torch_dtype"} & settings.keys():
-        for file in sorted((folder / "transformer").glob("*.safetensors"))[:1]:
+        for file in sorted(folder.glob("transformer*/*.safetensors"))[:1]:
             with safe_open(file, framework="pt") as tensors:
                 settings["dtype"] = tensors.get_tensor(next(iter(tensors.keys()))).dtype
     # diffusers has to be told which components a folder was saved without.

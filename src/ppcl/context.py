@@ -96,7 +96,7 @@ class Run:
         model = self.config.model
         family = get_family(model.family, model.arch, model.sampling, model.categories)
         if isinstance(family, Traced):
-            path = trace_path(self.config.paths.cache_dir, family.facts.transformer, family.arch)
+            path = trace_path(self.config.paths.cache_dir, model.component, family.facts.transformer, family.arch)
             if (trace := read_trace(path)) is not None:
                 family.adopt(trace)
         return family

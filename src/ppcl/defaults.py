@@ -44,7 +44,7 @@ def by_size(tiny: Any, large: Any, *, _root_: Any) -> Any:
     model = _root_.model
     if model.path is None:
         return tiny if model.get("builder") else large
-    count, _ = stored_weights(local_folder(model.path), model.get("variant"))
+    count, _ = stored_weights(local_folder(model.path), model.get("variant"), model.get("component", "transformer"))
     return tiny if 0 < count < TINY else large
 
 
@@ -128,7 +128,9 @@ def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:
     path = _root_.model.path
     folder = None if path is None else local_folder(path)
     if key == "dtype":
-        return otherwise if folder is None else stored_weights(folder, _root_.model.get("variant"))[1]
+        model = _root_.model
+        component = model.get("component", "transformer")
+        return otherwise if folder is None else stored_weights(folder, model.get("variant"), component)[1]
     if folder is None:
         return otherwise
     pipeline = _pipeline(_root_.model)
@@ -136,15 +138,15 @@ def of_model(key: str, otherwise: Any, *, _root_: Any) -> Any:
     return found.get(key, otherwise)
 
 
-def stored_weights(folder: Path, variant: str | None = None) -> tuple[int, str]:
+def stored_weights(folder: Path, variant: str | None = None, component: str = "transformer") -> tuple[int, str]:
     """Return the number of parameters of the transformer in a pipeline folder, and the dtype of most of them.
 
-    `folder` may also be a single file with a transformer. `variant`: see `model.variant`. Returns 0 and `float32` if
-    there are no readable weights.
+    `folder` may also be a single file with a transformer. `variant`, `component`: see `model.variant` and
+    `model.component`. Returns 0 and `float32` if there are no readable weights.
     """
     counts: Counter[str] = Counter()
     try:
-        files = [folder] if is_single_file(folder.name) else weight_files(folder / "transformer", variant)
+        files = [folder] if is_single_file(folder.name) else weight_files(folder / component, variant)
         for file in files:
             if file.suffix in PICKLED:
                 for tensor in pickled_tensors(file).values():

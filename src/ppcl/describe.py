@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ppcl.components import DEFAULT
 from ppcl.context import Run
 from ppcl.data.recording.table import read_rows
 from ppcl.data.sources import ClassFolder, find_units
@@ -29,10 +30,11 @@ def describe_model(run: Run) -> str:
     model, folder = run.config.model, model_folder(run.config.model)
     blocks = " + ".join(str(count) for count in run.num_layers.values())
     weights = Path(str(model.path)) if is_single_file(model.path) else folder
-    known = 0 if weights is None else stored_weights(weights, model.variant)[0]
+    known = 0 if weights is None else stored_weights(weights, model.variant, model.component)[0]
     size = f", {billions(known)} parameters" if known else ""
     place = f"{model.path or 'its configuration alone'}{f' with {model.lora}' if model.lora is not None else ''}"
-    return f"{model.name} ({model.family}): {blocks} blocks{size}, from {place}"
+    of = "" if model.component == DEFAULT else f" of {model.component}"
+    return f"{model.name} ({model.family}): {blocks} blocks{of}{size}, from {place}"
 
 
 def describe_data(run: Run) -> str:

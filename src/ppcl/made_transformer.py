@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ppcl.artifacts.files import atomic_folder, write_json
 from ppcl.artifacts.model_files import PICKLED, Stored, pickled_tensors, read_header
+from ppcl.components import DEFAULT, loading_into
 from ppcl.errors import UsageError
 from ppcl.export.single_file import parts_of
 from ppcl.families.facts import FamilyFacts, SingleFile
@@ -100,12 +101,12 @@ def _misfit(
 
 
 def merge_lora(
-    pipeline_class: Any, components: Iterable[str], transformer: nn.Module, path: Path, facts: FamilyFacts
+    pipeline_class: Any, components: Iterable[str], transformer: nn.Module, name: str, path: Path, facts: FamilyFacts
 ) -> None:
     """Add the LoRA in the file `path` to the weights of `transformer`, as `load_lora_weights` and `fuse_lora` do.
 
-    `pipeline_class`: the diffusers class of the pipeline. `components`: the names of its components. `facts`: the
-    model's family.
+    `pipeline_class`: the diffusers class of the pipeline. `components`: the names of its components, of which `name` is
+    the transformer. `facts`: the model's family.
 
     Raises `UsageError` if parts of the file fit no layer, or belong to a text encoder.
     """
@@ -123,18 +124,19 @@ def merge_lora(
     if lora.left_out:
         raise UsageError(f"model.lora={path} has parts that diffusers would leave out, as {lora.left_out[0]}.")
     own = any(name.startswith("base_model.") for name in raw)  # PEFT's names, which diffusers does not read
-    pipeline = pipeline_class(**dict.fromkeys(components) | {"transformer": transformer})
+    # For another component, too, diffusers looks at the first one's config.
+    pipeline = pipeline_class(**dict.fromkeys(components) | {DEFAULT: transformer, name: transformer})
     told, logger = _LeftOut(), logging.getLogger("diffusers")
     logger.addHandler(told)
     try:
-        pipeline.load_lora_weights(dict(lora.state) if own else str(path))
+        pipeline.load_lora_weights(dict(lora.state) if own else str(path), **loading_into(name))
     finally:
         logger.removeHandler(told)
     fits = any("lora_" in name for name, _ in transformer.named_parameters())
     if told.messages or not fits:
         reason = " ".join(told.messages[0].split())[:200] if told.messages else "none of its tensors fits a layer"
         raise UsageError(f"model.lora={path} does not fit this model ({reason}): give a LoRA of it.")
-    pipeline.fuse_lora(components=["transformer"])
+    pipeline.fuse_lora(components=[name])
     pipeline.unload_lora_weights()
 
 

@@ -25,6 +25,7 @@ from ppcl.artifacts.model_files import (
     variants_of,
     weight_files,
 )
+from ppcl.components import DEFAULT, check_component, denoisers_of
 from ppcl.config import Config, ModelConfig
 from ppcl.disk import check_space
 from ppcl.errors import UsageError, root
@@ -46,6 +47,11 @@ class TeacherFiles:
 
     def __init__(self, config: Config, family: Family, results: Sequence[Path], console: Console) -> None:
         self.config, self.family, self.results, self.console = config, family, results, console
+
+    @property
+    def component(self) -> str:
+        """The name of the pipeline's component that is pruned."""
+        return self.config.model.component
 
     @property
     def in_place(self) -> bool:
@@ -72,7 +78,7 @@ class TeacherFiles:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """The content of the pipeline's `model_index.json`."""
+        """The content of the pipeline's `model_index.json`; `UsageError` if it lacks `model.component`."""
         from diffusers import DiffusionPipeline
 
         model = self.config.model
@@ -80,6 +86,7 @@ class TeacherFiles:
             found: dict[str, Any] = DiffusionPipeline.load_config(
                 model_folder(model) or model.pipeline, revision=model.revision
             )
+        check_component(model, found)
         return found
 
     @cached_property
@@ -87,14 +94,14 @@ class TeacherFiles:
         """The transformer's folder in the pipeline. Of a Hub id only that component is downloaded."""
         model = self.config.model
         if (local := model_folder(model)) is not None:
-            return local / "transformer"
+            return local / self.component
         if is_single_file(model.path):
             from huggingface_hub import hf_hub_download
 
             with loading(model):
-                config = hf_hub_download(str(model.base), "transformer/config.json", revision=model.revision)
+                config = hf_hub_download(str(model.base), f"{self.component}/config.json", revision=model.revision)
             return Path(config).parent
-        return self.folder(name for name in self.index if name != "transformer") / "transformer"
+        return self.folder(name for name in self.index if name != self.component) / self.component
 
     @cached_property
     def transformer(self) -> Path:
@@ -134,7 +141,7 @@ class TeacherFiles:
             with loading(model, "model.lora with "):
                 components = list(components_of(self.index))
                 kind = getattr(diffusers, self.index["_class_name"])
-                merge_lora(kind, components, made, Path(model.lora), self.family.facts)
+                merge_lora(kind, components, made, self.component, Path(model.lora), self.family.facts)
         save(made, folder)
 
     def _variant(self) -> str | None:
@@ -160,17 +167,22 @@ class TeacherFiles:
         Raises `UsageError` for files that cannot be read, and for weights that are not finite.
         """
         model = self.config.model
-        identity = {"family": model.family, "arch": model.arch, "dtype": model.dtype}
+        identity: dict[str, Any] = {"family": model.family, "arch": model.arch, "dtype": model.dtype}
+        if self.component != DEFAULT:
+            identity["component"] = self.component
         if model.path is None:
             return identity | {"path": None, "revision": model.revision}
         if model.lora is not None:
             identity["lora"] = digests([Path(model.lora)], self._memory, self.console)[0]
+        if others := self._others():
+            identity["denoisers"] = others
         files = self._weights()
         digest = joined(digests(files, self._memory, self.console))
         former: dict[str, Any] = {"path": model.path, "revision": model.revision}
         if model_folder(model) is not None:
             former = {"weights": _former_digest(self._stored.glob("*.safetensors"))}
-        if files[0].parent == self._stored and self._known_as(former, digest, files):
+        known = self.component == DEFAULT and files[0].parent == self._stored
+        if known and self._known_as(former, digest, files):
             return identity | former
         return identity | {"arch": arch_in(self._stored), "weights": digest}
 
@@ -181,7 +193,7 @@ class TeacherFiles:
         identity: dict[str, Any] = {"family": model.family}
         if model.path is None:
             return identity | {"path": None, "revision": model.revision}
-        folder = self.folder(["transformer"])
+        folder = self.folder([self.component])
         parts = [part for kind in ENCODERS for part in sorted(folder.glob(kind)) if part.is_dir()]
         files = [file for part in parts for file in component_files(part, model.variant)]
         if not files:
@@ -195,6 +207,27 @@ class TeacherFiles:
         if self._known_as(former, digest, files):
             return identity | former
         return identity | {"encoders": digest}
+
+    def _others(self) -> dict[str, str]:
+        """Return the digests of the pipeline's other denoisers, by name, since calls and pictures depend on them.
+
+        Earlier versions knew no others. So beside `transformer` only those count that ppcl has pruned, in a folder.
+        """
+        local = model_folder(self.config.model)
+        if self.component == DEFAULT and (local is None or self.family.name != "traced"):
+            return {}
+        found = {}
+        for name in denoisers_of(self.index):
+            folder = self.part(name)
+            pruned = "ppcl" in read_json(folder / "config.json", "The transformer's config")
+            if name != self.component and (pruned or self.component != DEFAULT):
+                files = weight_files(folder, self.config.model.variant)
+                found[name] = joined(digests(files, self._memory, self.console))
+        return found
+
+    def part(self, component: str) -> Path:
+        """Return the folder of a component as it was given; of a model on the Hub it alone is downloaded."""
+        return self.folder([name for name in components_of(self.index) if name != component]) / component
 
     def _known_as(self, former: dict[str, Any], digest: str, files: Iterable[Path]) -> bool:
         """Whether results name the files with this digest of their whole content by a `former` identity.

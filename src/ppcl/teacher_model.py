@@ -46,6 +46,11 @@ class TeacherModel:
         self._encoders: torch.device | None = device  # VAE and text encoders
 
     @property
+    def component(self) -> str:
+        """The name of the pipeline's component that is pruned, the teacher's transformer."""
+        return self.files.component
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the teacher, of plugs and of pruned models."""
         return getattr(torch, self.config.model.dtype)
@@ -89,10 +94,13 @@ class TeacherModel:
 
     @property
     def pipeline_class(self) -> Any:
-        """The diffusers class of the teacher's pipeline; loads no weights."""
+        """The diffusers class of the teacher's pipeline; loads no weights.
+
+        `DiffusionPipeline` itself would load optional components that it is told to leave out.
+        """
         import diffusers
 
-        return getattr(diffusers, self.files.index["_class_name"])
+        return getattr(diffusers, self.files.index["_class_name"], diffusers.DiffusionPipeline)
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
@@ -127,35 +135,44 @@ class TeacherModel:
         The other parts are None. Raises `UsageError` if it cannot be loaded.
         """
         components = self._components()
-        places = {name: self._encoders for name in components if name not in ("transformer", "scheduler")}
+        places = {name: self._encoders for name in components if name not in (self.component, "scheduler")}
         needless = {name for name, place in places.items() if place is None}
-        needless |= {"transformer"} if self._transformer is None else set()
+        needless |= {self.component} if self._transformer is None else set()
         needless |= {name for name, entry in components.items() if entry == [None, None]}
         folder = self.files.folder(needless)
         # diffusers must be told, too, which components the folder does not have.
         left_out: dict[str, Any] = dict.fromkeys(needless)
-        if "transformer" not in needless:
+        if self.component not in needless:
             self.files.check()
             weights = self.files.transformer
             if self.config.model.streaming:
                 from ppcl.streaming import load_streamed
 
                 variant = self.config.model.variant
-                left_out["transformer"] = load_streamed(self.family, weights, self.device, self.dtype, variant)
-            elif weights != folder / "transformer":  # it was made of other files
-                left_out["transformer"] = self.files.transformer_class.from_pretrained(weights, dtype=self.dtype)
+                left_out[self.component] = load_streamed(self.family, weights, self.device, self.dtype, variant)
+            elif weights != folder / self.component:  # it was made of other files
+                left_out[self.component] = self.files.transformer_class.from_pretrained(weights, dtype=self.dtype)
         pipeline = self._load(folder, left_out)
         pipeline.set_progress_bar_config(disable=True)
         if self.config.generate.offload == "none" and not self.sharded:
             for name, part in pipeline.components.items():
                 if isinstance(part, nn.Module):
-                    part.to(self._transformer if name == "transformer" else self._encoders)
+                    part.to(self._transformer if name == self.component else self._encoders)
         self._arrange_scheduler(pipeline)
         self.family.complete(pipeline)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
         return pipeline
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer in the pipeline: the teacher's, or the variant that was put in its place."""
+        return getattr(self.pipeline, self.component)
+
+    @transformer.setter
+    def transformer(self, model: nn.Module) -> None:
+        setattr(self.pipeline, self.component, model)
 
     def decoder(self) -> Any:
         """Return a pipeline that has the VAE on the device, to turn latents into pictures during a training.
@@ -175,20 +192,18 @@ class TeacherModel:
 
     def _load(self, folder: Path, given: Mapping[str, Any]) -> Any:
         """Load the pipeline, with the `given` components in place of those in its folder; None leaves one out."""
-        from diffusers import DiffusionPipeline
-
-        given = dict(given) | self._text_encoders(folder, given)
+        given, kind = dict(given) | self._text_encoders(folder, given), self.pipeline_class
         settings = {"variant": self.config.model.variant, "dtype": self.dtype}
         with loading(self.config.model):
             try:
-                pipeline = DiffusionPipeline.from_pretrained(folder, **settings, **given)
+                pipeline = kind.from_pretrained(folder, **settings, **given)
             except (AttributeError, TypeError):  # some classes ask their processor for something when they are made
                 processors = [name for name, part in given.items() if part is None and self._is_processor(name)]
                 if not processors:
                     raise
                 given = {name: part for name, part in given.items() if name not in processors}
                 folder = self.files.folder(name for name, part in given.items() if part is None)
-                pipeline = DiffusionPipeline.from_pretrained(folder, **settings, **given)
+                pipeline = kind.from_pretrained(folder, **settings, **given)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and part is not given.get(name):
                 lacking = next((key for key, value in part.state_dict().items() if value.is_meta), None)
@@ -234,18 +249,14 @@ class TeacherModel:
 
         Takes a second, and loads no weights. Raises `UsageError` if a file is missing or damaged.
         """
-        folder = self.files.folder(["transformer"])
+        folder = self.files.folder([self.component])
         for name in self._components():
-            if name == "transformer" or has_weights(folder / name):
+            if name == self.component or has_weights(folder / name):
                 continue
             found = self._class_of(name)
             if found is not None:
                 with loading(self.config.model, f"{name} of "):
                     _check_vocabulary(found.from_pretrained(folder / name), folder / name)
-
-    def own_files(self, component: str) -> Path:
-        """Return the folder of a component of the teacher, which is downloaded if the teacher is on the Hub."""
-        return self.files.folder([name for name in self._components() if name != component]) / component
 
     def _arrange_scheduler(self, pipeline: Any) -> None:
         """Override the scheduler's settings by `model.sampling.scheduler`; `UsageError` for one that it lacks."""

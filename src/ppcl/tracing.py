@@ -42,8 +42,9 @@ def ensure_traced(run: Run, record: Path | None = None) -> None:
     check_traceable(run)
     record = record or record_of(run.data.whole_cache(), 0)
     inputs = move_data_to_device(dict(read_call(record, 0).arguments), run.device)
-    found = trace(run.teacher.pipeline.transformer, inputs)
-    write_trace(trace_path(run.config.paths.cache_dir, family.facts.transformer, family.arch), found)
+    found = trace(run.teacher.transformer, inputs)
+    cache, component = run.config.paths.cache_dir, run.teacher.component
+    write_trace(trace_path(cache, component, family.facts.transformer, family.arch), found)
     for line in str(found).splitlines():
         run.say("trace", line.removeprefix("  "))
     family.adopt(found)

@@ -46,7 +46,7 @@ def test_every_method_makes_a_teacher_small_enough(model: str) -> None:
     def calibration() -> Iterator[TrainingBatch]:
         yield run.data.to_device(next(iter(stream.calibration(1, 1))))
 
-    teacher = Teacher(run.family, run.teacher.pipeline.transformer, calibration, lambda: pytest.fail("no probes"))
+    teacher = Teacher(run.family, run.teacher.transformer, calibration, lambda: pytest.fail("no probes"))
     chosen = []
     for rule, scores in SCORES.items():
         method = load_method(MethodConfig(rule=rule, params=SHARE))

@@ -28,6 +28,7 @@ from ppcl.families.dit import ORIGINAL
 from ppcl.families.dit.tiny import build_pipeline as build_dit
 from ppcl.pictures.arrays import write_npz
 from ppcl.pictures.inception import Inception
+from tests.pipelines_tiny import wan
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 WIDEST = 120  # columns; a screen
@@ -40,6 +41,7 @@ REPLACED = {
         rf"{TINY} {SETS} \1"
     ),
     r"model=qwen_image ('stages=\[import_published\]'.*) intervals=qwen_image_paper": r"model=auto model.path=DIR \1",
+    r"model\.path=WAN22": f"model.path=WAN22 {' '.join(map(shlex.quote, wan.SETTINGS))}",
     r"--nproc-per-node 8": "--nproc-per-node 2",
     r"=16": "=4",
     r"=50000": "=4",
@@ -92,6 +94,7 @@ def place(
                 Image.fromarray(shapes.render(scene.objects)).save(folder / name / f"{number}.png")
                 writer.writerow([f"{number}.png", scene.caption])
     write_dit(folder)
+    wan.build_22(folder / "WAN22")
     return folder
 
 

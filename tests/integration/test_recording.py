@@ -96,14 +96,14 @@ def test_both_passes_of_guidance_are_recorded_at_each_step(recording: Run) -> No
 
 
 def test_a_recorded_call_gives_the_recorded_output_exactly(recording: Run) -> None:
-    transformer = recording.teacher.pipeline.transformer
+    transformer = recording.teacher.transformer
     for call in calls_of(recording)[::7]:
         with torch.no_grad():
             assert torch.equal(transformer(**call.arguments)[0], call.output)
 
 
 def test_a_batch_is_as_its_calls_apart(recording: Run) -> None:
-    stream, transformer = stream_of(recording, 4), recording.teacher.pipeline.transformer
+    stream, transformer = stream_of(recording, 4), recording.teacher.transformer
     assert stream.group > 1
     for batch in stream.divided(0, 1):
         with torch.no_grad():
@@ -238,7 +238,7 @@ def test_calls_with_fresh_noise_are_what_the_model_knows(command: list[str], rec
     for batch in parts:
         assert batch.teacher is None
         with torch.no_grad():
-            output = batch.prediction(run.teacher.pipeline.transformer(**batch.inputs)[0])
+            output = batch.prediction(run.teacher.transformer(**batch.inputs)[0])
         assert torch.cosine_similarity(output.flatten(), batch.target.flatten(), dim=0) > 0.5
         assert batch.inputs["timestep"].tolist() == pytest.approx(batch.sigmas.tolist(), abs=1e-5)
     whole = torch.cat([batch.target for batch in stream.divided(2, 1)])
@@ -300,7 +300,7 @@ def test_a_model_of_classes_takes_their_names(few: list[str], tmp_path: Path) ->
     source = [f"data.path={tmp_path / 'classes.txt'}", f"paths.runs_dir={tmp_path}", "name=classes"]
     succeed("model=tiny_dit", *few, *source, "stages=[cache]")
     run = run_of("model=tiny_dit", *few, *source)
-    transformer = run.teacher.pipeline.transformer
+    transformer = run.teacher.transformer
     for batch in stream_of(run, 2).divided(0, 1):
         with torch.no_grad():
             output = batch.prediction(transformer(**batch.inputs)[0])

@@ -39,7 +39,7 @@ class Known:
 
     @property
     def transformer(self) -> Any:
-        return self.run.teacher.pipeline.transformer
+        return self.run.teacher.transformer
 
     def name(self, stream: str) -> str:
         """Return the name that the known family has for a stream of the traced one."""
@@ -52,7 +52,7 @@ def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     run = prepare([f"model={request.param}", f"paths.runs_dir={folder}", "trainer=cpu", "probe.batch_size=8"])
     stream = run.data.stream(run.config.data.calibration_seed, 8)
     batches = [stream(step) for step in range(2)]
-    trace = ppcl.trace(run.teacher.pipeline.transformer, batches[0].inputs)
+    trace = ppcl.trace(run.teacher.transformer, batches[0].inputs)
     traced = Traced(facts_of(trace), run.config.model.arch)
     traced.adopt(trace)
     return Known(run, batches, trace, traced)

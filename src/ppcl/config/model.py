@@ -47,6 +47,9 @@ class SamplingConfig:
 class ModelConfig:
     """The teacher: the diffusion pipeline whose transformer is pruned.
 
+    `component`: the name of that transformer in the pipeline. Wan 2.2 has two: `transformer` draws the noisy steps and
+        `transformer_2` all others. To prune both, prune one, and the other with `path` of the first one's export.
+
     `family`: the model family, a name in `ppcl.families`. `auto` reads it from `path/model_index.json`; of a model of
         none of them it is `traced`.
     `trace`: true finds the blocks and streams of the model by running it, as for models of no known family, although it
@@ -76,6 +79,7 @@ class ModelConfig:
 
     name: str = MISSING
     family: str = MISSING
+    component: str = option("transformer", before="transformer")
     trace: bool = False
     transformer: str | None = None
     path: str | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from ppcl import __version__
 from ppcl.artifacts.files import parse_json, write_json
 from ppcl.artifacts.headers import Header
+from ppcl.components import other_denoisers
 from ppcl.context import Run
 from ppcl.export.model_card import (
     Code,
@@ -84,16 +85,18 @@ def forget_paths(folder: Path, base: str | None) -> None:
 
 
 def keep_own_files(run: Run, folder: Path) -> None:
-    """Replace the saved tokenizers and processors of the pipeline in `folder` by the teacher's own files.
+    """Replace saved tokenizers, processors and other denoisers of the pipeline in `folder` by the teacher's own files.
 
     Encoding captions leaves a length and a padding in a tokenizer, which it would save. What is exported must not
-    depend on the stages that ran before.
+    depend on the stages that ran before. A denoiser that is not pruned would be saved in `model.dtype`, and under other
+    names if `model.variant` is set; then it is left so.
     """
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+    others = other_denoisers(run.teacher.pipeline, run.teacher.component) if run.config.model.variant is None else {}
     for name, part in run.teacher.pipeline.components.items():
-        if isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
-            own = run.teacher.own_files(name)
+        if name in others or isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
+            own = run.teacher.files.part(name)
             if own.is_dir():
                 shutil.rmtree(folder / name)
                 shutil.copytree(own, folder / name)
@@ -152,6 +155,7 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
             "call": call,
             "preparation": run.family.preparation,
             "seed": config.seed,
+            "component": run.teacher.component,
             "intervals": json.dumps(board.blocks.removed),
             "students": len(board.plugged),
             "width_sets": json.dumps(board.width) if board.width else "none",

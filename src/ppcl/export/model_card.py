@@ -20,7 +20,7 @@ _CARD = """---
 # {title}
 
 {base} with {teacher_layers} blocks pruned to {student_layers}
-({teacher:,} to {student:,} transformer parameters) by PPCL
+({teacher:,} to {student:,} {component} parameters) by PPCL
 (Pluggable Pruning with Contiguous Layer Distillation, arXiv 2511.16156), with ppcl {version}.
 
 {label}```python
@@ -49,7 +49,7 @@ pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", dtype=torch.{dtype}{w
 | kept layers of the base | {kept_layers} |
 
 A LoRA or ControlNet of the base model counts its blocks: it does not fit this one until its indices
-are mapped through `ppcl.kept_layers` in `transformer/config.json`.
+are mapped through `ppcl.kept_layers` in `{component}/config.json`.
 """
 
 _CALL = """image = pipeline(
@@ -142,7 +142,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     call: Mapping[str, Any] = facts["call"] or {}
     arguments = "\n".join(f"    {name}={value!r}," for name, value in call.items())
     given = any("load_image" in repr(value) for value in call.values())
-    told = {"without": "", "preparation": ""} | dict(facts)
+    told = {"without": "", "preparation": "", "component": "transformer"} | dict(facts)
     told |= {key: plain(str(told[key])) for key in ("title", "base", "method")}  # names that a user has chosen
     return _CARD.format(
         **told,

@@ -16,6 +16,7 @@ import torch
 
 from ppcl.artifacts.model_files import component_files
 from ppcl.artifacts.plan import Intervals, Width
+from ppcl.components import other_bytes
 from ppcl.context import Run
 from ppcl.data.boundaries import STEPS_PER_SHARD
 from ppcl.distill.boundaries import held_out_steps, num_stored
@@ -125,8 +126,8 @@ class Plan:
     def cache(self) -> Need:
         config = self.run.config.data
         if config.name == "prompts":
-            parts = self.teacher() | {"text encoders": self._encoders(), "forward": dry.forward_peak(self.run, 1)}
-            return Need("cache", parts)
+            parts = self.teacher() | {"text encoders": self._encoders()} | self._others()
+            return Need("cache", parts | {"forward": dry.forward_peak(self.run, 1)})
         vae, encoding, _ = dry.vae_peaks(self.run, config.encode_batch_size)
         parts = {"VAE": vae, "text encoders": self._encoders(), "encoding": encoding}
         return Need("cache", parts, host={"samples of a file": config.samples_per_file * dry.sample_bytes(self.run, 1)})
@@ -304,14 +305,14 @@ class Plan:
 
     def export(self) -> Need:
         """Return the need of an export. It maps the teacher's weights from their files and writes shard by shard."""
-        encoders = self._encoders() + dry.vae_peaks(self.run, 1)[0]
+        encoders = self._encoders() + sum(self._others().values()) + dry.vae_peaks(self.run, 1)[0]
         parts = {"teacher": self._teacher_bytes, "encoders": encoders, "students": 2 * self._student_bytes()}
         return Need("export", {}, self._pruned() + encoders, host=parts)
 
     def quantize(self) -> Need:
         """Return the need of quantisation: in host memory, or for least squares on the device."""
         run, config = self.run, self.run.config.quantize
-        encoders = self._encoders() + dry.vae_peaks(run, 1)[0]
+        encoders = self._encoders() + sum(self._others().values()) + dry.vae_peaks(run, 1)[0]
         eight = self._pruned() / self.itemsize  # bits a weight, also in int4 as torchao stores it
         host = {"teacher": self._teacher_bytes, "encoders": encoders, "students": 2 * self._student_bytes()}
         if config.rounding != "least_squares":
@@ -328,7 +329,7 @@ class Plan:
     def generate(self) -> Need:
         run, count = self.run, self.run.config.generate.batch_size
         vae, _, decoding = dry.vae_peaks(run, count)
-        parts = {"transformer": self._drawn(), "VAE": vae, "text encoders": self._encoders()}
+        parts = {"transformer": self._drawn(), "VAE": vae, "text encoders": self._encoders()} | self._others()
         host = {} if run.config.generate.offload == "none" else {"all weights": sum(parts.values())}
         if run.config.generate.offload == "model":
             parts = {"largest of the models": max(parts.values())}
@@ -406,6 +407,10 @@ class Plan:
         variant = self.run.config.model.variant
         files = (file for part in folder.glob("text_encoder*") for file in component_files(part, variant))
         return float(sum(file.stat().st_size for file in files))
+
+    def _others(self) -> dict[str, float]:
+        """Return the bytes of the pipeline's other denoisers, by name, which draw along with the teacher."""
+        return other_bytes(self.run.config.model, model_folder(self.run.config.model))
 
     def _lora_params(self, left: Mapping[str, int]) -> int:
         """Return the parameters of a LoRA on all linear layers of so many blocks, by stack."""

@@ -190,7 +190,7 @@ def _offload_blocks(run: Run, pipeline: Any) -> None:
 
 def _blocks(run: Run) -> list[nn.Module]:
     """Return all blocks of the pipeline's transformer, of both models if it switches between two."""
-    transformer = run.teacher.pipeline.transformer
+    transformer = run.teacher.transformer
     models = transformer.models if isinstance(transformer, ByNoiseLevel) else [transformer]
     return [block for model in models for block in run.family.blocks(model).values()]
 
@@ -208,7 +208,7 @@ def _with_controlnet(run: Run, board: Plugboard) -> tuple[Any, dict[str, Any]]:
             f"generate.controlnet={config.controlnet} could not be loaded as {model_class.__name__}; give a folder, or "
             "a hub id in reach."
         ) from None
-    transformer = run.teacher.pipeline.transformer
+    transformer = run.teacher.transformer
     heads, theirs = (model.config.num_attention_heads for model in (transformer, controlnet))
     if (heads, transformer.config.attention_head_dim) != (theirs, controlnet.config.attention_head_dim):
         raise UsageError(

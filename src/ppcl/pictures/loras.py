@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ppcl.components import loading_into
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.layers import BlockMap
@@ -58,7 +59,7 @@ def read_loras(run: Run) -> list[TeacherLora]:
 def put_on_loras(run: Run, loras: list[TeacherLora], board: Plugboard) -> None:
     """Load `loras` into the run's pipeline, whose blocks `board` has arranged."""
     pipeline, states = run.teacher.pipeline, {}
-    modules = dict(pipeline.transformer.named_modules())  # before PEFT wraps some of them
+    modules = dict(run.teacher.transformer.named_modules())  # before PEFT wraps some of them
     for number, item in enumerate(loras):
         blocks = item.blocks.then(board.kept)
         mapped = map_blocks(item.lora.state, modules, blocks.kept, blocks.removed, source=run.config.lora.source)
@@ -66,9 +67,9 @@ def put_on_loras(run: Run, loras: list[TeacherLora], board: Plugboard) -> None:
             states[f"lora_{number}"] = mapped.state
         if mapped.dropped:
             run.say("generate", f"{item.path.name}: {len(mapped.dropped)} modules are of blocks that are gone")
-    own = pruned_blocks(pipeline.transformer)  # by its config: of the teacher, or of a quantised model in its place
+    own = pruned_blocks(run.teacher.transformer)  # by its config: of the teacher, or of a quantised model in its place
     mark = mark_of((own or board.teacher_blocks).kept)
     for name, state in states.items():
-        pipeline.load_lora_weights(with_mark(state, mark), adapter_name=name)
+        pipeline.load_lora_weights(with_mark(state, mark), adapter_name=name, **loading_into(run.teacher.component))
     if states:
         pipeline.set_adapters(list(states), [run.config.generate.lora_scale] * len(states))

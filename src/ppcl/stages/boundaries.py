@@ -47,7 +47,7 @@ def run(run: Run) -> None:
     if complete and all(_is_whole(folder / name, wanted) for name in names):
         run.say("boundaries", f"reused {folder}")
         return
-    transformer = run.teacher.pipeline.transformer
+    transformer = run.teacher.transformer
     for name, (stack, pair) in zip(names, pairs, strict=True):
         student = student_block(list(stack_of(transformer, stack)), pair, run.config.distill.init)
         state = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
@@ -120,7 +120,7 @@ def _write_steps(
     shared: dict[Any, dict[str, str]] = {}
     calls = observe_abreast(
         run.family,
-        run.teacher.pipeline.transformer,
+        run.teacher.transformer,
         inputs,
         last=pairs_keys(pairs)[-1],
         size_keys="distill.batch_size",

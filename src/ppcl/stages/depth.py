@@ -96,7 +96,7 @@ def _from_teacher(run: Run, intervals: Intervals) -> tuple[DepthDistillation, An
     Batches are functions of the step, which return a list of those that `distill.accumulate` divides it into. The
     blocks are the teacher's, which `trainer.compile` compiles.
     """
-    config, transformer = run.config.distill, run.teacher.pipeline.transformer
+    config, transformer = run.config.distill, run.teacher.transformer
     module = DepthDistillation(run.family, transformer, intervals, config, run.precision, ready(run))
     stream = run.data.shared_stream(run.config.data.train_seed, config.batch_size)
     run.say_once("depth", stream.remark)
@@ -225,7 +225,7 @@ def _train(run: Run, chosen: Intervals) -> bool:
         found = module.heldout(run.data.to_device(batch) for step in steps for batch in heldout(step))
         return {name: losses["loss"] for name, losses in zip(module.names, found, strict=True)}
 
-    drawn = None if config.from_boundaries else Drawn(module.names, run.teacher.pipeline.transformer, module.plugged)
+    drawn = None if config.from_boundaries else Drawn(module.names, run.teacher.transformer, module.plugged)
     fit(run, "depth", module, loader, checkpoints, header, config, blocks, watched, drawn)
     after = measure("after distillation")
     each_losses = {}

@@ -89,9 +89,7 @@ def run(run: Run) -> None:
         loader = StepLoader(batches, steps, ahead=run.data.from_disk)
         fit(run, "detect", module, loader, checkpoints, plan.header(), settings, blocks)
 
-    teacher = Teacher(
-        run.family, run.teacher.pipeline.transformer, calibration, lambda: Probes.load(run.probe_folder), progress
-    )
+    teacher = Teacher(run.family, run.teacher.transformer, calibration, lambda: Probes.load(run.probe_folder), progress)
     teacher.say = partial(run.say, "detect")
     if detector.divides:
         teacher.gathered = gathered
@@ -105,7 +103,7 @@ def run(run: Run) -> None:
     facts = run.family.facts
     check_intervals(found.intervals, run.num_layers, f"method.rule={method.rule}", facts.first_block, facts.last_blocks)
     middle = list(stream.calibration(min(method.num_samples, method.batch_size), 2))[-1]
-    maps = similarity_maps(run.family, run.teacher.pipeline.transformer, run.data.to_device(middle))
+    maps = similarity_maps(run.family, run.teacher.transformer, run.data.to_device(middle))
     plan.intervals = found.intervals
     plan.scores = found.scores
     plan.parameters = count_parameters(run.family, run.config.model.arch, found.intervals)

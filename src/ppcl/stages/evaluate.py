@@ -58,7 +58,7 @@ def _measure(
     def denoise(model: nn.Module | None = None) -> None:
         with torch.inference_mode():
             for _ in range(passes):
-                (model or run.teacher.pipeline.transformer)(**inputs)
+                (model or run.teacher.transformer)(**inputs)
 
     by_name = {"teacher": Variant("teacher")} | {variant.name: variant for variant in variants}
     latency: dict[str, float] = {}

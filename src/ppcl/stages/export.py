@@ -78,15 +78,14 @@ def run(run: Run) -> None:
 
 def _write_folder(run: Run, folder: Path, variant: Variant, plugs: Plugs, header: Header) -> None:
     """Write the pipeline with `variant` as its transformer, its model card and its record, all or nothing."""
-    pipeline = run.teacher.pipeline
     switch = Switch(run, plugs)
     model = switch.standalone(variant)
     provenance = provenance_of(run, variant, switch, header)
     model.register_to_config(ppcl=provenance)
     with atomic_folder(folder) as temporary:
         try:
-            pipeline.transformer = model
-            pipeline.save_pretrained(temporary, max_shard_size=run.config.export.max_shard_size)
+            run.teacher.transformer = model
+            run.teacher.pipeline.save_pretrained(temporary, max_shard_size=run.config.export.max_shard_size)
             card = model_card_of(run, switch, variant.name, sum(parameter.numel() for parameter in model.parameters()))
         finally:
             switch.restore()
@@ -120,14 +119,15 @@ class _SingleFile:
             )
 
     def write(self, folder: Path) -> None:
-        """Write the file from `folder/transformer`, unless it exists."""
+        """Write the file from the transformer of the export `folder`, unless it exists."""
         run = self.run
         if self.exists:
             check_single_file(self.path)
             run.say("export", f"reused {self.path}")
             return
         base, (height, width) = BaseModel.of(run), run.config.model.sampling.size
-        config = read_json(folder / "transformer" / "config.json", "The transformer's config")
+        weights = folder / run.teacher.component
+        config = read_json(weights / "config.json", "The transformer's config")
         kept = config["ppcl"]["kept_layers"]
         facts = {
             "title": base.title,
@@ -140,7 +140,7 @@ class _SingleFile:
         if base.licence:
             facts["license"] = base.licence.get("license_name", base.licence["license"])
         metadata = modelspec(run.config.model.family, config, facts)
-        size = write_single_file(folder / "transformer", self.path, run.config.model.family, self.dtype, metadata)
+        size = write_single_file(weights, self.path, run.config.model.family, self.dtype, metadata)
         run.say("export", f"wrote {self.path} ({size / 1e6:.1f} MB), which ComfyUI loads as a diffusion model")
 
 

@@ -90,7 +90,7 @@ def run(run: Run) -> None:
         batches, heldout = _record(run, batches, heldout)
     student, stands_for, kept = _student(run, plugs, plan)
     sharding = Sharding.of(run) if run.teacher.sharded else None
-    teacher = run.teacher.pipeline.transformer
+    teacher = run.teacher.transformer
     frozen: list[Any] = []
     if config.trains == "after_first_removed":
         frozen = before_removal(run.family, student, stands_for, plan.students)
@@ -117,11 +117,11 @@ def run(run: Run) -> None:
             if config.lora_rank:
                 save_lora(result, run.teacher.pipeline_class, temporary, kept)
             if streamed:
-                save_merged(run.family, result, temporary / "transformer", run.teacher.dtype)
+                save_merged(run.family, result, temporary / run.teacher.component, run.teacher.dtype)
             else:
                 if config.lora_rank:
                     merge_lora(result)
-                result.to(run.teacher.dtype).save_pretrained(temporary / "transformer")
+                result.to(run.teacher.dtype).save_pretrained(temporary / run.teacher.component)
             facts = {
                 "plugged": [*plan.students, *plan.removed, *plan.projectors],
                 "velocity_error": {"before": before, "after": after},  # held-out
@@ -141,7 +141,7 @@ def _student(run: Run, plugs: Plugs, plan: Variant) -> tuple[Any, dict[BlockKey,
     It has its own copy of every parameter, unless it is going to be sharded, which copies, or only a LoRA learns. Then
     its blocks stream the weights that they share with those of a streamed teacher.
     """
-    teacher = run.family.blocks(run.teacher.pipeline.transformer)
+    teacher = run.family.blocks(run.teacher.transformer)
     switch = Switch(run, plugs)
     switch(plan)
     student = switch.board.standalone()
@@ -187,7 +187,7 @@ def _record(run: Run, *streams: Batches) -> tuple[Batches, Batches]:
     if streams[1](0)[0].teacher is not None:
         return streams[0], streams[1]
     steps = {"train": range(config.steps), "held_out": _heldout_steps(run)}
-    teacher = run.teacher.pipeline.transformer
+    teacher = run.teacher.transformer
     found: list[Batches] = []
 
     def velocity(batch: TrainingBatch) -> Tensor:

@@ -104,7 +104,7 @@ def _draw_missing(run: Run, drawing: Drawing, draw_batch: Any) -> list[int]:
         for numbers in mine:
             results, latents = draw_batch(numbers)
             save_latents(folder, numbers, latents)
-            transformer = run.teacher.pipeline.transformer
+            transformer = run.teacher.transformer
             share = {TEACHER_SHARE: transformer.teacher_share} if isinstance(transformer, ByNoiseLevel) else {}
             for number, one in zip(numbers, results, strict=True):
                 text = settings | {"prompt": run.prompts[number].text, "seed": run.config.seed + number} | share

@@ -73,7 +73,7 @@ def _fit(run: Run, stream: Stream, header: Header) -> tuple[dict[str, float], di
     of writing it.
     """
     settings, (number, ranks) = run.config.probe, share()
-    family, transformer = run.family, run.teacher.pipeline.transformer
+    family, transformer = run.family, run.teacher.transformer
     working, judged = min(ranks, settings.num_batches), settings.num_batches + settings.num_heldout_batches
     fitted = range(number, settings.num_batches, working)
     heldout = range(settings.num_batches + number, judged, working)
@@ -112,7 +112,7 @@ def _train(
 
     Returns the residuals of the probes of all ranks.
     """
-    settings, family, transformer = run.config.probe, run.family, run.teacher.pipeline.transformer
+    settings, family, transformer = run.config.probe, run.family, run.teacher.transformer
     residuals: dict[str, float] = {}
     if probes:
         steps = run.track(range(settings.train_steps), "probe training")

@@ -90,7 +90,7 @@ def run(run: Run) -> None:
         else:
             quantize(run, model, chosen, torchao_config(config.scheme, config.group_size, kept))
         with atomic_folder(folder) as temporary:
-            run.teacher.pipeline.transformer = model
+            run.teacher.transformer = model
             run.teacher.pipeline.save_pretrained(temporary)
             keep_own_files(run, temporary)
             add_code(temporary)

@@ -10,6 +10,7 @@ import ppcl
 from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.tensors import read_tensors, write_tensors
+from ppcl.components import loading_into
 from ppcl.context import Run
 from ppcl.errors import UsageError
 from ppcl.model_fit import without_weights
@@ -24,7 +25,7 @@ def _pruned_transformer(run: Run) -> Any:
 
     Raises `UsageError` if there is no export, or if it is of another family.
     """
-    folder = Path(run.config.lora.model or run.folder / "export") / "transformer"
+    folder = Path(run.config.lora.model or run.folder / "export") / run.teacher.component
     if not (folder / "config.json").exists():
         raise UsageError(f"lora.model: {folder.parent} holds no exported model; run 'stages=[export]' first.")
     config = read_json(folder / "config.json", "The exported config")
@@ -83,4 +84,5 @@ def run(run: Run) -> None:
         if names:
             few = ", ".join(names[:3])
             run.say("remap_lora", f"{told}: {few}{', ...' if len(names) > 3 else ''}; all in {target.stem}.json")
-    run.say("remap_lora", f"wrote {target}; pipeline.load_lora_weights takes it")
+    where = "".join(f" with {name}=True" for name in loading_into(run.teacher.component))
+    run.say("remap_lora", f"wrote {target}; pipeline.load_lora_weights takes it{where}")

@@ -77,7 +77,7 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
 
     Text streams are selected by CKA with the output of their reference, FFNs by the held-out error of their linear fit.
     """
-    config, family, teacher = run.config.width, run.family, run.teacher.pipeline.transformer
+    config, family, teacher = run.config.width, run.family, run.teacher.transformer
     here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
     stop = config.num_batches
 
@@ -162,7 +162,7 @@ def run(run: Run) -> None:
     students |= dict.fromkeys(required_removals(run), "removed")
 
     def parts() -> tuple[Any, list[Place]]:
-        teacher = run.teacher.pipeline.transformer
+        teacher = run.teacher.transformer
         modules = {name: load_student(run.family, teacher, plug) for name, plug in plugs.items()}
         return teacher, places(run.family, teacher, run.intervals, modules)
 

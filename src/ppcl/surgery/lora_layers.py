@@ -144,6 +144,6 @@ def lora_loader(facts: FamilyFacts | None, pipeline_class: Any = None) -> Any:
     return pipeline_class
 
 
-def loads_loras(pipeline_class: Any) -> bool:
-    """Return whether a pipeline class of diffusers loads LoRAs of its transformer."""
-    return "transformer" in getattr(pipeline_class, "_lora_loadable_modules", ())
+def loads_loras(pipeline_class: Any, component: str = "transformer") -> bool:
+    """Return whether a pipeline class of diffusers loads LoRAs of its transformer, the `component` of this name."""
+    return component in getattr(pipeline_class, "_lora_loadable_modules", ())

@@ -16,6 +16,7 @@ from torch import nn
 
 from ppcl.artifacts.plan import Intervals, plug_name, read_plug_name, removal_name
 from ppcl.artifacts.plugs import Plug, Projector, load_plugs, load_projectors
+from ppcl.components import DEFAULT
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.layers import BlockMap, Layout, check_counts, check_width_sets, kept_layers, references
@@ -250,15 +251,28 @@ def load_student(family: Family, transformer: nn.Module, plug: Plug) -> nn.Modul
     return student.requires_grad_(False).eval()
 
 
-def _family_of(pipeline: Any, folder: Path) -> Family:
+def _transformer_of(pipeline: Any, folder: Path, plugs: Iterable[Plug | Projector]) -> Any:
+    """Return the transformer of a pipeline that the `plugs` in `folder` are of; `UsageError` if there is none."""
+    for item in plugs:
+        component = item.header.made_from.get("model", {}).get("component", DEFAULT)
+        found = getattr(pipeline, component, None)
+        if found is None:
+            raise UsageError(
+                f"{folder} holds plugs of {component}, which this {type(pipeline).__name__} is without: load it whole."
+            )
+        return found
+    raise UsageError(f"{folder} holds no plug; run 'stages=[depth]' or 'stages=[width]' first.")
+
+
+def _family_of(pipeline: Any, transformer: Any, folder: Path) -> Family:
     """Return the family of a pipeline: the one that the trace beside the plugs in `folder` tells, or a known one."""
     from ppcl.families.registry import family_of_pipeline, get_family
     from ppcl.families.traced.family import Traced, facts_of
     from ppcl.families.traced.known import TRACE, read_trace
 
     trace = read_trace(folder.parent / TRACE)
-    if trace is not None and trace.model == type(pipeline.transformer).__name__:
-        traced = Traced(facts_of(trace), pipeline.transformer.config)
+    if trace is not None and trace.model == type(transformer).__name__:
+        traced = Traced(facts_of(trace), transformer.config)
         traced.adopt(trace)
         return traced
     name = family_of_pipeline(type(pipeline).__name__)
@@ -267,7 +281,7 @@ def _family_of(pipeline: Any, folder: Path) -> Family:
             f"{type(pipeline).__name__} is of no known family, and there is no {folder.parent / TRACE}: give the "
             "folder plugs/ of a run on this model."
         )
-    return get_family(name, pipeline.transformer.config)
+    return get_family(name, transformer.config)
 
 
 def plug(pipeline: Any, folder: str | Path) -> Plugboard:
@@ -276,10 +290,9 @@ def plug(pipeline: Any, folder: str | Path) -> Plugboard:
     Returns the board that switches them. Raises `UsageError` for a folder without plugs, for plugs of another model,
     and for intervals that overlap.
     """
-    family = _family_of(pipeline, Path(folder))
     plugs, projectors = load_plugs(Path(folder)), load_projectors(Path(folder))
-    if not plugs and not projectors:
-        raise UsageError(f"{folder} holds no plug; run 'stages=[depth]' or 'stages=[width]' first.")
+    transformer = _transformer_of(pipeline, Path(folder), [*plugs.values(), *projectors.values()])
+    family = _family_of(pipeline, transformer, Path(folder))
     intervals: Intervals = {}
     for item in plugs.values():
         intervals.setdefault(item.stack, []).append(item.interval)
@@ -293,11 +306,11 @@ def plug(pipeline: Any, folder: str | Path) -> Plugboard:
             if following[0] <= pair[1]:
                 names = plug_name(stack, pair), plug_name(stack, following)
                 raise UsageError(f"{folder} holds {' and '.join(names)}, which overlap: delete one of them.")
-    students = {name: load_student(family, pipeline.transformer, item) for name, item in plugs.items()}
+    students = {name: load_student(family, transformer, item) for name, item in plugs.items()}
     layouts = {item.header.made_from["text_output"] for item in projectors.values()}
     if len(layouts) > 1:
         raise UsageError(f"{folder} holds text projectors of two layouts ({', '.join(layouts)}): keep those of one.")
     layout = Layout(*layouts)
-    board = Plugboard(family, pipeline.transformer, intervals, students, projectors, layout)
+    board = Plugboard(family, transformer, intervals, students, projectors, layout)
     board.pipeline = pipeline
     return board(*students, *removed, *projectors)

@@ -18,6 +18,7 @@ from ppcl.artifacts.model_files import (
     variants_of,
     weight_files,
 )
+from ppcl.components import DEFAULT, check_component
 from ppcl.config import Config, ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.facts import FamilyFacts
@@ -25,9 +26,9 @@ from ppcl.families.registry import FAMILIES, builders, family_of_pipeline, get_f
 from ppcl.options import Bounds
 from ppcl.paths import is_single_file, is_toy_folder, local_folder
 from ppcl.stages import STAGES
+from ppcl.validation.traced import TRACED, introduce, introduce_class
 from ppcl.validation.values import aspect_ratio, one_of
 
-TRACED = "traced"
 _MOST_BLOCKS = 10_000
 
 
@@ -66,7 +67,7 @@ def num_layers(config: Config) -> dict[str, int]:
         if type(count) is not int or not 0 <= count <= _MOST_BLOCKS:
             raise UsageError(
                 f"model.arch.{key}={count} is no number of blocks: give one from 0 to {_MOST_BLOCKS}, or model.path of "
-                "a folder whose transformer/config.json has it."
+                f"a folder whose {config.model.component}/config.json has it."
             )
         found[stack] = count
     if not any(found.values()):
@@ -117,20 +118,23 @@ def check_model(config: Config) -> None:
     if folder is not None:
         index = _index_of(folder, model)
         pipeline_class = index["_class_name"]
-        arch = _read(folder, "transformer/config.json", model) if index.get("transformer", [None])[0] else {}
+        check_component(model, index)
+        name = model.component
+        arch = _read(folder, f"{name}/config.json", model) if index.get(name, [None])[0] else {}
+        check_not_quantised(model, arch)
         kind = str(arch.get("_class_name"))
-        found = None if model.trace or stock_name(kind) != kind else family_of_pipeline(pipeline_class)
+        known = name == DEFAULT and not model.trace and stock_name(kind) == kind
+        found = family_of_pipeline(pipeline_class) if known else None
         if found is None:
             found = TRACED
-            _introduce(config, folder, index, arch)
+            introduce(config, folder, index, arch)
         if model.family not in ("auto", found) and not model.trace:
             raise UsageError(f"model.family={model.family} does not fit model.path={model.path}, a {found}.")
-        check_not_quantised(model, arch)
         _check_whole(config, arch, FAMILIES[found])
         for key in FAMILIES[found].stacks.values():
             if type(arch.get(key)) is not int or arch[key] < 1:
                 raise UsageError(
-                    f"{folder / 'transformer' / 'config.json'} has {key}={arch.get(key)}, which must be the number of "
+                    f"{folder / name / 'config.json'} has {key}={arch.get(key)}, which must be the number of "
                     "blocks: fetch it again."
                 )
         model.family = found
@@ -140,7 +144,11 @@ def check_model(config: Config) -> None:
     elif model.family == "auto":
         raise UsageError("model=auto needs model.path, the folder of a diffusers pipeline.")
     elif model.family == TRACED:
-        _introduce_class(config)
+        introduce_class(config)
+    elif model.component != DEFAULT:
+        raise UsageError(
+            f"model.component={model.component} is no transformer of model.family={model.family}: leave it out."
+        )
     elif (
         model.path is None
         and not config.explain
@@ -175,45 +183,6 @@ def check_takes_lora(key: str, model: ModelConfig) -> None:
         raise UsageError(f"{key}: the pipeline of {whose} cannot load LoRAs in diffusers; leave it out.")
     if find_spec("peft") is None:
         raise UsageError(f"{key} needs peft: pip install 'peft>=0.18'.")
-
-
-def _introduce(config: Config, folder: Path, index: Mapping[str, Any], arch: Mapping[str, Any]) -> None:
-    """Register the model in a folder as a traced one; raises `UsageError` if it seems to have no stack of blocks."""
-    import diffusers
-
-    from ppcl.families.traced.known import transformer_of  # loads torch
-    from ppcl.surgery.lora_layers import loads_loras
-
-    kind = transformer_of(folder, index, arch)
-    check_not_quantised(config.model, arch)
-    _register(config, kind, arch, takes_lora=loads_loras(getattr(diffusers, index["_class_name"], None)))
-
-
-def _introduce_class(config: Config) -> None:
-    """Register a model without a local folder as a traced one, by `model.transformer` and `model.arch`."""
-    import diffusers
-
-    name = config.model.transformer
-    kind = getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
-        raise UsageError(
-            f"model.transformer={name} is no model of diffusers {diffusers.__version__}: name the class of the "
-            "transformer, such as WanTransformer3DModel, or give model=auto model.path=FOLDER."
-        )
-    _register(config, kind, config.model.arch)
-
-
-def _register(config: Config, kind: Any, arch: Mapping[str, Any], *, takes_lora: bool = True) -> None:
-    """Register the facts of a traced model: before it is traced, those that its config tells.
-
-    `takes_lora`: whether its pipeline loads LoRAs.
-    """
-    from ppcl.families.registry import register
-    from ppcl.families.traced.family import facts_of
-    from ppcl.families.traced.known import guessed, read_trace, trace_path
-
-    found = read_trace(trace_path(config.paths.cache_dir, kind.__name__, arch)) or guessed(kind, arch)
-    register(facts_of(found, takes_lora=takes_lora))
 
 
 def _check_parts(model: ModelConfig) -> None:
@@ -276,12 +245,13 @@ def _check_weights(config: Config, folder: Path, index: Mapping[str, Any]) -> No
         raise UsageError(f"model.variant={model.variant}: {folder} has no files of this variant; leave it out.")
     needed = any(needs_weights(config, stage) for stage in config.stages)
     for name in parts:
-        if name == "transformer" and is_single_file(model.path):
+        if name == model.component and is_single_file(model.path):
             continue
         part = folder / name
-        if has_weights(part) or (name == "transformer" and needed):
-            files = weight_files(part, model.variant) if name == "transformer" else component_files(part, model.variant)
-            if name == "transformer" and model.streaming and model.lora is None:
+        pruned = name == model.component
+        if has_weights(part) or (pruned and needed):
+            files = weight_files(part, model.variant) if pruned else component_files(part, model.variant)
+            if pruned and model.streaming and model.lora is None:
                 check_streamable(files[0])
             for file in files:
                 if file.suffix == ".safetensors":
@@ -340,6 +310,10 @@ def check_pretrain(config: Config) -> None:
     if config.model.builder is None:
         raise UsageError(
             f"'stages=[pretrain]' trains the embedded teachers only; model={config.model.name} has no model.builder."
+        )
+    if config.model.component != DEFAULT:
+        raise UsageError(
+            f"model.component={config.model.component}: embedded teachers have one transformer; leave it out."
         )
     one_of("model.builder", config.model.builder, tuple(builders()))
     one_of("model.family", config.model.family, tuple(FAMILIES))

@@ -92,7 +92,7 @@ class Switch:
 
     def __init__(self, run: Run, plugs: Plugs, *, alone: bool = False) -> None:
         self.run = run
-        self.teacher = transformer = run.teacher.pipeline.transformer
+        self.teacher = transformer = run.teacher.transformer
         self.plugs = plugs
         self.students = Students(run.family, transformer, plugs.students)
         self.board = self._teacher_board = self._board(transformer, self.students)
@@ -123,7 +123,7 @@ class Switch:
             model = ByNoiseLevel(self.run.family, self.teacher, pruned, teacher_above)
         if self._resident is not None:
             self._resident(model, [self.teacher, *self._blocks, *self.students.built.values(), *self._own.values()])
-        self.run.teacher.pipeline.transformer = model
+        self.run.teacher.transformer = model
         return model
 
     def standalone(self, variant: Variant) -> Any:
@@ -151,7 +151,7 @@ class Switch:
             stage = "quantize" if folder == quantized_folder(self.run) else "finetune"
             check_model(folder, read_json(folder / "ppcl.json", "The record", stage), stage)
             model_class: Any = type(self.board.standalone())
-            model = model_class.from_pretrained(folder / "transformer", dtype=self.run.teacher.dtype)
+            model = model_class.from_pretrained(folder / self.run.teacher.component, dtype=self.run.teacher.dtype)
             if self._resident is None:
                 model = model.to(next(self.teacher.parameters()).device)
             self._own[folder] = model.eval().requires_grad_(False)
@@ -160,4 +160,4 @@ class Switch:
     def restore(self) -> None:
         """Turn the pipeline back into the teacher's."""
         self.board = self._teacher_board()
-        self.run.teacher.pipeline.transformer = self.teacher
+        self.run.teacher.transformer = self.teacher

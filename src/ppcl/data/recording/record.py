@@ -106,9 +106,11 @@ def _drawn(run: Run, row: Row, prompt: int) -> Recording:
     pipeline = run.teacher.pipeline
     arguments = call_arguments(run, row, prompt)
     wanted = partial(spread, run.config.data.record_steps, number=prompt)
-    with recorded(pipeline, lambda steps: wanted(steps)) as found:
+    with recorded(pipeline, run.teacher.component, lambda steps: wanted(steps)) as found:
         try:
             pipeline(**arguments)
+        except UsageError:
+            raise
         except (ValueError, TypeError) as error:
             raise UsageError(f"{row.place}: the pipeline refuses its arguments: {error}") from error
         except NameError as error:  # diffusers imports packages that it does not require only where they are installed
@@ -160,12 +162,12 @@ def _joining(run: Run, row: Row, folder: Path, found: Recording) -> Joining:
 
 def _axes(run: Run, row: Row, folder: Path) -> Joining:
     """Return how calls are joined into batches, and say so."""
-    pipeline, why = run.teacher.pipeline, "the pipeline takes one sample at once"
+    pipeline, transformer, why = run.teacher.pipeline, run.teacher.transformer, "the pipeline takes one sample at once"
     arguments = call_arguments(run, row, 0)
     for two in for_two(pipeline, arguments):
         try:
-            axes = find_axes(pipeline, call_arguments(run, row, 0), two, PATHS)
-            _check_joined(pipeline.transformer, folder, axes)
+            axes = find_axes(pipeline, transformer, call_arguments(run, row, 0), two, PATHS)
+            _check_joined(transformer, folder, axes)
         except NoAxesError as error:
             why = str(error)
             continue

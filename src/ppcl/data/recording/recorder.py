@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
+from ppcl.components import other_denoisers, steps_of
 from ppcl.data.recording.files import Call
 from ppcl.data.recording.nested import Axes, NoAxesError, axes_of, copied, joined
 from ppcl.errors import UsageError
@@ -43,7 +44,8 @@ class Recording:
     """Record of one run of a pipeline: its `calls`, number of denoising `steps`, and final `latents`.
 
     `first`, `last`: its first and last step. `agreement`: the least cosine of an output of the transformer with the
-    prediction that the scheduler was given; -1 if they are not comparable.
+    prediction that the scheduler was given; -1 if they are not comparable. `throughout`: whether the transformer is
+    called at all steps.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Recording:
     first: Step | None = None
     last: Step | None = None
     agreement: float = 1.0
+    throughout: bool = True
 
 
 def spread(count: int, steps: int, number: int) -> set[int]:
@@ -65,25 +68,31 @@ def spread(count: int, steps: int, number: int) -> set[int]:
 
 
 @contextmanager
-def recorded(pipeline: Any, wanted: Callable[[int], set[int]]) -> Iterator[Recording]:
-    """Yield what is recorded of the pipeline's calls of its transformer within the context.
+def recorded(pipeline: Any, component: str, wanted: Callable[[int], set[int]]) -> Iterator[Recording]:
+    """Yield what is recorded of the pipeline's calls of the transformer `component` within the context.
 
-    `wanted`: returns the steps to record, given the number of steps of the trajectory. All calls of such a step are
-    recorded: both passes of guidance, whether they come as one call or as two.
+    `wanted`: returns the places of the steps to record, given the number of steps at which the pipeline calls it. All
+    calls of such a step are recorded: both passes of guidance, whether they come as one call or as two. The pipeline
+    raises `UsageError` if it is called at no step.
     """
-    found, waiting = Recording(), list[Call]()
-    signature = inspect.signature(pipeline.transformer.forward)
+    found, waiting, transformer = Recording(), list[Call](), getattr(pipeline, component)
+    signature = inspect.signature(transformer.forward)
     chosen: set[int] | None = None
     called, opening = False, dict[str, Any]()
 
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin(module: nn.Module, args: tuple) -> None:
         nonlocal chosen, called
         called = True
         if chosen is None:
+            steps = steps_of(pipeline, component)
+            chosen = {steps[place] for place in wanted(len(steps))}
             timesteps = getattr(pipeline.scheduler, "timesteps", None)
-            chosen = wanted(0 if timesteps is None else len(timesteps))
+            found.throughout = timesteps is None or len(steps) == len(timesteps)
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not opening:
             opening.update(copied(by_name(signature, args, kwargs)))
-        if found.steps in chosen:
+        if chosen and found.steps in chosen:
             named = by_name(signature, args, kwargs)
             waiting.append(Call(found.steps, 0.0, 0.0, copied(named), None))
 
@@ -109,9 +118,11 @@ def recorded(pipeline: Any, wanted: Callable[[int], set[int]]) -> Iterator[Recor
         found.steps += 1
         found.latents = first_output(result)
 
+    others = other_denoisers(pipeline, component).values()
     handles = [
-        pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True),
-        pipeline.transformer.register_forward_hook(after),
+        *(model.register_forward_pre_hook(begin) for model in (transformer, *others)),
+        transformer.register_forward_pre_hook(before, with_kwargs=True),
+        transformer.register_forward_hook(after),
     ]
     try:
         with _watched(type(pipeline.scheduler), stepped):
@@ -190,16 +201,16 @@ def _cosine(call: Call, given: Any) -> float:
     return -1.0 if own.shape != given.shape else torch.cosine_similarity(own.flatten(), given.flatten(), dim=0).item()
 
 
-def _first_call(pipeline: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def _first_call(pipeline: Any, transformer: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Run the pipeline to the end of the transformer's first call, and return the call's arguments and output."""
     found: list[Any] = []
-    signature = inspect.signature(pipeline.transformer.forward)
+    signature = inspect.signature(transformer.forward)
 
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         found.extend(copied([by_name(signature, args, kwargs), first_output(output)]))
         raise StopForward
 
-    handle = pipeline.transformer.register_forward_hook(after, with_kwargs=True)
+    handle = transformer.register_forward_hook(after, with_kwargs=True)
     try:
         with suppress(StopForward):
             pipeline(**arguments)
@@ -210,14 +221,16 @@ def _first_call(pipeline: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any
     return found[0], found[1]
 
 
-def find_axes(pipeline: Any, one: dict[str, Any], two: dict[str, Any], paths: tuple[str, str]) -> Axes:
-    """Return how calls of the transformer are joined, by running the pipeline for one sample and for two.
+def find_axes(
+    pipeline: Any, transformer: Any, one: dict[str, Any], two: dict[str, Any], paths: tuple[str, str]
+) -> Axes:
+    """Return how calls of `transformer` are joined, by running its pipeline for one sample and for two.
 
     Both runs end at the transformer's first call. `one`, `two`: arguments of the pipeline's call. `paths`: what the
     axes name the transformer's arguments and output by. Raises `NoAxesError` if these two calls do not show it.
     """
     try:
-        calls = [_first_call(pipeline, arguments) for arguments in (one, two)]
+        calls = [_first_call(pipeline, transformer, arguments) for arguments in (one, two)]
     except (UsageError, NoAxesError):
         raise
     except Exception as error:  # whatever a pipeline raises that takes one sample only

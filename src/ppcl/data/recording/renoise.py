@@ -59,6 +59,8 @@ def find_renoising(scheduler: Any, found: Recording) -> Renoising:
     Raises `NoRenoisingError` if the noise of the first step and the final latents do not make up what the transformer
     was given, or if more than two arguments change from step to step.
     """
+    if not found.throughout:
+        raise NoRenoisingError("the model is called at some of the denoising steps alone")
     first, last = found.first, found.last
     if not (first and last and found.latents is not None and last.flow):
         raise NoRenoisingError("its scheduler is not of flow matching")

@@ -12,6 +12,7 @@ from typing import Any
 from ppcl.artifacts.files import again, read_json, write_json
 from ppcl.artifacts.headers import fingerprint
 from ppcl.artifacts.model_files import components_of
+from ppcl.components import DEFAULT, class_named
 from ppcl.errors import UsageError, root
 from ppcl.families.registry import stock_name
 from ppcl.families.traced.structure import block_lists, without_weights
@@ -21,12 +22,14 @@ TRACE = "trace.json"  # in a run's folder
 VERSION = 2  # of how models are traced
 
 
-def trace_path(cache_dir: str | Path, model: str, arch: Mapping[str, Any]) -> Path:
-    """Return the file that keeps the trace of a transformer of the class `model` with the config `arch`."""
+def trace_path(cache_dir: str | Path, component: str, model: str, arch: Mapping[str, Any]) -> Path:
+    """Return the file that keeps the trace of a pipeline's `component`, of the class `model` with the config `arch`."""
     import diffusers
 
     own = {key: value for key, value in arch.items() if not key.startswith("_")}
     made_from = {"model": model, "arch": own, "diffusers": diffusers.__version__, "version": VERSION}
+    if component != DEFAULT:
+        made_from["component"] = component
     return Path(cache_dir) / "traces" / f"{fingerprint(made_from)}.json"
 
 
@@ -46,23 +49,23 @@ def write_trace(path: Path, trace: Trace) -> None:
     write_json(path, trace.to_json())
 
 
-def transformer_of(folder: Path, index: Mapping[str, Any], arch: Mapping[str, Any]) -> Any:
-    """Return the diffusers class of the transformer of a pipeline folder.
+def transformer_of(folder: Path, component: str, index: Mapping[str, Any], arch: Mapping[str, Any]) -> Any:
+    """Return the diffusers class of a pipeline folder's transformer, which is its `component`.
 
     Raises `UsageError` for a pipeline without one, and for a class that diffusers does not have.
     """
     import diffusers
 
     components = components_of(index)
-    name = arch.get("_class_name") or components.get("transformer", [None, None])[1]
+    name = arch.get("_class_name") or components.get(component, [None, None])[1]
     if not name:
         parts = ", ".join(key for key, value in components.items() if any(value)) or "it has no parts"
         raise UsageError(
             f"model.path={folder} holds a {index['_class_name']} without a transformer ({parts}): only the blocks of "
             "diffusion transformers can be pruned."
         )
-    name = stock_name(str(name))  # an export that is pruned in width names a class made from that
-    found = getattr(diffusers, name, None) or getattr(diffusers.models.transformers, name, None)
+    name = stock_name(str(name))
+    found = class_named(name)
     if found is None:
         raise UsageError(
             f"model.path={folder} holds a {name}, which diffusers {diffusers.__version__} does not have: install the "
