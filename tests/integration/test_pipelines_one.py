@@ -6,6 +6,7 @@ The first runs always, all of them with PPCL_TEST_MODELS=1.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -139,6 +140,25 @@ def test_stock_diffusers_loads_the_export_and_it_computes_the_same(chain: Chain)
     found, wanted = (_output(model, call.arguments) for model in (loaded.transformer, pruned))
     assert torch.equal(found, wanted)
     assert not torch.equal(found, call.output)
+
+
+def test_the_program_of_the_model_card_draws(chain: Chain) -> None:
+    card = (chain.run / "export" / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    picture = chain.prompts.parent / "a.png"
+    Image.new("RGB", (48, 32)).save(picture)
+    program = program.replace("PATH_OR_ID", str(chain.run / "export")).replace("PATH_OR_URL", str(picture))
+    drawn: dict[str, Any] = {}
+    exec(compile(program, "model card", "exec"), drawn)
+    frames, sound = ARCHITECTURES[chain.name]
+    if frames:
+        assert len(drawn["video"]) == frames
+    elif sound:
+        assert drawn["sound"].shape[-1] == sound[0]
+    else:
+        assert isinstance(drawn["image"], Image.Image)
+    assert f"pipeline_tag: {'image' if chain.name == 'wan_from_image' else 'text'}-to-" in card
+    assert f"-to-{'video' if frames else 'audio' if sound else 'image'}\n" in card
 
 
 def test_a_video_or_sound_that_is_lost_is_drawn_again(chain: Chain) -> None:

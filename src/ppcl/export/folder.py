@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ppcl.export.model_card import (
     model_card,
 )
 from ppcl.paths import EMBEDDED
+from ppcl.pictures.outputs import field_of
 from ppcl.surgery.provenance import earlier_of
 from ppcl.validation.model import model_folder
 from ppcl.variants.switch import Switch
@@ -130,17 +132,24 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
     base = BaseModel.of(run)
     labels = getattr(run.teacher.pipeline, "labels", None)  # only a class-conditional model has them
     prompt = next(iter(labels)) if labels else "a red circle and a blue square"
-    given = [[Code('load_image("PATH_OR_URL")')] * run.family.num_references] if run.family.num_references else []
-    call = None
+    picture = Code('load_image("PATH_OR_URL")')
+    given = [[picture] * run.family.num_references] if run.family.num_references else []
+    call, field = None, None
     if run.family.draws:
+        field = field_of(run.teacher.pipeline)
         call = run.family.prompt_arguments(run.teacher.pipeline, [prompt], given)
         call |= run.family.sampling_arguments(sampling, 1)
+        image = inspect.signature(type(run.teacher.pipeline).__call__).parameters.get("image")
+        if image is not None and image.default is inspect.Parameter.empty and "image" not in call:
+            call |= {"image": picture}
     parts = run.teacher.pipeline.components
     missing = [name for name in parts if parts[name] is None and name not in run.teacher.pipeline._optional_components]
     return model_card(
         {
             "title": base.title,
-            "metadata": card_metadata(run.family.name, base.hub_id, base.licence, draws=run.family.draws),
+            "metadata": card_metadata(
+                run.family.name, base.hub_id, base.licence, field, given="load_image" in repr(call)
+            ),
             "base": base.name,
             "version": __version__,
             "variant": variant,
@@ -153,6 +162,7 @@ def model_card_of(run: Run, switch: Switch, variant: str, params: int) -> str:
             "imports": "import ppcl  # or pass trust_remote_code=True below\n" if ours else "",
             "without": "".join(f", {name}=None" for name in missing),
             "call": call,
+            "field": field or "images",
             "preparation": run.family.preparation,
             "seed": config.seed,
             "component": run.teacher.component,

@@ -52,11 +52,13 @@ A LoRA or ControlNet of the base model counts its blocks: it does not fit this o
 are mapped through `ppcl.kept_layers` in `{component}/config.json`.
 """
 
-_CALL = """image = pipeline(
+_CALL = """{result} = pipeline(
 {arguments}
     generator=torch.Generator().manual_seed({seed}),
-).images[0]
+).{field}[0]
 """
+# By the field of its output that a pipeline draws into: a name for one result, and what the Hub calls the task.
+_RESULTS = {"images": ("image", "image"), "frames": ("video", "video"), "audios": ("sound", "audio")}
 
 _WIDTH_LABEL = """> [!WARNING]
 > **COMFYUI CANNOT LOAD THIS MODEL.** It is pruned in width. ComfyUI, and other loaders that skip keys they do
@@ -117,15 +119,20 @@ def _licence_in(card: Path, base: str | None) -> dict[str, str]:
     return found if "license" in found else {}
 
 
-def card_metadata(family: str, base: str | None, licence: Mapping[str, str], *, draws: bool = True) -> str:
+def card_metadata(
+    family: str, base: str | None, licence: Mapping[str, str], field: str | None = "images", *, given: bool = False
+) -> str:
     """The YAML that the Hub reads. `base` is left out where the Hub does not know it: it would refuse the card.
 
-    What a family is for is known only of one that `draws`.
+    `field`: the field of its output that the pipeline draws into, None if that is not known. `given`: whether it must
+        be given a picture, as all of some families are.
     """
     from huggingface_hub import ModelCardData
 
-    tag = "image-to-image" if FAMILIES[family].max_references else "text-to-image"
-    data: dict[str, Any] = {"library_name": "diffusers", **({"pipeline_tag": tag} if draws else {}), **licence}
+    data: dict[str, Any] = {"library_name": "diffusers"}
+    if field is not None:
+        data["pipeline_tag"] = f"{'image' if given or FAMILIES[family].max_references else 'text'}-to-{_RESULTS[field][1]}"
+    data |= licence
     if base is not None:
         # Of what the Hub tells apart (adapter, finetune, merge, quantized) a pruned model is tuned.
         data |= {"base_model": base, "base_model_relation": "finetune"}
@@ -137,18 +144,20 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """Markdown with the Hub's YAML header from `facts`; its sections are empty until `with_section` fills them.
 
     `call` are the pipeline's arguments, None where only loading is shown; `without` those that say what is not there.
-    `preparation`: code that comes before the call.
+    `preparation`: code that comes before the call. `field`: the field of its output that the pipeline draws into.
     """
     call: Mapping[str, Any] = facts["call"] or {}
     arguments = "\n".join(f"    {name}={value!r}," for name, value in call.items())
     given = any("load_image" in repr(value) for value in call.values())
-    told = {"without": "", "preparation": "", "component": "transformer"} | dict(facts)
+    told = {"without": "", "preparation": "", "component": "transformer", "field": "images"} | dict(facts)
     told |= {key: plain(str(told[key])) for key in ("title", "base", "method")}  # names that a user has chosen
     return _CARD.format(
         **told,
         label="" if facts["width_sets"] == "none" else _WIDTH_LABEL,
         loader="from diffusers.utils import load_image\n" if given else "",
-        use=told["preparation"] + _CALL.format(arguments=arguments, seed=facts["seed"]) if facts["call"] else "",
+        use=told["preparation"] + _CALL.format(arguments=arguments, result=_RESULTS[told["field"]][0], **told)
+        if facts["call"]
+        else "",
     )
 
 

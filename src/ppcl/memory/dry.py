@@ -316,7 +316,9 @@ def vae_peaks(run: Run, count: int) -> tuple[int, int, int]:
         frames = (1,) if hasattr(vae, "temperal_downsample") else ()
         weights = sum(p.numel() * p.element_size() for p in chain(vae.parameters(), vae.buffers()))
         with torch.no_grad(), LiveBytes(cudnn=gpu) as encoding:
-            latents = vae.encode(torch.empty(count, 3, *frames, *sampling.size)).latent_dist.mode()
+            encoded = vae.encode(torch.empty(count, 3, *frames, *sampling.size))
+        # Of most VAEs it is a distribution, of others the latents themselves.
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         with torch.no_grad(), LiveBytes(cudnn=gpu) as decoding:
             vae.decode(latents, return_dict=False)
     return weights, encoding.peak, decoding.peak

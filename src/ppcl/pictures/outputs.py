@@ -32,6 +32,21 @@ class Drawn:
     sampling_rate: int = 0
 
 
+def field_of(pipeline: Any) -> str:
+    """Return the field of its output that a pipeline draws into: `images`, `frames` or `audios`.
+
+    It goes by the part that turns latents into them, and of sounds has a sampling rate.
+    """
+    for processor, field in (("video_processor", "frames"), ("image_processor", "images")):
+        if hasattr(pipeline, processor):
+            return field
+    try:
+        sampling_rate(pipeline)
+    except UsageError:
+        return "images"
+    return "audios"
+
+
 def drawn_by(pipeline: Any, output: Any, arguments: Mapping[str, Any]) -> list[Drawn]:
     """Return what a pipeline has drawn for each prompt, from what its call with `arguments` returned.
 

@@ -78,6 +78,10 @@ def _select(run: Run, kept: Sequence[Place]) -> tuple[Width, dict[str, Any]]:
     Text streams are selected by CKA with the output of their reference, FFNs by the held-out error of their linear fit.
     """
     config, family, teacher = run.config.width, run.family, run.teacher.transformer
+    if family.width is None:
+        kind = type(teacher).__name__
+        run.say("width", f"nothing is pruned in width: {kind} has no feed-forward network that can become linear")
+        return {}, {}
     here = {stack: {place.index: place for place in kept if place.stack == stack} for stack in family.stacks}
     stop = config.num_batches
 

@@ -16,7 +16,9 @@ from ppcl.layers import Layout
 def width_surgery(family: Family) -> WidthSurgery:
     """Return the width surgery of `family`; `UsageError` if its blocks cannot be pruned in width."""
     if family.width is None:
-        raise UsageError(f"model.family={family.name} cannot be pruned in width: use width=none.")
+        raise UsageError(
+            f"model.family={family.name} cannot be pruned in width: use width=none, and leave width out of stages."
+        )
     return family.width
 
 

@@ -244,7 +244,10 @@ def check_width_group(config: Config, intervals: Intervals | None) -> None:
     if config.width.source == "auto" and config.width.num_text == config.width.num_ffn == 0:
         raise UsageError("width.num_text=0 and width.num_ffn=0 leave nothing to prune: use width=none.")
     if config.width.source == "none" and "width" in config.stages:
-        raise UsageError("'stages=[width]' needs width sets: width=auto, width=from_plan or width.source=given.")
+        raise UsageError(
+            "'stages=[width]' needs width sets: give width=auto, width=from_plan or width.source=given, or leave width "
+            "out of stages."
+        )
     drawn = config.generate.variants or [] if {"generate", "evaluate", "report"} & set(config.stages) else []
     if config.width.source == "none" and "ppcl-width" in [*drawn, config.export.variant]:
         raise UsageError("variant ppcl-width needs width sets: width=auto, width=from_plan or width.source=given.")
