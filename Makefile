@@ -50,7 +50,7 @@ test-notebooks: setup ## Run every notebook on a tiny finished run, under a minu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_notebooks.py $(ARGS)
 
 .PHONY: test-models
-test-models: setup ## Take tiny pipelines of 13 architectures through the stages, 15 minutes
+test-models: setup ## Take tiny pipelines of 13 architectures through the stages, 3 minutes
 	PPCL_TEST_MODELS=1 $(PYTEST) tests/integration/test_pipelines_one.py tests/integration/test_pipelines_two.py $(ARGS)
 
 .PHONY: battery

@@ -253,7 +253,7 @@ def test_fresh_noise_is_refused_where_the_recording_shows_none(few: list[str], t
     (tmp_path / "classes.txt").write_text("a red circle\na blue square\n3\n")
     source = [f"data.path={tmp_path / 'classes.txt'}", f"paths.runs_dir={tmp_path}", "name=ddpm"]
     outcome = succeed("model=tiny_dit", *few, *source, "stages=[cache]")
-    assert "keep their recorded noise: its scheduler is not of flow matching" in outcome.out
+    assert "recorded noise levels alone: its scheduler is not of flow matching" in outcome.out
     outcome = ppcl("model=tiny_dit", *few, *source, "data.renoise=true", "stages=[probe]")
     assert "data.renoise=true does not go with this model" in outcome.err
 

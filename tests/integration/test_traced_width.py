@@ -17,6 +17,8 @@ from ppcl.families.traced.family import Traced, facts_of
 from ppcl.families.traced.known import read_trace
 from ppcl.paths import ASSETS
 from ppcl.surgery.plugboard import Plugboard, load_student
+from tests.pipelines_tiny.chain import SHORT
+from tests.pipelines_tiny.sana import build as build_sana
 
 STACK, FFN = "transformer_blocks", [1, 4]  # block 1 is a student
 SETS = [f"width.names=[{','.join(f'{STACK}.{index}.ffn' for index in FFN)}]"]
@@ -122,3 +124,26 @@ def test_a_stack_without_networks_is_refused(command: list[str], pruned: Path) -
     outcome = ppcl(*command, "width.names=[single_transformer_blocks.3.ffn]", "stages=[width]")
     assert outcome.code == 2
     assert "width.single_transformer_blocks.ffn: block 3 has no feed-forward network" in outcome.err.replace("\n", " ")
+
+
+def sana(folder: Path) -> list[str]:
+    """Save a tiny Sana and a file of prompts, and return the settings of a short run of them that draws 64x64."""
+    build_sana(folder / "teacher")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n", encoding="utf-8")
+    given = ["experiment=prune", f"model.path={folder / 'teacher'}", f"data.path={folder / 'prompts.txt'}", *SHORT]
+    given += [f"paths.runs_dir={folder}", f"paths.cache_dir={folder / 'cache'}", "name=sana", "distill.batch_size=2"]
+    return [*given, "model.sampling.height=64", "model.sampling.width=64", "budget.num_batches=1", "method.min_cka=0"]
+
+
+def test_a_model_without_such_networks_goes_through_the_stages(tmp_path: Path) -> None:
+    exact = "model.sampling.arguments.use_resolution_binning=false"
+    outcome = succeed(*sana(tmp_path), exact, "stages=[cache,probe,detect,depth,width,plan]")
+    assert "but the pipeline draws" not in outcome.out
+    assert "nothing is pruned in width: SanaTransformer2DModel has no feed-forward network" in outcome.out
+    assert (tmp_path / "sana" / "plan" / "choice.json").is_file()
+
+
+def test_a_pipeline_that_draws_another_size_than_was_asked_for_is_told(tmp_path: Path) -> None:
+    outcome = succeed(*sana(tmp_path), "stages=[cache]", "model.sampling.num_inference_steps=2")
+    assert "model.sampling asks for 64x64, but the pipeline draws 1024x1024" in " ".join(outcome.out.split())
+    assert "add model.sampling.arguments.use_resolution_binning=false" in " ".join(outcome.out.split())

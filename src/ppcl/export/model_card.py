@@ -131,7 +131,9 @@ def card_metadata(
 
     data: dict[str, Any] = {"library_name": "diffusers"}
     if field is not None:
-        data["pipeline_tag"] = f"{'image' if given or FAMILIES[family].max_references else 'text'}-to-{_RESULTS[field][1]}"
+        data["pipeline_tag"] = (
+            f"{'image' if given or FAMILIES[family].max_references else 'text'}-to-{_RESULTS[field][1]}"
+        )
     data |= licence
     if base is not None:
         # Of what the Hub tells apart (adapter, finetune, merge, quantized) a pruned model is tuned.

@@ -25,6 +25,7 @@ MEANINGS = {
     "ppcl-quantized": "this run's result with 8-bit or 4-bit weights",
 }
 # Variants in the order in which they count as a run's main result.
+_FEW_PICTURES = 8  # means over fewer are remarked on
 _RESULTS = ("ppcl-finetuned", "ppcl-planned", "ppcl-width", "ppcl-depth", "ppcl-mixed", "ppcl-quantized", "removed")
 
 
@@ -153,6 +154,12 @@ def notes_of(rows: Sequence[ComparedRow], label: str) -> list[str]:
         )
     if any(row.fidelity is not None for row in rows):
         notes.append("PSNR and SSIM: pictures to the teacher's from equal seeds, higher is better, SSIM 1 for the same")
+    pictures = [len(row.fidelity.pictures) for row in rows if row.fidelity is not None]
+    if pictures and max(pictures) < _FEW_PICTURES:
+        notes.append(
+            f"PSNR and SSIM are of {counted(max(pictures), 'picture')}, too few to tell variants apart: give more "
+            "prompts in data.path, or draw others with generate.prompt_file"
+        )
     shares = [row.teacher_share for row in rows if row.teacher_share is not None]
     if shares:
         notes.append(
@@ -176,6 +183,8 @@ def show_plan(run: Run, plan: PruningPlan) -> None:
     before = counts["teacher"]
     for step in ("depth", "text", "ffn") if "depth" in counts else ("student",):
         after, name = counts[step], "parameters" if step == "student" else step
+        if after == before and step in ("text", "ffn"):
+            continue  # nothing of that kind is pruned
         run.say("plan", f"{name:<11} {billions(before)} -> {billions(after)} ({after / counts['teacher']:.3f})")
         before = after
 

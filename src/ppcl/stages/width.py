@@ -177,6 +177,8 @@ def run(run: Run) -> None:
         teacher, kept = parts()
     show_plan(run, plan)
     check_reachable(run, run.intervals, plan.width)
+    if not plan.width:
+        return
     distill = replace(run.config.distill, steps=max(config.steps, 1), lr=config.lr, mode="parallel")
     if config.relative_update is not None:
         distill = replace(distill, relative_update=config.relative_update)

@@ -47,7 +47,7 @@ def why_no_pictures(run: Run, stage: str) -> str:
     if stage == "finetune" and config.finetune.recorded:
         return "finetune.recorded=true trains without the teacher"
     if config.data.name == "prompts":
-        return "data=prompts has recorded calls, not prompts to draw from"
+        return "with data=prompts trainings load the transformer alone, and drawing takes the whole pipeline"
     if not family.decodes:
         return f"model.family={family.name} has no method decode_latents"
     if folder is not None and not (has_vae(folder) and (folder / "vae").is_dir()):

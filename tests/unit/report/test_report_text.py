@@ -41,7 +41,9 @@ def test_the_terminals_table_of_a_large_model_has_room_for_its_fidelity() -> Non
     assert score_columns(rows)["PSNR\ndB"][0] == "59.1"
     assert score_columns(rows)["SSIM"][0] == "0.750"
     assert level_columns(rows)["\u03c3 0.10\nto 0.50"] == ["0.0123"] * len(SCORES)
-    assert notes_of(rows, "share")[-1].startswith("PSNR and SSIM")
+    measured, few = notes_of(rows, "share")[-2:]
+    assert measured.startswith("PSNR and SSIM: ")
+    assert few.startswith("PSNR and SSIM are of 2 pictures, too few")
     console = Console(file=io.StringIO(), width=200)
     console.print(score_table(rows))
     assert max(map(len, console.file.getvalue().splitlines())) <= 80  # type: ignore[attr-defined]

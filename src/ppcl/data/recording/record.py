@@ -91,6 +91,8 @@ def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None
             size += write_calls(folder, prompt, fingerprint, rows[prompt].caption, found.calls, found.latents)
             ensure_traced(run, record_of(folder, prompt))  # before the others are recorded for nothing
             advance(1)
+            if place == 0:
+                _say_size(run, tuple(found.latents.shape))
             if prompt == 0 and not (folder / JOINING).exists():
                 write_joining(folder, _joining(run, rows[0], folder, found))
             if place == 0 and len(missing) > 1:
@@ -99,6 +101,25 @@ def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None
                 left = counted(len(missing) - 1, "more prompt")
                 run.say("cache", check_space(folder, size * (len(missing) - 1), left, remedy, place=cache))
     run.say("cache", f"{counted(len(missing), 'prompt')} recorded, {in_bytes(size)}, in {folder}")
+
+
+def _say_size(run: Run, latents: tuple[int, ...]) -> None:
+    """Say if the pipeline does not draw the size of `model.sampling`, as its final latents `[.., H, W]` show.
+
+    Some pipelines draw the nearest size that they were trained for, and cut or scale that.
+    """
+    pipeline, sampling = run.teacher.pipeline, run.config.model.sampling
+    scales = (getattr(pipeline, name, None) for name in ("vae_scale_factor", "vae_scale_factor_spatial"))
+    scale = next((number for number in scales if isinstance(number, int)), None)
+    if scale is None or len(latents) < 4 or sampling.height is None or sampling.width is None:
+        return
+    height, width = (scale * number for number in latents[-2:])
+    if abs(height - sampling.height) < scale and abs(width - sampling.width) < scale:
+        return
+    binned = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
+    remedy = "; for the size asked for add model.sampling.arguments.use_resolution_binning=false" if binned else ""
+    asked = f"model.sampling asks for {sampling.height}x{sampling.width}"
+    run.say("cache", f"{asked}, but the pipeline draws {height}x{width} and resizes that{remedy}")
 
 
 def _drawn(run: Run, row: Row, prompt: int) -> Recording:
@@ -154,9 +175,9 @@ def _joining(run: Run, row: Row, folder: Path, found: Recording) -> Joining:
     try:
         renoising = find_renoising(run.teacher.pipeline.scheduler, found)
     except NoRenoisingError as error:
-        run.say("cache", f"calls keep their recorded noise: {error}")
+        run.say("cache", f"training sees the recorded noise levels alone: {error}")
         return replace(joining, as_recorded=str(error))
-    run.say("cache", "calls get fresh noise at any level: the first step has noise alone, the last ends at x - sigma v")
+    run.say("cache", "training gets fresh noise at any level, since the pipeline is seen to do flow matching")
     return replace(joining, renoising=asdict(renoising))
 
 
