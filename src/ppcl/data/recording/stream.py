@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.ops import flow_matching
 
+_GROUPS = 8  # of a step, at least, where it has as many calls
 _CALIBRATION = 1 << 31  # in place of a step, which is smaller, in the seeds of a calibration's noise
 
 
@@ -41,9 +43,10 @@ class RecordedStream(Stream):
     `count`: the number of prompts. `share`: the share of them that is kept from training. `held_out`: whether to use
     these, or all others.
 
-    A batch of a step has calls of one shape in groups of `group` calls, which is the largest divisor of `batch_size`
-    that no shape has fewer calls than. Where calls cannot be joined it is 1. Calls that do not fill a group wait for
-    the next epoch, which is shuffled anew.
+    The batch of a step has groups of `group` calls of one shape. Each shape has its share of the groups of every few
+    steps: a step of unguided calls alone, which all have the same text, would undo what those before it have learnt.
+    `group` is the largest divisor of `batch_size` that leaves 8 groups, and that no shape has fewer calls than. Where
+    calls cannot be joined it is 1. Calls that do not fill a group wait for the next epoch, which is shuffled anew.
 
     Raises `UsageError` if there are no calls.
     """
@@ -74,21 +77,24 @@ class RecordedStream(Stream):
         for entry in self.entries:
             self.buckets.setdefault(entry.alike, []).append(entry)
         fewest = min(map(len, self.buckets.values())) if self.axes is not None else 1
-        self.group = max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= fewest)
+        most = min(fewest, max(1, batch_size // _GROUPS))
+        self.group = max(size for size in range(1, most + 1) if batch_size % size == 0)
         self._groups_per_epoch = sum(len(bucket) // self.group for bucket in self.buckets.values())
         if self.group < batch_size:
             self.remark = f"each batch of {batch_size} has groups of {self.group} recorded calls of one shape"
 
     @lru_cache(maxsize=2)  # noqa: B019 - streams live as long as a stage
     def _epoch(self, epoch: int) -> list[list[Entry]]:
-        """Return the groups of an epoch, shuffled by `seed` and the epoch's number."""
-        rng, groups = np.random.default_rng([self.seed, epoch]), []
+        """Return the groups of an epoch, shuffled by `seed` and its number, and those of each shape evenly spaced."""
+        rng, groups = np.random.default_rng([self.seed, epoch]), list[tuple[float, list[Entry]]]()
         for alike in sorted(self.buckets):
             bucket = self.buckets[alike]
             found = [bucket[index] for index in rng.permutation(len(bucket))]
-            whole = len(found) // self.group * self.group
-            groups += [found[start : start + self.group] for start in range(0, whole, self.group)]
-        return [groups[index] for index in rng.permutation(len(groups))]
+            count, start = len(found) // self.group, rng.random()
+            places = ((number + start) / max(1, count) for number in range(count))
+            own = (found[number * self.group : (number + 1) * self.group] for number in range(count))
+            groups += zip(places, own, strict=True)
+        return [group for _, group in sorted(groups, key=itemgetter(0))]
 
     def _of_step(self, step: int) -> list[Entry]:
         """Return the `batch_size` calls of a step, group after group."""
