@@ -103,14 +103,24 @@ def test_a_recorded_call_gives_the_recorded_output_exactly(recording: Run) -> No
 
 
 def test_a_batch_is_as_its_calls_apart(recording: Run) -> None:
-    stream, transformer = stream_of(recording, 4), recording.teacher.transformer
-    assert stream.group > 1
+    stream, transformer = stream_of(recording, 16), recording.teacher.transformer
+    assert stream.group == (2 if len(stream.buckets) > 1 else 16)
     for batch in stream.divided(0, 1):
         with torch.no_grad():
             output = batch.prediction(transformer(**batch.inputs)[0])
         torch.testing.assert_close(output, batch.target, rtol=1e-4, atol=1e-4)
         assert len(output) == len(batch.sigmas) == stream.group
         assert batch.teacher is batch.target
+
+
+def test_a_step_has_calls_of_each_shape_by_its_share(recording: Run) -> None:
+    stream = stream_of(recording, 8)
+    if len(stream.buckets) == 1:
+        pytest.skip("FLUX pads all texts to one shape")
+    unguided = max(stream.buckets, key=lambda alike: len(stream.buckets[alike]))  # as many as all others together
+    for step in range(6):
+        found = [entry.alike == unguided for entry in stream._of_step(step)]
+        assert 2 <= sum(found) <= 6, "a step of one pass of guidance alone"
 
 
 def test_parts_and_ranks_divide_a_step_without_change(recording: Run) -> None:

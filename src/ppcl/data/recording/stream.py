@@ -45,8 +45,9 @@ class RecordedStream(Stream):
 
     The batch of a step has groups of `group` calls of one shape. Each shape has its share of the groups of every few
     steps: a step of unguided calls alone, which all have the same text, would undo what those before it have learnt.
-    `group` is the largest divisor of `batch_size` that leaves 8 groups, and that no shape has fewer calls than. Where
-    calls cannot be joined it is 1. Calls that do not fill a group wait for the next epoch, which is shuffled anew.
+    `group` is the largest divisor of `batch_size` that no shape has fewer calls than, and of several shapes one that
+    leaves 8 groups. Where calls cannot be joined it is 1. Calls that do not fill a group wait for the next epoch,
+    which is shuffled anew.
 
     Raises `UsageError` if there are no calls.
     """
@@ -77,7 +78,7 @@ class RecordedStream(Stream):
         for entry in self.entries:
             self.buckets.setdefault(entry.alike, []).append(entry)
         fewest = min(map(len, self.buckets.values())) if self.axes is not None else 1
-        most = min(fewest, max(1, batch_size // _GROUPS))
+        most = min(fewest, batch_size if len(self.buckets) == 1 else max(1, batch_size // _GROUPS))
         self.group = max(size for size in range(1, most + 1) if batch_size % size == 0)
         self._groups_per_epoch = sum(len(bucket) // self.group for bucket in self.buckets.values())
         if self.group < batch_size:
