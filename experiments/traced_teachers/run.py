@@ -33,7 +33,7 @@ from ppcl.variants.costs import heldout_batches, velocities, velocity_error
 HERE = Path(__file__).parent
 MODELS = ("tiny_qwen_image", "tiny_flux")
 KNOWN, TRACED = "known", "traced"
-PROMPTS = 128  # in the file that a traced teacher is given
+PROMPTS = 256  # in the file that a traced teacher is given
 FIRST_SEED = 1000  # of the prompts' scenes, so that they differ from those of trainings and of evaluation
 
 KEYS = ("teacher", "way", "seed", "digest", "steps", "prompts")
@@ -51,7 +51,8 @@ def overrides(teacher: str, way: str, seed: int, steps: int, folder: Path) -> li
     found += ["method.min_cka=0.9945", f"data.train_seed={seed}", f"data.calibration_seed={100 + seed}"]
     if way == KNOWN:
         return [*found, "data=shapes"]
-    return [*found, "model.trace=true", "data=prompts", f"data.path={prompts_file(folder, seed)}", f"seed={seed}"]
+    found += ["model.trace=true", "data=prompts", f"data.path={prompts_file(folder, seed)}", f"seed={seed}"]
+    return [*found, "data.shift=4"]  # of the noise levels, as data=shapes has it
 
 
 def prompts_file(folder: Path, seed: int) -> Path:
@@ -74,7 +75,11 @@ def measured_row(sitting: Sitting, teacher: str, way: str, seed: int, steps: int
     run = make_run(f"traced_teachers/{teacher}-{way}-{seed}-{steps}", *given)
     facts = {part: identity(getattr(run.config, part)) for part in ("probe", "method", "distill")}
     made_from = fingerprint(
-        facts | {"data": [PROMPTS, FIRST_SEED, run.config.data.record_steps], "intervals": TEACHERS[teacher].intervals}
+        facts
+        | {
+            "data": [PROMPTS, FIRST_SEED, run.config.data.record_steps, run.config.data.shift],
+            "intervals": TEACHERS[teacher].intervals,
+        }
     )
     made = (teacher, way, seed, base.teacher.identity["weights"], steps, sitting.prompts)
     keys = dict(zip(KEYS, made, strict=True))
