@@ -55,10 +55,10 @@ def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], 
 
 
 @_styled
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as a PNG."""
+def save_figure(figure: Any, path: Path, *, fit: bool = False) -> None:
+    """Write a matplotlib figure as a PNG. `fit`: as large as what it shows takes, whatever the figure's size."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=150, format="png", bbox_inches="tight" if fit else None)
 
 
 @_styled
@@ -394,7 +394,7 @@ def contact_sheet(
         axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=11)
     for axis, caption in zip(axes[0], captions, strict=True):
         axis.set_title(_wrap(caption), fontsize=9, color=INK, parse_math=False)  # $ is a dollar in a prompt
-    save_figure(figure, path)
+    save_figure(figure, path, fit=True)  # long names stand left of the pictures
 
 
 def image_grid(path: Path, images: Iterable[Image.Image], columns: int = 10, largest: int = 256) -> None:
