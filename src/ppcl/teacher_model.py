@@ -55,6 +55,14 @@ class TeacherModel:
         """The dtype of the teacher, of plugs and of pruned models."""
         return getattr(torch, self.config.model.dtype)
 
+    def dtype_of(self, weight: str) -> torch.dtype:
+        """Return the dtype of a weight with this name, in the model or in one of its blocks.
+
+        It is `dtype`, but float32 in the modules of a class that diffusers keeps so in any model that it loads.
+        """
+        kept = getattr(self.files.transformer_class, "_keep_in_fp32_modules", None) or ()
+        return torch.float32 if {*kept} & {*weight.split(".")} else self.dtype
+
     def enter(self, stage: str) -> None:
         """Prepare for a stage. The pipeline is dropped if the stage needs other parts of it, or shards the teacher."""
         if not STAGES[stage].weights and stage != "plan":

@@ -237,7 +237,7 @@ def _train(run: Run, chosen: Intervals) -> bool:
         }
         check_losses(plug_name(stack, pair), losses)  # of all, before the first is written
     for (stack, pair), losses in each_losses.items():
-        state = whole_state(module.student(stack, pair), run.teacher.dtype)
+        state = whole_state(module.student(stack, pair), run.teacher.dtype_of)
         plug = Plug(plug_header(run, stack, pair), stack, state, losses, pair)
         if run.writes:
             plug.save(folder)

@@ -24,7 +24,7 @@ from ppcl.errors import UsageError
 from ppcl.layers import BlockMap
 from ppcl.options import identity
 from ppcl.streaming import follow, still
-from ppcl.surgery.adapter import merge_lora, save_lora, save_merged
+from ppcl.surgery.adapter import cast_weights, merge_lora, save_lora, save_merged
 from ppcl.taps import BlockKey
 from ppcl.training.drawing import Drawn
 from ppcl.training.loop import check_resumable, discard_checkpoint, fit
@@ -117,11 +117,12 @@ def run(run: Run) -> None:
             if config.lora_rank:
                 save_lora(result, run.teacher.pipeline_class, temporary, kept)
             if streamed:
-                save_merged(run.family, result, temporary / run.teacher.component, run.teacher.dtype)
+                save_merged(run.family, result, temporary / run.teacher.component, run.teacher.dtype_of)
             else:
                 if config.lora_rank:
                     merge_lora(result)
-                result.to(run.teacher.dtype).save_pretrained(temporary / run.teacher.component)
+                cast_weights(result, run.teacher.dtype_of)
+                result.save_pretrained(temporary / run.teacher.component)
             facts = {
                 "plugged": [*plan.students, *plan.removed, *plan.projectors],
                 "velocity_error": {"before": before, "after": after},  # held-out

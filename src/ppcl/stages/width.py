@@ -270,6 +270,6 @@ def _projector(run: Run, module: WidthDistillation, number: int, header: Header,
     """Return the trained projector of `module.pruned[number]`. With several ranks only rank 0 gets its tensors."""
 
     def state_of(projector: nn.Module) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in whole_state(projector, run.teacher.dtype).items()}
+        return {name: value.clone() for name, value in whole_state(projector, run.teacher.dtype_of).items()}
 
     return module.projector(number, state_of, header, losses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,17 @@ def merge_lora(model: Any) -> None:
     model.unload_lora()
 
 
-def save_merged(family: Family, model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Save `model` with its LoRA added to its weights, as `merge_lora` and `save_pretrained` would, as `dtype`.
+def cast_weights(model: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:
+    """Cast everything in a model's state dict, in place. `dtype_of`: returns the dtype of a weight, given its name."""
+    for name, value in model.state_dict(keep_vars=True).items():
+        if value.is_floating_point():
+            value.data = value.data.to(dtype_of(name))
+
+
+def save_merged(family: Family, model: Any, folder: Path, dtype_of: Callable[[str], torch.dtype]) -> None:
+    """Save `model` with its LoRA added to its weights, as `merge_lora` and `save_pretrained` would.
+
+    `dtype_of`: returns the dtype of a weight, given its name.
 
     Each block has a file of its own, so that the weights of one block are in memory at a time. Blocks may be streamed.
     """
@@ -84,7 +94,7 @@ def save_merged(family: Family, model: Any, folder: Path, dtype: torch.dtype) ->
     folder.mkdir(parents=True)
     for number, prefix in enumerate([*blocks, ""], start=1):
         values = merged(blocks[prefix]) if prefix else rest
-        tensors = {prefix + name: value.to("cpu", dtype) for name, value in values.items()}
+        tensors = {prefix + name: value.to("cpu", dtype_of(prefix + name)) for name, value in values.items()}
         file = f"diffusion_pytorch_model-{number:05d}-of-{len(blocks) + 1:05d}.safetensors"
         write_tensors(folder / file, tensors, {"format": "pt"})
         files |= dict.fromkeys(tensors, file)

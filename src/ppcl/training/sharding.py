@@ -160,14 +160,15 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def whole_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def whole_state(module: nn.Module, dtype_of: Callable[[str], torch.dtype] | None = None) -> dict[str, Tensor]:
     """Return the state dict of `module` on the CPU, with sharded tensors all-gathered. Every rank must call this.
 
-    Only rank 0's result has the sharded tensors; other ranks get those that are not sharded. `dtype`: the dtype that
-    tensors are cast to; None keeps theirs.
+    Only rank 0's result has the sharded tensors; other ranks get those that are not sharded. `dtype_of`: returns the
+    dtype that a tensor is cast to, given its name; None keeps theirs.
     """
     state: dict[str, Tensor] = {}
     for key, value in module.state_dict().items():
+        dtype = None if dtype_of is None else dtype_of(key)
         if isinstance(value, DTensor):
             sharded: Any = value.to(value.device_mesh.device_type)  # an offloaded shard is in host memory
             whole = sharded.full_tensor()
