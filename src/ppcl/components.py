@@ -1,4 +1,4 @@
-"""The components of a pipeline that can be pruned: its denoisers, of which `model.component` names one."""
+"""The denoisers of a pipeline, of which `model.component` names the one to prune: where they are, and their weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.model_files import components_of, weight_files
 from ppcl.config import ModelConfig
 from ppcl.errors import UsageError
 from ppcl.families.registry import stock_name
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT = "transformer"
 _MODULE = "diffusers.models.transformers"
@@ -103,3 +106,14 @@ def other_bytes(model: ModelConfig, folder: Path | None) -> dict[str, float]:
 def loading_into(component: str) -> dict[str, bool]:
     """Return the argument of a pipeline's `load_lora_weights` that says which component gets the LoRA."""
     return {} if component == DEFAULT else {f"load_into_{component}": True}
+
+
+def dtype_of(kind: Any, weight: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a weight with this name, in a model of class `kind` or in one of its blocks.
+
+    It is the model's `dtype`, but float32 in the modules that diffusers keeps so in any model of the class.
+    """
+    import torch
+
+    kept = getattr(kind, "_keep_in_fp32_modules", None) or ()
+    return torch.float32 if {*kept} & {*weight.split(".")} else dtype

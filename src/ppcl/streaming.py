@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ppcl.artifacts.model_files import Stored, stored_tensors
+from ppcl.components import dtype_of
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.model_fit import check_fit, without_weights
@@ -69,7 +70,7 @@ class BlockStream:
     then the first block follows. In a backward pass with gradient checkpointing, blocks are called in reverse.
 
     `blocks`: modules by the prefix of their parameter names, in order of execution.
-    `stored`: the location of every parameter, by its full name.
+    `stored`: the location of every parameter that is streamed, by its full name. Blocks keep all others.
     `device`, `dtype`: those of the loaded weights.
     """
 
@@ -83,7 +84,7 @@ class BlockStream:
         self._follows: dict[tuple[int | None, int], int] = {}  # by a block and the one before it
         self._before: int | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="blocks")
-        size = max(sum(_aligned(p.numel()) for p in block.parameters()) for block in self.blocks)
+        size = max(self._size(number) for number in range(len(self.blocks)))
         self._buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         self._next_buffer = 0
         if device.type == "cuda":
@@ -92,10 +93,19 @@ class BlockStream:
             self._copied = torch.cuda.Event()
         self._handles: list[Any] = []
         for number, block in enumerate(self.blocks):
-            for name, parameter in list(block.named_parameters()):
+            for name, parameter in list(self._streamed(number)):
                 nothing = torch.full((), torch.nan, dtype=dtype, device=device).expand(parameter.shape)
                 set_module_tensor_to_device(block, name, device, nothing, dtype)
             self._handles.append(self._watch(number))
+
+    def _streamed(self, number: int) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the streamed parameters of block `number` with their names in it."""
+        prefix = self.names[number] + "."
+        return ((name, each) for name, each in self.blocks[number].named_parameters() if prefix + name in self.stored)
+
+    def _size(self, number: int) -> int:
+        """Return the elements of a buffer for block `number`."""
+        return sum(_aligned(parameter.numel()) for _, parameter in self._streamed(number))
 
     def _watch(self, number: int) -> Any:
         return self.blocks[number].register_forward_pre_hook(_Arrival(self, number), prepend=True)
@@ -143,7 +153,7 @@ class BlockStream:
                 self._copies.wait_event(done)
                 opened.enter_context(torch.cuda.stream(self._copies))
                 target = self._staging
-            for name, parameter in self.blocks[number].named_parameters():
+            for name, parameter in self._streamed(number):
                 stored = self.stored[prefix + name]
                 if stored.path not in files:
                     files[stored.path] = opened.enter_context(stored.path.open("rb", buffering=0))
@@ -160,11 +170,11 @@ class BlockStream:
     def _fill(self, number: int, weights: Weights) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
-        for name, parameter in self.blocks[number].named_parameters():
+        for name, parameter in self._streamed(number):
             parameter.data = weights[name]
 
     def _empty(self, number: int) -> None:
-        for parameter in self.blocks[number].parameters():
+        for _, parameter in self._streamed(number):
             parameter.data = parameter.data.new_full((), torch.nan).expand(parameter.shape)
 
     @contextmanager
@@ -178,9 +188,8 @@ class BlockStream:
         if number != self._current:
             if self._ahead is not None:
                 self._ahead[1].result()  # let the prefetch end: two reads at once would share the staging buffer
-            size = sum(_aligned(parameter.numel()) for parameter in self.blocks[number].parameters())
             done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-            self._fill(number, self._read(number, self._buffers[0].new_empty(size), done))
+            self._fill(number, self._read(number, self._buffers[0].new_empty(self._size(number)), done))
         try:
             yield
         finally:
@@ -261,8 +270,8 @@ def load_streamed(
 ) -> nn.Module:
     """Return the transformer saved in `folder`, in eval mode, with blocks that are streamed from its files.
 
-    Everything but the blocks is loaded to `device` as `dtype`. Do not change the files while the model is in use.
-    `variant`: see `model.variant`.
+    Everything but the blocks is loaded to `device`, and of the blocks what diffusers keeps in float32 whatever `dtype`
+    is: norms and the like. Do not change the files while the model is in use. `variant`: see `model.variant`.
 
     Raises `UsageError` if the folder has no safetensors files, lacks a tensor of the model or holds others, or holds
     one of a dtype other than F64, F32, F16 and BF16 (a quantised model).
@@ -285,9 +294,11 @@ def load_streamed(
     blocks = {f"{stack}.{index}": block for (stack, index), block in family.blocks(transformer).items()}
     inside = tuple(f"{name}." for name in blocks)
     for name in transformer.state_dict():
-        if not name.startswith(inside):
+        own = dtype_of(family.transformer_class, name, dtype)
+        if not name.startswith(inside) or own != dtype:
             with safe_open(stored[name].path, framework="pt") as file:
-                value = file.get_tensor(name).to(dtype, copy=True)
-            set_module_tensor_to_device(transformer, name, device, value, dtype)
+                value = file.get_tensor(name).to(own, copy=True)
+            set_module_tensor_to_device(transformer, name, device, value, own)
+            del stored[name]
     BlockStream(blocks, stored, device, dtype)
     return transformer.eval()

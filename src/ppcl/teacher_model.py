@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from ppcl.artifacts.model_files import components_of, has_weights, variants_of
+from ppcl.components import dtype_of
 from ppcl.config import Config
 from ppcl.errors import UsageError
 from ppcl.families.base import Family
@@ -56,12 +57,8 @@ class TeacherModel:
         return getattr(torch, self.config.model.dtype)
 
     def dtype_of(self, weight: str) -> torch.dtype:
-        """Return the dtype of a weight with this name, in the model or in one of its blocks.
-
-        It is `dtype`, but float32 in the modules of a class that diffusers keeps so in any model that it loads.
-        """
-        kept = getattr(self.files.transformer_class, "_keep_in_fp32_modules", None) or ()
-        return torch.float32 if {*kept} & {*weight.split(".")} else self.dtype
+        """Return the dtype of a weight with this name, in the model or in one of its blocks."""
+        return dtype_of(self.files.transformer_class, weight, self.dtype)
 
     def enter(self, stage: str) -> None:
         """Prepare for a stage. The pipeline is dropped if the stage needs other parts of it, or shards the teacher."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,6 +10,9 @@ from commands import succeed
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
+from ppcl.families.traced.family import Traced, facts_of
+from ppcl.families.traced.known import guessed
+from ppcl.streaming import load_streamed
 from tests.pipelines_tiny import wan
 from tests.pipelines_tiny.chain import SHORT
 
@@ -38,3 +42,21 @@ def test_they_are_stored_in_float32_beside_bfloat16(tmp_path: Path) -> None:
     stored = load_file(next((tmp_path / "run" / "export" / "transformer").glob("*.safetensors")))
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, stored[name]), name
+
+
+def test_a_streamed_model_computes_as_a_loaded_one(tmp_path: Path) -> None:
+    folder = wan.build(tmp_path / "teacher") / "transformer"
+    loaded = WanTransformer3DModel.from_pretrained(folder, dtype=torch.bfloat16)
+    arch = json.loads((folder / "config.json").read_text())
+    family = Traced(facts_of(guessed(WanTransformer3DModel, arch)), arch)
+    streamed = load_streamed(family, folder, torch.device("cpu"), torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    call = {
+        "hidden_states": torch.randn(1, 8, 2, 4, 4, generator=generator).bfloat16(),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 5, 48, generator=generator).bfloat16(),
+    }
+    with torch.no_grad():
+        assert torch.equal(streamed(**call).sample, loaded(**call).sample)
+    for block in streamed.blocks:
+        assert block.scale_shift_table.dtype == torch.float32

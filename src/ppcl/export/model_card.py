@@ -49,7 +49,8 @@ pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", dtype=torch.{dtype}{w
 | kept layers of the base | {kept_layers} |
 
 A LoRA or ControlNet of the base model counts its blocks: it does not fit this one until its indices
-are mapped through `ppcl.kept_layers` in `{component}/config.json`.
+are mapped through `ppcl.kept_layers` in `{component}/config.json`. diffusers may say that it ignores `ppcl` there:
+it is this record, and nothing else reads it.
 """
 
 _CALL = """{result} = pipeline(
