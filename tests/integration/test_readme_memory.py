@@ -31,7 +31,7 @@ ADDED = {
 
 def of_real_models() -> list[str]:
     """The README's commands that run a model which is not shipped, in their order."""
-    unlike = r"experiment=try|runs/try|explain=true|published\.path|lora\.path|DiT-XL|runs/dit|ppcl npz"
+    unlike = r"experiment=try|runs/try|explain=true|published\.path|lora\.path|DiT-XL|WAN22|runs/dit|ppcl npz"
     found = [command for command in commands() if re.search(r"\bppcl ", command) and not re.search(unlike, command)]
     return [command for command in found if "stages=[plan]" not in command or "budget" in command]
 
