@@ -144,21 +144,23 @@ def test_stock_diffusers_loads_the_export_and_it_computes_the_same(chain: Chain)
 
 def test_the_program_of_the_model_card_draws(chain: Chain) -> None:
     card = (chain.run / "export" / "README.md").read_text(encoding="utf-8")
+    frames, sound = ARCHITECTURES[chain.name]
+    assert f"pipeline_tag: {'image' if chain.name == 'wan_from_image' else 'text'}-to-" in card
+    assert f"-to-{'video' if frames else 'audio' if sound else 'image'}\n" in card
+    if chain.name == "wan_from_image" and find_spec("ftfy") is None:
+        pytest.skip("its pipeline needs ftfy, which is not installed")
     (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    picture = chain.prompts.parent / "a.png"
+    picture = chain.prompts.parent / "given.png"
     Image.new("RGB", (48, 32)).save(picture)
     program = program.replace("PATH_OR_ID", str(chain.run / "export")).replace("PATH_OR_URL", str(picture))
     drawn: dict[str, Any] = {}
     exec(compile(program, "model card", "exec"), drawn)
-    frames, sound = ARCHITECTURES[chain.name]
     if frames:
         assert len(drawn["video"]) == frames
     elif sound:
         assert drawn["sound"].shape[-1] == sound[0]
     else:
         assert isinstance(drawn["image"], Image.Image)
-    assert f"pipeline_tag: {'image' if chain.name == 'wan_from_image' else 'text'}-to-" in card
-    assert f"-to-{'video' if frames else 'audio' if sound else 'image'}\n" in card
 
 
 def test_a_video_or_sound_that_is_lost_is_drawn_again(chain: Chain) -> None:
