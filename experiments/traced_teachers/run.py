@@ -72,15 +72,16 @@ def measured_row(sitting: Sitting, teacher: str, way: str, seed: int, steps: int
     """
     base = make_run("traced_teachers", f"model={teacher}", "data=shapes", "trainer=cpu", "trainer.num_threads=1")
     given = overrides(teacher, way, seed, steps, base.folder)
-    run = make_run(f"traced_teachers/{teacher}-{way}-{seed}-{steps}", *given)
-    facts = {part: identity(getattr(run.config, part)) for part in ("probe", "method", "distill")}
+    config = make_run("traced_teachers", *given).config
+    facts = {part: identity(getattr(config, part)) for part in ("probe", "method", "distill")}
     made_from = fingerprint(
         facts
         | {
-            "data": [PROMPTS, FIRST_SEED, run.config.data.record_steps, run.config.data.shift],
+            "data": [PROMPTS, FIRST_SEED, config.data.record_steps, config.data.shift],
             "intervals": TEACHERS[teacher].intervals,
         }
     )
+    run = Run(config, base.folder / f"{teacher}-{way}-{seed}-{steps}-{made_from}")
     made = (teacher, way, seed, base.teacher.identity["weights"], steps, sitting.prompts)
     keys = dict(zip(KEYS, made, strict=True))
     found = sitting.table.find(**keys, made_from=made_from)
