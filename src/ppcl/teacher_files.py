@@ -299,7 +299,12 @@ class TeacherFiles:
 
     @property
     def transformer_class(self) -> Any:
-        """The class of the transformer: the stock one, or that of models pruned in width."""
+        """The class of the transformer: the stock one, or that of models pruned in width.
+
+        Without weights, where only `model.arch` is given, it is the stock one.
+        """
+        if self.config.model.path is None:
+            return self.family.transformer_class
         name = read_json(self._stored / "config.json", "The transformer's config").get("_class_name")
         if name in self.family.facts.pruned_models:
             import ppcl
