@@ -74,7 +74,8 @@ def measured_row(sitting: Sitting, teacher: str, way: str, seed: int, steps: int
     given = overrides(teacher, way, seed, steps, base.folder)
     config = make_run("traced_teachers", *given).config
     facts = {part: identity(getattr(config, part)) for part in ("probe", "method", "distill")}
-    recorded = [PROMPTS, FIRST_SEED, config.data.record_steps, config.data.shift] if way == TRACED else []
+    data = config.data
+    recorded = [PROMPTS, FIRST_SEED, data.record_steps, data.shift, data.caption_dropout] if way == TRACED else []
     made_from = fingerprint(facts | {"data": recorded, "intervals": TEACHERS[teacher].intervals})
     run = Run(config, base.folder / f"{teacher}-{way}-{seed}-{steps}-{made_from}")
     made = (teacher, way, seed, base.teacher.identity["weights"], steps, sitting.prompts)

@@ -18,7 +18,7 @@ from ppcl.artifacts.files import write_json
 from ppcl.artifacts.plan import Intervals, PruningPlan, Width
 from ppcl.artifacts.probes import Probes
 from ppcl.benchmarks.base import Benchmark, Prompt, load_benchmark
-from ppcl.config import Config
+from ppcl.config import Config, DataConfig
 from ppcl.data.recording.training import data_of
 from ppcl.data.training import TrainingData
 from ppcl.errors import UsageError
@@ -264,7 +264,12 @@ class Run:
     @property
     def probe_settings(self) -> dict[str, Any]:
         """Everything that the probes depend on, as their header stores it."""
-        calibration = {"seed": self.config.data.calibration_seed} | self.data.levels
+        data = self.config.data
+        calibration = {"seed": data.calibration_seed} | self.data.levels
+        if data.caption_dropout != DataConfig.caption_dropout:  # probes of earlier versions do not say it
+            calibration["caption_dropout"] = data.caption_dropout
+        if data.stored:  # earlier versions fitted them to held-out samples
+            calibration["fitted"] = "training"
         return {
             "model": self.teacher.identity,
             "probe": identity(self.config.probe),

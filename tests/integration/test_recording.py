@@ -113,16 +113,36 @@ def test_a_batch_is_as_its_calls_apart(recording: Run) -> None:
         assert batch.teacher is batch.target
 
 
-def test_a_step_has_calls_of_each_shape_by_its_share(recording: Run) -> None:
-    stream = stream_of(recording, 8)
-    if len(stream.buckets) == 1:  # FLUX pads all texts to one shape, so a step is joined whole, of different calls
-        assert stream.group == 8
-        assert all(len({entry.name for entry in stream._of_step(step)}) == 8 for step in range(6))
-        return
-    unguided = max(stream.buckets, key=lambda alike: len(stream.buckets[alike]))  # as many as all others together
-    for step in range(6):
-        found = [entry.alike == unguided for entry in stream._of_step(step)]
-        assert 2 <= sum(found) <= 6, "a step of one pass of guidance alone"
+def test_the_pass_of_guidance_that_prompts_share_is_told_from_the_other(recording: Run) -> None:
+    """By what it is given: the text of the second call of each step is the empty prompt's."""
+    folder = recording.data.cache_folder
+    entries = read_entries(folder, data_of(recording).count, read_joining(folder).axes)
+    assert [entry.unguided for entry in entries] == [False, True] * (RECORDED * len(PROMPTS))
+    alone = read_entries(folder, 1, read_joining(folder).axes)  # a prompt alone does not show it
+    assert not any(entry.unguided for entry in alone)
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0.0, 0.0), (0.25, 0.2, 0.35), (1.0, 1.0, 1.0)])
+def test_steps_have_their_share_of_unguided_calls(
+    command: list[str], recording: Run, share: float, least: float, most: float
+) -> None:
+    stream = stream_of(run_of(*command, f"data.caption_dropout={share}"), 8)
+    found = [[entry.unguided for entry in stream._of_step(step)] for step in range(24)]
+    assert least <= sum(map(sum, found)) / (24 * 8) <= most
+    if least < most:
+        assert not any(map(all, found)), "a step of one pass of guidance alone"
+    assert all(len({entry.name for entry in stream._of_step(step)}) > 4 for step in range(24))
+
+
+def test_calibration_has_guided_calls_alone(command: list[str], recording: Run) -> None:
+    for run in (recording, run_of(*command, "data.renoise=true")):
+        stream = stream_of(run, 4)
+        empty = [read_call(entry.record, entry.number) for entry in stream.entries if entry.unguided]
+        for batch in stream.calibration(6, 4):
+            text = batch.inputs["encoder_hidden_states"]
+            for call in empty:
+                own = call.arguments["encoder_hidden_states"]
+                assert own.shape[1:] != text.shape[1:] or not (own == text).flatten(1).all(1).any()
 
 
 def test_parts_and_ranks_divide_a_step_without_change(recording: Run) -> None:
@@ -146,8 +166,8 @@ def test_held_out_prompts_are_apart_from_training(recording: Run) -> None:
 
 
 def test_calibration_goes_from_high_to_low_noise(recording: Run) -> None:
-    sigmas = torch.cat([batch.sigmas for batch in stream_of(recording, 4).calibration(6, 4)])
-    assert len(sigmas) == 24
+    sigmas = torch.cat([batch.sigmas for batch in stream_of(recording, 4).calibration(6, 3)])
+    assert len(sigmas) == 18
     assert sigmas[:6].mean() > sigmas[-6:].mean()
 
 

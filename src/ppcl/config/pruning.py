@@ -13,8 +13,8 @@ from ppcl.options import option
 class ProbeConfig:
     """The linear probes of stage 1.1 (Eq. 1-2): one residual linear map per block and stream, by ridge regression.
 
-    `num_batches`: calibration batches that the probes are fitted to.
-    `num_heldout_batches`: further batches, on which their residuals are measured.
+    `num_batches`: batches that the probes are fitted to. Of stored data they have the samples that training sees.
+    `num_heldout_batches`: further batches, of held-out samples, on which their residuals are measured.
     `ridge`: ridge penalty of the normal equations.
     `bias`: whether a probe has a bias.
     `init`: what training starts from: the `closed_form` solution, or `zero`, for which `train_steps` must be above 0.

@@ -186,22 +186,23 @@ class TrainingData:
         """The captions of the toy pictures, encoded by the teacher."""
         return encode_world(self.teacher.family, self.teacher.pipeline)
 
-    def stream(self, seed: int, batch_size: int) -> Stream:
+    def stream(self, seed: int, batch_size: int, *, held_out: bool | None = None) -> Stream:
         """Return the batches of `seed`, as a function of the step.
 
-        With `data.calibration_seed` they are made of the samples that are kept from training, with any other seed of
-        all others. Raises `UsageError` if the cache is not complete.
+        `held_out`: whether they are made of the samples that are kept from training, or of all others. None: of the
+        former with `data.calibration_seed`, of the others with any other seed. Toy pictures are new in every batch.
+        Raises `UsageError` if the cache is not complete.
         """
-        stream = self._stream(seed, batch_size)
+        held_out = seed == self.config.data.calibration_seed if held_out is None else held_out
+        stream = self._stream(seed, batch_size, held_out)
         if self.config.data.shift is None:
             stream.scheduler = self.teacher.scheduler_config
         return stream
 
-    def _stream(self, seed: int, batch_size: int) -> LatentStream:
+    def _stream(self, seed: int, batch_size: int, held_out: bool) -> LatentStream:
         data, teacher = self.config.data, self.teacher
         if data.name == "shapes":
             return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size, self._captions)
-        held_out = seed == data.calibration_seed
         return CachedStream(teacher.family, self.whole_cache(), data, seed, batch_size, held_out=held_out)
 
     def shared_stream(self, seed: int, batch_size: int) -> Stream:

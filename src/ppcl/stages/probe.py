@@ -15,7 +15,7 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.data.streams import Stream
 from ppcl.methods.probes import Residual, fit_probes, relative_residuals, train_probes
 from ppcl.parallel import gathered, of_first, share, total
-from ppcl.report.text import counted, show_shares
+from ppcl.report.text import show_shares
 
 
 def run(run: Run) -> None:
@@ -32,12 +32,9 @@ def run(run: Run) -> None:
     if of_first(has_probes(folder, header)):  # another run may write them just now
         run.say("probe", f"reused {folder}")
         return
-    stream = run.data.stream(run.config.data.calibration_seed, settings.batch_size)
-    # The stream's first batches fit the probes, the next ones measure the residuals, and later ones train.
-    judged = settings.num_batches + settings.num_heldout_batches
-    residuals, trained = _fit(run, stream, header)
+    residuals, trained = _fit(run, header)
     if settings.train_steps:
-        found = _train(run, stream, header, trained, judged)
+        found = _train(run, header, trained)
         residuals = {key: found[key] for key in residuals}
     check_finite(residuals, "the probes are not recorded, since the held-out residual of one is no number")
     if not run.writes:
@@ -50,23 +47,30 @@ def run(run: Run) -> None:
             f"{stream_name}: held-out relative residual {min(values):.3f} to {max(values):.3f} "
             f"over {len(values)} blocks",
         )
-    later = range(judged, judged + settings.train_steps)
-    judged_on = stream.names(range(settings.num_batches, judged))
-    if again := len(judged_on & stream.names([*range(settings.num_batches), *later])):
-        run.say(
-            "probe",
-            f"these residuals are of {counted(len(judged_on), 'different sample')}, and the probes were fitted to "
-            f"{again} of them too, because data.held_out leaves too few for probe.num_batches={settings.num_batches} "
-            f"of {settings.batch_size}",
-        )
     run.say("probe", f"wrote {folder}")
+
+
+def _stream(run: Run, *, held_out: bool) -> Stream:
+    """Return calibration batches of held-out samples, or of those that training sees.
+
+    The first ones fit the probes, the next ones measure their residuals, and later ones train. So they differ for toy
+    pictures too, of which no sample is kept.
+    """
+    return run.data.stream(run.config.data.calibration_seed, run.config.probe.batch_size, held_out=held_out)
+
+
+def _judging(run: Run, number: int = 0, ranks: int = 1) -> list[TrainingBatch]:
+    """Return the held-out batches that residuals are measured on: those of rank `number` of `ranks`."""
+    first = run.config.probe.num_batches
+    steps = range(first + number, first + run.config.probe.num_heldout_batches, ranks)
+    return _batches(run, _stream(run, held_out=True), steps)
 
 
 def _batches(run: Run, stream: Stream, steps: Iterable[int]) -> list[TrainingBatch]:
     return [run.data.to_device(batch) for step in steps for batch in stream.divided(step, 1)]
 
 
-def _fit(run: Run, stream: Stream, header: Header) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor]]]:
+def _fit(run: Run, header: Header) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor]]]:
     """Fit all probes by least squares, on all ranks together. Each rank writes its share of the files.
 
     Returns the residuals of all probes, and if they are to be trained further, this rank's share of the probes instead
@@ -74,13 +78,12 @@ def _fit(run: Run, stream: Stream, header: Header) -> tuple[dict[str, float], di
     """
     settings, (number, ranks) = run.config.probe, share()
     family, transformer = run.family, run.teacher.transformer
-    working, judged = min(ranks, settings.num_batches), settings.num_batches + settings.num_heldout_batches
+    stream, working = _stream(run, held_out=False), min(ranks, settings.num_batches)
     fitted = range(number, settings.num_batches, working)
-    heldout = range(settings.num_batches + number, judged, working)
-    batches, add_up = _batches(run, stream, fitted), total
-    if not batches:  # the others wait for this rank's part of every sum, so it runs a batch and adds nothing
-        batches, heldout, add_up = _batches(run, stream, range(1)), range(0), _add_nothing
-    judging = _batches(run, stream, heldout)
+    if fitted:
+        batches, judging, add_up = _batches(run, stream, fitted), _judging(run, number, working), total
+    else:  # the others wait for this rank's part of every sum, so it runs a batch and adds nothing
+        batches, judging, add_up = _batches(run, stream, range(1)), [], _add_nothing
     fits = fit_probes(family, transformer, batches, judging, ridge=settings.ridge, bias=settings.bias, total=add_up)
     count = len(family.blocks(transformer)) * len(family.masks(batches[0].inputs))
     mine: dict[str, Residual] = {}
@@ -105,10 +108,8 @@ def _add_nothing(tensor: Tensor) -> Tensor:
     return total(torch.zeros_like(tensor))
 
 
-def _train(
-    run: Run, stream: Stream, header: Header, probes: dict[str, tuple[Tensor, Tensor]], judged: int
-) -> dict[str, float]:
-    """Train this rank's `probes` on the batches from number `judged` on, and write them.
+def _train(run: Run, header: Header, probes: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Train this rank's `probes` and write them.
 
     Returns the residuals of the probes of all ranks.
     """
@@ -116,10 +117,10 @@ def _train(
     residuals: dict[str, float] = {}
     if probes:
         steps = run.track(range(settings.train_steps), "probe training")
-        training = (run.data.to_device(stream(judged + step)) for step in steps)
+        first, stream = settings.num_batches + settings.num_heldout_batches, _stream(run, held_out=False)
+        training = (run.data.to_device(stream(first + step)) for step in steps)
         trained = train_probes(family, transformer, training, probes, lr=settings.lr)
-        heldout = _batches(run, stream, range(settings.num_batches, judged))
-        residuals = relative_residuals(family, transformer, heldout, trained)
+        residuals = relative_residuals(family, transformer, _judging(run), trained)
         for key, (weight, bias) in trained.items():
             check_probe(key, weight, bias, f"lower probe.lr={settings.lr}")
         for key, (weight, bias) in trained.items():

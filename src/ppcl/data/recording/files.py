@@ -7,7 +7,7 @@ are made of them. It is written last, so that a prompt which has it is complete.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from ppcl.artifacts.files import again, check_safetensors, read_json, write_json
 from ppcl.artifacts.headers import Header
 from ppcl.artifacts.tensors import TensorFile, write_tensors
-from ppcl.data.recording.nested import Axes, copied, digest, packed, signature, unpacked
+from ppcl.data.recording.nested import Axes, copied, digest, packed, signature, tensors_of, unpacked
 from ppcl.errors import UsageError
 
 RECORD = "recording.json"  # the header: what the recording is made from
@@ -58,7 +58,11 @@ class Joining:
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored call: number `number` of the prompt whose record is `record`. `alike`: equal for calls to be joined."""
+    """A stored call: number `number` of the prompt whose record is `record`.
+
+    `alike`: equal for calls to be joined. `own`: digests of the tensors that no other call of its step is given; empty
+    if there is no other. `unguided`: whether it is the pass of guidance that other prompts share.
+    """
 
     record: Path
     number: int
@@ -66,6 +70,8 @@ class Entry:
     step: int
     sigma: float
     alike: str
+    own: frozenset[str] = frozenset()
+    unguided: bool = False
 
     @property
     def name(self) -> str:
@@ -162,12 +168,27 @@ def read_entries(folder: Path, count: int, axes: Axes | None) -> list[Entry]:
         record = record_of(folder, prompt)
         content = _read_record(record)
         check_safetensors(record.with_suffix(".safetensors"), stage="cache")
+        given: dict[int, list[frozenset[str]]] = {}
+        for call in content["calls"]:
+            given.setdefault(call["step"], []).append(tensors_of(call[ARGUMENTS]))
         for number, call in enumerate(content["calls"]):
             alike = [signature(call[key], axes, content["tensors"], key) for key in (ARGUMENTS, OUTPUT)]
             alike.append(str(call["used"]))
             where = record, number, content["caption"]
-            entries.append(Entry(*where, call["step"], call["sigma"], " ".join(alike)))
-    return entries
+            own = tensors_of(call[ARGUMENTS]) - frozenset.intersection(*given[call["step"]])
+            entries.append(Entry(*where, call["step"], call["sigma"], " ".join(alike), own))
+    return _with_guidance(entries)
+
+
+def _with_guidance(entries: list[Entry]) -> list[Entry]:
+    """Return the entries with their `unguided`: prompts differ in the text that their guided calls are given.
+
+    So a call is unguided if one of another caption has all that sets it apart from the other calls of its step.
+    """
+    captions: dict[frozenset[str], set[str]] = {}
+    for entry in entries:
+        captions.setdefault(entry.own, set()).add(entry.caption)
+    return [replace(entry, unguided=bool(entry.own) and len(captions[entry.own]) > 1) for entry in entries]
 
 
 @lru_cache(maxsize=64)

@@ -78,6 +78,16 @@ def unpacked(stored: Any, tensor: Callable[[str], Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
+def tensors_of(stored: Any) -> frozenset[str]:
+    """Return the names of all tensors in nested values, as `packed` has stored these."""
+    if not isinstance(stored, dict):
+        return frozenset()
+    ((kind, content),) = stored.items()
+    if kind == "tensor":
+        return frozenset({content})
+    return frozenset().union(*map(tensors_of, content.values() if kind == "dict" else content))
+
+
 def replaced(value: Any, path: str, wanted: str, new: Any) -> Any:
     """Return nested values with the one at the path `wanted` replaced by `new`. `path`: the path of `value`."""
     if path == wanted:

@@ -41,7 +41,8 @@ class RecordedStream(Stream):
     """Batches of a pipeline's own calls, as it made them; their target is the teacher's recorded output.
 
     `count`: the number of prompts. `share`: the share of them that is kept from training. `held_out`: whether to use
-    these, or all others.
+    these, or all others. `unguided`: the share of calls with the text that all prompts share, for classifier-free
+    guidance. A pipeline that makes both passes in one call has no such calls.
 
     The batch of a step has groups of `group` calls of one shape. Each shape has its share of the groups of every few
     steps: a step of unguided calls alone, which all have the same text, would undo what those before it have learnt.
@@ -62,6 +63,7 @@ class RecordedStream(Stream):
         batch_size: int,
         *,
         held_out: bool,
+        unguided: float,
     ) -> None:
         super().__init__(family, seed, batch_size)
         self.axes = read_joining(folder).axes
@@ -74,13 +76,16 @@ class RecordedStream(Stream):
                 f"data.held_out={share:g} keeps all of {len(captions)} different prompts from training: add prompts to "
                 "data.path, and run 'stages=[cache]' again."
             )
+        self.guided = [entry for entry in self.entries if not entry.unguided] or self.entries
+        self._kept = _kept_of(self.entries, unguided)
         self.buckets: dict[str, list[Entry]] = {}
         for entry in self.entries:
-            self.buckets.setdefault(entry.alike, []).append(entry)
+            if self._kept[entry.unguided]:
+                self.buckets.setdefault(entry.alike, []).append(entry)
         fewest = min(map(len, self.buckets.values())) if self.axes is not None else 1
         most = min(fewest, batch_size if len(self.buckets) == 1 else max(1, batch_size // _GROUPS))
         self.group = max(size for size in range(1, most + 1) if batch_size % size == 0)
-        self._groups_per_epoch = sum(len(bucket) // self.group for bucket in self.buckets.values())
+        self._groups_per_epoch = len(self._epoch(0))
         if self.group < batch_size:
             self.remark = f"each batch of {batch_size} has groups of {self.group} recorded calls of one shape"
 
@@ -89,13 +94,25 @@ class RecordedStream(Stream):
         """Return the groups of an epoch, shuffled by `seed` and its number, and those of each shape evenly spaced."""
         rng, groups = np.random.default_rng([self.seed, epoch]), list[tuple[float, list[Entry]]]()
         for alike in sorted(self.buckets):
-            bucket = self.buckets[alike]
-            found = [bucket[index] for index in rng.permutation(len(bucket))]
+            found = self._drawn(self.buckets[alike], rng)
             count, start = len(found) // self.group, rng.random()
             places = ((number + start) / max(1, count) for number in range(count))
             own = (found[number * self.group : (number + 1) * self.group] for number in range(count))
             groups += zip(places, own, strict=True)
         return [group for _, group in sorted(groups, key=itemgetter(0))]
+
+    def _drawn(self, bucket: Sequence[Entry], rng: np.random.Generator) -> list[Entry]:
+        """Return the calls of one shape that an epoch takes, shuffled: of each pass of guidance its part, rounded up.
+
+        They are a group at least.
+        """
+        room = {which: math.ceil(part * _count(bucket, which)) for which, part in self._kept.items()}
+        taken, left = list[Entry](), list[Entry]()
+        for index in rng.permutation(len(bucket)):
+            entry = bucket[index]
+            room[entry.unguided] -= 1
+            (left if room[entry.unguided] < 0 else taken).append(entry)
+        return taken + left[: max(0, self.group - len(taken))]
 
     def _of_step(self, step: int) -> list[Entry]:
         """Return the `batch_size` calls of a step, group after group."""
@@ -119,11 +136,11 @@ class RecordedStream(Stream):
         return self._with_tokens(batches) if len(batches) > 1 else batches
 
     def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
-        """Yield `num_samples` * `num_timesteps` recorded calls, or all if they are fewer, from high to low noise.
+        """Yield `num_samples` * `num_timesteps` guided calls, or all if they are fewer, from high to low noise.
 
         They are spread evenly over all calls in the order of their noise levels.
         """
-        ordered = sorted(self.entries, key=lambda entry: (-entry.sigma, entry.name))
+        ordered = sorted(self.guided, key=lambda entry: (-entry.sigma, entry.name))
         total = min(len(ordered), num_samples * num_timesteps)
         chosen = [ordered[place * len(ordered) // total] for place in range(total)]
         for start in range(0, total, num_samples):
@@ -198,12 +215,12 @@ class RenoisedStream(RecordedStream):
         return flow_matching.shift_of(self.scheduler, latents.shape[1]) if shift is None else shift
 
     def calibration(self, num_samples: int, num_timesteps: int) -> Iterator[TrainingBatch]:
-        """Yield `num_samples` calls, each at every one of the noise levels of a denoising run of `num_timesteps` steps.
+        """Yield `num_samples` guided calls, each at all noise levels of a denoising run of `num_timesteps` steps.
 
         See `LatentStream.calibration`.
         """
-        count = min(num_samples, len(self.entries))
-        chosen = [self.entries[place * len(self.entries) // count] for place in range(count)]
+        count = min(num_samples, len(self.guided))
+        chosen = [self.guided[place * len(self.guided) // count] for place in range(count)]
         terminal = self.scheduler.get("shift_terminal") or 0.0 if self.data.shift is None else 0.0
         for start in range(0, count, self.batch_size):
             some = chosen[start : start + self.batch_size]
@@ -212,6 +229,19 @@ class RenoisedStream(RecordedStream):
                 rows = enumerate(some, start=start)
                 calls = ((entry, self._call(entry, _CALIBRATION, row, sigma)) for row, entry in rows)
                 yield from self._of_level(calls)
+
+
+def _count(entries: Iterable[Entry], unguided: bool) -> int:
+    return sum(entry.unguided is unguided for entry in entries)
+
+
+def _kept_of(entries: Sequence[Entry], share: float) -> dict[bool, float]:
+    """Return the parts of the guided (False) and of the unguided calls (True) that make `share` of all unguided."""
+    counts = {which: _count(entries, which) for which in (False, True)}
+    if not all(counts.values()):
+        return dict.fromkeys(counts, 1.0)
+    wanted = {False: (1 - share) / counts[False], True: share / counts[True]}
+    return {which: value / max(wanted.values()) for which, value in wanted.items()}
 
 
 def kept_captions(captions: Iterable[str], share: float) -> set[str]:

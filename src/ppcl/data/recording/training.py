@@ -87,14 +87,16 @@ class RecordedData(TrainingData):
 
     @property
     def levels(self) -> dict[str, Any]:
-        """The settings of fresh noise; nothing for recorded calls, whose noise levels are those of the recording."""
-        return {"renoise": True} | super().levels if self.renoised else {}
+        """The share of unguided calls, and the settings of fresh noise. Recorded calls have the recording's levels."""
+        unguided = {"unguided": self.config.data.caption_dropout}
+        return unguided | {"renoise": True} | super().levels if self.renoised else unguided
 
-    def stream(self, seed: int, batch_size: int) -> Stream:
-        """Return the batches of `seed`: with `data.calibration_seed` those of held-out prompts, else of all others."""
+    def stream(self, seed: int, batch_size: int, *, held_out: bool | None = None) -> Stream:
+        """Return the batches of `seed`, of held-out prompts or of all others; see `TrainingData.stream`."""
         data, where = self.config.data, (self.teacher.family, self.whole_cache(), self.count, self.held_out)
-        held_out = seed == data.calibration_seed
+        held_out = seed == data.calibration_seed if held_out is None else held_out
+        settings: dict[str, Any] = {"held_out": held_out, "unguided": data.caption_dropout}
         if not self.renoised:
-            return RecordedStream(*where, seed, batch_size, held_out=held_out)
+            return RecordedStream(*where, seed, batch_size, **settings)
         scheduler = self.teacher.scheduler_config
-        return RenoisedStream(*where, seed, batch_size, held_out=held_out, data=data, scheduler=scheduler)
+        return RenoisedStream(*where, seed, batch_size, **settings, data=data, scheduler=scheduler)
