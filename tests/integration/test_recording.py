@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ppcl.command import prepare
 from ppcl.context import Run
 from ppcl.data.recording.files import read_call, read_entries, read_joining, record_of
+from ppcl.data.recording.passes import with_passes
 from ppcl.data.recording.renoise import Renoising
 from ppcl.data.recording.stream import RecordedStream, RenoisedStream
 from ppcl.data.recording.training import RecordedData
@@ -116,9 +117,10 @@ def test_a_batch_is_as_its_calls_apart(recording: Run) -> None:
 def test_the_pass_of_guidance_that_prompts_share_is_told_from_the_other(recording: Run) -> None:
     """By what it is given: the text of the second call of each step is the empty prompt's."""
     folder = recording.data.cache_folder
-    entries = read_entries(folder, data_of(recording).count, read_joining(folder).axes)
+    joining = read_joining(folder)
+    entries = with_passes(read_entries(folder, data_of(recording).count, joining.axes), joining)
     assert [entry.unguided for entry in entries] == [False, True] * (RECORDED * len(PROMPTS))
-    alone = read_entries(folder, 1, read_joining(folder).axes)  # a prompt alone does not show it
+    alone = with_passes(read_entries(folder, 1, joining.axes), joining)  # a prompt alone does not show it
     assert not any(entry.unguided for entry in alone)
 
 

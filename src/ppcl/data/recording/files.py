@@ -7,7 +7,7 @@ are made of them. It is written last, so that a prompt which has it is complete.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,16 @@ class Call:
 class Joining:
     """Rules for joining calls into batches, and for making them anew at another noise level.
 
-    `axes`: those of arguments and output; None if calls cannot be joined, and `why`. `renoising`: the fields of a
-    `Renoising`; None if calls cannot be made anew, and `as_recorded`, the reason.
+    `axes`: those of arguments and output; None if calls cannot be joined, and `why`. `rows`: how many rows of a call
+    can be calls of their own: the passes of guidance, where a pipeline makes them together. `renoising`: the fields of
+    a `Renoising`; None if calls cannot be made anew, and `as_recorded`, the reason.
     """
 
     axes: Axes | None
     why: str = ""
     renoising: Mapping[str, Any] | None = None
     as_recorded: str = ""
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Entry:
     """A stored call: number `number` of the prompt whose record is `record`.
 
     `alike`: equal for calls to be joined. `own`: digests of the tensors that no other call of its step is given; empty
-    if there is no other. `unguided`: whether it is the pass of guidance that other prompts share.
+    if there is no other. `row`: the one row of the call that is taken; None for all. `unguided`: whether it is the pass
+    of guidance that all prompts share.
     """
 
     record: Path
@@ -71,11 +74,12 @@ class Entry:
     sigma: float
     alike: str
     own: frozenset[str] = frozenset()
+    row: int | None = None
     unguided: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.record.stem}-{self.number}"
+        return f"{self.record.stem}-{self.number}" + ("" if self.row is None else f".{self.row}")
 
 
 def record_of(folder: Path, prompt: int) -> Path:
@@ -177,18 +181,7 @@ def read_entries(folder: Path, count: int, axes: Axes | None) -> list[Entry]:
             where = record, number, content["caption"]
             own = tensors_of(call[ARGUMENTS]) - frozenset.intersection(*given[call["step"]])
             entries.append(Entry(*where, call["step"], call["sigma"], " ".join(alike), own))
-    return _with_guidance(entries)
-
-
-def _with_guidance(entries: list[Entry]) -> list[Entry]:
-    """Return the entries with their `unguided`: prompts differ in the text that their guided calls are given.
-
-    So a call is unguided if one of another caption has all that sets it apart from the other calls of its step.
-    """
-    captions: dict[frozenset[str], set[str]] = {}
-    for entry in entries:
-        captions.setdefault(entry.own, set()).add(entry.caption)
-    return [replace(entry, unguided=bool(entry.own) and len(captions[entry.own]) > 1) for entry in entries]
+    return entries
 
 
 @lru_cache(maxsize=64)

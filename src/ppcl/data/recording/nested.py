@@ -154,6 +154,37 @@ def _signature(stored: Any, axes: Axes, shapes: Mapping[str, Any], path: str, *,
     return [kind, items]
 
 
+def rows_in(value: Any, axes: Axes, path: str) -> int:
+    """Return the number of rows of nested values, that of the first one that has them; 1 if none has."""
+    axis = axes.get(path)
+    if axis is not None:
+        return value.shape[axis] if isinstance(value, Tensor) else len(value)
+    items = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    )
+    return next((found for key, item in items if (found := rows_in(item, axes, f"{path}.{key}")) > 1), 1)
+
+
+def row_of(value: Any, axes: Axes, path: str, rows: int, row: int) -> Any:
+    """Return the nested values of a call with `rows` rows as those of a call with row number `row` alone.
+
+    What has one row for all of them is taken whole. Raises `NoAxesError` if something has another number of rows.
+    """
+    axis = axes.get(path)
+    if axis is not None:
+        size, over = divmod(value.shape[axis] if isinstance(value, Tensor) else len(value), rows)
+        if over and rows * size + over > 1:
+            raise NoAxesError(f"{path} cannot be divided into {rows} rows")
+        start, stop = (row * size, (row + 1) * size) if size else (0, 1)
+        return value.narrow(axis, start, stop - start) if isinstance(value, Tensor) else value[start:stop]
+    if isinstance(value, Mapping):
+        return {key: row_of(item, axes, f"{path}.{key}", rows, row) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = enumerate(value)
+        return type(value)(row_of(item, axes, f"{path}.{number}", rows, row) for number, item in items)
+    return value
+
+
 def joined(values: Sequence[Any], axes: Axes, path: str) -> Any:
     """Return the nested values of calls with one `signature` as those of one call for all of their rows."""
     first, axis = values[0], axes.get(path)

@@ -27,7 +27,7 @@ from ppcl.data.recording.files import (
     write_joining,
 )
 from ppcl.data.recording.nested import Axes, NoAxesError
-from ppcl.data.recording.recorder import Recording, check_joined, find_axes, for_two, recorded, spread
+from ppcl.data.recording.recorder import Recording, check_joined, find_axes, for_two, recorded, rows_of, spread
 from ppcl.data.recording.renoise import NoRenoisingError, find_renoising
 from ppcl.data.recording.table import Row, check_rows, loaded, read_rows
 from ppcl.disk import check_space, in_bytes
@@ -132,7 +132,7 @@ def _drawn(run: Run, row: Row, prompt: int) -> Recording:
             pipeline(**arguments)
         except UsageError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LookupError) as error:  # the last for sizes that a model has no positions for
             raise UsageError(f"{row.place}: the pipeline refuses its arguments: {error}") from error
         except NameError as error:  # diffusers imports packages that it does not require only where they are installed
             raise UsageError(
@@ -171,7 +171,7 @@ def _joining(run: Run, row: Row, folder: Path, found: Recording) -> Joining:
 
     `found`: what was recorded of `row`, the first prompt.
     """
-    joining = _axes(run, row, folder)
+    joining = _axes(run, row, folder, found)
     try:
         renoising = find_renoising(run.teacher.pipeline.scheduler, found)
     except NoRenoisingError as error:
@@ -181,8 +181,8 @@ def _joining(run: Run, row: Row, folder: Path, found: Recording) -> Joining:
     return replace(joining, renoising=asdict(renoising))
 
 
-def _axes(run: Run, row: Row, folder: Path) -> Joining:
-    """Return how calls are joined into batches, and say so."""
+def _axes(run: Run, row: Row, folder: Path, found: Recording) -> Joining:
+    """Return how calls are joined into batches, and say so; see `_joining`."""
     pipeline, transformer, why = run.teacher.pipeline, run.teacher.transformer, "the pipeline takes one sample at once"
     arguments = call_arguments(run, row, 0)
     for two in for_two(pipeline, arguments):
@@ -193,7 +193,11 @@ def _axes(run: Run, row: Row, folder: Path) -> Joining:
             why = str(error)
             continue
         run.say("cache", "calls of one shape are joined into batches, along the dimension that two samples show")
-        return Joining(axes)
+        one = found.latents is not None and len(found.latents) == 1  # else rows may be the frames of a video
+        rows = rows_of(transformer, found.calls[0], axes, PATHS) if one else 1
+        if rows > 1:
+            run.say("cache", f"each call has {rows} passes of guidance, which are taken as calls of their own")
+        return Joining(axes, rows=rows)
     run.say("cache", f"calls are taken one by one: {why}")
     return Joining(None, why)
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ppcl.components import other_denoisers, steps_of
 from ppcl.data.recording.files import Call
-from ppcl.data.recording.nested import Axes, NoAxesError, axes_of, copied, joined
+from ppcl.data.recording.nested import Axes, NoAxesError, axes_of, copied, joined, rows_in
+from ppcl.data.recording.passes import row_of_call
 from ppcl.errors import UsageError
 from ppcl.taps import StopForward, by_name
 
@@ -266,6 +267,20 @@ def check_joined(transformer: nn.Module, calls: list[Call], axes: Axes, paths: t
         error = (found.float() - own.float()).norm() / own.float().norm().clamp(min=1e-12)
         if not error <= _ROUNDING.get(dtype, 1e-1):
             raise NoAxesError(f"calls that are joined have another output, by {error:.2g} of its norm")
+
+
+def rows_of(transformer: nn.Module, call: Call, axes: Axes, paths: tuple[str, str]) -> int:
+    """Return the number of rows of a call for one sample, each of which has the same output as a call of its own.
+
+    1 if there is one row, or if the output of a row depends on the others.
+    """
+    rows = rows_in(call.output, axes, paths[1])
+    try:
+        for row in range(rows if rows > 1 else 0):
+            check_joined(transformer, [row_of_call(call, axes, rows, row)], axes, paths)
+    except Exception:  # whatever a transformer raises that takes all rows alone
+        return 1
+    return rows
 
 
 def _leaves(value: Any) -> list[Tensor]:

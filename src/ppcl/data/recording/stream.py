@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from ppcl.data.recording.files import (
     read_joining,
     read_latents,
 )
-from ppcl.data.recording.nested import joined
+from ppcl.data.recording.nested import Axes, joined
+from ppcl.data.recording.passes import row_of_call, with_passes
 from ppcl.data.recording.renoise import Renoising
 from ppcl.data.streams import Stream
 from ppcl.errors import UsageError
@@ -42,7 +43,7 @@ class RecordedStream(Stream):
 
     `count`: the number of prompts. `share`: the share of them that is kept from training. `held_out`: whether to use
     these, or all others. `unguided`: the share of calls with the text that all prompts share, for classifier-free
-    guidance. A pipeline that makes both passes in one call has no such calls.
+    guidance.
 
     The batch of a step has groups of `group` calls of one shape. Each shape has its share of the groups of every few
     steps: a step of unguided calls alone, which all have the same text, would undo what those before it have learnt.
@@ -66,8 +67,9 @@ class RecordedStream(Stream):
         unguided: float,
     ) -> None:
         super().__init__(family, seed, batch_size)
-        self.axes = read_joining(folder).axes
-        entries = read_entries(folder, count, self.axes)
+        self.joining = read_joining(folder)
+        self.axes = self._axes_of_batches()
+        entries = with_passes(read_entries(folder, count, self.joining.axes), self.joining)
         captions = {entry.caption for entry in entries}
         kept = kept_captions(captions, share)
         self.entries = [entry for entry in entries if (entry.caption in kept) == held_out]
@@ -88,6 +90,10 @@ class RecordedStream(Stream):
         self._groups_per_epoch = len(self._epoch(0))
         if self.group < batch_size:
             self.remark = f"each batch of {batch_size} has groups of {self.group} recorded calls of one shape"
+
+    def _axes_of_batches(self) -> Axes | None:
+        """Return the axes along which calls are joined; None if they are taken one by one."""
+        return self.joining.axes
 
     @lru_cache(maxsize=2)  # noqa: B019 - streams live as long as a stage
     def _epoch(self, epoch: int) -> list[list[Entry]]:
@@ -112,7 +118,8 @@ class RecordedStream(Stream):
             entry = bucket[index]
             room[entry.unguided] -= 1
             (left if room[entry.unguided] < 0 else taken).append(entry)
-        return taken + left[: max(0, self.group - len(taken))]
+        taken += left[: max(0, self.group - len(taken))]
+        return [taken[index] for index in rng.permutation(len(taken))]  # else the rarer pass came first
 
     def _of_step(self, step: int) -> list[Entry]:
         """Return the `batch_size` calls of a step, group after group."""
@@ -159,11 +166,15 @@ class RecordedStream(Stream):
     def example(self, ratio: float) -> TrainingBatch:
         """Return a batch of the call whose noise level is nearest to 0.5: what is timed, not what is learnt from."""
         nearest = min(self.entries, key=lambda entry: (abs(entry.sigma - 0.5), entry.name))
-        return self._batch([RecordedStream._call(self, nearest)], as_recorded=True)
+        return self._batch([read_call(nearest.record, nearest.number)], as_recorded=True)
 
     def _call(self, entry: Entry, step: int = 0, row: int = 0) -> Call:
         """Return row `row` of batch number `step`, which is the call `entry`."""
-        return read_call(entry.record, entry.number)
+        call = read_call(entry.record, entry.number)
+        if entry.row is None:
+            return call
+        assert self.joining.axes is not None
+        return row_of_call(call, self.joining.axes, self.joining.rows, entry.row)
 
     def _batch(self, calls: Sequence[Call], *, as_recorded: bool = True) -> TrainingBatch:
         """Return calls of one shape as one batch. `as_recorded`: whether their output is the teacher's."""
@@ -185,13 +196,21 @@ class RenoisedStream(RecordedStream):
     """
 
     def __init__(self, *where: Any, data: DataConfig, scheduler: Mapping[str, Any], **settings: Any) -> None:
+        self.data, self.scheduler = data, scheduler
         super().__init__(*where, **settings)
-        joining = read_joining(where[1])
-        if joining.renoising is None:
-            raise UsageError(f"data.renoise=true does not go with this model: {joining.as_recorded}; leave it out.")
-        self.renoising, self.data, self.scheduler = Renoising(**joining.renoising), data, scheduler
-        if self.axes is not None and self.axes.get(self.renoising.timestep) is None:
-            self.axes, self.group = None, 1  # all rows of a call share one timestep
+
+    @cached_property
+    def renoising(self) -> Renoising:
+        """How calls of this recording are made anew."""
+        if self.joining.renoising is None:
+            why = self.joining.as_recorded
+            raise UsageError(f"data.renoise=true does not go with this model: {why}; leave it out.")
+        return Renoising(**self.joining.renoising)
+
+    def _axes_of_batches(self) -> Axes | None:
+        axes = super()._axes_of_batches()
+        together = axes is None or axes.get(self.renoising.timestep) is not None
+        return axes if together else None  # all rows of a call share one timestep
 
     def _call(self, entry: Entry, step: int = 0, row: int = 0, sigma: float | None = None) -> Call:
         latents = read_latents(entry.record)
@@ -202,7 +221,7 @@ class RenoisedStream(RecordedStream):
             scheme = self.data.timesteps or "uniform"
             sigma = flow_matching.sample_sigmas(1, generator, scheme=scheme, shift=self._shift(latents)).item()
         noisy = flow_matching.interpolate(latents, noise, latents.new_full((len(latents),), sigma))
-        call = read_call(entry.record, entry.number)
+        call = super()._call(entry)
         velocity = flow_matching.velocity(latents, noise)
         rows = velocity.repeat(len(call.output) // len(latents), *[1] * (latents.ndim - 1))
         return Call(call.step, call.timestep, sigma, self.renoising.arguments(call, noisy, sigma), rows)
