@@ -37,7 +37,7 @@ class DataConfig:
     `train_seed`, `calibration_seed`, `eval_seed`: the seeds of training batches, of held-out batches and of the prompts
         that are scored. They must differ, so that nothing is measured on samples that it was fitted to.
     `caption_dropout`: the share of training captions that are replaced by the empty one, for classifier-free guidance.
-        With `data=prompts` it is the share of calls that have the negative prompt, where these are calls of their own.
+        With `data=prompts` it is the share of calls that have the negative prompt.
     `timesteps`: the distribution of noise levels sigma in (0, 1): `logit_normal` or `uniform`. None: `uniform`.
     `shift`: maps sigma to s sigma / (1 + (s - 1) sigma); above 1 there is more noise, below 1 less. None: that of the
         model's own scheduler, which for FLUX and Qwen-Image grows with the size of a picture. With both None, noise
