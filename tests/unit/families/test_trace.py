@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ppcl
 from tests.models_tiny.build import build
+from tests.models_tiny.case import Case
 from tests.models_tiny.cases import CASES
 from tests.models_tiny.draws import padding
 
@@ -41,6 +42,14 @@ def flux() -> tuple[Any, dict[str, Any]]:
         "return_dict": False,
     }
     return FluxTransformer2DModel(**FLUX).eval(), inputs
+
+
+def traced_case(name: str, config: dict[str, Any], inputs: dict[str, Any]) -> ppcl.Trace:
+    """The trace of a tiny case with other settings and other arguments of the call."""
+    case = CASES[name]
+    assert not isinstance(case, str)
+    given = case.inputs() | inputs
+    return ppcl.trace(build(name, Case(case.config | config, lambda: given)), given)
 
 
 def test_stacks_streams_and_feed_forwards_of_flux_are_found() -> None:
@@ -111,15 +120,21 @@ def test_padding_is_found_by_its_mask(valid: int) -> None:
 
 @pytest.mark.parametrize("valid", [4, 16])
 def test_a_mask_of_the_text_is_not_taken_for_one_of_a_picture_with_as_many_tokens(valid: int) -> None:
-    case = CASES["PixArtTransformer2DModel"]
-    assert not isinstance(case, str)
-    inputs = case.inputs() | {
+    inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
         "encoder_hidden_states": torch.randn(2, 16, 40),
         "encoder_attention_mask": padding(16, valid),
     }
-    (stack,) = ppcl.trace(build("PixArtTransformer2DModel", case), inputs).stacks
+    (stack,) = traced_case("PixArtTransformer2DModel", {}, inputs).stacks
     assert {stream.name: (stream.tokens, stream.mask) for stream in stack.streams} == {"hidden_states": (16, None)}
+
+
+def test_tokens_of_one_sample_may_be_the_first_dimension() -> None:
+    case = CASES["ErnieImageTransformer2DModel"]
+    assert not isinstance(case, str)
+    one = {name: value[:1] for name, value in case.inputs().items() if isinstance(value, Tensor)}
+    (stack,) = traced_case("ErnieImageTransformer2DModel", {}, one).stacks
+    assert [item.name for item in stack.feed_forwards] == ["mlp"]
 
 
 def test_the_last_block_of_another_kind_is_not_pruned() -> None:
