@@ -16,7 +16,7 @@ import ppcl
 from tests.models_tiny.build import build
 from tests.models_tiny.case import Case
 from tests.models_tiny.cases import CASES
-from tests.models_tiny.draws import padding
+from tests.models_tiny.draws import normals, padding
 
 FLUX = {
     "in_channels": 4,
@@ -127,6 +127,43 @@ def test_a_mask_of_the_text_is_not_taken_for_one_of_a_picture_with_as_many_token
     }
     (stack,) = traced_case("PixArtTransformer2DModel", {}, inputs).stacks
     assert {stream.name: (stream.tokens, stream.mask) for stream in stack.streams} == {"hidden_states": (16, None)}
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "mask"),
+    [
+        # Which tokens lose their prior: none. All would be padding.
+        ("GlmImageTransformer2DModel", {}, None),
+        # All tokens are of segment 1. Those of another one would not be seen, whatever its number.
+        ("Ideogram4Transformer2DModel", {"segment_ids": torch.ones(2, 33, dtype=torch.long)}, None),
+        # A mask of the text comes first.
+        (
+            "LongCatAudioDiTTransformer",
+            {"encoder_hidden_states": normals()(2, 11, 40), "encoder_attention_mask": padding(11, 4).bool()},
+            "attention_mask",
+        ),
+        # The gates of the untrained blocks are 0: no token depends on another.
+        (
+            "PRXTransformer2DModel",
+            {"encoder_hidden_states": normals()(2, 12, 40), "attention_mask": padding(12, 5).bool()},
+            None,
+        ),
+    ],
+)
+def test_only_what_marks_padding_of_a_stream_is_its_mask(name: str, inputs: dict[str, Any], mask: str | None) -> None:
+    (stack,) = traced_case(name, {}, inputs).stacks
+    assert {stream.name: stream.mask for stream in stack.streams}["hidden_states"] == mask
+
+
+def test_a_stream_of_the_text_is_no_stream_of_the_picture_with_as_many_tokens() -> None:
+    inputs = {"encoder_hidden_states": normals()(2, 72, 20), "encoder_attention_mask": padding(72, 40)}
+    refiner, dual, _ = traced_case("HunyuanVideoTransformer3DModel", {}, inputs).stacks
+    masks = {stream.name: (stream.tokens, stream.mask) for stack in (refiner, dual) for stream in stack.streams}
+    assert masks == {
+        "hidden_states": (72, "encoder_attention_mask"),
+        "hidden_states_of_transformer_blocks": (72, None),
+        "encoder_hidden_states": (72, "encoder_attention_mask"),
+    }
 
 
 def test_tokens_of_one_sample_may_be_the_first_dimension() -> None:

@@ -242,14 +242,18 @@ def _chain(
 def _named_apart(
     path: str, streams: Iterable[Stream], others: Iterable[tuple[BlockList, tuple[Stream, ...]]]
 ) -> tuple[Stream, ...]:
-    """Return the streams of a stack, with another name where an earlier stack has one of that name and other tokens."""
-    tokens: dict[str, int] = {}
-    for _, found in others:
-        tokens |= {stream.name: stream.tokens for stream in found}
+    """Return the streams of a stack, with another name where an earlier stack has one of that name that is another.
+
+    That is one of other tokens or channels, or with another mask.
+    """
+    earlier = {stream.name: stream for _, found in others for stream in found}
+
+    def another(stream: Stream) -> bool:
+        one = earlier.get(stream.name, stream)
+        return (one.tokens, one.channels, one.mask) != (stream.tokens, stream.channels, stream.mask)
+
     return tuple(
-        stream
-        if tokens.get(stream.name, stream.tokens) == stream.tokens
-        else replace(stream, name=f"{stream.name}_of_{path.replace('.', '_')}")
+        replace(stream, name=f"{stream.name}_of_{path.replace('.', '_')}") if another(stream) else stream
         for stream in streams
     )
 
