@@ -166,6 +166,11 @@ def test_a_stream_of_the_text_is_no_stream_of_the_picture_with_as_many_tokens() 
     }
 
 
+def test_what_is_added_between_blocks_is_refused() -> None:
+    with pytest.raises(ppcl.UsageError, match="hidden_states of block 1 is not what block 0 was given or returned"):
+        traced_case("SD3Transformer2DModel", {}, {"block_controlnet_hidden_states": [torch.ones(2, 12, 48)]})
+
+
 def test_tokens_of_one_sample_may_be_the_first_dimension() -> None:
     case = CASES["ErnieImageTransformer2DModel"]
     assert not isinstance(case, str)

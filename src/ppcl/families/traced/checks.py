@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,25 @@ def check_order(stack: BlockList, forward: Forward) -> list[Call]:
 
 
 def check_alone(transformer: nn.Module, call: Call) -> None:
+def check_handed_on(stack: BlockList, streams: Sequence[Stream], forward: Forward) -> None:
+    """Raise `UsageError` if a block is given a tensor that is no stream and that the block before it was not given.
+
+    Something is added to a stream between blocks then, such as what a ControlNet returns.
+    """
+    calls = [call for call in forward.calls if call.key[0] == stack.path][stack.first : stack.count - stack.last]
+    places = {stream.argument for stream in streams}
+    for here, following in pairwise(calls):
+        earlier = [*tensors(here.arguments).values(), *tensors(here.output).values()]
+        for place, value in tensors(following.arguments).items():
+            if place in places or not value.is_floating_point() or value.ndim < 2:
+                continue
+            if not any(value is other for other in earlier) and not any(same(value, other) for other in earlier):
+                name = ".".join(map(str, place))
+                raise UsageError(
+                    f"{name} of block {following.key[1]} is not what block {here.key[1]} was given or returned"
+                )
+
+
     """Raise `UsageError` unless a block, called again with its arguments, returns the same."""
     with torch.no_grad():
         again = stack_of(transformer, call.key[0])[call.key[1]](**call.arguments)

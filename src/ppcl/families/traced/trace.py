@@ -159,6 +159,7 @@ def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> T
         middle = forward.of((item.path, (item.first + item.count - item.last) // 2))
         try:
             checks.check_independent(transformer, inputs, item, traced, forward)
+            checks.check_handed_on(item, its_streams, forward)
             checks.check_export(transformer, inputs, item)
             checks.check_learns(transformer, middle, its_streams)
         except UsageError as error:
