@@ -166,6 +166,12 @@ def test_a_stream_of_the_text_is_no_stream_of_the_picture_with_as_many_tokens() 
     }
 
 
+def test_blocks_are_pruned_of_which_the_class_makes_fewer() -> None:
+    """As Stable Diffusion 3.5 medium: the first blocks, which a list in the config names, are larger."""
+    (stack,) = traced_case("SD3Transformer2DModel", {"num_layers": 7, "dual_attention_layers": (0, 1, 2)}, {}).stacks
+    assert (stack.first_block, stack.last_blocks) == (3, 1)
+
+
 def test_what_is_added_between_blocks_is_refused() -> None:
     with pytest.raises(ppcl.UsageError, match="hidden_states of block 1 is not what block 0 was given or returned"):
         traced_case("SD3Transformer2DModel", {}, {"block_controlnet_hidden_states": [torch.ones(2, 12, 48)]})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,6 @@ def check_order(stack: BlockList, forward: Forward) -> list[Call]:
     return calls
 
 
-def check_alone(transformer: nn.Module, call: Call) -> None:
 def check_handed_on(stack: BlockList, streams: Sequence[Stream], forward: Forward) -> None:
     """Raise `UsageError` if a block is given a tensor that is no stream and that the block before it was not given.
 
@@ -65,6 +65,7 @@ def check_handed_on(stack: BlockList, streams: Sequence[Stream], forward: Forwar
                 )
 
 
+def check_alone(transformer: nn.Module, call: Call) -> None:
     """Raise `UsageError` unless a block, called again with its arguments, returns the same."""
     with torch.no_grad():
         again = stack_of(transformer, call.key[0])[call.key[1]](**call.arguments)
@@ -255,4 +256,4 @@ def finite(output: Any) -> bool:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")

@@ -200,7 +200,7 @@ def counted_lists(lists: Sequence[BlockList], small: Container[str]) -> list[Blo
 
 
 def _too_few(alike: int) -> str:
-    return f"its blocks are of unequal kinds: at most {alike} in a row are alike"
+    return f"its blocks are of unequal kinds: at most {alike} in a row are alike and can be taken out"
 
 
 def _place(forward: Forward, path: str) -> int:
