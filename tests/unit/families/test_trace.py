@@ -166,6 +166,21 @@ def test_a_stream_of_the_text_is_no_stream_of_the_picture_with_as_many_tokens() 
     }
 
 
+def test_a_projection_that_is_wider_than_all_blocks_is_no_stack() -> None:
+    picture = {"encoder_hidden_states_image": normals()(2, 11, 1280)}
+    found = traced_case("ChronoEditTransformer3DModel", {"image_dim": 1280}, picture)
+    assert [stack.path for stack in found.stacks] == ["blocks"]
+    assert found.left_alone == {"condition_embedder.image_embedder.ff.net": "no integer of the config counts it"}
+    with pytest.raises(ppcl.UsageError, match="blocks: it has fewer than 3 blocks"):
+        traced_case("ChronoEditTransformer3DModel", {"num_layers": 2}, {})
+
+
+def test_a_stack_beside_larger_lists_that_are_counted_together_is_traced() -> None:
+    found = traced_case("Flux3Transformer2DModel", {"num_layers": 3, "num_single_layers": 3}, {})
+    assert [(stack.path, stack.blocks) for stack in found.stacks] == [("single_transformer_blocks", 3)]
+    assert found.left_alone.keys() == {"mode_blocks.image", "mode_blocks.image_cond", "txt_mode_blocks"}
+
+
 def test_blocks_are_pruned_of_which_the_class_makes_fewer() -> None:
     """As Stable Diffusion 3.5 medium: the first blocks, which a list in the config names, are larger."""
     (stack,) = traced_case("SD3Transformer2DModel", {"num_layers": 7, "dual_attention_layers": (0, 1, 2)}, {}).stacks

@@ -34,7 +34,9 @@ class BlockList:
 
 
 def block_lists(transformer: nn.Module) -> list[BlockList]:
-    """Return the outermost module lists of two or more blocks, each with the config key that counts it if there is one.
+    """Return the outermost module lists, each with the config key that counts it if there is one.
+
+    Those of a single module are only listed if there is one.
 
     A key counts a list if the model that is built with that integer one larger has one more block in exactly that list,
     and is otherwise the same. The models are built without weights.
@@ -55,7 +57,7 @@ def block_lists(transformer: nn.Module) -> list[BlockList]:
     return [
         _described(transformer, path, grown[path], reasons.get(path, ""), whole)
         for path, found in lists.items()
-        if len(found) > 1
+        if len(found) > 1 or grown[path]
     ]
 
 
@@ -98,10 +100,10 @@ def _described(transformer: nn.Module, path: str, keys: list[str], reason: str, 
     blocks = stack_of(transformer, path)
     params = sum(parameter.numel() for parameter in blocks.parameters())
     first, last = alike(blocks)
-    if len(keys) > 1:
-        reason = f"{' and '.join(keys)} each count it"
     if len(keys) == 1 and (first or last):
         first, last = alike(blocks, _with_one_less(transformer, path, keys[0]))
+    if len(keys) > 1:
+        reason = f"{' and '.join(keys)} each count it"
     elif not keys and not reason:
         reason = "no integer of the config counts it"
     key = keys[0] if len(keys) == 1 else None
