@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import ppcl
 from tests.models_tiny.build import build
+from tests.models_tiny.case import Case
 from tests.models_tiny.cases import CASES
-from tests.models_tiny.draws import padding
+from tests.models_tiny.draws import normals, padding
 
 FLUX = {
     "in_channels": 4,
@@ -41,6 +42,14 @@ def flux() -> tuple[Any, dict[str, Any]]:
         "return_dict": False,
     }
     return FluxTransformer2DModel(**FLUX).eval(), inputs
+
+
+def traced_case(name: str, config: dict[str, Any], inputs: dict[str, Any]) -> ppcl.Trace:
+    """The trace of a tiny case with other settings and other arguments of the call."""
+    case = CASES[name]
+    assert not isinstance(case, str)
+    given = case.inputs() | inputs
+    return ppcl.trace(build(name, Case(case.config | config, lambda: given)), given)
 
 
 def test_stacks_streams_and_feed_forwards_of_flux_are_found() -> None:
@@ -111,15 +120,84 @@ def test_padding_is_found_by_its_mask(valid: int) -> None:
 
 @pytest.mark.parametrize("valid", [4, 16])
 def test_a_mask_of_the_text_is_not_taken_for_one_of_a_picture_with_as_many_tokens(valid: int) -> None:
-    case = CASES["PixArtTransformer2DModel"]
-    assert not isinstance(case, str)
-    inputs = case.inputs() | {
+    inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
         "encoder_hidden_states": torch.randn(2, 16, 40),
         "encoder_attention_mask": padding(16, valid),
     }
-    (stack,) = ppcl.trace(build("PixArtTransformer2DModel", case), inputs).stacks
+    (stack,) = traced_case("PixArtTransformer2DModel", {}, inputs).stacks
     assert {stream.name: (stream.tokens, stream.mask) for stream in stack.streams} == {"hidden_states": (16, None)}
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "mask"),
+    [
+        # Which tokens lose their prior: none. All would be padding.
+        ("GlmImageTransformer2DModel", {}, None),
+        # All tokens are of segment 1. Those of another one would not be seen, whatever its number.
+        ("Ideogram4Transformer2DModel", {"segment_ids": torch.ones(2, 33, dtype=torch.long)}, None),
+        # A mask of the text comes first.
+        (
+            "LongCatAudioDiTTransformer",
+            {"encoder_hidden_states": normals()(2, 11, 40), "encoder_attention_mask": padding(11, 4).bool()},
+            "attention_mask",
+        ),
+        # The gates of the untrained blocks are 0: no token depends on another.
+        (
+            "PRXTransformer2DModel",
+            {"encoder_hidden_states": normals()(2, 12, 40), "attention_mask": padding(12, 5).bool()},
+            None,
+        ),
+    ],
+)
+def test_only_what_marks_padding_of_a_stream_is_its_mask(name: str, inputs: dict[str, Any], mask: str | None) -> None:
+    (stack,) = traced_case(name, {}, inputs).stacks
+    assert {stream.name: stream.mask for stream in stack.streams}["hidden_states"] == mask
+
+
+def test_a_stream_of_the_text_is_no_stream_of_the_picture_with_as_many_tokens() -> None:
+    inputs = {"encoder_hidden_states": normals()(2, 72, 20), "encoder_attention_mask": padding(72, 40)}
+    refiner, dual, _ = traced_case("HunyuanVideoTransformer3DModel", {}, inputs).stacks
+    masks = {stream.name: (stream.tokens, stream.mask) for stack in (refiner, dual) for stream in stack.streams}
+    assert masks == {
+        "hidden_states": (72, "encoder_attention_mask"),
+        "hidden_states_of_transformer_blocks": (72, None),
+        "encoder_hidden_states": (72, "encoder_attention_mask"),
+    }
+
+
+def test_a_projection_that_is_wider_than_all_blocks_is_no_stack() -> None:
+    picture = {"encoder_hidden_states_image": normals()(2, 11, 1280)}
+    found = traced_case("ChronoEditTransformer3DModel", {"image_dim": 1280}, picture)
+    assert [stack.path for stack in found.stacks] == ["blocks"]
+    assert found.left_alone == {"condition_embedder.image_embedder.ff.net": "no integer of the config counts it"}
+    with pytest.raises(ppcl.UsageError, match="blocks: it has fewer than 3 blocks"):
+        traced_case("ChronoEditTransformer3DModel", {"num_layers": 2}, {})
+
+
+def test_a_stack_beside_larger_lists_that_are_counted_together_is_traced() -> None:
+    found = traced_case("Flux3Transformer2DModel", {"num_layers": 3, "num_single_layers": 3}, {})
+    assert [(stack.path, stack.blocks) for stack in found.stacks] == [("single_transformer_blocks", 3)]
+    assert found.left_alone.keys() == {"mode_blocks.image", "mode_blocks.image_cond", "txt_mode_blocks"}
+
+
+def test_blocks_are_pruned_of_which_the_class_makes_fewer() -> None:
+    """As Stable Diffusion 3.5 medium: the first blocks, which a list in the config names, are larger."""
+    (stack,) = traced_case("SD3Transformer2DModel", {"num_layers": 7, "dual_attention_layers": (0, 1, 2)}, {}).stacks
+    assert (stack.first_block, stack.last_blocks) == (3, 1)
+
+
+def test_what_is_added_between_blocks_is_refused() -> None:
+    with pytest.raises(ppcl.UsageError, match="hidden_states of block 1 is not what block 0 was given or returned"):
+        traced_case("SD3Transformer2DModel", {}, {"block_controlnet_hidden_states": [torch.ones(2, 12, 48)]})
+
+
+def test_tokens_of_one_sample_may_be_the_first_dimension() -> None:
+    case = CASES["ErnieImageTransformer2DModel"]
+    assert not isinstance(case, str)
+    one = {name: value[:1] for name, value in case.inputs().items() if isinstance(value, Tensor)}
+    (stack,) = traced_case("ErnieImageTransformer2DModel", {}, one).stacks
+    assert [item.name for item in stack.feed_forwards] == ["mlp"]
 
 
 def test_the_last_block_of_another_kind_is_not_pruned() -> None:

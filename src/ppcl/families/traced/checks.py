@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,6 +44,25 @@ def check_order(stack: BlockList, forward: Forward) -> list[Call]:
     if changed is not None:
         raise UsageError(f"block {changed.key[1]}: {changed.changed()} is changed in place")
     return calls
+
+
+def check_handed_on(stack: BlockList, streams: Sequence[Stream], forward: Forward) -> None:
+    """Raise `UsageError` if a block is given a tensor that is no stream and that the block before it was not given.
+
+    Something is added to a stream between blocks then, such as what a ControlNet returns.
+    """
+    calls = [call for call in forward.calls if call.key[0] == stack.path][stack.first : stack.count - stack.last]
+    places = {stream.argument for stream in streams}
+    for here, following in pairwise(calls):
+        earlier = [*tensors(here.arguments).values(), *tensors(here.output).values()]
+        for place, value in tensors(following.arguments).items():
+            if place in places or not value.is_floating_point() or value.ndim < 2:
+                continue
+            if not any(value is other for other in earlier) and not any(same(value, other) for other in earlier):
+                name = ".".join(map(str, place))
+                raise UsageError(
+                    f"{name} of block {following.key[1]} is not what block {here.key[1]} was given or returned"
+                )
 
 
 def check_alone(transformer: nn.Module, call: Call) -> None:
@@ -235,4 +256,4 @@ def finite(output: Any) -> bool:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")

@@ -90,18 +90,21 @@ def _one_for_one(args: tuple, kwargs: dict, output: object) -> bool:
 
 
 def _by_token(module: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Return whether a module's output for each token `[..., tokens, D]` depends on that token alone."""
+    """Return whether a module's output for each token depends on that token alone.
+
+    All dimensions but the last are tokens: some models have those of one sample in the first, others in the second.
+    """
     given = next(value for value in (*args, *kwargs.values()) if value is not None)
-    if given.ndim < 2 or given.shape[-2] < 2:
+    if given.ndim < 2 or given[..., 0].numel() < 2:
         return False
-    changed = given.clone()
-    changed[..., 0, :] = changed[..., 0, :] * 2 + 1
+    changed = given.flatten(0, -2).clone()
+    changed[0] = changed[0] * 2 + 1
 
     def call(value: Tensor) -> Tensor:
         swapped = tuple(value if item is given else item for item in args)
         result: Tensor = module(*swapped, **{key: value if item is given else item for key, item in kwargs.items()})
         return result
 
-    before, after = call(given), call(changed)
-    rest = torch.allclose(before[..., 1:, :], after[..., 1:, :], rtol=1e-3, atol=1e-5)
-    return rest and not torch.equal(before[..., 0, :], after[..., 0, :])
+    before, after = (call(value).flatten(0, -2) for value in (given, changed.view_as(given)))
+    rest = torch.allclose(before[1:], after[1:], rtol=1e-3, atol=1e-5)
+    return rest and not torch.equal(before[0], after[0])

@@ -16,10 +16,10 @@ from ppcl.components import DEFAULT, class_named
 from ppcl.errors import UsageError, root
 from ppcl.families.registry import stock_name
 from ppcl.families.traced.structure import block_lists, without_weights
-from ppcl.families.traced.trace import Stack, Trace, counted_lists, small_lists
+from ppcl.families.traced.trace import Stack, Trace, lists_left_alone, lists_to_prune
 
 TRACE = "trace.json"  # in a run's folder
-VERSION = 2  # of how models are traced
+VERSION = 3  # of how models are traced
 
 
 def trace_path(cache_dir: str | Path, component: str, model: str, arch: Mapping[str, Any]) -> Path:
@@ -92,7 +92,7 @@ def _guessed(kind: Any, arch: str) -> Trace:
         raise UsageError(f"transformer/config.json is no config of a {kind.__name__} ({root(error)}).") from None
     lists = block_lists(model)
     try:
-        counted = counted_lists(lists, small_lists(lists))
+        counted = lists_to_prune(lists, lists_left_alone(lists))
     except UsageError as error:
         raise UsageError(f"{kind.__name__} cannot be pruned: {error}.") from None
     found = [

@@ -9,6 +9,8 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import nn
 
+from ppcl.taps import stack_of
+
 MOST_BLOCKS = 512  # integers above this are sizes
 
 
@@ -32,7 +34,9 @@ class BlockList:
 
 
 def block_lists(transformer: nn.Module) -> list[BlockList]:
-    """Return the outermost module lists of two or more blocks, each with the config key that counts it if there is one.
+    """Return the outermost module lists, each with the config key that counts it if there is one.
+
+    Those of a single module are only listed if there is one.
 
     A key counts a list if the model that is built with that integer one larger has one more block in exactly that list,
     and is otherwise the same. The models are built without weights.
@@ -51,9 +55,9 @@ def block_lists(transformer: nn.Module) -> list[BlockList]:
                 _try(transformer, lists, key, grown, reasons)
     whole = sum(parameter.numel() for parameter in transformer.parameters())
     return [
-        _described(path, found, grown[path], reasons.get(path, ""), whole)
+        _described(transformer, path, grown[path], reasons.get(path, ""), whole)
         for path, found in lists.items()
-        if len(found) > 1
+        if len(found) > 1 or grown[path]
     ]
 
 
@@ -92,9 +96,12 @@ def _try(
         grown[changed[0]].append(key)
 
 
-def _described(path: str, blocks: nn.ModuleList, keys: list[str], reason: str, whole: int) -> BlockList:
+def _described(transformer: nn.Module, path: str, keys: list[str], reason: str, whole: int) -> BlockList:
+    blocks = stack_of(transformer, path)
     params = sum(parameter.numel() for parameter in blocks.parameters())
     first, last = alike(blocks)
+    if len(keys) == 1 and (first or last):
+        first, last = alike(blocks, _with_one_less(transformer, path, keys[0]))
     if len(keys) > 1:
         reason = f"{' and '.join(keys)} each count it"
     elif not keys and not reason:
@@ -103,8 +110,20 @@ def _described(path: str, blocks: nn.ModuleList, keys: list[str], reason: str, w
     return BlockList(path, key, len(blocks), params, params / max(1, whole), first, last, "" if key else reason)
 
 
-def alike(blocks: nn.ModuleList) -> tuple[int, int]:
-    """Return how many blocks are before, and how many after, the largest run of blocks of one class and one shape."""
+def _with_one_less(transformer: nn.Module, path: str, key: str) -> nn.ModuleList | None:
+    """Return the list that the class makes, without weights, with one less in `key`; None if it makes none."""
+    config = plain_config(transformer)
+    try:
+        return stack_of(without_weights(type(transformer), config | {key: config[key] - 1}), path)
+    except Exception:  # of any kind: other entries of a config can ask for so many blocks
+        return None
+
+
+def alike(blocks: nn.ModuleList, fewer: nn.ModuleList | None = None) -> tuple[int, int]:
+    """Return how many blocks are before, and how many after, a run of blocks of one class and one shape.
+
+    `fewer`: the list that the class makes with one block less. It is the run that lacks one there; else the largest.
+    """
     kinds = [_kind(block) for block in blocks]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     runs, start = list[tuple[int, int]](), 0
@@ -112,7 +131,9 @@ def alike(blocks: nn.ModuleList) -> tuple[int, int]:
         if index == len(kinds) or kinds[index] != kinds[start]:
             runs.append((start, index))
             start = index
-    first, stop = max(runs, key=lambda run: (run[1] - run[0] > 2, sum(sizes[slice(*run)])))
+    left = [_kind(block) for block in fewer or ()]
+    shorter = [run for run in runs if kinds[: run[0]] + kinds[run[0] + 1 :] == left]
+    first, stop = max(shorter or runs, key=lambda run: (run[1] - run[0] > 2, sum(sizes[slice(*run)])))
     return first, len(blocks) - stop
 
 

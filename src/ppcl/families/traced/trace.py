@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -107,12 +107,13 @@ def trace(transformer: nn.Module, inputs: Mapping[str, Any], *, least_share: flo
     6. A block that is called alone back-propagates.
 
     `inputs`: keyword arguments of the forward, as the model's own pipeline passes them. Stacks that have less than
-    `least_share` of the parameters of all blocks, or fewer than 3 blocks, are listed and left alone. So are lists that
-    no integer counts alone, unless the largest is one.
+    `least_share` of the parameters of all blocks, or fewer than 3 blocks that are alike, are listed and left alone. So
+    are lists that no integer counts alone.
 
     The transformer is left as it was. It runs about six times, and the outputs of all its blocks are held at once.
 
-    Raises `UsageError` with the reason if one of the larger stacks fails a check, or if there is none.
+    Raises `UsageError` with the reason if one of the other stacks fails a check, or if the largest that an integer
+    counts is left alone.
     """
     _check_plain(transformer)
     training = transformer.training
@@ -126,12 +127,11 @@ def trace(transformer: nn.Module, inputs: Mapping[str, Any], *, least_share: flo
 def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> Trace:
     name = type(transformer).__name__
     lists = block_lists(transformer)
-    left_alone = small_lists(lists, least_share)
+    left_alone = lists_left_alone(lists, least_share)
     try:
-        large = counted_lists(lists, left_alone)
+        large = lists_to_prune(lists, left_alone)
     except UsageError as error:
         raise UsageError(f"{name} cannot be traced: {error}.") from None
-    left_alone |= {item.path: item.reason for item in lists if item.path not in left_alone and item.key is None}
     paths = [item.path for item in large]
     try:
         forward = record(transformer, inputs, paths)
@@ -159,6 +159,7 @@ def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> T
         middle = forward.of((item.path, (item.first + item.count - item.last) // 2))
         try:
             checks.check_independent(transformer, inputs, item, traced, forward)
+            checks.check_handed_on(item, its_streams, forward)
             checks.check_export(transformer, inputs, item)
             checks.check_learns(transformer, middle, its_streams)
         except UsageError as error:
@@ -169,37 +170,35 @@ def _trace(transformer: Any, inputs: Mapping[str, Any], least_share: float) -> T
     return Trace(name, params, tuple(found), left_alone)
 
 
-def small_lists(lists: Sequence[BlockList], least_share: float = LEAST_SHARE) -> dict[str, str]:
+def lists_left_alone(lists: Sequence[BlockList], least_share: float = LEAST_SHARE) -> dict[str, str]:
     """Return the block lists that are left alone, by path, each with the reason."""
-    whole = sum(item.params for item in lists if item.count >= LEAST_BLOCKS)
-    found = {item.path: f"it has {item.count} blocks" for item in lists if item.count < LEAST_BLOCKS}
+    whole = sum(item.params for item in lists if item.key is not None and item.count >= LEAST_BLOCKS)
+    found: dict[str, str] = {}
     for item in lists:
-        if item.path not in found and item.params < least_share * whole:
+        alike = item.count - item.first - item.last
+        if item.count < LEAST_BLOCKS:
+            found[item.path] = f"it has fewer than {LEAST_BLOCKS} blocks"
+        elif item.key is None:
+            found[item.path] = item.reason
+        elif alike < LEAST_BLOCKS:
+            found[item.path] = _too_few(alike)
+        elif item.params < least_share * whole:
             found[item.path] = f"it has {100 * item.params / whole:.1f}% of the parameters of all blocks"
     return found
 
 
-def counted_lists(lists: Sequence[BlockList], small: Container[str]) -> list[BlockList]:
-    """Return the block lists that are not small and that a key of the config counts.
-
-    Raises `UsageError` with the reason if the largest list is none of them, or if one has too few blocks that are
-    alike.
-    """
-    large = [item for item in lists if item.path not in small]
-    if not large:
+def lists_to_prune(lists: Sequence[BlockList], left_alone: Mapping[str, str]) -> list[BlockList]:
+    """Return the other block lists; raises `UsageError` if the largest that a key counts is one that is left alone."""
+    if all(item.count < LEAST_BLOCKS for item in lists):
         raise UsageError(f"it has no list of {LEAST_BLOCKS} or more blocks")
-    largest = max(large, key=lambda item: (item.params, item.key is not None))
-    if largest.key is None:
-        raise UsageError(f"{largest.path}: {largest.reason}")
-    found = [item for item in large if item.key is not None]
-    for item in found:
-        if item.count - item.first - item.last < LEAST_BLOCKS:
-            raise UsageError(f"{item.path}: {_too_few(item.count - item.first - item.last)}")
-    return found
+    largest = max(lists, key=lambda item: (item.key is not None, item.count >= LEAST_BLOCKS, item.params))
+    if largest.path in left_alone:
+        raise UsageError(f"{largest.path}: {left_alone[largest.path]}")
+    return [item for item in lists if item.path not in left_alone]
 
 
 def _too_few(alike: int) -> str:
-    return f"its blocks are of unequal kinds: at most {alike} in a row are alike"
+    return f"its blocks are of unequal kinds: at most {alike} in a row are alike and can be taken out"
 
 
 def _place(forward: Forward, path: str) -> int:
@@ -242,14 +241,18 @@ def _chain(
 def _named_apart(
     path: str, streams: Iterable[Stream], others: Iterable[tuple[BlockList, tuple[Stream, ...]]]
 ) -> tuple[Stream, ...]:
-    """Return the streams of a stack, with another name where an earlier stack has one of that name and other tokens."""
-    tokens: dict[str, int] = {}
-    for _, found in others:
-        tokens |= {stream.name: stream.tokens for stream in found}
+    """Return the streams of a stack, with another name where an earlier stack has one of that name that is another.
+
+    That is one of other tokens or channels, or with another mask.
+    """
+    earlier = {stream.name: stream for _, found in others for stream in found}
+
+    def another(stream: Stream) -> bool:
+        one = earlier.get(stream.name, stream)
+        return (one.tokens, one.channels, one.mask) != (stream.tokens, stream.channels, stream.mask)
+
     return tuple(
-        stream
-        if tokens.get(stream.name, stream.tokens) == stream.tokens
-        else replace(stream, name=f"{stream.name}_of_{path.replace('.', '_')}")
+        replace(stream, name=f"{stream.name}_of_{path.replace('.', '_')}") if another(stream) else stream
         for stream in streams
     )
 
