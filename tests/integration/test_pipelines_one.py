@@ -179,7 +179,7 @@ def test_a_package_that_a_pipeline_lacks_is_named(tmp_path: Path) -> None:
         pytest.skip("ftfy is installed")
     teacher = import_module("tests.pipelines_tiny.wan_from_image").build(tmp_path / "teacher")
     Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle", "image": "a.png"}')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle", "image": "a.png"}\n' * 2)
     given = ["model=auto", f"model.path={teacher}", f"data.path={tmp_path / 'prompts.jsonl'}", *SHORT]
     outcome = command(
         *given, f"paths.runs_dir={tmp_path}", "model.sampling.arguments={num_frames: 5}", "stages=[cache]"

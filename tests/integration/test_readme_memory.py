@@ -65,7 +65,7 @@ def test_no_command_of_the_readme_needs_more_than_its_card(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     for name in ("PICTURES", "SHARDS"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import succeed
+from commands import ppcl, succeed
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppcl.artifacts.files import CHECKSUM
@@ -98,6 +99,32 @@ def test_what_is_timed_is_the_whole_call(recording: Run) -> None:
 def test_students_learn_from_rows(command: list[str], recording: Run) -> None:
     outcome = succeed(*command, "method.min_cka=0", "stages=[probe,detect,depth]")
     assert "held-out loss" in outcome.out
+
+
+def test_a_pass_that_skips_blocks_is_left_out(command: list[str], tmp_path: Path) -> None:
+    """Guidance by skipped layers, as Stable Diffusion 3.5 has it: a third call of each step."""
+    skipped = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    rows = [{"prompt": prompt} | skipped for prompt in PROMPTS]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    own = [*command, f"data.path={tmp_path / 'rows.jsonl'}", f"paths.runs_dir={tmp_path}", "method.min_cka=0"]
+    outcome = succeed(*own, "stages=[cache,probe,detect,depth]")
+    assert "a pass of guidance that leaves blocks out is not recorded" in outcome.out
+    run = prepare(own)
+    entries = read_entries(run.data.cache_folder, len(PROMPTS), None)
+    assert len(entries) == 3 * len(PROMPTS)  # both passes of a step in one call
+
+
+def test_predictions_that_are_not_finite_are_refused(command: list[str], tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(next(a for a in command if a.startswith("model.path=")).partition("=")[2], teacher)
+    file = teacher / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.weight"] *= 1e38
+    save_file(weights, file, {"format": "pt"})
+    outcome = ppcl(*command, f"model.path={teacher}", f"paths.runs_dir={tmp_path}", "stages=[cache]")
+    assert outcome.code == 2
+    assert "line 1: what the transformer predicts is not finite" in outcome.err
+    assert not list((tmp_path / "cache" / "recordings").glob("*/0*"))
 
 
 # Rules

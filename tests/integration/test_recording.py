@@ -19,7 +19,7 @@ from ppcl.context import Run
 from ppcl.data.recording.files import read_call, read_entries, read_joining, record_of
 from ppcl.data.recording.passes import with_passes
 from ppcl.data.recording.renoise import Renoising
-from ppcl.data.recording.stream import RecordedStream, RenoisedStream
+from ppcl.data.recording.stream import RecordedStream, RenoisedStream, kept_prompts
 from ppcl.data.recording.training import RecordedData
 from ppcl.paths import ASSETS
 
@@ -350,6 +350,10 @@ def test_a_model_of_classes_takes_their_names(few: list[str], tmp_path: Path) ->
         ("p.txt", "\n", "holds no prompt; write one a line"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": }', "line 2 is no JSON object"),
         ("p.jsonl", '{"promt": "a circle"}', "line 1: promt is no argument of the pipeline"),
+        ("p.jsonl", '{"prompt": "a", "height": "64"}', "line 1: height is the text '64': write a number, without"),
+        ("p.jsonl", '{"prompt": "a", "num_inference_steps": 0}', "line 1: num_inference_steps is 0: raise it to 1"),
+        ("p.jsonl", '{"prompt": "a", "callback_on_step_end": "f"}', "line 1: callback_on_step_end is a function"),
+        ("p.txt", "a circle\n\n", "holds one prompt, and one is kept from training: give two or more"),
         ("p.txt", "caf\u00e9", "is not UTF-8"),
     ],
 )
@@ -370,6 +374,17 @@ def test_what_the_pipeline_itself_refuses_is_told_with_its_line(few: list[str], 
     outcome = ppcl("model=tiny_flux", *few, *source, "stages=[cache]")
     assert outcome.code == 2
     assert "line 2: the pipeline refuses its arguments" in outcome.err
+
+
+def test_prompts_of_one_text_are_kept_from_training_one_by_one() -> None:
+    """As with an instruction for many pictures. Where there are enough texts they stay together."""
+    for captions in (["make it red"] * 40, ["make it red", "make it blue"] * 20):
+        assert 0 < len(kept_prompts(captions, 0.2)) < 20
+    captions = [f"a number {number % 20}" for number in range(100)]
+    kept = kept_prompts(captions, 0.2)
+    assert 0 < len(kept) < 50
+    assert kept == {number for number in range(100) if number % 20 in {other % 20 for other in kept}}
+    assert len(kept_prompts(["a", "b"], 0.2)) == 1
 
 
 def test_joined_batches_train_as_divided_ones(command: list[str], recording: Run) -> None:

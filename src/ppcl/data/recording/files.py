@@ -78,6 +78,11 @@ class Entry:
     unguided: bool = False
 
     @property
+    def prompt(self) -> int:
+        """The number of the prompt."""
+        return int(self.record.stem)
+
+    @property
     def name(self) -> str:
         return f"{self.record.stem}-{self.number}" + ("" if self.row is None else f".{self.row}")
 

@@ -27,11 +27,20 @@ from ppcl.data.recording.files import (
     write_joining,
 )
 from ppcl.data.recording.nested import Axes, NoAxesError
-from ppcl.data.recording.recorder import Recording, check_joined, find_axes, for_two, recorded, rows_of, spread
+from ppcl.data.recording.recorder import (
+    Recording,
+    check_joined,
+    find_axes,
+    for_two,
+    is_finite,
+    recorded,
+    rows_of,
+    spread,
+)
 from ppcl.data.recording.renoise import NoRenoisingError, find_renoising
 from ppcl.data.recording.table import Row, check_rows, loaded, read_rows
 from ppcl.disk import check_space, in_bytes
-from ppcl.errors import UsageError
+from ppcl.errors import UsageError, root
 from ppcl.families.traced.family import sampling_arguments
 from ppcl.launch import rank
 from ppcl.progress import counter
@@ -45,6 +54,10 @@ def check_prompts(run: Run) -> None:
     """Check every row of `data.path`, without loading weights; raises `UsageError` for the first that is not usable."""
     rows = read_rows(Path(str(run.config.data.path)))
     check_rows(rows, run.teacher.pipeline_class.__call__, given=run.family.facts.max_references > 0)
+    if len(rows) == 1:
+        raise UsageError(
+            f"data.path={run.config.data.path} holds one prompt, and one is kept from training: give two or more."
+        )
 
 
 def record_prompts(run: Run) -> None:
@@ -91,6 +104,9 @@ def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None
             size += write_calls(folder, prompt, fingerprint, rows[prompt].caption, found.calls, found.latents)
             ensure_traced(run, record_of(folder, prompt))  # before the others are recorded for nothing
             advance(1)
+            if place == 0 and found.partial:
+                passes = "a pass of guidance that leaves blocks out is not recorded, as nothing can be learnt from it"
+                run.say("cache", passes)
             if place == 0:
                 _say_size(run, tuple(found.latents.shape))
             if prompt == 0 and not (folder / JOINING).exists():
@@ -138,10 +154,19 @@ def _drawn(run: Run, row: Row, prompt: int) -> Recording:
             raise UsageError(
                 f"{type(pipeline).__name__} needs {error.name}, which is not installed: pip install {error.name}."
             ) from error
+        except RuntimeError as error:  # such as embeddings of another size
+            if "out of memory" in str(error):
+                raise
+            raise UsageError(f"{row.place}: the pipeline fails with its arguments: {root(error)}") from error
     if not found.calls or found.latents is None:
         raise UsageError(
             f"{type(pipeline).__name__} calls its transformer or its scheduler in a way that cannot be recorded: give "
             "pictures with captions as data.path=FOLDER."
+        )
+    if not is_finite([*(call.output for call in found.calls), found.latents]):
+        raise UsageError(
+            f"{row.place}: what the transformer predicts is not finite: set model.dtype=float32 if it overflows, or "
+            "give another model."
         )
     return found
 

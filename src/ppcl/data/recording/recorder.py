@@ -46,7 +46,7 @@ class Recording:
 
     `first`, `last`: its first and last step. `agreement`: the least cosine of an output of the transformer with the
     prediction that the scheduler was given; -1 if they are not comparable. `throughout`: whether the transformer is
-    called at all steps.
+    called at all steps. `partial`: whether it is also called without some of its blocks; these calls are left out.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -56,6 +56,7 @@ class Recording:
     last: Step | None = None
     agreement: float = 1.0
     throughout: bool = True
+    partial: bool = False
 
 
 def spread(count: int, steps: int, number: int) -> set[int]:
@@ -80,6 +81,7 @@ def recorded(pipeline: Any, component: str, wanted: Callable[[int], set[int]]) -
     signature = inspect.signature(transformer.forward)
     chosen: set[int] | None = None
     called, opening = False, dict[str, Any]()
+    ran, most = 0, 0  # blocks in this call, and in any call
 
     def begin(module: nn.Module, args: tuple) -> None:
         nonlocal chosen, called
@@ -90,7 +92,13 @@ def recorded(pipeline: Any, component: str, wanted: Callable[[int], set[int]]) -
             timesteps = getattr(pipeline.scheduler, "timesteps", None)
             found.throughout = timesteps is None or len(steps) == len(timesteps)
 
+    def count(module: nn.Module, args: tuple) -> None:
+        nonlocal ran
+        ran += 1
+
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal ran
+        ran = 0
         if not opening:
             opening.update(copied(by_name(signature, args, kwargs)))
         if chosen and found.steps in chosen:
@@ -98,7 +106,13 @@ def recorded(pipeline: Any, component: str, wanted: Callable[[int], set[int]]) -
             waiting.append(Call(found.steps, 0.0, 0.0, copied(named), None))
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
-        if chosen and found.steps in chosen:
+        nonlocal most
+        most = max(ran, most)
+        wanted = chosen and found.steps in chosen
+        if ran < most:  # guidance by skipped blocks, which a pruned model does not have
+            found.partial = True
+            del waiting[len(waiting) - bool(wanted) :]
+        elif wanted:
             waiting[-1] = replace(waiting[-1], output=copied(first_output(output)))
 
     def stepped(scheduler: Any, given: dict[str, Any], result: Any) -> None:
@@ -124,6 +138,7 @@ def recorded(pipeline: Any, component: str, wanted: Callable[[int], set[int]]) -
         *(model.register_forward_pre_hook(begin) for model in (transformer, *others)),
         transformer.register_forward_pre_hook(before, with_kwargs=True),
         transformer.register_forward_hook(after),
+        *(block.register_forward_pre_hook(count) for block in _blocks(transformer)),
     ]
     try:
         with _watched(type(pipeline.scheduler), stepped):
@@ -131,6 +146,18 @@ def recorded(pipeline: Any, component: str, wanted: Callable[[int], set[int]]) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _blocks(transformer: nn.Module) -> Iterator[nn.Module]:
+    """Yield the blocks of all stacks, not what blocks have lists of, such as experts."""
+    for child in transformer.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether all tensors in nested lists are finite."""
+    return all(bool(leaf.isfinite().all()) for leaf in _leaves(value))
 
 
 def first_output(output: Any) -> Any:

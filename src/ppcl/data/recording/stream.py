@@ -35,6 +35,7 @@ from ppcl.families.base import Family
 from ppcl.ops import flow_matching
 
 _GROUPS = 8  # of a step, at least, where it has as many calls
+_CAPTIONS = 5  # at least, to keep whole captions from training
 _CALIBRATION = 1 << 31  # in place of a step, which is smaller, in the seeds of a calibration's noise
 
 
@@ -70,13 +71,13 @@ class RecordedStream(Stream):
         self.joining = read_joining(folder)
         self.axes = self._axes_of_batches()
         entries = with_passes(read_entries(folder, count, self.joining.axes), self.joining)
-        captions = {entry.caption for entry in entries}
-        kept = kept_captions(captions, share)
-        self.entries = [entry for entry in entries if (entry.caption in kept) == held_out]
+        captions = {entry.prompt: entry.caption for entry in entries}
+        kept = kept_prompts([captions[prompt] for prompt in range(count)], share)
+        self.entries = [entry for entry in entries if (entry.prompt in kept) == held_out]
         if not self.entries:
             raise UsageError(
-                f"data.held_out={share:g} keeps all of {len(captions)} different prompts from training: add prompts to "
-                "data.path, and run 'stages=[cache]' again."
+                f"data.held_out={share:g} keeps all of {count} prompts from training: add prompts to data.path, and "
+                "run 'stages=[cache]' again."
             )
         self.guided = [entry for entry in self.entries if not entry.unguided] or self.entries
         self._kept = _kept_of(self.entries, unguided)
@@ -263,6 +264,12 @@ def _kept_of(entries: Sequence[Entry], share: float) -> dict[bool, float]:
     return {which: value / max(wanted.values()) for which, value in wanted.items()}
 
 
-def kept_captions(captions: Iterable[str], share: float) -> set[str]:
-    """Return those of the `captions` of all prompts that are kept from training."""
-    return held_out_keys(sorted({*captions}), share)
+def kept_prompts(captions: Sequence[str], share: float) -> set[int]:
+    """Return the numbers of the prompts that are kept from training. `captions`: those of all prompts.
+
+    Prompts with one caption stay together, unless there are so few captions that one of them is more than a fifth.
+    """
+    together = len({*captions}) >= min(_CAPTIONS, len(captions))
+    keys = [caption if together else f"{number} {caption}" for number, caption in enumerate(captions)]
+    kept = held_out_keys(sorted({*keys}), share)
+    return {number for number, key in enumerate(keys) if key in kept}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,8 @@ def check_rows(rows: Sequence[Row], call: Callable[..., Any], *, given: bool) ->
         for name in row.arguments:
             if name in _OWN:
                 raise UsageError(f"{row.place}: {name} is set by the recording itself: leave it out.")
+            if name in parameters:
+                _check_kind(row, name, str(parameters[name].annotation))
             if name not in parameters or name == "self":
                 known = ", ".join(other for other in parameters if other != "self" and other not in _OWN)
                 raise UsageError(
@@ -117,6 +120,17 @@ def check_rows(rows: Sequence[Row], call: Callable[..., Any], *, given: bool) ->
                     "with captions, add data=folder)."
                 )
         loaded(row, parameters)
+
+
+def _check_kind(row: Row, name: str, annotation: str) -> None:
+    """Raise `UsageError` for a function, which a table cannot hold, for text in place of a number, and for no steps."""
+    if "Callable" in annotation:
+        raise UsageError(f"{row.place}: {name} is a function, which a table cannot hold: leave it out.")
+    value, kinds = row.arguments[name], set(re.findall(r"\w+", annotation))
+    if isinstance(value, str) and kinds & {"int", "float"} and "str" not in kinds:
+        raise UsageError(f"{row.place}: {name} is the text {value!r}: write a number, without quotes.")
+    if name == "num_inference_steps" and isinstance(value, int) and value < 1:
+        raise UsageError(f"{row.place}: {name} is {value}: raise it to 1 or more.")
 
 
 def loaded(row: Row, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

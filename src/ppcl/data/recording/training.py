@@ -12,7 +12,7 @@ from ppcl.config import Config
 from ppcl.data.cached import held_out_share
 from ppcl.data.recording.files import RECORD, missing_files, read_captions, read_header, read_joining
 from ppcl.data.recording.identity import recording_header
-from ppcl.data.recording.stream import RecordedStream, RenoisedStream, kept_captions
+from ppcl.data.recording.stream import RecordedStream, RenoisedStream, kept_prompts
 from ppcl.data.streams import Stream
 from ppcl.data.training import TrainingData
 from ppcl.errors import UsageError
@@ -63,8 +63,7 @@ class RecordedData(TrainingData):
     def held_out_prompts(self) -> list[str]:
         """Return the different prompts that are kept from training, in their order."""
         captions = read_captions(self.whole_cache(), self.count)
-        kept = kept_captions(captions, self.held_out)
-        return [caption for caption in dict.fromkeys(captions) if caption in kept]
+        return list(dict.fromkeys(captions[number] for number in sorted(kept_prompts(captions, self.held_out))))
 
     def counted(self) -> tuple[int, int] | tuple[None, None]:
         """Return the number of prompts, and of different ones kept from training; None if the recording is gone."""
