@@ -260,6 +260,8 @@ class TeacherModel:
                 continue
             found = self._class_of(name)
             if found is not None:
+                if not (folder / name).is_dir():
+                    raise UsageError(f"{folder} lacks {name}/, which its model_index.json names: fetch it again.")
                 with loading(self.config.model, f"{name} of "):
                     _check_vocabulary(found.from_pretrained(folder / name), folder / name)
 

@@ -125,6 +125,14 @@ def test_a_quantised_transformer_is_refused(teacher: Path, tmp_path: Path) -> No
     assert "has a quantised transformer (bitsandbytes)" in found
 
 
+@pytest.mark.parametrize("part", ["vae", "tokenizer"])
+def test_a_folder_without_a_part_that_its_index_names_is_refused(teacher: Path, tmp_path: Path, part: str) -> None:
+    model = shutil.copytree(teacher, tmp_path / "model")
+    shutil.rmtree(model / part)
+    found = refused(tmp_path / "runs", f"model.path={model}", f"data.path={_prompts(tmp_path)}", "stages=[cache]")
+    assert f"{model} lacks {part}/, which its model_index.json names: fetch it again." in found
+
+
 def test_an_argument_that_the_pipeline_does_not_take_is_refused(teacher: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "a green cross", "heigth": 64}\n')
