@@ -219,6 +219,34 @@ def test_ranks_share_the_prompts(
     assert digests(run_of(*arguments).data.cache_folder) == digests(recording.data.cache_folder)
 
 
+def test_a_changed_file_of_prompts_records_what_has_changed(command: list[str], recording: Run, tmp_path: Path) -> None:
+    changed = [*PROMPTS[:2], "a red triangle", *PROMPTS[3:6]]
+    (tmp_path / "prompts.txt").write_text("\n".join(changed))
+    own = [*command, f"data.path={tmp_path / 'prompts.txt'}", "stages=[cache]"]
+    shutil.copytree(recording.data.cache_folder.parent, tmp_path / "old" / "recordings")
+    folders = []
+    for cache, said in (("old", "5 prompts taken from earlier recordings"), ("new", "6 prompts recorded")):
+        arguments = [*own, f"paths.cache_dir={tmp_path / cache}", f"name={cache}"]
+        outcome = succeed(*arguments)
+        assert said in outcome.out
+        folders.append(run_of(*arguments).data.cache_folder)
+    assert digests(folders[0]) == digests(folders[1])
+    assert "1 prompt recorded" not in succeed(*own, f"paths.cache_dir={tmp_path / 'old'}", "name=old").out
+
+
+def test_damaged_prompts_of_an_earlier_recording_are_drawn(command: list[str], recording: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]))
+    old = tmp_path / "cache" / "recordings" / recording.data.cache_folder.name
+    shutil.copytree(recording.data.cache_folder, old)
+    (old / "000001.safetensors").write_bytes((old / "000001.safetensors").read_bytes()[:-9])
+    (old / "joining.json").write_text("{")
+    outcome = succeed(
+        *command, f"data.path={tmp_path / 'prompts.txt'}", f"paths.cache_dir={tmp_path / 'cache'}", "stages=[cache]"
+    )
+    assert "2 prompts taken from earlier recordings" in outcome.out
+    assert "joined into batches" in outcome.out
+
+
 OTHERS = ["seed=7", "model.sampling.num_inference_steps=4", "data.record_steps=2", "model.sampling.guidance_scale=9"]
 
 

@@ -7,6 +7,7 @@ are made of them. It is written last, so that a prompt which has it is complete.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ppcl.artifacts.files import again, check_safetensors, read_json, write_json
 from ppcl.artifacts.headers import Header
-from ppcl.artifacts.tensors import TensorFile, write_tensors
+from ppcl.artifacts.tensors import TensorFile, read_tensors, write_tensors
 from ppcl.data.recording.nested import Axes, copied, digest, packed, signature, tensors_of, unpacked
 from ppcl.errors import UsageError
 
@@ -126,9 +127,12 @@ def read_joining(folder: Path) -> Joining:
 
 
 def write_calls(
-    folder: Path, prompt: int, fingerprint: str, caption: str, calls: Sequence[Call], latents: Tensor
+    folder: Path, prompt: int, fingerprint: str, row: str, caption: str, calls: Sequence[Call], latents: Tensor
 ) -> int:
-    """Write the calls of a prompt and its final latents, and return the bytes of its tensors."""
+    """Write the calls of a prompt and its final latents, and return the bytes of its tensors.
+
+    `row`: the identity of what was drawn.
+    """
     tensors: dict[str, Tensor] = {}
 
     def keep(tensor: Tensor) -> str:
@@ -151,8 +155,28 @@ def write_calls(
     shapes = {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
     record = record_of(folder, prompt)
     write_tensors(record.with_suffix(".safetensors"), tensors, {"fingerprint": fingerprint})
-    write_json(record, {"caption": caption, "calls": stored, "latents": last, "tensors": shapes})
+    write_json(record, {"row": row, "caption": caption, "calls": stored, "latents": last, "tensors": shapes})
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def row_in(folder: Path, prompt: int) -> str | None:
+    """Return the identity of what was drawn as prompt number `prompt`.
+
+    None if there is no such prompt, if it is damaged, or if an earlier version of ppcl recorded it.
+    """
+    if not is_whole(folder, prompt):
+        return None
+    with suppress(UsageError):
+        return _read_record(record_of(folder, prompt)).get("row")
+    return None
+
+
+def copy_calls(source: Path, folder: Path, prompt: int, fingerprint: str) -> None:
+    """Copy a prompt of the recording in `source` to `folder`; raises `UsageError` if it is damaged."""
+    record, copy = record_of(source, prompt), record_of(folder, prompt)
+    tensors, _ = read_tensors(record.with_suffix(".safetensors"), "cache", read_header(source).fingerprint)
+    write_tensors(copy.with_suffix(".safetensors"), tensors, {"fingerprint": fingerprint})
+    write_json(copy, _read_record(record))
 
 
 def _read_record(record: Path) -> dict[str, Any]:

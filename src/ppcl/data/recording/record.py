@@ -13,6 +13,7 @@ import torch
 from ppcl.artifacts.files import sweep, write_json
 from ppcl.artifacts.headers import is_current
 from ppcl.context import Run
+from ppcl.data.recording.earlier import take_over
 from ppcl.data.recording.files import (
     ARGUMENTS,
     JOINING,
@@ -72,6 +73,12 @@ def record_prompts(run: Run) -> None:
     own = range(number, len(rows), ranks)
     missing = [prompt for prompt in own if not is_whole(folder, prompt)]
     joins = number == 0 and not (folder / JOINING).exists()
+    sweep(folder)
+    taken = take_over(folder, header, rows, missing, joins=joins) if missing or joins else set[int]()
+    if taken:
+        run.say("cache", f"{counted(len(taken), 'prompt')} taken from earlier recordings, which have the same rows")
+        missing = [prompt for prompt in missing if prompt not in taken]
+        joins = joins and not (folder / JOINING).exists()
     if not (missing or joins):
         run.say("cache", f"reused {folder}: {counted(len(own), 'prompt')} recorded")
     else:
@@ -96,12 +103,12 @@ def _check_texts(run: Run, rows: list[Row]) -> None:
 def _record(run: Run, rows: list[Row], missing: list[int], folder: Path) -> None:
     """Record the prompts with these numbers; after the first, say how much space all of them take."""
     config, fingerprint, size = run.config, run.data.cache_header.fingerprint, 0
-    sweep(folder)
     with counter("recording", len(missing), console=run.progress_console) as advance:
         for place, prompt in enumerate(missing):
             found = _drawn(run, rows[prompt], prompt)
             assert found.latents is not None
-            size += write_calls(folder, prompt, fingerprint, rows[prompt].caption, found.calls, found.latents)
+            row = rows[prompt]
+            size += write_calls(folder, prompt, fingerprint, row.identity, row.caption, found.calls, found.latents)
             ensure_traced(run, record_of(folder, prompt))  # before the others are recorded for nothing
             advance(1)
             if place == 0 and found.partial:
