@@ -195,11 +195,11 @@ class TrainingData:
         """
         held_out = seed == self.config.data.calibration_seed if held_out is None else held_out
         stream = self._stream(seed, batch_size, held_out)
-        if self.config.data.shift is None:
+        if self.config.data.shift is None and isinstance(stream, LatentStream):
             stream.scheduler = self.teacher.scheduler_config
         return stream
 
-    def _stream(self, seed: int, batch_size: int, held_out: bool) -> LatentStream:
+    def _stream(self, seed: int, batch_size: int, held_out: bool) -> Stream:
         data, teacher = self.config.data, self.teacher
         if data.name == "shapes":
             return ShapesStream(teacher.family, teacher.pipeline, data, seed, batch_size, self._captions)

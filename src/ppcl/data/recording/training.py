@@ -90,10 +90,8 @@ class RecordedData(TrainingData):
         unguided = {"unguided": self.config.data.caption_dropout}
         return unguided | {"renoise": True} | super().levels if self.renoised else unguided
 
-    def stream(self, seed: int, batch_size: int, *, held_out: bool | None = None) -> Stream:
-        """Return the batches of `seed`, of held-out prompts or of all others; see `TrainingData.stream`."""
+    def _stream(self, seed: int, batch_size: int, held_out: bool) -> Stream:
         data, where = self.config.data, (self.teacher.family, self.whole_cache(), self.count, self.held_out)
-        held_out = seed == data.calibration_seed if held_out is None else held_out
         settings: dict[str, Any] = {"held_out": held_out, "unguided": data.caption_dropout}
         if not self.renoised:
             return RecordedStream(*where, seed, batch_size, **settings)
