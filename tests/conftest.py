@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from ppcl.families.registry import FAMILIES
 
 # Before torch is imported, here and in what tests start. Numbers that change with the number of threads would make
 # bit-identity a matter of luck, and workers with a thread for every core would wait for each other.
@@ -64,3 +67,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         places = {name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(Path(item.path).stem, len(places)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_families() -> Iterator[None]:
+    """Forgets the families that a file registers, so that no other file of the same process knows them."""
+    before = dict(FAMILIES)
+    yield
+    FAMILIES.clear()
+    FAMILIES.update(before)
