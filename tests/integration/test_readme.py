@@ -45,7 +45,7 @@ REPLACED = {
     r"--nproc-per-node 8": "--nproc-per-node 2",
     r"=16": "=4",
     r"=50000": "=4",
-    r"trials=8": "trials=3",
+    r"trials=\d+": "trials=3",
 }
 SHORT = [
     *("distill.steps=2", "distill.batch_size=4", "width.steps=1", "width.num_batches=2"),
