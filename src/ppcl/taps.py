@@ -167,7 +167,7 @@ def observe(
 ) -> Any:
     """Run the transformer on `inputs` and call `on_block` after each block, in order of execution.
 
-    Returns the model's output. With `last`, the forward ends after that block and None is returned.
+    Returns what the model's forward returns. With `last`, the forward ends after that block and None is returned.
     """
 
     def watch(call: BlockCall) -> None:
@@ -177,7 +177,7 @@ def observe(
 
     with hooked(family, transformer, lambda: inputs, watch):
         try:
-            return transformer(**inputs)[0]
+            return transformer(**inputs)
         except StopForward:
             return None
 

@@ -24,8 +24,8 @@ from PIL import Image
 from scipy.io import wavfile
 
 import ppcl
+from ppcl.data.batches import first_output
 from ppcl.data.recording.files import read_call, record_of
-from ppcl.data.recording.recorder import first_output
 from ppcl.pictures.fidelity import likeness
 from ppcl.pictures.images import read_picture, told_by
 from ppcl.pictures.videos import cut, lacks_encoder

@@ -19,8 +19,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import ppcl
+from ppcl.data.batches import first_output
 from ppcl.data.recording.files import read_call, record_of
-from ppcl.data.recording.recorder import first_output
 from tests.pipelines_tiny.chain import CHAIN, SHORT, VARIANTS, only_on_demand
 
 ARCHITECTURES = ("flux2", "z_image", "sana", "qwen_image21", "lumina2", "pixart_sigma", "krea2")

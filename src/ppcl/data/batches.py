@@ -17,6 +17,22 @@ from ppcl.ops.losses import Average, own
 from ppcl.parallel import mean
 
 
+def first_output(output: Any) -> Any:
+    """Return the first output of a model or a scheduler, which return a tensor, a tuple, or an object of outputs."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def every_output(output: Any) -> Any:
+    """Return what a model predicts: its first output, or by number all outputs if others are tensors too.
+
+    A model of video and sound returns a tensor of each.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = [output[0], *(item for item in output[1:] if isinstance(item, Tensor))]
+    return {str(number): item for number, item in enumerate(found)} if len(found) > 1 else found[0]
+
+
 def unchanged(output: Any) -> Tensor:
     """Return `output`: the `as_tensor` of a model that returns one tensor."""
     return output
@@ -30,7 +46,8 @@ class TrainingBatch:
     `target`: the velocity n - x_0, which `prediction` of the forward's output is compared with.
     `sigmas`: the noise level of each sample.
     `divided`: whether this rank has only its rows of a batch that ranks share.
-    `as_tensor`: turns the output of the forward into one tensor.
+    `as_tensor`: turns the model's first output into one tensor, or with `whole` what `every_output` returns.
+    `whole`: whether `target` is of all that the model predicts: of its sound too, not of the video alone.
     `tokens`: if it is one of several batches that make up a step, its number of valid tokens by stream, relative to the
         mean of these batches. Streams that are not padded have as many in each, and are left out.
     `teacher`: the teacher's velocity, if it was recorded.
@@ -43,6 +60,7 @@ class TrainingBatch:
     as_tensor: Callable[[Any], Tensor] = unchanged
     tokens: Mapping[str, float] = field(default_factory=dict)
     teacher: Tensor | None = None
+    whole: bool = False
 
     @property
     def average(self) -> Average:
@@ -58,11 +76,12 @@ class TrainingBatch:
         return self.average if share is None else lambda number: self.average(number / share)
 
     def prediction(self, output: Any) -> Tensor:
-        """Return the predicted velocity, in the shape of `target`, from the output of the forward.
+        """Return the predicted velocity, in the shape of `target`, from what the model's forward returns.
 
         Cuts off what some models output after it: tokens of given pictures, or predicted variances.
         """
-        return self.as_tensor(output)[:, : self.target.shape[1]]
+        found = every_output(output) if self.whole else first_output(output)
+        return self.as_tensor(found)[:, : self.target.shape[1]]
 
 
 def batch_numbers(batch_size: int, start: int, stop: int) -> range:

@@ -132,7 +132,7 @@ class FineTune(ManualOptimization):
     @torch.no_grad()
     def teacher_velocity(self, batch: TrainingBatch) -> Tensor:
         """Return the teacher's velocity for a batch, recorded or computed."""
-        return batch.prediction(self._teacher[0](**batch.inputs)[0]) if batch.teacher is None else batch.teacher
+        return batch.prediction(self._teacher[0](**batch.inputs)) if batch.teacher is None else batch.teacher
 
     @torch.no_grad()
     def velocity_error(self, batches: Iterable[TrainingBatch]) -> float:
@@ -144,7 +144,7 @@ class FineTune(ManualOptimization):
         with self.result_to_run() as model:
             for batch in batches:
                 with computing(self.precision, batch.sigmas.device):
-                    velocity = batch.prediction(model(**batch.inputs)[0]).double()
+                    velocity = batch.prediction(model(**batch.inputs)).double()
                 target = self.teacher_velocity(batch).double()
                 found = torch.stack([(velocity - target).square().sum(), target.square().sum()])
                 sums += batch.average(found).cpu()
@@ -216,14 +216,14 @@ class FineTune(ManualOptimization):
         """Return a model's velocity and, with `feature_weight`, the image stream of each of its blocks."""
         features: dict[BlockKey, Tensor] = {}
         if not self.config.feature_weight:
-            return batch.prediction(model(**batch.inputs)[0]), features
+            return batch.prediction(model(**batch.inputs)), features
 
         def keep(call: BlockCall) -> None:
             if self.family.main_stream in call.outputs:  # some stacks have only a text stream
                 features[call.key] = call.outputs[self.family.main_stream]
 
-        velocity = observe(self.family, model, batch.inputs, keep)
-        return batch.prediction(velocity), features
+        output = observe(self.family, model, batch.inputs, keep)
+        return batch.prediction(output), features
 
     def training_step(self, batch: TrainingBatch | list[TrainingBatch], batch_idx: int) -> Tensor:
         batches, found = listed(batch), []

@@ -128,10 +128,10 @@ class LearnGates(ManualOptimization):
         target = batch.target
         if self.settings.loss == "output":
             with torch.no_grad(), computing(self.precision, batch.sigmas.device):
-                target = batch.prediction(self._teacher[0](**batch.inputs)[0])
+                target = batch.prediction(self._teacher[0](**batch.inputs))
         with gated(self.family, self.student, batch.inputs, self.gates(batch, step)):
             with computing(self.precision, batch.sigmas.device):
-                velocity = batch.prediction(self.student(**batch.inputs)[0])
+                velocity = batch.prediction(self.student(**batch.inputs))
             loss = (velocity.float() - target.float()).square().mean()
             backward(loss)  # checkpointed blocks run again in it, with their gates
         return loss.detach()

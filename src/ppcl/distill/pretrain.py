@@ -55,7 +55,7 @@ class Pretrain(ManualOptimization):
     def training_step(self, number: int, batch_idx: int) -> Tensor:
         batch = move_data_to_device(self.make_batch(number), self.device)
         with computing(self.hparams["precision"], batch.sigmas.device):
-            output = self.transformer(**batch.inputs)[0]
+            output = self.transformer(**batch.inputs)
         loss = (batch.prediction(output) - batch.target).square().mean()
         self.refuse_infinite(loss, self.global_step)
         self.manual_backward(loss)

@@ -125,8 +125,7 @@ class Greedy(Removal):
     def removed(self, teacher: Teacher, room: Room) -> tuple[list[BlockKey], dict[str, Any]]:
         transformer, batches = teacher.transformer, self._batches(teacher)
         targets = velocities(transformer, batches)
-        both = zip(batches, targets, strict=True)
-        square = sum(teacher.gathered(sum(batch.prediction(v).double().square().sum().item() for batch, v in both)))
+        square = sum(teacher.gathered(sum(target.double().square().sum().item() for target in targets)))
         order = [*range(max(teacher.gathered(len(batches))))]
         removed: list[BlockKey] = []
         errors: dict[str, float] = {}

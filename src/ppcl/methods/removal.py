@@ -269,9 +269,14 @@ def token_means(method: Method, teacher: Teacher, measure: Callable[[Tensor, Ten
     }
 
 
-def predicted_tokens(batch: TrainingBatch, output: Tensor) -> Tensor:
-    """Return the prediction in a model's output as `[B, tokens, C]`; pixels of a picture count as tokens."""
+def predicted_tokens(batch: TrainingBatch, output: Any) -> Tensor:
+    """Return the prediction in what a model returns as `[B, tokens, C]`; pixels of a picture count as tokens.
+
+    All that a model of several outputs predicts is one token.
+    """
     found = batch.prediction(output)
+    if found.ndim == 2:
+        return found.unsqueeze(1)
     return found if found.ndim == 3 else found.flatten(2).mT
 
 
@@ -294,7 +299,7 @@ def _without_each(teacher: Teacher, batch: TrainingBatch) -> Iterator[tuple[Bloc
     for stack in teacher.family.stacks:
         for index in range(len(stack_of(teacher.transformer, stack))):
             with without(teacher.transformer, [(stack, index)]):
-                output = teacher.transformer(**batch.inputs)[0]
+                output = teacher.transformer(**batch.inputs)
             yield (stack, index), predicted_tokens(batch, output)
 
 
@@ -310,7 +315,7 @@ def removal_means(
     sums: dict[BlockKey, float] = {}
     count = 0
     for batch in teacher.progress(teacher.calibration(), method.num_batches):
-        whole = predicted_tokens(batch, teacher.transformer(**batch.inputs)[0])
+        whole = predicted_tokens(batch, teacher.transformer(**batch.inputs))
         count += len(whole)
         for key, without in _without_each(teacher, batch):
             sums[key] = sums.get(key, 0.0) + compare(whole, without).sum().item()

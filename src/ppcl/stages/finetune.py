@@ -192,7 +192,7 @@ def _record(run: Run, *streams: Batches) -> tuple[Batches, Batches]:
     found: list[Batches] = []
 
     def velocity(batch: TrainingBatch) -> Tensor:
-        return batch.prediction(teacher(**batch.inputs)[0])
+        return batch.prediction(teacher(**batch.inputs))
 
     for (kind, numbers), batches in zip(steps.items(), streams, strict=True):
         made_from = {"model": run.teacher.identity, "data": run.data.identity, "batch_size": config.batch_size}

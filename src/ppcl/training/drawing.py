@@ -213,7 +213,7 @@ def denoised(
         sigmas = given.new_full((len(given),), sigma)
         inputs = family.forward_inputs(given, conditions, sigmas, size)
         batch = TrainingBatch(inputs, given, sigmas, as_tensor=family.as_tensor)
-        latents = family.denoise(latents, batch.prediction(model(**inputs)[0]).float(), sigma, following)
+        latents = family.denoise(latents, batch.prediction(model(**inputs)).float(), sigma, following)
     return latents
 
 

@@ -63,7 +63,7 @@ def find_units(plugs: Plugs) -> list[Unit]:
 def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]) -> float:
     """Return ||v - v_T||^2 / ||v_T||^2, summed over all batches, for the model's velocity v and the teacher's v_T.
 
-    `targets`: the teacher's output for each batch, as `velocities` returns it.
+    `targets`: the teacher's velocity for each batch, as `velocities` returns it.
     """
     return relative_error(velocity_errors(transformer, batches, targets))
 
@@ -81,8 +81,8 @@ def velocity_errors(
     """Return ||v - v_T||^2 and ||v_T||^2 of each batch, for the model's velocity v and the teacher's v_T."""
     found = []
     for batch, target in zip(batches, targets, strict=True):
-        target = batch.prediction(target).double()
-        error = (batch.prediction(transformer(**batch.inputs)[0]).double() - target).square().sum().item()
+        target = target.double()
+        error = (batch.prediction(transformer(**batch.inputs)).double() - target).square().sum().item()
         found.append((error, target.square().sum().item()))
     return found
 
@@ -97,8 +97,8 @@ def heldout_batches(run: Run) -> list[TrainingBatch]:
 
 @torch.no_grad()
 def velocities(transformer: nn.Module, batches: Iterable[TrainingBatch]) -> list[Tensor]:
-    """Return the output of a model for each batch."""
-    return [transformer(**batch.inputs)[0] for batch in batches]
+    """Return the velocity that a model predicts for each batch."""
+    return [batch.prediction(transformer(**batch.inputs)) for batch in batches]
 
 
 def _losses(plugs: Plugs, name: str) -> dict[str, float]:

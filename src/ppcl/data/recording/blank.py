@@ -32,4 +32,5 @@ def blank_calls(family: Family, folder: Path, count: int) -> TrainingBatch:
     count = 1 if axes is None else count
     inputs, output = (joined([unpacked(call[key], empty)] * count, axes or {}, key) for key in (ARGUMENTS, OUTPUT))
     target = family.as_tensor(output)[:, : call["used"]]
-    return TrainingBatch(inputs, target, torch.empty(len(target)), as_tensor=family.as_tensor)
+    sigmas, whole = torch.empty(len(target)), isinstance(output, dict)
+    return TrainingBatch(inputs, target, sigmas, as_tensor=family.as_tensor, whole=whole)

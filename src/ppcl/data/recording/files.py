@@ -31,8 +31,8 @@ class Call:
     """One call of the transformer, at the denoising step `step` of a prompt.
 
     `timestep`: what the scheduler was given after it. `sigma`: the noise level, from 0 to 1. `arguments`: by name.
-    `output`: its first output. `used`: how many of the output's entries along dimension 1 the scheduler was given;
-    None for all.
+    `output`: what it predicts, as `ppcl.data.batches.every_output` returns it. `used`: how many of the output's entries
+    along dimension 1 the scheduler was given; None for all.
     """
 
     step: int
@@ -41,6 +41,11 @@ class Call:
     arguments: Mapping[str, Any]
     output: Any
     used: int | None = None
+
+    @property
+    def first_output(self) -> Any:
+        """What the scheduler of the latents is given: of a video with sound, the video's velocity."""
+        return self.output["0"] if isinstance(self.output, dict) else self.output
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from ppcl.components import other_denoisers, steps_of
+from ppcl.data.batches import every_output, first_output
 from ppcl.data.recording.files import Call
 from ppcl.data.recording.nested import Axes, NoAxesError, axes_of, copied, joined, rows_in
 from ppcl.data.recording.passes import row_of_call
@@ -113,7 +114,7 @@ def recorded(pipeline: Any, component: str, wanted: Callable[[int], set[int]]) -
             found.partial = True
             del waiting[len(waiting) - bool(wanted) :]
         elif wanted:
-            waiting[-1] = replace(waiting[-1], output=copied(first_output(output)))
+            waiting[-1] = replace(waiting[-1], output=copied(every_output(output)))
 
     def stepped(scheduler: Any, given: dict[str, Any], result: Any) -> None:
         nonlocal called
@@ -122,7 +123,7 @@ def recorded(pipeline: Any, component: str, wanted: Callable[[int], set[int]]) -
         called = False
         timestep, sigma = noise_level(scheduler, given["timestep"])
         for call in waiting:
-            used = _used(call.output, given["model_output"])
+            used = _used(call.first_output, given["model_output"])
             found.calls.append(replace(call, timestep=timestep, sigma=sigma, used=used))
             found.agreement = min(found.agreement, _cosine(found.calls[-1], given["model_output"]))
         if found.first is None or found.steps == len(scheduler.timesteps) - 1:
@@ -158,11 +159,6 @@ def _blocks(transformer: nn.Module) -> Iterator[nn.Module]:
 def is_finite(value: Any) -> bool:
     """Return whether all tensors in nested lists are finite."""
     return all(bool(leaf.isfinite().all()) for leaf in _leaves(value))
-
-
-def first_output(output: Any) -> Any:
-    """Return the first output of a model or a scheduler, which return a tensor, a tuple, or an object of outputs."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager
@@ -223,9 +219,9 @@ def _used(output: Any, given: Any) -> int | None:
 
 def _cosine(call: Call, given: Any) -> float:
     """Return the cosine of a call's first row with what the scheduler was given, -1 if they differ in shape."""
-    if not isinstance(call.output, Tensor) or not isinstance(given, Tensor):
+    if not isinstance(call.first_output, Tensor) or not isinstance(given, Tensor):
         return -1.0
-    own, given = call.output[: len(given), : call.used].float(), given.detach().cpu().float()
+    own, given = call.first_output[: len(given), : call.used].float(), given.detach().cpu().float()
     return -1.0 if own.shape != given.shape else torch.cosine_similarity(own.flatten(), given.flatten(), dim=0).item()
 
 
@@ -235,7 +231,7 @@ def _first_call(pipeline: Any, transformer: Any, arguments: dict[str, Any]) -> t
     signature = inspect.signature(transformer.forward)
 
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        found.extend(copied([by_name(signature, args, kwargs), first_output(output)]))
+        found.extend(copied([by_name(signature, args, kwargs), every_output(output)]))
         raise StopForward
 
     handle = transformer.register_forward_hook(after, with_kwargs=True)
@@ -286,7 +282,7 @@ def check_joined(transformer: nn.Module, calls: list[Call], axes: Axes, paths: t
     """Run the transformer on calls joined into one batch; `NoAxesError` if its output is not theirs within rounding."""
     device, dtype = next((weight.device, weight.dtype) for weight in transformer.parameters())
     inputs = move_data_to_device(joined([dict(call.arguments) for call in calls], axes, paths[0]), device)
-    output = copied(first_output(transformer(**inputs)))
+    output = copied(every_output(transformer(**inputs)))
     wanted = joined([call.output for call in calls], axes, paths[1])
     for found, own in zip(_leaves(output), _leaves(wanted), strict=True):
         if found.shape != own.shape:
@@ -311,4 +307,6 @@ def rows_of(transformer: nn.Module, call: Call, axes: Axes, paths: tuple[str, st
 
 
 def _leaves(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [leaf for item in value for leaf in _leaves(item)]
+    if isinstance(value, Tensor):
+        return [value]
+    return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]

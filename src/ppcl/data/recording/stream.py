@@ -185,8 +185,8 @@ class RecordedStream(Stream):
         target = self.family.as_tensor(output)[:, : calls[0].used] if as_recorded else output
         sigmas = torch.tensor([call.sigma for call in calls]).repeat_interleave(len(target) // len(calls))
         teacher = target if as_recorded else None
-        shared = self.share[1] > 1
-        return TrainingBatch(inputs, target, sigmas, shared, self.family.as_tensor, teacher=teacher)
+        shared, whole = self.share[1] > 1, isinstance(output, dict)
+        return TrainingBatch(inputs, target, sigmas, shared, self.family.as_tensor, teacher=teacher, whole=whole)
 
 
 class RenoisedStream(RecordedStream):
@@ -224,7 +224,7 @@ class RenoisedStream(RecordedStream):
         noisy = flow_matching.interpolate(latents, noise, latents.new_full((len(latents),), sigma))
         call = super()._call(entry)
         velocity = flow_matching.velocity(latents, noise)
-        rows = velocity.repeat(len(call.output) // len(latents), *[1] * (latents.ndim - 1))
+        rows = velocity.repeat(len(call.first_output) // len(latents), *[1] * (latents.ndim - 1))
         return Call(call.step, call.timestep, sigma, self.renoising.arguments(call, noisy, sigma), rows)
 
     def _batch(self, calls: Sequence[Call], *, as_recorded: bool = False) -> TrainingBatch:

@@ -115,8 +115,16 @@ class Traced(Family):
         raise AssertionError("a traced model is called with recorded arguments")
 
     def as_tensor(self, output: Any) -> Tensor:
-        """Return the output; of a model that returns a list, one tensor for each sample, all of them together."""
-        return torch.stack(list(output)) if isinstance(output, list | tuple) else output
+        """Return the model's first output; if that is a list, one tensor for each sample, all of them together.
+
+        Several outputs, as `every_output` returns them, become `[B, numbers]`. They are scaled so that the mean square
+        over all numbers is the mean of the outputs' own: few tokens of sound count as much as many of a video.
+        """
+        if not isinstance(output, Mapping):
+            return torch.stack(list(output)) if isinstance(output, list | tuple) else output
+        each = [self.as_tensor(item).flatten(1) for item in output.values()]
+        mean = sum(item.shape[1] for item in each) / len(each)
+        return torch.cat([item * (mean / item.shape[1]) ** 0.5 for item in each], dim=1)
 
     # Drawing, by the signature of the pipeline's call.
 
