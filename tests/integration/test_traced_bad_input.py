@@ -140,6 +140,26 @@ def test_an_argument_that_the_pipeline_does_not_take_is_refused(teacher: Path, t
     assert f"data.path={prompts}, line 2: heigth is no argument of the pipeline, which takes" in found
 
 
+@pytest.mark.parametrize("stage", ["cache", "probe"])
+def test_a_streamed_teacher_that_was_not_traced_is_refused(
+    teacher: Path, recording: Path, tmp_path: Path, stage: str
+) -> None:
+    data = [f"data.path={_prompts(tmp_path)}"] if stage == "cache" else ["data=prompts", f"data.cache={recording}"]
+    found = refused(tmp_path / "runs", f"model.path={teacher}", *data, "model.streaming=true", f"stages=[{stage}]")
+    assert f"was not traced yet, which takes the whole teacher: run 'stages=[{stage}]' in a command of its own" in found
+    cache = f"paths.cache_dir={recording.parents[1]}"
+    if stage == "probe":
+        succeed(
+            *SMALL,
+            f"paths.runs_dir={tmp_path}",
+            cache,
+            f"model.path={teacher}",
+            *data,
+            "model.streaming=true",
+            "stages=[probe]",
+        )
+
+
 def test_a_recording_of_another_model_is_refused(teacher: Path, recording: Path, tmp_path: Path) -> None:
     model = shutil.copytree(teacher, tmp_path / "model")
     (weights,) = (model / "transformer").glob("*.safetensors")
