@@ -160,6 +160,19 @@ def test_a_streamed_teacher_that_was_not_traced_is_refused(
         )
 
 
+def test_boundaries_of_calls_of_several_shapes_are_refused(teacher: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = ({"prompt": f"a circle {side}", "height": side} for side in (64, 96, 64, 96))
+    prompts.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    where = [f"model.path={teacher}", f"data.path={prompts}", f"paths.runs_dir={tmp_path}", "distill.steps=2"]
+    intervals = "intervals.names=[transformer_blocks.1-2]"
+    outcome = ppcl(*SMALL, *flux2.SETTINGS, *where, intervals, "distill.batch_size=4", "stages=[cache,boundaries]")
+    assert outcome.code == 2
+    assert "distill.batch_size=4: samples of a batch have several shapes" in outcome.err
+    assert "set distill.batch_size=1" in outcome.err
+    assert not list((tmp_path / "cache" / "boundaries").rglob("*.safetensors"))
+
+
 def test_a_recording_of_another_model_is_refused(teacher: Path, recording: Path, tmp_path: Path) -> None:
     model = shutil.copytree(teacher, tmp_path / "model")
     (weights,) = (model / "transformer").glob("*.safetensors")
