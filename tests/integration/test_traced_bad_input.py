@@ -140,6 +140,28 @@ def test_an_argument_that_the_pipeline_does_not_take_is_refused(teacher: Path, t
     assert f"data.path={prompts}, line 2: heigth is no argument of the pipeline, which takes" in found
 
 
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.md", "prompts"])
+def test_a_file_that_is_not_known_to_be_of_prompts_is_refused(teacher: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("prompt\na red circle\n")
+    found = refused(tmp_path / "runs", f"model.path={teacher}", f"data.path={tmp_path / name}", "stages=[cache]")
+    assert f"data.path={tmp_path / name} is taken for pictures" in found
+    assert "give data.path=prompts.txt with a prompt a line" in found
+
+
+def test_the_ending_of_a_file_of_prompts_is_known_in_capitals(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "PROMPTS.TXT").write_text("a red circle\n")
+    found = refused(
+        tmp_path / "runs", f"model.path={teacher}", f"data.path={tmp_path / 'PROMPTS.TXT'}", "stages=[cache]"
+    )
+    assert "holds one prompt" in found
+
+
+def test_prompts_and_a_recording_at_once_are_refused(teacher: Path, recording: Path, tmp_path: Path) -> None:
+    data = [f"data.path={_prompts(tmp_path)}", f"data.cache={recording}"]
+    found = refused(tmp_path / "runs", f"model.path={teacher}", *data, "stages=[probe]")
+    assert f"data.cache={recording} are both given: leave one out" in found
+
+
 @pytest.mark.parametrize("stage", ["cache", "probe"])
 def test_a_streamed_teacher_that_was_not_traced_is_refused(
     teacher: Path, recording: Path, tmp_path: Path, stage: str
