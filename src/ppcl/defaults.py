@@ -92,7 +92,8 @@ def data_name(*, _root_: Any) -> str:
     """
     path, cache = _root_.data.path, _root_.data.cache
     if path is not None:
-        if str(path).endswith(".txt") or (str(path).endswith(".jsonl") and not _lists_pictures(Path(path))):
+        suffix = Path(path).suffix.lower()
+        if suffix == ".txt" or (suffix == ".jsonl" and not _lists_pictures(Path(path))):
             return "prompts"
         # A pattern such as DIR/{000..099}.tar does not exist as a path. For a folder, its files decide.
         tars = ".tar" in str(path) or (Path(path).is_dir() and any(Path(path).glob("*.tar")))

@@ -54,10 +54,20 @@ def ensure_traced(run: Run, record: Path | None = None) -> None:
 
 
 def check_traceable(run: Run) -> None:
-    """Raise `UsageError` if the teacher is not traced yet, a stage needs that, and the data are no prompts."""
+    """Raise `UsageError` if the teacher is not traced yet, a stage needs that, and it cannot be done.
+
+    It cannot where the data are no prompts, or where the teacher is streamed: the whole model is called for it.
+    """
     config, family = run.config, run.family
     if not isinstance(family, Traced) or family.trace is not None:
         return
+    tracing = [stage for stage in STAGES if stage in config.stages and (stage == "cache" or needs_trace(config, stage))]
+    if config.model.streaming and tracing and "pruned_feed_forwards" not in family.arch:
+        raise UsageError(
+            f"model.streaming=true: model.path={config.model.path} was not traced yet, which takes the whole teacher: "
+            f"run 'stages=[{tracing[0]}]' in a command of its own, with model.streaming=false (and "
+            "trainer.accelerator=cpu if the card is too small)."
+        )
     if config.data.name == "prompts" or config.model.path is None:
         return
     if any(needs_trace(config, stage) for stage in config.stages) and "pruned_feed_forwards" not in family.arch:

@@ -140,6 +140,61 @@ def test_an_argument_that_the_pipeline_does_not_take_is_refused(teacher: Path, t
     assert f"data.path={prompts}, line 2: heigth is no argument of the pipeline, which takes" in found
 
 
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.md", "prompts"])
+def test_a_file_that_is_not_known_to_be_of_prompts_is_refused(teacher: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("prompt\na red circle\n")
+    found = refused(tmp_path / "runs", f"model.path={teacher}", f"data.path={tmp_path / name}", "stages=[cache]")
+    assert f"data.path={tmp_path / name} is taken for pictures" in found
+    assert "give data.path=prompts.txt with a prompt a line" in found
+
+
+def test_the_ending_of_a_file_of_prompts_is_known_in_capitals(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "PROMPTS.TXT").write_text("a red circle\n")
+    found = refused(
+        tmp_path / "runs", f"model.path={teacher}", f"data.path={tmp_path / 'PROMPTS.TXT'}", "stages=[cache]"
+    )
+    assert "holds one prompt" in found
+
+
+def test_prompts_and_a_recording_at_once_are_refused(teacher: Path, recording: Path, tmp_path: Path) -> None:
+    data = [f"data.path={_prompts(tmp_path)}", f"data.cache={recording}"]
+    found = refused(tmp_path / "runs", f"model.path={teacher}", *data, "stages=[probe]")
+    assert f"data.cache={recording} are both given: leave one out" in found
+
+
+@pytest.mark.parametrize("stage", ["cache", "probe"])
+def test_a_streamed_teacher_that_was_not_traced_is_refused(
+    teacher: Path, recording: Path, tmp_path: Path, stage: str
+) -> None:
+    data = [f"data.path={_prompts(tmp_path)}"] if stage == "cache" else ["data=prompts", f"data.cache={recording}"]
+    found = refused(tmp_path / "runs", f"model.path={teacher}", *data, "model.streaming=true", f"stages=[{stage}]")
+    assert f"was not traced yet, which takes the whole teacher: run 'stages=[{stage}]' in a command of its own" in found
+    cache = f"paths.cache_dir={recording.parents[1]}"
+    if stage == "probe":
+        succeed(
+            *SMALL,
+            f"paths.runs_dir={tmp_path}",
+            cache,
+            f"model.path={teacher}",
+            *data,
+            "model.streaming=true",
+            "stages=[probe]",
+        )
+
+
+def test_boundaries_of_calls_of_several_shapes_are_refused(teacher: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = ({"prompt": f"a circle {side}", "height": side} for side in (64, 96, 64, 96))
+    prompts.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    where = [f"model.path={teacher}", f"data.path={prompts}", f"paths.runs_dir={tmp_path}", "distill.steps=2"]
+    intervals = "intervals.names=[transformer_blocks.1-2]"
+    outcome = ppcl(*SMALL, *flux2.SETTINGS, *where, intervals, "distill.batch_size=4", "stages=[cache,boundaries]")
+    assert outcome.code == 2
+    assert "distill.batch_size=4: samples of a batch have several shapes" in outcome.err
+    assert "set distill.batch_size=1" in outcome.err
+    assert not list((tmp_path / "cache" / "boundaries").rglob("*.safetensors"))
+
+
 def test_a_recording_of_another_model_is_refused(teacher: Path, recording: Path, tmp_path: Path) -> None:
     model = shutil.copytree(teacher, tmp_path / "model")
     (weights,) = (model / "transformer").glob("*.safetensors")

@@ -80,6 +80,8 @@ def _describe(value: Any, keep: Callable[[str, Tensor], dict[str, str]], path: s
 
     Raises `TypeError` for a type that is not supported.
     """
+    if isinstance(value, Tensor) and value.dtype == torch.complex128:  # which safetensors has not
+        return {"complex": keep(path, torch.view_as_real(value.resolve_conj()))}
     if isinstance(value, Tensor):
         return keep(path, value)
     if isinstance(value, Mapping):
@@ -97,6 +99,8 @@ def _restore(described: Any, files: Mapping[str, Any]) -> Any:
     ((kind, value),) = described.items()
     if kind in files:
         return files[kind].get_tensor(value)
+    if kind == "complex":
+        return torch.view_as_complex(_restore(value, files))
     if kind == "dict":
         return {key: _restore(item, files) for key, item in value.items()}
     if kind in ("list", "tuple"):

@@ -22,6 +22,7 @@ from ppcl.data.batches import TrainingBatch
 from ppcl.data.boundaries import HELD_OUT, STEPS_PER_SHARD, TRAIN, Boundary, BoundaryWriter, whole_shards
 from ppcl.disk import check_space, in_bytes
 from ppcl.distill.boundaries import asked_for, boundaries_folder, boundaries_header, held_out_steps, num_stored
+from ppcl.errors import UsageError
 from ppcl.report.text import counted
 from ppcl.surgery.depth import student_block
 from ppcl.taps import NotedInputs, observe_abreast, stack_of
@@ -47,18 +48,19 @@ def run(run: Run) -> None:
     if complete and all(_is_whole(folder / name, wanted) for name in names):
         run.say("boundaries", f"reused {folder}")
         return
-    transformer = run.teacher.transformer
-    for name, (stack, pair) in zip(names, pairs, strict=True):
-        student = student_block(list(stack_of(transformer, stack)), pair, run.config.distill.init)
-        state = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
-        write_tensors(folder / name / "init.safetensors", state, {"fingerprint": header.fingerprint})
-        sweep(folder / name)
     config = run.config
     kinds = {
         HELD_OUT: (run.data.stream(config.data.calibration_seed, config.distill.batch_size), len(held_out_steps(run))),
         TRAIN: (run.data.stream(config.data.train_seed, config.distill.batch_size), num_stored(run)),
     }
     run.say_once("boundaries", kinds[TRAIN][0].remark)
+    _check_shapes(config.distill.batch_size, [stream for stream, _ in kinds.values()])
+    transformer = run.teacher.transformer
+    for name, (stack, pair) in zip(names, pairs, strict=True):
+        student = student_block(list(stack_of(transformer, stack)), pair, run.config.distill.init)
+        state = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
+        write_tensors(folder / name / "init.safetensors", state, {"fingerprint": header.fingerprint})
+        sweep(folder / name)
     done = {kind: min(whole_shards(folder / name, kind) for name in names) for kind in kinds}
     left = sum(max(0, steps - done[kind] * STEPS_PER_SHARD) for kind, (_, steps) in kinds.items())
     if left:
@@ -81,6 +83,15 @@ def run(run: Run) -> None:
         "boundaries",
         f"wrote {counted(num_stored(run), 'step')} of {counted(len(names), 'interval')} to {folder} ({in_bytes(size)})",
     )
+
+
+def _check_shapes(batch_size: int, streams: list[Any]) -> None:
+    """Raise `UsageError` if samples of a batch have different shapes: a batch of boundaries has one."""
+    if any(len(stream.divided(0, 1)) > 1 for stream in streams):
+        raise UsageError(
+            f"distill.batch_size={batch_size}: samples of a batch have several shapes, and 'stages=[boundaries]' "
+            "stores batches of one: set distill.batch_size=1, or leave boundaries out of stages."
+        )
 
 
 def _is_whole(folder: Path, steps: Mapping[str, int]) -> bool:

@@ -422,6 +422,11 @@ def check_data(config: Config) -> None:
         raise UsageError(f"data={data.name} does not go with 'stages=[pretrain]', which draws the shapes world.")
     if (data.path is None) == (data.cache is None):
         what = "prompts to record" if data.name == "prompts" else "pictures to encode"
+        if data.path is not None:
+            raise UsageError(
+                f"data.path={data.path} and data.cache={data.cache} are both given: leave one out; data.path is "
+                f"{what}, data.cache a folder of such."
+            )
         raise UsageError(f"data={data.name} needs data.path, {what}, or data.cache, a folder of such.")
     if data.cache is not None:
         if "cache" in config.stages:
@@ -433,6 +438,12 @@ def check_data(config: Config) -> None:
             raise UsageError(f"data.cache={data.cache} holds no {record}; name a folder that 'stages=[cache]' made.")
     if data.name == "prompts":
         return
+    if config.model.family == "traced" and "cache" in config.stages:
+        raise UsageError(
+            f"data.path={data.path} is taken for pictures, and of model.path={config.model.path} only prompts can be "
+            "recorded: give data.path=prompts.txt with a prompt a line, or a .jsonl (data=prompts takes a file of any "
+            "other name as text)."
+        )
     edits = FAMILIES[config.model.family].max_references > 0
     if edits and data.cache is None and not data.given:
         raise UsageError(

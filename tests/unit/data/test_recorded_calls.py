@@ -148,17 +148,49 @@ def test_blank_lines_are_left_out_and_lines_keep_their_numbers(tmp_path):
         ('{"prompt": "a", "generator": 2}', "line 2: generator is set by the recording"),
         ('{"prompt": "a", "image": "none.png"}', "line 2: image=none.png cannot be read"),
         ('{"prompt": "a", "image": "bad.png"}', r"line 2: the picture image=bad.png"),
-        ('{"prompt_embeds": "none.safetensors"}', "line 2: prompt_embeds=.*does not read as safetensors"),
+        ('{"prompt_embeds": "none.safetensors"}', "line 2: prompt_embeds=.*none.safetensors does not exist"),
+        ('{"prompt_embeds": "cut.safetensors"}', "line 2: prompt_embeds=.*does not read as safetensors"),
+        ('{"prompt": ["a", "b"]}', "line 2: prompt is a list of 2: write a row for each"),
+        ('{"prompt": 3}', "line 2: prompt is 3: write a text, in quotes"),
+        ('{"prompt": null}', "line 2: prompt is null: give a value, or leave it out"),
+        ('{"prompt": "a", "scale": null}', "line 2: scale is null: give a value, or leave it out"),
+        ('{"prompt": "a", "image": 7}', "line 2: image is 7: write the name of a picture"),
+        ('{"prompt": "a", "image": [{"a": 1}]}', "line 2: image is .*write the name of a picture"),
         ('{"prompt_embeds": "two.safetensors"}', "line 2: prompt_embeds=.*several tensors"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(tmp_path, line, said):
     (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "cut.safetensors").write_bytes(b"no tensors")
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "two.safetensors")
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"prompt": "a circle"}}\n{line}\n')
     with pytest.raises(UsageError, match=said):
         check_rows(read_rows(path), draws, given=False)
+
+
+def test_null_and_a_list_of_one_are_taken_where_the_pipeline_takes_them(tmp_path):
+    save_file({"any": torch.ones(2)}, tmp_path / "e.safetensors")
+    rows = [{"prompt": ["a"]}, {"prompt": "a", "image": None}, {"prompt": None, "prompt_embeds": "e.safetensors"}]
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    check_rows(read_rows(tmp_path / "p.jsonl"), draws, given=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("p.txt", "a circle", "line 2 has no image, which the pipeline needs: name a .jsonl as data.path"),
+        ("p.jsonl", '{"prompt": "a circle"}', 'line 2 has no image, which the pipeline needs: add "image"'),
+        ("p.JSONL", '{"prompt": "a circle"}', 'line 2 has no image, which the pipeline needs: add "image"'),
+    ],
+)
+def test_a_row_without_a_picture_that_the_pipeline_needs_is_named(tmp_path, name, line, said):
+    def needs_image(self, image: "PIL.Image.Image", prompt: str = "") -> None:
+        """The call of a pipeline that makes a video of a picture."""
+
+    (tmp_path / name).write_text(f"\n{line}\n")
+    with pytest.raises(UsageError, match=said):
+        check_rows(read_rows(tmp_path / name), needs_image, given=False)
 
 
 def test_files_beside_a_table_are_opened_and_count_for_its_identity(tmp_path):

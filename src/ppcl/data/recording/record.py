@@ -6,6 +6,7 @@ import inspect
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ def _drawn(run: Run, row: Row, prompt: int) -> Recording:
         except UsageError:
             raise
         except (ValueError, TypeError, LookupError) as error:  # the last for sizes that a model has no positions for
-            raise UsageError(f"{row.place}: the pipeline refuses its arguments: {error}") from error
+            raise UsageError(f"{row.place}: the pipeline refuses its arguments: {_short(error)}") from error
         except NameError as error:  # diffusers imports packages that it does not require only where they are installed
             raise UsageError(
                 f"{type(pipeline).__name__} needs {error.name}, which is not installed: pip install {error.name}."
@@ -164,7 +165,7 @@ def _drawn(run: Run, row: Row, prompt: int) -> Recording:
         except RuntimeError as error:  # such as embeddings of another size
             if "out of memory" in str(error):
                 raise
-            raise UsageError(f"{row.place}: the pipeline fails with its arguments: {root(error)}") from error
+            raise UsageError(f"{row.place}: the pipeline fails with its arguments: {_short(root(error))}") from error
     if not found.calls or found.latents is None:
         raise UsageError(
             f"{type(pipeline).__name__} calls its transformer or its scheduler in a way that cannot be recorded: give "
@@ -176,6 +177,11 @@ def _drawn(run: Run, row: Row, prompt: int) -> Recording:
             "give another model."
         )
     return found
+
+
+def _short(error: object) -> str:
+    """Return what an error says, cut where it goes on for long: diffusers prints whole tensors."""
+    return shorten(str(error), 400, placeholder=" ...")
 
 
 def call_arguments(run: Run, row: Row, prompt: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ppcl.pictures.opening import IMAGES, UnusablePictureError, open_picture
 from ppcl.validation.prompts import read_text
 
 TENSORS = ".safetensors"
+_PROMPT = re.compile(r"(negative_)?prompt(_\d)?")
 # Arguments that the recording itself gives to the pipeline.
 _OWN = ("generator", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt")
 
@@ -62,7 +63,7 @@ class Row:
 
 def is_table(path: str | Path) -> bool:
     """Return whether a file of prompts is a table of arguments, by its name."""
-    return Path(path).suffix == ".jsonl"
+    return Path(path).suffix.lower() == ".jsonl"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -112,21 +113,48 @@ def check_rows(rows: Sequence[Row], call: Callable[..., Any], *, given: bool) ->
             if name in _OWN:
                 raise UsageError(f"{row.place}: {name} is set by the recording itself: leave it out.")
             if name in parameters:
-                _check_kind(row, name, str(parameters[name].annotation))
+                _check_kind(row, name, parameters[name])
             if name not in parameters or name == "self":
                 known = ", ".join(other for other in parameters if other != "self" and other not in _OWN)
                 raise UsageError(
                     f"{row.place}: {name} is no argument of the pipeline, which takes {known} (for a table of pictures "
                     "with captions, add data=folder)."
                 )
+        _check_picture(row, parameters)
         loaded(row, parameters)
 
 
-def _check_kind(row: Row, name: str, annotation: str) -> None:
-    """Raise `UsageError` for a function, which a table cannot hold, for text in place of a number, and for no steps."""
+def _check_picture(row: Row, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Raise `UsageError` for a row without a picture that the pipeline cannot do without."""
+    for name, parameter in parameters.items():
+        needed = parameter.default is inspect.Parameter.empty and "Image" in str(parameter.annotation)
+        if needed and name not in row.arguments:
+            remedy = f'add "{name}": "picture.png"'
+            if row.prompt is not None:
+                remedy = f'name a .jsonl as data.path, with lines such as {{"prompt": "a", "{name}": "picture.png"}}'
+            raise UsageError(f"{row.place} has no {name}, which the pipeline needs: {remedy}.")
+
+
+def _check_kind(row: Row, name: str, parameter: inspect.Parameter) -> None:
+    """Raise `UsageError` for a value of a kind that the pipeline does not take, as far as its signature says so.
+
+    And for several prompts in a row: a row is one sample.
+    """
+    annotation = str(parameter.annotation)
     if "Callable" in annotation:
         raise UsageError(f"{row.place}: {name} is a function, which a table cannot hold: leave it out.")
     value, kinds = row.arguments[name], set(re.findall(r"\w+", annotation))
+    is_prompt = _PROMPT.fullmatch(name) is not None
+    alone = name == "prompt" and not any("embeds" in other for other in row.arguments)
+    if value is None and (alone if is_prompt else parameter.default is not None):
+        raise UsageError(f"{row.place}: {name} is null: give a value, or leave it out.")
+    if is_prompt:
+        if isinstance(value, list) and len(value) > 1:
+            raise UsageError(f"{row.place}: {name} is a list of {len(value)}: write a row for each.")
+        if not all(isinstance(text, str | None) for text in _listed(value)):
+            raise UsageError(f"{row.place}: {name} is {value!r}: write a text, in quotes.")
+    if "Image" in annotation and not all(isinstance(item, str | None) for item in _listed(value)):
+        raise UsageError(f"{row.place}: {name} is {value!r}: write the name of a picture, in quotes.")
     if isinstance(value, str) and kinds & {"int", "float"} and "str" not in kinds:
         raise UsageError(f"{row.place}: {name} is the text {value!r}: write a number, without quotes.")
     if name == "num_inference_steps" and isinstance(value, int) and value < 1:
@@ -180,6 +208,8 @@ def _tensor(row: Row, name: str, path: Path) -> Any:
             chosen = name if name in names else names[0] if len(names) == 1 else None
             if chosen is not None:
                 return file.get_tensor(chosen)
+    except FileNotFoundError:
+        raise UsageError(f"{row.place}: {name}={path} does not exist: name a file beside that one.") from None
     except (OSError, SafetensorError):
         raise UsageError(f"{row.place}: {name}={path} does not read as safetensors: write it anew.") from None
     raise UsageError(f"{row.place}: {name}={path} has several tensors, none of them {name}: give one that name.")
