@@ -80,7 +80,7 @@ def _describe(value: Any, keep: Callable[[str, Tensor], dict[str, str]], path: s
 
     Raises `TypeError` for a type that is not supported.
     """
-    if isinstance(value, Tensor) and value.dtype == torch.complex128:  # which safetensors has not
+    if isinstance(value, Tensor) and value.dtype == torch.complex128:  # safetensors has no such type
         return {"complex": keep(path, torch.view_as_real(value.resolve_conj()))}
     if isinstance(value, Tensor):
         return keep(path, value)

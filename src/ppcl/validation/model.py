@@ -440,9 +440,9 @@ def check_data(config: Config) -> None:
         return
     if config.model.family == "traced" and "cache" in config.stages:
         raise UsageError(
-            f"data.path={data.path} is taken for pictures, and of model.path={config.model.path} only prompts can be "
-            "recorded: give data.path=prompts.txt with a prompt a line, or a .jsonl (data=prompts takes a file of any "
-            "other name as text)."
+            f"data.path={data.path} is taken for pictures, but model.path={config.model.path} is traced, which takes "
+            "prompts: give data.path=prompts.txt with a prompt a line, or a .jsonl (data=prompts "
+            "takes a file of any other name as text)."
         )
     edits = FAMILIES[config.model.family].max_references > 0
     if edits and data.cache is None and not data.given:
