@@ -128,6 +128,25 @@ def _check_tuned(run: Run) -> None:
     is_current(path, now, another_run(run, folder))
 
 
+def _check_exported(run: Run, made: set[str]) -> None:
+    """Raise `UsageError` if `export/` holds another variant than this command is about to make and export."""
+    folder, config = run.folder / "export", run.config
+    path, newest = folder / "ppcl.json", config.export.variant
+    if not path.exists():
+        return
+    if newest is None and "finetune" in made:
+        newest = "ppcl-finetuned"
+    elif newest is None and not (finetuned_folder(run) / "ppcl.json").exists():
+        if "plan" in made and budget_of(config) is not None:
+            newest = "ppcl-planned"
+        elif "width" in made and budget_of(config) is None and not run.known_choice_path.exists():
+            selected = config.width.source == "auto" and run.width_path.exists()  # nothing, if no variant says so yet
+            newest = None if selected or config.width.source == "none" else "ppcl-width"
+    if newest is not None:
+        made_from = read_json(path, "The record", "export").get("made_from", {})
+        is_current(path, Header("ppcl.export", made_from | {"variant": newest}), another_run(run, folder))
+
+
 def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     """Check the inputs of one stage. `made`: the stages that run before it in this command."""
     config = run.config
@@ -147,6 +166,8 @@ def _check_stage(run: Run, stage: str, made: set[str]) -> None:
     elif stage in _ARRANGING:
         if stage == "finetune":
             _check_tuned(run)
+        if stage == "export":
+            _check_exported(run, made)
         names = _variants(run, stage)
         arranged = {_quantized_base(run) if name == "ppcl-quantized" else name for name in names}
         if arranged - {"teacher"}:

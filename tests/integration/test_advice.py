@@ -107,6 +107,21 @@ def test_changed_steps_train_other_students_of_detected_intervals(command: list[
     succeed(*command, "stages=[probe,detect,depth]", "name=third")
 
 
+@pytest.mark.parametrize("further", ["width=auto|stages=[width,export]", "stages=[finetune,export]"])
+def test_an_older_export_is_in_the_way_before_anything_is_trained(command: list[str], run: Path, further: str) -> None:
+    succeed(*command, "stages=[export]")
+    before, more = digests(run), [*command, "finetune.steps=2", *further.split("|")]
+    sentence = refused(*more)
+    assert re.search(r"export/ppcl\.json was made with variant='ppcl-depth', now 'ppcl-(width|finetuned)'", sentence)
+    other = re.search(r"give this run another name=, as in (.*), or delete (\S+) to make it anew", sentence)
+    assert other, sentence
+    assert digests(run) == before
+    shutil.rmtree(other[2])
+    succeed(*more)
+    assert "export  reused" in succeed(*more).out
+    succeed(*more, *other[1].split())
+
+
 def test_changed_steps_train_other_students_of_a_run_that_this_one_is_based_on(command: list[str], run: Path) -> None:
     based = [*command, "name=sized", f"paths.base_run={run}", "distill.steps=3", *DEPTH]
     other = re.search(r"train others with (name=OTHER .*) and without paths.base_run=, or", refused(*based))
