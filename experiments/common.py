@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ def make_run(name: str, *overrides: str) -> Run:
     run = prepare([f"name={name}", *overrides])
     run.folder.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def drawing(run: Run) -> dict[str, Any]:
+    """Return how a run draws, for the fingerprint of a row: the keys of `model.sampling` that the first rows knew.
+
+    `arguments` came later and counts only where it is set, so that earlier rows are found.
+    """
+    found = asdict(run.config.model.sampling)
+    return found if found["arguments"] else {key: value for key, value in found.items() if key != "arguments"}
 
 
 def score_pipeline(run: Run, per_category: int) -> dict[str, float]:

@@ -10,13 +10,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.common import SEEDS, make_run, score_pipeline
+from experiments.common import SEEDS, drawing, make_run, score_pipeline
 from experiments.recipes.table import Table, as_text
 from ppcl.artifacts.files import read_json
 from ppcl.artifacts.headers import fingerprint
@@ -117,7 +117,7 @@ class Cell:
     def made_from(self, run: Run) -> str:
         """Return the fingerprint of everything that the cell's row depends on, apart from the number of prompts."""
         config = run.config
-        facts: dict[str, Any] = {"model": run.teacher.identity, "sampling": asdict(config.model.sampling)}
+        facts: dict[str, Any] = {"model": run.teacher.identity, "sampling": drawing(run)}
         facts["eval_seed"] = config.data.eval_seed
         if self.way != "teacher":
             facts["intervals"] = run.intervals

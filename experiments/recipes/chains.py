@@ -6,11 +6,11 @@ import gc
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from experiments.common import make_run, score_pipeline
+from experiments.common import drawing, make_run, score_pipeline
 from experiments.recipes.cells import (
     BATCH_SIZE,
     RECIPES,
@@ -131,7 +131,7 @@ class Chain(ABC):
         """The fingerprint of everything that the row depends on, apart from the prompts and the number of steps."""
         run = make_run(f"recipes/{self.teacher}", *self.overrides())
         config = run.config
-        facts: dict[str, Any] = {"model": run.teacher.identity, "sampling": asdict(config.model.sampling)}
+        facts: dict[str, Any] = {"model": run.teacher.identity, "sampling": drawing(run)}
         facts |= {"eval_seed": config.data.eval_seed, "data": run.data.identity, "precision": run.precision}
         facts |= {"intervals": run.intervals, "budget": identity(config.budget), "minutes": self.minutes}
         facts |= {part: identity(getattr(config, part)) for part in ("distill", "width", "finetune")}

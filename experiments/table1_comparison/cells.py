@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ppcl
-from experiments.common import make_run
+from experiments.common import drawing, make_run
 from experiments.recipes.cells import Sitting, cost_of
 from ppcl.artifacts.headers import fingerprint
 from ppcl.artifacts.scores import ComparedRow
@@ -136,7 +136,7 @@ class Cell:
         """Return the fingerprint of everything that the row depends on, apart from the number of prompts."""
         config = run.config
         facts: dict[str, Any] = {"model": run.teacher.identity, "data": run.data.identity, "precision": run.precision}
-        facts |= {"sampling": asdict(config.model.sampling), "eval_seed": config.data.eval_seed}
+        facts |= {"sampling": drawing(run), "eval_seed": config.data.eval_seed}
         facts |= {part: identity(getattr(config, part)) for part in ("probe", "method", "distill", "finetune")}
         return fingerprint(facts | {"budget": asdict(config.budget)})
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from experiments.common import read_csv
 from experiments.table1_comparison import report
 from experiments.table1_comparison.cells import COLUMNS, TRAINED, UNTRAINED, Cell, equal_time, halves, trained, within
 
 
 def row(**facts: object) -> dict[str, str]:
     return dict.fromkeys(COLUMNS, "") | {key: str(value) for key, value in facts.items()}
+
+
+def test_measured_rows_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new key of the configuration must not make the command measure for days what it has measured."""
+    monkeypatch.chdir(tmp_path)
+    measured = next(row for row in read_csv(Path(report.__file__).parent / "results.csv") if row["entry"] == "bk_sdm")
+    cell = Cell("bk_sdm", UNTRAINED["bk_sdm"], measured["teacher"], float(measured["size"]))
+    assert cell.made_from(cell.run(prompts=60)) == measured["made_from"]
 
 
 def test_students_get_their_share_of_the_steps() -> None:
