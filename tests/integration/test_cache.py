@@ -435,7 +435,7 @@ def test_a_table_does_as_well(command: list[str], tmp_path: Path, kind: str) -> 
     [
         (["data.path=/no/shards"], "data.path=/no/shards names no shard"),
         (["data.aspects=['4/3']"], "data.aspects=4/3 is not an aspect ratio"),
-        (["data.cache=/no/cache"], "data.path, pictures to encode, or data.cache"),
+        (["data.cache=/no/cache"], "and data.cache=/no/cache are both given: leave one out"),
         (["data.samples_per_file=2000"], "data.samples_per_file=2000"),
         (["data=shapes"], "'stages=[cache]' has nothing to encode"),
     ],

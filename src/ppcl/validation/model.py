@@ -424,8 +424,8 @@ def check_data(config: Config) -> None:
         what = "prompts to record" if data.name == "prompts" else "pictures to encode"
         if data.path is not None:
             raise UsageError(
-                f"data.path={data.path} and data.cache={data.cache} are both given: leave one out; data.path is "
-                f"{what}, data.cache a folder of such."
+                f"data.path={data.path} and data.cache={data.cache} are both given: leave one out; data.path "
+                f"names {what}, data.cache the folder of an earlier 'stages=[cache]'."
             )
         raise UsageError(f"data={data.name} needs data.path, {what}, or data.cache, a folder of such.")
     if data.cache is not None:
