@@ -177,9 +177,10 @@ def observe(
 
     with hooked(family, transformer, lambda: inputs, watch):
         try:
-            return transformer(**inputs)
+            output = transformer(**inputs)
         except StopForward:
             return None
+    return None if last else output  # a sharded model ends its forward by itself
 
 
 # A block's own activations in one call, as a multiple of its output streams: queries, keys and values twice, the

@@ -50,8 +50,8 @@ def test_outputs_are_those_of_the_resident_model_bit_for_bit(family, resident, s
     for seed in range(2):
         batch = make_batch(seed)
         expected, found = [], []
-        whole = observe(family, resident, batch.inputs, expected.append)
-        assert torch.equal(observe(family, streamed, batch.inputs, found.append), whole)
+        (whole,) = observe(family, resident, batch.inputs, expected.append)
+        assert torch.equal(observe(family, streamed, batch.inputs, found.append)[0], whole)
         for one, other in zip(expected, found, strict=True):
             assert torch.equal(one.outputs["image"], other.outputs["image"])
             assert torch.equal(one.outputs["text"], other.outputs["text"])
@@ -108,7 +108,7 @@ def test_a_block_in_use_stays_so_when_it_was_held(family, streamed, make_batch):
             copied = copy.deepcopy(block)
         assert torch.equal(copied.attn.to_q.weight, block.attn.to_q.weight)
 
-    first = observe(family, streamed, make_batch().inputs, copy_it)
+    (first,) = observe(family, streamed, make_batch().inputs, copy_it)
     assert torch.equal(first, streamed(**make_batch().inputs)[0])
 
 

@@ -23,7 +23,7 @@ def transformer(make_transformer):
 @torch.no_grad()
 def test_each_block_gets_what_the_one_before_it_returned(family, transformer, make_batch):
     batch, calls = make_batch(), []
-    output = observe(family, transformer, batch.inputs, calls.append)
+    (output,) = observe(family, transformer, batch.inputs, calls.append)
     assert [call.key for call in calls] == [("transformer_blocks", index) for index in range(4)]
     for before, after in itertools.pairwise(calls):
         for stream in ("image", "text"):
