@@ -21,8 +21,9 @@ from ppcl.methods.registry import load_method, method_names
 from ppcl.options import check_options, unknown_key
 from ppcl.sentences import of_key
 from ppcl.stages import STAGES
+from ppcl.validation.data import check_data
 from ppcl.validation.finetune import check_finetune
-from ppcl.validation.model import check_data, check_model, check_pretrain, check_size, check_streaming
+from ppcl.validation.model import check_model, check_pretrain, check_size, check_streaming
 from ppcl.validation.outputs import (
     check_adapter,
     check_benchmark,
