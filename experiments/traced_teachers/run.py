@@ -98,9 +98,7 @@ def _figures(base: Run, run: Run, given: Sequence[str], intervals: Sequence[str]
     `base`: the run of the known family, whose pipeline draws and whose data the velocity error is measured on.
     """
     name = str(run.folder.relative_to(Path(run.config.paths.runs_dir).resolve()))
-    first = "cache," if "model.trace=true" in given else ""
-    ppcl.run([f"name={name}", *given, f"stages=[{first}probe,detect]"])
-    plan = PruningPlan.load(run.folder / "plan" / "plan.json")
+    plan, first = detect(name, given, run.folder), _recorded(given)
     fixed = f"intervals.names=[{','.join(intervals)}]"
     ppcl.run([f"name={name}/students", *given, fixed, f"stages=[{first}depth]"])
     pipeline, batches = base.teacher.pipeline, heldout_batches(base)
@@ -111,13 +109,29 @@ def _figures(base: Run, run: Run, given: Sequence[str], intervals: Sequence[str]
     board()  # the teacher again
     score = scores.pop("overall")
     return {
-        "detected": " ".join(plug_name(stack, pair) for stack, pairs in plan.intervals.items() for pair in pairs),
+        "detected": intervals_of(plan),
         "params_ratio": plan.parameters["student"] / plan.parameters["teacher"],
         "error": error,
         "score": score,
         "drop_percent": 100 * (1 - score / teacher),
         "categories": " ".join(f"{category}={value:.3f}" for category, value in scores.items()),
     }
+
+
+def detect(name: str, given: Sequence[str], folder: Path) -> PruningPlan:
+    """Detect intervals in the run `name`, whose folder is `folder`, with the overrides `given`; return its plan."""
+    ppcl.run([f"name={name}", *given, f"stages=[{_recorded(given)}probe,detect]"])
+    return PruningPlan.load(folder / "plan" / "plan.json")
+
+
+def _recorded(given: Sequence[str]) -> str:
+    """Return the stage that records prompts, with a comma, if a run with these overrides needs it."""
+    return "cache," if "model.trace=true" in given else ""
+
+
+def intervals_of(plan: PruningPlan) -> str:
+    """Return a plan's intervals as names separated by spaces."""
+    return " ".join(plug_name(stack, pair) for stack, pairs in plan.intervals.items() for pair in pairs)
 
 
 def removed(detected: str) -> set[str]:

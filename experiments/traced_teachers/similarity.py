@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 
-import ppcl
 from experiments.common import SEEDS, make_run
 from experiments.recipes.cells import commit
 from experiments.recipes.report import fill, table
 from experiments.recipes.table import Row, Table, select
-from experiments.traced_teachers.run import KNOWN, MODELS, TRACED, differences, overrides
+from experiments.traced_teachers.run import KNOWN, MODELS, TRACED, detect, differences, intervals_of, overrides
 from ppcl.artifacts.files import read_json
-from ppcl.artifacts.plan import PruningPlan, plug_name
 
 HERE = Path(__file__).parent
 KEYS = ("teacher", "way", "seed", "samples")
@@ -40,13 +38,12 @@ def detected(teacher: str, way: str, seed: int, samples: int) -> dict[str, Any]:
     """Detect intervals, and return a row without its keys."""
     base = make_run("traced_teachers", f"model={teacher}", "data=shapes", "trainer=cpu", "trainer.num_threads=1")
     name = f"traced_teachers/similarity-{teacher}-{way}-{seed}-{samples}"
-    given = [*overrides(teacher, way, seed, 1, base.folder), f"method.num_samples={samples}", f"name={name}"]
-    first = "cache," if way == TRACED else ""
-    ppcl.run([*given, f"stages=[{first}probe,detect]"])
-    folder = Path(base.config.paths.runs_dir) / name / "plan"
-    plan, curves = PruningPlan.load(folder / "plan.json"), read_json(folder / "curves.json", "The curves", "detect")
+    given = [*overrides(teacher, way, seed, 1, base.folder), f"method.num_samples={samples}"]
+    folder = Path(base.config.paths.runs_dir) / name
+    plan = detect(name, given, folder)
+    curves = read_json(folder / "plan" / "curves.json", "The curves", "detect")
     return {
-        "detected": " ".join(plug_name(stack, pair) for stack, pairs in plan.intervals.items() for pair in pairs),
+        "detected": intervals_of(plan),
         "similarities": " ".join(f"{number:.2f}" for number in logarithms(curves["cka"])),
         "date": date.today().isoformat(),
         "commit": commit(),

@@ -25,7 +25,7 @@ from ppcl.tracing import check_traceable
 from ppcl.tracking.loggers import check_logger
 from ppcl.validation.model import has_vae, model_folder, needs_weights
 from ppcl.validation.pruning import budget_of
-from ppcl.variants.variants import another_run, finetuned_folder
+from ppcl.variants.variants import another_run, finetuned_folder, newest
 
 # Stages that build variants, and so need students and projectors.
 _ARRANGING = ("finetune", "export", "quantize", "generate", "evaluate", "report")
@@ -130,21 +130,11 @@ def _check_tuned(run: Run) -> None:
 
 def _check_exported(run: Run, made: set[str]) -> None:
     """Raise `UsageError` if `export/` holds another variant than this command is about to make and export."""
-    folder, config = run.folder / "export", run.config
-    path, newest = folder / "ppcl.json", config.export.variant
-    if not path.exists():
-        return
-    if newest is None and "finetune" in made:
-        newest = "ppcl-finetuned"
-    elif newest is None and not (finetuned_folder(run) / "ppcl.json").exists():
-        if "plan" in made and budget_of(config) is not None:
-            newest = "ppcl-planned"
-        elif "width" in made and budget_of(config) is None and not run.known_choice_path.exists():
-            selected = config.width.source == "auto" and run.width_path.exists()  # nothing, if no variant says so yet
-            newest = None if selected or config.width.source == "none" else "ppcl-width"
-    if newest is not None:
+    path = run.folder / "export" / "ppcl.json"
+    variant = run.config.export.variant or newest(run, made)
+    if variant is not None and path.exists():
         made_from = read_json(path, "The record", "export").get("made_from", {})
-        is_current(path, Header("ppcl.export", made_from | {"variant": newest}), another_run(run, folder))
+        is_current(path, Header("ppcl.export", made_from | {"variant": variant}), another_run(run, path.parent))
 
 
 def _check_stage(run: Run, stage: str, made: set[str]) -> None:

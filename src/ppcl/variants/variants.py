@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -177,8 +177,8 @@ def default_variants(run: Run) -> list[str]:
     These are the teacher, `removed` (the baseline without training), the newest result, and the quantised model if any.
     """
     names = ["teacher", "removed"] if run.has_intervals else ["teacher"]
-    newest = _newest(run)
-    names += [newest] if newest else []
+    last = newest(run)
+    names += [last] if last else []
     return names + (["ppcl-quantized"] if (quantized_folder(run) / "ppcl.json").exists() else [])
 
 
@@ -187,30 +187,36 @@ def furthest(run: Run) -> str:
 
     Raises `UsageError` if nothing has been trained or planned.
     """
-    newest = _newest(run)
-    if newest is None and run.config.distill.mode == "none" and run.has_intervals:
+    last = newest(run)
+    if last is None and run.config.distill.mode == "none" and run.has_intervals:
         return "removed"
-    if newest is None:
+    if last is None:
         raise UsageError(f"{run.folder} has no pruned model yet: run 'stages=[depth]' in it first.")
-    return newest
+    return last
 
 
-def _newest(run: Run) -> str | None:
-    """Return the variant that this run has made last; None if nothing has been trained or planned."""
-    if (finetuned_folder(run) / "ppcl.json").exists():
+def newest(run: Run, made: Container[str] = ()) -> str | None:
+    """Return the variant that this run has made last, or will have once the stages `made` have run.
+
+    None if nothing has been trained or planned.
+    """
+    if "finetune" in made or (finetuned_folder(run) / "ppcl.json").exists():
         return "ppcl-finetuned"
     if not run.has_intervals:
         return None
     if budget_of(run.config) is not None or run.known_choice_path.exists():
         return "ppcl-planned"
 
-    def trained(names: list[str]) -> bool:
-        return bool(names) and all((run.plugs_folder / f"{name}.json").exists() for name in names)
+    def trained(names: list[str], stage: str) -> bool:
+        there = all((run.plugs_folder / f"{name}.json").exists() for name in names)
+        return bool(names) and (stage in made or there)
 
-    selected = run.config.width.source != "auto" or run.width_path.exists()
-    if selected and trained(projector_names(run)):
+    if run.config.width.source == "auto" and not run.width_path.exists():  # selects what it trains
+        if "width" in made:
+            return "ppcl-width"
+    elif trained(projector_names(run), "width"):
         return "ppcl-width"
-    return "ppcl-depth" if run.config.distill.mode != "none" and trained(student_names(run)) else None
+    return "ppcl-depth" if run.config.distill.mode != "none" and trained(student_names(run), "depth") else None
 
 
 def cost(plug: Plug) -> float:

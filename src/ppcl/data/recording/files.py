@@ -44,7 +44,7 @@ class Call:
 
     @property
     def first_output(self) -> Any:
-        """What the scheduler of the latents is given: of a video with sound, the video's velocity."""
+        """The output that the scheduler of the latents is given: of a video with sound, the video's velocity."""
         return self.output["0"] if isinstance(self.output, dict) else self.output
 
 
