@@ -93,6 +93,7 @@ def result_table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--way", nargs="+", choices=(KNOWN, TRACED), default=[KNOWN, TRACED])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--minutes", type=float, default=55.0, help="after which no further detection is begun")
     parser.add_argument("--table", action="store_true", help="measure nothing")
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     found = Table(given.output / "similarities.csv", COLUMNS, KEYS)
     end = time.monotonic() + 60 * given.minutes
-    for keys in () if given.table else product(given.teacher, (KNOWN, TRACED), given.seeds, SAMPLES):
+    for keys in () if given.table else product(given.teacher, given.way, given.seeds, SAMPLES):
         if time.monotonic() > end:
             print("time is up: give the command again to go on", flush=True)
             break
