@@ -80,8 +80,8 @@ def measure(seeds: Sequence[int], prompts: int, output: Path) -> None:
                 captions = [one.fact.text for one in asked[:SHOWN]]
             name = "teacher" if kind == "teacher" else f"without {row['removed'].replace(' ', ', ')}"
             sheet[name], fails[name] = pictures[:SHOWN], [not good for good in right[:SHOWN]]
-    shown = {"teacher", *(f"without {row['removed'].replace(' ', ', ')}" for row in typical(written))}
-    sheet = {name: sheet[name] for name in sheet if name in shown}
+    shown = ["teacher", *(f"without {row['removed'].replace(' ', ', ')}" for row in typical(written))]
+    sheet = {name: sheet[name] for name in shown}
     plots.contact_sheet(output / "figure4.png", sheet, captions, fails)
 
 

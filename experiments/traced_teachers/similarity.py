@@ -84,9 +84,10 @@ def result_table(rows: Sequence[Row]) -> str:
                 apart = [distance(*pair) for pair in pairs]
                 blocks = [differences([one], [other])[0] for one, other in pairs]
                 shown = [f"{min(apart):.2f} to {max(apart):.2f}", f"{sum(apart) / len(apart):.2f}"]
-                counts = f"{min(blocks)} to {max(blocks)}"
-                lines.append([f"`{teacher}`", str(samples), name, str(len(pairs)), *shown, counts])
-    header = ["teacher", "samples", "what is compared", "pairs", "similarities apart", "mean", "blocks that differ"]
+                shown += [f"{min(blocks)} to {max(blocks)}", f"{sum(blocks) / len(blocks):.1f}"]
+                lines.append([f"`{teacher}`", str(samples), name, str(len(pairs)), *shown])
+    header = ["teacher", "samples", "what is compared", "pairs"]
+    header += ["similarities apart", "mean", "blocks that differ", "mean"]
     return table(header, lines)
 
 

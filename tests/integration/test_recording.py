@@ -380,6 +380,7 @@ def test_a_model_of_classes_takes_their_names(few: list[str], tmp_path: Path) ->
         ("p.jsonl", '{"promt": "a circle"}', "line 1: promt is no argument of the pipeline"),
         ("p.jsonl", '{"prompt": "a", "height": "64"}', "line 1: height is the text '64': write a number, without"),
         ("p.jsonl", '{"prompt": "a", "num_inference_steps": 0}', "line 1: num_inference_steps is 0: raise it to 1"),
+        ("p.jsonl", '{"prompt": "a", "guidance_scale": NaN}', "line 1: guidance_scale is nan: write a finite number."),
         ("p.jsonl", '{"prompt": "a", "callback_on_step_end": "f"}', "line 1: callback_on_step_end is a function"),
         ("p.txt", "a circle\n\n", "holds one prompt, and one is kept from training: give two or more"),
         ("p.txt", "caf\u00e9", "is not UTF-8"),

@@ -97,6 +97,11 @@ def _unknown_class(folder: Path) -> Path:
     return _transformer(folder, "TomorrowPipeline", "TomorrowTransformer2DModel")
 
 
+def _unknown_pipeline(folder: Path) -> Path:
+    name = "SD3Transformer2DModel"
+    return _transformer(folder, "TomorrowPipeline", name, **CASES[name].config)
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -107,6 +112,7 @@ def _unknown_class(folder: Path) -> Path:
             "SD3Transformer2DModel cannot be pruned: transformer_blocks: its blocks are of unequal kinds",
         ),
         (_unknown_class, "holds a TomorrowTransformer2DModel, which diffusers"),
+        (_unknown_pipeline, "holds a TomorrowPipeline, which diffusers"),
     ],
 )
 def test_a_pipeline_that_cannot_be_pruned_is_refused_by_its_config(

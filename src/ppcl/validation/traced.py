@@ -13,15 +13,20 @@ TRACED = "traced"
 
 
 def introduce(config: Config, folder: Path, index: Mapping[str, Any], arch: Mapping[str, Any]) -> None:
-    """Register the model in a folder as a traced one; raises `UsageError` if it seems to have no stack of blocks."""
+    """Register the model in a folder as a traced one.
+
+    Raises `UsageError` if it seems to have no stack of blocks, or is of a class that diffusers does not have.
+    """
     import diffusers
 
-    from ppcl.families.traced.known import transformer_of  # loads torch
+    from ppcl.families.traced.known import transformer_of, unknown_class  # loads torch
     from ppcl.surgery.lora_layers import loads_loras
 
-    component = config.model.component
+    component, name = config.model.component, index["_class_name"]
     kind = transformer_of(folder, component, index, arch)
-    pipeline_class = getattr(diffusers, index["_class_name"], None)
+    pipeline_class = getattr(diffusers, name, None)
+    if pipeline_class is None:
+        raise unknown_class(folder, name)
     _register(config, kind, arch, takes_lora=loads_loras(pipeline_class, component))
 
 

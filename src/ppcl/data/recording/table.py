@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,8 @@ def _check_kind(row: Row, name: str, parameter: inspect.Parameter) -> None:
         raise UsageError(f"{row.place}: {name} is {value!r}: write the name of a picture, in quotes.")
     if isinstance(value, str) and kinds & {"int", "float"} and "str" not in kinds:
         raise UsageError(f"{row.place}: {name} is the text {value!r}: write a number, without quotes.")
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers, but Python reads them
+        raise UsageError(f"{row.place}: {name} is {value}: write a finite number.")
     if name == "num_inference_steps" and isinstance(value, int) and value < 1:
         raise UsageError(f"{row.place}: {name} is {value}: raise it to 1 or more.")
 

@@ -54,8 +54,6 @@ def transformer_of(folder: Path, component: str, index: Mapping[str, Any], arch:
 
     Raises `UsageError` for a pipeline without one, and for a class that diffusers does not have.
     """
-    import diffusers
-
     components = components_of(index)
     name = arch.get("_class_name") or components.get(component, [None, None])[1]
     if not name:
@@ -67,11 +65,18 @@ def transformer_of(folder: Path, component: str, index: Mapping[str, Any], arch:
     name = stock_name(str(name))
     found = class_named(name)
     if found is None:
-        raise UsageError(
-            f"model.path={folder} holds a {name}, which diffusers {diffusers.__version__} does not have: install the "
-            "version that the pipeline was saved with."
-        )
+        raise unknown_class(folder, name)
     return found
+
+
+def unknown_class(folder: Path, name: str) -> UsageError:
+    """Return the error that says that diffusers lacks the class `name`, which a pipeline folder holds."""
+    import diffusers
+
+    return UsageError(
+        f"model.path={folder} holds a {name}, which diffusers {diffusers.__version__} does not have: install the "
+        "version that the pipeline was saved with."
+    )
 
 
 def guessed(kind: Any, arch: Mapping[str, Any]) -> Trace:
