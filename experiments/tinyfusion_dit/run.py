@@ -10,7 +10,7 @@ results.csv and fid.png beside this file.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from PIL import Image
 
 import ppcl
 from experiments.common import SEEDS, mean_and_spread, read_csv, write_csv
+from experiments.recipes.report import fill, spread, table
+from experiments.recipes.table import select
 from ppcl.artifacts.files import read_json
 from ppcl.data.worlds.shapes import make_scene, render
 from ppcl.report import plots
@@ -75,12 +77,26 @@ def _row(row: Any, name: str, seed: int, steps: int) -> dict[str, Any]:
     return facts | {"date": date.today().isoformat()}
 
 
+LABELS = {"teacher": "teacher, 20 blocks", "removed": "10 blocks, no tuning", **RECOVERIES}
+
+
+def result_table(found: Sequence[Mapping[str, str]]) -> str:
+    """Return a row for each model, with means and standard deviations over the seeds."""
+    lines = []
+    for name, label in LABELS.items():
+        own = select(found, model=name)
+        if own:
+            figures = [spread(own, "fid", 1), spread(own, "velocity_error", None), spread(own, "seconds", 0)]
+            lines.append([label, str(len(own)), own[0]["blocks"], *figures])
+    return table(["model", "seeds", "blocks", "FID", "velocity error", "seconds of tuning"], lines)
+
+
 def plot() -> None:
-    """Draw the FID of every model, as the mean over the seeds with each seed as a point."""
+    """Draw the FID of every model, as the mean over the seeds with each seed as a point; write the README's table."""
     found = read_csv(HERE / "results.csv")
-    labels = {"teacher": "teacher, 20 blocks", "removed": "10 blocks, no tuning", **RECOVERIES}
+    fill(HERE / "README.md", {"result": result_table(found)})
     figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
-    for place, (name, label) in enumerate(reversed(labels.items())):
+    for place, (name, label) in enumerate(reversed(LABELS.items())):
         values = [float(row["fid"]) for row in found if row["model"] == name]
         if not values:
             continue
@@ -96,7 +112,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=500, help="of tuning")
     parser.add_argument("--images", type=int, default=1000, help="pictures that FID is measured on")
-    parser.add_argument("--plot", action="store_true", help="measure nothing")
+    parser.add_argument("--plot", action="store_true", help="measure nothing; write the plot and the table again")
     given = parser.parse_args()
     if not given.plot:
         found: list[dict[str, Any]] = []
