@@ -61,7 +61,7 @@ def measure(seeds: Sequence[int], prompts: int, output: Path) -> None:
     sheet: dict[str, list[Any]] = {}
     fails: dict[str, list[bool | None]] = {}
     captions: list[str] = []
-    written = []
+    written: list[dict[str, Any]] = []
     for seed in seeds:
         drawn = removals(len(getattr(transformer, STACK)), np.random.default_rng(seed))
         # Without block 0 no model draws anything, see Figure 2.
@@ -72,7 +72,12 @@ def measure(seeds: Sequence[int], prompts: int, output: Path) -> None:
             with without(transformer, removed):
                 asked, pictures = draw_prompts(run, prompts)
             right = [bool(run.benchmark.fulfils(one, picture)) for one, picture in zip(asked, pictures, strict=True)]
-            row = {"seed": seed, "kind": kind, "removed": " ".join(map(str, removed)), "read": sum(right) / len(right)}
+            row: dict[str, Any] = {
+                "seed": seed,
+                "kind": kind,
+                "removed": " ".join(map(str, removed)),
+                "read": sum(right) / len(right),
+            }
             written.append(row | {"prompts": prompts, "date": date.today().isoformat()})
             write_csv(output / "results.csv", written)
             print(written[-1], flush=True)

@@ -86,9 +86,9 @@ def result_table(found: Sequence[Mapping[str, str]]) -> str:
     for name, label in LABELS.items():
         own = select(found, model=name)
         if own:
-            figures = [spread(own, "fid", 1), spread(own, "velocity_error", None), spread(own, "seconds", 0)]
+            figures = [spread(own, "fid", 1), spread(own, "velocity_error", None)]
             lines.append([label, str(len(own)), own[0]["blocks"], *figures])
-    return table(["model", "seeds", "blocks", "FID", "velocity error", "seconds of tuning"], lines)
+    return table(["model", "seeds", "blocks", "FID", "velocity error"], lines)
 
 
 def plot() -> None:
