@@ -13,6 +13,7 @@ from typing import Any
 import ppcl
 from experiments.common import drawing, make_run
 from experiments.recipes.cells import Sitting, cost_of
+from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import fingerprint
 from ppcl.artifacts.scores import ComparedRow
 from ppcl.context import Run
@@ -21,15 +22,17 @@ from ppcl.options import identity
 
 TEACHERS = ("tiny_qwen_image", "tiny_flux", "tiny_dit", "tiny_qwen_image_edit")
 SIZES = (0.71, 0.51)  # of the parameters; whole blocks come near to 70% and 50%
+EVERY_SIZE = (0.86, 0.71, 0.61, 0.51)  # what one training is to serve
 BATCH_SIZE = 64  # samples of a training step
 
 # What tells rows apart. `samples` says what all entries have in common: the samples of their trainings, or the minutes.
 KEYS = ("entry", "teacher", "digest", "size", "seed", "equal", "prompts")
-# `choosing_seconds` and `training_seconds` are those of one core, whatever else runs; `minutes` are those of the clock.
+# Seconds are those of one core, whatever else runs; `minutes` are those of the clock. `once_seconds` are the part of
+# `training_seconds` that all sizes share.
 COLUMNS = (
     *KEYS,
     *("blocks", "params_ratio", "memory_ratio", "latency_ratio", "velocity_error", "score", "drop_percent"),
-    *("local_steps", "tuning_steps", "choosing_seconds", "training_seconds"),
+    *("local_steps", "tuning_steps", "choosing_seconds", "training_seconds", "once_seconds"),
     *("minutes", "shared", "date", "commit", "made_from", "remark", "categories"),
 )
 
@@ -42,6 +45,7 @@ class Entry:
     `planned`: whether the planner reaches the size, from intervals that the method finds; otherwise the method does.
     `recover`: overrides of the trainings.
     `local`: the share of the steps in which students are trained; all others tune the whole model.
+    `once`: whether students and projectors are trained once, in a run that all sizes take them from.
     """
 
     label: str
@@ -49,6 +53,7 @@ class Entry:
     planned: bool = False
     recover: tuple[str, ...] = ()
     local: float = 0.0
+    once: bool = False
 
 
 UNTRAINED = {
@@ -89,6 +94,10 @@ TRAINED = {
     "flux_lite": Entry("FLUX.1 Lite", ("method=flux_lite",), recover=("recovery=output_kd",)),
     "greedy": Entry("greedy, our tuning", ("method=greedy",), recover=("distill.mode=none",)),
 }
+ONCE = {
+    "once": Entry("PPCL, trained once", once=True, **_PPCL),  # type: ignore[arg-type]
+    "once_tuned": Entry("PPCL, trained once, each size tuned", once=True, **_PPCL),  # type: ignore[arg-type]
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,8 @@ class Cell:
     @property
     def variant(self) -> str:
         """The variant of the product that is scored."""
-        return "ppcl-finetuned" if any(self.steps) else "ppcl-planned" if self.entry.planned else "removed"
+        tuned = self.steps[1] > 0 or (any(self.steps) and not self.entry.once)
+        return "ppcl-finetuned" if tuned else "ppcl-planned" if self.entry.planned else "removed"
 
     def overrides(self, prompts: int, stages: str) -> list[str]:
         """Return the overrides of the product's command. `prompts`: per category. `stages`: those to run."""
@@ -121,11 +131,12 @@ class Cell:
         found += ["watch.pictures=0", f"benchmark.prompts_per_category={prompts}", "distill=tiny", "finetune=tiny"]
         found += [*self.entry.choose, f"generate.variants=[teacher,{self.variant}]"]
         found.append(f"{'budget' if self.entry.planned else 'method'}.params={self.size}")
+        found += ["width=tiny"] if self.entry.once else []
         if not any(self.steps):
             return [*found, "distill.mode=none"]
         found += [*self.entry.recover, f"data.train_seed={self.seed}"]
         found += [f"{part}.batch_size={BATCH_SIZE}" for part in ("distill", "finetune")]
-        return [*found, f"distill.steps={max(1, local)}", f"finetune.steps={tuning}"]
+        return [*found, f"distill.steps={max(1, local)}", f"finetune.steps={max(1, tuning)}"]
 
     def run(self, prompts: int, stages: str = "detect") -> Run:
         """Return the product's run. Its folder's name has the fingerprint of all settings, and those are its own."""
@@ -133,12 +144,17 @@ class Cell:
         named = (self.name, self.size, self.equal.replace(" ", ""), self.seed, self.made_from(run))
         return Run(run.config, run.folder / "-".join(str(part) for part in named if part is not None))
 
+    def first(self, prompts: int) -> Run:
+        """Return the run that trains the parts of all sizes, and measures what each costs."""
+        return replace(self, name="shared", entry=ONCE["once"], size=SIZES[0], steps=(self.steps[0], 0)).run(prompts)
+
     def made_from(self, run: Run) -> str:
         """Return the fingerprint of everything that the row depends on, apart from the number of prompts."""
         config = run.config
         facts: dict[str, Any] = {"model": run.teacher.identity, "data": run.data.identity, "precision": run.precision}
         facts |= {"sampling": drawing(run), "eval_seed": config.data.eval_seed}
-        facts |= {part: identity(getattr(config, part)) for part in ("probe", "method", "distill", "finetune")}
+        parts = ("probe", "method", "distill", "finetune", *(("width",) if self.entry.once else ()))
+        facts |= {part: identity(getattr(config, part)) for part in parts}
         return fingerprint(facts | {"budget": asdict(config.budget)})
 
 
@@ -167,26 +183,28 @@ def measured_row(sitting: Sitting, cell: Cell) -> dict[str, str] | None:
 def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
     """Run the stages of a cell, and return what its row says."""
     gc.collect()  # models of earlier cells
-    probed = "probe,detect" if cell.entry.planned else "detect"
     local, tuning = cell.steps
-    trained = ["depth"] if local else []
+    probed = "probe,detect" if cell.entry.planned else "detect"
+    shared, base = {"choosing_seconds": 0.0, "once_seconds": 0.0}, ()
+    if cell.entry.once:
+        first = cell.first(prompts)
+        shared, base = _trained_once(cell, first, prompts, probed), (f"paths.base_run={first.folder}",)
+    trained = ["depth"] if local and not cell.entry.once else []
     trained += ["plan"] if cell.entry.planned else []
     trained += ["finetune"] if tuning else []
     start = time.process_time()
-    run_stages(cell, run, prompts, probed)
+    if not cell.entry.once:
+        run_stages(cell, run, prompts, probed)
     chosen = time.process_time() - start
-    start, began = time.process_time(), time.monotonic()
-    if trained:
-        run_stages(cell, run, prompts, ",".join(trained))
-    # What a shared machine gave to this process, by which the measured seconds are made those of a core of its own.
-    share = min(1.0, (time.process_time() - start) / (time.monotonic() - began))
-    run_stages(cell, run, prompts, "generate,evaluate")
+    share = run_measured(cell, run, prompts, ",".join(trained), *base)
+    run_stages(cell, run, prompts, "generate,evaluate", *base)
     scores = ppcl.load(run.folder).scores
     teacher, row = scores["teacher"], scores[cell.variant]
     compared = ComparedRow.beside(teacher, row)
     assert compared.scores is not None
     categories = compared.scores.to_json()
-    spent = [cost_of(run.folder, part, steps) for part, steps in (("depth", local), ("finetune", tuning)) if steps]
+    own = (("depth", 0 if cell.entry.once else local), ("finetune", tuning))
+    spent = [cost_of(run.folder, part, steps) for part, steps in own if steps]
     figures = {
         "blocks": row.num_layers,
         "params_ratio": compared.params_ratio,
@@ -197,18 +215,44 @@ def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
         "drop_percent": compared.drop_percent,
         "local_steps": local,
         "tuning_steps": tuning,
-        "choosing_seconds": chosen,
-        "training_seconds": share * sum(seconds or 0.0 for seconds, _ in spent),
+        "choosing_seconds": shared["choosing_seconds"] + chosen,
+        "training_seconds": shared["once_seconds"] + share * sum(seconds or 0.0 for seconds, _ in spent),
+        "once_seconds": shared["once_seconds"],
         "categories": " ".join(f"{name}={value:.3f}" for name, value in categories.items()),
     }
     shutil.rmtree(run.folder / "images", ignore_errors=True)  # hundreds of pictures that nothing needs any more
     return figures
 
 
-def run_stages(cell: Cell, run: Run, prompts: int, stages: str) -> None:
+def _trained_once(cell: Cell, first: Run, prompts: int, probed: str) -> dict[str, float]:
+    """Train the parts that all sizes share in the run `first`, unless it has them; return the seconds of one core."""
+    record = first.folder / "once.json"
+    if not record.exists():
+        start = time.process_time()
+        run_stages(cell, first, prompts, probed)
+        chosen = time.process_time() - start
+        share = run_measured(cell, first, prompts, "depth,width,plan")
+        spent = [read_json(first.folder / "training" / f"{part}.json", "The cost") for part in ("depth", "width")]
+        seconds = share * sum(cost["seconds"] for cost in spent)
+        write_json(record, {"choosing_seconds": chosen, "once_seconds": seconds})
+    return {key: read_json(record, "The cost")[key] for key in ("choosing_seconds", "once_seconds")}
+
+
+def run_measured(cell: Cell, run: Run, prompts: int, stages: str, *overrides: str) -> float:
+    """Run stages of the product, and return the share of a core that the machine gave to this process meanwhile.
+
+    Seconds of the clock times this share are those of a core of its own.
+    """
+    start, began = time.process_time(), time.monotonic()
+    if stages:
+        run_stages(cell, run, prompts, stages, *overrides)
+    return min(1.0, (time.process_time() - start) / (time.monotonic() - began))
+
+
+def run_stages(cell: Cell, run: Run, prompts: int, stages: str, *overrides: str) -> None:
     """Run stages of the product in the folder of `run`. What is there already is reused."""
     name = str(run.folder.relative_to(Path(run.config.paths.runs_dir).resolve()))
-    ppcl.run([f"name={name}", *cell.overrides(prompts, stages)])
+    ppcl.run([f"name={name}", *cell.overrides(prompts, stages), *overrides])
 
 
 def halves(entry: Entry, steps: int) -> tuple[int, int]:
@@ -221,6 +265,12 @@ def equal_time(entry: Entry, row: Mapping[str, str], seconds: float) -> tuple[in
     """Return the steps that take `seconds` in all, by the speed of the trainings in `row`."""
     steps = int(row["local_steps"]) + int(row["tuning_steps"])
     return halves(entry, max(2, round(steps * seconds / float(row["training_seconds"]))))
+
+
+def once(name: str, teacher: str, size: float, seed: int, steps: int) -> Cell:
+    """Return the cell of a size whose parts come from one training; `once_tuned` is then tuned for half as long."""
+    tuning = steps // 2 if name == "once_tuned" else 0
+    return Cell(name, ONCE[name], teacher, size, seed, (steps, tuning), f"{steps} steps")
 
 
 def trained(name: str, teacher: str, size: float, seed: int, steps: int) -> Cell:

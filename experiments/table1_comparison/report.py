@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 
 from experiments.recipes.report import fill, number, spread, table
 from experiments.recipes.table import Row, select
-from experiments.table1_comparison.cells import SIZES, TEACHERS, TRAINED, UNTRAINED, Entry
+from experiments.table1_comparison.cells import EVERY_SIZE, ONCE, SIZES, TEACHERS, TRAINED, UNTRAINED, Entry
 from ppcl.report import plots
 
 OURS = ("ppcl", "ppcl_lp_a", "ours", "paper", "greedy", "greedy_spread")
@@ -17,7 +17,7 @@ OURS = ("ppcl", "ppcl_lp_a", "ours", "paper", "greedy", "greedy_spread")
 
 def write(folder: Path, rows: Sequence[Row]) -> None:
     """Write the plots of all rows, and put the tables into the README of `folder` if it has one."""
-    tables = {"untrained": untrained_tables(rows), "trained": trained_tables(rows)}
+    tables = {"untrained": untrained_tables(rows), "trained": trained_tables(rows), "sizes": sizes_table(rows)}
     fill(folder / "README.md", tables)
     groups = [(size, "untrained", UNTRAINED) for size in SIZES]
     groups += [(size, equal, TRAINED) for size in SIZES for equal in kinds(rows)]
@@ -107,6 +107,30 @@ def trained_table(rows: Sequence[Row]) -> str:
         drop, seconds = spread(own, "drop_percent", 1), spread(own, "training_seconds", 0)
         lines.append([entry.label, str(len(own)), *shares, error, *means, score, drop, seconds])
     return table(header, lines)
+
+
+def sizes_table(rows: Sequence[Row]) -> str:
+    """Return a row for each entry that has all of four sizes: what these cost in all, and the drop of each."""
+    header = ["method", "choosing, s", "training, s", *(f"R. % at {100 * size:.0f}%" for size in EVERY_SIZE)]
+    lines = []
+    for name, entry in (ONCE | TRAINED).items():
+        found = [row for row in select(rows, entry=name, teacher=TEACHERS[0]) if kind_of(row) == "equal samples"]
+        own = [select(found, size=size)[:1] for size in EVERY_SIZE]  # of the first seed
+        if not all(own):
+            continue
+        costs = [_cost(row) for (row,) in own]
+        once = max(shared for *_, shared in costs)
+        choosing = costs[0][0] if entry.once else sum(chosen for chosen, *_ in costs)
+        training = once + sum(seconds - shared for _, seconds, shared in costs)
+        drops = [spread(row, "drop_percent", 1) if row[0]["score"] else row[0]["remark"] for row in own]
+        lines.append([entry.label, number(choosing, 0), number(training, 0), *drops])
+    return table(header, lines) if lines else "Not measured yet."
+
+
+def _cost(row: Row) -> tuple[float, float, float]:
+    """Return the seconds of choosing and of training, and those of the latter that all sizes share."""
+    chosen, trained, shared = (float(row[key] or 0) for key in ("choosing_seconds", "training_seconds", "once_seconds"))
+    return chosen, trained, shared
 
 
 def _categories(row: Row) -> dict[str, float]:

@@ -21,13 +21,16 @@ from experiments.recipes.table import Table
 from experiments.table1_comparison import report
 from experiments.table1_comparison.cells import (
     COLUMNS,
+    EVERY_SIZE,
     KEYS,
+    ONCE,
     SIZES,
     TEACHERS,
     TRAINED,
     UNTRAINED,
     Cell,
     measured_row,
+    once,
     trained,
     within,
 )
@@ -35,6 +38,7 @@ from experiments.table1_comparison.cells import (
 HERE = Path(__file__).parent
 STEPS = 500  # of all trainings of a cell together
 TRAINED_TEACHERS = TEACHERS[:2]
+RETRAINED = ("tinyfusion", "hierarchical_prune", "flux_lite", "greedy")  # rivals that train each size anew
 TIME_OF = "ours"  # whose time the others get where the time is equal
 
 
@@ -70,6 +74,16 @@ def in_equal_time(sitting: Sitting, cells: Sequence[Cell]) -> Iterator[Cell]:
             yield within(cell, own, float(first["training_seconds"]))
 
 
+def every_size(entries: Sequence[str], seed: int, steps: int) -> Iterator[Cell]:
+    """Yield the cells of four sizes: from one training of ours, and each of its own training by the rivals."""
+    for size in EVERY_SIZE:
+        for name in (name for name in ONCE if name in entries):
+            yield once(name, TRAINED_TEACHERS[0], size, seed, steps)
+    for size in EVERY_SIZE:
+        for name in (name for name in RETRAINED if name in entries):
+            yield trained(name, TRAINED_TEACHERS[0], size, seed, steps)
+
+
 def measure(sitting: Sitting, cells: Iterator[Cell], end: float) -> None:
     """Measure cells until `end`, in seconds of `time.monotonic`."""
     for cell in cells:
@@ -88,11 +102,11 @@ def say(row: Mapping[str, str] | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("untrained", "samples", "time")
+    parts = ("untrained", "samples", "time", "sizes")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--teacher", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--size", nargs="+", type=float, choices=SIZES, default=list(SIZES))
-    names = tuple(dict.fromkeys([*UNTRAINED, *TRAINED]))
+    names = tuple(dict.fromkeys([*UNTRAINED, *TRAINED, *ONCE]))
     parser.add_argument("--entry", nargs="+", choices=names, default=list(names))
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--minutes", type=float, default=55.0, help="after which no further cell is begun")
@@ -113,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure(sitting, iter(cells), end)
         if "time" in given.only:
             measure(sitting, in_equal_time(sitting, cells), end)
+        if "sizes" in given.only:
+            measure(sitting, every_size(given.entry, given.seeds[0], given.steps), end)
     report.write(given.output, sitting.table.rows)
 
 

@@ -8,7 +8,19 @@ import pytest
 
 from experiments.common import read_csv
 from experiments.table1_comparison import report
-from experiments.table1_comparison.cells import COLUMNS, TRAINED, UNTRAINED, Cell, equal_time, halves, trained, within
+from experiments.table1_comparison.cells import (
+    COLUMNS,
+    EVERY_SIZE,
+    ONCE,
+    TRAINED,
+    UNTRAINED,
+    Cell,
+    equal_time,
+    halves,
+    once,
+    trained,
+    within,
+)
 
 
 def row(**facts: object) -> dict[str, str]:
@@ -39,6 +51,22 @@ def test_a_trained_cell_names_the_variant_that_it_scores() -> None:
     assert trained("ours", "tiny_flux", 0.71, 10, 500).variant == "ppcl-finetuned"
     assert Cell("ppcl", UNTRAINED["ppcl"], "tiny_flux", 0.71).variant == "ppcl-planned"
     assert Cell("bk_sdm", UNTRAINED["bk_sdm"], "tiny_flux", 0.71).variant == "removed"
+
+
+def test_a_training_that_serves_every_size_is_counted_once() -> None:
+    facts = {"entry": "once_tuned", "teacher": "tiny_qwen_image", "equal": "500 steps", "seed": 10, "score": 0.8}
+    facts |= {"choosing_seconds": 7, "training_seconds": 150, "once_seconds": 100, "drop_percent": 4.0}
+    rows = [row(**facts, size=size) for size in EVERY_SIZE]
+    assert "| PPCL, trained once, each size tuned | 7 | 300 | 4.0 | 4.0 | 4.0 | 4.0 |" in report.sizes_table(rows)
+    assert report.sizes_table(rows[1:]) == "Not measured yet."
+
+
+def test_all_sizes_take_their_parts_from_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = [once(name, "tiny_qwen_image", size, 10, 500) for name in ONCE for size in EVERY_SIZE[:2]]
+    assert len({cell.first(60).folder for cell in cells}) == 1
+    assert len({cell.run(60).folder for cell in cells} | {cells[0].first(60).folder}) == len(cells) + 1
+    assert {cell.variant for cell in cells} == {"ppcl-planned", "ppcl-finetuned"}
 
 
 def test_greedy_removals_are_tuned_without_students() -> None:
