@@ -45,9 +45,8 @@ def _solve(
     `saving`: None if nothing has to be saved.
     """
     index = {unit.name: number for number, unit in enumerate(units)}
-    size = len(units) + len(
-        overlaps
-    )  # a variable for each unit, then one for each overlap: 1 if both its units are chosen
+    # A variable for each unit, then one for each overlap, which is 1 if both of its units are chosen.
+    size = len(units) + len(overlaps)
     constraints = []
 
     def constrain(weights: dict[int, float], least: float) -> None:
