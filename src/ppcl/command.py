@@ -205,9 +205,8 @@ def continued(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
             said.append(key)
             if key in ("data.path", "data.cache"):
                 said += _BY_PATH
-    present = OmegaConf.to_container(
-        raw, resolve=False
-    )  # interpolations are resolved later, with the new model and data
+    # Interpolations are resolved later, with the new model and data.
+    present = OmegaConf.to_container(raw, resolve=False)
 
     def take(key: str) -> None:
         value: Any = present
