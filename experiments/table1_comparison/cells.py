@@ -185,10 +185,12 @@ def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
     gc.collect()  # models of earlier cells
     local, tuning = cell.steps
     probed = "probe,detect" if cell.entry.planned else "detect"
-    shared, base = {"choosing_seconds": 0.0, "once_seconds": 0.0}, ()
+    shared = {"choosing_seconds": 0.0, "once_seconds": 0.0}
+    base: tuple[str, ...] = ()
     if cell.entry.once:
         first = cell.first(prompts)
-        shared, base = _trained_once(cell, first, prompts, probed), (f"paths.base_run={first.folder}",)
+        shared = _trained_once(cell, first, prompts, probed)
+        base = (f"paths.base_run={first.folder}",)
     trained = ["depth"] if local and not cell.entry.once else []
     trained += ["plan"] if cell.entry.planned else []
     trained += ["finetune"] if tuning else []

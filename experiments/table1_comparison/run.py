@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from experiments.common import SEEDS
 from experiments.recipes.cells import Sitting
 from experiments.recipes.table import Table
-from experiments.table1_comparison import report
+from experiments.table1_comparison import pictures, report
 from experiments.table1_comparison.cells import (
     COLUMNS,
     EVERY_SIZE,
@@ -114,11 +115,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=60, help="per category")
     parser.add_argument("--alone", action="store_true", help="rows say that nothing else ran on the machine")
     parser.add_argument("--plot", action="store_true", help="measure nothing")
+    parser.add_argument("--pictures", action="store_true", help="draw pictures of trained models, and measure nothing")
     parser.add_argument("--output", type=Path, default=HERE, help="the folder of results.csv, tables and plots")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sitting = Sitting(Table(given.output / "results.csv", COLUMNS, KEYS), given.prompts, not given.alone)
     end = time.monotonic() + 60 * given.minutes
+    if given.pictures:
+        for size, teacher in product(given.size, given.teacher):
+            cells = list(equal_samples([teacher], [size], given.entry, given.seeds[:1], given.steps))
+            name = f"pictures_{teacher.removeprefix('tiny_')}_{100 * size:.0f}.png"
+            if pictures.write(given.output / name, cells, given.prompts):
+                print(f"wrote {given.output / name}", flush=True)
+        return
     if not given.plot:
         if "untrained" in given.only:
             measure(sitting, untrained(given.teacher, given.size, given.entry), end)
