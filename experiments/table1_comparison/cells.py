@@ -191,22 +191,20 @@ def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
         first = cell.first(prompts)
         shared = _trained_once(cell, first, prompts, probed)
         base = (f"paths.base_run={first.folder}",)
-    trained = ["depth"] if local and not cell.entry.once else []
-    trained += ["plan"] if cell.entry.planned else []
-    trained += ["finetune"] if tuning else []
     start = time.process_time()
     if not cell.entry.once:
         run_stages(cell, run, prompts, probed)
     chosen = time.process_time() - start
-    share = run_measured(cell, run, prompts, ",".join(trained), *base)
+    spent = trained_for(cell, run, prompts, "depth", local, *base) if local and not cell.entry.once else 0.0
+    if cell.entry.planned:
+        run_stages(cell, run, prompts, "plan", *base)
+    spent += trained_for(cell, run, prompts, "finetune", tuning, *base) if tuning else 0.0
     run_stages(cell, run, prompts, "generate,evaluate", *base)
     scores = ppcl.load(run.folder).scores
     teacher, row = scores["teacher"], scores[cell.variant]
     compared = ComparedRow.beside(teacher, row)
     assert compared.scores is not None
     categories = compared.scores.to_json()
-    own = (("depth", 0 if cell.entry.once else local), ("finetune", tuning))
-    spent = [cost_of(run.folder, part, steps) for part, steps in own if steps]
     figures = {
         "blocks": row.num_layers,
         "params_ratio": compared.params_ratio,
@@ -218,7 +216,7 @@ def _figures(cell: Cell, run: Run, prompts: int) -> dict[str, Any]:
         "local_steps": local,
         "tuning_steps": tuning,
         "choosing_seconds": shared["choosing_seconds"] + chosen,
-        "training_seconds": shared["once_seconds"] + share * sum(seconds or 0.0 for seconds, _ in spent),
+        "training_seconds": shared["once_seconds"] + spent,
         "once_seconds": shared["once_seconds"],
         "categories": " ".join(f"{name}={value:.3f}" for name, value in categories.items()),
     }
@@ -233,22 +231,22 @@ def _trained_once(cell: Cell, first: Run, prompts: int, probed: str) -> dict[str
         start = time.process_time()
         run_stages(cell, first, prompts, probed)
         chosen = time.process_time() - start
-        share = run_measured(cell, first, prompts, "depth,width,plan")
-        spent = [read_json(first.folder / "training" / f"{part}.json", "The cost") for part in ("depth", "width")]
-        seconds = share * sum(cost["seconds"] for cost in spent)
+        steps = {"depth": cell.steps[0], "width": first.config.width.steps}
+        seconds = sum(trained_for(cell, first, prompts, *part) for part in steps.items())
+        run_stages(cell, first, prompts, "plan")  # measures what each part costs, for all sizes
         write_json(record, {"choosing_seconds": chosen, "once_seconds": seconds})
     return {key: read_json(record, "The cost")[key] for key in ("choosing_seconds", "once_seconds")}
 
 
-def run_measured(cell: Cell, run: Run, prompts: int, stages: str, *overrides: str) -> float:
-    """Run stages of the product, and return the share of a core that the machine gave to this process meanwhile.
+def trained_for(cell: Cell, run: Run, prompts: int, stage: str, steps: int, *overrides: str) -> float:
+    """Run a stage that trains for `steps`, and return the seconds that its training takes of a core of its own.
 
-    Seconds of the clock times this share are those of a core of its own.
+    The product records seconds of the clock. They are multiplied by the share of a core that this process was given.
     """
     start, began = time.process_time(), time.monotonic()
-    if stages:
-        run_stages(cell, run, prompts, stages, *overrides)
-    return min(1.0, (time.process_time() - start) / (time.monotonic() - began))
+    run_stages(cell, run, prompts, stage, *overrides)
+    share = min(1.0, (time.process_time() - start) / (time.monotonic() - began))
+    return share * (cost_of(run.folder, stage, steps)[0] or 0.0)
 
 
 def run_stages(cell: Cell, run: Run, prompts: int, stages: str, *overrides: str) -> None:
