@@ -39,6 +39,7 @@ def write(path: Path, cells: Sequence[Cell], prompts: int) -> bool:
 
 def _drawn(run: Run, pipeline: Any, prompts: int) -> tuple[list[Any], list[bool | None], list[str]]:
     """Return the pictures that a pipeline draws, whether each fails its prompt, and the prompts."""
+    pipeline.set_progress_bar_config(disable=True)
     every = run.benchmark.prompts(run.family, run.config)
     numbers = [number for number in range(len(every)) if number % prompts < EACH]
     asked = [every[number] for number in numbers]
