@@ -31,6 +31,7 @@ from ppcl.model_fit import check_fit, without_weights
 
 Weights = dict[str, Tensor]
 
+MOST_ABREAST = 8  # batches for which a streamed teacher is read once
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -225,12 +225,14 @@ def observe_abreast(
     *,
     last: BlockKey | None = None,
     size_keys: str = "the number of samples",
+    done: Callable[[int, Any], object] | None = None,
 ) -> Iterator[tuple[int, BlockCall]]:
     """Run the transformer on several inputs block by block: each block runs on all inputs before the next block runs.
 
-    Yields `(number of the input, call)` after each call of a block, up to the block `last`. A streamed block is thus
-    read from disk once for all inputs, and statistics of a block are complete when the next one begins. The cost is
-    memory for the streams of all inputs at one block.
+    Yields `(number of the input, call)` after each call of a block, up to the block `last`. Without `last` the forwards
+    end, and `done(number, output)` is called with what each returns. A streamed block is thus read from disk once for
+    all inputs, and statistics of a block are complete when the next one begins. The cost is memory for the streams of
+    all inputs at one block.
 
     Every input has a stock forward of its own, in a greenlet that pauses before each block, where it holds nothing of
     the block before but its outputs. Threads would be slower, because each would have OpenMP workers of its own that
@@ -243,7 +245,9 @@ def observe_abreast(
 
     def forward(number: int) -> None:
         with suppress(StopForward):
-            transformer(**inputs[number])
+            output = transformer(**inputs[number])
+            if done is not None:
+                done(number, output)
 
     def pause(call: BlockCall | None = None) -> None:
         getcurrent().parent.switch(call)

@@ -8,6 +8,9 @@ import pytest
 from commands import INTERVALS, succeed
 from safetensors.torch import load_file
 
+from ppcl.artifacts.costs import Costs
+from ppcl.artifacts.files import read_json
+
 PARTS = "distill.accumulate=2"  # which pass a streamed block together
 WIDTH = ["width.source=given", "width.transformer_blocks={text:[5],ffn:[0,3]}", "width.steps=3"]
 TUNING = ["finetune=tiny", "finetune.steps=3", "finetune.batch_size=4"]
@@ -55,3 +58,28 @@ def test_a_lora_is_tuned_while_all_frozen_blocks_are_streamed(settings: list[str
     assert {str(value.dtype) for key, value in found["streamed"].items() if "lora" not in key} == {f"torch.{dtype}"}
     for key, value in found["resident"].items():
         assert (found["streamed"][key] == value).all(), key
+
+
+def test_plugs_are_measured_and_chosen_while_the_teacher_is_streamed(settings: list[str], tmp_path: Path) -> None:
+    """Students, projectors that share a streamed block's weights, and both in one block."""
+    common = [*settings, INTERVALS, *WIDTH, PARTS, "budget.num_batches=2", f"paths.runs_dir={tmp_path}"]
+    succeed(*common, "name=plugs", "stages=[depth,width]")
+    found = {}
+    for name, streaming in (("resident", "false"), ("streamed", "true")):
+        command = [*common, f"paths.base_run={tmp_path / 'plugs'}", f"name={name}", f"model.streaming={streaming}"]
+        said = succeed(*command, "budget.params=0.7", "stages=[plan]").out
+        assert "budget.params=0.7: " in said
+        found[name] = (
+            Costs.load(tmp_path / name / "plan" / "costs.json"),
+            read_json(tmp_path / name / "plan" / "choice.json", "The choice"),
+        )
+    (streamed, chosen), (resident, expected) = found["streamed"], found["resident"]
+    assert streamed.errors == resident.errors
+    assert len(streamed.errors) > 8
+    assert chosen["plugged"] == expected["plugged"]
+    for one, other in zip(streamed.units, resident.units, strict=True):
+        assert (one.name, one.needs, one.costs) == (other.name, other.needs, other.costs)
+        assert one.savings["params"] == other.savings["params"]
+        assert one.savings["memory_gb"] == other.savings["memory_gb"]
+    assert streamed.teacher.memory_gb == pytest.approx(resident.teacher.memory_gb, rel=0.1)
+    assert streamed.teacher.latency_ms > 0

@@ -10,6 +10,8 @@ from ppcl.artifacts.files import read_json, write_json
 from ppcl.artifacts.headers import Header
 from ppcl.errors import UsageError
 
+COSTS = ("velocity", "loss")  # kinds of cost
+
 
 @dataclass
 class Unit:

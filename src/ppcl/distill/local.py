@@ -21,13 +21,12 @@ from ppcl.families.base import Family
 from ppcl.ops.losses import Average, norm_ratio
 from ppcl.parallel import mean_terms
 from ppcl.precision import computing
-from ppcl.streaming import is_streamed
+from ppcl.streaming import MOST_ABREAST, is_streamed
 from ppcl.taps import BlockCall, BlockKey, Streams, observe_each
 from ppcl.training.optimizers import cosine_schedule, optimizers_of
 from ppcl.training.sharding import Sharding
 
 _AVERAGE_DECAY = 0.98
-MOST_ABREAST = 8  # batches for which a streamed teacher is read once
 
 
 def device_of(kwargs: Mapping[str, Any]) -> torch.device:

@@ -34,7 +34,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "depth": ("distill.accumulate", "distill.optimizer_states=8bit", "distill.groups=auto", "model.streaming=true"),
     "width": ("distill.accumulate", "distill.optimizer_states=8bit", "width.num_batches", "model.streaming=true"),
     "finetune": ("finetune.lora_rank=16", "finetune.accumulate", "model.streaming=true", "strategy=fsdp"),
-    "plan": ("trainer.accelerator=cpu",),
+    "plan": ("model.streaming=true", "trainer.accelerator=cpu"),
     "quantize": ("quantize.batch_size", "quantize.num_batches", "trainer.accelerator=cpu"),
     "generate": ("generate.batch_size", "generate.offload=model", "generate.offload=group"),
     "evaluate": ("generate.variants (a tuned one has weights of its own)", "trainer.accelerator=cpu"),

@@ -124,6 +124,17 @@ def model_of(run: Run, layers: Mapping[str, int]) -> nn.Module:
     return run.family.transformer_class.from_config(arch).eval().requires_grad_(False)
 
 
+def lora_params(run: Run, left: Mapping[str, int]) -> int:
+    """Return the parameters of a LoRA on all linear layers of so many blocks, by stack."""
+    total = 0
+    with torch.device("meta"):
+        model = model_of(run, dict.fromkeys(run.num_layers, 1))
+    for (stack, _), block in run.family.blocks(model).items():
+        sizes = [sum(module.weight.shape) for module in block.modules() if isinstance(module, nn.Linear)]
+        total += run.config.finetune.lora_rank * sum(sizes) * left[stack]
+    return total
+
+
 def few(run: Run) -> dict[str, int]:
     """Return the number of blocks in a dry run, by stack."""
     return {stack: min(FEW, count) for stack, count in run.num_layers.items()}

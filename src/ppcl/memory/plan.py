@@ -12,26 +12,26 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil
 
-import torch
-
 from ppcl.artifacts.model_files import component_files
 from ppcl.artifacts.plan import Intervals, Width
 from ppcl.components import other_bytes
 from ppcl.context import Run
+from ppcl.data.batches import batch_numbers
 from ppcl.data.boundaries import STEPS_PER_SHARD
 from ppcl.distill.boundaries import held_out_steps, num_stored
 from ppcl.distill.frozen import num_before
 from ppcl.distill.groups import divided, select_intervals
-from ppcl.distill.local import MOST_ABREAST
 from ppcl.distill.targets import STEPS_PER_FILE
 from ppcl.launch import launched, rank, shard_ranks
 from ppcl.memory import dry
 from ppcl.memory.dry_detection import detect_peak
 from ppcl.memory.need import Need, capacity, fits
 from ppcl.methods.registry import load_method
+from ppcl.streaming import MOST_ABREAST
 from ppcl.surgery.count import count_parameters
 from ppcl.validation.model import model_folder
 from ppcl.validation.pruning import resolve_width
+from ppcl.variants.planner import num_measured
 
 FLOPS = 2e14  # a second, in bfloat16: half of what an H100 reaches at best
 DISK = 2.5e9  # bytes a second of an NVMe disk
@@ -247,7 +247,7 @@ class Plan:
             else:
                 parts["weights that the teacher lacks"] = self.itemsize * max(0, student - kept) / divisor
             states = dry.matrix_states(config, config.lora_rank, self._side)
-            trained = self._lora_params(left)
+            trained = dry.lora_params(run, left)
             copied = self.itemsize * student if self.sharded else 4 * trained  # shards are copied whole
             parts["LoRA and states"] = (4 + states) * trained / divisor
         else:
@@ -297,11 +297,20 @@ class Plan:
 
     def plan(self) -> Need:
         """Return the need of measuring plugs for a budget."""
-        run, config = self.run, self.run.config.distill
+        run, config, budget = self.run, self.run.config.distill, self.run.config.budget
         calls = sum(run.num_layers.values()) * dry.stream_bytes(run, 1)
         count = max(1, config.batch_size // config.accumulate)
         parts = self.teacher() | {"students": self._student_bytes(), "inputs of all blocks": calls}
-        return Need("plan", parts | {"forward": dry.forward_peak(run, count)})
+        parts |= {"forward": dry.forward_peak(run, count)} | self._abreast(MOST_ABREAST, count)
+        projectors = sum(len(found[kind]) for found in self.width.values() for kind in ("text", "ffn"))
+        # A pruned block has its projectors, and of a streamed block a copy of what it keeps of a modulation.
+        own = (8 if run.config.model.streaming else 2) * self._side**2
+        parts["pruned blocks"] = float(self.itemsize * own * projectors)
+        sets = num_measured(sum(self.students.values()), projectors, budget.rescored)
+        batches = len(batch_numbers(config.batch_size, 0, budget.num_batches))
+        flops = 2 * self.teacher_params * self._tokens(batches * config.batch_size)
+        reads = ceil(batches * config.accumulate / MOST_ABREAST)
+        return Need("plan", parts, hours=self._hours(sets, flops, reads))
 
     def export(self) -> Need:
         """Return the need of an export. It maps the teacher's weights from their files and writes shard by shard."""
@@ -411,16 +420,6 @@ class Plan:
     def _others(self) -> dict[str, float]:
         """Return the bytes of the pipeline's other denoisers, by name, which draw along with the teacher."""
         return other_bytes(self.run.config.model, model_folder(self.run.config.model))
-
-    def _lora_params(self, left: Mapping[str, int]) -> int:
-        """Return the parameters of a LoRA on all linear layers of so many blocks, by stack."""
-        rank_, total = self.run.config.finetune.lora_rank, 0
-        with torch.device("meta"):
-            model = dry.model_of(self.run, dict.fromkeys(self.run.num_layers, 1))
-        for (stack, _), block in self.run.family.blocks(model).items():
-            sizes = [sum(m.weight.shape) for m in block.modules() if isinstance(m, torch.nn.Linear)]
-            total += rank_ * sum(sizes) * left[stack]
-        return total
 
     def groups(self) -> int:
         """Return into how many groups depth distillation divides the intervals: for `auto` as few as fit."""

@@ -11,6 +11,7 @@ from ppcl.errors import UsageError
 from ppcl.families.base import Family
 from ppcl.families.width import WidthSurgery
 from ppcl.layers import Layout
+from ppcl.streaming import follow
 
 
 def width_surgery(family: Family) -> WidthSurgery:
@@ -54,6 +55,7 @@ def prune_blocks(
         if block is None:
             states = [projectors.get(projector_name(stack, index, kind), {}) for kind in ("text", "ffn")]
             block = surgery.prune(module, role, {**states[0], **states[1]})
+            follow(block, module)
         if made is not None:
             made[key] = block
         pruned.append(block)

@@ -366,13 +366,10 @@ def check_size(config: Config) -> None:
 
 
 def check_streaming(config: Config) -> None:
-    """Raise `UsageError` if `model.streaming` is set and a stage needs the whole teacher in memory, or times it."""
+    """Raise `UsageError` if `model.streaming` is set and a stage needs the whole teacher in memory."""
     if not config.model.streaming:
         return
     whole = [stage for stage in config.stages if STAGES[stage].whole]
-    budget = config.budget
-    if "plan" in config.stages and (budget.params or budget.memory_gb or budget.latency_ratio):
-        whole.append("plan")
     if whole:
         raise UsageError(
             f"'stages=[{whole[0]}]' takes the whole teacher, and model.streaming=true never holds it: run that stage "

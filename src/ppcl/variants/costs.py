@@ -6,14 +6,16 @@ They are measured once, on one model, and stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.artifacts.costs import Costs, Frontier, Overlap, Point, TeacherCost, Unit, set_name
+from ppcl.artifacts.costs import COSTS, Costs, Frontier, Overlap, Point, TeacherCost, Unit, set_name
 from ppcl.artifacts.files import check_finite
 from ppcl.artifacts.headers import Header, is_current
 from ppcl.artifacts.plan import projector_name
@@ -23,17 +25,14 @@ from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import denoising_step
 from ppcl.report.text import billions, show_frontier
+from ppcl.streaming import MOST_ABREAST, is_streamed
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.width import width_surgery
-from ppcl.taps import BlockCall, BlockKey, observe, stack_of
-from ppcl.variants.planner import closure, frontier, greatest_saving, total_saving
+from ppcl.taps import BlockCall, BlockKey, Tapped, observe, observe_abreast, stack_of
+from ppcl.variants.planner import NUM_POINTS, closure, frontier, greatest_saving, total_saving
 from ppcl.variants.plugs import Plugs
 from ppcl.variants.switch import Switch
 from ppcl.variants.variants import distillation_loss
-
-NUM_POINTS = 16  # of the frontier
-
-COSTS = ("velocity", "loss")
 
 FIRST_BATCH = 100_000  # first batch of the calibration stream to measure on; nothing is fitted to batches this late
 
@@ -60,12 +59,17 @@ def find_units(plugs: Plugs) -> list[Unit]:
     return units
 
 
-def velocity_error(transformer: nn.Module, batches: Sequence[TrainingBatch], targets: Sequence[Tensor]) -> float:
+def velocity_error(
+    transformer: nn.Module,
+    batches: Sequence[TrainingBatch],
+    targets: Sequence[Tensor],
+    family: Tapped | None = None,
+) -> float:
     """Return ||v - v_T||^2 / ||v_T||^2, summed over all batches, for the model's velocity v and the teacher's v_T.
 
-    `targets`: the teacher's velocity for each batch, as `velocities` returns it.
+    `targets`: the teacher's velocity for each batch, as `velocities` returns it. `family`: see there.
     """
-    return relative_error(velocity_errors(transformer, batches, targets))
+    return relative_error(velocity_errors(transformer, batches, targets, family))
 
 
 def relative_error(errors: Sequence[tuple[float, float]]) -> float:
@@ -76,14 +80,16 @@ def relative_error(errors: Sequence[tuple[float, float]]) -> float:
 
 @torch.no_grad()
 def velocity_errors(
-    transformer: nn.Module, batches: Iterable[TrainingBatch], targets: Sequence[Tensor]
+    transformer: nn.Module,
+    batches: Iterable[TrainingBatch],
+    targets: Sequence[Tensor],
+    family: Tapped | None = None,
 ) -> list[tuple[float, float]]:
     """Return ||v - v_T||^2 and ||v_T||^2 of each batch, for the model's velocity v and the teacher's v_T."""
     found = []
-    for batch, target in zip(batches, targets, strict=True):
+    for velocity, target in zip(_predicted(transformer, batches, family), targets, strict=True):
         target = target.double()
-        error = (batch.prediction(transformer(**batch.inputs)).double() - target).square().sum().item()
-        found.append((error, target.square().sum().item()))
+        found.append(((velocity.double() - target).square().sum().item(), target.square().sum().item()))
     return found
 
 
@@ -96,9 +102,28 @@ def heldout_batches(run: Run) -> list[TrainingBatch]:
 
 
 @torch.no_grad()
-def velocities(transformer: nn.Module, batches: Iterable[TrainingBatch]) -> list[Tensor]:
-    """Return the velocity that a model predicts for each batch."""
-    return [batch.prediction(transformer(**batch.inputs)) for batch in batches]
+def velocities(transformer: nn.Module, batches: Iterable[TrainingBatch], family: Tapped | None = None) -> list[Tensor]:
+    """Return the velocity that a model predicts for each batch.
+
+    `family`: that of a model whose blocks may be streamed. Up to eight batches then pass each block together, so that
+    it is read once for all of them.
+    """
+    return list(_predicted(transformer, batches, family))
+
+
+def _predicted(transformer: nn.Module, batches: Iterable[TrainingBatch], family: Tapped | None) -> Iterator[Tensor]:
+    """Yield the velocity that a model predicts for each batch, as `velocities` returns it."""
+    streamed = family is not None and any(map(is_streamed, family.blocks(transformer).values()))
+    if family is None or not streamed:
+        for batch in batches:
+            yield batch.prediction(transformer(**batch.inputs))
+        return
+    rest = iter(batches)
+    while group := list(islice(rest, MOST_ABREAST)):
+        inputs, outputs = [batch.inputs for batch in group], dict[int, Any]()
+        for _ in observe_abreast(family, transformer, inputs, size_keys="distill.accumulate", done=outputs.__setitem__):
+            pass
+        yield from (batch.prediction(outputs[number]) for number, batch in enumerate(group))
 
 
 def _losses(plugs: Plugs, name: str) -> dict[str, float]:
@@ -120,7 +145,7 @@ class ErrorMeter:
         self.errors[""] = 0.0  # of the teacher
         board()
         self.batches = heldout_batches(run)
-        self.targets = velocities(board.transformer, self.batches)
+        self.targets = velocities(board.transformer, self.batches, run.family)
 
     def error(self, names: set[str]) -> float:
         """Return the error with the plugs `names`. Errors are remembered."""
@@ -128,7 +153,7 @@ class ErrorMeter:
         if key not in self.errors:
             self.board()  # students are built beside the teacher's blocks
             self.board(*names)
-            found = velocity_error(self.board.transformer, self.batches, self.targets)
+            found = velocity_error(self.board.transformer, self.batches, self.targets, self.run.family)
             check_finite(found, "no costs are written", f"the velocity error with {', '.join(sorted(names))}")
             self.errors[key] = found
         return self.errors[key]
@@ -148,10 +173,15 @@ class Meter(ErrorMeter):
 
         with torch.no_grad():
             observe(run.family, board.transformer, self.step, keep)
-        self.teacher_ms = interleaved_latency_ms({"teacher": self._forward}, 10)["teacher"]
+        self.streamed = run.config.model.streaming
+        self._times: dict[nn.Module, float] = {}
+        self.teacher_ms = self._milliseconds(set()) if self.streamed else self._teacher_ms()
         resident = sum(p.numel() * p.element_size() for p in board.transformer.parameters())
         self.bytes_per_param = resident / self.teacher_params
         self.memory_gb = peak_memory_mb(self._forward, resident, run.device) / 1e3
+
+    def _teacher_ms(self) -> float:
+        return interleaved_latency_ms({"teacher": self._forward}, 10)["teacher"]
 
     @torch.inference_mode()
     def _forward(self) -> None:
@@ -181,6 +211,8 @@ class Meter(ErrorMeter):
 
     def milliseconds_saved(self, before: set[str], after: set[str], changed: set[BlockKey]) -> float:
         """Return the milliseconds by which the `changed` blocks are faster with plugs `after` than `before`."""
+        if self.streamed:
+            return self._milliseconds(before, changed) - self._milliseconds(after, changed)
         sides = {"before": self._modules(before), "after": self._modules(after)}
 
         def timed(side: str) -> Any:
@@ -195,6 +227,22 @@ class Meter(ErrorMeter):
 
         times = interleaved_latency_ms({side: timed(side) for side in sides}, 10)
         return times["before"] - times["after"]
+
+    @torch.inference_mode()
+    def _milliseconds(self, names: set[str], only: set[BlockKey] | None = None) -> float:
+        """Return the milliseconds of the model's blocks with these plugs, or of those in `only`.
+
+        Each block is timed by itself and once. A streamed one is then read before its first call, which is not timed.
+        """
+        total = 0.0
+        for key, (module, arguments) in self._modules(names).items():
+            if only is not None and key not in only:
+                continue
+            if module not in self._times:
+                step = partial(module, **arguments)
+                self._times[module] = interleaved_latency_ms({"block": step}, 10)["block"]
+            total += self._times[module]
+        return total
 
 
 def _changed_blocks(plugs: Plugs, name: str) -> set[BlockKey]:

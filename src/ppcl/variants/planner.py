@@ -13,7 +13,18 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from ppcl.artifacts.costs import Overlap, Unit
+from ppcl.artifacts.costs import COSTS, Overlap, Unit
+
+NUM_POINTS = 16  # of the frontier
+
+
+def num_measured(students: int, projectors: int, rescored: int) -> int:
+    """Return how many sets of plugs are measured at most.
+
+    These are each plug, of a projector also what it needs, the frontier of each kind of cost, and `rescored` sets that
+    are measured on the way to the budget.
+    """
+    return students + 2 * projectors + len(COSTS) * NUM_POINTS + rescored
 
 
 def total_saving(units: Sequence[Unit], overlaps: Sequence[Overlap], names: Iterable[str], measure: str) -> float:
