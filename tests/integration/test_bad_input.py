@@ -59,7 +59,6 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ([DRAW, ABOVE, "generate.offload=model", "generate.variants=[removed]"], [ABOVE, "generate.offload=model"]),
         ([DRAW, ABOVE, "generate.controlnet=DIR", f"generate.control_image={PICTURE}"], [ABOVE, "generate.controlnet"]),
         (["stages=[depth,export]", "model.streaming=true"], ["stages=[export]", "model.streaming=true", "of its own"]),
-        (["stages=[plan]", "budget.params=0.6", "model.streaming=true"], ["stages=[plan]", "model.streaming=true"]),
         (["stages=[depth]", "distill.mode=sequential", "model.streaming=true"], ["sequential", "model.streaming=true"]),
         (["stages=[probe]", "probe.init=zero"], ["probe.init=zero", "probe.train_steps"]),
         (["paths.base_run=runs/nowhere"], ["paths.base_run=runs/nowhere", "no folder"]),
