@@ -130,6 +130,11 @@ class BlockStream:
         if following != number:
             self._ahead = following, self._submit(following)
 
+    def wait(self) -> None:
+        """Wait until nothing is read ahead."""
+        if self._ahead is not None:
+            self._ahead[1].result()
+
     def _submit(self, number: int) -> Future[Weights]:
         """Start to read a block into the buffer that the current block does not use."""
         buffer = self._buffers[self._next_buffer]
@@ -187,8 +192,7 @@ class BlockStream:
         """
         self._handles[number].remove()
         if number != self._current:
-            if self._ahead is not None:
-                self._ahead[1].result()  # let the prefetch end: two reads at once would share the staging buffer
+            self.wait()  # two reads at once would share the staging buffer
             done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
             self._fill(number, self._read(number, self._buffers[0].new_empty(self._size(number)), done))
         try:
@@ -239,6 +243,13 @@ def follow(block: nn.Module, other: nn.Module) -> None:
     for hook in list(other._forward_pre_hooks.values()):
         if shared and isinstance(hook, _Arrival):
             block.register_forward_pre_hook(hook, prepend=True)
+
+
+def wait_for_reads(block: nn.Module) -> None:
+    """Wait until nothing is read ahead in the stream of `block`, so that its next call can be timed."""
+    for hook in block._forward_pre_hooks.values():
+        if isinstance(hook, _Arrival):
+            hook.stream.wait()
 
 
 def is_streamed(block: nn.Module) -> bool:

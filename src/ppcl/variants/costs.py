@@ -25,7 +25,7 @@ from ppcl.efficiency import interleaved_latency_ms, peak_memory_mb
 from ppcl.errors import UsageError
 from ppcl.pictures.drawing import denoising_step
 from ppcl.report.text import billions, show_frontier
-from ppcl.streaming import MOST_ABREAST, is_streamed
+from ppcl.streaming import MOST_ABREAST, is_streamed, wait_for_reads
 from ppcl.surgery.plugboard import Plugboard
 from ppcl.surgery.width import width_surgery
 from ppcl.taps import BlockCall, BlockKey, Tapped, observe, observe_abreast, stack_of
@@ -232,7 +232,7 @@ class Meter(ErrorMeter):
     def _milliseconds(self, names: set[str], only: set[BlockKey] | None = None) -> float:
         """Return the milliseconds of the model's blocks with these plugs, or of those in `only`.
 
-        Each block is timed by itself and once. A streamed one is then read before its first call, which is not timed.
+        Each block is timed by itself and once. A streamed one is read before that, in a call that is not timed.
         """
         total = 0.0
         for key, (module, arguments) in self._modules(names).items():
@@ -240,6 +240,8 @@ class Meter(ErrorMeter):
                 continue
             if module not in self._times:
                 step = partial(module, **arguments)
+                step()
+                wait_for_reads(module)
                 self._times[module] = interleaved_latency_ms({"block": step}, 10)["block"]
             total += self._times[module]
         return total
