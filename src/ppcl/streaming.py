@@ -173,12 +173,14 @@ class BlockStream:
                 self._copied.record(self._copies)
         return weights
 
+    @torch.inference_mode(False)  # weights that are assigned in inference mode could not be shared or trained with
     def _fill(self, number: int, weights: Weights) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
         for name, parameter in self._streamed(number):
             parameter.data = weights[name]
 
+    @torch.inference_mode(False)
     def _empty(self, number: int) -> None:
         for _, parameter in self._streamed(number):
             parameter.data = parameter.data.new_full((), torch.nan).expand(parameter.shape)
@@ -194,7 +196,9 @@ class BlockStream:
         if number != self._current:
             self.wait()  # two reads at once would share the staging buffer
             done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-            self._fill(number, self._read(number, self._buffers[0].new_empty(self._size(number)), done))
+            with torch.inference_mode(False):
+                own = self._buffers[0].new_empty(self._size(number))
+                self._fill(number, self._read(number, own, done))
         try:
             yield
         finally:

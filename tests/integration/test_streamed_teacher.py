@@ -10,6 +10,10 @@ from safetensors.torch import load_file
 
 from ppcl.artifacts.costs import Costs
 from ppcl.artifacts.files import read_json
+from ppcl.command import prepare
+from ppcl.variants.costs import Meter
+from ppcl.variants.plugs import required_plugs
+from ppcl.variants.switch import Switch
 
 PARTS = "distill.accumulate=2"  # which pass a streamed block together
 WIDTH = ["width.source=given", "width.transformer_blocks={text:[5],ffn:[0,3]}", "width.steps=3"]
@@ -83,3 +87,18 @@ def test_plugs_are_measured_and_chosen_while_the_teacher_is_streamed(settings: l
         assert one.savings["memory_gb"] == other.savings["memory_gb"]
     assert streamed.teacher.memory_gb == pytest.approx(resident.teacher.memory_gb, rel=0.1)
     assert streamed.teacher.latency_ms > 0
+
+
+def test_a_block_is_shared_after_it_was_timed_and_only_one_is_in_memory(settings: list[str], tmp_path: Path) -> None:
+    """Blocks are timed in inference mode, where torch makes tensors that no parameter could be made of."""
+    command = [*settings, INTERVALS, *WIDTH, "budget.num_batches=1", f"paths.runs_dir={tmp_path}", "name=run"]
+    succeed(*command, "stages=[depth,width]")
+    run = prepare([*command, "model.streaming=true", "stages=[plan]", "budget.params=0.8"])
+    run.teacher.enter("plan")
+    blocks = list(run.family.blocks(run.teacher.transformer).values())
+    meter = Meter(run, Switch(run, required_plugs(run)).board)
+    assert meter.teacher_ms > 0
+    assert meter.error({"transformer_blocks.0.ffn"}) > 0
+    assert meter.milliseconds_saved(set(), {"transformer_blocks.0.ffn"}, {("transformer_blocks", 0)})
+    loaded = [block for block in blocks if any(any(weight.stride()) for weight in block.parameters())]
+    assert len(loaded) == 1

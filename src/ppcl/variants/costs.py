@@ -228,7 +228,6 @@ class Meter(ErrorMeter):
         times = interleaved_latency_ms({side: timed(side) for side in sides}, 10)
         return times["before"] - times["after"]
 
-    @torch.inference_mode()
     def _milliseconds(self, names: set[str], only: set[BlockKey] | None = None) -> float:
         """Return the milliseconds of the model's blocks with these plugs, or of those in `only`.
 
@@ -240,9 +239,10 @@ class Meter(ErrorMeter):
                 continue
             if module not in self._times:
                 step = partial(module, **arguments)
-                step()
-                wait_for_reads(module)
-                self._times[module] = interleaved_latency_ms({"block": step}, 10)["block"]
+                with torch.inference_mode():
+                    step()
+                    wait_for_reads(module)
+                    self._times[module] = interleaved_latency_ms({"block": step}, 10)["block"]
             total += self._times[module]
         return total
 
