@@ -189,6 +189,8 @@ ROWS = [  # stages with settings, as the README shows them
     ("depth", "distill.groups=auto", STREAMED, "distill.optimizer_states=8bit"),
     ("width",),
     ("width", STREAMED),
+    ("plan",),
+    ("plan", STREAMED),
     ("finetune",),
     ("finetune", LORA),
     ("finetune", LORA, "finetune.recorded=true", "finetune.accumulate=2"),
