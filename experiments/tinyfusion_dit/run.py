@@ -103,7 +103,7 @@ def plot() -> None:
         color = plots.PALETTE[5] if name in ("teacher", "removed") else plots.PALETTE[0]
         axis.barh(label, mean_and_spread(values)[0], color=color)
         axis.plot(values, [place] * len(values), "o", color="black", markersize=3)
-    axis.set(xlabel="FID with the features of the toy world (lower is better)")
+    axis.set(xlabel="FID with the features of the toy world (lower is better)", xscale="log", xlim=(10, None))
     plots.save_figure(figure, HERE / "fid.png")
 
 
