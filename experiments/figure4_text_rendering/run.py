@@ -83,11 +83,15 @@ def measure(seeds: Sequence[int], prompts: int, output: Path) -> None:
             print(written[-1], flush=True)
             if kind == "teacher":
                 captions = [one.fact.text for one in asked[:SHOWN]]
-            name = "teacher" if kind == "teacher" else f"without {row['removed'].replace(' ', ', ')}"
+            name = label(row)
             sheet[name], fails[name] = pictures[:SHOWN], [not good for good in right[:SHOWN]]
-    shown = ["teacher", *(f"without {row['removed'].replace(' ', ', ')}" for row in typical(written))]
-    sheet = {name: sheet[name] for name in shown}
+    sheet = {name: sheet[name] for name in map(label, [written[0], *typical(written)])}
     plots.contact_sheet(output / "figure4.png", sheet, captions, fails)
+
+
+def label(row: dict[str, Any]) -> str:
+    """Return the name of a row's model in the picture."""
+    return f"without {row['removed'].replace(' ', ', ')}" if row["removed"] else "teacher"
 
 
 def typical(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -175,13 +175,13 @@ class Meter(ErrorMeter):
             observe(run.family, board.transformer, self.step, keep)
         self.streamed = run.config.model.streaming
         self._times: dict[nn.Module, float] = {}
-        self.teacher_ms = self._milliseconds(set()) if self.streamed else self._teacher_ms()
+        if self.streamed:  # a forward would be timed with its reads
+            self.teacher_ms = self._milliseconds(set())
+        else:
+            self.teacher_ms = interleaved_latency_ms({"teacher": self._forward}, 10)["teacher"]
         resident = sum(p.numel() * p.element_size() for p in board.transformer.parameters())
         self.bytes_per_param = resident / self.teacher_params
         self.memory_gb = peak_memory_mb(self._forward, resident, run.device) / 1e3
-
-    def _teacher_ms(self) -> float:
-        return interleaved_latency_ms({"teacher": self._forward}, 10)["teacher"]
 
     @torch.inference_mode()
     def _forward(self) -> None:
